@@ -1,0 +1,54 @@
+# Every target sets itself up in .venv. PYTHON=python3 NO_VENV=1 uses the interpreter at hand (an offline GPU host).
+PYTHON ?= python3
+ifdef NO_VENV
+PY := $(PYTHON)
+READY :=
+export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(PYTHONPATH)
+else
+PY := .venv/bin/python
+READY := .venv/.ready
+endif
+OLDEST := .venv-oldest/bin/python
+SOURCES := byol_fast kernels tests benchmarks
+
+.PHONY: demo test test-oldest check format gpu-test clean
+.DELETE_ON_ERROR:
+
+define install # folder, constraints
+	$(PYTHON) -m venv --clear $(1)
+	$(1)/bin/python -m pip install -q --disable-pip-version-check uv
+	$(1)/bin/uv pip install -q --python $(1)/bin/python -c $(2) -b constraints.txt -e '.[dev]'
+	touch $(1)/.ready
+endef
+
+.venv/.ready: pyproject.toml constraints.txt
+	$(call install,.venv,constraints.txt)
+
+.venv-oldest/.ready: pyproject.toml constraints-oldest.txt
+	$(call install,.venv-oldest,constraints-oldest.txt)
+
+demo: $(READY)
+	$(PY) -m byol_fast demo
+
+test: $(READY)
+	$(PY) -m pytest -q -m "not slow and not peers and not browser"
+
+# The kernels and the numbers, on the oldest supported torch and triton.
+test-oldest: .venv-oldest/.ready
+	$(OLDEST) -m pytest -q -m "not slow and not peers and not browser" tests/kernels tests/test_numbers.py
+
+check: $(READY)
+	$(PY) -m ruff check $(SOURCES)
+	$(PY) -m ruff format --check $(SOURCES)
+	$(PY) -m mypy
+
+format: $(READY)
+	$(PY) -m ruff check --fix $(SOURCES)
+	$(PY) -m ruff format $(SOURCES)
+
+gpu-test: $(READY)
+	$(PY) -m pytest -q -m gpu
+
+clean:
+	rm -rf .venv .venv-oldest dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,42 @@
+"""byol_fast: fast, correct BYOL pre-training.
+
+>>> import byol_fast
+>>> result = byol_fast.pretrain("photos", recipe="imagenet_resnet50_100")
+>>> encoder, about = byol_fast.load_encoder(result.encoder)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from byol_fast.api import pretrain
+    from byol_fast.config import Config
+    from byol_fast.evaluate import knn_predict
+    from byol_fast.export import load_encoder
+    from byol_fast.methods import BYOL
+    from byol_fast.trainer import RunResult, Trainer
+
+__all__ = ["BYOL", "Config", "RunResult", "Trainer", "knn_predict", "load_encoder", "pretrain"]
+__version__ = "0.1.0"
+
+_HOME = {
+    "BYOL": "methods",
+    "Config": "config",
+    "RunResult": "trainer",
+    "Trainer": "trainer",
+    "knn_predict": "evaluate",
+    "load_encoder": "export",
+    "pretrain": "api",
+}
+_SUBMODULES = {"config", "data", "environment", "evaluate", "export", "methods", "networks", "recipes", "schedules"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `byol-fast --help` need not wait for torch."""
+    if name in _SUBMODULES:
+        return importlib.import_module(f"byol_fast.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'byol_fast' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"byol_fast.{_HOME[name]}"), name)

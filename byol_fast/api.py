@@ -1,0 +1,72 @@
+"""One call from images to a trained encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from byol_fast import config as configs
+from byol_fast import recipes
+from byol_fast.checkpoint import steps_in
+from byol_fast.config import Config, ConfigError
+from byol_fast.trainer import RESUMABLE_CHANGES, RunResult, Trainer
+
+
+def pretrain(
+    data: object = None,
+    recipe: str | Config = "imagenet_resnet50",
+    *,
+    resume: str | Path | None = None,
+    **overrides: Any,
+) -> RunResult:
+    """Pre-train an encoder with BYOL, without labels.
+
+    Args:
+        data: folder of images, `.npz` file, uint8 array `[N, H, W, 3]` or `[N, H, W]`, or torchvision dataset. None:
+            the recipe's own data set.
+        recipe: name of a recipe (`byol_fast.recipes.RECIPES`), or a `Config`.
+        resume: run folder to continue, with the configuration it was started with; `recipe` then plays no part.
+        **overrides: fields of the configuration, nested ones as mappings: `epochs=100, optim={"lr": 0.3}`.
+
+    Returns:
+        Paths, loss and kNN accuracy of the finished run.
+
+    Raises:
+        ConfigError: unknown recipe or field, value out of contract.
+        ValueError: no such data, or too little of it.
+
+    Example:
+        >>> result = byol_fast.pretrain("photos", recipe="imagenet_resnet50_100", batch_size=128)
+        >>> encoder, about = byol_fast.load_encoder(result.encoder)
+    """
+    if resume is not None:
+        config = configs.load(Path(resume) / "config.json")
+    elif isinstance(recipe, Config):
+        config = recipe
+    else:
+        config = recipes.get(recipe)
+    return Trainer(configs.replace(config, overrides), data=data, resume=None if resume is None else Path(resume)).fit()
+
+
+def find_resumable(config: Config) -> Path | None:
+    """The run folder that `--resume auto` continues: OUT/NAME, or without a name the newest run of this configuration.
+
+    Returns:
+        A run folder with a checkpoint, or None where there is nothing to continue.
+    """
+    if config.name:
+        folders = [config.out / config.name]
+    elif config.out.is_dir():
+        folders = sorted((p for p in config.out.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True)
+    else:
+        folders = []
+    for folder in folders:
+        if not steps_in(folder / "checkpoints"):
+            continue
+        try:
+            found = configs.load(folder / "config.json")
+        except ConfigError:
+            continue
+        if config.name or set(configs.differences(found, config)) <= RESUMABLE_CHANGES:
+            return folder
+    return None

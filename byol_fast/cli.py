@@ -1,0 +1,209 @@
+"""The command line: `byol-fast COMMAND`, also `python -m byol_fast COMMAND`."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from byol_fast import __version__, recipes
+from byol_fast import config as configs
+from byol_fast.config import Config, ConfigError
+
+if TYPE_CHECKING:
+    from byol_fast.trainer import RunResult
+
+USAGE = f"""\
+byol-fast {__version__}: fast, correct BYOL pre-training
+
+usage: byol-fast COMMAND ...
+
+  demo                            learn from packaged images in a few minutes; start here
+  train RECIPE [--option ...]     pre-train an encoder; `train --help` lists recipes, `train RECIPE --help` options
+  train --resume RUN              continue a run exactly where it stopped
+  export RUN [--to FOLDER]        write the encoder of a run's newest checkpoint
+  --version                       print the version
+"""
+
+TRAIN_USAGE = """\
+usage: byol-fast train RECIPE [--data.root FOLDER] [--option value ...]
+       byol-fast train --resume RUN
+       byol-fast train RECIPE --resume auto [--option value ...]
+
+  --data.root FOLDER   images: nested, flat or class-per-folder; or a .npz of uint8 arrays
+  --resume RUN         continue the run in this folder, with its own options
+  --resume auto        continue OUT/NAME, or without a name the newest run of this configuration; if none, start it
+
+`byol-fast train RECIPE --help` lists every option with the recipe's value.
+
+recipes:
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command and exit: 0 done, 1 the run failed, 2 the command is wrong, 128 + signal when interrupted."""
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_time=False, show_path=False, markup=False)],
+    )
+    sys.exit(_run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in {"-h", "--help", "help"}:
+        print(USAGE, end="")
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    command = COMMANDS.get(argv[0])
+    if command is None:
+        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"commands are {', '.join(COMMANDS)}"
+        return _complain(f"byol-fast: unknown command {argv[0]!r}; {hint}", 2)
+    try:
+        return command(argv[1:])
+    except ConfigError as error:
+        return _complain(str(error), 2)
+    except Exception as error:
+        return _explain(error)
+
+
+def _explain(error: Exception) -> int:
+    """Show an error the user can act on without its traceback; let any other one through."""
+    from byol_fast.checkpoint import CheckpointError
+    from byol_fast.data import BadImageError
+    from byol_fast.trainer import Interrupted, TrainingError
+
+    if isinstance(error, Interrupted):
+        return _complain(str(error), 128 + error.signum)
+    expected = CheckpointError | TrainingError | BadImageError | ValueError | FileNotFoundError
+    if not isinstance(error, expected) or os.environ.get("BYOL_FAST_TRACEBACK"):
+        raise error
+    return _complain(f"{error}\n(BYOL_FAST_TRACEBACK=1 shows where)", 1)
+
+
+def _complain(message: str, code: int) -> int:
+    Console(stderr=True, highlight=False).print(message, soft_wrap=True, markup=False, style="red")
+    return code
+
+
+# ------------------------------------------------------------------ commands
+
+
+def _train(argv: list[str]) -> int:
+    resume, argv = _take_resume(argv)
+    name = argv.pop(0) if argv and not argv[0].startswith("-") else None
+    if name is None and (resume is None or resume == "auto"):
+        print(TRAIN_USAGE, end="")
+        for recipe, make in recipes.RECIPES.items():
+            print(f"  {recipe:24s}{_summary(make)}")
+        if argv and argv[0] in {"-h", "--help"}:
+            return 0
+        return _complain("byol-fast train: a recipe is missing", 2)
+
+    folder: Path | None = None
+    if resume is None or resume == "auto":
+        assert name is not None
+        config = _parse(recipes.get(name), argv, f"byol-fast train {name}")
+    else:
+        folder = Path(resume)
+        stored = configs.load(folder / "config.json")
+        if name not in {None, stored.recipe}:
+            raise ConfigError(f"resume: {folder} is a run of {stored.recipe!r}, got recipe {name!r}; leave the recipe out")
+        config = _parse(stored, argv, f"byol-fast train --resume {resume}")
+
+    from byol_fast.api import find_resumable  # torch takes seconds to import: only once the options are right
+    from byol_fast.trainer import Trainer
+
+    if resume == "auto":
+        folder = find_resumable(config)
+    result = Trainer(config, resume=folder).fit()
+    _summarise(result)
+    return 0
+
+
+def _demo(argv: list[str]) -> int:
+    config = _parse(recipes.demo(), argv, "byol-fast demo")
+
+    from byol_fast.trainer import Trainer, resolve_device
+
+    if resolve_device(config.device).type == "cuda" and config.epochs == recipes.demo().epochs:
+        config = configs.replace(config, {"epochs": recipes.DEMO_GPU_EPOCHS})
+    result = Trainer(config).fit()
+    table = Table(title="Fashion-MNIST, 10 classes: nearest-neighbour accuracy of the features")
+    table.add_column("encoder")
+    table.add_column("kNN-20 top-1", justify="right")
+    if result.knn_top1 is not None and result.knn_top1_untrained is not None:
+        table.add_row("untrained (norms calibrated)", f"{result.knn_top1_untrained:.1%}")
+        table.add_row("after BYOL, without labels", f"{result.knn_top1:.1%}")
+        table.add_row("gain", f"{100 * (result.knn_top1 - result.knn_top1_untrained):+.1f} points")
+    Console().print(table)
+    _summarise(result)
+    print("next, on your own images:\n  byol-fast train imagenet_resnet50_100 --data.root FOLDER")
+    return 0
+
+
+def _export(argv: list[str]) -> int:
+    def export(run: tyro.conf.Positional[Path], to: Path | None = None) -> None:
+        """Write the online encoder of a run's newest checkpoint.
+
+        Args:
+            run: the run folder.
+            to: where to write encoder.safetensors and encoder.json; the run folder by default.
+        """
+        from byol_fast.export import export_run
+
+        for path in export_run(run, to):
+            print(path)
+
+    tyro.cli(export, args=argv, prog="byol-fast export")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"demo": _demo, "train": _train, "export": _export}
+
+
+# ------------------------------------------------------------------ pieces
+
+
+def _take_resume(argv: list[str]) -> tuple[str | None, list[str]]:
+    """Split `--resume X` off; the rest belongs to the configuration."""
+    rest: list[str] = []
+    resume = None
+    words = iter(argv)
+    for word in words:
+        if word == "--resume" or word.startswith("--resume="):
+            resume = word.partition("=")[2] or next(words, "")
+            if not resume or resume.startswith("-"):
+                raise ConfigError("byol-fast train: --resume must be followed by a run folder or 'auto'")
+        else:
+            rest.append(word)
+    return resume, rest
+
+
+def _parse(config: Config, argv: list[str], prog: str) -> Config:
+    """Override single fields of a configuration from the command line."""
+    return tyro.cli(Config, default=config, args=argv, prog=prog, description=f"Options of `{prog}`.")
+
+
+def _summary(make: Callable[[], Config]) -> str:
+    """First line of a recipe's docstring; what is known of one without."""
+    if make.__doc__:
+        return make.__doc__.splitlines()[0]
+    config = make()
+    return f"{config.model.encoder}, {config.epochs} epochs, base lr {config.optim.lr}, tau {config.tau.base}"
+
+
+def _summarise(result: RunResult) -> None:
+    print(f"encoder: {result.encoder}\nmetrics: {result.run_dir / 'metrics.jsonl'}\nrun folder: {result.run_dir}")

@@ -1,0 +1,420 @@
+"""What a run is: frozen dataclasses, every field validated, one JSON form.
+
+A recipe (`byol_fast.recipes`) is a function that returns a `Config`; the command line overrides single
+fields of it; the run folder keeps the result as `config.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A field of a run's configuration is out of its contract."""
+
+
+def _require(ok: bool, where: str, contract: str, got: object, fix: str = "") -> None:
+    if not ok:
+        raise ConfigError(f"config: {where} must {contract}, got {got!r}{'; ' + fix if fix else ''}")
+
+
+def _probability(where: str, value: float) -> None:
+    _require(0.0 <= value <= 1.0, where, "be a probability between 0 and 1", value)
+
+
+def _positive(where: str, value: float) -> None:
+    _require(math.isfinite(value) and value > 0, where, "be positive", value)
+
+
+def _not_negative(where: str, value: float) -> None:
+    _require(math.isfinite(value) and value >= 0, where, "be zero or more", value)
+
+
+def _one_of(where: str, value: str, allowed: object) -> None:
+    names = get_args(allowed)
+    near = difflib.get_close_matches(str(value), names, n=1)
+    _require(
+        value in names, where, f"be one of {', '.join(names)}", value, f"did you mean {near[0]!r}?" if near else ""
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewConfig:
+    """How one of the two views is drawn from an image; the defaults are view 1 of the paper (appendix B)."""
+
+    size: int = 224
+    """Height and width of the view in pixels."""
+    area: tuple[float, float] = (0.08, 1.0)
+    """Share of the image's area that the random crop covers, smallest and largest."""
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width / height of the random crop, smallest and largest (drawn uniformly in the logarithm)."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """How the crop is resized (always antialiased)."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    jitter: float = 0.8
+    """Probability of the colour jitter; its four parts are applied in random order."""
+    brightness: float = 0.4
+    """Brightness factor is drawn from 1 - brightness .. 1 + brightness."""
+    contrast: float = 0.4
+    """Contrast factor is drawn from 1 - contrast .. 1 + contrast (about the mean of the grey image)."""
+    saturation: float = 0.2
+    """Saturation factor is drawn from 1 - saturation .. 1 + saturation."""
+    hue: float = 0.1
+    """Hue shift is drawn from -hue .. hue, in turns (0.5 is the opposite colour)."""
+    grayscale: float = 0.2
+    """Probability of dropping the colour."""
+    blur: float = 1.0
+    """Probability of the Gaussian blur."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Standard deviation of the blur in pixels, smallest and largest."""
+    blur_kernel: int = 23
+    """Width of the blur's window in pixels, odd; 0 lets the window follow sigma."""
+    solarize: float = 0.0
+    """Probability of solarizing (inverting every value at or above the threshold)."""
+    solarize_threshold: int = 128
+    """Threshold of the solarization, 0..256."""
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.size <= 8192, "view.size", "be 1..8192 pixels", self.size)
+        for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
+            _probability(f"view.{name}", getattr(self, name))
+        lo, hi = self.area
+        _require(0 < lo <= hi <= 1, "view.area", "be two rising shares within (0, 1]", self.area)
+        lo, hi = self.aspect
+        _require(0 < lo <= hi and math.isfinite(hi), "view.aspect", "be two rising positive ratios", self.aspect)
+        _one_of("view.interpolation", self.interpolation, Literal["bicubic", "bilinear"])
+        for name in ("brightness", "contrast", "saturation"):
+            _not_negative(f"view.{name}", getattr(self, name))
+        _require(0 <= self.hue <= 0.5, "view.hue", "be 0..0.5 turns", self.hue)
+        lo, hi = self.blur_sigma
+        _require(
+            0 < lo <= hi and math.isfinite(hi), "view.blur_sigma", "be two rising positive widths", self.blur_sigma
+        )
+        kernel = self.blur_kernel
+        _require(kernel == 0 or (kernel > 0 and kernel % 2 == 1), "view.blur_kernel", "be 0 or odd", kernel)
+        _require(0 <= self.solarize_threshold <= 256, "view.solarize_threshold", "be 0..256", self.solarize_threshold)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Where the images come from and who makes views of them."""
+
+    root: Path | None = None
+    """Folder of images (nested, flat or class-per-folder), or a `.npz` with uint8 `images` (and `labels`).
+    A folder with `train` and `val` or `test` inside is split accordingly. Without a root the recipe's own
+    data set is used where it has one."""
+    builtin: Literal["none", "cifar10", "demo"] = "none"
+    """Data set used when there is no root: CIFAR-10 (fetched by torchvision) or the packaged Fashion-MNIST."""
+    cache: Path = Path("~/.cache/byol_fast")
+    """Folder that fetched data sets are kept in."""
+    loader: Literal["auto", "dali", "torchvision"] = "auto"
+    """Who decodes and augments; auto is DALI where it is installed."""
+    color: Literal["exact", "hsv"] = "exact"
+    """DALI's colour jitter: `exact` is torchvision's (random order, HSV hue); `hsv` fuses brightness, contrast and
+    saturation in one clip (mean error 1.8 of 255, about 1.15 times faster)."""
+    threads: int = 0
+    """Decoding and augmentation threads; 0 means one per CPU core this process may use."""
+    prefetch: int = 2
+    """Batches prepared ahead of the step."""
+
+    def __post_init__(self) -> None:
+        _one_of("data.builtin", self.builtin, Literal["none", "cifar10", "demo"])
+        _one_of("data.loader", self.loader, Literal["auto", "dali", "torchvision"])
+        _one_of("data.color", self.color, Literal["exact", "hsv"])
+        _not_negative("data.threads", self.threads)
+        _positive("data.prefetch", self.prefetch)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The encoder and the two heads."""
+
+    encoder: str = "resnet50"
+    """A torchvision classification model by name; its classifier is removed and the feature size found."""
+    cifar_stem: bool = False
+    """Replace a ResNet's stem for small images: 3x3 convolution, stride 1, padding 1, no max-pool."""
+    zero_init_residual: bool = False
+    """Start every residual block of a ResNet as the identity (gamma of its last norm = 0)."""
+    pretrained: bool = False
+    """Start the encoder from torchvision's default weights (fetched from the network or torch's cache)."""
+    hidden_dim: int = 4096
+    """Width of the hidden layer of projector and predictor."""
+    projection_dim: int = 256
+    """Size of projections and predictions."""
+    last_bias: bool = False
+    """Give the last linear layer of the heads a bias (the reference has none)."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Channel means, of values scaled to 0..1, that the model subtracts from its input."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Channel standard deviations that the model divides by."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.encoder), "model.encoder", "name a model", self.encoder)
+        _positive("model.hidden_dim", self.hidden_dim)
+        _positive("model.projection_dim", self.projection_dim)
+        for value in self.mean:
+            _require(math.isfinite(value), "model.mean", "be three finite numbers", self.mean)
+        for value in self.std:
+            _require(math.isfinite(value) and value > 0, "model.std", "be three positive numbers", self.std)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """The optimizer and its learning rate by step."""
+
+    name: Literal["lars", "sgd", "adam", "adamw"] = "lars"
+    """LARS by the reference's rule, or torch's SGD, Adam, AdamW."""
+    lr: float = 0.2
+    """Base learning rate, for a batch of 256."""
+    scale_lr: bool = True
+    """Multiply the base learning rate by batch / 256 (off for Adam as most people use it)."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up: cosine to 0, or constant."""
+    warmup_epochs: float = 10.0
+    """Epochs of linear warm-up from 0; cut to a quarter of a run that is too short for them."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up; taken as given, instead of warmup_epochs."""
+    momentum: float = 0.9
+    """Momentum of LARS and SGD."""
+    weight_decay: float = 1.5e-6
+    """Weight decay of the matrices and filters; biases and norms have none."""
+    eta: float = 1e-3
+    """LARS trust coefficient."""
+
+    def __post_init__(self) -> None:
+        _one_of("optim.name", self.name, Literal["lars", "sgd", "adam", "adamw"])
+        _one_of("optim.schedule", self.schedule, Literal["cosine", "constant"])
+        _positive("optim.lr", self.lr)
+        _not_negative("optim.warmup_epochs", self.warmup_epochs)
+        if self.warmup_steps is not None:
+            _not_negative("optim.warmup_steps", self.warmup_steps)
+        _require(0 <= self.momentum < 1, "optim.momentum", "be within [0, 1)", self.momentum)
+        _not_negative("optim.weight_decay", self.weight_decay)
+        _positive("optim.eta", self.eta)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TauConfig:
+    """The target network's decay: target = tau * target + (1 - tau) * online, after every optimizer step."""
+
+    base: float = 0.996
+    """First tau."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Cosine from base to 1 over the run (the paper's), or constant."""
+
+    def __post_init__(self) -> None:
+        _probability("tau.base", self.base)
+        _one_of("tau.schedule", self.schedule, Literal["cosine", "constant"])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KNNConfig:
+    """k-nearest-neighbour evaluation of the online encoder during training; labels serve here and nowhere else."""
+
+    enabled: Literal["auto", "on", "off"] = "auto"
+    """auto: when the training images have labels (class folders) and there are validation images."""
+    val_root: Path | None = None
+    """Validation images with the same classes; found by itself beside `train` as `val` or `test` in data.root."""
+    every_epochs: int = 10
+    """Evaluate after every so many epochs (and before the first step and after the last)."""
+    k: int = 20
+    """Neighbours that vote."""
+    temperature: float = 0.07
+    """Votes weigh exp(cosine similarity / temperature)."""
+    max_train: int = 0
+    """Use so many training images at most, evenly spaced; 0 means all."""
+
+    def __post_init__(self) -> None:
+        _one_of("knn.enabled", self.enabled, Literal["auto", "on", "off"])
+        _positive("knn.every_epochs", self.every_epochs)
+        _positive("knn.k", self.k)
+        _positive("knn.temperature", self.temperature)
+        _not_negative("knn.max_train", self.max_train)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """A BYOL pre-training run."""
+
+    recipe: str = "custom"
+    """Name of the recipe this configuration began as."""
+    name: str = ""
+    """Name of the run; its folder is OUT/NAME. Empty: recipe, date and time."""
+    out: Path = Path("runs")
+    """Folder of run folders."""
+    seed: int = 0
+    """Seed of weights, shuffling and augmentation."""
+    epochs: int = 100
+    """Passes over the training images."""
+    steps: int = 0
+    """Optimizer steps in all; 0 means as the epochs say."""
+    batch_size: int = 256
+    """Images a step (each gives two views)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU where there is one."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Arithmetic of the networks (weights stay fp32); auto: bf16 on GPUs and CPUs with bf16 instructions."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the networks and the loss; auto: on a GPU only (on CPUs it gained nothing)."""
+    channels_last: bool = True
+    """Keep images and filters in NHWC memory."""
+    log_every: int = 10
+    """Write the records of so many steps at a time to metrics.jsonl (every step gets one)."""
+    checkpoint_every: int = 0
+    """Save a checkpoint after so many steps; 0 means after every epoch."""
+    keep_checkpoints: int = 3
+    """Checkpoints kept; older ones are deleted."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Images and who loads them."""
+    view1: ViewConfig = field(default_factory=ViewConfig)
+    """Augmentation of the first view."""
+    view2: ViewConfig = field(default_factory=lambda: ViewConfig(blur=0.1, solarize=0.2))
+    """Augmentation of the second view."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Encoder and heads."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer and learning rate."""
+    tau: TauConfig = field(default_factory=TauConfig)
+    """Decay of the target network."""
+    knn: KNNConfig = field(default_factory=KNNConfig)
+    """Evaluation during training."""
+
+    def __post_init__(self) -> None:
+        _require("/" not in self.name and self.name not in {".", ".."}, "name", "be a plain folder name", self.name)
+        _require(0 <= self.seed < 2**31, "seed", "be 0..2147483647", self.seed)
+        _positive("epochs", self.epochs)
+        _not_negative("steps", self.steps)
+        _require(self.batch_size >= 2, "batch_size", "be 2 or more", self.batch_size, "batch normalisation needs 2")
+        _one_of("device", self.device, Literal["auto", "cpu", "cuda"])
+        _one_of("precision", self.precision, Literal["auto", "bf16", "fp32"])
+        _one_of("compile", self.compile, Literal["auto", "on", "off"])
+        _positive("log_every", self.log_every)
+        _not_negative("checkpoint_every", self.checkpoint_every)
+        _positive("keep_checkpoints", self.keep_checkpoints)
+        _require(
+            self.view1.size == self.view2.size,
+            "view2.size",
+            f"equal view1.size ({self.view1.size})",
+            self.view2.size,
+            "both views go through the same networks; set both sizes",
+        )
+
+
+def replace(config: T, changes: Mapping[str, object]) -> T:
+    """Return a copy of a config with some fields changed.
+
+    Args:
+        config: any of this module's dataclasses.
+        changes: field name to value. A name may be dotted (`"optim.lr"`); the value of a nested config may be
+            a mapping of its fields (`{"optim": {"lr": 0.1}}`).
+
+    Raises:
+        ConfigError: unknown field (the nearest name is suggested), wrong type, value out of contract.
+    """
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        raise TypeError(f"config: replace needs a config object, got {type(config).__name__}")
+    nested: dict[str, dict[str, object]] = {}
+    flat: dict[str, object] = {}
+    for name, value in changes.items():
+        head, _, rest = name.partition(".")
+        if rest:
+            nested.setdefault(head, {})[rest] = value
+        elif isinstance(value, Mapping):
+            nested.setdefault(head, {}).update(value)
+        else:
+            flat[head] = value
+    names = [f.name for f in dataclasses.fields(config)]
+    for name in (*flat, *nested):
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"fields are {', '.join(names)}"
+            raise ConfigError(f"config: {type(config).__name__} has no field {name!r}; {hint}")
+    hints = get_type_hints(type(config))
+    values = {name: _typed(name, hints[name], value) for name, value in flat.items()}
+    for name, inner in nested.items():
+        if not dataclasses.is_dataclass(getattr(config, name)):
+            raise ConfigError(f"config: {name} is a single value, got fields {', '.join(inner)} for it")
+        values[name] = replace(getattr(config, name), inner)
+    return dataclasses.replace(config, **values)
+
+
+def _typed(name: str, hint: Any, value: Any) -> Any:
+    """Accept what JSON and Python callers write for a field of this type; refuse anything else."""
+    if get_origin(hint) in {Union, types.UnionType}:
+        if value is None:
+            return None
+        hint = next(a for a in get_args(hint) if a is not type(None))
+    if get_origin(hint) is tuple:
+        kinds = get_args(hint)
+        if isinstance(value, list | tuple) and len(value) == len(kinds):
+            return tuple(_typed(name, kind, v) for kind, v in zip(kinds, value, strict=True))
+    elif hint is Path and isinstance(value, str | Path):
+        return Path(value)
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif get_origin(hint) is Literal and isinstance(value, str):
+        return value  # __post_init__ names the choices
+    elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    shown = getattr(hint, "__name__", str(hint))
+    raise ConfigError(f"config: {name} must be of type {shown}, got {value!r}")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain JSON values."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, tuple | list):
+            return [plain(v) for v in value]
+        return str(value) if isinstance(value, Path) else value
+
+    result: dict[str, Any] = plain(dataclasses.asdict(config))
+    return result
+
+
+def from_dict(values: Mapping[str, object]) -> Config:
+    """The inverse of `to_dict`; fields that are missing take their defaults, unknown ones are refused."""
+    return replace(Config(), values)
+
+
+def load(path: Path) -> Config:
+    """Read a `config.json`.
+
+    Raises:
+        ConfigError: the file is missing, is not JSON, or holds an unknown or invalid field.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"config: {path} does not exist; give a run folder made by `byol-fast train`") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"config: {path} is not valid JSON ({error}); restore it or start a new run") from None
+    return from_dict(values)
+
+
+def differences(a: Config, b: Config) -> dict[str, tuple[object, object]]:
+    """Dotted names of the fields in which two configurations differ, with both values."""
+    found: dict[str, tuple[object, object]] = {}
+
+    def walk(x: Mapping[str, Any], y: Mapping[str, Any], prefix: str) -> None:
+        for name, value in x.items():
+            if isinstance(value, dict):
+                walk(value, y[name], f"{prefix}{name}.")
+            elif value != y[name]:
+                found[prefix + name] = (value, y[name])
+
+    walk(to_dict(a), to_dict(b), "")
+    return found

@@ -1,0 +1,71 @@
+"""What a run or a measurement was made on."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("byol_fast", "torch", "torchvision", "triton", "nvidia-dali-cuda130", "numpy")
+
+
+def version(package: str) -> str | None:
+    """Installed version of a distribution, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def num_cpus() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@functools.cache
+def _cpuinfo() -> dict[str, str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in lines)
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 in hardware; without that, bf16 is slower than fp32."""
+    flags = _cpuinfo().get("flags", "").split()
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Machine, versions and threads as plain JSON values."""
+    record: dict[str, Any] = {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": _cpuinfo().get("model name", platform.processor()),
+        "cpus": num_cpus(),
+        "torch_threads": torch.get_num_threads(),
+        "cpu_bf16": cpu_has_bf16(),
+        "device": str(device),
+        "packages": {name: version(name) for name in PACKAGES},
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        record["gpu"] = properties.name
+        record["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)
+        record["cuda"] = torch.version.cuda
+    return record
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Fields that decide whether a run continues bit for bit, where they differ: `"name: then -> now"`."""
+    fields = ("cpu", "torch_threads", "device", "gpu")
+    found = [f"{name}: {then.get(name)} -> {now.get(name)}" for name in fields if then.get(name) != now.get(name)]
+    old, new = then.get("packages", {}), now.get("packages", {})
+    return found + [f"{name}: {old.get(name)} -> {new.get(name)}" for name in new if old.get(name) != new.get(name)]

@@ -1,0 +1,103 @@
+"""The trained encoder as two files that anything can read: weights and a description."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from byol_fast import checkpoint as checkpoints
+from byol_fast import config as configs
+from byol_fast.config import Config
+from byol_fast.environment import version
+from byol_fast.files import atomic_path, atomic_write
+from byol_fast.networks import build_encoder
+
+PREFIX = "online.encoder."
+
+
+def export_encoder(
+    encoder: nn.Module, config: Config, folder: Path, *, step: int, feature_dim: int
+) -> tuple[Path, Path]:
+    """Write `encoder.safetensors` and `encoder.json`.
+
+    The weights carry torchvision's own names, so that they load into the plain torchvision model.
+
+    Args:
+        encoder: the online encoder.
+        config: the run's configuration.
+        folder: where to write; made when missing.
+        step: steps the encoder was trained for.
+        feature_dim: size of its features.
+
+    Returns:
+        Paths of the weights and of the description.
+    """
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    description: dict[str, Any] = {
+        "encoder": config.model.encoder,
+        "cifar_stem": config.model.cifar_stem,
+        "feature_dim": feature_dim,
+        "image_size": config.view1.size,
+        "mean": list(config.model.mean),
+        "std": list(config.model.std),
+        "recipe": config.recipe,
+        "step": step,
+        "byol_fast": version("byol_fast"),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    weights, about = folder / "encoder.safetensors", folder / "encoder.json"
+    with atomic_path(weights) as temporary:
+        save_file(state, temporary, metadata={"format": "pt", "encoder": config.model.encoder})
+    atomic_write(about, json.dumps(description, indent=2) + "\n")
+    return weights, about
+
+
+def export_run(run: Path, folder: Path | None = None) -> tuple[Path, Path]:
+    """Export the online encoder of a run's newest checkpoint.
+
+    Args:
+        run: a run folder.
+        folder: where to write; the run folder when None.
+
+    Raises:
+        ConfigError: not a run folder.
+        CheckpointError: it holds no usable checkpoint.
+    """
+    config = configs.load(run / "config.json")
+    payload = checkpoints.load_latest(run / "checkpoints")
+    encoder = build_encoder(
+        config.model.encoder, cifar_stem=config.model.cifar_stem, zero_init_residual=config.model.zero_init_residual
+    )
+    state = {k.removeprefix(PREFIX): v for k, v in payload["task"].items() if k.startswith(PREFIX)}
+    encoder.load_state_dict(state)
+    return export_encoder(encoder, config, folder or run, step=payload["step"], feature_dim=payload["feature_dim"])
+
+
+def load_encoder(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
+    """Read an exported encoder.
+
+    Args:
+        path: a run folder, or the folder `byol-fast export` wrote to, or its `encoder.safetensors`.
+
+    Returns:
+        The encoder in eval mode, and the content of `encoder.json`. Its input is `(x / 255 - mean) / std`,
+        `[B, 3, H, W]`; its output `[B, feature_dim]` (flatten what lies behind the batch).
+
+    Raises:
+        FileNotFoundError: no exported encoder there.
+    """
+    weights = Path(path)
+    if weights.is_dir():
+        weights = weights / "encoder.safetensors"
+    about = weights.with_suffix(".json")
+    for file in (weights, about):
+        if not file.exists():
+            raise FileNotFoundError(f"load_encoder: {file} does not exist; write it with `byol-fast export RUN`")
+    description: dict[str, Any] = json.loads(about.read_text())
+    encoder = build_encoder(description["encoder"], cifar_stem=description["cifar_stem"])
+    encoder.load_state_dict(load_file(weights))
+    return encoder.eval(), description

@@ -1,0 +1,480 @@
+"""From a configuration to a trained encoder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from byol_fast import checkpoint as checkpoints
+from byol_fast import config as configs
+from byol_fast import environment
+from byol_fast.capture import compiled_forward
+from byol_fast.config import Config, ConfigError
+from byol_fast.data import ImageSource, eval_batches, make_loader, open_source, split
+from byol_fast.display import Display
+from byol_fast.evaluate import KNNResult, calibrated, embed, knn_accuracy
+from byol_fast.export import export_encoder
+from byol_fast.files import atomic_write
+from byol_fast.methods import BYOL
+from byol_fast.metrics import MetricsLog, Speed, Stopwatch
+from byol_fast.metrics import read as read_metrics
+from byol_fast.optim import make_optimizer
+from byol_fast.schedules import RunSchedule
+from byol_fast.state import TrainState
+from byol_fast.step import StepMetrics, TrainStep
+
+log = logging.getLogger(__name__)
+
+# Fields that may change between a run and its resumption: they do not change what is computed.
+RESUMABLE_CHANGES = frozenset(
+    {"name", "out", "log_every", "checkpoint_every", "keep_checkpoints", "data.root", "data.cache", "data.prefetch"}
+    | {"data.threads", "knn.val_root"}
+)
+
+
+class Interrupted(Exception):  # noqa: N818  (not an error: someone asked the run to stop)
+    """The run was asked to stop; what it had done is saved.
+
+    Args:
+        signum: the signal that asked.
+        run_dir: the run's folder.
+        step: steps finished and saved.
+    """
+
+    def __init__(self, signum: int, run_dir: Path, step: int) -> None:
+        super().__init__(
+            f"{signal.Signals(signum).name}: saved after step {step}; go on with: byol-fast train --resume {run_dir}"
+        )
+        self.signum = signum
+        self.run_dir = run_dir
+        self.step = step
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; says at which step, why, and which checkpoint is the last good one."""
+
+
+class _StopRequested(Exception):  # noqa: N818
+    """Raised between batches of an evaluation when a signal has arrived."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a finished run leaves."""
+
+    run_dir: Path
+    """The run's folder."""
+    steps: int
+    """Optimizer steps done."""
+    loss: float
+    """Mean loss of the last steps (ten at most); NaN when no step was done in this process."""
+    knn_top1: float | None
+    """kNN accuracy of the trained encoder, 0..1, where there were labels."""
+    knn_top1_untrained: float | None
+    """The same of the untrained encoder with calibrated batch norms: the honest baseline."""
+    encoder: Path
+    """`encoder.safetensors`; `byol_fast.load_encoder` reads it."""
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a configuration.
+
+    Raises:
+        ConfigError: a GPU is asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("config: device is 'cuda', but torch sees no GPU; check `nvidia-smi`, or set device to 'cpu'")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def resolve_autocast(name: str, device: torch.device) -> torch.dtype | None:
+    """Dtype of a configuration's precision; None for fp32."""
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else environment.cpu_has_bf16()
+    return torch.bfloat16 if name == "bf16" or (name == "auto" and fast) else None
+
+
+class Trainer:
+    """A run: built from a configuration, started with `fit`.
+
+    Args:
+        config: what to do.
+        data: images to train on, instead of the configuration's: anything `byol_fast.data.open_source` takes.
+        resume: run folder to continue; its checkpoint is loaded and its configuration must agree with `config`.
+
+    Raises:
+        ConfigError: a field is invalid, or differs from the run to be resumed in what is computed.
+        CheckpointError: `resume` holds no usable checkpoint.
+        ValueError: the data is missing, empty or too small.
+
+    Example:
+        >>> from byol_fast import Trainer, recipes
+        >>> Trainer(recipes.demo()).fit().knn_top1
+    """
+
+    def __init__(self, config: Config, *, data: object = None, resume: Path | None = None) -> None:
+        if isinstance(data, str | Path):
+            config, data = configs.replace(config, {"data.root": Path(data)}), None
+        if config.data.root is not None:  # so that the run can be resumed from any folder
+            config = configs.replace(config, {"data.root": config.data.root.expanduser().absolute()})
+        self.config = config
+        self.device = resolve_device(config.device)
+        self.autocast = resolve_autocast(config.precision, self.device)
+        self.run_dir = resume or config.out / (config.name or f"{config.recipe}-{datetime.now():%Y%m%d-%H%M%S}")
+        payload = checkpoints.load_latest(self.run_dir / "checkpoints") if resume else None
+
+        self.train_source, self.val_source = self._open(data)
+        torch.manual_seed(config.seed)
+        self.task = BYOL(
+            config.model.encoder,
+            hidden_dim=config.model.hidden_dim,
+            projection_dim=config.model.projection_dim,
+            last_bias=config.model.last_bias,
+            image_size=config.view1.size,
+            cifar_stem=config.model.cifar_stem,
+            zero_init_residual=config.model.zero_init_residual,
+            pretrained=config.model.pretrained and payload is None,
+            mean=config.model.mean,
+            std=config.model.std,
+        )
+        self.task.to(self.device)
+        if config.channels_last:
+            self.task.to(memory_format=torch.channels_last)
+        optimizer = make_optimizer(config.optim, self.task.trainable_parameters())
+        loader = make_loader(self.train_source, config, device=self.device)
+        self.state = TrainState(self.task, optimizer, loader)
+        self.total_steps = config.steps or config.epochs * loader.steps_per_epoch
+        self.train_step = TrainStep(
+            self.task,
+            optimizer,
+            self._schedule(),
+            forward=compiled_forward(self.task, config.compile, self.device),
+            autocast=self.autocast,
+            channels_last=config.channels_last,
+        )
+        self.metrics = MetricsLog(self.run_dir / "metrics.jsonl")
+        self.knn_labels = self._knn_labels()
+        self.stopwatch = Stopwatch()
+        self._recent: list[tuple[int, StepMetrics]] = []
+        self._losses: list[float] = []
+        self._stop: int | None = None
+        if payload is not None:
+            self._restore(payload)
+
+    # ------------------------------------------------------------------ set-up
+
+    def _open(self, data: object) -> tuple[ImageSource, ImageSource | None]:
+        if data is None:
+            return split(self.config)
+        val = open_source(self.config.knn.val_root) if self.config.knn.val_root else None
+        return open_source(data), val
+
+    def _schedule(self) -> RunSchedule:
+        optim, steps = self.config.optim, self.total_steps
+        if optim.warmup_steps is not None:
+            warmup = optim.warmup_steps
+            if warmup > steps:
+                raise ConfigError(f"config: optim.warmup_steps must be at most the run's {steps} steps, got {warmup}")
+        else:
+            asked = round(optim.warmup_epochs * self.state.loader.steps_per_epoch)
+            warmup = min(asked, steps // 4)
+            if warmup < asked:
+                log.info("warm-up of %d steps cut to %d, a quarter of the run's %d steps", asked, warmup, steps)
+        return RunSchedule(
+            total_steps=steps,
+            warmup_steps=warmup,
+            base_lr=optim.lr,
+            batch_size=self.config.batch_size if optim.scale_lr else 256,
+            lr_schedule=optim.schedule,
+            tau_base=self.config.tau.base,
+            tau_schedule=self.config.tau.schedule,
+        )
+
+    def _knn_labels(self) -> tuple[Tensor, Tensor] | None:
+        """Labels of the training and validation images in one numbering; None where kNN is off."""
+        knn, train, val = self.config.knn, self.train_source, self.val_source
+        if knn.enabled == "off":
+            return None
+        missing = ""
+        if val is None:
+            missing = "there are no validation images: set knn.val_root, or give a root with train and val inside"
+        elif train.labels is None or val.labels is None:
+            which = "training" if train.labels is None else "validation"
+            missing = f"the {which} images have no labels: sort them into one folder per class"
+        elif not set(val.classes) <= set(train.classes):
+            unknown = sorted(set(val.classes) - set(train.classes))[:3]
+            missing = f"validation has classes that training has not: {', '.join(unknown)}"
+        if missing:
+            if knn.enabled == "on":
+                raise ConfigError(f"config: knn.enabled is 'on', but {missing}")
+            log.info("kNN evaluation is off: %s", missing)
+            return None
+        assert val is not None
+        assert train.labels is not None
+        assert val.labels is not None
+        number = {name: i for i, name in enumerate(train.classes)}
+        renumber = torch.tensor([number[name] for name in val.classes])
+        return torch.as_tensor(train.labels), renumber[torch.as_tensor(val.labels)]
+
+    def _restore(self, payload: dict[str, Any]) -> None:
+        then = configs.from_dict(json.loads(payload["config"]))
+        changed = configs.differences(then, self.config)
+        refused = {name: values for name, values in changed.items() if name not in RESUMABLE_CHANGES}
+        if refused:
+            listed = "; ".join(f"{name} was {a!r}, is {b!r}" for name, (a, b) in refused.items())
+            raise ConfigError(
+                f"resume: {self.run_dir} must be continued as it was started, got {listed}; "
+                "drop these options, or start a new run"
+            )
+        for difference in environment.differences(
+            json.loads(payload["environment"]), environment.describe(self.device)
+        ):
+            log.warning("resume: %s; the run goes on, but not bit for bit as it would have", difference)
+        self.state.load_state_dict(payload)
+        self.metrics.rewind(self.state.step, evaluated=self.state.evaluated_at == self.state.step)
+
+    # ------------------------------------------------------------------ the run
+
+    def fit(self) -> RunResult:
+        """Train to the end of the run, then export the encoder.
+
+        Returns:
+            What the run left.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM arrived; everything up to the last finished step is saved.
+            TrainingError: the loss is not finite.
+            CheckpointError: the disk is full or read-only.
+        """
+        self._write_run_folder()
+        every_epoch = self.state.loader.steps_per_epoch
+        with self._signals_noted(), Display(self.total_steps, self.state.step) as display:
+            display.say(self._headline())
+            self._evaluate_if_due(display)
+            while self.state.step < self.total_steps:
+                self._train_one_step()
+                display.advance(self.state.step)
+                if self._due(self.config.log_every):
+                    self._log(display)
+                if self._due(self.config.checkpoint_every or every_epoch):
+                    self._save()
+                self._evaluate_if_due(display)
+                if self._stop is not None:
+                    self._save_and_stop()
+        self.state.loader.close()
+        return self._finish()
+
+    def _due(self, every: int) -> bool:
+        return self.state.step % every == 0 or self.state.step == self.total_steps
+
+    def _train_one_step(self) -> None:
+        with self.stopwatch.waiting():
+            batch = next(self.state.loader)
+        metrics = self.train_step(batch, self.state.step)
+        self.state.step += 1
+        self._recent.append((self.state.step, metrics))
+        self.stopwatch.count(self.config.batch_size)
+
+    def _log(self, display: Display) -> None:
+        self._record_steps()
+        record = self.metrics.latest
+        display.status(
+            self.state.step,
+            self.state.epoch,
+            f"loss {record['loss']:.4f}  std {record['collapse_std']:.2f}  lr {record['lr']:.3g}  "
+            f"tau {record['tau']:.4f}  {record['images_per_s']:.1f} img/s  data wait {record['data_wait']:.0%}",
+        )
+        self.metrics.flush()
+
+    def _record_steps(self) -> None:
+        """Queue a record for each step since the last time; the only place where the host waits for the device."""
+        if not self._recent:
+            return
+        values = torch.stack([torch.stack([m.loss.double(), m.collapse_std.double()]) for _, m in self._recent])
+        losses_and_stds = values.tolist()
+        speed = self.stopwatch.lap()
+        for (step, metrics), (loss, spread) in zip(self._recent, losses_and_stds, strict=True):
+            if not math.isfinite(loss):
+                self._refuse_loss(step, loss)
+            self.metrics.add(self._record(step, metrics, loss, spread, speed))
+            self._losses.append(loss)
+        self._losses = self._losses[-10:]
+        self._recent.clear()
+
+    def _record(self, step: int, metrics: StepMetrics, loss: float, spread: float, speed: Speed) -> dict[str, Any]:
+        return {
+            "step": step,
+            "epoch": round(step / self.state.loader.steps_per_epoch, 4),
+            "loss": loss,
+            "lr": metrics.lr,
+            "tau": metrics.tau,
+            "images_per_s": round(speed.images_per_s, 2),
+            "data_wait": round(speed.data_wait, 4),
+            "collapse_std": spread,
+        }
+
+    def _refuse_loss(self, step: int, loss: float) -> None:
+        self._recent.clear()
+        self.metrics.flush()
+        saved = checkpoints.steps_in(self.run_dir / "checkpoints")
+        last = f"the last good checkpoint is of step {saved[-1]}" if saved else "there is no checkpoint yet"
+        raise TrainingError(
+            f"training: the loss of step {step} is {loss}; {last}. A smaller optim.lr, a longer warm-up or "
+            "precision fp32 usually cures it"
+        )
+
+    # ------------------------------------------------------------------ evaluation
+
+    def _evaluate_if_due(self, display: Display) -> None:
+        step, every = self.state.step, self.config.knn.every_epochs * self.state.loader.steps_per_epoch
+        if self.knn_labels is None or self.state.evaluated_at == step or not self._due(every):
+            return
+        try:
+            with self.stopwatch.paused():
+                result = self._knn()
+        except _StopRequested:
+            self._save_and_stop()
+        which = "untrained, norms calibrated" if step == 0 else f"epoch {self.state.epoch:g}"
+        display.say(f"kNN-{self.config.knn.k} top-1 {result.top1:.1%}  ({which}; {result.num_test} images)")
+        self._record_steps()
+        self.metrics.add(
+            {
+                "step": step,
+                "epoch": round(self.state.epoch, 4),
+                "knn_top1": result.top1,
+                "knn_top5": result.top5,
+                "knn_k": self.config.knn.k,
+            }
+        )
+        self.metrics.flush()
+        self.state.evaluated_at = step
+
+    def _knn(self) -> KNNResult:
+        """KNN accuracy of the online encoder; the untrained one is judged with calibrated batch norms."""
+        assert self.knn_labels is not None
+        assert self.val_source is not None
+        knn, encoder = self.config.knn, self.task.encoder
+        train_y, val_y = self.knn_labels
+        stride = max(1, -(-len(self.train_source) // knn.max_train)) if knn.max_train else 1
+        common: dict[str, Any] = {
+            "normalize": self.task.normalize,
+            "device": self.device,
+            "autocast": self.autocast,
+            "check": self._raise_if_stopped,
+        }
+        if self.state.step == 0:
+            encoder = calibrated(encoder, self._images(self.train_source), **common)
+        train_x = embed(encoder, self._images(self.train_source), **common)
+        val_x = embed(encoder, self._images(self.val_source), **common)
+        return knn_accuracy(
+            train_x[::stride],
+            train_y[::stride].to(self.device),
+            val_x,
+            val_y,
+            k=knn.k,
+            temperature=knn.temperature,
+            num_classes=len(self.train_source.classes),
+        )
+
+    def _images(self, source: ImageSource) -> Iterator[tuple[Tensor, Tensor]]:
+        view = self.config.view1
+        threads = self.config.data.threads or environment.num_cpus()
+        return iter(eval_batches(source, view.size, 256, interpolation=view.interpolation, threads=threads))
+
+    # ------------------------------------------------------------------ files and signals
+
+    def _headline(self) -> str:
+        count = sum(p.numel() for p in self.task.trainable_parameters()) / 1e6
+        precision = "bf16" if self.autocast is not None else "fp32"
+        verb = "resuming" if self.state.step else "training"
+        return (
+            f"{verb} {self.config.recipe}: {self.config.model.encoder}, {count:.1f} M parameters, "
+            f"{len(self.train_source)} images, {self.total_steps} steps of {self.config.batch_size}, "
+            f"{self.device} {precision}, data by {self.state.loader.backend}\nrun folder: {self.run_dir}"
+        )
+
+    def _write_run_folder(self) -> None:
+        if self.state.step == 0 and self.run_dir.exists() and any(self.run_dir.iterdir()):
+            raise ConfigError(
+                f"config: {self.run_dir} must be a new run's folder, it is not empty; continue it with "
+                f"--resume {self.run_dir}, or choose another name"
+            )
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            atomic_write(self.run_dir / "config.json", json.dumps(configs.to_dict(self.config), indent=2) + "\n")
+            record = json.dumps(environment.describe(self.device), indent=2)
+            atomic_write(self.run_dir / "environment.json", record + "\n")
+        except OSError as error:
+            raise ConfigError(
+                f"config: {self.run_dir} cannot be written ({error}); set `out` to another folder"
+            ) from None
+
+    def _save(self) -> None:
+        self._record_steps()
+        self.metrics.flush()
+        payload = self.state.state_dict() | {
+            "config": json.dumps(configs.to_dict(self.config)),
+            "environment": json.dumps(environment.describe(self.device)),
+            "feature_dim": self.task.feature_dim,
+        }
+        checkpoints.save(self.run_dir / "checkpoints", self.state.step, payload, keep=self.config.keep_checkpoints)
+
+    def _save_and_stop(self) -> None:
+        assert self._stop is not None
+        self._save()
+        self.state.loader.close()
+        raise Interrupted(self._stop, self.run_dir, self.state.step)
+
+    def _raise_if_stopped(self) -> None:
+        if self._stop is not None:
+            raise _StopRequested
+
+    @contextmanager
+    def _signals_noted(self) -> Iterator[None]:
+        """Let SIGINT and SIGTERM end the run after the step under way; a second SIGINT ends it at once."""
+
+        def note(signum: int, _frame: FrameType | None) -> None:
+            self._stop = signum
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        try:
+            before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread: whoever owns that one handles signals
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _finish(self) -> RunResult:
+        weights, _ = export_encoder(
+            self.task.encoder,
+            self.config,
+            self.run_dir,
+            step=self.state.step,
+            feature_dim=self.task.feature_dim,
+        )
+        knn = [(r["step"], r["knn_top1"]) for r in read_metrics(self.metrics.path) if "knn_top1" in r]
+        return RunResult(
+            run_dir=self.run_dir,
+            steps=self.state.step,
+            loss=sum(self._losses) / len(self._losses) if self._losses else math.nan,
+            knn_top1=knn[-1][1] if knn else None,
+            knn_top1_untrained=knn[0][1] if knn and knn[0][0] == 0 else None,
+            encoder=weights,
+        )
