@@ -1,0 +1,631 @@
+"""LARS, with the moving average of the target and low-precision copies, for all parameters in two launches.
+
+The rule of BYOL's reference code (google-deepmind/deepmind-research, byol/utils/optimizers.py). Per tensor:
+
+    d = g + weight_decay p                      (d = g for biases and norm parameters)
+    r = eta |p| / |d|                           (r = 1 where either norm is 0, and for biases and norm parameters)
+    v = momentum v + r d
+    p = p - lr v
+
+The learning rate is outside the momentum, so a changing one acts at once. Two things differ from the LARC of most
+PyTorch packages: the ratio is of |p| to |d|, not to |g| + weight_decay |p|, and no norm ever leaves the device.
+
+Launch 1 takes the partial norms of each tensor; the program that draws a tensor's last ticket adds them up in a fixed
+order, so runs repeat bit for bit. Launch 2 applies the rule and, while the parameter is in registers, updates its
+target and writes the copies. It moves 40 bytes a float32 parameter with target and two bfloat16 copies.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from byol_kernels import reference
+from byol_kernels._multi_tensor import CHUNK, Column, plan_for, same_layout
+from byol_kernels._triton import device_guard, jit, tl, tl_dtype
+from byol_kernels.ema import check_tau, lerp
+
+# -------------------------------------------------------------------------------- kernels
+
+
+@jit
+def _load(address: Any, offsets: Any, mask: Any, DTYPE: tl.constexpr, ALIGNED: tl.constexpr) -> Any:
+    ptr = address.to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        ptr = tl.multiple_of(ptr, 16)
+    return tl.load(ptr + offsets, mask=mask, other=0.0)
+
+
+@jit
+def _store(address: Any, offsets: Any, value: Any, mask: Any, DTYPE: tl.constexpr, ALIGNED: tl.constexpr) -> None:
+    ptr = address.to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        ptr = tl.multiple_of(ptr, 16)
+    tl.store(ptr + offsets, value.to(DTYPE), mask=mask)
+
+
+@jit
+def _norms_chunk(
+    p_address: Any,
+    g_address: Any,
+    numel: Any,
+    decay: Any,
+    inv_scale: Any,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    FULL: tl.constexpr,
+    CHUNK: tl.constexpr,
+) -> Any:
+    ACC: tl.constexpr = tl.float64 if tl.float64 == P else tl.float32
+    offsets = tl.arange(0, CHUNK)
+    # With FULL the mask is one predicate for all elements, which leaves the accesses 128 bits wide.
+    mask = offsets < numel
+    if FULL:
+        mask = tl.full((CHUNK,), 1, tl.int1)
+    p = _load(p_address, offsets, mask, P, FULL).to(ACC)
+    d = _load(g_address, offsets, mask, G, FULL).to(ACC) * inv_scale + decay * p
+    return tl.sum(p * p, axis=0).to(tl.float32), tl.sum(d * d, axis=0).to(tl.float32)
+
+
+@jit
+def _lars_norms_kernel(
+    addresses_ptr: Any,  # [K, R] int64: parameter, gradient, ...
+    rows_ptr: Any,  # [R, 4] int64: elements, kind, first chunk, tag = 2 * group + adapt
+    chunks_ptr: Any,  # [C, 2] int64: row, chunk within the row; the adapted rows come first
+    groups_ptr: Any,  # [groups, 4]: momentum, weight decay, eta, lr
+    num_rows: Any,
+    num_chunks: Any,  # of the adapted rows
+    grad_scale_ptr: Any,  # [] or None
+    partials_ptr: Any,  # [2, C] squares of parameter and update
+    tickets_ptr: Any,  # [R] int32: 0 before, 0 after
+    ratios_ptr: Any,  # [R] out
+    KINDS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_PARTIALS: tl.constexpr,
+) -> None:
+    chunk = tl.program_id(0)
+    row = tl.load(chunks_ptr + 2 * chunk)
+    first = tl.load(chunks_ptr + 2 * chunk + 1) * CHUNK
+    row_numel = tl.load(rows_ptr + 4 * row)
+    kind = tl.load(rows_ptr + 4 * row + 1)
+    first_chunk = tl.load(rows_ptr + 4 * row + 2)
+    group = tl.load(rows_ptr + 4 * row + 3) // 2
+    p_address = tl.load(addresses_ptr + row)
+    g_address = tl.load(addresses_ptr + num_rows + row)
+    decay = tl.load(groups_ptr + 4 * group + 1)
+    inv_scale = 1.0
+    if grad_scale_ptr is not None:
+        inv_scale = tl.div_rn(1.0, tl.load(grad_scale_ptr).to(tl.float32))
+    numel = row_numel - first
+    full = (numel >= CHUNK) & ((p_address | g_address) % 16 == 0)
+    p_square = 0.0
+    d_square = 0.0
+    for k in tl.static_range(len(KINDS)):
+        if kind == k:
+            P: tl.constexpr = KINDS[k][0]
+            G: tl.constexpr = KINDS[k][1]
+            p = p_address + first * (P.primitive_bitwidth // 8)
+            g = g_address + first * (G.primitive_bitwidth // 8)
+            if full:
+                p_square, d_square = _norms_chunk(p, g, numel, decay, inv_scale, P, G, True, CHUNK)
+            else:
+                p_square, d_square = _norms_chunk(p, g, numel, decay, inv_scale, P, G, False, CHUNK)
+    tl.store(partials_ptr + chunk, p_square)
+    tl.store(partials_ptr + num_chunks + chunk, d_square)
+
+    # The barrier puts this program's stores before its ticket; acquire and release order them across programs.
+    tl.debug_barrier()
+    ticket = tl.atomic_add(tickets_ptr + row, 1, sem="acq_rel", scope="gpu")
+    row_chunks = tl.cdiv(row_numel, CHUNK)
+    if ticket == row_chunks - 1:
+        p_squares = tl.zeros((BLOCK_PARTIALS,), tl.float32)
+        d_squares = tl.zeros((BLOCK_PARTIALS,), tl.float32)
+        for start in range(0, row_chunks, BLOCK_PARTIALS):
+            index = start + tl.arange(0, BLOCK_PARTIALS)
+            partial_ptr = partials_ptr + first_chunk + index
+            # .cg reads L2, where the other programs' stores are.
+            p_squares += tl.load(partial_ptr, mask=index < row_chunks, other=0.0, cache_modifier=".cg")
+            d_squares += tl.load(partial_ptr + num_chunks, mask=index < row_chunks, other=0.0, cache_modifier=".cg")
+        p_norm = tl.sqrt_rn(tl.sum(p_squares, axis=0))
+        d_norm = tl.sqrt_rn(tl.sum(d_squares, axis=0))
+        eta = tl.load(groups_ptr + 4 * group + 2)
+        ratio = tl.where((p_norm > 0.0) & (d_norm > 0.0), eta * tl.div_rn(p_norm, d_norm), 1.0)
+        tl.store(ratios_ptr + row, ratio)
+        tl.store(tickets_ptr + row, 0)
+
+
+@jit
+def _apply_chunk(
+    p_address: Any,
+    g_address: Any,
+    v_address: Any,
+    t_address: Any,
+    p_copy_address: Any,
+    t_copy_address: Any,
+    has_grad: Any,
+    has_target: Any,
+    has_p_copy: Any,
+    has_t_copy: Any,
+    numel: Any,
+    lr: Any,
+    momentum: Any,
+    decay: Any,
+    ratio: Any,
+    inv_scale: Any,
+    weight: Any,
+    KIND: tl.constexpr,
+    HAS: tl.constexpr,
+    FULL: tl.constexpr,
+    CHUNK: tl.constexpr,
+) -> None:
+    ACC: tl.constexpr = tl.float64 if KIND[0] == tl.float64 else tl.float32
+    offsets = tl.arange(0, CHUNK)
+    mask = offsets < numel
+    if FULL:
+        mask = tl.full((CHUNK,), 1, tl.int1)
+    # What a row may lack is predicated and not branched around: the loads then start together.
+    p = _load(p_address, offsets, mask, KIND[0], FULL)
+    g = _load(g_address, offsets, mask & has_grad, KIND[1], FULL).to(ACC)
+    v = _load(v_address, offsets, mask & has_grad, KIND[2], FULL).to(ACC)
+    if HAS[0]:
+        t = _load(t_address, offsets, mask & has_target, KIND[3], FULL)
+    v = momentum * v + ratio * (g * inv_scale + decay * p.to(ACC))
+    p = tl.where(has_grad, (p.to(ACC) - lr * v).to(KIND[0]), p)
+    _store(v_address, offsets, v, mask & has_grad, KIND[2], FULL)
+    _store(p_address, offsets, p, mask & has_grad, KIND[0], FULL)
+    if HAS[0]:
+        # The average is of the parameter as it is stored, which is what a separate EMA would read.
+        T_ACC: tl.constexpr = tl.float64 if KIND[3] == tl.float64 else ACC
+        t = lerp(t.to(T_ACC), p.to(T_ACC), weight.to(T_ACC)).to(KIND[3])
+        _store(t_address, offsets, t, mask & has_target, KIND[3], FULL)
+    if HAS[1]:
+        _store(p_copy_address, offsets, p, mask & has_p_copy, KIND[4], FULL)
+    if HAS[2]:
+        _store(t_copy_address, offsets, t, mask & has_t_copy, KIND[5], FULL)
+
+
+@jit
+def _lars_apply_kernel(
+    addresses_ptr: Any,  # [K, R] int64: parameter, gradient, momentum, target, copy of parameter, copy of target
+    rows_ptr: Any,  # [R, 4] int64: elements, kind, first chunk, tag = 2 * group + adapt
+    chunks_ptr: Any,  # [C, 2] int64: row, chunk within the row
+    groups_ptr: Any,  # [groups, 4]: momentum, weight decay, eta, lr
+    lr_addresses_ptr: Any,  # [groups] int64: where lr is, or 0
+    ratios_ptr: Any,  # [R]
+    num_rows: Any,
+    tau_ptr: Any,  # [] or None
+    weight: Any,  # 1 - tau where tau_ptr is None
+    grad_scale_ptr: Any,  # [] or None
+    found_inf_ptr: Any,  # [] or None
+    KINDS: tl.constexpr,
+    HAS: tl.constexpr,  # whether any row has a target, a copy of the parameter, a copy of the target
+    CHUNK: tl.constexpr,
+) -> None:
+    if found_inf_ptr is not None:  # noqa: SIM102 - decided when compiled; the next one at run time
+        if tl.load(found_inf_ptr) != 0.0:
+            return
+    row = tl.load(chunks_ptr + 2 * tl.program_id(0))
+    first = tl.load(chunks_ptr + 2 * tl.program_id(0) + 1) * CHUNK
+    numel = tl.load(rows_ptr + 4 * row) - first
+    kind = tl.load(rows_ptr + 4 * row + 1)
+    tag = tl.load(rows_ptr + 4 * row + 3)
+    p_address = tl.load(addresses_ptr + row)
+    g_address = tl.load(addresses_ptr + num_rows + row)
+    v_address = tl.load(addresses_ptr + 2 * num_rows + row)
+    t_address = tl.load(addresses_ptr + 3 * num_rows + row)
+    p_copy_address = tl.load(addresses_ptr + 4 * num_rows + row)
+    t_copy_address = tl.load(addresses_ptr + 5 * num_rows + row)
+
+    hyper_ptr = groups_ptr + 4 * (tag // 2)
+    adapt = tag % 2 == 1
+    has_grad = g_address != 0
+    momentum = tl.load(hyper_ptr)
+    decay = tl.load(hyper_ptr + 1, mask=adapt, other=0.0)
+    ratio = tl.load(ratios_ptr + row, mask=adapt & has_grad, other=1.0)
+    lr_address = tl.load(lr_addresses_ptr + tag // 2)
+    lr = tl.load(hyper_ptr + 3)
+    lr = tl.load(lr_address.to(tl.pointer_type(tl.float32)), mask=lr_address != 0, other=lr)
+    inv_scale = 1.0
+    if grad_scale_ptr is not None:
+        inv_scale = tl.div_rn(1.0, tl.load(grad_scale_ptr).to(tl.float32))
+    if tau_ptr is not None:
+        weight = 1.0 - tl.load(tau_ptr)
+
+    every = p_address | g_address | v_address | t_address | p_copy_address | t_copy_address
+    full = (numel >= CHUNK) & (every % 16 == 0)
+    for k in tl.static_range(len(KINDS)):
+        if kind == k:
+            KIND: tl.constexpr = KINDS[k]
+            p = p_address + first * (KIND[0].primitive_bitwidth // 8)
+            g = g_address + first * (KIND[1].primitive_bitwidth // 8)
+            v = v_address + first * (KIND[2].primitive_bitwidth // 8)
+            t = t_address + first * (KIND[3].primitive_bitwidth // 8)
+            pc = p_copy_address + first * (KIND[4].primitive_bitwidth // 8)
+            tc = t_copy_address + first * (KIND[5].primitive_bitwidth // 8)
+            if full:
+                _apply_chunk(
+                    p, g, v, t, pc, tc, has_grad, t_address != 0, p_copy_address != 0, t_copy_address != 0, numel,
+                    lr, momentum, decay, ratio, inv_scale, weight, KIND, HAS, True, CHUNK,
+                )  # fmt: skip
+            else:
+                _apply_chunk(
+                    p, g, v, t, pc, tc, has_grad, t_address != 0, p_copy_address != 0, t_copy_address != 0, numel,
+                    lr, momentum, decay, ratio, inv_scale, weight, KIND, HAS, False, CHUNK,
+                )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------- operators
+
+
+def _columns(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    grad_rows: Sequence[int],
+    targets: Sequence[Tensor],
+    target_rows: Sequence[int],
+    param_copies: Sequence[Tensor],
+    param_copy_rows: Sequence[int],
+    target_copies: Sequence[Tensor],
+    target_copy_rows: Sequence[int],
+) -> list[Column]:
+    return [
+        Column("params", params, written=True),
+        Column("grads", grads, tuple(grad_rows)),
+        Column("momentum_buffers", momentum_buffers, tuple(grad_rows), written=True),
+        Column("target", targets, tuple(target_rows), written=True),
+        Column("copies of params", param_copies, tuple(param_copy_rows), written=True),
+        Column("copies of target", target_copies, tuple(target_copy_rows), written=True),
+    ]
+
+
+def _lars_step_cpu(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    grad_rows: Sequence[int],
+    targets: Sequence[Tensor],
+    target_rows: Sequence[int],
+    param_copies: Sequence[Tensor],
+    param_copy_rows: Sequence[int],
+    target_copies: Sequence[Tensor],
+    target_copy_rows: Sequence[int],
+    group: Sequence[int],
+    adapt: Sequence[bool],
+    lr_tensors: Sequence[Tensor | None],
+    lr: Sequence[float],
+    momentum: Sequence[float],
+    weight_decay: Sequence[float],
+    eta: Sequence[float],
+    tau_tensor: Tensor | None,
+    tau: float,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    columns = _columns(
+        params, grads, momentum_buffers, grad_rows, targets, target_rows,
+        param_copies, param_copy_rows, target_copies, target_copy_rows,
+    )  # fmt: skip
+    plan_for("LARS.step", columns)
+    if found_inf is not None and float(found_inf) != 0.0:
+        return
+    lr = [value if tensor is None else float(tensor) for tensor, value in zip(lr_tensors, lr, strict=True)]
+
+    def by_row(column: Column) -> list[Tensor | None]:
+        entries: list[Tensor | None] = [None] * len(params)
+        for index, tensor in enumerate(column.tensors):
+            entries[column.row(index)] = tensor
+        return entries
+
+    reference.lars_step_(
+        params,
+        by_row(columns[1]),
+        by_row(columns[2]),
+        by_row(columns[3]),
+        lr=[lr[g] for g in group],
+        momentum=[momentum[g] for g in group],
+        weight_decay=[weight_decay[g] for g in group],
+        eta=[eta[g] for g in group],
+        adapt=adapt,
+        grad_scale=1.0 if grad_scale is None else float(grad_scale),
+        tau=tau if tau_tensor is None else float(tau_tensor),
+    )
+    if param_copies:
+        torch._foreach_copy_(list(param_copies), [params[row] for row in param_copy_rows])
+    if target_copies:
+        target_of = dict(zip(target_rows, targets, strict=True))
+        torch._foreach_copy_(list(target_copies), [target_of[row] for row in target_copy_rows])
+
+
+def _lars_step_cuda(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    grad_rows: Sequence[int],
+    targets: Sequence[Tensor],
+    target_rows: Sequence[int],
+    param_copies: Sequence[Tensor],
+    param_copy_rows: Sequence[int],
+    target_copies: Sequence[Tensor],
+    target_copy_rows: Sequence[int],
+    group: Sequence[int],
+    adapt: Sequence[bool],
+    lr_tensors: Sequence[Tensor | None],
+    lr: Sequence[float],
+    momentum: Sequence[float],
+    weight_decay: Sequence[float],
+    eta: Sequence[float],
+    tau_tensor: Tensor | None,
+    tau: float,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    columns = _columns(
+        params, grads, momentum_buffers, grad_rows, targets, target_rows,
+        param_copies, param_copy_rows, target_copies, target_copy_rows,
+    )  # fmt: skip
+    with_grad = set(grad_rows)
+    plan = plan_for(
+        "LARS.step",
+        columns,
+        front=[adapt[row] and row in with_grad for row in range(len(params))],
+        tags=[2 * g + a for g, a in zip(group, adapt, strict=True)],
+    )
+    if not plan.num_chunks:
+        return
+    device = params[0].device
+
+    # A scalar on the CPU is read here: there is nothing to wait for.
+    if tau_tensor is not None and tau_tensor.device != device:
+        tau, tau_tensor = float(tau_tensor), None
+    hyper: list[float] = []
+    lr_addresses: list[float] = []
+    for g, tensor in enumerate(lr_tensors):
+        on_device = tensor is not None and tensor.device == device
+        hyper += [momentum[g], weight_decay[g], eta[g], lr[g] if tensor is None or on_device else float(tensor)]
+        lr_addresses.append(tensor.data_ptr() if tensor is not None and on_device else 0)
+    groups = plan.constant("groups", "f", hyper, device)
+    lr_table = plan.constant("lr", "q", lr_addresses, device)
+
+    tables = plan.tables(columns)
+    kinds = tuple(tuple(map(tl_dtype, kind)) for kind in plan.kinds)
+    front = plan.num_front_chunks
+    ratios = plan.workspace("ratios", len(params), torch.float32, device)
+    with device_guard(params[0]):
+        if front:
+            _lars_norms_kernel[(front,)](
+                tables.addresses, tables.rows, tables.chunks, groups, len(params), front, grad_scale,
+                plan.workspace("partials", 2 * front, torch.float32, device),
+                plan.workspace("tickets", len(params), torch.int32, device),
+                ratios,
+                KINDS=tuple(kind[:2] for kind in kinds), CHUNK=CHUNK, BLOCK_PARTIALS=1024,
+                num_warps=8, enable_fp_fusion=True,
+            )  # fmt: skip
+        _lars_apply_kernel[(plan.num_chunks,)](
+            tables.addresses, tables.rows, tables.chunks, groups, lr_table, ratios, len(params),
+            tau_tensor, 1.0 - tau, grad_scale, found_inf,
+            KINDS=kinds, HAS=(bool(targets), bool(param_copies), bool(target_copies)), CHUNK=CHUNK,
+            num_warps=8, enable_fp_fusion=True,
+        )  # fmt: skip
+    torch.autograd.graph.increment_version(
+        [*(params[row] for row in grad_rows), *momentum_buffers, *targets, *param_copies, *target_copies]
+    )
+
+
+torch.library.define(
+    "byol_kernels::lars_step_",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, int[] grad_rows,"
+    " Tensor(c!)[] targets, int[] target_rows, Tensor(d!)[] param_copies, int[] param_copy_rows,"
+    " Tensor(e!)[] target_copies, int[] target_copy_rows, int[] group, bool[] adapt,"
+    " Tensor?[] lr_tensors, float[] lr, float[] momentum, float[] weight_decay, float[] eta,"
+    " Tensor? tau_tensor, float tau, Tensor? grad_scale, Tensor? found_inf) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+torch.library.impl("byol_kernels::lars_step_", "CPU", _lars_step_cpu)
+torch.library.impl("byol_kernels::lars_step_", "CUDA", _lars_step_cuda)
+
+
+def _lars_step_fake(*args: Any) -> None:
+    return None
+
+
+torch.library.register_fake("byol_kernels::lars_step_", _lars_step_fake)
+
+
+# -------------------------------------------------------------------------------- public class
+
+
+class LARS(torch.optim.Optimizer):
+    """LARS by the rule of BYOL's reference code, for all parameters in two launches and without a host sync.
+
+    Per tensor: d = g + weight_decay p; r = eta |p| / |d|, or 1 where either norm is 0; v = momentum v + r d;
+    p = p - lr v (google-deepmind/deepmind-research, byol/utils/optimizers.py; LARS: You et al. 2017,
+    arXiv 1708.03888). Biases and the parameters of normalisation layers, which are those of one dimension or none,
+    have d = g and r = 1.
+
+    `step` can also update the target network and write low-precision copies in the same two launches. It can be
+    captured into a CUDA graph once one step has run; lr and tau as 0-dim tensors on the device are then read at every
+    replay. With `torch.amp.GradScaler` the unscaling and the skipping of a step happen on the device.
+
+    Args:
+        params: parameters, or groups of them with their own lr, momentum, weight_decay, eta or exclude_1d. They are
+            floating point, dense, on one device. Momentum has the dtype of its parameter; the arithmetic is in
+            float32, or in float64 for float64 parameters.
+        lr: learning rate; a float, or a 0-dim tensor (float32 if it is on a GPU).
+        momentum: decay of the momentum.
+        weight_decay: L2 penalty, added to the gradient.
+        eta: trust coefficient.
+        exclude_1d: leave tensors of one dimension or none out of weight decay and adaptation.
+
+    Raises:
+        ValueError: on hyperparameters out of range.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler then hands over grad_scale and found_inf instead of acting on them
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        eta: float = 1e-3,
+        *,
+        exclude_1d: bool = True,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "eta": eta,
+            "exclude_1d": exclude_1d,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters, after checking its hyperparameters."""
+        group = {**self.defaults, **param_group}
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            if lr.dim() != 0 or not lr.is_floating_point() or (lr.device.type == "cuda" and lr.dtype != torch.float32):
+                raise ValueError(
+                    f"LARS: lr must be a number or a 0-dim tensor (float32 on a GPU), got shape {tuple(lr.shape)} of "
+                    f"{lr.dtype} on {lr.device}; make it with torch.tensor(0.2, device='cuda')"
+                )
+        elif not (lr >= 0.0 and math.isfinite(lr)):
+            raise ValueError(f"LARS: lr must be finite and not negative, got {lr}; BYOL's is 0.2 * batch / 256")
+        for name in ("weight_decay", "eta"):
+            if not (group[name] >= 0.0 and math.isfinite(group[name])):
+                raise ValueError(
+                    f"LARS: {name} must be finite and not negative, got {group[name]}; BYOL's is "
+                    f"{'1.5e-6' if name == 'weight_decay' else '1e-3'}"
+                )
+        if not 0.0 <= group["momentum"] < 1.0:
+            raise ValueError(f"LARS: momentum must be in [0, 1), got {group['momentum']}; BYOL's is 0.9")
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        ema: tuple[Iterable[Tensor | None] | Mapping[Tensor, Tensor], float | Tensor] | None = None,
+        copies: Iterable[Tensor | None] | Mapping[Tensor, Tensor] | None = None,
+    ) -> Any:
+        """One step; optionally the target's moving average and low-precision copies in the same two launches.
+
+        Parameters without a gradient stay as they are; their targets and copies are written all the same. Where
+        `GradScaler` found an infinity or a NaN nothing at all is written, targets and copies included.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+            ema: (targets, tau): afterwards target = tau * target + (1 - tau) * parameter, as `ema_update_`. Targets
+                are a mapping from parameter to target, or one entry per parameter in the order of `param_groups`, None
+                for a parameter without a target (the predictor's).
+            copies: where to write the updated weights in another dtype: a mapping from parameter or target to its
+                copy, or one entry per parameter, None for no copy.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            ValueError: on targets or copies that do not fit their parameters, or that share memory with anything
+                else of the step. Nothing has been written then.
+            RuntimeError: if the first step is being captured into a CUDA graph.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        params = [p for group in self.param_groups for p in group["params"]]
+        if not params:
+            return loss
+        target_of, tau_tensor, tau = {}, None, 1.0
+        if ema is not None:
+            target_of = _by_partner("ema targets", ema[0], params, params)
+            tau_tensor, tau = check_tau("LARS.step", ema[1])
+        copy_of = _by_partner("copies", copies, params, [*params, *target_of.values()]) if copies is not None else {}
+
+        grad_rows = [row for row, p in enumerate(params) if p.grad is not None]
+        target_rows = [row for row, p in enumerate(params) if p in target_of]
+        param_copy_rows = [row for row, p in enumerate(params) if p in copy_of]
+        target_copy_rows = [row for row in target_rows if target_of[params[row]] in copy_of]
+        groups = self.param_groups
+        group_of = [g for g, group in enumerate(groups) for _ in group["params"]]
+        torch.ops.byol_kernels.lars_step_(
+            params,
+            [_dense_grad(params[row], row) for row in grad_rows],
+            [self._momentum_buffer(params[row]) for row in grad_rows],
+            grad_rows,
+            [target_of[params[row]] for row in target_rows],
+            target_rows,
+            [copy_of[params[row]] for row in param_copy_rows],
+            param_copy_rows,
+            [copy_of[target_of[params[row]]] for row in target_copy_rows],
+            target_copy_rows,
+            group_of,
+            [p.dim() > 1 or not groups[g]["exclude_1d"] for g, p in zip(group_of, params, strict=True)],
+            [group["lr"] if isinstance(group["lr"], Tensor) else None for group in groups],
+            [0.0 if isinstance(group["lr"], Tensor) else float(group["lr"]) for group in groups],
+            *([float(group[name]) for group in groups] for name in ("momentum", "weight_decay", "eta")),
+            tau_tensor,
+            tau,
+            getattr(self, "grad_scale", None),
+            getattr(self, "found_inf", None),
+        )
+        return loss
+
+    def _momentum_buffer(self, param: Tensor) -> Tensor:
+        """The momentum of a parameter in the parameter's layout, which a checkpoint need not have had."""
+        state = self.state[param]
+        buffer = cast("Tensor | None", state.get("momentum_buffer"))
+        if buffer is None or not same_layout(buffer, param):
+            if param.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "LARS.step: momentum must exist before a CUDA graph is captured, got a first step within the "
+                    "capture; run one step before it"
+                )
+            laid_out = torch.zeros_like(param, memory_format=torch.preserve_format)
+            buffer = state["momentum_buffer"] = laid_out if buffer is None else laid_out.copy_(buffer)
+        return buffer
+
+
+def _dense_grad(param: Tensor, row: int) -> Tensor:
+    grad = param.grad
+    assert grad is not None
+    if grad.layout != torch.strided:
+        raise ValueError(
+            f"LARS.step: the gradient of params[{row}] must be dense, got {grad.layout}; "
+            "make the embedding with sparse=False"
+        )
+    return grad
+
+
+def _by_partner(
+    name: str,
+    entries: Iterable[Tensor | None] | Mapping[Tensor, Tensor],
+    params: Sequence[Tensor],
+    partners: Sequence[Tensor],
+) -> dict[Tensor, Tensor]:
+    """The entries by the tensor they belong to."""
+    if isinstance(entries, Mapping):
+        known = set(partners)
+        for key in entries:
+            if key not in known:
+                raise ValueError(
+                    f"LARS.step: {name} must map tensors of this step, got a key of shape {tuple(key.shape)} that is "
+                    "none of them; take the keys from the optimizer's param_groups"
+                )
+        return dict(entries)
+    listed = list(entries)
+    if len(listed) != len(params):
+        raise ValueError(
+            f"LARS.step: {name} must have one entry for each of the {len(params)} parameters, got {len(listed)}; "
+            "put None where a parameter has none, or pass a mapping from parameter to entry"
+        )
+    return {p: entry for p, entry in zip(params, listed, strict=True) if entry is not None}

@@ -1,0 +1,529 @@
+"""The BYOL loss: forward, gradient and mean of both directions in one launch.
+
+For a prediction p and a target projection z, row by row (Grill et al. 2020, arXiv 2006.07733, equation 2):
+
+    p_hat = p / max(|p|, eps)        z_hat = z / max(|z|, eps)        cos = <p_hat, z_hat>
+    l(p, z) = |p_hat - z_hat|^2 = 2 - 2 cos
+    dl/dp = 2 (cos p_hat - z_hat) / max(|p|, eps)          (the part along p_hat is 0 where |p| < eps)
+
+No gradient flows to z. The forward stores dl/dp of each row, before the mean's 1/B, in the dtype of p: a
+float16 gradient is then not pushed into subnormals before a loss scale reaches it. The backward is one
+multiplication by `grad_loss / B`.
+
+The kernel: one program per block of rows of one pair. Each writes the sum of its row losses; the program that
+draws the last ticket adds these partial sums in a fixed order, so the result does not depend on the order in
+which programs ran.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from byol_kernels import reference
+from byol_kernels._triton import device_guard, jit, next_power_of_2, tl
+
+MAX_KERNEL_DIM = 16384  # one row in the registers of one program; wider rows take the plain PyTorch path
+_MAX_PROGRAMS_PER_PAIR = 512
+_MAX_PROGRAMS_PER_PAIR_WITH_STATS = 64  # the last program reads all their moments
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+# -------------------------------------------------------------------------------- kernels
+
+
+@jit
+def _load_rows(ptr: Any, rows: Any, cols: Any, stride: Any, mask: Any) -> Any:
+    offsets = rows.to(tl.int64)[:, None] * stride + cols[None, :]
+    return tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@jit
+def _add_moments(mean: Any, m2: Any, count: Any, x: Any, valid: Any, num_valid: Any) -> Any:
+    """Merges the rows of one tile into a running mean and sum of squared deviations (Chan et al. 1979)."""
+    tile_mean = tl.sum(x, axis=0) / num_valid
+    deviation = tl.where(valid[:, None], x - tile_mean[None, :], 0.0)
+    delta = tile_mean - mean
+    total = count + num_valid
+    m2 += tl.sum(deviation * deviation, axis=0) + delta * delta * (count * num_valid / total)
+    mean += delta * (num_valid / total)
+    return mean, m2
+
+
+@jit
+def _normalized_mse_fwd_kernel(
+    pa_ptr: Any,  # [B, D]
+    za_ptr: Any,  # [B, D]
+    pb_ptr: Any,  # [B, D], or None: one pair
+    zb_ptr: Any,  # [B, D], or None
+    pa_stride: Any,
+    za_stride: Any,
+    pb_stride: Any,
+    zb_stride: Any,
+    loss_ptr: Any,  # []
+    grad_ptr: Any,  # [N, B, D], or None
+    row_loss_ptr: Any,  # [N, B], or None: no statistics
+    cosine_ptr: Any,  # [], or None
+    std_ptr: Any,  # [2, N, D], or None
+    partial_ptr: Any,  # [N * G] sums of row losses
+    moments_ptr: Any,  # [2, N, G, 2, D] mean and sum of squared deviations, or None
+    counter_ptr: Any,  # [1] int32: 0 before, 0 after
+    batch: Any,
+    dim: Any,
+    rows_per_program: Any,
+    eps: Any,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_G: tl.constexpr,  # power of two >= G
+    BLOCK_PARTIALS: tl.constexpr,  # power of two >= N * G
+    BLOCK_STD: tl.constexpr,
+) -> None:
+    group = tl.program_id(0)
+    num_groups = tl.num_programs(0)
+    pair = tl.program_id(1)
+    num_pairs = tl.num_programs(1)
+    if pb_ptr is None:
+        p_ptr = pa_ptr
+        z_ptr = za_ptr
+        p_stride = pa_stride
+        z_stride = za_stride
+    else:
+        p_ptr = tl.where(pair == 0, pa_ptr, pb_ptr)
+        z_ptr = tl.where(pair == 0, za_ptr, zb_ptr)
+        p_stride = tl.where(pair == 0, pa_stride, pb_stride)
+        z_stride = tl.where(pair == 0, za_stride, zb_stride)
+
+    cols = tl.arange(0, BLOCK_D)
+    first_row = group * rows_per_program
+    end_row = tl.minimum(first_row + rows_per_program, batch)
+    loss_sum = tl.zeros((BLOCK_B,), tl.float32)
+    if moments_ptr is not None:
+        p_mean = tl.zeros((BLOCK_D,), tl.float32)
+        p_m2 = tl.zeros((BLOCK_D,), tl.float32)
+        z_mean = tl.zeros((BLOCK_D,), tl.float32)
+        z_m2 = tl.zeros((BLOCK_D,), tl.float32)
+
+    for start in range(first_row, end_row, BLOCK_B):
+        rows = start + tl.arange(0, BLOCK_B)
+        valid = rows < end_row
+        mask = valid[:, None] & (cols < dim)[None, :]
+        p = _load_rows(p_ptr, rows, cols, p_stride, mask)
+        z = _load_rows(z_ptr, rows, cols, z_stride, mask)
+        p_norm = tl.sqrt_rn(tl.sum(p * p, axis=1))
+        z_norm = tl.sqrt_rn(tl.sum(z * z, axis=1))
+        # `where` rather than `maximum`: a NaN norm has to stay NaN.
+        p_scale = tl.div_rn(1.0, tl.where(p_norm < eps, eps, p_norm))
+        z_scale = tl.div_rn(1.0, tl.where(z_norm < eps, eps, z_norm))
+        p_hat = p * p_scale[:, None]
+        z_hat = z * z_scale[:, None]
+        cosine = tl.sum(p_hat * z_hat, axis=1)
+        cosine = tl.where(cosine > 1.0, 1.0, tl.where(cosine < -1.0, -1.0, cosine))
+        row_loss = 2.0 - 2.0 * cosine
+        loss_sum += tl.where(valid, row_loss, 0.0)
+        row_index = pair.to(tl.int64) * batch + rows
+        if grad_ptr is not None:
+            along = tl.where(p_norm < eps, 0.0, cosine)
+            grad = (p_hat * along[:, None] - z_hat) * (2.0 * p_scale)[:, None]
+            tl.store(grad_ptr + row_index[:, None] * dim + cols[None, :], grad.to(grad_ptr.dtype.element_ty), mask=mask)
+        if moments_ptr is not None:
+            tl.store(row_loss_ptr + row_index, row_loss, mask=valid)
+            count = (start - first_row).to(tl.float32)
+            num_valid = tl.minimum(end_row - start, BLOCK_B).to(tl.float32)
+            p_mean, p_m2 = _add_moments(p_mean, p_m2, count, p_hat, valid, num_valid)
+            z_mean, z_m2 = _add_moments(z_mean, z_m2, count, z_hat, valid, num_valid)
+
+    tl.store(partial_ptr + pair * num_groups + group, tl.sum(loss_sum, axis=0))
+    if moments_ptr is not None:
+        p_slot = moments_ptr + (pair * num_groups + group).to(tl.int64) * 2 * dim + cols
+        z_slot = p_slot + (num_pairs * num_groups).to(tl.int64) * 2 * dim
+        tl.store(p_slot, p_mean, mask=cols < dim)
+        tl.store(p_slot + dim, p_m2, mask=cols < dim)
+        tl.store(z_slot, z_mean, mask=cols < dim)
+        tl.store(z_slot + dim, z_m2, mask=cols < dim)
+
+    # The barrier puts this program's stores before its ticket; acquire and release order them across
+    # programs.
+    tl.debug_barrier()
+    ticket = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+    if ticket == num_pairs * num_groups - 1:
+        index = tl.arange(0, BLOCK_PARTIALS)
+        # .cg reads L2, where the other programs' stores are.
+        partial = tl.load(partial_ptr + index, mask=index < num_pairs * num_groups, other=0.0, cache_modifier=".cg")
+        total = tl.sum(partial, axis=0)
+        tl.store(loss_ptr, total / batch)
+        tl.store(counter_ptr, 0)
+        if moments_ptr is not None:
+            tl.store(cosine_ptr, 1.0 - 0.5 * total / (batch * num_pairs))
+            groups = tl.arange(0, BLOCK_G)
+            count = tl.minimum(tl.maximum(batch - groups * rows_per_program, 0), rows_per_program)
+            count = tl.where(groups < num_groups, count, 0).to(tl.float32)[:, None]
+            for which in range(2 * num_pairs):
+                slot = moments_ptr + (which * num_groups + groups).to(tl.int64)[:, None] * 2 * dim
+                for start in range(0, dim, BLOCK_STD):
+                    col = start + tl.arange(0, BLOCK_STD)
+                    mask = (groups < num_groups)[:, None] & (col < dim)[None, :]
+                    mean = tl.load(slot + col[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+                    m2 = tl.load(slot + dim + col[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+                    delta = mean - (tl.sum(count * mean, axis=0) / batch)[None, :]
+                    variance = tl.sum(m2 + count * delta * delta, axis=0) / batch
+                    tl.store(std_ptr + which * dim + col, tl.sqrt_rn(variance), mask=col < dim)
+
+
+@jit
+def _normalized_mse_bwd_kernel(
+    grad_loss_ptr: Any,  # []
+    grad_ptr: Any,  # [N, B, D] dl/dp of each row
+    out_ptr: Any,  # [N, B, D]
+    numel: Any,
+    batch: Any,
+    BLOCK: tl.constexpr,
+) -> None:
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < numel
+    scale = tl.load(grad_loss_ptr).to(tl.float32) / batch
+    grad = tl.load(grad_ptr + offsets, mask=mask).to(tl.float32)
+    tl.store(out_ptr + offsets, (grad * scale).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+# -------------------------------------------------------------------------------- launchers
+
+
+class _Tickets:
+    """Zeroed int32 counters. A launch leaves its counter at zero, so one counter serves every launch of a
+    stream.
+
+    A launch recorded into a CUDA graph gets a counter of its own: two graphs may be replayed at the same
+    time.
+    """
+
+    _SLOTS = 4096
+
+    def __init__(self) -> None:
+        self._pools: dict[int, Tensor] = {}
+        self._next: dict[int, int] = {}
+        self._of_stream: dict[tuple[int, int], Tensor] = {}
+
+    def counter(self, device: torch.device) -> Tensor:
+        if device.type != "cuda":  # the interpreter
+            return torch.zeros(1, dtype=torch.int32)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        capturing = torch.cuda.is_current_stream_capturing()
+        key = (index, torch.cuda.current_stream(device).cuda_stream)
+        if not capturing and key in self._of_stream:
+            return self._of_stream[key]
+        if index not in self._pools or self._next[index] == self._SLOTS:
+            pool = torch.zeros(self._SLOTS, dtype=torch.int32, device=device)
+            if capturing:  # zeroed by the graph itself, at each replay, so nobody else may use it
+                return pool[:1]
+            torch.cuda.current_stream(device).synchronize()  # other streams will use it too; once per pool
+            self._pools[index], self._next[index] = pool, 0
+        slot = self._next[index]
+        self._next[index] += 1
+        counter = self._pools[index][slot : slot + 1]
+        if not capturing:
+            self._of_stream[key] = counter
+        return counter
+
+
+_TICKETS = _Tickets()
+
+
+def _normalized_mse_fwd_cuda(
+    pa_BD: Tensor,
+    za_BD: Tensor,
+    pb_BD: Tensor | None,
+    zb_BD: Tensor | None,
+    eps: float,
+    with_grad: bool,
+    with_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, dim = pa_BD.shape
+    if pa_BD.dtype == torch.float64 or dim > MAX_KERNEL_DIM:
+        return reference.normalized_mse_fwd(pa_BD, za_BD, pb_BD, zb_BD, eps, with_grad, with_stats)
+    pa, za, pb, zb = (
+        x if x is None or x.stride(1) == 1 or dim == 1 else x.contiguous() for x in (pa_BD, za_BD, pb_BD, zb_BD)
+    )
+    assert pa is not None and za is not None
+    num_pairs = 1 if pb is None else 2
+
+    block_d = max(next_power_of_2(dim), 32)
+    block_b = max(1, 1024 // block_d)
+    num_warps = min(16, max(4, block_d // 512))
+    max_programs = _MAX_PROGRAMS_PER_PAIR_WITH_STATS if with_stats else _MAX_PROGRAMS_PER_PAIR
+    tiles = -(-batch // block_b)
+    rows_per_program = -(-tiles // max_programs) * block_b
+    num_groups = -(-batch // rows_per_program)
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=pa_BD.device)
+
+    loss = new()
+    grad = new(num_pairs, batch, dim, dtype=pa_BD.dtype) if with_grad else None
+    row_loss, cosine, std, moments = (
+        (new(num_pairs, batch), new(), new(2, num_pairs, dim), new(2, num_pairs, num_groups, 2, dim))
+        if with_stats
+        else (None, None, None, None)
+    )
+    with device_guard(pa_BD):
+        _normalized_mse_fwd_kernel[(num_groups, num_pairs)](
+            pa, za, pb, zb,
+            pa.stride(0), za.stride(0), 0 if pb is None else pb.stride(0), 0 if zb is None else zb.stride(0),
+            loss, grad, row_loss, cosine, std,
+            new(num_pairs * num_groups), moments, _TICKETS.counter(pa_BD.device),
+            batch, dim, rows_per_program, eps,
+            BLOCK_B=block_b, BLOCK_D=block_d, BLOCK_G=next_power_of_2(num_groups),
+            BLOCK_PARTIALS=next_power_of_2(num_pairs * num_groups), BLOCK_STD=32,
+            num_warps=num_warps, enable_fp_fusion=True,
+        )  # fmt: skip
+    return (
+        loss,
+        new(0, dtype=pa_BD.dtype) if grad is None else grad,
+        new(0) if row_loss is None else row_loss,
+        new(0) if cosine is None else cosine,
+        new(0) if std is None else std,
+    )
+
+
+def _normalized_mse_bwd_cuda(grad_loss: Tensor, grad_NBD: Tensor, pa_BD: Tensor, pb_BD: Tensor | None) -> Tensor:
+    if grad_NBD.dtype == torch.float64:
+        return reference.normalized_mse_bwd(grad_loss, grad_NBD, pa_BD, pb_BD)
+    out = torch.empty_like(grad_NBD)
+    block = 2048
+    with device_guard(grad_NBD):
+        _normalized_mse_bwd_kernel[(-(-out.numel() // block),)](
+            grad_loss, grad_NBD, out, out.numel(), grad_NBD.shape[1], BLOCK=block, num_warps=4, enable_fp_fusion=True
+        )
+    return out
+
+
+# -------------------------------------------------------------------------------- operators
+
+torch.library.define(
+    "byol_kernels::normalized_mse_fwd",
+    "(Tensor pa, Tensor za, Tensor? pb, Tensor? zb, float eps, bool with_grad, bool with_stats)"
+    " -> (Tensor loss, Tensor grad, Tensor row_loss, Tensor cosine, Tensor std)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.impl("byol_kernels::normalized_mse_fwd", "CPU", reference.normalized_mse_fwd)
+torch.library.impl("byol_kernels::normalized_mse_fwd", "CUDA", _normalized_mse_fwd_cuda)
+
+# pa and pb only tie the result to the graph: differentiating twice then meets the error below and not a
+# silent zero.
+torch.library.define(
+    "byol_kernels::normalized_mse_bwd",
+    "(Tensor grad_loss, Tensor grad, Tensor pa, Tensor? pb) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.impl("byol_kernels::normalized_mse_bwd", "CPU", reference.normalized_mse_bwd)
+torch.library.impl("byol_kernels::normalized_mse_bwd", "CUDA", _normalized_mse_bwd_cuda)
+
+
+def _fwd_fake(
+    pa: Tensor, za: Tensor, pb: Tensor | None, zb: Tensor | None, eps: float, with_grad: bool, with_stats: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, dim = pa.shape
+    num_pairs = 1 if pb is None else 2
+    acc = reference.accumulation_dtype(pa.dtype)
+    return (
+        pa.new_empty((), dtype=acc),
+        pa.new_empty((num_pairs, batch, dim) if with_grad else (0,)),
+        pa.new_empty((num_pairs, batch) if with_stats else (0,), dtype=acc),
+        pa.new_empty(() if with_stats else (0,), dtype=acc),
+        pa.new_empty((2, num_pairs, dim) if with_stats else (0,), dtype=acc),
+    )
+
+
+torch.library.register_fake("byol_kernels::normalized_mse_fwd", _fwd_fake)
+
+
+def _bwd_fake(grad_loss: Tensor, grad: Tensor, pa: Tensor, pb: Tensor | None) -> Tensor:
+    return torch.empty_like(grad)
+
+
+torch.library.register_fake("byol_kernels::normalized_mse_bwd", _bwd_fake)
+
+
+def _fwd_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    pa, _, pb, _, _, with_grad, _ = inputs
+    loss, grad, row_loss, cosine, std = output
+    if with_grad:
+        ctx.save_for_backward(grad, pa, pb)
+        ctx.mark_non_differentiable(grad, row_loss, cosine, std)
+    else:
+        ctx.mark_non_differentiable(loss, grad, row_loss, cosine, std)
+
+
+def _fwd_backward(ctx: Any, grad_loss: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad_NBD, pa, pb = ctx.saved_tensors
+    grad_p = torch.ops.byol_kernels.normalized_mse_bwd(grad_loss, grad_NBD, pa, pb)
+    return grad_p[0], None, None if pb is None else grad_p[1], None, None, None, None
+
+
+def _refuse_double_backward(ctx: Any, *grads: Tensor | None) -> None:
+    raise RuntimeError(
+        "byol_kernels: the BYOL loss must be differentiated once, got a second derivative; "
+        "write the loss with torch.nn.functional.normalize where a gradient penalty or a Hessian is needed"
+    )
+
+
+torch.library.register_autograd("byol_kernels::normalized_mse_fwd", _fwd_backward, setup_context=_fwd_setup_context)
+torch.library.register_autograd("byol_kernels::normalized_mse_bwd", _refuse_double_backward)
+
+
+# -------------------------------------------------------------------------------- public functions
+
+
+class LossStats(NamedTuple):
+    """What the loss kernel measures in the same pass, for monitoring; no gradient flows through any of it.
+
+    N is the number of (prediction, target) pairs: 1 for `normalized_mse_loss_with_stats`, 2 for
+    `byol_loss_with_stats`, in the order (p1, z2), (p2, z1).
+    """
+
+    row_loss: Tensor
+    """2 - 2 cos of each row, [N, B]."""
+    mean_cosine: Tensor
+    """Mean of cos over all rows of all pairs, 0-dim."""
+    p_std: Tensor
+    """[N, D]: per-dimension standard deviation over the batch (correction 0) of the normalised predictions. Its mean
+    times sqrt(D) is about 1 for a healthy representation and 0 for a collapsed one."""
+    z_std: Tensor
+    """The same for the normalised target projections, [N, D]."""
+
+
+def normalized_mse_loss(p_BD: Tensor, z_BD: Tensor, *, eps: float = 1e-12) -> Tensor:
+    r"""Mean squared distance of L2-normalised rows: mean_b (2 - 2 cos(p_b, z_b)), from 0 to 4.
+
+    Equation 2 of BYOL (arXiv 2006.07733). Rows are normalised as `torch.nn.functional.normalize` does it, x /
+    max(|x|, eps): a zero row counts as normalised to zero, so its loss is 2 and its gradient -2 z_hat / eps.
+    A row whose squared norm overflows float32 (|x| > 1.8e19) counts as normalised to zero too, with a
+    gradient of 0. A NaN or an infinity makes the loss NaN, and the gradient of its own row only.
+
+    Args:
+        p_BD: predictions [B, D]; bfloat16, float16, float32 or float64, any strides. The gradient flows here.
+        z_BD: target projections, of the same shape, dtype and device. No gradient flows here.
+        eps: smallest norm that is divided by.
+
+    Returns:
+        The loss, 0-dim: float64 for float64 inputs, float32 otherwise. Differentiable once. All sums are
+        taken in that dtype, so nothing changes under autocast.
+
+    Raises:
+        ValueError: on shapes, dtypes or devices that differ, an empty batch, or a dtype that is not floating
+        point.
+    """
+    _check("normalized_mse_loss", {"p_BD": p_BD, "z_BD": z_BD}, eps)
+    return _forward(p_BD, z_BD, None, None, eps, with_stats=False)[0]
+
+
+def normalized_mse_loss_with_stats(p_BD: Tensor, z_BD: Tensor, *, eps: float = 1e-12) -> tuple[Tensor, LossStats]:
+    """`normalized_mse_loss` and, from the same pass over the data, what there is to monitor.
+
+    Args:
+        p_BD: predictions [B, D].
+        z_BD: target projections [B, D].
+        eps: smallest norm that is divided by.
+
+    Returns:
+        The loss and its `LossStats`.
+
+    Raises:
+        ValueError: as `normalized_mse_loss`.
+    """
+    _check("normalized_mse_loss_with_stats", {"p_BD": p_BD, "z_BD": z_BD}, eps)
+    return _forward(p_BD, z_BD, None, None, eps, with_stats=True)
+
+
+def byol_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, *, eps: float = 1e-12) -> Tensor:
+    r"""The symmetric BYOL loss: mean_b [l(p1, z2) + l(p2, z1)] with l = 2 - 2 cos, from 0 to 8.
+
+    The two directions are summed, not averaged, as in the reference code (google-deepmind/deepmind-research,
+    byol/). One kernel launch on a GPU for the loss, the gradient and the mean of both directions; one for the
+    backward.
+
+    Args:
+        p1: online predictions of view 1 [B, D]; see `normalized_mse_loss` for dtypes and for zero, tiny and
+        huge rows. p2: online predictions of view 2 [B, D]. z1: target projections of view 1 [B, D]. No
+        gradient flows here. z2: target projections of view 2 [B, D]. No gradient flows here. eps: smallest
+        norm that is divided by.
+
+    Returns:
+        The loss, 0-dim: float64 for float64 inputs, float32 otherwise. Differentiable once.
+
+    Raises:
+        ValueError: on shapes, dtypes or devices that differ, an empty batch, or a dtype that is not floating
+        point.
+    """
+    _check("byol_loss", {"p1": p1, "p2": p2, "z1": z1, "z2": z2}, eps)
+    return _forward(p1, z2, p2, z1, eps, with_stats=False)[0]
+
+
+def byol_loss_with_stats(
+    p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, *, eps: float = 1e-12
+) -> tuple[Tensor, LossStats]:
+    """`byol_loss` and, from the same pass over the data, what there is to monitor.
+
+    Args:
+        p1: online predictions of view 1 [B, D].
+        p2: online predictions of view 2 [B, D].
+        z1: target projections of view 1 [B, D].
+        z2: target projections of view 2 [B, D].
+        eps: smallest norm that is divided by.
+
+    Returns:
+        The loss and its `LossStats`; index 0 is the pair (p1, z2), index 1 the pair (p2, z1).
+
+    Raises:
+        ValueError: as `byol_loss`.
+    """
+    _check("byol_loss_with_stats", {"p1": p1, "p2": p2, "z1": z1, "z2": z2}, eps)
+    return _forward(p1, z2, p2, z1, eps, with_stats=True)
+
+
+def _forward(
+    pa: Tensor, za: Tensor, pb: Tensor | None, zb: Tensor | None, eps: float, *, with_stats: bool
+) -> tuple[Tensor, LossStats]:
+    with_grad = torch.is_grad_enabled() and (pa.requires_grad or (pb is not None and pb.requires_grad))
+    loss, _, row_loss, cosine, std = torch.ops.byol_kernels.normalized_mse_fwd(
+        pa, za, pb, zb, float(eps), with_grad, with_stats
+    )
+    p_std, z_std = std.unbind(0) if with_stats else (std, std)
+    return loss, LossStats(row_loss, cosine, p_std, z_std)
+
+
+def _check(what: str, tensors: dict[str, Tensor], eps: float) -> None:
+    first_name, first = next(iter(tensors.items()))
+    if first.dim() != 2:
+        raise ValueError(
+            f"{what}: {first_name} must be [batch, dim], got shape {tuple(first.shape)}; "
+            "flatten it to two dimensions, for instance with .flatten(1)"
+        )
+    if first.numel() == 0:
+        raise ValueError(
+            f"{what}: {first_name} must hold at least one row and one column, got shape {tuple(first.shape)}; "
+            "skip empty batches"
+        )
+    if first.dtype not in _DTYPES:
+        raise ValueError(
+            f"{what}: {first_name} must be bfloat16, float16, float32 or float64, got {first.dtype}; "
+            "convert it with .float()"
+        )
+    for name, x in tensors.items():
+        if x.shape != first.shape:
+            raise ValueError(
+                f"{what}: {name} must have the shape of {first_name}, {tuple(first.shape)}, got {tuple(x.shape)}; "
+                "pass predictions and projections of the same images"
+            )
+        if x.dtype != first.dtype:
+            raise ValueError(
+                f"{what}: {name} must have the dtype of {first_name}, {first.dtype}, got {x.dtype}; "
+                f"convert it with .to({first.dtype})"
+            )
+        if x.device != first.device:
+            raise ValueError(
+                f"{what}: {name} must be on the device of {first_name}, {first.device}, got {x.device}; "
+                f"move it with .to('{first.device}')"
+            )
+    if not (eps > 0 and math.isfinite(eps)):
+        raise ValueError(f"{what}: eps must be positive and finite, got {eps}; leave it at 1e-12")

@@ -1,0 +1,149 @@
+"""Every operator in plain PyTorch: what runs on the CPU, and what the kernels are tested against.
+
+Run on float64 tensors they are the oracle of the tests; run on float32 tensors they are the CPU implementation, so
+they are written to be fast as well as clear.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Sums are taken in float64 for float64 inputs and in float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def normalized_mse_fwd(
+    pa_BD: Tensor,
+    za_BD: Tensor,
+    pb_BD: Tensor | None,
+    zb_BD: Tensor | None,
+    eps: float,
+    with_grad: bool,
+    with_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, unscaled gradient and statistics of one or two (prediction, target) pairs; see `normalized_mse.py`.
+
+    Returns:
+        loss [], per-pair gradient before the mean's 1/B [N, B, D], row losses [N, B], mean cosine [],
+        std of the normalised inputs [2, N, D] (predictions, then targets). Outputs that were not asked for are empty.
+    """
+    pairs = [(pa_BD, za_BD)] if pb_BD is None or zb_BD is None else [(pa_BD, za_BD), (pb_BD, zb_BD)]
+    batch, dim = pa_BD.shape
+    acc = accumulation_dtype(pa_BD.dtype)
+    row_loss_NB = pa_BD.new_empty((len(pairs), batch), dtype=acc)
+    grad_NBD = pa_BD.new_empty((len(pairs), batch, dim) if with_grad else (0,))
+    std_2ND = pa_BD.new_empty((2, len(pairs), dim) if with_stats else (0,), dtype=acc)
+
+    for n, (p, z) in enumerate(pairs):
+        p_norm_B1, p_hat, p_scale_B1 = _normalize(p.to(acc), eps)
+        _, z_hat, _ = _normalize(z.to(acc), eps)
+        cosine_B1 = torch.linalg.vecdot(p_hat, z_hat).unsqueeze(1).clamp_(-1.0, 1.0)
+        torch.mul(cosine_B1[:, 0], -2.0, out=row_loss_NB[n]).add_(2.0)
+        if with_stats:
+            std_2ND[0, n] = p_hat.std(0, correction=0)
+            std_2ND[1, n] = z_hat.std(0, correction=0)
+        if with_grad:
+            # Below eps the denominator is a constant, so the part along p_hat vanishes, as in F.normalize.
+            along_B1 = torch.where(p_norm_B1 >= eps, cosine_B1, 0.0)
+            grad_NBD[n] = p_hat.mul_(along_B1).sub_(z_hat).mul_(p_scale_B1.mul_(2.0))
+
+    loss = row_loss_NB.sum() / batch
+    if not with_stats:
+        return loss, grad_NBD, row_loss_NB.new_empty(0), row_loss_NB.new_empty(0), std_2ND
+    return loss, grad_NBD, row_loss_NB, 1.0 - 0.5 * row_loss_NB.mean(), std_2ND
+
+
+def _normalize(x_BD: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """|x|, x / max(|x|, eps) and 1 / max(|x|, eps): the eps convention of F.normalize."""
+    norm_B1 = torch.linalg.vector_norm(x_BD, dim=1, keepdim=True)
+    scale_B1 = norm_B1.clamp_min(eps).reciprocal_()
+    return norm_B1, x_BD * scale_B1, scale_B1
+
+
+def normalized_mse_bwd(grad_loss: Tensor, grad_NBD: Tensor, pa_BD: Tensor, pb_BD: Tensor | None) -> Tensor:
+    """The forward's gradient times the upstream gradient and the mean's 1/B; see `normalized_mse.py`."""
+    scale = grad_loss / grad_NBD.shape[1]
+    if grad_NBD.dtype == scale.dtype:
+        return grad_NBD * scale
+    return (grad_NBD.to(scale.dtype) * scale).to(grad_NBD.dtype)
+
+
+def ema_update_(target: Sequence[Tensor], online: Sequence[Tensor], tau: float, copies: Sequence[Tensor]) -> None:
+    """Updates the target: target = tau * target + (1 - tau) * online, then copies = target; see `ema.py`."""
+    alike = [i for i, (t, o) in enumerate(zip(target, online, strict=True)) if t.dtype == o.dtype]
+    if alike:
+        # lerp is exact at both ends: weight 0 returns the target, weight 1 the online tensor.
+        torch._foreach_lerp_([target[i] for i in alike], [online[i] for i in alike], 1.0 - tau)
+    for i in set(range(len(target))).difference(alike):
+        acc = accumulation_dtype(torch.promote_types(target[i].dtype, online[i].dtype))
+        target[i].copy_(torch.lerp(target[i].to(acc), online[i].to(acc), 1.0 - tau))
+    if copies:
+        torch._foreach_copy_(list(copies), list(target))
+
+
+_BLOCK = 1 << 18
+"""Elements that LARS takes at a time: what one operation wrote is still in the cache when the next one reads it, and
+a float32 sum over this many stays exact to 1e-6."""
+
+
+def lars_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    momentum_buffers: Sequence[Tensor | None],
+    targets: Sequence[Tensor | None],
+    lr: Sequence[float],
+    momentum: Sequence[float],
+    weight_decay: Sequence[float],
+    eta: Sequence[float],
+    adapt: Sequence[bool],
+    grad_scale: float,
+    tau: float,
+) -> None:
+    """One LARS step and, where a parameter has a target, the target's moving average; see `lars.py`.
+
+    All sequences have one entry per parameter, and the tensors of one entry are dense and laid out alike (a gradient
+    need not be). A parameter without a gradient stays as it is; its target moves all the same.
+    """
+    scratch = torch.empty(0)
+    for row, param in enumerate(params):
+        grad, buffer, target = grads[row], momentum_buffers[row], targets[row]
+        acc = accumulation_dtype(param.dtype)
+        if scratch.dtype != acc or scratch.numel() < min(_BLOCK, param.numel()):
+            scratch = torch.empty(min(_BLOCK, param.numel()), dtype=acc)
+        if grad is not None and grad.stride() != param.stride():
+            grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+        decay = weight_decay[row] if adapt[row] else 0.0
+        param_blocks, grad_blocks, buffer_blocks, target_blocks = map(_blocks, (param, grad, buffer, target))
+
+        ratio = 1.0
+        if grad_blocks and adapt[row]:
+            param_square = update_square = 0.0
+            for p, g in zip(param_blocks, grad_blocks, strict=True):
+                p_acc = p.to(acc)  # no copy where the dtype is acc already; so too below
+                update = torch.mul(p_acc, decay, out=scratch[: p.numel()]).add_(g.to(acc), alpha=1.0 / grad_scale)
+                param_square += torch.dot(p_acc, p_acc).item()
+                update_square += torch.dot(update, update).item()
+            if param_square > 0.0 and update_square > 0.0:
+                ratio = eta[row] * math.sqrt(param_square / update_square)
+
+        for index, p in enumerate(param_blocks):
+            if grad_blocks and buffer_blocks:
+                p_acc, v_acc = p.to(acc), buffer_blocks[index].to(acc)
+                v_acc.mul_(momentum[row]).add_(grad_blocks[index].to(acc), alpha=ratio / grad_scale)
+                if decay:
+                    v_acc.add_(p_acc, alpha=ratio * decay)
+                p_acc.add_(v_acc, alpha=-lr[row])
+                if p.dtype != acc:
+                    p.copy_(p_acc)
+                    buffer_blocks[index].copy_(v_acc)
+            if target_blocks:
+                ema_update_([target_blocks[index]], [p], tau, [])
+
+
+def _blocks(tensor: Tensor | None) -> tuple[Tensor, ...]:
+    """A dense tensor in the order of its memory, in blocks; nothing for no tensor."""
+    return () if tensor is None else tensor.as_strided((tensor.numel(),), (1,)).split(_BLOCK)  # type: ignore[no-untyped-call]
