@@ -120,7 +120,9 @@ def _train(argv: list[str]) -> int:
         folder = Path(resume)
         stored = configs.load(folder / "config.json")
         if name not in {None, stored.recipe}:
-            raise ConfigError(f"resume: {folder} is a run of {stored.recipe!r}, got recipe {name!r}; leave the recipe out")
+            raise ConfigError(
+                f"resume: {folder} is a run of {stored.recipe!r}, got recipe {name!r}; leave the recipe out"
+            )
         config = _parse(stored, argv, f"byol-fast train --resume {resume}")
 
     from byol_fast.api import find_resumable  # torch takes seconds to import: only once the options are right

@@ -11,7 +11,7 @@ from byol_fast.capture import Forward
 from byol_fast.data.batch import Batch
 from byol_fast.methods import SelfSupervisedTask
 from byol_fast.schedules import RunSchedule
-from byol_kernels import ema_update_
+from byol_kernels import LARS, ema_update_
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +54,10 @@ class TrainStep:
         self.forward = forward or task.training_output
         self.autocast = autocast
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.target = task.target_parameters()
-        self.followed = task.trainable_parameters()[: len(self.target)]
-        self.device = self.followed[0].device if self.followed else next(task.parameters()).device
+        self.target_of: dict[Tensor, Tensor] = dict(
+            zip(task.trainable_parameters(), task.target_parameters(), strict=False)
+        )
+        self.device = next(task.parameters()).device
 
     def __call__(self, batch: Batch, step: int) -> StepMetrics:
         """Train on a batch.
@@ -72,10 +73,17 @@ class TrainStep:
         with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             output = self.forward(view1, view2)
         output.loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
+        self._update(tau)
         self.optimizer.zero_grad(set_to_none=True)
-        ema_update_(self.target, self.followed, tau)
         return StepMetrics(output.loss.detach(), output.collapse_std, lr, tau)
+
+    def _update(self, tau: float) -> None:
+        """The optimizer's step, then the target follows; our LARS does both in the same pass over the weights."""
+        if isinstance(self.optimizer, LARS):
+            self.optimizer.step(ema=(self.target_of, tau))
+        else:
+            self.optimizer.step()
+            ema_update_(list(self.target_of.values()), list(self.target_of), tau)
 
     def _placed(self, view: Tensor) -> Tensor:
         return view.to(self.device, non_blocking=True).contiguous(memory_format=self.memory_format)

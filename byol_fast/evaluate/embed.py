@@ -36,7 +36,7 @@ def embed(
     Returns:
         fp32 `[N, D]` on the encoder's device.
     """
-    training = encoder.training
+    modes = [(module, module.training) for module in encoder.modules()]
     encoder.eval()
     features = []
     try:
@@ -47,7 +47,8 @@ def embed(
                 x = encoder(normalize(batch.to(device, non_blocking=True)))
             features.append(x.flatten(1).float())
     finally:
-        encoder.train(training)
+        for module, mode in modes:
+            module.training = mode
     if not features:
         raise ValueError("embed: images must hold at least one batch, got none; check the source")
     return torch.cat(features)

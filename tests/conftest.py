@@ -1,0 +1,53 @@
+"""Shared by all tests: a small number of threads, small real-looking data, and where the big real data lies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from byol_fast import config as configs
+from byol_fast import recipes
+from byol_fast.config import Config
+
+
+@pytest.fixture(scope="session")
+def photos() -> np.ndarray:
+    """Sixty smooth, coloured images, uint8 `[60, 32, 32, 3]`: what photographs look like from afar."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(60, 3, 5, 5, generator=generator) * 255
+    smooth = torch.nn.functional.interpolate(coarse, size=32, mode="bicubic", align_corners=False).clamp(0, 255)
+    images: np.ndarray = smooth.permute(0, 2, 3, 1).to(torch.uint8).numpy()
+    return images
+
+
+@pytest.fixture
+def npz(tmp_path: Path, photos: np.ndarray) -> Path:
+    """The same as a `.npz` file with labels of three classes."""
+    path = tmp_path / "photos.npz"
+    np.savez(path, images=photos, labels=np.arange(60) % 3)
+    return path
+
+
+@pytest.fixture
+def tiny(npz: Path, tmp_path: Path) -> Config:
+    """A run of seconds: 60 images, batches of 12, a narrow ResNet-18 at 16 px, on the CPU in fp32."""
+    view = {"size": 16, "blur": 0.3}
+    return configs.replace(
+        recipes.cifar10_resnet18(),
+        {
+            "data": {"root": npz, "threads": 1},
+            "view1": view,
+            "view2": view,
+            "model": {"encoder": "resnet18_narrow", "hidden_dim": 32, "projection_dim": 16},
+            "batch_size": 12,
+            "steps": 12,
+            "log_every": 2,
+            "device": "cpu",
+            "precision": "fp32",
+            "out": tmp_path / "runs",
+            "name": "tiny",
+        },
+    )

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+
+from byol_fast import checkpoint as checkpoints
+from byol_fast.checkpoint import CheckpointError
+from byol_fast.files import atomic_path, atomic_write
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in (1, 5, 9, 200):
+        checkpoints.save(tmp_path, step, {"x": torch.tensor(step)}, keep=2)
+    assert checkpoints.steps_in(tmp_path) == [9, 200]
+    assert int(checkpoints.load_latest(tmp_path)["x"]) == 200
+
+
+def test_strides_survive(tmp_path: Path) -> None:
+    weight = torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last)
+    checkpoints.save(tmp_path, 1, {"w": weight}, keep=1)
+    assert checkpoints.load_latest(tmp_path)["w"].stride() == weight.stride()
+
+
+def test_a_failed_write_leaves_everything_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints.save(tmp_path, 1, {"x": 1}, keep=1)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match="No space left on device.*earlier checkpoints are intact"):
+        checkpoints.save(tmp_path, 2, {"x": 2}, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000000001.pt"]
+    assert checkpoints.load_latest(tmp_path)["x"] == 1
+
+
+def test_atomic_path_removes_its_temporary_file_on_failure(tmp_path: Path) -> None:
+    atomic_write(tmp_path / "a", "old")
+    with pytest.raises(RuntimeError, match="half way"), atomic_path(tmp_path / "a") as temporary:
+        temporary.write_text("half")
+        raise RuntimeError("half way")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "old"
+
+
+def test_empty_damaged_and_foreign_checkpoints_are_explained(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no usable checkpoint"):
+        checkpoints.load_latest(tmp_path)
+    path = checkpoints.path_of(tmp_path, 3)
+    path.write_bytes(b"nonsense")
+    with pytest.raises(CheckpointError, match="is damaged .*delete it to use an earlier one"):
+        checkpoints.load(path)
+    torch.save({"format": 99}, path)
+    with pytest.raises(CheckpointError, match="must be of format 1, got 99"):
+        checkpoints.load(path)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (print, ("code from a checkpoint ran",))
+
+    path = checkpoints.path_of(tmp_path, 1)
+    torch.save({"format": 1, "x": Evil()}, path)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        checkpoints.load(path)

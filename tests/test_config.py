@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from byol_fast import config as configs
+from byol_fast import recipes
+from byol_fast.config import Config, ConfigError, DataConfig, KNNConfig, ModelConfig, OptimConfig, TauConfig, ViewConfig
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_every_recipe_survives_json(name: str) -> None:
+    config = recipes.get(name)
+    assert configs.from_dict(json.loads(json.dumps(configs.to_dict(config)))) == config
+    assert config.recipe == name
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda: ViewConfig(size=0), "view.size"),
+        (lambda: ViewConfig(area=(0.5, 0.2)), "view.area"),
+        (lambda: ViewConfig(aspect=(0.0, 1.0)), "view.aspect"),
+        (lambda: ViewConfig(flip=1.5), "view.flip"),
+        (lambda: ViewConfig(hue=0.6), "view.hue"),
+        (lambda: ViewConfig(contrast=float("nan")), "view.contrast"),
+        (lambda: ViewConfig(blur_kernel=4), "view.blur_kernel"),
+        (lambda: ViewConfig(blur_sigma=(2.0, 0.1)), "view.blur_sigma"),
+        (lambda: ViewConfig(solarize_threshold=300), "view.solarize_threshold"),
+        (lambda: ViewConfig(interpolation="cubic"), "view.interpolation"),  # type: ignore[arg-type]
+        (lambda: DataConfig(threads=-1), "data.threads"),
+        (lambda: DataConfig(loader="pil"), "data.loader"),  # type: ignore[arg-type]
+        (lambda: ModelConfig(hidden_dim=0), "model.hidden_dim"),
+        (lambda: ModelConfig(std=(1.0, 0.0, 1.0)), "model.std"),
+        (lambda: OptimConfig(lr=-1.0), "optim.lr"),
+        (lambda: OptimConfig(name="larc"), "optim.name"),  # type: ignore[arg-type]
+        (lambda: OptimConfig(momentum=1.0), "optim.momentum"),
+        (lambda: OptimConfig(warmup_steps=-1), "optim.warmup_steps"),
+        (lambda: TauConfig(base=1.01), "tau.base"),
+        (lambda: KNNConfig(k=0), "knn.k"),
+        (lambda: KNNConfig(temperature=0.0), "knn.temperature"),
+        (lambda: Config(batch_size=1), "batch_size"),
+        (lambda: Config(seed=-1), "seed"),
+        (lambda: Config(name="a/b"), "name"),
+        (lambda: Config(view1=ViewConfig(size=32)), "view2.size"),
+    ],
+)
+def test_bad_values_name_the_field(make: object, field: str) -> None:
+    assert callable(make)
+    with pytest.raises(ConfigError, match=f"config: {field} must "):
+        make()
+
+
+def test_replace_reaches_nested_fields_in_both_notations() -> None:
+    dotted = configs.replace(Config(), {"optim.lr": 0.5, "view1.area": [0.2, 1], "batch_size": 8})
+    nested = configs.replace(Config(), {"optim": {"lr": 0.5}, "view1": {"area": (0.2, 1.0)}, "batch_size": 8})
+    assert dotted == nested
+    assert dotted.view1.area == (0.2, 1.0)
+    assert dotted.optim.eta == Config().optim.eta
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optim.lrr": 1.0}, "OptimConfig has no field 'lrr'; did you mean 'lr'"),
+        ({"batchsize": 1}, "did you mean 'batch_size'"),
+        ({"batch_size": "8"}, "batch_size must be of type int, got '8'"),
+        ({"batch_size": True}, "batch_size must be of type int"),
+        ({"view1.area": [0.1]}, "area must be of type"),
+        ({"seed.x": 1}, "seed is a single value"),
+        ({"optim": {"name": "lion"}}, "optim.name must be one of lars, sgd, adam, adamw"),
+    ],
+)
+def test_replace_explains_what_it_refuses(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        configs.replace(Config(), changes)
+
+
+def test_load_explains_missing_and_broken_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist; give a run folder"):
+        configs.load(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        configs.load(tmp_path / "config.json")
+
+
+def test_differences_name_fields_with_both_values() -> None:
+    other = configs.replace(Config(), {"optim.lr": 0.9, "seed": 3})
+    assert configs.differences(Config(), other) == {"optim.lr": (0.2, 0.9), "seed": (0, 3)}
+
+
+# ------------------------------------------------------------------ the published settings, restated
+
+
+@pytest.mark.parametrize(
+    ("epochs", "lr", "weight_decay", "tau"),
+    [(40, 0.45, 1e-6, 0.97), (100, 0.45, 1e-6, 0.99), (300, 0.30, 1e-6, 0.99), (1000, 0.20, 1.5e-6, 0.996)],
+)
+def test_imagenet_recipes_are_the_references(epochs: int, lr: float, weight_decay: float, tau: float) -> None:
+    config = recipes.imagenet_resnet50(epochs)
+    assert (config.optim.lr, config.optim.weight_decay, config.tau.base) == (lr, weight_decay, tau)
+    assert (config.optim.name, config.optim.eta, config.optim.momentum) == ("lars", 1e-3, 0.9)
+    assert (config.optim.warmup_epochs, config.epochs) == (10, epochs)
+    assert (config.model.hidden_dim, config.model.projection_dim, config.model.last_bias) == (4096, 256, False)
+    first, second = config.view1, config.view2
+    assert (first.blur, first.solarize, second.blur, second.solarize) == (1.0, 0.0, 0.1, 0.2)
+    for view in (first, second):
+        assert (view.area, view.aspect, view.interpolation) == ((0.08, 1.0), (3 / 4, 4 / 3), "bicubic")
+        assert (view.flip, view.jitter, view.grayscale) == (0.5, 0.8, 0.2)
+        assert (view.brightness, view.contrast, view.saturation, view.hue) == (0.4, 0.4, 0.2, 0.1)
+        assert (view.blur_kernel, view.blur_sigma, view.size) == (23, (0.1, 2.0), 224)
+
+
+def test_imagenet_recipe_refuses_epochs_the_reference_has_no_settings_for() -> None:
+    with pytest.raises(ConfigError, match="epochs must be one of 40, 100, 300, 1000, got 200"):
+        recipes.imagenet_resnet50(200)
+
+
+def test_cifar_recipe_is_solo_learns() -> None:
+    config = recipes.cifar10_resnet18()
+    assert (config.epochs, config.batch_size, config.model.encoder, config.model.cifar_stem) == (
+        1000,
+        256,
+        "resnet18",
+        True,
+    )
+    optim = config.optim
+    assert (optim.name, optim.lr, optim.weight_decay, optim.eta, config.tau.base) == ("lars", 1.0, 1e-5, 0.02, 0.99)
+    assert (config.view1.blur, config.view2.blur, config.view1.solarize, config.view2.solarize) == (0, 0, 0, 0.2)
+    assert (config.view1.size, config.view1.area) == (32, (0.08, 1.0))
+
+
+def test_guide_recipes() -> None:
+    guide = recipes.seed_guide()
+    assert guide.view1 == guide.view2
+    view = guide.view1
+    assert (view.size, view.area, view.jitter, view.blur, view.blur_kernel) == (224, (0.2, 1.0), 1.0, 1.0, 3)
+    assert (view.brightness, view.contrast, view.saturation, view.hue) == (0.4, 0.4, 0.4, 0.1)
+    assert (guide.tau.base, guide.tau.schedule, guide.optim.name, guide.optim.lr) == (0.996, "constant", "adam", 1e-3)
+    assert (guide.model.hidden_dim, guide.model.projection_dim, guide.model.last_bias) == (256, 256, True)
+    assert guide.model.mean == guide.model.std == (0.5, 0.5, 0.5)
+    five = recipes.five_steps()
+    assert (five.model.encoder, five.model.hidden_dim, five.model.projection_dim) == ("resnet50", 4096, 256)
+    assert (five.view1.size, five.view1.area, five.view1.jitter, five.view1.blur) == (512, (0.3, 1.0), 0.8, 0.0)
+
+
+def test_unknown_recipe_suggests() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'imagenet_resnet50'"):
+        recipes.get("imagenet_resnet5")

@@ -1,0 +1,77 @@
+"""The package as a whole: who may import whom, and that the built wheel works away from the checkout."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+def test_dependencies_point_one_way() -> None:
+    standard = set(sys.stdlib_module_names)
+    for path in (ROOT / "kernels").rglob("*.py"):
+        assert imported(path) - standard <= {"torch", "triton", "byol_kernels"}, path
+    for path in (ROOT / "byol_fast").rglob("*.py"):
+        assert not imported(path) & {"tests", "benchmarks", "kernels"}, path
+
+
+def test_importing_touches_neither_cuda_nor_dali() -> None:
+    code = (
+        "import sys, torch, byol_kernels, byol_fast, byol_fast.trainer, byol_fast.data, byol_fast.cli;"
+        "assert not torch.cuda.is_initialized(); assert not any(m.startswith('nvidia.dali') for m in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = (
+        "import sys, byol_fast.cli as c\n"
+        "try: c.main(['train', 'demo', '--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_wheel_installs_and_imports_away_from_the_checkout(tmp_path: Path) -> None:
+    if not (ROOT / "pyproject.toml").exists():
+        pytest.skip("not in a checkout")
+    built = subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path / "dist"), str(ROOT)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {"byol_fast/py.typed", "byol_kernels/py.typed", "byol_fast/data/demo/fashion_mnist.npz"} <= names
+    assert not any(name.startswith(("tests/", "benchmarks/", "kernels/")) for name in names)
+    assert wheel.stat().st_size < 7_000_000
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    code = (
+        f"import sys; sys.path.insert(0, {str(site)!r})\n"
+        "import byol_fast, byol_kernels, torch\n"
+        f"assert byol_fast.__file__.startswith({str(site)!r}) and byol_kernels.__file__.startswith({str(site)!r})\n"
+        "p = torch.randn(4, 8); print(float(byol_kernels.byol_loss(p, p, p, p)))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert abs(float(ended.stdout)) < 1e-5

@@ -1,0 +1,297 @@
+"""Whole runs on small real input: what is written, what is repeated after a crash, what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import byol_fast
+from byol_fast import checkpoint as checkpoints
+from byol_fast import config as configs
+from byol_fast.config import Config, ConfigError
+from byol_fast.metrics import MetricsLog, read
+from byol_fast.trainer import Interrupted, Trainer, TrainingError
+
+
+def final_weights(run: Path) -> dict[str, torch.Tensor]:
+    payload = checkpoints.load_latest(run / "checkpoints")
+    weights: dict[str, torch.Tensor] = payload["task"]
+    return weights
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def by_step(run: Path) -> dict[int, dict[str, Any]]:
+    """Training records without what the clock says."""
+    clock = {"images_per_s", "data_wait"}
+    return {
+        r["step"]: {k: v for k, v in r.items() if k not in clock} for r in read(run / "metrics.jsonl") if "loss" in r
+    }
+
+
+def run_in_process(config: Config, *arguments: str, wait_for_step: int | None = None, kill: int = 0) -> int:
+    """`byol-fast train` in its own process; with `kill`, sends that signal once a checkpoint of the step exists."""
+    spec = config.out / "spec"
+    spec.mkdir(parents=True, exist_ok=True)
+    (spec / "config.json").write_text(json.dumps(configs.to_dict(config)))
+    code = (
+        "import sys; from pathlib import Path; from byol_fast import cli, config, recipes\n"
+        "recipes.RECIPES['spec'] = lambda: config.load(Path(sys.argv[1]))\n"
+        "cli.main(['train', *sys.argv[2:]])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(spec / "config.json"), *(arguments or ("spec",))],
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    if kill:
+        assert wait_for_step is not None
+        folder, deadline = config.out / config.name / "checkpoints", time.monotonic() + 120
+        while not any(step >= wait_for_step for step in checkpoints.steps_in(folder)):
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(kill)
+    return process.wait(timeout=240)
+
+
+def test_a_run_leaves_what_it_promises(tiny: Config) -> None:
+    result = Trainer(tiny).fit()
+    run = tiny.out / "tiny"
+    assert result.run_dir == run
+    assert result.steps == 12
+    assert {p.name for p in run.iterdir()} == {
+        "checkpoints",
+        "config.json",
+        "encoder.json",
+        "encoder.safetensors",
+        "environment.json",
+        "metrics.jsonl",
+    }
+    assert configs.load(run / "config.json") == tiny
+    records = by_step(run)
+    assert list(records) == list(range(1, 13))
+    assert math.isclose(result.loss, np.mean([records[s]["loss"] for s in range(3, 13)]))
+    for step, record in records.items():  # the schedules restated: warm-up is a quarter of 12 steps
+        tau = 1 - (1 - 0.99) * (math.cos(math.pi * (step - 1) / 12) + 1) / 2
+        peak, k = 1.0 * 12 / 256, step - 1
+        lr = peak * k / 3 if k < 3 else peak * (1 + math.cos(math.pi * (k - 3) / 9)) / 2
+        assert math.isclose(record["tau"], tau, rel_tol=1e-12)
+        assert math.isclose(record["lr"], lr, rel_tol=1e-12, abs_tol=1e-15)
+        assert record["epoch"] == round(step / 5, 4)
+        assert 0 < record["loss"] < 8
+        assert 0 < record["collapse_std"] < 1.5
+    assert checkpoints.steps_in(run / "checkpoints") == [5, 10, 12]
+
+
+def test_the_same_seed_repeats_a_run_and_another_does_not(tiny: Config) -> None:
+    runs = {
+        name: Trainer(configs.replace(tiny, {"name": name, "seed": seed, "steps": 3})).fit().run_dir
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    }
+    assert same(final_weights(runs["a"]), final_weights(runs["b"]))
+    assert by_step(runs["a"]) == by_step(runs["b"])
+    assert not same(final_weights(runs["a"]), final_weights(runs["c"]))
+
+
+@pytest.mark.parametrize("loader", ["dali", "torchvision"])
+def test_killed_in_mid_epoch_and_resumed_is_the_uninterrupted_run(tiny: Config, loader: str) -> None:
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    tiny = configs.replace(tiny, {"data.loader": loader, "checkpoint_every": 3, "knn.k": 3})
+    whole = configs.replace(tiny, {"name": "whole", "steps": 18})
+    cut = configs.replace(tiny, {"name": "cut", "steps": 18})
+    assert run_in_process(whole) == 0
+    assert run_in_process(cut, wait_for_step=6, kill=signal.SIGKILL) == -signal.SIGKILL
+    assert not (cut.out / "cut" / "encoder.safetensors").exists()
+    assert run_in_process(cut, "--resume", str(cut.out / "cut")) == 0
+    assert same(final_weights(whole.out / "whole"), final_weights(cut.out / "cut"))
+    assert by_step(whole.out / "whole") == by_step(cut.out / "cut")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_exit(tiny: Config, number: signal.Signals) -> None:
+    config = configs.replace(tiny, {"steps": 5000, "checkpoint_every": 4})
+    assert run_in_process(config, wait_for_step=4, kill=number) == 128 + number
+    run = tiny.out / "tiny"
+    payload = checkpoints.load_latest(run / "checkpoints")
+    assert max(by_step(run)) == payload["step"]  # nothing that was done is lost
+    assert payload["optimizer"]["state"]
+
+
+def test_interrupted_in_this_process_says_how_to_go_on(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(tiny)
+    step = trainer.train_step.__call__
+
+    def interrupt_after_four(batch: Any, number: int) -> Any:
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(batch, number)
+
+    monkeypatch.setattr(trainer, "train_step", interrupt_after_four)
+    with pytest.raises(Interrupted, match=r"saved after step 4; go on with: byol-fast train --resume"):
+        trainer.fit()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    result = byol_fast.pretrain(resume=tiny.out / "tiny")
+    uninterrupted = Trainer(configs.replace(tiny, {"name": "whole"})).fit()
+    assert same(final_weights(result.run_dir), final_weights(uninterrupted.run_dir))
+
+
+def test_resume_refuses_another_computation_and_says_what_differs(tiny: Config) -> None:
+    run = Trainer(tiny).fit().run_dir
+    with pytest.raises(ConfigError, match=r"optim.lr was 1.0, is 2.0; .*start a new run"):
+        Trainer(configs.replace(tiny, {"optim.lr": 2.0}), resume=run)
+    more_threads = configs.replace(tiny, {"data.threads": 2})
+    assert Trainer(more_threads, resume=run).fit().steps == 12
+
+
+def test_resume_refuses_other_images(tiny: Config, npz: Path, photos: np.ndarray) -> None:
+    run = Trainer(tiny).fit().run_dir
+    np.savez(npz, images=photos[::-1].copy(), labels=np.arange(60) % 3)
+    with pytest.raises(ValueError, match=r"(?i)fingerprint|data|images"):
+        Trainer(tiny, resume=run)
+
+
+def test_a_used_run_folder_is_not_overwritten(tiny: Config) -> None:
+    run = Trainer(tiny).fit().run_dir
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    with pytest.raises(ConfigError, match="it is not empty; continue it with --resume"):
+        Trainer(tiny).fit()
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tiny: Config) -> None:
+    run = Trainer(tiny).fit().run_dir
+    whole = final_weights(run)
+    newest = checkpoints.path_of(run / "checkpoints", 12)
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert checkpoints.load_latest(run / "checkpoints")["step"] == 10
+    Trainer(tiny, resume=run).fit()
+    assert same(final_weights(run), whole)
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tiny: Config) -> None:
+    trainer = Trainer(configs.replace(tiny, {"log_every": 100}))
+
+    def spoil(step: int) -> None:
+        if step == 7:
+            with torch.no_grad():
+                next(trainer.task.online.parameters()).fill_(math.nan)
+
+    step = trainer.train_step.__call__
+
+    def spoiled(batch: Any, number: int) -> Any:
+        spoil(number)
+        return step(batch, number)
+
+    trainer.train_step = spoiled  # type: ignore[assignment]
+    with pytest.raises(TrainingError, match=r"the loss of step 8 is nan; the last good checkpoint is of step 5"):
+        trainer.fit()
+    assert checkpoints.steps_in(trainer.run_dir / "checkpoints") == [5]
+
+
+def test_knn_runs_before_and_after_and_labels_do_not_touch_training(
+    tiny: Config, npz: Path, photos: np.ndarray
+) -> None:
+    val = npz.with_name("val.npz")
+    np.savez(val, images=photos[:30], labels=np.arange(30) % 3)
+    knn = configs.replace(tiny, {"name": "knn", "knn": {"val_root": val, "every_epochs": 1, "k": 1}})
+    with_knn, without = Trainer(knn).fit(), Trainer(tiny).fit()
+    records = read(with_knn.run_dir / "metrics.jsonl")
+    evaluated = [r["step"] for r in records if "knn_top1" in r]
+    assert evaluated == [0, 5, 10, 12]
+    assert "knn_top1" in records[0]
+    assert "knn_top1" in records[-1]
+    # Every validation image is in the training set: its nearest neighbour is itself.
+    assert with_knn.knn_top1 == with_knn.knn_top1_untrained == 1.0
+    assert same(final_weights(with_knn.run_dir), final_weights(without.run_dir))
+
+
+def test_knn_on_without_validation_images_is_refused(tiny: Config) -> None:
+    with pytest.raises(ConfigError, match="knn.enabled is 'on', but there are no validation images"):
+        Trainer(configs.replace(tiny, {"knn.enabled": "on"}))
+
+
+def test_too_long_a_warm_up_is_refused(tiny: Config) -> None:
+    with pytest.raises(ConfigError, match="optim.warmup_steps must be at most the run's 12 steps, got 13"):
+        Trainer(configs.replace(tiny, {"optim.warmup_steps": 13}))
+
+
+def test_gpu_asked_for_and_absent_is_explained(tiny: Config) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ConfigError, match="device is 'cuda', but torch sees no GPU"):
+        Trainer(configs.replace(tiny, {"device": "cuda"}))
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "adam", "adamw"])
+def test_every_optimizer_lowers_the_loss(tiny: Config, name: str) -> None:
+    lr = {"lars": 2.0, "sgd": 2.0, "adam": 0.02, "adamw": 0.02}[name]
+    changes = {"optim": {"name": name, "lr": lr, "warmup_steps": 2}, "steps": 40, "name": name}
+    records = by_step(Trainer(configs.replace(tiny, changes)).fit().run_dir)
+    losses = [records[s]["loss"] for s in range(1, 41)]
+    assert np.mean(losses[-8:]) < 0.9 * np.mean(losses[:8])
+
+
+def test_pretrain_takes_arrays_and_overrides(tiny: Config, photos: np.ndarray) -> None:
+    result = byol_fast.pretrain(photos, recipe=configs.replace(tiny, {"data.root": None}), steps=2, optim={"lr": 0.5})
+    assert result.steps == 2
+    assert configs.load(result.run_dir / "config.json").optim.lr == 0.5
+
+
+def test_bf16_autocast_trains_close_to_fp32(tiny: Config) -> None:
+    """One step from the same weights on the same views: bf16 keeps 8 bits, and a loss is a mean over many products."""
+    short = {"steps": 1, "optim.warmup_steps": 0}
+    runs = [
+        Trainer(configs.replace(tiny, {**short, "name": p, "precision": p})).fit().run_dir for p in ("fp32", "bf16")
+    ]
+    full, half = (by_step(run)[1]["loss"] for run in runs)
+    assert half != full
+    assert abs(half - full) < 0.02 * full
+
+
+@pytest.mark.slow
+def test_compiled_step_equals_the_eager_one(tiny: Config) -> None:
+    runs = [
+        Trainer(configs.replace(tiny, {"steps": 3, "name": mode, "compile": mode})).fit().run_dir
+        for mode in ("off", "on")
+    ]
+    eager, compiled = (by_step(run) for run in runs)
+    for step in eager:
+        assert math.isclose(eager[step]["loss"], compiled[step]["loss"], rel_tol=1e-4)
+
+
+# ------------------------------------------------------------------ metrics
+
+
+def test_metrics_rewind_forgets_what_will_be_done_again(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for record in (
+        {"step": 0, "knn_top1": 0.1},
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": 2.0},
+        {"step": 2, "knn_top1": 0.2},
+        {"step": 3, "loss": 3.0},
+    ):
+        log.add(record)
+    log.flush()
+    with log.path.open("a") as file:
+        file.write('{"step": 4, "lo')  # what a crash leaves
+    log.rewind(2, evaluated=True)
+    assert [r["step"] for r in read(log.path)] == [0, 1, 2, 2]
+    log.rewind(2, evaluated=False)
+    assert read(log.path)[-1] == {"step": 2, "loss": 2.0}
