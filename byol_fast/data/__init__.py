@@ -1,0 +1,18 @@
+"""Images in, two augmented views out."""
+
+from byol_fast.data.batch import Batch, ViewLoader
+from byol_fast.data.integrity import BadImageError
+from byol_fast.data.loader import eval_batches, make_loader
+from byol_fast.data.sources import ImageSource, SourceError, open_source, split
+
+__all__ = [
+    "BadImageError",
+    "Batch",
+    "ImageSource",
+    "SourceError",
+    "ViewLoader",
+    "eval_batches",
+    "make_loader",
+    "open_source",
+    "split",
+]

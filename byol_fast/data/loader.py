@@ -1,0 +1,282 @@
+"""What all loaders of two views share: the order of the images, the position in the stream, and what it belongs to."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import logging
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from byol_fast.config import Config, ViewConfig
+from byol_fast.data.batch import Batch, ViewLoader
+from byol_fast.data.sources import ArraySource, ImageSource, SourceError
+from byol_fast.data.views import ViewDraws, draw, permutation
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """A batch before it is made."""
+
+    step: int
+    """Number of the batch, from 0, over all epochs."""
+    epoch: int
+    """The epoch that it belongs to."""
+    index: NDArray[np.int64]
+    """Positions of its images in the source `[B]`."""
+    draws: tuple[ViewDraws, ViewDraws]
+    """Augmentation parameters of the two views."""
+
+
+class Planner:
+    """Says what batch number n consists of; holds nothing but the order of the current epoch.
+
+    Each epoch shuffles all images and deals them out to the shards in turn. Where they do not divide evenly, images
+    from the front of the epoch's order fill up the last deal: all shards make the same number of steps. Images that
+    do not fill a batch are left out of that epoch.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        views: tuple[ViewConfig, ViewConfig],
+        *,
+        batch_size: int,
+        seed: int,
+        shard_id: int = 0,
+        num_shards: int = 1,
+    ) -> None:
+        if not 0 <= shard_id < num_shards:
+            raise ValueError(f"loader: shard_id must be 0..{num_shards - 1} (num_shards - 1), got {shard_id}")
+        per_shard = -(-num_images // num_shards)
+        if batch_size > per_shard:
+            share = f" on each of {num_shards} shards" if num_shards > 1 else ""
+            raise SourceError(
+                f"batch_size: must be at most the number of training images{share}, {per_shard}, got {batch_size}; "
+                f"use --batch-size {per_shard} or less, or more images"
+            )
+        self.num_images, self.views, self.seed = num_images, views, seed
+        self.batch_size, self.shard_id, self.num_shards = batch_size, shard_id, num_shards
+        self.steps_per_epoch = per_shard // batch_size
+        self._epoch = -1
+        self._order = np.empty(0, np.int64)
+
+    def __call__(self, step: int) -> Plan:
+        """Batch number `step`."""
+        epoch, at = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            order = permutation(self.num_images, seed=self.seed, epoch=epoch)
+            dealt = np.arange(self.shard_id, self.shard_id + self._per_shard() * self.num_shards, self.num_shards)
+            self._order, self._epoch = order[dealt % self.num_images], epoch
+        index = self._order[at * self.batch_size : (at + 1) * self.batch_size]
+        first, second = (draw(v, index, seed=self.seed, epoch=epoch, view=i) for i, v in enumerate(self.views))
+        return Plan(step, epoch, index, (first, second))
+
+    def _per_shard(self) -> int:
+        return -(-self.num_images // self.num_shards)
+
+
+class PlannedLoader(ABC):
+    """A `ViewLoader` whose batches are a function of their number: its position is all the state there is."""
+
+    backend: str
+
+    def __init__(
+        self, source: ImageSource, config: Config, *, device: torch.device, shard_id: int = 0, num_shards: int = 1
+    ) -> None:
+        """Take images, and of the config `batch_size`, `seed`, `view1`, `view2` and `data`.
+
+        Raises:
+            SourceError: there are fewer images than one batch takes.
+        """
+        self.source, self.config, self.device = source, config, device
+        self.planner = Planner(
+            len(source),
+            (config.view1, config.view2),
+            batch_size=config.batch_size,
+            seed=config.seed,
+            shard_id=shard_id,
+            num_shards=num_shards,
+        )
+        self.batch_size = config.batch_size
+        self.steps_per_epoch = self.planner.steps_per_epoch
+        self._step = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = self._make()
+        self._step += 1
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Number of the next batch, and what the stream belongs to: integers and strings."""
+        return {"step": self._step, "belongs_to": self._belongs_to(), "made_by": self._made_by()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the batch after the one that was handed out last when `state` was taken.
+
+        A state of any shard serves all shards.
+
+        Raises:
+            ValueError: the state belongs to other data, views, batch size, number of shards or seed.
+        """
+        mine, theirs = self._belongs_to(), state["belongs_to"]
+        changed = [name for name in mine if mine[name] != theirs.get(name)]
+        if changed:
+            details = "; ".join(f"{name} was {theirs.get(name)}, now is {mine[name]}" for name in changed)
+            raise ValueError(
+                f"loader state: must belong to the same images and settings, but {', '.join(changed)} changed "
+                f"({details}); restore them, or start a new run"
+            )
+        if state["made_by"] != self._made_by():
+            log.warning(
+                "resuming with %s what was begun with %s: the same augmentations, but pixels may differ by a level",
+                self._made_by(),
+                state["made_by"],
+            )
+        self._restart()
+        self._step = int(state["step"])
+
+    def _belongs_to(self) -> dict[str, str | int]:
+        return {
+            "images": f"{len(self.source)} with fingerprint {self.source.fingerprint}",
+            "view1": json.dumps(dataclasses.asdict(self.config.view1)),
+            "view2": json.dumps(dataclasses.asdict(self.config.view2)),
+            "color": self.config.data.color,
+            "batch_size": self.batch_size,
+            "num_shards": self.planner.num_shards,
+            "seed": self.config.seed,
+        }
+
+    @abstractmethod
+    def _made_by(self) -> str:
+        """Name and version of whoever computes the pixels."""
+
+    @abstractmethod
+    def _make(self) -> Batch:
+        """Return batch number `self._step`; it may prepare later ones."""
+
+    @abstractmethod
+    def _restart(self) -> None:
+        """Forget all that was prepared: the position is about to change."""
+
+    def close(self) -> None:
+        """Release threads and memory; the loader can still go on afterwards."""
+        self._restart()
+
+
+def thread_count(threads: int) -> int:
+    """`DataConfig.threads`, or one for each CPU core that this process may use."""
+    return threads or len(os.sched_getaffinity(0))
+
+
+def dali_installed() -> bool:
+    """Whether DALI can be imported; does not import it."""
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+_said: set[str] = set()
+
+
+def choose_backend(loader: str) -> str:
+    """`DataConfig.loader` with "auto" resolved: DALI where it is installed. Says once when it is not.
+
+    Raises:
+        SourceError: DALI was asked for by name and is not installed.
+    """
+    if loader == "torchvision" or (loader == "dali" and dali_installed()):
+        return loader
+    advice = "pip install nvidia-dali-cuda130 (Linux), or nvidia-dali-cuda120 for CUDA 12 drivers"
+    if loader == "dali":
+        raise SourceError(f"data.loader: dali is not installed; {advice}, or use --data.loader torchvision")
+    if dali_installed():
+        return "dali"
+    if "no dali" not in _said:
+        _said.add("no dali")
+        log.warning("NVIDIA DALI is not installed: torchvision makes the views, which is slower; %s", advice)
+    return "torchvision"
+
+
+def make_loader(
+    source: ImageSource, config: Config, *, device: torch.device, shard_id: int = 0, num_shards: int = 1
+) -> ViewLoader:
+    """Make the loader that `config.data.loader` asks for.
+
+    Args:
+        source: the training images.
+        config: of it `batch_size` (for each shard), `seed`, `view1`, `view2` and `data` are used.
+        device: where the batches are wanted.
+        shard_id: which part of every epoch this process takes.
+        num_shards: number of parts.
+
+    Raises:
+        SourceError: fewer images than one batch takes; DALI asked for and not installed.
+    """
+    loader: type[PlannedLoader]
+    if choose_backend(config.data.loader) == "dali":
+        from byol_fast.data.dali import DaliLoader
+
+        loader = DaliLoader
+    else:
+        from byol_fast.data.torchvision_loader import TorchvisionLoader
+
+        loader = TorchvisionLoader
+    return loader(source, config, device=device, shard_id=shard_id, num_shards=num_shards)
+
+
+def eval_batches(
+    source: ImageSource,
+    size: int,
+    batch_size: int,
+    *,
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic",
+    threads: int = 0,
+    loader: Literal["auto", "dali", "torchvision"] = "auto",
+    device: torch.device | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """All images of a source once, in order, without augmentation, for evaluation.
+
+    Images that are `size` x `size` in memory already are handed out as they are. Of all others the shorter side is
+    resized to 256 / 224 of `size`, and the middle is cut out.
+
+    Args:
+        source: the images.
+        size: height and width of the result in pixels.
+        batch_size: images at a time; the last batch may have fewer.
+        interpolation: of the resize, antialiased.
+        threads: decoding threads; 0 means one per CPU core that this process may use.
+        loader: who decodes, as in `DataConfig.loader`.
+        device: where the images are wanted; the CPU when None.
+
+    Yields:
+        Images, uint8 `[b, 3, size, size]`, channels_last, and their positions in the source, int64 `[b]` on the CPU.
+
+    Raises:
+        BadImageError: a file cannot be decoded.
+    """
+    device = device or torch.device("cpu")
+    if isinstance(source, ArraySource) and source.images.shape[1:3] == (size, size):
+        for start in range(0, len(source), batch_size):
+            images = torch.from_numpy(source.images[start : start + batch_size].copy())
+            yield images.permute(0, 3, 1, 2).to(device), torch.arange(start, start + len(images))
+        return
+    if choose_backend(loader) == "dali":
+        from byol_fast.data.dali import eval_batches as made
+    else:
+        from byol_fast.data.torchvision_loader import eval_batches as made
+    yield from made(source, size, batch_size, interpolation=interpolation, threads=threads, device=device)

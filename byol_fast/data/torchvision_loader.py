@@ -1,0 +1,174 @@
+"""Two views of each image by PIL and torchvision on CPU threads, for where DALI is not.
+
+Draws the same crops, colours and blurs as the DALI loader (see `byol_fast.data.views`); the pixels differ by the
+rounding of the operators. PIL releases the interpreter's lock while it decodes and resizes, so threads share the work
+and nothing needs to be copied between processes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Literal
+
+import numpy as np
+import torch
+import torchvision
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision.transforms.v2 import functional as F
+
+from byol_fast.config import Config, ViewConfig
+from byol_fast.data.batch import Batch
+from byol_fast.data.loader import PlannedLoader, thread_count
+from byol_fast.data.sources import ImageSource
+from byol_fast.data.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewDraws, crop_window
+
+_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+class TorchvisionLoader(PlannedLoader):
+    """Two views of each image by PIL and torchvision.
+
+    Batches are raw: uint8, `[B, 3, S, S]`, channels_last, on `device`.
+    """
+
+    def __init__(
+        self, source: ImageSource, config: Config, *, device: torch.device, shard_id: int = 0, num_shards: int = 1
+    ) -> None:
+        super().__init__(source, config, device=device, shard_id=shard_id, num_shards=num_shards)
+        self.backend = "torchvision"
+        self._pool: ThreadPoolExecutor | None = None
+        self._ahead: deque[tuple[NDArray[np.int64], list[torch.Tensor], list[Future[None]]]] = deque()
+
+    def _made_by(self) -> str:
+        return f"torchvision {torchvision.__version__}"
+
+    def _make(self) -> Batch:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(thread_count(self.config.data.threads), "byol-fast-views")
+        while len(self._ahead) <= self.config.data.prefetch:
+            self._ahead.append(self._begin(self._pool, self._step + len(self._ahead)))
+        index, views, work = self._ahead[0]
+        for part in work:
+            part.result()
+        self._ahead.popleft()
+        view1, view2 = (view.permute(0, 3, 1, 2).to(self.device, non_blocking=True) for view in views)
+        return Batch(view1, view2, torch.from_numpy(index.copy()))
+
+    def _begin(
+        self, pool: ThreadPoolExecutor, step: int
+    ) -> tuple[NDArray[np.int64], list[torch.Tensor], list[Future[None]]]:
+        plan = self.planner(step)
+        configs = (self.config.view1, self.config.view2)
+        shape = (self.batch_size, configs[0].size, configs[0].size, 3)
+        views = [torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda") for _ in configs]
+        arrays = [view.numpy() for view in views]
+
+        def make(row: int) -> None:
+            image = self.source.load(int(plan.index[row]))
+            for array, config, draws in zip(arrays, configs, plan.draws, strict=True):
+                array[row] = augment(image, draws, row, config)
+
+        return plan.index, views, [pool.submit(make, row) for row in range(self.batch_size)]
+
+    def _restart(self) -> None:
+        for _, _, work in self._ahead:
+            for part in work:
+                part.cancel()
+        self._ahead.clear()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True)
+            self._pool = None
+
+
+def augment(image: Image.Image, d: ViewDraws, i: int, view: ViewConfig) -> NDArray[np.uint8]:
+    """One view `[S, S, 3]` of an RGB image with the parameters in row i of `d`.
+
+    The order is the reference's: crop, flip, jitter, grayscale, blur, solarize.
+    """
+    top, left, h, w = crop_window(d.crop[i], image.height, image.width, view.aspect)
+    x = image.crop((left, top, left + w, top + h)).resize((view.size, view.size), _RESAMPLING[view.interpolation])
+    if d.flip[i]:
+        x = x.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if d.jitter[i]:
+        x = jitter(x, d.factors[i], d.order[i])
+    if d.grayscale[i]:
+        x = x.convert("L").convert("RGB")
+    y = np.array(x)
+    if d.blur[i]:
+        y = blur(y, float(d.sigma[i]), int(d.window[i]))
+    if d.solarize[i]:
+        y = np.where(y < view.solarize_threshold, y, 255 - y)
+    return y
+
+
+def jitter(x: Image.Image, factors: NDArray[np.float32], order: NDArray[np.int32]) -> Image.Image:
+    """Brightness, contrast, saturation and hue in the given order."""
+    parts: dict[int, Callable[[Image.Image, float], Image.Image]] = {
+        BRIGHTNESS: F.adjust_brightness,
+        CONTRAST: F.adjust_contrast,
+        SATURATION: F.adjust_saturation,
+        HUE: F.adjust_hue,
+    }
+    for part in order.tolist():
+        factor = float(factors[part])
+        if factor != (0.0 if part == HUE else 1.0):
+            x = parts[part](x, factor)
+    return x
+
+
+def blur(x: NDArray[np.uint8], sigma: float, window: int) -> NDArray[np.uint8]:
+    """Gaussian blur of `[H, W, 3]` with a window of that many pixels, mirrored at the borders."""
+    radius = window // 2
+    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2).astype(np.float32)
+    weights /= weights.sum()
+    y = x.astype(np.float32)
+    for axis in (0, 1):
+        pad = [(radius, radius) if a == axis else (0, 0) for a in range(3)]
+        padded = np.pad(y, pad, mode="reflect")
+        n = x.shape[axis]
+        y = weights[radius] * y
+        for k in range(radius):
+            # the window is symmetric: one multiplication for both sides
+            low, high = (np.take(padded, range(s, s + n), axis=axis) for s in (k, window - 1 - k))
+            y += weights[k] * (low + high)
+    return np.rint(y).astype(np.uint8)
+
+
+def eval_batches(
+    source: ImageSource,
+    size: int,
+    batch_size: int,
+    *,
+    interpolation: Literal["bicubic", "bilinear"],
+    threads: int,
+    device: torch.device,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """See `byol_fast.data.eval_batches`."""
+    chunks = iter([np.arange(i, min(i + batch_size, len(source))) for i in range(0, len(source), batch_size)])
+    pool = ThreadPoolExecutor(thread_count(threads), "byol-fast-eval")
+
+    def begin(index: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[Future[NDArray[np.uint8]]]]:
+        return index, [pool.submit(lambda i: centre(source.load(i), size, interpolation), int(i)) for i in index]
+
+    try:
+        ahead = deque(begin(index) for index in itertools.islice(chunks, 2))
+        while ahead:
+            index, work = ahead.popleft()
+            ahead.extend(begin(index) for index in itertools.islice(chunks, 1))
+            images = torch.from_numpy(np.stack([image.result() for image in work]))
+            yield images.permute(0, 3, 1, 2).to(device), torch.from_numpy(index)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def centre(image: Image.Image, size: int, interpolation: Literal["bicubic", "bilinear"]) -> NDArray[np.uint8]:
+    """The middle `[size, size, 3]` of an RGB image after its shorter side was resized to 256 / 224 of `size`."""
+    target, shorter = round(size * 256 / 224), min(image.size)
+    w, h = (side * target // shorter for side in image.size)
+    left, top = (w - size) // 2, (h - size) // 2
+    x = image.resize((w, h), _RESAMPLING[interpolation])
+    return np.array(x.crop((left, top, left + size, top + size)))
