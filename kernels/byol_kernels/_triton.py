@@ -21,7 +21,7 @@ except ImportError:
     class _NoLanguage:
         """Stands where `triton.language` is used before any launch: in annotations."""
 
-        constexpr = object
+        constexpr = tensor = object
 
     tl = _NoLanguage
 

@@ -11,7 +11,6 @@ It moves 12 bytes a float32 parameter, the least there is: both are read once, t
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from byol_kernels._triton import device_guard, jit, tl, tl_dtype
 
 
 @jit
-def lerp(start: Any, end: Any, weight: Any) -> Any:
+def lerp(start: tl.tensor, end: tl.tensor, weight: tl.tensor) -> tl.tensor:
     """`torch.lerp`: exact at weight 0 and weight 1."""
     difference = end - start
     return tl.where(weight < 0.5, start + weight * difference, end - (1.0 - weight) * difference)
@@ -32,11 +31,11 @@ def lerp(start: Any, end: Any, weight: Any) -> Any:
 
 @jit
 def _ema_chunk(
-    target_address: Any,
-    online_address: Any,
-    copy_address: Any,
-    numel: Any,  # elements from these addresses on
-    weight: Any,
+    target_address: tl.tensor,
+    online_address: tl.tensor,
+    copy_address: tl.tensor,
+    numel: tl.tensor,  # elements from these addresses on
+    weight: tl.tensor,
     TARGET: tl.constexpr,
     ONLINE: tl.constexpr,
     COPY: tl.constexpr,
@@ -58,7 +57,7 @@ def _ema_chunk(
         mask = offsets < numel
     target = tl.load(target_ptr + offsets, mask=mask)
     online = tl.load(online_ptr + offsets, mask=mask)
-    target = lerp(target.to(ACC), online.to(ACC), weight.to(ACC)).to(TARGET)
+    target = lerp(target.to(ACC), online.to(ACC), tl.cast(weight, ACC)).to(TARGET)
     tl.store(target_ptr + offsets, target, mask=mask)
     if HAS_COPY:
         tl.store(copy_ptr + offsets, target.to(COPY), mask=mask)
@@ -66,12 +65,12 @@ def _ema_chunk(
 
 @jit
 def _ema_update_kernel(
-    addresses_ptr: Any,  # [3, R] int64: target, online, copy
-    rows_ptr: Any,  # [R, 4] int64: elements, kind, first chunk, tag
-    chunks_ptr: Any,  # [C, 2] int64: row, chunk within the row
-    num_rows: Any,
-    tau_ptr: Any,  # [] or None
-    weight: Any,  # 1 - tau where tau_ptr is None
+    addresses_ptr: tl.tensor,  # [3, R] int64: target, online, copy
+    rows_ptr: tl.tensor,  # [R, 4] int64: elements, kind, first chunk, tag
+    chunks_ptr: tl.tensor,  # [C, 2] int64: row, chunk within the row
+    num_rows: tl.tensor,
+    tau_ptr: tl.tensor,  # [] or None
+    weight: tl.tensor,  # 1 - tau where tau_ptr is None
     KINDS: tl.constexpr,  # (target, online, copy) dtypes that occur
     HAS_COPY: tl.constexpr,
     CHUNK: tl.constexpr,

@@ -31,56 +31,65 @@ from byol_kernels.ema import check_tau, lerp
 
 
 @jit
-def _load(address: Any, offsets: Any, mask: Any, DTYPE: tl.constexpr, ALIGNED: tl.constexpr) -> Any:
+def _load(
+    address: tl.tensor,
+    offsets: tl.tensor,
+    count: tl.tensor,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+) -> tl.tensor:
+    """The first `count` elements at an address that is a multiple of 16 bytes if ALIGNED; zeros after them."""
     ptr = address.to(tl.pointer_type(DTYPE))
     if ALIGNED:
         ptr = tl.multiple_of(ptr, 16)
-    return tl.load(ptr + offsets, mask=mask, other=0.0)
+    return tl.load(ptr + offsets, mask=offsets < count, other=0.0)
 
 
 @jit
-def _store(address: Any, offsets: Any, value: Any, mask: Any, DTYPE: tl.constexpr, ALIGNED: tl.constexpr) -> None:
+def _store(
+    address: tl.tensor,
+    offsets: tl.tensor,
+    value: tl.tensor,
+    count: tl.tensor,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+) -> None:
     ptr = address.to(tl.pointer_type(DTYPE))
     if ALIGNED:
         ptr = tl.multiple_of(ptr, 16)
-    tl.store(ptr + offsets, value.to(DTYPE), mask=mask)
+    tl.store(ptr + offsets, value.to(DTYPE), mask=offsets < count)
 
 
 @jit
 def _norms_chunk(
-    p_address: Any,
-    g_address: Any,
-    numel: Any,
-    decay: Any,
-    inv_scale: Any,
-    P: tl.constexpr,
-    G: tl.constexpr,
-    FULL: tl.constexpr,
+    p_address: tl.tensor,
+    g_address: tl.tensor,
+    count: tl.tensor,
+    decay: tl.tensor,
+    inv_scale: tl.tensor,
+    KIND: tl.constexpr,
+    ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
-) -> Any:
-    ACC: tl.constexpr = tl.float64 if tl.float64 == P else tl.float32
+) -> tl.tensor:
+    ACC: tl.constexpr = tl.float64 if KIND[0] == tl.float64 else tl.float32
     offsets = tl.arange(0, CHUNK)
-    # With FULL the mask is one predicate for all elements, which leaves the accesses 128 bits wide.
-    mask = offsets < numel
-    if FULL:
-        mask = tl.full((CHUNK,), 1, tl.int1)
-    p = _load(p_address, offsets, mask, P, FULL).to(ACC)
-    d = _load(g_address, offsets, mask, G, FULL).to(ACC) * inv_scale + decay * p
+    p = _load(p_address, offsets, count, KIND[0], ALIGNED).to(ACC)
+    d = _load(g_address, offsets, count, KIND[1], ALIGNED).to(ACC) * inv_scale + decay * p
     return tl.sum(p * p, axis=0).to(tl.float32), tl.sum(d * d, axis=0).to(tl.float32)
 
 
 @jit
 def _lars_norms_kernel(
-    addresses_ptr: Any,  # [K, R] int64: parameter, gradient, ...
-    rows_ptr: Any,  # [R, 4] int64: elements, kind, first chunk, tag = 2 * group + adapt
-    chunks_ptr: Any,  # [C, 2] int64: row, chunk within the row; the adapted rows come first
-    groups_ptr: Any,  # [groups, 4]: momentum, weight decay, eta, lr
-    num_rows: Any,
-    num_chunks: Any,  # of the adapted rows
-    grad_scale_ptr: Any,  # [] or None
-    partials_ptr: Any,  # [2, C] squares of parameter and update
-    tickets_ptr: Any,  # [R] int32: 0 before, 0 after
-    ratios_ptr: Any,  # [R] out
+    addresses_ptr: tl.tensor,  # [K, R] int64: parameter, gradient, ...
+    rows_ptr: tl.tensor,  # [R, 4] int64: elements, kind, first chunk, tag = 2 * group + adapt
+    chunks_ptr: tl.tensor,  # [C, 2] int64: row, chunk within the row; the adapted rows come first
+    groups_ptr: tl.tensor,  # [groups, 4]: momentum, weight decay, eta, lr
+    num_rows: tl.tensor,
+    num_chunks: tl.tensor,  # of the adapted rows
+    grad_scale_ptr: tl.tensor,  # [] or None
+    partials_ptr: tl.tensor,  # [2, C] squares of parameter and update
+    tickets_ptr: tl.tensor,  # [R] int32: 0 before, 0 after
+    ratios_ptr: tl.tensor,  # [R] out
     KINDS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_PARTIALS: tl.constexpr,
@@ -104,14 +113,13 @@ def _lars_norms_kernel(
     d_square = 0.0
     for k in tl.static_range(len(KINDS)):
         if kind == k:
-            P: tl.constexpr = KINDS[k][0]
-            G: tl.constexpr = KINDS[k][1]
-            p = p_address + first * (P.primitive_bitwidth // 8)
-            g = g_address + first * (G.primitive_bitwidth // 8)
+            p = p_address + first * (KINDS[k][0].primitive_bitwidth // 8)
+            g = g_address + first * (KINDS[k][1].primitive_bitwidth // 8)
             if full:
-                p_square, d_square = _norms_chunk(p, g, numel, decay, inv_scale, P, G, True, CHUNK)
+                # A count that is known to be CHUNK or 0 leaves the accesses 128 bits wide.
+                p_square, d_square = _norms_chunk(p, g, CHUNK, decay, inv_scale, KINDS[k], True, CHUNK)
             else:
-                p_square, d_square = _norms_chunk(p, g, numel, decay, inv_scale, P, G, False, CHUNK)
+                p_square, d_square = _norms_chunk(p, g, numel, decay, inv_scale, KINDS[k], False, CHUNK)
     tl.store(partials_ptr + chunk, p_square)
     tl.store(partials_ptr + num_chunks + chunk, d_square)
 
@@ -122,12 +130,14 @@ def _lars_norms_kernel(
     if ticket == row_chunks - 1:
         p_squares = tl.zeros((BLOCK_PARTIALS,), tl.float32)
         d_squares = tl.zeros((BLOCK_PARTIALS,), tl.float32)
-        for start in range(0, row_chunks, BLOCK_PARTIALS):
+        start = 0
+        while start < row_chunks:
             index = start + tl.arange(0, BLOCK_PARTIALS)
             partial_ptr = partials_ptr + first_chunk + index
             # .cg reads L2, where the other programs' stores are.
             p_squares += tl.load(partial_ptr, mask=index < row_chunks, other=0.0, cache_modifier=".cg")
             d_squares += tl.load(partial_ptr + num_chunks, mask=index < row_chunks, other=0.0, cache_modifier=".cg")
+            start += BLOCK_PARTIALS
         p_norm = tl.sqrt_rn(tl.sum(p_squares, axis=0))
         d_norm = tl.sqrt_rn(tl.sum(d_squares, axis=0))
         eta = tl.load(groups_ptr + 4 * group + 2)
@@ -138,67 +148,64 @@ def _lars_norms_kernel(
 
 @jit
 def _apply_chunk(
-    p_address: Any,
-    g_address: Any,
-    v_address: Any,
-    t_address: Any,
-    p_copy_address: Any,
-    t_copy_address: Any,
-    has_grad: Any,
-    has_target: Any,
-    has_p_copy: Any,
-    has_t_copy: Any,
-    numel: Any,
-    lr: Any,
-    momentum: Any,
-    decay: Any,
-    ratio: Any,
-    inv_scale: Any,
-    weight: Any,
+    p_address: tl.tensor,
+    g_address: tl.tensor,
+    v_address: tl.tensor,
+    t_address: tl.tensor,
+    p_copy_address: tl.tensor,
+    t_copy_address: tl.tensor,
+    g_count: tl.tensor,  # a tensor's elements in this chunk, or 0 where the row lacks it
+    t_count: tl.tensor,
+    p_copy_count: tl.tensor,
+    t_copy_count: tl.tensor,
+    count: tl.tensor,
+    lr: tl.tensor,
+    momentum: tl.tensor,
+    decay: tl.tensor,
+    ratio: tl.tensor,
+    inv_scale: tl.tensor,
+    weight: tl.tensor,
     KIND: tl.constexpr,
     HAS: tl.constexpr,
-    FULL: tl.constexpr,
+    ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
 ) -> None:
     ACC: tl.constexpr = tl.float64 if KIND[0] == tl.float64 else tl.float32
     offsets = tl.arange(0, CHUNK)
-    mask = offsets < numel
-    if FULL:
-        mask = tl.full((CHUNK,), 1, tl.int1)
-    # What a row may lack is predicated and not branched around: the loads then start together.
-    p = _load(p_address, offsets, mask, KIND[0], FULL)
-    g = _load(g_address, offsets, mask & has_grad, KIND[1], FULL).to(ACC)
-    v = _load(v_address, offsets, mask & has_grad, KIND[2], FULL).to(ACC)
+    # What a row may lack is predicated and not branched around: all loads then start together.
+    p = _load(p_address, offsets, count, KIND[0], ALIGNED)
+    g = _load(g_address, offsets, g_count, KIND[1], ALIGNED).to(ACC)
+    v = _load(v_address, offsets, g_count, KIND[2], ALIGNED).to(ACC)
     if HAS[0]:
-        t = _load(t_address, offsets, mask & has_target, KIND[3], FULL)
+        t = _load(t_address, offsets, t_count, KIND[3], ALIGNED)
     v = momentum * v + ratio * (g * inv_scale + decay * p.to(ACC))
-    p = tl.where(has_grad, (p.to(ACC) - lr * v).to(KIND[0]), p)
-    _store(v_address, offsets, v, mask & has_grad, KIND[2], FULL)
-    _store(p_address, offsets, p, mask & has_grad, KIND[0], FULL)
+    p = tl.where(offsets < g_count, (p.to(ACC) - lr * v).to(KIND[0]), p)
+    _store(v_address, offsets, v, g_count, KIND[2], ALIGNED)
+    _store(p_address, offsets, p, g_count, KIND[0], ALIGNED)
     if HAS[0]:
         # The average is of the parameter as it is stored, which is what a separate EMA would read.
         T_ACC: tl.constexpr = tl.float64 if KIND[3] == tl.float64 else ACC
-        t = lerp(t.to(T_ACC), p.to(T_ACC), weight.to(T_ACC)).to(KIND[3])
-        _store(t_address, offsets, t, mask & has_target, KIND[3], FULL)
+        t = lerp(t.to(T_ACC), p.to(T_ACC), tl.cast(weight, T_ACC)).to(KIND[3])
+        _store(t_address, offsets, t, t_count, KIND[3], ALIGNED)
     if HAS[1]:
-        _store(p_copy_address, offsets, p, mask & has_p_copy, KIND[4], FULL)
+        _store(p_copy_address, offsets, p, p_copy_count, KIND[4], ALIGNED)
     if HAS[2]:
-        _store(t_copy_address, offsets, t, mask & has_t_copy, KIND[5], FULL)
+        _store(t_copy_address, offsets, t, t_copy_count, KIND[5], ALIGNED)
 
 
 @jit
 def _lars_apply_kernel(
-    addresses_ptr: Any,  # [K, R] int64: parameter, gradient, momentum, target, copy of parameter, copy of target
-    rows_ptr: Any,  # [R, 4] int64: elements, kind, first chunk, tag = 2 * group + adapt
-    chunks_ptr: Any,  # [C, 2] int64: row, chunk within the row
-    groups_ptr: Any,  # [groups, 4]: momentum, weight decay, eta, lr
-    lr_addresses_ptr: Any,  # [groups] int64: where lr is, or 0
-    ratios_ptr: Any,  # [R]
-    num_rows: Any,
-    tau_ptr: Any,  # [] or None
-    weight: Any,  # 1 - tau where tau_ptr is None
-    grad_scale_ptr: Any,  # [] or None
-    found_inf_ptr: Any,  # [] or None
+    addresses_ptr: tl.tensor,  # [K, R] int64: parameter, gradient, momentum, target, copy of parameter, copy of target
+    rows_ptr: tl.tensor,  # [R, 4] int64: elements, kind, first chunk, tag = 2 * group + adapt
+    chunks_ptr: tl.tensor,  # [C, 2] int64: row, chunk within the row
+    groups_ptr: tl.tensor,  # [groups, 4]: momentum, weight decay, eta, lr
+    lr_addresses_ptr: tl.tensor,  # [groups] int64: where lr is, or 0
+    ratios_ptr: tl.tensor,  # [R]
+    num_rows: tl.tensor,
+    tau_ptr: tl.tensor,  # [] or None
+    weight: tl.tensor,  # 1 - tau where tau_ptr is None
+    grad_scale_ptr: tl.tensor,  # [] or None
+    found_inf_ptr: tl.tensor,  # [] or None
     KINDS: tl.constexpr,
     HAS: tl.constexpr,  # whether any row has a target, a copy of the parameter, a copy of the target
     CHUNK: tl.constexpr,
@@ -220,10 +227,9 @@ def _lars_apply_kernel(
 
     hyper_ptr = groups_ptr + 4 * (tag // 2)
     adapt = tag % 2 == 1
-    has_grad = g_address != 0
     momentum = tl.load(hyper_ptr)
     decay = tl.load(hyper_ptr + 1, mask=adapt, other=0.0)
-    ratio = tl.load(ratios_ptr + row, mask=adapt & has_grad, other=1.0)
+    ratio = tl.load(ratios_ptr + row, mask=adapt, other=1.0)
     lr_address = tl.load(lr_addresses_ptr + tag // 2)
     lr = tl.load(hyper_ptr + 3)
     lr = tl.load(lr_address.to(tl.pointer_type(tl.float32)), mask=lr_address != 0, other=lr)
@@ -246,12 +252,16 @@ def _lars_apply_kernel(
             tc = t_copy_address + first * (KIND[5].primitive_bitwidth // 8)
             if full:
                 _apply_chunk(
-                    p, g, v, t, pc, tc, has_grad, t_address != 0, p_copy_address != 0, t_copy_address != 0, numel,
+                    p, g, v, t, pc, tc,
+                    tl.where(g_address != 0, CHUNK, 0), tl.where(t_address != 0, CHUNK, 0),
+                    tl.where(p_copy_address != 0, CHUNK, 0), tl.where(t_copy_address != 0, CHUNK, 0), CHUNK,
                     lr, momentum, decay, ratio, inv_scale, weight, KIND, HAS, True, CHUNK,
                 )  # fmt: skip
             else:
                 _apply_chunk(
-                    p, g, v, t, pc, tc, has_grad, t_address != 0, p_copy_address != 0, t_copy_address != 0, numel,
+                    p, g, v, t, pc, tc,
+                    tl.where(g_address != 0, numel, 0), tl.where(t_address != 0, numel, 0),
+                    tl.where(p_copy_address != 0, numel, 0), tl.where(t_copy_address != 0, numel, 0), numel,
                     lr, momentum, decay, ratio, inv_scale, weight, KIND, HAS, False, CHUNK,
                 )  # fmt: skip
 

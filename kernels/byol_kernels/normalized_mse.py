@@ -24,7 +24,10 @@ from torch import Tensor
 from byol_kernels import reference
 from byol_kernels._triton import device_guard, jit, next_power_of_2, tl
 
-MAX_KERNEL_DIM = 16384  # one row in the registers of one program; wider rows take the plain PyTorch path
+# One row has to fit the registers of one program, with statistics four running vectors beside it. Wider rows take the
+# plain PyTorch path.
+MAX_KERNEL_DIM = 16384
+MAX_KERNEL_DIM_WITH_STATS = 8192
 _MAX_PROGRAMS_PER_PAIR = 512
 _MAX_PROGRAMS_PER_PAIR_WITH_STATS = 64  # the last program reads all their moments
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -34,13 +37,15 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @jit
-def _load_rows(ptr: Any, rows: Any, cols: Any, stride: Any, mask: Any) -> Any:
+def _load_rows(ptr: tl.tensor, rows: tl.tensor, cols: tl.tensor, stride: tl.tensor, mask: tl.tensor) -> tl.tensor:
     offsets = rows.to(tl.int64)[:, None] * stride + cols[None, :]
     return tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32)
 
 
 @jit
-def _add_moments(mean: Any, m2: Any, count: Any, x: Any, valid: Any, num_valid: Any) -> Any:
+def _add_moments(
+    mean: tl.tensor, m2: tl.tensor, count: tl.tensor, x: tl.tensor, valid: tl.tensor, num_valid: tl.tensor
+) -> tl.tensor:
     """Merges the rows of one tile into a running mean and sum of squared deviations (Chan et al. 1979)."""
     tile_mean = tl.sum(x, axis=0) / num_valid
     deviation = tl.where(valid[:, None], x - tile_mean[None, :], 0.0)
@@ -53,26 +58,26 @@ def _add_moments(mean: Any, m2: Any, count: Any, x: Any, valid: Any, num_valid: 
 
 @jit
 def _normalized_mse_fwd_kernel(
-    pa_ptr: Any,  # [B, D]
-    za_ptr: Any,  # [B, D]
-    pb_ptr: Any,  # [B, D], or None: one pair
-    zb_ptr: Any,  # [B, D], or None
-    pa_stride: Any,
-    za_stride: Any,
-    pb_stride: Any,
-    zb_stride: Any,
-    loss_ptr: Any,  # []
-    grad_ptr: Any,  # [N, B, D], or None
-    row_loss_ptr: Any,  # [N, B], or None: no statistics
-    cosine_ptr: Any,  # [], or None
-    std_ptr: Any,  # [2, N, D], or None
-    partial_ptr: Any,  # [N * G] sums of row losses
-    moments_ptr: Any,  # [2, N, G, 2, D] mean and sum of squared deviations, or None
-    counter_ptr: Any,  # [1] int32: 0 before, 0 after
-    batch: Any,
-    dim: Any,
-    rows_per_program: Any,
-    eps: Any,
+    pa_ptr: tl.tensor,  # [B, D]
+    za_ptr: tl.tensor,  # [B, D]
+    pb_ptr: tl.tensor,  # [B, D], or None: one pair
+    zb_ptr: tl.tensor,  # [B, D], or None
+    pa_stride: tl.tensor,
+    za_stride: tl.tensor,
+    pb_stride: tl.tensor,
+    zb_stride: tl.tensor,
+    loss_ptr: tl.tensor,  # []
+    grad_ptr: tl.tensor,  # [N, B, D], or None
+    row_loss_ptr: tl.tensor,  # [N, B], or None: no statistics
+    cosine_ptr: tl.tensor,  # [], or None
+    std_ptr: tl.tensor,  # [2, N, D], or None
+    partial_ptr: tl.tensor,  # [N * G] sums of row losses
+    moments_ptr: tl.tensor,  # [2, N, G, 2, D] mean and sum of squared deviations, or None
+    counter_ptr: tl.tensor,  # [1] int32: 0 before, 0 after
+    batch: tl.tensor,
+    dim: tl.tensor,
+    rows_per_program: tl.tensor,
+    eps: tl.tensor,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr,  # power of two >= G
@@ -104,7 +109,8 @@ def _normalized_mse_fwd_kernel(
         z_mean = tl.zeros((BLOCK_D,), tl.float32)
         z_m2 = tl.zeros((BLOCK_D,), tl.float32)
 
-    for start in range(first_row, end_row, BLOCK_B):
+    start = first_row
+    while start < end_row:
         rows = start + tl.arange(0, BLOCK_B)
         valid = rows < end_row
         mask = valid[:, None] & (cols < dim)[None, :]
@@ -132,6 +138,7 @@ def _normalized_mse_fwd_kernel(
             num_valid = tl.minimum(end_row - start, BLOCK_B).to(tl.float32)
             p_mean, p_m2 = _add_moments(p_mean, p_m2, count, p_hat, valid, num_valid)
             z_mean, z_m2 = _add_moments(z_mean, z_m2, count, z_hat, valid, num_valid)
+        start += BLOCK_B
 
     tl.store(partial_ptr + pair * num_groups + group, tl.sum(loss_sum, axis=0))
     if moments_ptr is not None:
@@ -158,25 +165,28 @@ def _normalized_mse_fwd_kernel(
             groups = tl.arange(0, BLOCK_G)
             count = tl.minimum(tl.maximum(batch - groups * rows_per_program, 0), rows_per_program)
             count = tl.where(groups < num_groups, count, 0).to(tl.float32)[:, None]
-            for which in range(2 * num_pairs):
-                slot = moments_ptr + (which * num_groups + groups).to(tl.int64)[:, None] * 2 * dim
-                for start in range(0, dim, BLOCK_STD):
-                    col = start + tl.arange(0, BLOCK_STD)
-                    mask = (groups < num_groups)[:, None] & (col < dim)[None, :]
-                    mean = tl.load(slot + col[None, :], mask=mask, other=0.0, cache_modifier=".cg")
-                    m2 = tl.load(slot + dim + col[None, :], mask=mask, other=0.0, cache_modifier=".cg")
-                    delta = mean - (tl.sum(count * mean, axis=0) / batch)[None, :]
-                    variance = tl.sum(m2 + count * delta * delta, axis=0) / batch
-                    tl.store(std_ptr + which * dim + col, tl.sqrt_rn(variance), mask=col < dim)
+            blocks = tl.cdiv(dim, BLOCK_STD)
+            block = 0
+            while block < 2 * num_pairs * blocks:
+                which = block // blocks  # predictions of each pair, then targets of each pair
+                col = block % blocks * BLOCK_STD + tl.arange(0, BLOCK_STD)
+                slot = moments_ptr + (which * num_groups + groups).to(tl.int64)[:, None] * 2 * dim + col[None, :]
+                mask = (groups < num_groups)[:, None] & (col < dim)[None, :]
+                mean = tl.load(slot, mask=mask, other=0.0, cache_modifier=".cg")
+                m2 = tl.load(slot + dim, mask=mask, other=0.0, cache_modifier=".cg")
+                delta = mean - (tl.sum(count * mean, axis=0) / batch)[None, :]
+                variance = tl.sum(m2 + count * delta * delta, axis=0) / batch
+                tl.store(std_ptr + which * dim + col, tl.sqrt_rn(variance), mask=col < dim)
+                block += 1
 
 
 @jit
 def _normalized_mse_bwd_kernel(
-    grad_loss_ptr: Any,  # []
-    grad_ptr: Any,  # [N, B, D] dl/dp of each row
-    out_ptr: Any,  # [N, B, D]
-    numel: Any,
-    batch: Any,
+    grad_loss_ptr: tl.tensor,  # []
+    grad_ptr: tl.tensor,  # [N, B, D] dl/dp of each row
+    out_ptr: tl.tensor,  # [N, B, D]
+    numel: tl.tensor,
+    batch: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -239,7 +249,8 @@ def _normalized_mse_fwd_cuda(
     with_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, dim = pa_BD.shape
-    if pa_BD.dtype == torch.float64 or dim > MAX_KERNEL_DIM:
+    max_dim = MAX_KERNEL_DIM_WITH_STATS if with_stats else MAX_KERNEL_DIM
+    if pa_BD.dtype == torch.float64 or dim > max_dim:
         return reference.normalized_mse_fwd(pa_BD, za_BD, pb_BD, zb_BD, eps, with_grad, with_stats)
     pa, za, pb, zb = (
         x if x is None or x.stride(1) == 1 or dim == 1 else x.contiguous() for x in (pa_BD, za_BD, pb_BD, zb_BD)
@@ -249,7 +260,7 @@ def _normalized_mse_fwd_cuda(
 
     block_d = max(next_power_of_2(dim), 32)
     block_b = max(1, 1024 // block_d)
-    num_warps = min(16, max(4, block_d // 512))
+    num_warps = min(16, max(4, block_d // 256))
     max_programs = _MAX_PROGRAMS_PER_PAIR_WITH_STATS if with_stats else _MAX_PROGRAMS_PER_PAIR
     tiles = -(-batch // block_b)
     rows_per_program = -(-tiles // max_programs) * block_b
@@ -347,6 +358,7 @@ torch.library.register_fake("byol_kernels::normalized_mse_bwd", _bwd_fake)
 def _fwd_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     pa, _, pb, _, _, with_grad, _ = inputs
     loss, grad, row_loss, cosine, std = output
+    ctx.set_materialize_grads(False)  # else the backward fills a tensor of zeros for every output but the loss
     if with_grad:
         ctx.save_for_backward(grad, pa, pb)
         ctx.mark_non_differentiable(grad, row_loss, cosine, std)
@@ -354,7 +366,9 @@ def _fwd_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
         ctx.mark_non_differentiable(loss, grad, row_loss, cosine, std)
 
 
-def _fwd_backward(ctx: Any, grad_loss: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+def _fwd_backward(ctx: Any, grad_loss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 7
     grad_NBD, pa, pb = ctx.saved_tensors
     grad_p = torch.ops.byol_kernels.normalized_mse_bwd(grad_loss, grad_NBD, pa, pb)
     return grad_p[0], None, None if pb is None else grad_p[1], None, None, None, None

@@ -41,7 +41,8 @@ def normalized_mse_fwd(
     for n, (p, z) in enumerate(pairs):
         p_norm_B1, p_hat, p_scale_B1 = _normalize(p.to(acc), eps)
         _, z_hat, _ = _normalize(z.to(acc), eps)
-        cosine_B1 = torch.linalg.vecdot(p_hat, z_hat).unsqueeze(1).clamp_(-1.0, 1.0)
+        # Not torch.linalg.vecdot: an ambient autocast would run that in bfloat16.
+        cosine_B1 = (p_hat * z_hat).sum(1, keepdim=True).clamp_(-1.0, 1.0)
         torch.mul(cosine_B1[:, 0], -2.0, out=row_loss_NB[n]).add_(2.0)
         if with_stats:
             std_2ND[0, n] = p_hat.std(0, correction=0)

@@ -1,0 +1,52 @@
+"""Where the kernel tests run.
+
+The same tests run in three places. In an ordinary session they run on the CPU, against the plain PyTorch operators, and
+with `-m gpu` on a GPU, against the compiled kernels. `test_interpreter.py` starts a second session with
+`TRITON_INTERPRET=1`, in which this file puts the kernels in the place of the CPU operators: public functions, autograd
+and the optimizer then run the kernels' own code, on CPU tensors.
+"""
+
+import os
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+import torch
+
+from byol_kernels import ema, lars, normalized_mse
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+if INTERPRETED:
+    _override = torch.library.Library("byol_kernels", "IMPL")  # type: ignore[no-untyped-call]
+    for _name, _launcher in {
+        "normalized_mse_fwd": normalized_mse._normalized_mse_fwd_cuda,
+        "normalized_mse_bwd": normalized_mse._normalized_mse_bwd_cuda,
+        "ema_update_": ema._ema_update_cuda,
+        "lars_step_": lars._lars_step_cuda,
+    }.items():
+        partial(_override.impl, allow_override=True)(_name, _launcher, "CPU")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    name = str(request.param)
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return name
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_poisoned_memory() -> Iterator[None]:
+    """`torch.empty` holds NaN, so an element that a kernel forgets to write is not right by accident."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+not_interpreted = pytest.mark.skipif(INTERPRETED, reason="says nothing about a kernel's arithmetic")
