@@ -173,7 +173,7 @@ class MultiTensorPlan:
 
         Args:
             name: which table.
-            kind: "q" for int64, "f" for float32.
+            kind: "q" for int64, "f" for float32, "d" for float64.
             values: the numbers.
             device: where to.
 
@@ -241,7 +241,7 @@ def plan_for(
 
 
 def _upload(values: "array[int] | array[float]", device: torch.device) -> Tensor:
-    dtype = torch.int64 if values.typecode == "q" else torch.float32
+    dtype = {"q": torch.int64, "f": torch.float32, "d": torch.float64}[values.typecode]
     if not values:
         return torch.empty(0, dtype=dtype, device=device)
     table = torch.frombuffer(values, dtype=dtype)
@@ -252,10 +252,10 @@ def _upload(values: "array[int] | array[float]", device: torch.device) -> Tensor
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one stretch of memory without gaps or overlap, in any order of dimensions."""
+    if tensor.numel() == 0:
+        return True
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size == 0:
-            return True
         if size != 1:
             if stride != expected:
                 return False

@@ -43,7 +43,7 @@ def _ema_chunk(
     FULL: tl.constexpr,  # CHUNK elements, every address a multiple of 16 bytes: unmasked 128-bit accesses
     CHUNK: tl.constexpr,
 ) -> None:
-    ACC: tl.constexpr = tl.float64 if TARGET == tl.float64 or ONLINE == tl.float64 else tl.float32  # noqa: PLR1714, SIM300
+    ACC: tl.constexpr = tl.float64 if tl.float64 == TARGET else tl.float32
     target_ptr = target_address.to(tl.pointer_type(TARGET))
     online_ptr = online_address.to(tl.pointer_type(ONLINE))
     copy_ptr = copy_address.to(tl.pointer_type(COPY))
@@ -124,6 +124,8 @@ def _ema_update_cuda(
     device = target[0].device
     if tau_tensor is not None and tau_tensor.device != device:  # on the CPU: nothing to wait for
         tau, tau_tensor = float(tau_tensor), None
+    if tau_tensor is None and any(kind[0] == torch.float64 for kind in plan.kinds):
+        tau_tensor = plan.constant("tau", "d", [tau], device)  # as an argument it would be rounded to float32
     tables = plan.tables(columns)
     with device_guard(target[0]):
         _ema_update_kernel[(plan.num_chunks,)](
@@ -167,13 +169,13 @@ def ema_update_(
     Equation 1 of BYOL (arXiv 2006.07733). Pass parameters, not buffers: the target keeps its own BatchNorm
     statistics. tau = 1 leaves the target as it is and tau = 0 makes it the online network, bit for bit (for finite
     values; of equal dtype, for tau = 0). One launch for all tensors on a GPU, whatever their sizes and dtypes; the
-    arithmetic is in float32, or in float64 where either tensor of a pair is.
+    arithmetic is in float32, or in float64 where the target is.
 
     Args:
         target: tensors to update, floating point, dense, on one device, none sharing memory with another.
         online: their partners, of the same shapes; dtypes and strides may differ (other strides cost a copy).
         tau: the decay, from 0 to 1. As a 0-dim tensor it is read on its device: no synchronisation, no
-            recompilation, and a CUDA graph follows its changes. A float is taken as float32 on a GPU.
+            recompilation, and a CUDA graph follows its changes.
         copies: where to write the updated target in another dtype (bfloat16 weights, say) in the same pass; shapes
             and strides of the targets.
 

@@ -184,7 +184,7 @@ def _apply_chunk(
     _store(p_address, offsets, p, g_count, KIND[0], ALIGNED)
     if HAS[0]:
         # The average is of the parameter as it is stored, which is what a separate EMA would read.
-        T_ACC: tl.constexpr = tl.float64 if KIND[3] == tl.float64 else ACC
+        T_ACC: tl.constexpr = tl.float64 if KIND[3] == tl.float64 else tl.float32
         t = lerp(t.to(T_ACC), p.to(T_ACC), tl.cast(weight, T_ACC)).to(KIND[3])
         _store(t_address, offsets, t, t_count, KIND[3], ALIGNED)
     if HAS[1]:
@@ -462,7 +462,7 @@ class LARS(torch.optim.Optimizer):
     Args:
         params: parameters, or groups of them with their own lr, momentum, weight_decay, eta or exclude_1d. They are
             floating point, dense, on one device. Momentum has the dtype of its parameter; the arithmetic is in
-            float32, or in float64 for float64 parameters.
+            float32, or in float64 for float64 parameters (norms and scalars are float32 on a GPU all the same).
         lr: learning rate; a float, or a 0-dim tensor (float32 if it is on a GPU).
         momentum: decay of the momentum.
         weight_decay: L2 penalty, added to the gradient.

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from byol_kernels._multi_tensor import same_layout
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Sums are taken in float64 for float64 inputs and in float32 for everything else."""
@@ -80,7 +82,7 @@ def ema_update_(target: Sequence[Tensor], online: Sequence[Tensor], tau: float, 
         # lerp is exact at both ends: weight 0 returns the target, weight 1 the online tensor.
         torch._foreach_lerp_([target[i] for i in alike], [online[i] for i in alike], 1.0 - tau)
     for i in set(range(len(target))).difference(alike):
-        acc = accumulation_dtype(torch.promote_types(target[i].dtype, online[i].dtype))
+        acc = accumulation_dtype(target[i].dtype)
         target[i].copy_(torch.lerp(target[i].to(acc), online[i].to(acc), 1.0 - tau))
     if copies:
         torch._foreach_copy_(list(copies), list(target))
@@ -115,7 +117,7 @@ def lars_step_(
         acc = accumulation_dtype(param.dtype)
         if scratch.dtype != acc or scratch.numel() < min(_BLOCK, param.numel()):
             scratch = torch.empty(min(_BLOCK, param.numel()), dtype=acc)
-        if grad is not None and grad.stride() != param.stride():
+        if grad is not None and not same_layout(grad, param):
             grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
         decay = weight_decay[row] if adapt[row] else 0.0
         param_blocks, grad_blocks, buffer_blocks, target_blocks = map(_blocks, (param, grad, buffer, target))

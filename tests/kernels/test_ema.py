@@ -1,0 +1,322 @@
+"""The moving average: values against float64, exact ends, every layout, and what is refused."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from byol_kernels import ema_update_
+from tests.kernels.conftest import INTERPRETED, not_interpreted
+from tests.kernels.restatement import close, ema, make
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def small_resnet(seed: int, channels_last: bool, device: str) -> nn.Module:
+    """What a ResNet is made of: 7x7, 3x3 and 1x1 convolutions, BatchNorm, a linear layer with a bias."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 7, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 40, 1, bias=False),
+        nn.BatchNorm2d(40),
+        nn.ReLU(),
+        nn.Conv2d(40, 24, 3, bias=False),
+        nn.BatchNorm2d(24),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(24, 10),
+    ).to(device)
+    return net.to(memory_format=torch.channels_last) if channels_last else net
+
+
+layouts = st.sampled_from(["contiguous", "transposed", "unaligned", "channels_last"])
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same values in a dense layout of another kind."""
+    if layout == "transposed":
+        return x.mT.contiguous().mT if x.dim() > 1 else x
+    if layout == "unaligned":
+        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+    if layout == "channels_last" and x.dim() == 4:
+        return x.to(memory_format=torch.channels_last)
+    return x
+
+
+@st.composite
+def tensor_lists(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor]]:
+    """A target list and its online partners: mixed sizes (0 included), ranks, dtypes and layouts."""
+    target, online = [], []
+    for seed in range(draw(st.integers(1, 6))):
+        shape = draw(
+            st.one_of(
+                st.just(()),
+                st.tuples(st.sampled_from([0, 1, 7, 4096, 4097, 9000])),
+                st.tuples(st.integers(1, 5), st.integers(1, 70)),
+                st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 3), st.integers(1, 3)),
+            )
+        )
+        target.append(laid_out(make(shape, 2 * seed, draw(st.sampled_from(FLOATS))), draw(layouts)))
+        online.append(laid_out(make(shape, 2 * seed + 1, draw(st.sampled_from(FLOATS))), draw(layouts)))
+    return target, online
+
+
+@settings(max_examples=12 if INTERPRETED else 60, deadline=None)
+@given(lists=tensor_lists(), tau=st.floats(0, 1), as_tensor=st.booleans())
+def test_any_lists_match_float64(lists: tuple[list[Tensor], list[Tensor]], tau: float, as_tensor: bool) -> None:
+    target, online = lists
+    before = [o.clone() for o in online]
+    expected = [ema(t, o, tau) for t, o in zip(target, online, strict=True)]
+    ema_update_(target, online, torch.tensor(tau, dtype=torch.float64) if as_tensor else tau)
+    for t, e in zip(target, expected, strict=True):
+        assert t.numel() == 0 or close(t, e)
+    assert all(torch.equal(o, b) for o, b in zip(online, before, strict=True))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_five_updates_of_a_network_match_float64(channels_last: bool, device: str) -> None:
+    online, target = (small_resnet(seed, channels_last, device) for seed in (0, 1))
+    buffers = {name: b.clone() for name, b in target.named_buffers()}
+    expected = {name: p.detach().double().cpu().numpy() for name, p in target.named_parameters()}
+    for step in range(5):
+        tau = 0.99 + 0.002 * step
+        with torch.no_grad():
+            for p in online.parameters():
+                p.mul_(1.1)
+        for name, p in online.named_parameters():
+            expected[name] = tau * expected[name] + (1 - tau) * p.detach().double().cpu().numpy()
+        ema_update_(target.parameters(), online.parameters(), tau)
+    assert all(close(p, expected[name]) for name, p in target.named_parameters())
+    assert all(torch.equal(b, buffers[name]) for name, b in target.named_buffers())
+    assert all(p.grad_fn is None and p.requires_grad for p in target.parameters())
+
+
+def test_a_checkpoint_of_the_other_layout_changes_nothing(device: str) -> None:
+    """Loading copies values into the strides there are; the update must not pair elements by another order."""
+    saved = small_resnet(1, False, device).state_dict()
+    target = small_resnet(2, True, device)
+    target.load_state_dict(saved)
+    online = small_resnet(0, True, device)
+    ema_update_(target.parameters(), online.parameters(), 0.7)
+    for (name, t), o in zip(target.named_parameters(), online.parameters(), strict=True):
+        assert close(t, ema(saved[name], o, 0.7))
+
+
+def test_partners_of_different_layouts(device: str) -> None:
+    target, online = small_resnet(1, False, device), small_resnet(0, True, device)
+    before = copy.deepcopy(target)
+    ema_update_(target.parameters(), online.parameters(), 0.7)
+    for t, b, o in zip(target.parameters(), before.parameters(), online.parameters(), strict=True):
+        assert close(t, ema(b, o, 0.7))
+    # Again, with values that changed in place: the copy in the target's layout must not be a stale one.
+    with torch.no_grad():
+        for p in online.parameters():
+            p.add_(1.0)
+    before = copy.deepcopy(target)
+    ema_update_(target.parameters(), online.parameters(), 0.7)
+    for t, b, o in zip(target.parameters(), before.parameters(), online.parameters(), strict=True):
+        assert close(t, ema(b, o, 0.7))
+
+
+def test_expanded_online_tensors(device: str) -> None:
+    target, online = make((4, 6), 0).to(device), make((1, 6), 1).to(device).expand(4, 6)
+    expected = ema(target, online, 0.3)
+    ema_update_([target], [online], 0.3)
+    assert close(target, expected)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_both_ends_are_exact(as_tensor: bool, device: str) -> None:
+    sizes = [5000, 33, 4096]
+    target = [make((n,), n, d).to(device) * 1e3 for n, d in zip(sizes, FLOATS, strict=False)]
+    online = [make((n,), n + 1, d).to(device) * 1e-3 for n, d in zip(sizes, FLOATS, strict=False)]
+    before = [t.clone() for t in target]
+    ema_update_(target, online, torch.tensor(1.0, device=device) if as_tensor else 1.0)
+    assert all(torch.equal(t, b) for t, b in zip(target, before, strict=True))
+    ema_update_(target, online, torch.tensor(0.0, device=device) if as_tensor else 0.0)
+    assert all(torch.equal(t, o) for t, o in zip(target, online, strict=True))
+
+
+def test_tau_as_a_tensor_is_read_at_each_call(device: str) -> None:
+    target, online = [make((300,), 0).to(device)], [make((300,), 1).to(device)]
+    tau = torch.tensor(0.5, device=device)
+    for value in (0.5, 0.9, 0.25):
+        tau.fill_(value)
+        expected = ema(target[0], online[0], value)
+        ema_update_(target, online, tau)
+        assert close(target[0], expected)
+
+
+def test_tau_on_the_cpu_for_any_device(device: str) -> None:
+    target, online = [make((30,), 0).to(device)], [make((30,), 1).to(device)]
+    expected = ema(target[0], online[0], 0.9)
+    ema_update_(target, online, torch.tensor(0.9))
+    assert close(target[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_copies_are_the_updated_targets(dtype: torch.dtype, device: str) -> None:
+    target = [make(s, i).to(device) for i, s in enumerate([(5000,), (3, 7), (0,)])]
+    online = [make(tuple(t.shape), 9).to(device) for t in target]
+    copies = [torch.empty_like(t, dtype=dtype) for t in target]
+    expected = [ema(t, o, 0.9) for t, o in zip(target, online, strict=True)]
+    ema_update_(target, online, 0.9, copies=copies)
+    assert all(close(t, e) for t, e in zip(target[:2], expected, strict=False))
+    for c, t in zip(copies, target, strict=True):
+        if INTERPRETED and dtype == torch.bfloat16:  # truncated there
+            torch.testing.assert_close(c.float(), t, rtol=2.0**-7, atol=0)
+        else:
+            assert torch.equal(c, t.to(dtype))
+
+
+def test_iterables_and_nothing_at_all(device: str) -> None:
+    ema_update_([], [], 0.5)
+    ema_update_(iter([torch.empty(0, device=device)]), iter([torch.empty(0, device=device)]), 0.5)
+    target, online = torch.zeros((), device=device), torch.ones((), device=device)
+    ema_update_((t for t in [target]), (o for o in [online]), 0.75)
+    assert target.item() == 0.25
+
+
+def test_autograd_sees_the_change(device: str) -> None:
+    """A graph that saved the old target must refuse to run backward, as after any in-place operation."""
+    target, x = make((5,), 0).to(device), make((5,), 1).to(device).requires_grad_()
+    y = (x * target).sum()
+    ema_update_([target], [make((5,), 2).to(device)], 0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()  # type: ignore[no-untyped-call]
+
+
+@not_interpreted
+def test_cpu_is_torch_lerp_bit_for_bit() -> None:
+    target, online = [make((70, 70), 0)], [make((70, 70), 1)]
+    expected = torch.lerp(target[0], online[0], 1 - 0.996)
+    ema_update_(target, online, 0.996)
+    assert torch.equal(target[0], expected)
+
+
+@not_interpreted
+def test_operator_checks(device: str) -> None:
+    target = [make((4, 5), 0).to(device), make((3,), 1).to(device)]
+    online = [make((4, 5), 2).to(device).requires_grad_(), make((3,), 3).to(device).requires_grad_()]
+    copies = [torch.zeros_like(t, dtype=torch.bfloat16) for t in target]
+    # Its inputs that require grad take part under no_grad only, so there is no autograd to check.
+    tests = ("test_schema", "test_faketensor")
+    for tau_tensor in (None, torch.tensor(0.5, device=device)):
+        args = (target, online, tau_tensor, 0.5, copies)
+        torch.library.opcheck(torch.ops.byol_kernels.ema_update_, args, test_utils=tests)
+    online = [o.detach() for o in online]
+    torch.library.opcheck(torch.ops.byol_kernels.ema_update_, (target, online, None, 0.5, copies))
+
+
+@not_interpreted
+def test_compiles_once_for_every_tau(device: str) -> None:
+    target, online = [make((64,), 0).to(device)], [make((64,), 1).to(device)]
+    frames: list[int] = []
+
+    def count(module: Any, example_inputs: Any) -> Any:
+        frames.append(1)
+        return module.forward
+
+    compiled = torch.compile(lambda tau: ema_update_(target, online, tau), fullgraph=True, backend=count)
+    for value in (0.9, 0.95, 0.99):
+        expected = ema(target[0], online[0], value)
+        compiled(torch.tensor(value, device=device))
+        assert close(target[0], expected)
+    assert len(frames) == 1
+
+
+@not_interpreted
+def test_compiles_with_inductor(device: str) -> None:
+    online, target = (small_resnet(seed, True, device) for seed in (0, 1))
+    expected = [ema(t, o, 0.9) for t, o in zip(target.parameters(), online.parameters(), strict=True)]
+    update = torch.compile(ema_update_, fullgraph=True)
+    update(list(target.parameters()), list(online.parameters()), torch.tensor(0.9, device=device))
+    assert all(close(t, e) for t, e in zip(target.parameters(), expected, strict=True))
+
+
+# -------------------------------------------------------------------------------- refusals
+
+
+def _three() -> list[Tensor]:
+    return [make((4, 6), seed) for seed in range(3)]
+
+
+def _overlapping() -> tuple[Tensor, Tensor]:
+    whole = make((30,), 0)
+    return whole[:20], whole[10:]
+
+
+def _one_list() -> tuple[list[Tensor], list[Tensor], float]:
+    tensors = _three()
+    return tensors, tensors, 0.5
+
+
+def _overlapping_partners() -> tuple[list[Tensor], list[Tensor], float]:
+    a, b = _overlapping()
+    return [a], [b], 0.5
+
+
+def _overlapping_targets() -> tuple[list[Tensor], list[Tensor], float]:
+    a, b = _overlapping()
+    return [a, b], [make((20,), 1), make((20,), 2)], 0.5
+
+
+BAD: dict[str, tuple[Callable[[], tuple[Any, ...]], str]] = {
+    "lengths": (lambda: (_three(), _three()[:2], 0.5), "online must have as many tensors as target, 3, got 2"),
+    "shapes": (
+        lambda: (_three(), [*_three()[:2], make((6, 4), 0)], 0.5),
+        r"online\[2\] must have the shape of target\[2\]",
+    ),
+    "integers": (lambda: ([torch.ones(3).long()], [torch.ones(3).long()], 0.5), r"target\[0\] must be floating point"),
+    "complex": (lambda: ([torch.ones(3)], [torch.ones(3) * 1j], 0.5), r"online\[0\] must be floating point"),
+    "same_tensors": (_one_list, r"target\[0\] must not share memory with online\[0\]"),
+    "overlapping_partners": (_overlapping_partners, r"target\[0\] must not share memory with online\[0\]"),
+    "overlapping_targets": (_overlapping_targets, r"target\[0\] must not share memory with target\[1\]"),
+    "gaps": (lambda: ([make((4, 6), 0)[:, ::2]], [make((4, 3), 0)], 0.5), r"target\[0\] must be dense"),
+    "expanded_target": (lambda: ([make((1, 6), 0).expand(4, 6)], [make((4, 6), 0)], 0.5), r"target\[0\] must be dense"),
+    "tau_high": (lambda: (_three(), _three(), 1.5), "tau must be from 0 to 1, got 1.5"),
+    "tau_nan": (lambda: (_three(), _three(), float("nan")), "tau must be from 0 to 1"),
+    "tau_vector": (lambda: (_three(), _three(), torch.ones(2)), "0-dim"),
+    "tau_int": (lambda: (_three(), _three(), torch.tensor(1)), "0-dim floating-point"),
+}
+
+
+@pytest.mark.parametrize(("make_arguments", "message"), BAD.values(), ids=BAD)
+def test_refuses_before_anything_is_written(make_arguments: Callable[[], tuple[Any, ...]], message: str) -> None:
+    target, online, tau = make_arguments()
+    before = [t.clone() for t in target]
+    with pytest.raises(ValueError, match=message):
+        ema_update_(target, online, tau)
+    assert all(torch.equal(t, b) for t, b in zip(target, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("copies", "message"),
+    [
+        (lambda t: [torch.empty(4, 6), torch.empty(4, 6)], "copies must have as many tensors"),
+        (lambda t: [torch.empty(6, 4).mT], r"copies\[0\] must have the strides of target\[0\]"),
+        (lambda t: [t], "must not share memory"),
+        (lambda t: [torch.empty(4, 6).int()], r"copies\[0\] must be floating point"),
+    ],
+)
+def test_refuses_copies_that_do_not_fit(copies: Callable[[Tensor], list[Tensor]], message: str) -> None:
+    target = make((4, 6), 0)
+    before = target.clone()
+    with pytest.raises(ValueError, match=message):
+        ema_update_([target], [make((4, 6), 1)], 0.5, copies=copies(target))
+    assert torch.equal(target, before)
+
+
+def test_tied_online_tensors_are_read_twice(device: str) -> None:
+    """Only memory that is written must not be shared."""
+    target, online = [make((9,), 0).to(device), make((9,), 1).to(device)], make((9,), 2).to(device)
+    expected = [ema(t, online, 0.5) for t in target]
+    ema_update_(target, [online, online], 0.5)
+    assert all(close(t, e) for t, e in zip(target, expected, strict=True))
