@@ -186,14 +186,14 @@ def _inputs(d: ViewDraws, view: ViewConfig, color: str, size: tuple[int, int] | 
         inputs["jitter"] = d.jitter
         if view.hue > 0:
             inputs["hue"] = d.factors[:, HUE]
-        if color == "exact":
+        if color == "exact" and _has_affine_parts(view):
             is_hue = d.order == HUE
             parts = d.order[~is_hue].reshape(-1, 3)
             values = np.take_along_axis(d.factors, parts, axis=1)
             inputs["hue_at"] = is_hue.argmax(axis=1).astype(np.int32)
             for k in range(3):
                 inputs[f"part{k}"], inputs[f"value{k}"] = parts[:, k], values[:, k]
-        else:
+        elif color == "hsv":
             b, c, s = d.factors[:, BRIGHTNESS], d.factors[:, CONTRAST], d.factors[:, SATURATION]
             inputs["weight"], inputs["gray_weight"], inputs["mean_weight"] = b * c * s, b * c * (1 - s), b * (1 - c)
     if view.grayscale > 0:
@@ -339,15 +339,20 @@ def jitter_exact(x: Node, inputs: dict[str, Node], view: ViewConfig, gpu: bool) 
 
     The hue shift is the expensive part: it is in the graph once, with room for the other three before and after it.
     """
-    for k in range(3):
+    slots = 3 if _has_affine_parts(view) else 0
+    for k in range(slots):
         if inputs["hue_at"] > k:
             x = _affine_part(x, inputs[f"part{k}"], inputs[f"value{k}"], view, gpu)
     if view.hue > 0:
         x = hue(x, inputs["hue"], gpu)
-    for k in range(3):
+    for k in range(slots):
         if inputs["hue_at"] <= k:
             x = _affine_part(x, inputs[f"part{k}"], inputs[f"value{k}"], view, gpu)
     return x
+
+
+def _has_affine_parts(view: ViewConfig) -> bool:
+    return view.brightness > 0 or view.contrast > 0 or view.saturation > 0
 
 
 def _affine_part(x: Node, part: Node, value: Node, view: ViewConfig, gpu: bool) -> Node:

@@ -221,8 +221,7 @@ def array_source(
         x = x.transpose(0, 2, 3, 1)
     if x.ndim != 4 or x.shape[3] not in {1, 3}:
         raise SourceError(
-            f"{where}: must have the shape [N, H, W], [N, H, W, C] or [N, C, H, W] with C = 1 or 3, got "
-            f"{given}"
+            f"{where}: must have the shape [N, H, W], [N, H, W, C] or [N, C, H, W] with C = 1 or 3, got {given}"
         )
     if 0 in x.shape:
         raise SourceError(f"{where}: has no images (shape {list(x.shape)})")

@@ -1,0 +1,84 @@
+"""Images to test with: generated ones by default, the shared real ones where they are."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from byol_fast.data.loader import dali_installed
+from byol_fast.data.sources import ArraySource, FileSource, open_source
+
+
+@pytest.fixture(params=["dali", "torchvision"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Both loaders, one after the other."""
+    name: str = request.param
+    if name == "dali" and not dali_installed():
+        pytest.skip("DALI is not installed")
+    return name
+
+
+@pytest.fixture
+def dali() -> None:
+    """Skip where DALI is not installed."""
+    if not dali_installed():
+        pytest.skip("DALI is not installed")
+
+
+def photo_like(n: int, height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
+    """Smooth noise, more of light than of colour, with edges and saturated patches, `[n, height, width, 3]`."""
+    rng = np.random.default_rng(seed)
+    out = np.empty((n, height, width, 3), np.uint8)
+    for image in out:
+        total = np.zeros((height, width, 3))
+        for cells, light, colour in ((3, 120.0, 60.0), (7, 60.0, 30.0), (24, 20.0, 10.0)):
+            noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+            smooth = np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC)) / 127.5 - 1
+            total += light * smooth[..., :1] + colour * smooth
+        edge = rng.integers(0, width)
+        total[:, edge:] += rng.uniform(-60, 60, 3)
+        image[:] = np.clip(128 + total, 0, 255)
+    return out
+
+
+@pytest.fixture(scope="session")
+def arrays() -> ArraySource:
+    """48 photo-like images of 64 x 64."""
+    return ArraySource(photo_like(48, 64, 64))
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> FileSource:
+    """40 photo-like JPEGs of odd sizes in four classes."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(1)
+    for i in range(40):
+        height, width = rng.integers(40, 120, 2)
+        path = root / f"class{i % 4}" / f"photo {i}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(photo_like(1, int(height), int(width), seed=i)[0]).save(path, quality=90)
+    source = open_source(root)
+    assert isinstance(source, FileSource)
+    return source
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> FileSource:
+    """64 ImageNet photographs, from BYOL_FAST_TEST_DATA or the shared folder beside the checkout."""
+    beside = Path(__file__).parents[3] / "shared" / "data"
+    archive = Path(os.environ.get("BYOL_FAST_TEST_DATA", beside)) / "imagenet_sample.tar"
+    if not archive.is_file():
+        pytest.skip("no imagenet_sample.tar; set BYOL_FAST_TEST_DATA to the folder that holds it")
+    root = tmp_path_factory.mktemp("photographs")
+    with tarfile.open(archive) as tar:
+        members = [m for m in tar if m.isfile() and m.name.lower().endswith((".jpg", ".jpeg"))][:64]
+        tar.extractall(root, members, filter="data")
+    source = open_source(next(root.iterdir()))
+    assert isinstance(source, FileSource)
+    return source

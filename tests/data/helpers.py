@@ -1,0 +1,57 @@
+"""Small configurations and pixel arithmetic."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from byol_fast.config import Config, DataConfig, ViewConfig
+from byol_fast.data.batch import Batch, ViewLoader
+from byol_fast.data.loader import make_loader
+from byol_fast.data.sources import ImageSource
+
+CPU = torch.device("cpu")
+OFF: dict[str, Any] = {"flip": 0.0, "jitter": 0.0, "grayscale": 0.0, "blur": 0.0, "solarize": 0.0}
+WHOLE: dict[str, Any] = {"area": (1.0, 1.0), "aspect": (1.0, 1.0)}
+
+
+def plain(size: int, **changes: Any) -> ViewConfig:
+    """The whole of a square image with nothing done to it, but for `changes`."""
+    return ViewConfig(**{**OFF, **WHOLE, "size": size, **changes})
+
+
+def config_of(
+    backend: str,
+    view1: ViewConfig,
+    view2: ViewConfig | None = None,
+    *,
+    batch_size: int = 8,
+    seed: int = 0,
+    threads: int = 2,
+    color: Literal["exact", "hsv"] = "exact",
+) -> Config:
+    assert backend in {"dali", "torchvision"}
+    data = DataConfig(loader="dali" if backend == "dali" else "torchvision", threads=threads, color=color)
+    return Config(batch_size=batch_size, seed=seed, data=data, view1=view1, view2=view2 or view1)
+
+
+def loader_of(source: ImageSource, config: Config, **shards: int) -> ViewLoader:
+    return make_loader(source, config, device=CPU, **shards)
+
+
+def pixels(view: torch.Tensor) -> NDArray[np.uint8]:
+    """A view as `[B, H, W, 3]`."""
+    array: NDArray[np.uint8] = view.permute(0, 2, 3, 1).numpy()
+    return array
+
+
+def error(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:
+    """Absolute difference in levels."""
+    return np.abs(a.astype(np.float64) - b.astype(np.float64))
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return all(torch.equal(x, y) for x, y in ((a.view1, b.view1), (a.view2, b.view2), (a.index, b.index)))

@@ -1,0 +1,308 @@
+"""What a stream of batches promises: order, determinism, exact resume, shards, and how it ends badly."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from byol_fast.config import ViewConfig, replace
+from byol_fast.data import BadImageError, Batch, ImageSource, SourceError, ViewLoader, eval_batches, open_source
+from byol_fast.data.loader import Planner, choose_backend
+from byol_fast.data.sources import ArraySource, FileSource
+from tests.data.helpers import CPU, config_of, error, loader_of, pixels, plain, same
+
+VIEW1 = ViewConfig(size=16)
+VIEW2 = ViewConfig(size=16, blur=0.1, solarize=0.2)
+
+
+@pytest.fixture(params=["files", "arrays"])
+def source(request: pytest.FixtureRequest, files: FileSource, arrays: ArraySource) -> ImageSource:
+    return files if request.param == "files" else arrays
+
+
+def take(loader: ViewLoader, n: int) -> list[Batch]:
+    return [next(loader) for _ in range(n)]
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    loaded: dict[str, Any] = torch.load(buffer, weights_only=True)
+    return loaded
+
+
+def test_batches_are_raw_channels_last_and_numbered(backend: str, arrays: ArraySource) -> None:
+    loader = loader_of(arrays, config_of(backend, plain(64), plain(64, solarize=1.0), batch_size=16))
+    for batch in take(loader, 3):
+        assert batch.raw and batch.index.dtype == torch.int64
+        assert batch.view1.shape == (16, 3, 64, 64)
+        assert batch.view1.is_contiguous(memory_format=torch.channels_last)
+        originals = arrays.images[batch.index.numpy()]
+        assert np.array_equal(pixels(batch.view1), originals)
+        # the second view follows its own configuration
+        assert np.array_equal(pixels(batch.view2), np.where(originals < 128, originals, 255 - originals))
+
+
+def test_epochs_visit_every_image_once_in_new_orders(backend: str, source: ImageSource) -> None:
+    loader = loader_of(source, config_of(backend, plain(8), batch_size=8))
+    assert loader.steps_per_epoch == len(source) // 8
+    first, second = (torch.cat([b.index for b in take(loader, loader.steps_per_epoch)]) for _ in range(2))
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(len(source)))
+    assert not torch.equal(first, second)
+    assert first.tolist() != sorted(first.tolist())
+
+
+def test_same_seed_same_views_whatever_the_threads(backend: str, source: ImageSource) -> None:
+    config = config_of(backend, VIEW1, VIEW2)
+    one, three, other = (
+        take(loader_of(source, replace(config, changes)), 7)
+        for changes in ({"data": {"threads": 1}}, {"data": {"threads": 3, "prefetch": 4}}, {"seed": 1})
+    )
+    assert all(same(a, b) for a, b in zip(one, three, strict=True))
+    assert not any(same(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_an_image_gets_new_views_each_epoch(backend: str, arrays: ArraySource) -> None:
+    only = ArraySource(arrays.images[:2])
+    batches = take(loader_of(only, config_of(backend, VIEW1, VIEW2, batch_size=2)), 4)
+    views = [view[b.index.tolist().index(0)] for b in batches for view in (b.view1, b.view2)]
+    assert all(not torch.equal(a, b) for i, a in enumerate(views) for b in views[:i])
+
+
+def test_views_stay_valid_while_later_batches_are_made(backend: str, source: ImageSource) -> None:
+    loader = loader_of(source, config_of(backend, VIEW1, VIEW2))
+    held = next(loader)
+    copies = [held.view1.clone(), held.view2.clone(), held.index.clone()]
+    take(loader, 9)
+    loader.close()
+    assert all(torch.equal(a, b) for a, b in zip(copies, (held.view1, held.view2, held.index), strict=True))
+
+
+@pytest.mark.parametrize("taken", [0, 3, 5, 7], ids=["start", "mid-epoch", "boundary", "second epoch"])
+def test_resume_is_exact(taken: int, backend: str, source: ImageSource) -> None:
+    """40 or 48 images in batches of 8: 5 or 6 steps an epoch."""
+    config = config_of(backend, VIEW1, VIEW2)
+    loader = loader_of(source, config)
+    take(loader, taken)
+    state = through_a_file(loader.state_dict())
+    expected = take(loader, 6)
+    fresh = loader_of(source, config)
+    fresh.load_state_dict(state)
+    assert all(same(a, b) for a, b in zip(expected, take(fresh, 6), strict=True))
+    loader.load_state_dict(state)  # the same loader goes back
+    assert all(same(a, b) for a, b in zip(expected, take(loader, 6), strict=True))
+
+
+def test_a_closed_loader_goes_on(backend: str, arrays: ArraySource) -> None:
+    config = config_of(backend, VIEW1, VIEW2)
+    expected = take(loader_of(arrays, config), 4)
+    loader = loader_of(arrays, config)
+    got = take(loader, 2)
+    loader.close()
+    assert all(same(a, b) for a, b in zip(expected, got + take(loader, 2), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"seed": 1}, "seed"),
+        ({"batch_size": 4}, "batch_size"),
+        ({"view1": {"blur": 0.5}}, "view1"),
+        ({"view2": {"solarize": 0.5}}, "view2"),
+        ({"data": {"color": "hsv"}}, "color"),
+    ],
+)
+def test_a_state_of_something_else_is_refused(changes: dict[str, Any], field: str, arrays: ArraySource) -> None:
+    config = config_of("torchvision", VIEW1, VIEW2)
+    state = loader_of(arrays, config).state_dict()
+    with pytest.raises(ValueError, match=rf"but {field} changed"):
+        loader_of(arrays, replace(config, changes)).load_state_dict(state)
+
+
+def test_a_state_of_other_images_or_shards_is_refused(files: FileSource, arrays: ArraySource) -> None:
+    config = config_of("torchvision", VIEW1, VIEW2)
+    state = loader_of(arrays, config).state_dict()
+    brighter = ArraySource(np.bitwise_or(arrays.images, 1, dtype=np.uint8))
+    for other in (files, brighter, ArraySource(arrays.images[:-1])):
+        with pytest.raises(ValueError, match="but images changed"):
+            loader_of(other, config).load_state_dict(state)
+    with pytest.raises(ValueError, match="num_shards was 1, now is 2"):
+        loader_of(arrays, config, num_shards=2).load_state_dict(state)
+
+
+def test_the_other_loader_continues_with_the_same_draws(dali: None, arrays: ArraySource, caplog: Any) -> None:
+    state = loader_of(arrays, config_of("dali", VIEW1, VIEW2)).state_dict() | {"step": 4}
+    ours, theirs = (loader_of(arrays, config_of(b, VIEW1, VIEW2)) for b in ("dali", "torchvision"))
+    ours.load_state_dict(state)
+    assert "pixels may differ" not in caplog.text
+    theirs.load_state_dict(state)
+    assert "pixels may differ" in caplog.text
+    a, b = next(ours), next(theirs)
+    assert torch.equal(a.index, b.index)
+    assert error(pixels(a.view1), pixels(b.view1)).mean() < 1.9
+
+
+@pytest.mark.parametrize("n", [16, 37, 101])
+@pytest.mark.parametrize("shards", [1, 2, 3, 5, 8])
+def test_shards_cover_everything(n: int, shards: int) -> None:
+    planners = [Planner(n, (VIEW1, VIEW2), batch_size=1, seed=3, shard_id=i, num_shards=shards) for i in range(shards)]
+    steps = {p.steps_per_epoch for p in planners}
+    assert steps == {-(-n // shards)}
+    for epoch in range(2):
+        seen = [int(p(epoch * p.steps_per_epoch + s).index[0]) for p in planners for s in range(p.steps_per_epoch)]
+        assert set(seen) == set(range(n))
+        assert len(seen) - n == (-n) % shards  # repeated, to fill up the last deal
+
+
+def test_shards_are_parts_of_one_epoch(backend: str, arrays: ArraySource) -> None:
+    config = config_of(backend, VIEW1, VIEW2, batch_size=8)
+    whole = take(loader_of(arrays, replace(config, {"batch_size": 16})), 3)
+    parts = [take(loader_of(arrays, config, shard_id=i, num_shards=2), 3) for i in range(2)]
+    for step, batch in enumerate(whole):
+        for i in range(2):
+            assert torch.equal(batch.index[i::2], parts[i][step].index)
+            assert torch.equal(batch.view1[i::2], parts[i][step].view1)  # nor do the pixels depend on the batch
+
+
+def test_batch_larger_than_the_data_is_refused(backend: str, arrays: ArraySource) -> None:
+    with pytest.raises(SourceError, match=r"batch_size: must be at most .* 48, got 49; use --batch-size 48"):
+        loader_of(arrays, config_of(backend, VIEW1, batch_size=49))
+    with pytest.raises(SourceError, match="on each of 3 shards, 16, got 17"):
+        loader_of(arrays, config_of(backend, VIEW1, batch_size=17), num_shards=3)
+    with pytest.raises(ValueError, match=r"shard_id must be 0\.\.1"):
+        loader_of(arrays, config_of(backend, VIEW1), shard_id=2, num_shards=2)
+
+
+BAD: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "truncated": (lambda good: good[: len(good) // 2], "is a truncated JPEG"),
+    "garbage": (lambda good: bytes(range(256)) * 8, "is not an image"),
+    "html": (lambda good: b"<!DOCTYPE html><html>404</html>", r"is not an image \(it looks like HTML\)"),
+    "empty": (lambda good: b"", r"is empty \(0 bytes\)"),
+    "header only": (lambda good: good[:20], "is a truncated JPEG|is not an image"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_file_is_named(kind: str, backend: str, files: FileSource, tmp_path: Path) -> None:
+    spoil, reason = BAD[kind]
+    good = files.path(0).read_bytes()
+    for i in range(8):
+        (tmp_path / f"{i}.jpg").write_bytes(good)
+    bad = tmp_path / "5.jpg"
+    bad.write_bytes(spoil(good))
+    with pytest.raises(BadImageError, match=rf"5\.jpg ({reason})") as caught:
+        take(loader_of(open_source(tmp_path), config_of(backend, VIEW1, VIEW2, batch_size=4)), 2)
+    assert caught.value.path == bad
+    with pytest.raises(BadImageError, match=r"5\.jpg"):
+        list(eval_batches(open_source(tmp_path), 16, 4, loader="dali" if backend == "dali" else "torchvision"))
+
+
+def test_a_file_that_vanishes_is_named(backend: str, files: FileSource, tmp_path: Path) -> None:
+    for i in range(4):
+        (tmp_path / f"{i}.jpg").write_bytes(files.path(0).read_bytes())
+    source = open_source(tmp_path)
+    (tmp_path / "2.jpg").unlink()
+    with pytest.raises(BadImageError, match=r"2\.jpg does not exist any more"):
+        next(loader_of(source, config_of(backend, VIEW1, batch_size=4)))
+
+
+def test_odd_but_good_files_are_read(backend: str, tmp_path: Path) -> None:
+    from PIL import Image
+
+    ramp = np.linspace(0, 255, 40 * 40 * 3).reshape(40, 40, 3).astype(np.uint8)
+    image = Image.fromarray(ramp)
+    image.convert("L").save(tmp_path / "gray.jpg")
+    image.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    image.save(tmp_path / "progressive.JPG", progressive=True)
+    image.convert("RGBA").save(tmp_path / "alpha.png")
+    image.convert("P").save(tmp_path / "palette.png")
+    image.save(tmp_path / "web.webp", lossless=True)
+    image.save(tmp_path / "bitmap.BMP")
+    image.save(tmp_path / "tag.tiff")
+    image.save(tmp_path / "unicode \u00e9\u4e2d\U0001f600.png")
+    image.save(tmp_path / "really a png.jpg", format="png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    source = open_source(tmp_path)
+    assert len(source) == 11
+    batch = next(loader_of(source, config_of(backend, plain(40), batch_size=11)))
+    got = {Path(source.paths[int(k)]).stem: p for k, p in zip(batch.index, pixels(batch.view1), strict=True)}  # type: ignore[attr-defined]
+    assert np.array_equal(got["alpha"], ramp)
+    assert np.array_equal(got["bitmap"], ramp)
+    assert np.array_equal(got["tag"], ramp)
+    assert np.array_equal(got["web"], ramp)
+    assert np.array_equal(got["unicode \u00e9\u4e2d\U0001f600"], ramp)
+    assert np.array_equal(got["really a png"], ramp)
+    assert error(got["progressive"], ramp).mean() < 4
+    assert error(got["turned"], ramp).mean() < 4  # EXIF rotation is not applied
+    assert error(got["gray"], got["gray"][..., :1]).max() == 0
+
+
+def test_eval_batches_are_in_order_and_complete(backend: str, source: ImageSource) -> None:
+    name: Any = backend
+    parts = list(eval_batches(source, 24, 9, loader=name, threads=2))
+    again = list(eval_batches(source, 24, 9, loader=name, threads=1))
+    assert torch.cat([index for _, index in parts]).tolist() == list(range(len(source)))
+    assert [len(index) for _, index in parts][-1] == len(source) % 9
+    for (images, _), (same_images, _) in zip(parts, again, strict=True):
+        assert images.dtype == torch.uint8 and images.shape[1:] == (3, 24, 24)
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(images, same_images)
+
+
+def test_eval_batches_resize_and_crop_the_middle(backend: str, source: ImageSource) -> None:
+    """Against PIL's own thumbnails: shorter side to 256 / 224 of the size (also upwards), then the middle."""
+    from PIL import Image
+
+    name: Any = backend
+    for size in (24, 112):
+        target = round(size * 256 / 224)
+        for images, index in eval_batches(source, size, 16, loader=name):
+            for image, i in zip(pixels(images), index.tolist(), strict=True):
+                original = source.load(i)
+                scale = target / min(original.size)
+                w, h = (int(side * scale + 1e-9) for side in original.size)
+                resized = np.asarray(original.resize((w, h), Image.Resampling.BICUBIC))
+                top, left = (h - size) // 2, (w - size) // 2
+                expected = resized[top : top + size, left : left + size]
+                assert error(image, expected).mean() <= (0.3 if backend == "dali" else 0)
+
+
+def test_eval_hands_out_arrays_of_the_right_size_untouched(arrays: ArraySource) -> None:
+    images = torch.cat([images for images, _ in eval_batches(arrays, 64, 20)])
+    assert np.array_equal(pixels(images), arrays.images)
+
+
+def test_without_dali_torchvision_takes_over_and_says_so_once(monkeypatch: Any, caplog: Any, arrays: Any) -> None:
+    from byol_fast.data import loader as module
+
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    monkeypatch.setattr(module, "_said", set())
+    config = replace(config_of("torchvision", VIEW1), {"data": {"loader": "auto"}})
+    assert [loader_of(arrays, config).backend for _ in range(2)] == ["torchvision", "torchvision"]
+    assert caplog.text.count("pip install nvidia-dali-cuda130") == 1
+    with pytest.raises(SourceError, match=r"data\.loader: dali is not installed; pip install"):
+        choose_backend("dali")
+
+
+def test_import_touches_neither_dali_nor_cuda() -> None:
+    code = (
+        "import sys, torch, byol_fast.data;"
+        "assert not any(m.startswith('nvidia.dali') for m in sys.modules);"
+        "assert not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_backend_names_itself(dali: None, arrays: ArraySource) -> None:
+    assert loader_of(arrays, config_of("dali", VIEW1)).backend == f"dali {CPU}"

@@ -1,0 +1,275 @@
+"""Folders, arrays, data sets: what is taken, how it is numbered, and what is said when it cannot be."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from byol_fast.config import Config, DataConfig, KNNConfig
+from byol_fast.data import SourceError, open_source, split
+from byol_fast.data.sources import ArraySource, FileSource
+
+
+def put(root: Path, *names: str) -> Path:
+    """Write small images of different colours."""
+    for i, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (i, 2 * i, 255 - i)).save(path, format="png")
+    return root
+
+
+def files_of(root: object) -> FileSource:
+    source = open_source(root)
+    assert isinstance(source, FileSource)
+    return source
+
+
+def arrays_of(root: object) -> ArraySource:
+    source = open_source(root)
+    assert isinstance(source, ArraySource)
+    return source
+
+
+def labels_of(source: FileSource | ArraySource) -> list[int]:
+    assert source.labels is not None and source.labels.dtype == np.int64
+    return [int(label) for label in source.labels]
+
+
+def test_class_folders(tmp_path: Path) -> None:
+    put(tmp_path, "dog/2.png", "dog/1.JPG", "cat/deep/er/x.webp", "cat/a.tiff", "ant/z.bmp")
+    source = files_of(tmp_path)
+    assert source.paths == ("ant/z.bmp", "cat/a.tiff", "cat/deep/er/x.webp", "dog/1.JPG", "dog/2.png")
+    assert source.classes == ("ant", "cat", "dog")
+    assert labels_of(source) == [0, 1, 1, 2, 2]
+    assert "5 images of 3 classes" in source.describe()
+    assert np.asarray(source.load(0))[0, 0].tolist() == [4, 8, 251]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("b.png", "a.png"), ("photos/b.png", "photos/2020/a.png"), ("a.png", "cat/a.png", "dog/b.png")],
+    ids=["flat", "one folder", "images beside folders"],
+)
+def test_folders_without_classes_have_no_labels(names: tuple[str, ...], tmp_path: Path) -> None:
+    source = files_of(put(tmp_path, *names))
+    assert source.paths == tuple(sorted(names))
+    assert source.labels is None and source.classes == ()
+
+
+def test_hidden_files_are_skipped_and_others_are_named(tmp_path: Path, caplog: Any) -> None:
+    put(tmp_path, "a/1.png", "b/\u732b \U0001f408.png", "a/.hidden.png", ".cache/2.png")
+    (tmp_path / "a" / "movie.gif").write_bytes(b"GIF89a")
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "README").write_text("x")
+    source = files_of(tmp_path)
+    assert source.paths == ("a/1.png", "b/\u732b \U0001f408.png")
+    assert source.ignored == 3 and sorted(source.ignored_examples) == ["README", "a/movie.gif", "notes.txt"]
+    assert "3 files that are not images" in caplog.text and "a/movie.gif" in caplog.text
+
+
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    put(tmp_path / "elsewhere", "1.png", "2.png")
+    put(tmp_path / "data", "a/0.png")
+    (tmp_path / "data" / "b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "data")
+    assert files_of(tmp_path / "data").paths == ("a/0.png", "b/1.png", "b/2.png")
+
+
+def test_fingerprint_of_files_follows_names_and_sizes(tmp_path: Path) -> None:
+    put(tmp_path / "one", "a/1.png", "b/2.png")
+    put(tmp_path / "copy", "a/1.png", "b/2.png")
+    first = files_of(tmp_path / "one").fingerprint
+    assert files_of(tmp_path / "copy").fingerprint == first
+    (tmp_path / "copy" / "a" / "1.png").rename(tmp_path / "copy" / "a" / "3.png")
+    renamed = files_of(tmp_path / "copy").fingerprint
+    with (tmp_path / "one" / "a" / "1.png").open("ab") as file:
+        file.write(b"x")
+    assert len({first, renamed, files_of(tmp_path / "one").fingerprint}) == 3
+
+
+@pytest.mark.parametrize("shape", [(6, 8, 9), (6, 8, 9, 1), (6, 1, 8, 9), (6, 8, 9, 3), (6, 3, 8, 9)])
+@pytest.mark.parametrize("kind", ["numpy", "torch", "npz"])
+def test_arrays_of_all_layouts(shape: tuple[int, ...], kind: str, tmp_path: Path) -> None:
+    x = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", images=x)
+    given = {"numpy": x, "torch": torch.from_numpy(x), "npz": str(tmp_path / "x.npz")}[kind]
+    source = arrays_of(given)
+    expected = x[..., None] if x.ndim == 3 else x if shape[-1] in {1, 3} else x.transpose(0, 2, 3, 1)
+    assert source.images.shape == (6, 8, 9, 3) and source.images.flags.c_contiguous
+    assert np.array_equal(source.images, np.broadcast_to(expected, source.images.shape))
+    assert source.labels is None
+
+
+def test_npz_with_labels_and_classes(tmp_path: Path) -> None:
+    images = np.zeros((4, 8, 8), np.uint8)
+    np.savez(tmp_path / "named.npz", images=images, labels=[0, 1, 1, 0], classes=["cat", "dog"])
+    np.savez(tmp_path / "numbered.npz", images=images, labels=np.array([2, 1, 1, 0], np.uint8))
+    np.savez(tmp_path / "unlabelled.npz", images=images, labels=[0, -1, 1, 0])
+    assert arrays_of(tmp_path / "named.npz").classes == ("cat", "dog")
+    assert arrays_of(tmp_path / "numbered.npz").classes == ("0", "1", "2")
+    assert labels_of(arrays_of(tmp_path / "numbered.npz")) == [2, 1, 1, 0]
+    assert arrays_of(tmp_path / "unlabelled.npz").labels is None
+
+
+def test_fingerprint_of_arrays_follows_every_byte() -> None:
+    x = np.random.default_rng(0).integers(0, 256, (6, 8, 9, 3), dtype=np.uint8)
+    y = x.copy()
+    assert arrays_of(x).fingerprint == arrays_of(y).fingerprint
+    y[-1, -1, -1, -1] ^= 1
+    assert arrays_of(x).fingerprint != arrays_of(y).fingerprint
+    assert arrays_of(x).fingerprint != arrays_of(x.reshape(6, 9, 8, 3)).fingerprint
+
+
+class InMemory:
+    """As torchvision's MNIST and CIFAR keep them."""
+
+    def __init__(self, data: Any, targets: Any) -> None:
+        self.data, self.targets, self.classes = data, targets, ["cat", "dog"]
+
+
+def test_torchvision_data_sets(tmp_path: Path) -> None:
+    from torchvision.datasets import FakeData, ImageFolder
+
+    cifar_like = InMemory(np.full((3, 8, 8, 3), 7, np.uint8), [1, 0, 1])
+    mnist_like = InMemory(torch.full((3, 8, 8), 9, dtype=torch.uint8), torch.tensor([0, 1, 0]))
+    for data, value, labels in ((cifar_like, 7, [1, 0, 1]), (mnist_like, 9, [0, 1, 0])):
+        source = arrays_of(data)
+        assert (source.images == value).all() and source.images.shape == (3, 8, 8, 3)
+        assert labels_of(source) == labels and source.classes == ("cat", "dog")
+    put(tmp_path, "cat/1.png", "dog/2.png", "dog/sub/3.png")
+    ours, theirs = files_of(tmp_path), files_of(ImageFolder(tmp_path))
+    assert sorted(theirs.paths) == sorted(ours.paths)
+    assert theirs.classes == ours.classes and labels_of(theirs) == labels_of(ours)
+    assert theirs.fingerprint == ours.fingerprint
+    assert open_source(ours) is ours
+    with pytest.raises(SourceError, match=r"torchvision data set with \.samples or \.data, got FakeData"):
+        open_source(FakeData())
+
+
+def test_errors_say_what_where_and_how(tmp_path: Path) -> None:
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("x")
+    (tmp_path / "file.csv").write_text("x")
+    (tmp_path / "broken.npz").write_bytes(b"PK not a zip")
+    np.savez(tmp_path / "other.npz", pictures=images)
+    np.savez(tmp_path / "objects.npz", images=np.array([{"a": 1}], dtype=object))
+    np.savez(tmp_path / "short.npz", images=images, labels=[0, 1])
+    np.savez(tmp_path / "names.npz", images=images, labels=[0, 1, 2, 3], classes=["a", "b"])
+    cases: list[tuple[object, str]] = [
+        (tmp_path / "no" / "such", rf"does not exist; give a folder .*that does exist is {tmp_path}\)"),
+        (tmp_path / "empty", r"no images in .*empty or below \(no files at all\); expected files that end in \.jpg"),
+        (tmp_path / "texts", r"only 1 x \.txt"),
+        (tmp_path / "file.csv", "is a file that is not understood"),
+        (tmp_path / "broken.npz", "cannot be read as a .npz file"),
+        (tmp_path / "objects.npz", "cannot be read as a .npz file"),
+        (tmp_path / "other.npz", r"no array `images` \(it holds pictures\); save it with numpy.savez"),
+        (tmp_path / "short.npz", "labels must be 4 integers, one for each image, got int64 of shape"),
+        (tmp_path / "names.npz", "labels go up to 3, but there are only 2 class names"),
+        (images.astype(np.float32) / 255, "must be uint8 in 0..255, got float32; convert it"),
+        (np.zeros((4, 8, 8, 4), np.uint8), r"with C = 1 or 3, got \[4, 8, 8, 4\]"),
+        (np.zeros((0, 8, 8, 3), np.uint8), "has no images"),
+        (3.5, "expected a folder, a .npz file.* got float"),
+    ]
+    for root, message in cases:
+        with pytest.raises(SourceError, match=message) as caught:
+            open_source(root, where="data.root")
+        assert str(caught.value).startswith("data.root: ")
+
+
+# ---- training and validation images --------------------------------------------------------------------------------
+
+
+def run(root: Path | None, **knn: Any) -> Config:
+    return Config(data=DataConfig(root=root), knn=KNNConfig(**knn))
+
+
+@pytest.mark.parametrize("name", ["val", "test"])
+def test_folder_with_train_and_validation(name: str, tmp_path: Path) -> None:
+    put(tmp_path, "train/a/1.png", "train/b/2.png", "train/c/3.png", f"{name}/c/4.png", f"{name}/a/5.png")
+    train, val = split(run(tmp_path))
+    assert isinstance(train, FileSource) and isinstance(val, FileSource)
+    assert train.paths == ("a/1.png", "b/2.png", "c/3.png")
+    assert val.paths == ("a/5.png", "c/4.png")
+    assert val.classes == train.classes and labels_of(val) == [0, 2]  # numbered as the training classes are
+    assert split(run(tmp_path, enabled="off"))[1] is None
+
+
+def test_folder_with_train_only_is_its_training_images(tmp_path: Path) -> None:
+    put(tmp_path, "train/a/1.png", "train/b/2.png")
+    train, val = split(run(tmp_path))
+    assert train.classes == ("a", "b") and val is None
+
+
+def test_separate_validation_folder(tmp_path: Path) -> None:
+    put(tmp_path, "mine/a/1.png", "mine/b/2.png", "check/b/3.png", "check/a/4.png", "alien/x/1.png", "alien/y/2.png")
+    _, val = split(run(tmp_path / "mine", val_root=tmp_path / "check"))
+    assert val is not None and val.labels is not None and val.labels.tolist() == [0, 1]
+    with pytest.raises(SourceError, match="2 of 2 validation classes are not among the training classes"):
+        split(run(tmp_path / "mine", val_root=tmp_path / "alien"))
+    with pytest.raises(SourceError, match=r"knn\.val_root: .* does not exist"):
+        split(run(tmp_path / "mine", val_root=tmp_path / "nothing"))
+
+
+def test_foreign_validation_classes_are_dropped_when_kNN_is_a_guess(tmp_path: Path, caplog: Any) -> None:  # noqa: N802
+    put(tmp_path, "train/a/1.png", "train/b/2.png", "test/x/1.png", "test/y/2.png")
+    _, val = split(run(tmp_path))
+    assert val is not None and val.labels is None
+    assert "not among the training classes" in caplog.text
+    with pytest.raises(SourceError, match="not among the training classes"):
+        split(run(tmp_path, enabled="on"))
+
+
+def test_npz_with_validation_images(tmp_path: Path) -> None:
+    images = np.arange(6 * 64, dtype=np.uint8).reshape(6, 8, 8)
+    np.savez(tmp_path / "x.npz", images=images[:4], labels=[0, 1, 0, 1], val_images=images[4:], val_labels=[1, 0])
+    train, val = split(run(tmp_path / "x.npz"))
+    assert isinstance(train, ArraySource) and isinstance(val, ArraySource)
+    assert np.array_equal(val.images[..., 0], images[4:]) and labels_of(val) == [1, 0]
+
+
+def test_no_data_at_all() -> None:
+    with pytest.raises(SourceError, match=r"no images to train on; give --data\.root FOLDER"):
+        split(run(None))
+
+
+def test_demo_data() -> None:
+    train, val = split(Config(data=DataConfig(builtin="demo")))
+    assert isinstance(train, ArraySource) and isinstance(val, ArraySource)
+    assert train.images.shape == (10_000, 28, 28, 3) and val.images.shape == (2_000, 28, 28, 3)
+    assert np.bincount(labels_of(train)).tolist() == [1000] * 10
+    assert np.bincount(labels_of(val)).tolist() == [200] * 10
+    assert train.classes == val.classes and train.classes[9] == "Ankle boot"
+    # real images, each one once, and none of the validation's among them
+    seen = {image.tobytes() for image in train.images}
+    assert len(seen) > 9_990
+    assert len(seen & {image.tobytes() for image in val.images}) < 5
+    assert 70 < train.images.mean() < 76  # Fashion-MNIST's mean is 72.9
+    import byol_fast.data
+
+    folder = Path(byol_fast.data.__file__).parent / "demo"
+    assert sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) <= 6_000_000
+    assert "Copyright (c) 2017 Zalando SE" in (folder / "LICENSE-fashion-mnist.txt").read_text()
+
+
+def test_cifar10_from_the_cache(tmp_path: Path, monkeypatch: Any) -> None:
+    """Without a network: a clear error for an empty cache; a file that is not CIFAR-10 is not taken for it."""
+    from torchvision.datasets import CIFAR10
+
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    config = Config(data=DataConfig(builtin="cifar10", cache=tmp_path))
+    advice = rf"give --data\.root FOLDER, or put cifar-10-python\.tar\.gz into {tmp_path}"
+    with pytest.raises(SourceError, match=advice):
+        split(config)
+    with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz"):
+        pass
+    with pytest.raises(SourceError, match=advice):
+        split(config)
