@@ -12,6 +12,11 @@ copied into the layout of column 0, which costs a launch for that tensor and sta
 The tables. They are replaced, never changed: a launch in flight, or recorded into a CUDA graph, keeps the table
 it was given. A replacement is copied from a pinned buffer of the caching host allocator, which does not reuse
 the buffer before the copy is done. No call waits for the device.
+
+CUDA graphs. A recorded launch takes over the tables of the call that warmed it up. Where addresses differ by then
+(gradients that the graph allocates itself), the copy of the new table is recorded too, so its pinned buffer has to
+outlive the graph, and has to exist already: pinned memory cannot be allocated safely during a capture. Each plan
+therefore keeps one spare of every buffer it may need.
 """
 
 from array import array
@@ -26,7 +31,8 @@ import torch
 from torch import Tensor
 
 CHUNK = 4096
-"""Elements of one tensor that one program handles."""
+"""Elements of one tensor that one program handles: 16 a thread, in 8 warps."""
+NUM_WARPS = 8
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _dtype_of, _shape_of, _device_of = attrgetter("dtype"), attrgetter("shape"), attrgetter("device")
@@ -82,6 +88,9 @@ class MultiTensorPlan:
         self._sizes: tuple[Tensor, Tensor] | None = None
         self._constants: dict[str, tuple[tuple[float, ...], Tensor]] = {}
         self._workspace: dict[str, Tensor] = {}
+        self._spares: dict[str, Tensor] = {}
+        self._donor: MultiTensorPlan | None = None
+        self._kept: list[Tensor] = []
         self.kinds: tuple[tuple[torch.dtype, ...], ...] = ()
         self.num_chunks = 0
         self.num_front_chunks = 0
@@ -98,11 +107,7 @@ class MultiTensorPlan:
         Raises:
             ValueError: on tensors that do not match, whose layout is not supported, or that share memory.
         """
-        signature = (
-            tuple(front),
-            tuple(tags),
-            *((c.rows, *(tuple(map(get, c.tensors)) for get in _LAYOUT)) for c in columns),
-        )
+        signature = _signature(columns, front, tags)
         pointers = [tuple(map(Tensor.data_ptr, c.tensors)) for c in columns]
         alike = signature == self._signature
         if alike and pointers == self._pointers:
@@ -150,8 +155,8 @@ class MultiTensorPlan:
         num_rows = len(columns[0].tensors)
         if self._sizes is None:
             self._sizes = (
-                _upload(array("q", self._row_values), device).view(num_rows, 4),
-                _upload(array("q", self._chunk_values), device).view(-1, 2),
+                self._to_device("rows", array("q", self._row_values), device).view(num_rows, 4),
+                self._to_device("chunks", array("q", self._chunk_values), device).view(-1, 2),
             )
         addresses, borrowed = self._addresses, []
         if addresses is None or self._relaid:
@@ -164,8 +169,9 @@ class MultiTensorPlan:
                 borrowed.append(torch.empty_like(columns[0].tensors[row], dtype=columns[k].tensors[index].dtype))
                 borrowed[-1].copy_(columns[k].tensors[index])
                 table[k][row] = borrowed[-1].data_ptr()
-            addresses = _upload(array("q", chain.from_iterable(table)), device).view(len(columns), num_rows)
-            self._addresses = addresses
+            addresses = self._to_device("addresses", array("q", chain.from_iterable(table)), device)
+            self._addresses = addresses = addresses.view(len(columns), num_rows)
+        self._stock("addresses", addresses)
         return Tables(addresses, *self._sizes, borrowed)
 
     def constant(self, name: str, kind: str, values: Sequence[float], device: torch.device) -> Tensor:
@@ -183,8 +189,9 @@ class MultiTensorPlan:
         key = tuple(values)
         known = self._constants.get(name)
         if known is None or known[0] != key:
-            known = (key, _upload(array(kind, key), device))
+            known = (key, self._to_device(name, array(kind, key), device))
             self._constants[name] = known
+        self._stock(name, known[1])
         return known[1]
 
     def workspace(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -192,6 +199,51 @@ class MultiTensorPlan:
         if name not in self._workspace:
             self._workspace[name] = torch.zeros(numel, dtype=dtype, device=device)
         return self._workspace[name]
+
+    def record(self, columns: Sequence[Column], front: Sequence[bool], tags: Sequence[int]) -> "MultiTensorPlan":
+        """A plan for a launch that is being recorded into a CUDA graph, with the tables that this one has.
+
+        Args:
+            columns: the lists, of the same layouts as those of this plan.
+            front: as in `update`.
+            tags: as in `update`.
+
+        Returns:
+            The plan. It must live as long as the graph.
+        """
+        plan = MultiTensorPlan(self._what)
+        plan._donor = self
+        plan._signature, plan._pointers, plan._relaid = self._signature, self._pointers, self._relaid
+        plan._addresses, plan._sizes, plan._constants = self._addresses, self._sizes, dict(self._constants)
+        plan.kinds, plan.num_chunks, plan.num_front_chunks = self.kinds, self.num_chunks, self.num_front_chunks
+        plan.update(columns, front, tags)
+        return plan
+
+    def describes(self, what: str, signature: object) -> bool:
+        """Whether this is the plan of that function for lists of these layouts, wherever they are in memory."""
+        return self._what == what and self._signature == signature
+
+    def _to_device(self, name: str, values: "array[int] | array[float]", device: torch.device) -> Tensor:
+        dtype = {"q": torch.int64, "f": torch.float32, "d": torch.float64}[values.typecode]
+        if not values:
+            return torch.empty(0, dtype=dtype, device=device)
+        table = torch.frombuffer(values, dtype=dtype)
+        if device.type != "cuda":
+            return table.clone()
+        if self._donor is None:
+            staging = torch.empty(table.shape, dtype=dtype, pin_memory=True)
+        else:
+            spare = self._donor._spares.pop(name, None)
+            if spare is None:
+                raise _not_warmed_up(self._what)
+            staging = spare
+            self._kept.append(staging)
+        return staging.copy_(table).to(device, non_blocking=True)
+
+    def _stock(self, name: str, table: Tensor) -> None:
+        """Keeps a pinned buffer for a table of this size, for a capture to take."""
+        if table.is_cuda and self._donor is None and name not in self._spares:
+            self._spares[name] = torch.empty(table.numel(), dtype=table.dtype, pin_memory=True)
 
 
 _LAYOUT = (_dtype_of, _shape_of, Tensor.stride, _device_of)
@@ -220,15 +272,18 @@ def plan_for(
 
     Raises:
         ValueError: on tensors that do not match, whose layout is not supported, or that share memory.
+        RuntimeError: if the first call with these lists is being captured into a CUDA graph.
     """
     first = columns[0].tensors[0]
     stream = 0
     if first.device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
-            plan = MultiTensorPlan(what)
-            plan.update(columns, front, tags)
-            _captured.append(plan)
-            return plan
+            signature = _signature(columns, front, tags)
+            donor = next((p for p in reversed(_plans.values()) if p.describes(what, signature)), None)
+            if donor is None:
+                raise _not_warmed_up(what)
+            _captured.append(donor.record(columns, front, tags))
+            return _captured[-1]
         stream = torch.cuda.current_stream(first.device).cuda_stream
     # The key only says where to look: `update` compares everything.
     key = (what, stream, first.data_ptr(), tuple(len(c.tensors) for c in columns))
@@ -240,14 +295,17 @@ def plan_for(
     return plan
 
 
-def _upload(values: "array[int] | array[float]", device: torch.device) -> Tensor:
-    dtype = {"q": torch.int64, "f": torch.float32, "d": torch.float64}[values.typecode]
-    if not values:
-        return torch.empty(0, dtype=dtype, device=device)
-    table = torch.frombuffer(values, dtype=dtype)
-    if device.type != "cuda":
-        return table.clone()
-    return torch.empty(table.shape, dtype=dtype, pin_memory=True).copy_(table).to(device, non_blocking=True)
+def _signature(columns: Sequence[Column], front: Sequence[bool], tags: Sequence[int]) -> object:
+    """All that a plan depends on but the addresses."""
+    layouts = ((c.rows, *(tuple(map(get, c.tensors)) for get in _LAYOUT)) for c in columns)
+    return (tuple(front), tuple(tags), *layouts)
+
+
+def _not_warmed_up(what: str) -> RuntimeError:
+    return RuntimeError(
+        f"{what}: the tensors must have been through a call before each CUDA graph capture, got none since the last "
+        "one; run one step before the capture"
+    )
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from byol_kernels import reference
-from byol_kernels._multi_tensor import CHUNK, Column, plan_for
+from byol_kernels._multi_tensor import CHUNK, NUM_WARPS, Column, plan_for
 from byol_kernels._triton import device_guard, jit, tl, tl_dtype
 
 # -------------------------------------------------------------------------------- kernels
@@ -131,7 +131,7 @@ def _ema_update_cuda(
         _ema_update_kernel[(plan.num_chunks,)](
             tables.addresses, tables.rows, tables.chunks, len(target), tau_tensor, 1.0 - tau,
             KINDS=tuple((*map(tl_dtype, kind), tl_dtype(kind[0]))[:3] for kind in plan.kinds),
-            HAS_COPY=bool(copies), CHUNK=CHUNK, num_warps=8, enable_fp_fusion=True,
+            HAS_COPY=bool(copies), CHUNK=CHUNK, num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     torch.autograd.graph.increment_version([*target, *copies])
 

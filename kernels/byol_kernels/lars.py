@@ -23,9 +23,11 @@ import torch
 from torch import Tensor
 
 from byol_kernels import reference
-from byol_kernels._multi_tensor import CHUNK, Column, plan_for, same_layout
+from byol_kernels._multi_tensor import CHUNK, NUM_WARPS, Column, plan_for, same_layout
 from byol_kernels._triton import device_guard, jit, tl, tl_dtype
 from byol_kernels.ema import check_tau, lerp
+
+BLOCK_PARTIALS = 1024
 
 # -------------------------------------------------------------------------------- kernels
 
@@ -410,14 +412,14 @@ def _lars_step_cuda(
                 plan.workspace("partials", 2 * front, torch.float32, device),
                 plan.workspace("tickets", len(params), torch.int32, device),
                 ratios,
-                KINDS=tuple(kind[:2] for kind in kinds), CHUNK=CHUNK, BLOCK_PARTIALS=1024,
-                num_warps=8, enable_fp_fusion=True,
+                KINDS=tuple(kind[:2] for kind in kinds), CHUNK=CHUNK, BLOCK_PARTIALS=BLOCK_PARTIALS,
+                num_warps=NUM_WARPS, enable_fp_fusion=True,
             )  # fmt: skip
         _lars_apply_kernel[(plan.num_chunks,)](
             tables.addresses, tables.rows, tables.chunks, groups, lr_table, ratios, len(params),
             tau_tensor, 1.0 - tau, grad_scale, found_inf,
             KINDS=kinds, HAS=(bool(targets), bool(param_copies), bool(target_copies)), CHUNK=CHUNK,
-            num_warps=8, enable_fp_fusion=True,
+            num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     torch.autograd.graph.increment_version(
         [*(params[row] for row in grad_rows), *momentum_buffers, *targets, *param_copies, *target_copies]

@@ -28,6 +28,8 @@ from byol_kernels._triton import device_guard, jit, next_power_of_2, tl
 # plain PyTorch path.
 MAX_KERNEL_DIM = 16384
 MAX_KERNEL_DIM_WITH_STATS = 8192
+BLOCK_STD = 32
+BLOCK_BWD = 2048
 _MAX_PROGRAMS_PER_PAIR = 512
 _MAX_PROGRAMS_PER_PAIR_WITH_STATS = 64  # the last program reads all their moments
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -239,6 +241,12 @@ class _Tickets:
 _TICKETS = _Tickets()
 
 
+def tile_of(dim: int) -> tuple[int, int, int]:
+    """BLOCK_B, BLOCK_D and the number of warps for rows of `dim` elements: 8 to 32 elements a thread."""
+    block_d = max(next_power_of_2(dim), 32)
+    return max(1, 1024 // block_d), block_d, min(16, max(4, block_d // 256))
+
+
 def _normalized_mse_fwd_cuda(
     pa_BD: Tensor,
     za_BD: Tensor,
@@ -258,9 +266,7 @@ def _normalized_mse_fwd_cuda(
     assert pa is not None and za is not None
     num_pairs = 1 if pb is None else 2
 
-    block_d = max(next_power_of_2(dim), 32)
-    block_b = max(1, 1024 // block_d)
-    num_warps = min(16, max(4, block_d // 256))
+    block_b, block_d, num_warps = tile_of(dim)
     max_programs = _MAX_PROGRAMS_PER_PAIR_WITH_STATS if with_stats else _MAX_PROGRAMS_PER_PAIR
     tiles = -(-batch // block_b)
     rows_per_program = -(-tiles // max_programs) * block_b
@@ -284,7 +290,7 @@ def _normalized_mse_fwd_cuda(
             new(num_pairs * num_groups), moments, _TICKETS.counter(pa_BD.device),
             batch, dim, rows_per_program, eps,
             BLOCK_B=block_b, BLOCK_D=block_d, BLOCK_G=next_power_of_2(num_groups),
-            BLOCK_PARTIALS=next_power_of_2(num_pairs * num_groups), BLOCK_STD=32,
+            BLOCK_PARTIALS=next_power_of_2(num_pairs * num_groups), BLOCK_STD=BLOCK_STD,
             num_warps=num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     return (
@@ -300,10 +306,16 @@ def _normalized_mse_bwd_cuda(grad_loss: Tensor, grad_NBD: Tensor, pa_BD: Tensor,
     if grad_NBD.dtype == torch.float64:
         return reference.normalized_mse_bwd(grad_loss, grad_NBD, pa_BD, pb_BD)
     out = torch.empty_like(grad_NBD)
-    block = 2048
     with device_guard(grad_NBD):
-        _normalized_mse_bwd_kernel[(-(-out.numel() // block),)](
-            grad_loss, grad_NBD, out, out.numel(), grad_NBD.shape[1], BLOCK=block, num_warps=4, enable_fp_fusion=True
+        _normalized_mse_bwd_kernel[(-(-out.numel() // BLOCK_BWD),)](
+            grad_loss,
+            grad_NBD,
+            out,
+            out.numel(),
+            grad_NBD.shape[1],
+            BLOCK=BLOCK_BWD,
+            num_warps=4,
+            enable_fp_fusion=True,
         )
     return out
 

@@ -128,3 +128,25 @@ def test_a_written_tensor_inside_the_span_of_a_strided_one_is_refused() -> None:
     whole = make((4, 8), 0)
     with pytest.raises(ValueError, match=r"target\[0\] must not share memory with online\[0\]"):
         mt.plan_for("test", columns([whole[1]], [whole.view(8, 4)[:, 0]]))
+
+
+def test_a_recorded_plan_keeps_its_tables(lists: tuple[list[Tensor], list[Tensor]]) -> None:
+    """What a CUDA graph reads: the tables of the warm-up where nothing moved, its own where something did."""
+    target, online = lists
+    warm = mt.plan_for("test", columns(target, online))
+    tables = warm.tables(columns(target, online))
+    recorded = warm.record(columns(target, online), (), ())
+    assert recorded.tables(columns(target, online)).addresses is tables.addresses
+    assert recorded.kinds == warm.kinds and recorded.num_chunks == warm.num_chunks
+
+    online[0] = (old := online[0]).clone()  # the graph's own gradient
+    moved = warm.record(columns(target, online), (), ())
+    its_tables = moved.tables(columns(target, online))
+    assert its_tables.addresses[1, 0] == online[0].data_ptr()
+    assert its_tables.chunks is tables.chunks
+    # Eager calls after the capture change neither.
+    mt.plan_for("test", columns(target, [old, *online[1:]]))
+    assert its_tables.addresses[1, 0] == online[0].data_ptr()
+    assert recorded.workspace("tickets", 3, torch.int32, torch.device("cpu")) is not warm.workspace(
+        "tickets", 3, torch.int32, torch.device("cpu")
+    )
