@@ -7,6 +7,7 @@ import importlib.util
 import json
 import logging
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -179,7 +180,9 @@ class PlannedLoader(ABC):
 
 def thread_count(threads: int) -> int:
     """`DataConfig.threads`, or one for each CPU core that this process may use."""
-    return threads or len(os.sched_getaffinity(0))
+    if threads:
+        return threads
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def dali_installed() -> bool:

@@ -107,6 +107,8 @@ class FileSource(ImageSource):
         path = self.path(i)
         try:
             with Image.open(path) as image:
+                if image.mode.startswith("I"):  # 16 bits: PIL would clip them to 8
+                    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
                 return image.convert("RGB")
         except Exception as error:  # decoders raise all kinds of errors on damaged files
             raise BadImageError(path, check(path) or f"cannot be decoded ({error})") from error

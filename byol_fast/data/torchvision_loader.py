@@ -24,7 +24,7 @@ from byol_fast.config import Config, ViewConfig
 from byol_fast.data.batch import Batch
 from byol_fast.data.loader import PlannedLoader, thread_count
 from byol_fast.data.sources import ImageSource
-from byol_fast.data.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewDraws, crop_window
+from byol_fast.data.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewDraws, crop_windows
 
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -89,7 +89,7 @@ def augment(image: Image.Image, d: ViewDraws, i: int, view: ViewConfig) -> NDArr
 
     The order is the reference's: crop, flip, jitter, grayscale, blur, solarize.
     """
-    top, left, h, w = crop_window(d.crop[i], image.height, image.width, view.aspect)
+    top, left, h, w = crop_windows(d.crop[i : i + 1], image.height, image.width, view.aspect)[0].tolist()
     x = image.crop((left, top, left + w, top + h)).resize((view.size, view.size), _RESAMPLING[view.interpolation])
     if d.flip[i]:
         x = x.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

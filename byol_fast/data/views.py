@@ -102,34 +102,33 @@ def blur_window(sigma: NDArray[np.float32], kernel: int) -> NDArray[np.int32]:
     return np.minimum(window, kernel, dtype=np.int32) if kernel else window
 
 
-def crop_window(
-    crop: NDArray[np.float64], height: int, width: int, aspect: tuple[float, float]
-) -> tuple[int, int, int, int]:
-    """The crop of one image: torchvision's RandomResizedCrop.
+def crop_windows(crop: NDArray[np.float64], height: int, width: int, aspect: tuple[float, float]) -> NDArray[np.int32]:
+    """The crops of images of one size: torchvision's RandomResizedCrop.
 
     Takes the first candidate that fits into the image; where none does, the largest centred crop whose aspect
     ratio is allowed.
 
     Args:
-        crop: one row of `ViewDraws.crop`.
-        height: of the image in pixels.
-        width: of the image in pixels.
+        crop: rows of `ViewDraws.crop`, `[B, 2 * ATTEMPTS + 2]`.
+        height: of the images in pixels.
+        width: of the images in pixels.
         aspect: smallest and largest width / height.
 
     Returns:
-        Top, left, height and width in pixels.
+        Top, left, height and width in pixels, `[B, 4]`.
     """
-    side = math.sqrt(height * width)
-    widths = np.maximum(np.floor(side * crop[:ATTEMPTS] + 0.5), 1)
-    heights = np.maximum(np.floor(side * crop[ATTEMPTS : 2 * ATTEMPTS] + 0.5), 1)
-    fits = np.flatnonzero((widths <= width) & (heights <= height))
-    if fits.size:
-        w, h = int(widths[fits[0]]), int(heights[fits[0]])
-        top, left = np.floor(crop[-2:] * (height - h + 1, width - w + 1))
-        return int(top), int(left), h, w
-    h = max(1, min(height, math.floor(width / aspect[0] + 0.5)))
-    w = max(1, min(width, math.floor(height * aspect[1] + 0.5)))
-    return (height - h) // 2, (width - w) // 2, h, w
+    candidates = np.maximum(np.floor(math.sqrt(height * width) * crop[:, : 2 * ATTEMPTS] + 0.5), 1)
+    widths, heights = candidates[:, :ATTEMPTS], candidates[:, ATTEMPTS:]
+    fits = (widths <= width) & (heights <= height)
+    rows, first = np.arange(len(crop)), fits.argmax(axis=1)
+    found = fits[rows, first]
+    else_h = max(1, min(height, math.floor(width / aspect[0] + 0.5)))
+    else_w = max(1, min(width, math.floor(height * aspect[1] + 0.5)))
+    h = np.where(found, heights[rows, first], else_h)
+    w = np.where(found, widths[rows, first], else_w)
+    top = np.where(found, np.floor(crop[:, -2] * (height - h + 1)), (height - h) // 2)
+    left = np.where(found, np.floor(crop[:, -1] * (width - w + 1)), (width - w) // 2)
+    return np.stack([top, left, h, w], axis=1).astype(np.int32)
 
 
 def permutation(n: int, *, seed: int, epoch: int) -> NDArray[np.int64]:

@@ -226,6 +226,7 @@ def test_odd_but_good_files_are_read(backend: str, tmp_path: Path) -> None:
     image.convert("RGBA").save(tmp_path / "alpha.png")
     image.convert("P").save(tmp_path / "palette.png")
     image.save(tmp_path / "web.webp", lossless=True)
+    Image.fromarray(ramp[..., 0].astype(np.uint16) * 257).save(tmp_path / "deep.png")
     image.save(tmp_path / "bitmap.BMP")
     image.save(tmp_path / "tag.tiff")
     image.save(tmp_path / "unicode \u00e9\u4e2d\U0001f600.png")
@@ -234,13 +235,14 @@ def test_odd_but_good_files_are_read(backend: str, tmp_path: Path) -> None:
     exif[0x0112] = 6
     image.save(tmp_path / "turned.jpg", exif=exif, quality=95)
     source = open_source(tmp_path)
-    assert len(source) == 11
-    batch = next(loader_of(source, config_of(backend, plain(40), batch_size=11)))
+    assert len(source) == 12
+    batch = next(loader_of(source, config_of(backend, plain(40), batch_size=12)))
     got = {Path(source.paths[int(k)]).stem: p for k, p in zip(batch.index, pixels(batch.view1), strict=True)}  # type: ignore[attr-defined]
     assert np.array_equal(got["alpha"], ramp)
     assert np.array_equal(got["bitmap"], ramp)
     assert np.array_equal(got["tag"], ramp)
     assert np.array_equal(got["web"], ramp)
+    assert np.array_equal(got["deep"], np.repeat(ramp[..., :1], 3, axis=2))  # 16 bits
     assert np.array_equal(got["unicode \u00e9\u4e2d\U0001f600"], ramp)
     assert np.array_equal(got["really a png"], ramp)
     assert error(got["progressive"], ramp).mean() < 4

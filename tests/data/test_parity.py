@@ -13,9 +13,9 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from byol_fast.config import ViewConfig
-from byol_fast.data.loader import Planner
+from byol_fast.data.loader import Planner, make_loader
 from byol_fast.data.sources import ArraySource, FileSource, ImageSource, open_source
-from byol_fast.data.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewDraws, crop_window
+from byol_fast.data.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewDraws, crop_windows
 from tests.data.helpers import config_of, error, loader_of, pixels, plain
 
 JITTER = {BRIGHTNESS: F.adjust_brightness, CONTRAST: F.adjust_contrast, SATURATION: F.adjust_saturation}
@@ -107,8 +107,7 @@ def test_crop_matches_a_resize_in_floating_point(backend: str, arrays: ArraySour
     batch = next(loader_of(arrays, config_of(backend, view, batch_size=48)))
     index, draws = draws_of(arrays, view, 48)
     expected = []
-    for i, k in enumerate(index):
-        top, left, h, w = crop_window(draws.crop[i], 64, 64, view.aspect)
+    for k, (top, left, h, w) in zip(index, crop_windows(draws.crop, 64, 64, view.aspect), strict=True):
         crop = chw(arrays.load(int(k))).double()[None, :, top : top + h, left : left + w]
         resized = torch.nn.functional.interpolate(crop, (48, 48), mode="bicubic", antialias=True, align_corners=False)
         expected.append(resized[0].permute(1, 2, 0).clamp(0, 255).round().numpy())
@@ -159,3 +158,19 @@ def test_both_loaders_make_the_same_views(arrays: ArraySource, dali: None) -> No
         difference = error(pixels(a), pixels(b)).mean(axis=(1, 2, 3))
         assert difference.mean() <= 1.9
         assert np.median(difference) <= 1.9
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("color", ["exact", "hsv"])
+def test_the_graph_on_a_gpu_makes_what_it_makes_on_the_cpu(color: Any, files: FileSource, dali: None) -> None:
+    """Not bit for bit: the decoders and the resize round differently."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    config = config_of("dali", ViewConfig(size=32), ViewConfig(size=32, solarize=0.5), batch_size=20, color=color)
+    loaders = [make_loader(files, config, device=torch.device(kind)) for kind in ("cpu", "cuda")]
+    for _ in range(4):  # two epochs
+        cpu, gpu = (next(loader) for loader in loaders)
+        assert torch.equal(cpu.index, gpu.index) and not gpu.index.is_cuda
+        for a, b in ((cpu.view1, gpu.view1), (cpu.view2, gpu.view2)):
+            assert b.is_cuda and b.is_contiguous(memory_format=torch.channels_last)
+            assert np.median(error(pixels(a), pixels(b.cpu())).mean(axis=(1, 2, 3))) <= 1.9

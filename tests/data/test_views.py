@@ -12,7 +12,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from byol_fast.config import ViewConfig
 from byol_fast.data.sources import ArraySource
-from byol_fast.data.views import ViewDraws, crop_window, draw, permutation
+from byol_fast.data.views import ViewDraws, crop_windows, draw, permutation
 from tests.data.helpers import config_of, loader_of, pixels, plain
 
 N = 20_000
@@ -54,7 +54,7 @@ def test_all_orders_are_equally_likely(draws: ViewDraws) -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (32, 32), (100, 900)])
 def test_crops_are_distributed_as_torchvisions(height: int, width: int, draws: ViewDraws) -> None:
-    ours = np.array([crop_window(row, height, width, VIEW.aspect) for row in draws.crop[:4000]], float)
+    ours = crop_windows(draws.crop[:4000], height, width, VIEW.aspect).astype(float)
     torch.manual_seed(0)
     blank = torch.empty(3, height, width)
     params = [RandomResizedCrop.get_params(blank, list(VIEW.area), list(VIEW.aspect)) for _ in range(4000)]
@@ -74,10 +74,13 @@ def features(windows: Any, height: int, width: int) -> list[Any]:
 
 
 def test_where_nothing_fits_the_middle_is_taken() -> None:
-    row = draw(ViewConfig(area=(0.9, 1.0)), np.arange(1), seed=0, epoch=0, view=0).crop[0]
-    assert crop_window(row, 10, 1000, (3 / 4, 4 / 3)) == (0, 493, 10, 13)
-    assert crop_window(row, 1000, 10, (3 / 4, 4 / 3)) == (493, 0, 13, 10)
-    assert crop_window(row, 1, 1, (3 / 4, 4 / 3)) == (0, 0, 1, 1)
+    crop = draw(ViewConfig(area=(0.9, 1.0)), np.arange(50), seed=0, epoch=0, view=0).crop
+    for (height, width), window in {
+        (10, 1000): (0, 493, 10, 13),
+        (1000, 10): (493, 0, 13, 10),
+        (1, 1): (0, 0, 1, 1),
+    }.items():
+        assert (crop_windows(crop, height, width, (3 / 4, 4 / 3)) == window).all()
 
 
 def test_draws_depend_on_seed_epoch_image_and_view_only() -> None:
