@@ -51,7 +51,7 @@ def export_encoder(
     folder.mkdir(parents=True, exist_ok=True)
     weights, about = folder / "encoder.safetensors", folder / "encoder.json"
     with atomic_path(weights) as temporary:
-        save_file(state, temporary, metadata={"format": "pt", "encoder": config.model.encoder})
+        save_file(state, temporary, metadata={"format": "pt"})
     atomic_write(about, json.dumps(description, indent=2) + "\n")
     return weights, about
 

@@ -390,10 +390,15 @@ class Trainer:
         )
 
     def _images(self, source: ImageSource) -> Iterator[tuple[Tensor, Tensor]]:
-        view = self.config.view1
-        threads = self.config.data.threads or environment.num_cpus()
-        return iter(
-            eval_batches(source, view.size, 256, interpolation=view.interpolation, threads=threads, device=self.device)
+        view, data = self.config.view1, self.config.data
+        return eval_batches(
+            source,
+            view.size,
+            256,
+            interpolation=view.interpolation,
+            threads=data.threads,
+            loader=data.loader,
+            device=self.device,
         )
 
     # ------------------------------------------------------------------ files and signals

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,10 @@ import torch
 from byol_fast import config as configs
 from byol_fast import recipes
 from byol_fast.config import Config
+
+# The tests' networks are tiny: a second thread gains nothing, and waiting for it costs much on a busy machine.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 
 @pytest.fixture(scope="session")
