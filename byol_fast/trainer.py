@@ -22,7 +22,7 @@ from byol_fast import config as configs
 from byol_fast import environment
 from byol_fast.capture import compiled_forward
 from byol_fast.config import Config, ConfigError
-from byol_fast.data import ImageSource, eval_batches, make_loader, open_source, split
+from byol_fast.data import ImageSource, eval_batches, make_loader, split
 from byol_fast.display import Display
 from byol_fast.evaluate import KNNResult, calibrated, embed, knn_accuracy
 from byol_fast.export import export_encoder
@@ -136,7 +136,7 @@ class Trainer:
         self.run_dir = resume or config.out / (config.name or f"{config.recipe}-{datetime.now():%Y%m%d-%H%M%S}")
         payload = checkpoints.load_latest(self.run_dir / "checkpoints") if resume else None
 
-        self.train_source, self.val_source = self._open(data)
+        self.train_source, self.val_source = split(config, data)
         torch.manual_seed(config.seed)
         self.task = BYOL(
             config.model.encoder,
@@ -176,12 +176,6 @@ class Trainer:
 
     # ------------------------------------------------------------------ set-up
 
-    def _open(self, data: object) -> tuple[ImageSource, ImageSource | None]:
-        if data is None:
-            return split(self.config)
-        val = open_source(self.config.knn.val_root) if self.config.knn.val_root else None
-        return open_source(data), val
-
     def _schedule(self) -> RunSchedule:
         optim, steps = self.config.optim, self.total_steps
         if optim.warmup_steps is not None:
@@ -204,30 +198,21 @@ class Trainer:
         )
 
     def _knn_labels(self) -> tuple[Tensor, Tensor] | None:
-        """Labels of the training and validation images in one numbering; None where kNN is off."""
-        knn, train, val = self.config.knn, self.train_source, self.val_source
-        if knn.enabled == "off":
+        """Labels of the training and validation images; None where kNN is off."""
+        train, val = self.train_source.labels, self.val_source.labels if self.val_source else None
+        if self.config.knn.enabled == "off":
             return None
-        missing = ""
-        if val is None:
+        if train is not None and val is not None:
+            return torch.as_tensor(train), torch.as_tensor(val)
+        if self.val_source is None:
             missing = "there are no validation images: set knn.val_root, or give a root with train and val inside"
-        elif train.labels is None or val.labels is None:
-            which = "training" if train.labels is None else "validation"
+        else:
+            which = "training" if train is None else "validation"
             missing = f"the {which} images have no labels: sort them into one folder per class"
-        elif not set(val.classes) <= set(train.classes):
-            unknown = sorted(set(val.classes) - set(train.classes))[:3]
-            missing = f"validation has classes that training has not: {', '.join(unknown)}"
-        if missing:
-            if knn.enabled == "on":
-                raise ConfigError(f"config: knn.enabled is 'on', but {missing}")
-            log.info("kNN evaluation is off: %s", missing)
-            return None
-        assert val is not None
-        assert train.labels is not None
-        assert val.labels is not None
-        number = {name: i for i, name in enumerate(train.classes)}
-        renumber = torch.tensor([number[name] for name in val.classes])
-        return torch.as_tensor(train.labels), renumber[torch.as_tensor(val.labels)]
+        if self.config.knn.enabled == "on":
+            raise ConfigError(f"config: knn.enabled is 'on', but {missing}")
+        log.info("kNN evaluation is off: %s", missing)
+        return None
 
     def _restore(self, payload: dict[str, Any]) -> None:
         then = configs.from_dict(json.loads(payload["config"]))

@@ -6,8 +6,6 @@ import dataclasses
 import importlib.util
 import json
 import logging
-import os
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -21,6 +19,7 @@ from byol_fast.config import Config, ViewConfig
 from byol_fast.data.batch import Batch, ViewLoader
 from byol_fast.data.sources import ArraySource, ImageSource, SourceError
 from byol_fast.data.views import ViewDraws, draw, permutation
+from byol_fast.environment import num_cpus
 
 log = logging.getLogger(__name__)
 
@@ -180,9 +179,7 @@ class PlannedLoader(ABC):
 
 def thread_count(threads: int) -> int:
     """`DataConfig.threads`, or one for each CPU core that this process may use."""
-    if threads:
-        return threads
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return threads or num_cpus()
 
 
 def dali_installed() -> bool:

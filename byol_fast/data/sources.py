@@ -238,11 +238,15 @@ def array_source(
     return ArraySource(np.ascontiguousarray(x), y, names, name)
 
 
-def split(config: Config) -> tuple[ImageSource, ImageSource | None]:
+def split(config: Config, data: object = None) -> tuple[ImageSource, ImageSource | None]:
     """Training and validation images of a run, as `DataConfig.root`, `.builtin` and `KNNConfig.val_root` say.
 
     A folder is split where it has `train` and `val` or `test` inside; a `.npz` where it has `val_images` (and
     `val_labels`). Labels of the validation images are numbered as the training images' are.
+
+    Args:
+        config: of it `data` and `knn` are used.
+        data: training images that take the place of the configuration's: whatever `open_source` opens.
 
     Returns:
         The training images, and the validation images or None (there are none, or kNN is off).
@@ -252,16 +256,18 @@ def split(config: Config) -> tuple[ImageSource, ImageSource | None]:
     """
     root, where = config.data.root, "data.root"
     wants_val = config.knn.enabled != "off"
-    if root is None:
+    val: ImageSource | None = None
+    if data is not None:
+        train = open_source(data, where="data")
+    elif root is None:
         if config.data.builtin == "none":
             raise SourceError("data.root: there are no images to train on; give --data.root FOLDER")
-        opened = _open_demo() if config.data.builtin == "demo" else _open_cifar10(config.data.cache)
-        train, val = opened[0], opened[1] if wants_val else None
+        train, val = _open_demo() if config.data.builtin == "demo" else _open_cifar10(config.data.cache)
+        val = val if wants_val else None
     else:
         root = root.expanduser()
         train_dir, val_dir = _split_folder(root)
         train = open_source(train_dir, where=where)
-        val = None
         if wants_val and config.knn.val_root is None:
             if val_dir is not None:
                 val = open_source(val_dir, where=where)
