@@ -36,35 +36,46 @@ def normalized_mse_fwd(
     pairs = [(pa_BD, za_BD)] if pb_BD is None or zb_BD is None else [(pa_BD, za_BD), (pb_BD, zb_BD)]
     batch, dim = pa_BD.shape
     acc = accumulation_dtype(pa_BD.dtype)
-    row_loss_NB = pa_BD.new_empty((len(pairs), batch), dtype=acc)
-    grad_NBD = pa_BD.new_empty((len(pairs), batch, dim) if with_grad else (0,))
-    std_2ND = pa_BD.new_empty((2, len(pairs), dim) if with_stats else (0,), dtype=acc)
+    p_N = [p.to(acc) for p, _ in pairs]
+    z_N = [z.to(acc) for _, z in pairs]
+    p_norm_NB = torch.stack([torch.linalg.vector_norm(p, dim=1) for p in p_N])
+    z_norm_NB = torch.stack([torch.linalg.vector_norm(z, dim=1) for z in z_N])
+    # The eps convention of F.normalize: x / max(|x|, eps).
+    p_scale_NB = p_norm_NB.clamp_min(eps).reciprocal_()
+    z_scale_NB = z_norm_NB.clamp_min(eps).reciprocal_()
 
-    for n, (p, z) in enumerate(pairs):
-        p_norm_B1, p_hat, p_scale_B1 = _normalize(p.to(acc), eps)
-        _, z_hat, _ = _normalize(z.to(acc), eps)
-        # Not torch.linalg.vecdot: an ambient autocast would run that in bfloat16.
-        cosine_B1 = (p_hat * z_hat).sum(1, keepdim=True).clamp_(-1.0, 1.0)
-        torch.mul(cosine_B1[:, 0], -2.0, out=row_loss_NB[n]).add_(2.0)
-        if with_stats:
-            std_2ND[0, n] = p_hat.std(0, correction=0)
-            std_2ND[1, n] = z_hat.std(0, correction=0)
-        if with_grad:
-            # Below eps the denominator is a constant, so the part along p_hat vanishes, as in F.normalize.
-            along_B1 = torch.where(p_norm_B1 >= eps, cosine_B1, 0.0)
-            grad_NBD[n] = p_hat.mul_(along_B1).sub_(z_hat).mul_(p_scale_B1.mul_(2.0))
+    # Scaling the products instead of the rows saves half the memory traffic. It may overflow where a norm does, so such
+    # rows are scaled first; what is left to multiply is then 1. (On a GPU the question itself would be a host sync.)
+    p_left_NB: Tensor | float = p_scale_NB
+    z_left_NB: Tensor | float = z_scale_NB
+    if with_stats or pa_BD.is_cuda or not torch.isfinite(p_norm_NB + z_norm_NB).all():
+        p_N = [p * scale_B[:, None] for p, scale_B in zip(p_N, p_scale_NB, strict=True)]
+        z_N = [z * scale_B[:, None] for z, scale_B in zip(z_N, z_scale_NB, strict=True)]
+        p_left_NB = z_left_NB = 1.0
 
+    # Not torch.linalg.vecdot: an ambient autocast would run that in bfloat16.
+    dot_NB = torch.stack([(p * z).sum(1) for p, z in zip(p_N, z_N, strict=True)])
+    cosine_NB = dot_NB.mul_(p_left_NB).mul_(z_left_NB).clamp_(-1.0, 1.0)
+    row_loss_NB = torch.rsub(cosine_NB, 2.0, alpha=2.0)
     loss = row_loss_NB.sum() / batch
-    if not with_stats:
-        return loss, grad_NBD, row_loss_NB.new_empty(0), row_loss_NB.new_empty(0), std_2ND
-    return loss, grad_NBD, row_loss_NB, 1.0 - 0.5 * row_loss_NB.mean(), std_2ND
 
-
-def _normalize(x_BD: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """|x|, x / max(|x|, eps) and 1 / max(|x|, eps): the eps convention of F.normalize."""
-    norm_B1 = torch.linalg.vector_norm(x_BD, dim=1, keepdim=True)
-    scale_B1 = norm_B1.clamp_min(eps).reciprocal_()
-    return norm_B1, x_BD * scale_B1, scale_B1
+    if with_stats:
+        cosine = 1.0 - 0.5 * row_loss_NB.mean()
+        std_2ND = torch.stack([x_hat.std(0, correction=0) for x_hat in (*p_N, *z_N)]).view(2, len(pairs), dim)
+    else:  # three tensors and not one: the outputs of an operator must not share memory
+        row_loss_NB, cosine, std_2ND = (loss.new_empty(0) for _ in range(3))
+    grad_NBD = pa_BD.new_empty((len(pairs), batch, dim) if with_grad else 0)
+    if with_grad:
+        # Below eps the denominator is a constant, so the part along p_hat vanishes, as in F.normalize.
+        along_NB = torch.where(p_norm_NB >= eps, cosine_NB, 0.0)
+        p_factor_NB = along_NB.mul_(p_left_NB).mul_(p_scale_NB).mul_(2.0)
+        z_factor_NB = (p_scale_NB * -2.0).mul_(z_left_NB)
+        for n, grad_BD in enumerate(grad_NBD):
+            sum_BD = torch.mul(p_N[n], p_factor_NB[n][:, None], out=grad_BD if grad_BD.dtype == acc else None)
+            sum_BD.addcmul_(z_N[n], z_factor_NB[n][:, None])
+            if sum_BD is not grad_BD:
+                grad_BD.copy_(sum_BD)
+    return loss, grad_NBD, row_loss_NB, cosine, std_2ND
 
 
 def normalized_mse_bwd(grad_loss: Tensor, grad_NBD: Tensor, pa_BD: Tensor, pb_BD: Tensor | None) -> Tensor:

@@ -61,11 +61,9 @@ def test_loss_and_gradient_match_float64(shape: tuple[int, int], dtype: torch.dt
     assert z1.grad is None
     for p, grad in ((p1, grad1), (p2, grad2)):
         assert p.grad is not None and p.grad.dtype == dtype
-        # With one column p_hat is +-1 and the true gradient 0: only the size of what is left over can be judged.
-        scale = max(float(np.linalg.norm(grad)), 1e-2 * float(np.linalg.norm(1 / f64(p))) / shape[0]) * 3.7
-        assert float(np.linalg.norm(f64(p.grad) - 3.7 * grad)) <= TOLERANCES[dtype] * scale * (
-            10 if shape[1] == 1 else 1
-        )
+        # With one column the gradient is 0, and what is left over is the difference of two numbers of size 1 / |p|.
+        norm = float(np.linalg.norm(grad)) if shape[1] > 1 else float(np.linalg.norm(1 / f64(p))) / shape[0]
+        assert float(np.linalg.norm(f64(p.grad) - 3.7 * grad)) <= TOLERANCES[dtype] * 3.7 * norm
 
 
 @dtypes
@@ -341,7 +339,7 @@ def test_compiles_without_graph_breaks(device: str) -> None:
     p1, p2, z1, z2 = inputs((16, 32), torch.float32, device)
 
     def step(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
-        return byol_loss(p1 * 2.0, p2, z1, z2) * 0.5
+        return byol_loss(p1, p2, z1, z2)
 
     compiled = torch.compile(step, fullgraph=True)
     loss, expected = compiled(p1, p2, z1, z2), step(p1, p2, z1, z2)
