@@ -138,16 +138,35 @@ def lars_step_(
             param_square = update_square = 0.0
             for p, g in zip(param_blocks, grad_blocks, strict=True):
                 p_acc = p.to(acc)  # no copy where the dtype is acc already; so too below
-                update = torch.mul(p_acc, decay, out=scratch[: p.numel()]).add_(g.to(acc), alpha=1.0 / grad_scale)
+                update = torch.add(
+                    _unscaled(g.to(acc), grad_scale, scratch), p_acc, alpha=decay, out=scratch[: p.numel()]
+                )
                 param_square += torch.dot(p_acc, p_acc).item()
                 update_square += torch.dot(update, update).item()
             if param_square > 0.0 and update_square > 0.0:
                 ratio = eta[row] * math.sqrt(param_square / update_square)
 
+        # One pass over the data where PyTorch has one: its fused SGD computes v = momentum v + (1 - dampening) d.
+        alike = grad is not None and buffer is not None and param.dtype == grad.dtype == buffer.dtype == acc
+        fused = alike and momentum[row] != 0.0
         for index, p in enumerate(param_blocks):
-            if grad_blocks and buffer_blocks:
+            if fused:
+                torch._fused_sgd_(
+                    [p],
+                    [_unscaled(grad_blocks[index], grad_scale, scratch)],
+                    [buffer_blocks[index]],
+                    weight_decay=decay,
+                    momentum=momentum[row],
+                    lr=lr[row],
+                    dampening=1.0 - ratio,
+                    nesterov=False,
+                    maximize=False,
+                    is_first_step=False,
+                )
+            elif grad_blocks and buffer_blocks:
                 p_acc, v_acc = p.to(acc), buffer_blocks[index].to(acc)
-                v_acc.mul_(momentum[row]).add_(grad_blocks[index].to(acc), alpha=ratio / grad_scale)
+                g_acc = _unscaled(grad_blocks[index].to(acc), grad_scale, scratch)
+                v_acc.mul_(momentum[row]).add_(g_acc, alpha=ratio)
                 if decay:
                     v_acc.add_(p_acc, alpha=ratio * decay)
                 p_acc.add_(v_acc, alpha=-lr[row])
@@ -156,6 +175,10 @@ def lars_step_(
                     buffer_blocks[index].copy_(v_acc)
             if target_blocks:
                 ema_update_([target_blocks[index]], [p], tau, [])
+
+
+def _unscaled(grad: Tensor, grad_scale: float, scratch: Tensor) -> Tensor:
+    return grad if grad_scale == 1.0 else torch.mul(grad, 1.0 / grad_scale, out=scratch[: grad.numel()])
 
 
 def _blocks(tensor: Tensor | None) -> tuple[Tensor, ...]:

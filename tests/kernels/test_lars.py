@@ -100,6 +100,20 @@ def test_it_is_not_the_rule_of_larc(device: str) -> None:
     torch.testing.assert_close(p.detach().cpu(), torch.tensor([[3.0 - 1.8, -2.4]]), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_without_momentum(weight_decay: float, device: str) -> None:
+    p = nn.Parameter(make((30, 40), 0).to(device))
+    optimizer = LARS([p], 0.2, momentum=0.0, weight_decay=weight_decay)
+    hyper = {**HYPER, "momentum": 0.0, "weight_decay": weight_decay}
+    expected, v = f64(p).copy(), np.zeros((30, 40))
+    for step in range(2):
+        set_gradients([p], step)
+        assert p.grad is not None
+        expected, v = lars(expected, f64(p.grad), v, **hyper, excluded=False)
+        optimizer.step()
+        assert close(p, expected) and close(optimizer.state[p]["momentum_buffer"], v)
+
+
 def test_momentum_holds_no_learning_rate(device: str) -> None:
     """Doubling lr doubles the step at once, momentum included."""
     p = nn.Parameter(make((4, 4), 0).to(device))
