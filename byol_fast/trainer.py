@@ -332,7 +332,7 @@ class Trainer:
                 result = self._knn()
         except _StopRequested:
             self._save_and_stop()
-        which = "untrained, norms calibrated" if step == 0 else f"epoch {self.state.epoch:g}"
+        which = "untrained, norms calibrated" if step == 0 else f"epoch {self.state.epoch:.4g}"
         display.say(f"kNN-{self.config.knn.k} top-1 {result.top1:.1%}  ({which}; {result.num_test} images)")
         self._record_steps()
         self.metrics.add(
