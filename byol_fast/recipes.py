@@ -25,21 +25,19 @@ DEMO_GPU_EPOCHS = 40
 
 
 def demo() -> Config:
-    """Packaged Fashion-MNIST, a 2.8 M parameter ResNet-18: learns within minutes on two CPU cores."""
+    """Packaged Fashion-MNIST, a ResNet-18 of half the width: learns within minutes on two CPU cores."""
     view = ViewConfig(
         size=28,
         area=(0.3, 1.0),
-        jitter=0.8,
-        brightness=0.4,
-        contrast=0.4,
         saturation=0.0,
         hue=0.0,
         grayscale=0.0,
-        blur=0.0,
+        blur=0.5,
+        blur_sigma=(0.1, 1.0),
     )
     return Config(
         recipe="demo",
-        epochs=3,
+        epochs=5,
         batch_size=64,
         data=DataConfig(builtin="demo"),
         view1=view,
@@ -47,7 +45,7 @@ def demo() -> Config:
         model=ModelConfig(
             encoder="resnet18_narrow", hidden_dim=512, projection_dim=128, mean=(0.286,) * 3, std=(0.353,) * 3
         ),
-        optim=OptimConfig(name="sgd", lr=0.2, weight_decay=5e-4, warmup_epochs=0.2),
+        optim=OptimConfig(name="sgd", lr=0.1, weight_decay=5e-4, warmup_epochs=0.2),
         tau=TauConfig(base=0.97),
         knn=KNNConfig(every_epochs=1),
     )
