@@ -6,13 +6,13 @@ import difflib
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.table import Table
 
 from byol_fast import __version__, recipes
@@ -51,12 +51,16 @@ recipes:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 the run failed, 2 the command is wrong, 128 + signal when interrupted."""
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(message)s",
-        handlers=[RichHandler(console=Console(stderr=True), show_time=False, show_path=False, markup=False)],
-    )
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_LogLines()])
     sys.exit(_run(list(sys.argv[1:] if argv is None else argv)))
+
+
+class _LogLines(logging.Handler):
+    """Log records as lines on standard error, above the progress bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "yellow" if record.levelno >= logging.WARNING else "dim"
+        Console(stderr=True, highlight=False).print(self.format(record), soft_wrap=True, markup=False, style=style)
 
 
 def _run(argv: list[str]) -> int:
@@ -142,6 +146,7 @@ def _demo(argv: list[str]) -> int:
 
     if resolve_device(config.device).type == "cuda" and config.epochs == recipes.demo().epochs:
         config = configs.replace(config, {"epochs": recipes.DEMO_GPU_EPOCHS})
+    began = time.monotonic()
     result = Trainer(config).fit()
     table = Table(title="Fashion-MNIST, 10 classes: nearest-neighbour accuracy of the features")
     table.add_column("encoder")
@@ -151,6 +156,7 @@ def _demo(argv: list[str]) -> int:
         table.add_row("after BYOL, without labels", f"{result.knn_top1:.1%}")
         table.add_row("gain", f"{100 * (result.knn_top1 - result.knn_top1_untrained):+.1f} points")
     Console().print(table)
+    print(f"{result.steps} steps in {time.monotonic() - began:.0f} s, evaluations included")
     _summarise(result)
     print("next, on your own images:\n  byol-fast train imagenet_resnet50_100 --data.root FOLDER")
     return 0
