@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def test_cifar_stem_keeps_the_resolution_until_the_second_stage() -> None:
 
 def test_zero_init_residual_makes_blocks_identities() -> None:
     encoder = build_encoder("resnet18", zero_init_residual=True).eval()
-    block: nn.Module = encoder.layer1[1]  # type: ignore[index]
+    block: nn.Module = encoder.layer1[1]  # type: ignore[index, assignment]
     x = torch.randn(2, 64, 8, 8).relu()
     assert torch.equal(block(x), x)
 
@@ -156,13 +157,15 @@ def test_update_target_moves_parameters_by_tau(model: BYOL, tau: float | torch.T
 
 
 def test_heads_are_the_references(model: BYOL) -> None:
-    linear, norm, relu, last = model.online.predictor  # type: ignore[misc]
+    linear, norm, relu, last = cast("nn.Sequential", model.online.predictor)
     assert isinstance(norm, nn.BatchNorm1d)
     assert isinstance(relu, nn.ReLU)
+    assert isinstance(linear, nn.Linear)
+    assert isinstance(last, nn.Linear)
     assert linear.bias is not None
     assert last.bias is None
     biased = BYOL("resnet18_narrow", hidden_dim=8, projection_dim=4, image_size=16, last_bias=True)
-    assert biased.online.projector[3].bias is not None  # type: ignore[index]
+    assert biased.online.projector[3].bias is not None
 
 
 def test_any_module_can_be_the_encoder() -> None:

@@ -3,7 +3,7 @@
 For a prediction p and a target projection z, row by row (Grill et al. 2020, arXiv 2006.07733, equation 2):
 
     p_hat = p / max(|p|, eps)        z_hat = z / max(|z|, eps)        cos = <p_hat, z_hat>
-    l(p, z) = |p_hat - z_hat|^2 = 2 - 2 cos
+    l(p, z) = 2 - 2 cos                                    (= |p_hat - z_hat|^2 for rows no shorter than eps)
     dl/dp = 2 (cos p_hat - z_hat) / max(|p|, eps)          (the part along p_hat is 0 where |p| < eps)
 
 No gradient flows to z. The forward stores dl/dp of each row, before the mean's 1/B, in the dtype of p: a

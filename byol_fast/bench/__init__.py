@@ -1,0 +1,5 @@
+"""Measuring: interleaved rounds, medians with their spread, and the record of the machine."""
+
+from byol_fast.bench.timing import Timing, interleaved, ratio
+
+__all__ = ["Timing", "interleaved", "ratio"]
