@@ -1,5 +1,6 @@
-"""Fused Triton kernels for BYOL: the loss, the moving average, LARS. Plain PyTorch on a CPU."""
+"""Fused Triton kernels for BYOL: the loss, the moving average, LARS, colours and blur. Plain PyTorch on a CPU."""
 
+from byol_kernels.blur import gaussian_blur
 from byol_kernels.ema import ema_update_
 from byol_kernels.lars import LARS
 from byol_kernels.normalized_mse import (
@@ -9,6 +10,7 @@ from byol_kernels.normalized_mse import (
     normalized_mse_loss,
     normalized_mse_loss_with_stats,
 )
+from byol_kernels.photometric import photometric
 
 __all__ = [
     "LARS",
@@ -16,6 +18,8 @@ __all__ = [
     "byol_loss",
     "byol_loss_with_stats",
     "ema_update_",
+    "gaussian_blur",
     "normalized_mse_loss",
     "normalized_mse_loss_with_stats",
+    "photometric",
 ]
