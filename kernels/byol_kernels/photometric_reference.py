@@ -63,8 +63,11 @@ def photometric(
                 x = _jitter(x, scratch, factor_rows[i], order_rows[i], truncate)
             if to_gray[i]:
                 gray = _gray(x, scratch.plane)
-                x = (gray.floor_() if truncate else gray).expand(3, -1)
-            x_HWC.permute(2, 0, 1).copy_(x.view(3, height, width))
+                x = (gray.floor_() if truncate else gray)[None]
+            if dtype == torch.uint8 and not (to_blur[i] or to_solarize[i]):
+                torch.stack(_to_levels(x).expand(3, -1).view(3, height, width).unbind(), dim=2, out=out_NHWC[i])
+                continue
+            x_HWC.permute(2, 0, 1).copy_(x.view(-1, height, width))
         else:
             x_HWC.copy_(image_HWC)
         rows = x_HWC.view(height, -1)
@@ -129,10 +132,8 @@ def _jitter(x: Tensor, scratch: _Scratch, factors: Sequence[float], order: Seque
             gray = _gray(x, scratch.plane)
             if truncate:
                 gray.floor_()
-            if part == CONTRAST:
-                x.mul_(factor).add_(gray.mean(), alpha=1.0 - factor)
-            else:
-                x.mul_(factor).add_(gray, alpha=1.0 - factor)
+            other = gray.mean() if part == CONTRAST else gray
+            torch.add(other.mul_(1.0 - factor), x, alpha=factor, out=x)
         if part != HUE and not 0.0 <= factor <= 1.0:  # else a convex combination of values in range
             x.clamp_(0.0, 255.0)
         if truncate:
@@ -159,8 +160,8 @@ def _hue(x: Tensor, scratch: _Scratch, turns: float) -> Tensor:
     out = scratch.other_planes if x is scratch.planes else scratch.planes
     for c in range(3):
         this, beside = x[(c - shift) % 3], x[(c - shift + step) % 3]
-        torch.minimum(torch.maximum(beside, lower, out=out[c]), upper, out=out[c]).sub_(beside).add_(this)
-        torch.minimum(torch.maximum(out[c], low, out=out[c]), high, out=out[c])
+        moved = torch.clamp(beside, lower, upper, out=out[c]).sub_(beside).add_(this)
+        torch.clamp(moved, low, high, out=moved)
     return out
 
 
@@ -234,9 +235,9 @@ def _normalisation(mean: Sequence[float], std: Sequence[float], width: int) -> t
     return scale.repeat(width), bias.repeat(width)
 
 
-def _to_levels(rows: Tensor) -> Tensor:
+def _to_levels(x: Tensor) -> Tensor:
     """Rounds to uint8, by way of int16: the direct conversion is not vectorised and takes five times as long."""
-    return rows.round_().to(torch.int16).to(torch.uint8)
+    return x.round_().to(torch.int16).to(torch.uint8)
 
 
 def _coins(coin: Tensor | None, batch: int, default: bool) -> list[bool]:
