@@ -16,7 +16,7 @@ SOURCES := byol_fast kernels tests benchmarks
 
 define install # folder, constraints
 	$(PYTHON) -m venv --clear $(1)
-	$(1)/bin/python -m pip install -q --disable-pip-version-check uv
+	$(1)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt uv
 	$(1)/bin/uv pip install -q --python $(1)/bin/python -c $(2) -b constraints.txt -e '.[dev]'
 	touch $(1)/.ready
 endef

@@ -90,6 +90,7 @@ class Weights:
 
 def agree(a: list[Tensor], b: list[Tensor], tolerance: float) -> None:
     for x, y in zip(a, b, strict=True):
+        x, y = x.detach(), y.detach()  # noqa: PLW2901
         error = float((x.double() - y.double()).norm() / y.double().norm().clamp_min(1e-12))
         if not error <= tolerance:
             raise AssertionError(f"contenders disagree: relative error {error:.2e}, allowed {tolerance:.0e}")

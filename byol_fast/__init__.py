@@ -33,6 +33,10 @@ _HOME = {
 _SUBMODULES = {"config", "data", "environment", "evaluate", "export", "methods", "networks", "recipes", "schedules"}
 
 
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_SUBMODULES, "__version__"])
+
+
 def __getattr__(name: str) -> Any:
     """Import on first use: `byol-fast --help` need not wait for torch."""
     if name in _SUBMODULES:

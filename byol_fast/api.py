@@ -44,12 +44,12 @@ def pretrain(
     elif isinstance(recipe, Config):
         config = recipe
     else:
-        config = recipes.get(recipe)
+        config = recipes.get(str(recipe))
     return Trainer(configs.replace(config, overrides), data=data, resume=None if resume is None else Path(resume)).fit()
 
 
 def find_resumable(config: Config) -> Path | None:
-    """The run folder that `--resume auto` continues: OUT/NAME, or without a name the newest run of this configuration.
+    """The run folder that `--resume auto` continues: OUT/NAME, or without a name the newest unfinished run like this.
 
     Returns:
         A run folder with a checkpoint, or None where there is nothing to continue.
@@ -67,6 +67,10 @@ def find_resumable(config: Config) -> Path | None:
             found = configs.load(folder / "config.json")
         except ConfigError:
             continue
-        if config.name or set(configs.differences(found, config)) <= RESUMABLE_CHANGES:
+        if config.name:
+            return folder
+        same_data = found.data.root == (config.data.root and config.data.root.expanduser().absolute())
+        finished = (folder / "encoder.safetensors").exists()
+        if same_data and not finished and set(configs.differences(found, config)) <= RESUMABLE_CHANGES:
             return folder
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 import re
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,17 @@ def save(folder: Path, step: int, payload: dict[str, Any], *, keep: int) -> Path
     path = path_of(folder, step)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".step_*.pt.*"):  # by a process that was killed while it wrote
+            left.unlink()
         with atomic_path(path) as temporary:
             torch.save({"format": FORMAT, "step": step, **payload}, temporary)
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
+        kept = ", ".join(map(str, steps_in(folder))) or "none"
+        free = shutil.disk_usage(folder if folder.exists() else Path("/")).free / 2**30
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"checkpoint: {path} could not be written ({error}); free space or fix the folder's permissions, then "
-            "resume: earlier checkpoints are intact"
+            f"checkpoint: {path} could not be written ({free:.2f} GiB free there; {reason}); free space or fix the "
+            f"folder's permissions, then resume; checkpoints that are intact: {kept}"
         ) from error
     for old in steps_in(folder)[:-keep]:
         path_of(folder, old).unlink(missing_ok=True)

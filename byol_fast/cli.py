@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -41,7 +42,7 @@ usage: byol-fast train RECIPE [--data.root FOLDER] [--option value ...]
 
   --data.root FOLDER   images: nested, flat or class-per-folder; or a .npz of uint8 arrays
   --resume RUN         continue the run in this folder, with its own options
-  --resume auto        continue OUT/NAME, or without a name the newest run of this configuration; if none, start it
+  --resume auto        continue OUT/NAME, or without a name the newest unfinished run like this; if none, start it
 
 `byol-fast train RECIPE --help` lists every option with the recipe's value.
 
@@ -52,6 +53,10 @@ recipes:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 the run failed, 2 the command is wrong, 128 + signal when interrupted."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_LogLines()])
+    # Until training takes signals over, Ctrl-C ends the process plainly: an exception in the middle of importing torch
+    # would come out as a long traceback, or be swallowed.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler and argv is None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(_run(list(sys.argv[1:] if argv is None else argv)))
 
 
@@ -77,6 +82,8 @@ def _run(argv: list[str]) -> int:
         return _complain(f"byol-fast: unknown command {argv[0]!r}; {hint}", 2)
     try:
         return command(argv[1:])
+    except KeyboardInterrupt:
+        return _complain("stopped at once, without saving; what was saved before is intact", 130)
     except ConfigError as error:
         return _complain(str(error), 2)
     except Exception as error:
@@ -94,7 +101,9 @@ def _explain(error: Exception) -> int:
     expected = CheckpointError | TrainingError | BadImageError | ValueError | FileNotFoundError
     if not isinstance(error, expected) or os.environ.get("BYOL_FAST_TRACEBACK"):
         raise error
-    return _complain(f"{error}\n(BYOL_FAST_TRACEBACK=1 shows where)", 1)
+    wrong_input = isinstance(error, ValueError | FileNotFoundError) and not isinstance(error, BadImageError)
+    where = "\n(BYOL_FAST_TRACEBACK=1 shows where)" if type(error) is ValueError else ""
+    return _complain(f"{error}{where}", 2 if wrong_input else 1)
 
 
 def _complain(message: str, code: int) -> int:
@@ -114,7 +123,11 @@ def _train(argv: list[str]) -> int:
             print(f"  {recipe:24s}{_summary(make)}")
         if argv and argv[0] in {"-h", "--help"}:
             return 0
-        return _complain("byol-fast train: a recipe is missing", 2)
+        named = [word for word in argv if word in recipes.RECIPES]
+        hint = f"; it comes first: byol-fast train {named[0]} ..." if named else ""
+        return _complain(f"byol-fast train: a recipe is missing{hint}", 2)
+    if name is not None and Path(name).exists() and name not in recipes.RECIPES:
+        raise ConfigError(f"byol-fast train: {name} is no recipe; images are given as --data.root {name}")
 
     folder: Path | None = None
     if resume is None or resume == "auto":
@@ -144,21 +157,27 @@ def _demo(argv: list[str]) -> int:
 
     from byol_fast.trainer import Trainer, resolve_device
 
-    if resolve_device(config.device).type == "cuda" and config.epochs == recipes.demo().epochs:
+    if resolve_device(config.device).type == "cuda" and not {"--epochs", "--steps"} & set(argv):
         config = configs.replace(config, {"epochs": recipes.DEMO_GPU_EPOCHS})
     began = time.monotonic()
     result = Trainer(config).fit()
     table = Table(title="Fashion-MNIST, 10 classes: nearest-neighbour accuracy of the features")
     table.add_column("encoder")
-    table.add_column("kNN-20 top-1", justify="right")
+    table.add_column(f"kNN-{config.knn.k} top-1", justify="right")
     if result.knn_top1 is not None and result.knn_top1_untrained is not None:
         table.add_row("untrained (norms calibrated)", f"{result.knn_top1_untrained:.1%}")
         table.add_row("after BYOL, without labels", f"{result.knn_top1:.1%}")
-        table.add_row("gain", f"{100 * (result.knn_top1 - result.knn_top1_untrained):+.1f} points")
+        gain = round(100 * result.knn_top1, 1) - round(100 * result.knn_top1_untrained, 1)
+        table.add_row("gain", f"{gain:+.1f} points")
     Console().print(table)
     print(f"{result.steps} steps in {time.monotonic() - began:.0f} s, evaluations included")
     _summarise(result)
-    print("next, on your own images:\n  byol-fast train imagenet_resnet50_100 --data.root FOLDER")
+    program = Path(sys.executable).with_name("byol-fast")
+    print(
+        f"next, on your own images, with a GPU:\n  {program} train imagenet_resnet50_100 --data.root FOLDER\n"
+        f"or small, on a CPU:\n  {program} train imagenet_resnet50_100 --data.root FOLDER --model.encoder resnet18 "
+        "--view1.size 64 --view2.size 64 --batch-size 64 --epochs 20"
+    )
     return 0
 
 

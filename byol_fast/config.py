@@ -145,7 +145,7 @@ class ModelConfig:
     cifar_stem: bool = False
     """Replace a ResNet's stem for small images: 3x3 convolution, stride 1, padding 1, no max-pool."""
     zero_init_residual: bool = False
-    """Start every residual block of a ResNet as the identity (gamma of its last norm = 0)."""
+    """Start every residual block of a ResNet as the identity (gamma of its last norm = 0); others have none."""
     pretrained: bool = False
     """Start the encoder from torchvision's default weights (fetched from the network or torch's cache)."""
     hidden_dim: int = 4096
@@ -214,7 +214,7 @@ class TauConfig:
     """Cosine from base to 1 over the run (the paper's), or constant."""
 
     def __post_init__(self) -> None:
-        _probability("tau.base", self.base)
+        _require(0.0 <= self.base <= 1.0, "tau.base", "be between 0 and 1", self.base)
         _one_of("tau.schedule", self.schedule, Literal["cosine", "constant"])
 
 
@@ -233,7 +233,7 @@ class KNNConfig:
     temperature: float = 0.07
     """Votes weigh exp(cosine similarity / temperature)."""
     max_train: int = 0
-    """Use so many training images at most, evenly spaced; 0 means all."""
+    """Compare with so many training images at most, evenly spaced; 0 means all."""
 
     def __post_init__(self) -> None:
         _one_of("knn.enabled", self.enabled, Literal["auto", "on", "off"])
@@ -272,7 +272,7 @@ class Config:
     log_every: int = 10
     """Write the records of so many steps at a time to metrics.jsonl (every step gets one)."""
     checkpoint_every: int = 0
-    """Save a checkpoint after so many steps; 0 means after every epoch."""
+    """Save a checkpoint after so many steps; 0 means after every epoch, or as many whole epochs as make 100 steps."""
     keep_checkpoints: int = 3
     """Checkpoints kept; older ones are deleted."""
     data: DataConfig = field(default_factory=DataConfig)

@@ -11,7 +11,7 @@ from torch import nn
 
 from byol_fast import checkpoint as checkpoints
 from byol_fast import config as configs
-from byol_fast.config import Config
+from byol_fast.config import Config, ConfigError
 from byol_fast.environment import version
 from byol_fast.files import atomic_path, atomic_write
 from byol_fast.networks import build_encoder
@@ -35,6 +35,9 @@ def export_encoder(
 
     Returns:
         Paths of the weights and of the description.
+
+    Raises:
+        ConfigError: the folder cannot be written.
     """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     description: dict[str, Any] = {
@@ -48,11 +51,14 @@ def export_encoder(
         "step": step,
         "byol_fast": version("byol_fast"),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     weights, about = folder / "encoder.safetensors", folder / "encoder.json"
-    with atomic_path(weights) as temporary:
-        save_file(state, temporary, metadata={"format": "pt"})
-    atomic_write(about, json.dumps(description, indent=2) + "\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_path(weights) as temporary:
+            save_file(state, temporary, metadata={"format": "pt"})
+        atomic_write(about, json.dumps(description, indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(f"export: {folder} cannot be written ({error}); choose another folder") from None
     return weights, about
 
 
@@ -93,6 +99,7 @@ def load_encoder(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     weights = Path(path)
     if weights.is_dir():
         weights = weights / "encoder.safetensors"
+    weights = weights.with_suffix(".safetensors")
     about = weights.with_suffix(".json")
     for file in (weights, about):
         if not file.exists():

@@ -45,6 +45,16 @@ def collapse_std(projection_BD: Tensor) -> Tensor:
     return x.std(dim=0).mean() * math.sqrt(x.shape[1])
 
 
+def _check_view(name: str, view: Tensor) -> None:
+    if view.ndim != 4 or (view.dtype == torch.uint8 and view.shape[1] != 3) or view.shape[0] < 2:
+        raise ValueError(
+            f"BYOL: {name} must be images [B, 3, H, W] with B of 2 or more, got {list(view.shape)}; images in NHWC "
+            "order become that by .permute(0, 3, 1, 2)"
+        )
+    if view.dtype != torch.uint8 and not view.is_floating_point():
+        raise ValueError(f"BYOL: {name} must be uint8, or normalised floating point, got {view.dtype}")
+
+
 class SelfSupervisedTask(nn.Module, ABC):
     """A network and a loss over two views of the same images."""
 
@@ -145,11 +155,16 @@ class BYOL(SelfSupervisedTask):
         std: tuple[float, float, float] = IMAGENET_STD,
     ) -> None:
         super().__init__()
+        for name, size in (("hidden_dim", hidden_dim), ("projection_dim", projection_dim), ("image_size", image_size)):
+            if size < 1:
+                raise ValueError(f"BYOL: {name} must be 1 or more, got {size}")
         network = build_encoder(
             encoder, cifar_stem=cifar_stem, zero_init_residual=zero_init_residual, pretrained=pretrained
         )
         features = feature_dim(network, image_size)
-        like = next(network.parameters())
+        like = next(network.parameters(), None)
+        if like is None:
+            raise ValueError(f"BYOL: encoder must have parameters to train, {type(encoder).__name__} has none")
         projector = MLPHead(features, hidden_dim, projection_dim, last_bias=last_bias).to(like)
         predictor = MLPHead(projection_dim, hidden_dim, projection_dim, last_bias=last_bias).to(like)
         self.normalize = Normalize(mean, std)
@@ -171,6 +186,9 @@ class BYOL(SelfSupervisedTask):
 
         Returns:
             `p1, p2, z1, z2`, each `[B, projection_dim]`; no gradient reaches z1 and z2.
+
+        Raises:
+            ValueError: the views are no images of these shapes and dtypes.
         """
         (_, p1), (_, p2), z1, z2 = self._views(view1, view2)
         return p1, p2, z1, z2
@@ -178,6 +196,10 @@ class BYOL(SelfSupervisedTask):
     def _views(
         self, view1: Tensor, view2: Tensor
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor, Tensor]:
+        for name, view in (("view1", view1), ("view2", view2)):
+            _check_view(name, view)
+        if view1.shape != view2.shape:
+            raise ValueError(f"BYOL: view2 must be {list(view1.shape)} as view1, got {list(view2.shape)}")
         view1, view2 = self.normalize(view1), self.normalize(view2)
         with torch.no_grad():  # not inference_mode: it breaks later compiled training
             z1, z2 = self.target(view1), self.target(view2)

@@ -84,7 +84,7 @@ def build_encoder(
         encoder: a torchvision classification model by name, or any module that maps `[B, 3, H, W]` to features.
             A module is taken as it is.
         cifar_stem: replace a ResNet's first convolution by 3x3, stride 1, padding 1 and drop its max-pool.
-        zero_init_residual: start every residual block of a ResNet as the identity.
+        zero_init_residual: start every residual block of a ResNet as the identity; other encoders have none.
         pretrained: start from torchvision's default weights.
 
     Returns:
@@ -107,25 +107,25 @@ def build_encoder(
         near = difflib.get_close_matches(encoder, names, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "byol_fast.networks.encoder_names() lists them"
         raise ValueError(f"build_encoder: encoder must be a torchvision model's name, got {encoder!r}; {hint}")
-    options: dict[str, Any] = {"zero_init_residual": True} if zero_init_residual else {}
     if encoder in OWN_ENCODERS:
         if pretrained:
             raise ValueError(f"build_encoder: there are no pretrained weights for {encoder!r}; drop pretrained")
         network = OWN_ENCODERS[encoder]()
     else:
-        weights = "DEFAULT" if pretrained else None
-        if encoder in {"inception_v3", "googlenet"}:  # their slow SciPy initialisation, and the auxiliary heads off
-            options |= {"init_weights": True} if not pretrained else {}
-            options |= {"aux_logits": pretrained}
+        # These two warn about their slow initialisation unless told, and insist on auxiliary heads with weights.
+        googles = encoder in {"inception_v3", "googlenet"}
+        options = (
+            {"init_weights": not pretrained, "aux_logits": pretrained, "transform_input": False} if googles else {}
+        )
         try:
-            network = models.get_model(encoder, weights=weights, **options)
-        except TypeError:
-            raise ValueError(f"build_encoder: {encoder!r} takes no zero_init_residual; it is for ResNets") from None
+            network = models.get_model(encoder, weights="DEFAULT" if pretrained else None, **options)
         except OSError as error:
             raise ValueError(
                 f"build_encoder: the weights of {encoder!r} could not be fetched ({error}); put them into "
                 f"{torch.hub.get_dir()}/checkpoints, or drop pretrained"
             ) from error
+    if zero_init_residual and not pretrained:
+        _zero_residuals(network)
     _remove_classifier(network, encoder)
     if cifar_stem:
         if not isinstance(getattr(network, "conv1", None), nn.Conv2d) or not hasattr(network, "maxpool"):
@@ -136,6 +136,15 @@ def build_encoder(
         network.conv1 = conv
         network.maxpool = nn.Identity()
     return network
+
+
+def _zero_residuals(network: nn.Module) -> None:
+    """Set gamma of the last norm of every residual block to 0 (Goyal et al., arXiv 1706.02677, section 5.1)."""
+    from torchvision.models.resnet import BasicBlock, Bottleneck
+
+    for block in network.modules():
+        if isinstance(block, BasicBlock | Bottleneck):
+            nn.init.zeros_((block.bn3 if isinstance(block, Bottleneck) else block.bn2).weight)
 
 
 def _remove_classifier(network: nn.Module, name: str) -> None:

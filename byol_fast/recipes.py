@@ -102,6 +102,7 @@ def imagenet_resnet50(epochs: int = 1000) -> Config:
         model=ModelConfig(encoder="resnet50", zero_init_residual=True),
         optim=OptimConfig(name="lars", lr=lr, weight_decay=weight_decay),
         tau=TauConfig(base=tau),
+        knn=KNNConfig(max_train=100_000),
     )
 
 

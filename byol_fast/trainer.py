@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,6 +44,13 @@ RESUMABLE_CHANGES = frozenset(
     {"name", "out", "log_every", "checkpoint_every", "keep_checkpoints", "data.root", "data.cache", "data.prefetch"}
     | {"data.threads", "knn.val_root"}
 )
+
+
+# A checkpoint after every epoch of a few steps would cost more than the steps.
+MIN_CHECKPOINT_STEPS = 100
+
+# Images that the norms of an untrained encoder are calibrated on.
+CALIBRATION_IMAGES = 10_240
 
 
 class Interrupted(Exception):  # noqa: N818  (not an error: someone asked the run to stop)
@@ -79,7 +88,7 @@ class RunResult:
     steps: int
     """Optimizer steps done."""
     loss: float
-    """Mean loss of the last steps (ten at most); NaN when no step was done in this process."""
+    """Mean loss of the last ten steps."""
     knn_top1: float | None
     """kNN accuracy of the trained encoder, 0..1, where there were labels."""
     knn_top1_untrained: float | None
@@ -128,14 +137,17 @@ class Trainer:
     def __init__(self, config: Config, *, data: object = None, resume: Path | None = None) -> None:
         if isinstance(data, str | Path):
             config, data = configs.replace(config, {"data.root": Path(data)}), None
-        if config.data.root is not None:  # so that the run can be resumed from any folder
+        # So that the run can be resumed from any folder.
+        if config.data.root is not None:
             config = configs.replace(config, {"data.root": config.data.root.expanduser().absolute()})
+        if config.knn.val_root is not None:
+            config = configs.replace(config, {"knn.val_root": config.knn.val_root.expanduser().absolute()})
         self.config = config
         self.device = resolve_device(config.device)
         self.autocast = resolve_autocast(config.precision, self.device)
         self.run_dir = resume or config.out / (config.name or f"{config.recipe}-{datetime.now():%Y%m%d-%H%M%S}")
-        payload = checkpoints.load_latest(self.run_dir / "checkpoints") if resume else None
-
+        self.notes: list[str] = []
+        payload = self._claim_run_dir(resume)
         self.train_source, self.val_source = split(config, data)
         torch.manual_seed(config.seed)
         self.task = BYOL(
@@ -169,7 +181,6 @@ class Trainer:
         self.knn_labels = self._knn_labels()
         self.stopwatch = Stopwatch()
         self._recent: list[tuple[int, StepMetrics]] = []
-        self._losses: list[float] = []
         self._stop: int | None = None
         if payload is not None:
             self._restore(payload)
@@ -186,7 +197,7 @@ class Trainer:
             asked = round(optim.warmup_epochs * self.state.loader.steps_per_epoch)
             warmup = min(asked, steps // 4)
             if warmup < asked:
-                log.info("warm-up of %d steps cut to %d, a quarter of the run's %d steps", asked, warmup, steps)
+                self.notes.append(f"warm-up of {asked} steps cut to {warmup}, a quarter of the run's {steps}")
         return RunSchedule(
             total_steps=steps,
             warmup_steps=warmup,
@@ -211,7 +222,8 @@ class Trainer:
             missing = f"the {which} images have no labels: sort them into one folder per class"
         if self.config.knn.enabled == "on":
             raise ConfigError(f"config: knn.enabled is 'on', but {missing}")
-        log.info("kNN evaluation is off: %s", missing)
+        if train is not None:
+            self.notes.append(f"no kNN evaluation: {missing}")
         return None
 
     def _restore(self, payload: dict[str, Any]) -> None:
@@ -219,17 +231,14 @@ class Trainer:
         changed = configs.differences(then, self.config)
         refused = {name: values for name, values in changed.items() if name not in RESUMABLE_CHANGES}
         if refused:
-            listed = "; ".join(f"{name} was {a!r}, is {b!r}" for name, (a, b) in refused.items())
+            listed = "; ".join(f"{name} was {a!r} and is {b!r}" for name, (a, b) in refused.items())
             raise ConfigError(
-                f"resume: {self.run_dir} must be continued as it was started, got {listed}; "
+                f"resume: {self.run_dir} must be continued as it was started, but {listed}; "
                 "drop these options, or start a new run"
             )
-        for difference in environment.differences(
-            json.loads(payload["environment"]), environment.describe(self.device)
-        ):
+        for difference in environment.differences(json.loads(payload["environment"]), self._environment()):
             log.warning("resume: %s; the run goes on, but not bit for bit as it would have", difference)
         self.state.load_state_dict(payload)
-        self.metrics.rewind(self.state.step, evaluated=self.state.evaluated_at == self.state.step)
 
     # ------------------------------------------------------------------ the run
 
@@ -244,21 +253,30 @@ class Trainer:
             TrainingError: the loss is not finite.
             CheckpointError: the disk is full or read-only.
         """
+        self._stop = None
         self._write_run_folder()
-        every_epoch = self.state.loader.steps_per_epoch
+        epoch = self.state.loader.steps_per_epoch
+        checkpoint_every = self.config.checkpoint_every or -(-MIN_CHECKPOINT_STEPS // epoch) * epoch
         with self._signals_noted(), Display(self.total_steps, self.state.step) as display:
-            display.say(self._headline())
+            for line in self._headline():
+                display.say(line)
             self._evaluate_if_due(display)
             while self.state.step < self.total_steps:
-                self._train_one_step()
+                try:
+                    self._train_one_step()
+                except ValueError:  # an image that cannot be read: what was learned until here is kept
+                    self._save()
+                    raise
                 display.advance(self.state.step)
                 if self._due(self.config.log_every):
                     self._log(display)
-                if self._due(self.config.checkpoint_every or every_epoch):
+                if self._due(checkpoint_every):
                     self._save()
                 self._evaluate_if_due(display)
-                if self._stop is not None:
+                if self._stop is not None and self.state.step < self.total_steps:
                     self._save_and_stop()
+            if self.state.evaluated_at == self.total_steps:
+                self._save()  # so that a later resume need not evaluate again
         self.state.loader.close()
         return self._finish()
 
@@ -282,7 +300,7 @@ class Trainer:
             f"loss {record['loss']:.4f}  std {record['collapse_std']:.2f}  lr {record['lr']:.3g}  "
             f"tau {record['tau']:.4f}  {record['images_per_s']:.1f} img/s  data wait {record['data_wait']:.0%}",
         )
-        self.metrics.flush()
+        self._flush_metrics()
 
     def _record_steps(self) -> None:
         """Queue a record for each step since the last time; the only place where the host waits for the device."""
@@ -295,8 +313,6 @@ class Trainer:
             if not math.isfinite(loss):
                 self._refuse_loss(step, loss)
             self.metrics.add(self._record(step, metrics, loss, spread, speed))
-            self._losses.append(loss)
-        self._losses = self._losses[-10:]
         self._recent.clear()
 
     def _record(self, step: int, metrics: StepMetrics, loss: float, spread: float, speed: Speed) -> dict[str, Any]:
@@ -313,12 +329,20 @@ class Trainer:
 
     def _refuse_loss(self, step: int, loss: float) -> None:
         self._recent.clear()
-        self.metrics.flush()
+        self._flush_metrics()
+        self._fail(f"the loss of step {step} is {loss}")
+
+    def _refuse_weights(self) -> None:
+        """A checkpoint of non-finite weights would pass for a good one."""
+        norms = torch.stack(torch._foreach_norm(list[Tensor](self.task.trainable_parameters())))
+        if not bool(torch.isfinite(norms).all()):
+            self._fail(f"a weight is not finite after step {self.state.step}")
+
+    def _fail(self, what: str) -> None:
         saved = checkpoints.steps_in(self.run_dir / "checkpoints")
         last = f"the last good checkpoint is of step {saved[-1]}" if saved else "there is no checkpoint yet"
         raise TrainingError(
-            f"training: the loss of step {step} is {loss}; {last}. A smaller optim.lr, a longer warm-up or "
-            "precision fp32 usually cures it"
+            f"training: {what}; {last}. A smaller optim.lr, a longer warm-up or precision fp32 usually cures it"
         )
 
     # ------------------------------------------------------------------ evaluation
@@ -344,7 +368,7 @@ class Trainer:
                 "knn_k": self.config.knn.k,
             }
         )
-        self.metrics.flush()
+        self._flush_metrics()
         self.state.evaluated_at = step
 
     def _knn(self) -> KNNResult:
@@ -353,7 +377,7 @@ class Trainer:
         assert self.val_source is not None
         knn, encoder = self.config.knn, self.task.encoder
         train_y, val_y = self.knn_labels
-        stride = max(1, -(-len(self.train_source) // knn.max_train)) if knn.max_train else 1
+        train_source, index = self._spaced(knn.max_train)
         common: dict[str, Any] = {
             "normalize": self.task.normalize,
             "device": self.device,
@@ -361,18 +385,24 @@ class Trainer:
             "check": self._raise_if_stopped,
         }
         if self.state.step == 0:
-            encoder = calibrated(encoder, self._images(self.train_source), **common)
-        train_x = embed(encoder, self._images(self.train_source), **common)
+            encoder = calibrated(encoder, self._images(self._spaced(CALIBRATION_IMAGES)[0]), **common)
+        train_x = embed(encoder, self._images(train_source), **common)
         val_x = embed(encoder, self._images(self.val_source), **common)
         return knn_accuracy(
-            train_x[::stride],
-            train_y[::stride].to(self.device),
+            train_x,
+            train_y[index].to(self.device),
             val_x,
             val_y,
             k=knn.k,
             temperature=knn.temperature,
             num_classes=len(self.train_source.classes),
         )
+
+    def _spaced(self, at_most: int) -> tuple[ImageSource, Tensor]:
+        """Evenly spaced training images (class folders come in the order of the classes), and their positions."""
+        count = len(self.train_source)
+        index = np.arange(count) if not 0 < at_most < count else np.arange(at_most) * count // at_most
+        return self.train_source if len(index) == count else self.train_source.subset(index), torch.from_numpy(index)
 
     def _images(self, source: ImageSource) -> Iterator[tuple[Tensor, Tensor]]:
         view, data = self.config.view1, self.config.data
@@ -388,26 +418,53 @@ class Trainer:
 
     # ------------------------------------------------------------------ files and signals
 
-    def _headline(self) -> str:
+    def _headline(self) -> list[str]:
         count = sum(p.numel() for p in self.task.trainable_parameters()) / 1e6
         precision = "bf16" if self.autocast is not None else "fp32"
-        verb = "resuming" if self.state.step else "training"
-        return (
-            f"{verb} {self.config.recipe}: {self.config.model.encoder}, {count:.1f} M parameters, "
-            f"{len(self.train_source)} images, {self.total_steps} steps of {self.config.batch_size}, "
-            f"{self.device} {precision}, data by {self.state.loader.backend}\nrun folder: {self.run_dir}"
-        )
+        step, total = self.state.step, self.total_steps
+        if step >= total:
+            begin = f"already complete at step {step} of {total}:"
+        else:
+            begin = f"resuming after step {step} of {total}:" if step else "training"
+        return [
+            (
+                f"{begin} {self.config.recipe}: {self.config.model.encoder}, {count:.1f} M parameters with the heads, "
+                f"{len(self.train_source)} images, {total} steps of {self.config.batch_size}, "
+                f"{self.device} {precision}, data by {self.state.loader.backend}"
+            ),
+            *self.notes,
+            f"run folder: {self.run_dir}",
+        ]
 
-    def _write_run_folder(self) -> None:
-        if self.state.step == 0 and self.run_dir.exists() and any(self.run_dir.iterdir()):
+    def _claim_run_dir(self, resume: Path | None) -> dict[str, Any] | None:
+        """Refuse a folder that holds another run; read the checkpoint to go on from, where there is one.
+
+        A run that died before its first checkpoint left nothing to lose: its folder is begun anew.
+        """
+        folder = self.run_dir / "checkpoints"
+        if resume is not None and not (self.run_dir / "config.json").exists():
+            raise ConfigError(f"resume: {self.run_dir} must be a run folder, it has no config.json; check the path")
+        if resume is not None and checkpoints.steps_in(folder):
+            return checkpoints.load_latest(folder)
+        if self.run_dir.exists() and not self.run_dir.is_dir():
+            raise ConfigError(f"config: {self.run_dir} must be a folder, it is a file; choose another name")
+        begun = {"config.json", "environment.json", "metrics.jsonl"}
+        left = {p.name for p in self.run_dir.iterdir() if p != folder} if self.run_dir.exists() else set()
+        if checkpoints.steps_in(folder) or left - begun:
             raise ConfigError(
                 f"config: {self.run_dir} must be a new run's folder, it is not empty; continue it with "
                 f"--resume {self.run_dir}, or choose another name"
             )
+        if left:
+            self.notes.append(f"{self.run_dir} has no checkpoint yet: starting from the beginning")
+        return None
+
+    def _write_run_folder(self) -> None:
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
+            self.metrics.rewind(self.state.step, evaluated=self.state.evaluated_at == self.state.step)
             atomic_write(self.run_dir / "config.json", json.dumps(configs.to_dict(self.config), indent=2) + "\n")
-            record = json.dumps(environment.describe(self.device), indent=2)
+            record = json.dumps(self._environment(), indent=2)
             atomic_write(self.run_dir / "environment.json", record + "\n")
         except OSError as error:
             raise ConfigError(
@@ -416,13 +473,25 @@ class Trainer:
 
     def _save(self) -> None:
         self._record_steps()
-        self.metrics.flush()
+        self._flush_metrics()
+        self._refuse_weights()
         payload = self.state.state_dict() | {
             "config": json.dumps(configs.to_dict(self.config)),
-            "environment": json.dumps(environment.describe(self.device)),
+            "environment": json.dumps(self._environment()),
             "feature_dim": self.task.feature_dim,
         }
         checkpoints.save(self.run_dir / "checkpoints", self.state.step, payload, keep=self.config.keep_checkpoints)
+
+    def _flush_metrics(self) -> None:
+        try:
+            self.metrics.flush()
+        except OSError as error:
+            raise checkpoints.CheckpointError(
+                f"metrics: {self.metrics.path} could not be written ({error}); free space, then resume"
+            ) from error
+
+    def _environment(self) -> dict[str, Any]:
+        return environment.describe(self.device) | {"precision": str(self.autocast or torch.float32)}
 
     def _save_and_stop(self) -> None:
         assert self._stop is not None
@@ -441,6 +510,8 @@ class Trainer:
         def note(signum: int, _frame: FrameType | None) -> None:
             self._stop = signum
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            name = signal.Signals(signum).name
+            os.write(2, f"\n{name}: saving after this step; Ctrl-C again stops without saving\n".encode())
 
         try:
             before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -461,11 +532,13 @@ class Trainer:
             step=self.state.step,
             feature_dim=self.task.feature_dim,
         )
-        knn = [(r["step"], r["knn_top1"]) for r in read_metrics(self.metrics.path) if "knn_top1" in r]
+        records = read_metrics(self.metrics.path)
+        losses = [r["loss"] for r in records if "loss" in r][-10:]
+        knn = [(r["step"], r["knn_top1"]) for r in records if "knn_top1" in r]
         return RunResult(
             run_dir=self.run_dir,
             steps=self.state.step,
-            loss=sum(self._losses) / len(self._losses) if self._losses else math.nan,
+            loss=sum(losses) / len(losses) if losses else math.nan,
             knn_top1=knn[-1][1] if knn else None,
             knn_top1_untrained=knn[0][1] if knn and knn[0][0] == 0 else None,
             encoder=weights,

@@ -50,6 +50,7 @@ def tiny(npz: Path, tmp_path: Path) -> Config:
             "batch_size": 12,
             "steps": 12,
             "log_every": 2,
+            "checkpoint_every": 5,
             "device": "cpu",
             "precision": "fp32",
             "out": tmp_path / "runs",

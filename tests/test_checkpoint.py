@@ -31,7 +31,7 @@ def test_a_failed_write_leaves_everything_as_it_was(tmp_path: Path, monkeypatch:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(CheckpointError, match="No space left on device.*earlier checkpoints are intact"):
+    with pytest.raises(CheckpointError, match=r"No space left on device.*checkpoints that are intact: 1$"):
         checkpoints.save(tmp_path, 2, {"x": 2}, keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ["step_000000001.pt"]
     assert checkpoints.load_latest(tmp_path)["x"] == 1

@@ -43,12 +43,12 @@ def test_train_resume_and_export(npz: Path, tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     refused = byol_fast("train", "--resume", "runs/it", "--optim.lr", "3", cwd=tmp_path)
     assert refused.returncode == 2
-    assert "optim.lr was 1.0, is 3.0" in refused.stderr
+    assert "optim.lr was 1.0 and is 3.0" in refused.stderr
     automatic = byol_fast(
         "train", "cifar10_resnet18", "--resume", "auto", "--data.root", str(npz), *SMALL, cwd=tmp_path
     )
     assert automatic.returncode == 0, automatic.stderr
-    assert "resuming" in automatic.stdout
+    assert "already complete at step 4 of 4" in automatic.stdout
 
     exported = byol_fast("export", "runs/it", "--to", "out", cwd=tmp_path)
     assert exported.stdout.split() == ["out/encoder.safetensors", "out/encoder.json"]
@@ -64,8 +64,10 @@ def test_train_resume_and_export(npz: Path, tmp_path: Path) -> None:
         (["train", "cifar10_resnet18", "--optim.lr", "-1"], 2, "optim.lr must be positive"),
         (["train", "--resume"], 2, "--resume must be followed by a run folder"),
         (["train", "--resume", "nowhere"], 2, "nowhere/config.json does not exist"),
-        (["train", "imagenet_resnet50", "--data.root", "nowhere"], 1, "nowhere"),
-        (["train", "imagenet_resnet50"], 1, "data.root"),
+        (["train", "imagenet_resnet50", "--data.root", "nowhere"], 2, "nowhere"),
+        (["train", "imagenet_resnet50"], 2, "data.root"),
+        (["train", "--seed", "1", "demo"], 2, "it comes first: byol-fast train demo"),
+        (["train", "/tmp"], 2, "images are given as --data.root /tmp"),
         (["export", "nowhere"], 2, "nowhere/config.json does not exist"),
     ],
 )

@@ -65,7 +65,6 @@ def test_zero_init_residual_makes_blocks_identities() -> None:
     [
         ({"encoder": "resnet81"}, "did you mean resnet18"),
         ({"encoder": "vgg11", "cifar_stem": True}, "cifar_stem is for ResNets"),
-        ({"encoder": "vgg11", "zero_init_residual": True}, "takes no zero_init_residual"),
         ({"encoder": nn.Linear(2, 2), "cifar_stem": True}, "go with an encoder's name"),
         ({"encoder": "resnet18_narrow", "pretrained": True}, "no pretrained weights"),
     ],
@@ -166,6 +165,21 @@ def test_heads_are_the_references(model: BYOL) -> None:
     assert last.bias is None
     biased = BYOL("resnet18_narrow", hidden_dim=8, projection_dim=4, image_size=16, last_bias=True)
     assert biased.online.projector[3].bias is not None
+
+
+@pytest.mark.parametrize(
+    ("view", "message"),
+    [
+        (torch.zeros(4, 16, 16, 3, dtype=torch.uint8), r"must be images \[B, 3, H, W\]"),
+        (torch.zeros(4, 1, 16, 16, dtype=torch.uint8), r"must be images \[B, 3, H, W\]"),
+        (torch.zeros(1, 3, 16, 16), "B of 2 or more"),
+        (torch.zeros(4, 3, 16, 16, dtype=torch.int64), "must be uint8, or normalised floating point"),
+        (torch.zeros(5, 3, 16, 16), r"view2 must be \[5, 3, 16, 16\] as view1"),
+    ],
+)
+def test_impossible_views_are_explained(model: BYOL, view: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        model(view, torch.zeros(4, 3, 16, 16))
 
 
 def test_any_module_can_be_the_encoder() -> None:

@@ -65,7 +65,21 @@ def test_wheel_installs_and_imports_away_from_the_checkout(tmp_path: Path) -> No
     assert not any(name.startswith(("tests/", "benchmarks/", "kernels/")) for name in names)
     assert wheel.stat().st_size < 7_000_000
     site = tmp_path / "site"
-    zipfile.ZipFile(wheel).extractall(site)
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(site),
+        str(wheel),
+    ]
+    installed = subprocess.run(install, capture_output=True, text=True, check=False)
+    assert installed.returncode == 0, installed.stderr
+    assert (site / "bin" / "byol-fast").exists()
     code = (
         f"import sys; sys.path.insert(0, {str(site)!r})\n"
         "import byol_fast, byol_kernels, torch\n"

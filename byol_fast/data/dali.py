@@ -254,7 +254,9 @@ def _centre(feed: Feed, *, encoded: bool, gpu: bool, size: int, interpolation: s
     image = _image(data, encoded, gpu)
     shape = image.shape()
     height, width = fn.cast(shape[0], dtype=types.FLOAT64), fn.cast(shape[1], dtype=types.FLOAT64)
-    resized = dm.floor(fn.stack(height, width) * float(round(size * 256 / 224)) / dm.min(height, width))
+    shorter, larger = dm.min(height, width), float(round(size * 256 / 224))
+    fits = fn.cast(shorter == float(size), dtype=types.FLOAT64)
+    resized = dm.floor(fn.stack(height, width) * (larger - fits * (larger - size)) / shorter)
     image = fn.resize(
         image, size=fn.cast(resized, dtype=types.FLOAT), interp_type=_INTERPOLATION[interpolation], antialias=True
     )

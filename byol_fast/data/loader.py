@@ -251,8 +251,7 @@ def eval_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """All images of a source once, in order, without augmentation, for evaluation.
 
-    Images that are `size` x `size` in memory already are handed out as they are. Of all others the shorter side is
-    resized to 256 / 224 of `size`, and the middle is cut out.
+    The shorter side is resized to 256 / 224 of `size`, unless it is `size` already, and the middle is cut out.
 
     Args:
         source: the images.

@@ -63,6 +63,10 @@ class ImageSource(ABC):
         """
 
     @abstractmethod
+    def subset(self, index: NDArray[np.int64]) -> ImageSource:
+        """The images at these positions, in this order."""
+
+    @abstractmethod
     def describe(self) -> str:
         """One line for people."""
 
@@ -113,6 +117,10 @@ class FileSource(ImageSource):
         except Exception as error:  # decoders raise all kinds of errors on damaged files
             raise BadImageError(path, check(path) or f"cannot be decoded ({error})") from error
 
+    def subset(self, index: NDArray[np.int64]) -> FileSource:  # noqa: D102 (inherited)
+        labels = None if self.labels is None else self.labels[index]
+        return replace(self, paths=tuple(self.paths[i] for i in index), labels=labels)
+
     def describe(self) -> str:  # noqa: D102 (inherited)
         return f"{self._contents()} in {self.root}"
 
@@ -139,6 +147,10 @@ class ArraySource(ImageSource):
 
     def load(self, i: int) -> Image.Image:  # noqa: D102 (inherited)
         return Image.fromarray(self.images[i])
+
+    def subset(self, index: NDArray[np.int64]) -> ArraySource:  # noqa: D102 (inherited)
+        labels = None if self.labels is None else self.labels[index]
+        return replace(self, images=self.images[index], labels=labels)
 
     def describe(self) -> str:  # noqa: D102 (inherited)
         h, w = self.images.shape[1:3]

@@ -166,8 +166,9 @@ def eval_batches(
 
 
 def centre(image: Image.Image, size: int, interpolation: Literal["bicubic", "bilinear"]) -> NDArray[np.uint8]:
-    """The middle `[size, size, 3]` of an RGB image after its shorter side was resized to 256 / 224 of `size`."""
-    target, shorter = round(size * 256 / 224), min(image.size)
+    """The middle `[size, size, 3]` of an RGB image; see `byol_fast.data.eval_batches`."""
+    shorter = min(image.size)
+    target = size if shorter == size else round(size * 256 / 224)
     w, h = (side * target // shorter for side in image.size)
     left, top = (w - size) // 2, (h - size) // 2
     x = image.resize((w, h), _RESAMPLING[interpolation])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +60,6 @@ def calibrated(
     *,
     normalize: nn.Module,
     device: torch.device,
-    max_batches: int = 40,
     autocast: torch.dtype | None = None,
     check: Callable[[], None] | None = None,
 ) -> nn.Module:
@@ -75,7 +73,6 @@ def calibrated(
         images: batches as for `embed`.
         normalize: as for `embed`.
         device: where the encoder is.
-        max_batches: batches used at most.
         autocast: as for `embed`.
         check: as for `embed`.
     """
@@ -85,9 +82,10 @@ def calibrated(
             module.reset_running_stats()
             module.momentum = None  # cumulative average: every batch counts the same
             module.train()
-    for batch, _ in islice(images, max_batches):
+    for batch, _ in images:
         if check is not None:
             check()
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            network(normalize(batch.to(device, non_blocking=True)))
+            if len(batch) > 1:  # one image has no statistics
+                network(normalize(batch.to(device, non_blocking=True)))
     return network.eval()
