@@ -9,9 +9,6 @@ On the CPU. Correctness is checked before anything is timed. Sizes are those of 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,13 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from byol_fast import environment
-from byol_fast.bench import Timing, interleaved, ratio
-from byol_fast.files import atomic_path, atomic_write
+from byol_fast.bench import Table, Timing, interleaved
 from byol_fast.methods import BYOL
 from byol_kernels import LARS, byol_loss, ema_update_
 
-COLUMNS = ("suite", "provider", "unit", "p50", "p20", "p80", "ratio", "ratio_p20", "ratio_p80", "rounds")
 TAU, LR, DECAY, ETA, MOMENTUM = 0.99, 0.1, 1e-6, 1e-3, 0.9
 
 
@@ -177,27 +171,12 @@ def main() -> None:
         for batch in (64, 256, 1024, 4096):
             name = f"loss forward + backward, {batch} x 256 {str(dtype).removeprefix('torch.')}"
             suites[name] = lambda batch=batch, dtype=dtype: loss_suite(arguments.rounds, batch, dtype)  # type: ignore[misc]
-    rows: list[list[object]] = []
-    print(f"{torch.get_num_threads()} threads, {arguments.rounds} interleaved rounds; ms [p20 - p80]; time over ours")
+    print(f"{torch.get_num_threads()} threads, {arguments.rounds} interleaved rounds")
+    table = Table()
     for suite, run in suites.items():
-        print(suite)
-        times = run()
-        ours = next(iter(times.values()))
-        for name, t in times.items():
-            p20, p50, p80 = (1e3 * t.quantile(q) for q in (0.2, 0.5, 0.8))
-            middle, low, high = ratio(t, ours)
-            print(
-                f"  {name:52s}{p50:9.3f} [{p20:.3f} - {p80:.3f}]   {middle:.2f}x [{low:.2f} - {high:.2f}]", flush=True
-            )
-            rows.append([suite, name, "ms", p50, p20, p80, middle, low, high, arguments.rounds])
+        table.add(suite, run())
     if arguments.save:
-        arguments.save.mkdir(parents=True, exist_ok=True)
-        with atomic_path(arguments.save / "kernels.csv") as path, path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            writer.writerows(rows)
-        record = environment.describe(torch.device("cpu")) | {"date": time.strftime("%Y-%m-%d")}
-        atomic_write(arguments.save / "environment.json", json.dumps(record, indent=2) + "\n")
+        table.save(arguments.save, "kernels", torch.device("cpu"))
 
 
 if __name__ == "__main__":

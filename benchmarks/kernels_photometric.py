@@ -9,8 +9,6 @@ grayscale .2, sigma .1 to 2), so nobody's random numbers are timed. Agreement is
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,14 +20,11 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from byol_fast import environment
-from byol_fast.bench import Timing, interleaved, ratio
+from byol_fast.bench import Table, Timing, interleaved
 from byol_fast.config import ViewConfig
 from byol_fast.data.views import draw
-from byol_fast.files import atomic_path, atomic_write
 from byol_kernels import gaussian_blur, photometric
 
-COLUMNS = ("suite", "provider", "unit", "p50", "p20", "p80", "ratio", "ratio_p20", "ratio_p80", "rounds")
 SIZE, KERNEL = 224, 23
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PARTS: Any = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
@@ -156,28 +151,12 @@ def main() -> None:
         "flip, colour, solarize, normalise to bfloat16 channels_last": finished_suite,
         "blur, uint8 to uint8": blur_suite,
     }
-    rows: list[list[object]] = []
-    print(f"{torch.get_num_threads()} threads, {arguments.rounds} interleaved rounds; images a CPU-second [p20 - p80]")
+    print(f"{torch.get_num_threads()} threads, {arguments.rounds} interleaved rounds")
+    table = Table(arguments.images, "images/CPU-s")
     for suite, run in suites.items():
-        print(suite)
-        times = run(problem, arguments.rounds)
-        ours = next(iter(times.values()))
-        for name, t in times.items():
-            p20, p50, p80 = (arguments.images / t.quantile(q) for q in (0.8, 0.5, 0.2))
-            middle, low, high = ratio(t, ours)
-            print(
-                f"  {name:44s}{p50:8.0f} [{p20:.0f} - {p80:.0f}]   ours {middle:.2f}x [{low:.2f} - {high:.2f}]",
-                flush=True,
-            )
-            rows.append([suite, name, "images/CPU-s", p50, p20, p80, middle, low, high, arguments.rounds])
+        table.add(suite, run(problem, arguments.rounds))
     if arguments.save:
-        arguments.save.mkdir(parents=True, exist_ok=True)
-        with atomic_path(arguments.save / "kernels_photometric.csv") as path, path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            writer.writerows(rows)
-        record = environment.describe(torch.device("cpu")) | {"date": time.strftime("%Y-%m-%d")}
-        atomic_write(arguments.save / "environment.json", json.dumps(record, indent=2) + "\n")
+        table.save(arguments.save, "kernels_photometric", torch.device("cpu"))
 
 
 if __name__ == "__main__":
