@@ -262,11 +262,7 @@ class Trainer:
                 display.say(line)
             self._evaluate_if_due(display)
             while self.state.step < self.total_steps:
-                try:
-                    self._train_one_step()
-                except ValueError:  # an image that cannot be read: what was learned until here is kept
-                    self._save()
-                    raise
+                self._train_one_step()
                 display.advance(self.state.step)
                 if self._due(self.config.log_every):
                     self._log(display)
@@ -285,7 +281,11 @@ class Trainer:
 
     def _train_one_step(self) -> None:
         with self.stopwatch.waiting():
-            batch = next(self.state.loader)
+            try:
+                batch = next(self.state.loader)
+            except ValueError:  # an image that cannot be read: what was learned until here is kept
+                self._save()
+                raise
         metrics = self.train_step(batch, self.state.step)
         self.state.step += 1
         self._recent.append((self.state.step, metrics))

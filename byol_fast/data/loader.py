@@ -28,10 +28,6 @@ log = logging.getLogger(__name__)
 class Plan:
     """A batch before it is made."""
 
-    step: int
-    """Number of the batch, from 0, over all epochs."""
-    epoch: int
-    """The epoch that it belongs to."""
     index: NDArray[np.int64]
     """Positions of its images in the source `[B]`."""
     draws: tuple[ViewDraws, ViewDraws]
@@ -80,7 +76,7 @@ class Planner:
             self._order, self._epoch = order[dealt % self.num_images], epoch
         index = self._order[at * self.batch_size : (at + 1) * self.batch_size]
         first, second = (draw(v, index, seed=self.seed, epoch=epoch, view=i) for i, v in enumerate(self.views))
-        return Plan(step, epoch, index, (first, second))
+        return Plan(index, (first, second))
 
     def _per_shard(self) -> int:
         return -(-self.num_images // self.num_shards)
