@@ -127,6 +127,11 @@ class DataConfig:
     """Decoding and augmentation threads; 0 means one per CPU core this process may use."""
     prefetch: int = 2
     """Batches prepared ahead of the step."""
+    on_bad: Literal["raise", "skip"] = "raise"
+    """An image that cannot be read ends the run (what was learned is saved), or is passed over: listed in
+    `bad_images.jsonl`, its place taken by another image."""
+    max_bad: float = 0.01
+    """With on_bad skip: stop when more than this share of the images (and more than 100, or half of all) is bad."""
 
     def __post_init__(self) -> None:
         _one_of("data.builtin", self.builtin, Literal["none", "cifar10", "demo"])
@@ -134,6 +139,8 @@ class DataConfig:
         _one_of("data.color", self.color, Literal["exact", "hsv"])
         _not_negative("data.threads", self.threads)
         _positive("data.prefetch", self.prefetch)
+        _one_of("data.on_bad", self.on_bad, Literal["raise", "skip"])
+        _probability("data.max_bad", self.max_bad)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,6 +12,8 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -28,9 +30,10 @@ from nvidia.dali.pipeline import Pipeline, pipeline_def
 
 from byol_fast.config import Config, ViewConfig
 from byol_fast.data.batch import Batch
-from byol_fast.data.integrity import find_bad
+from byol_fast.data.integrity import BadImageError, BadImages, check_bytes, suspicious_bytes
 from byol_fast.data.loader import Plan, PlannedLoader, thread_count
-from byol_fast.data.sources import ArraySource, FileSource, ImageSource
+from byol_fast.data.reader import Encoding, Reader
+from byol_fast.data.sources import EncodedSource, ImageSource
 from byol_fast.data.views import ATTEMPTS, BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewDraws, crop_windows
 
 _dali: Any = nvidia.dali  # much of it is made at import time, out of sight of a type checker
@@ -48,11 +51,19 @@ class DaliLoader(PlannedLoader):
     """
 
     _pipe: Pipeline | None = None
+    _reader: Reader[Plan] | None = None
 
     def __init__(
-        self, source: ImageSource, config: Config, *, device: torch.device, shard_id: int = 0, num_shards: int = 1
+        self,
+        source: ImageSource,
+        config: Config,
+        *,
+        device: torch.device,
+        shard_id: int = 0,
+        num_shards: int = 1,
+        report: Path | None = None,
     ) -> None:
-        super().__init__(source, config, device=device, shard_id=shard_id, num_shards=num_shards)
+        super().__init__(source, config, device=device, shard_id=shard_id, num_shards=num_shards, report=report)
         self.backend = f"dali {device}"
         self._in_flight: deque[Plan] = deque()
 
@@ -60,39 +71,50 @@ class DaliLoader(PlannedLoader):
         return f"dali {nvidia.dali.__version__} on {self.device.type}"
 
     def _make(self) -> Batch:
-        if self._pipe is None:
-            self._pipe = self._build()
-        try:
-            view1, view2, index = _run(self._pipe, self.device)
-        except RuntimeError as error:
-            in_flight = [plan.index for plan in self._in_flight]
-            self._restart()  # an error leaves a DALI pipeline unusable
-            raise _explain(error, self.source, in_flight) from error
+        while True:
+            try:
+                if self._pipe is None:
+                    self._pipe = self._build()
+                view1, view2, index = _run(self._pipe, self.device)
+                break
+            except BadImageError:
+                self._restart()
+                raise
+            except RuntimeError as error:
+                in_flight = [plan.index for plan in self._in_flight]
+                self._restart()  # an error leaves a DALI pipeline unusable
+                self.bad.add(_find_bad(error, self.source, in_flight, self.bad, self.device), self._step)
         self._in_flight.popleft()
         return Batch(view1.permute(0, 3, 1, 2), view2.permute(0, 3, 1, 2), index)
 
     def _restart(self) -> None:
         self._pipe = None
         self._in_flight.clear()
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
 
     def _build(self) -> Pipeline:
-        read, size = _reader(self.source)
+        read = self._reader = Reader(
+            self.source, self.planner, self.bad, threads=thread_count(self.config.data.threads)
+        )
+        size = read.size
         views = (self.config.view1, self.config.view2)
         steps = iter(range(self._step, 2**62))
 
         def feed() -> list[Any]:
-            plan = self.planner(next(steps))
+            plan, images = read(next(steps))
             self._in_flight.append(plan)
             first, second = (
                 _inputs(d, v, self.config.data.color, size) for d, v in zip(plan.draws, views, strict=True)
             )
-            return [read(plan.index), plan.index, *first.values(), *second.values()]
+            return [images, plan.index, *first.values(), *second.values()]
 
         example = self.planner(self._step).draws
         return _two_views(
             feed,
             names=[list(_inputs(d, v, self.config.data.color, size)) for d, v in zip(example, views, strict=True)],
-            encoded=size is None,
+            encoding=read.encoding,
             gpu=self.device.type == "cuda",
             views=views,
             color=self.config.data.color,
@@ -108,33 +130,69 @@ def eval_batches(
     interpolation: Literal["bicubic", "bilinear"],
     threads: int,
     device: torch.device,
+    bad: BadImages,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """See `byol_fast.data.eval_batches`."""
-    read, known_size = _reader(source)
-    chunks = [np.arange(i, min(i + batch_size, len(source))) for i in range(0, len(source), batch_size)]
-    todo = iter(chunks)
+    rest = np.arange(len(source))
+    while len(rest := np.array([i for i in rest.tolist() if i not in bad.found], np.int64)):
+        chunks = [_Chunk(rest[i : i + batch_size]) for i in range(0, len(rest), batch_size)]
+        for images, index in _centres(source, chunks, size, batch_size, interpolation, threads, device, bad):
+            yield images.permute(0, 3, 1, 2), index
+            rest = rest[rest > int(index[-1])]
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    index: NDArray[np.int64]
+
+
+def _centres(
+    source: ImageSource,
+    chunks: list[_Chunk],
+    size: int,
+    batch_size: int,
+    interpolation: str,
+    threads: int,
+    device: torch.device,
+    bad: BadImages,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The middles of images; ends early where DALI met bad ones, which are known then."""
+
+    def plan(number: int) -> _Chunk:
+        return _Chunk(np.array([i for i in chunks[number].index.tolist() if i not in bad.found], np.int64))
+
+    read = Reader(source, plan, bad, threads=thread_count(threads))
+    numbers = iter(range(len(chunks)))
     in_flight: deque[NDArray[np.int64]] = deque()
 
     def feed() -> list[Any]:
-        index = next(todo)
-        in_flight.append(index)
-        return [read(index), index]
+        for number in numbers:
+            chunk, images = read(number, last=len(chunks) - 1)
+            if len(chunk.index):
+                in_flight.append(chunk.index)
+                return [images, chunk.index]
+        raise StopIteration
 
     pipe = _centre(
         feed,
-        encoded=known_size is None,
+        encoding=read.encoding,
         gpu=device.type == "cuda",
         size=size,
         interpolation=interpolation,
         **_pipeline_options(batch_size, threads, 2, device),
     )
-    for _ in chunks:
-        try:
-            images, index = _run(pipe, device)
-        except RuntimeError as error:
-            raise _explain(error, source, list(in_flight)) from error
-        in_flight.popleft()
-        yield images.permute(0, 3, 1, 2), index
+    try:
+        while True:
+            try:
+                images, index = _run(pipe, device)
+            except StopIteration:
+                return
+            in_flight.popleft()
+            yield images, index
+    except RuntimeError as error:
+        bad.add(_find_bad(error, source, list(in_flight), bad, device), 0)
+    finally:
+        read.close()
 
 
 # ---- between Python and DALI ---------------------------------------------------------------------------------------
@@ -149,23 +207,6 @@ def _pipeline_options(batch_size: int, threads: int, prefetch: int, device: torc
         "prefetch_queue_depth": prefetch,
         "seed": 0,  # not used: nothing in these graphs is random
     }
-
-
-def _reader(source: ImageSource) -> tuple[Callable[[NDArray[np.int64]], Any], tuple[int, int] | None]:
-    """Hand out images by index: uint8 `[B, H, W, 3]` of arrays, and for files their names as bytes.
-
-    Returns:
-        The function, and the height and width of all images where that is known.
-    """
-    if isinstance(source, ArraySource):
-        height, width = source.images.shape[1:3]
-        return lambda index: source.images[index], (height, width)
-    assert isinstance(source, FileSource)
-    paths, root = source.paths, os.fsencode(source.root.absolute())
-    return lambda index: [
-        np.frombuffer(os.path.join(root, os.fsencode(paths[i])), np.uint8)  # noqa: PTH118 (bytes)
-        for i in index
-    ], None
 
 
 def _inputs(d: ViewDraws, view: ViewConfig, color: str, size: tuple[int, int] | None) -> dict[str, NDArray[Any]]:
@@ -218,14 +259,53 @@ def _run(pipe: Pipeline, device: torch.device) -> list[torch.Tensor]:
     return [torch.utils.dlpack.from_dlpack(output.as_tensor()) for output in pipe.run(stream)]
 
 
-def _explain(error: RuntimeError, source: ImageSource, in_flight: list[NDArray[np.int64]]) -> Exception:
-    """What the user can act on: the file that stopped DALI, where there is one."""
+def _find_bad(
+    error: RuntimeError, source: ImageSource, in_flight: list[NDArray[np.int64]], bad: BadImages, device: torch.device
+) -> list[tuple[int, str]]:
+    """Which images stopped DALI, and why: of those that do not begin and end as they should, else of all.
+
+    Raises:
+        RuntimeError: all of them can be decoded, so that it was something else.
+    """
     message = str(error)
-    if isinstance(source, FileSource):
-        bad = find_bad((source.path(int(i)) for index in in_flight for i in index), message=message)
-        if bad is not None:
-            return bad
-    return RuntimeError(f"DALI stopped, though all images of the batch can be read: {message}")
+    if isinstance(source, EncodedSource):
+        index = list(dict.fromkeys(int(i) for batch in in_flight for i in batch))
+        index.sort(key=lambda i: source.where(i) not in message)
+        for check in (_check_suspicious, lambda s, i: _check_by_dali(s, i, device)):
+            found = []
+            for i in index:
+                if (reason := check(source, i)) is not None:
+                    found.append((i, reason))
+                    if not bad.skip:
+                        break
+            if found:
+                return found
+    raise RuntimeError(f"DALI stopped, though all images of the batch can be read: {message}") from error
+
+
+def _check_suspicious(source: EncodedSource, i: int) -> str | None:
+    try:
+        data = source.read(i)
+    except BadImageError as error:
+        return error.reason
+    return check_bytes(data) if suspicious_bytes(data) else None
+
+
+def _check_by_dali(source: EncodedSource, i: int, device: torch.device) -> str | None:
+    try:
+        data = source.read(i)
+        pipe = _decoded(
+            lambda: [np.frombuffer(data, np.uint8)],
+            gpu=device.type == "cuda",
+            **_pipeline_options(1, 1, 1, device),
+        )
+        _run(pipe, device)
+    except BadImageError as error:
+        return error.reason
+    except RuntimeError as error:
+        said = [line for line in str(error).splitlines() if "failure" in line or "rror" in line]
+        return check_bytes(data) or f"cannot be decoded by DALI ({said[-1] if said else error})"
+    return None
 
 
 # ---- the graphs ----------------------------------------------------------------------------------------------------
@@ -236,22 +316,22 @@ def _two_views(
     feed: Feed,
     *,
     names: list[list[str]],
-    encoded: bool,
+    encoding: Encoding,
     gpu: bool,
     views: tuple[ViewConfig, ViewConfig],
     color: str,
 ) -> Any:
     data, index, *inputs = fn.external_source(source=feed, num_outputs=2 + len(names[0]) + len(names[1]), batch=True)
-    image = _image(data, encoded, gpu)
+    image = _image(data, encoding, gpu)
     first = {name: inputs[i] for i, name in enumerate(names[0])}
     second = {name: inputs[len(names[0]) + i] for i, name in enumerate(names[1])}
     return augment(image, first, views[0], color, gpu), augment(image, second, views[1], color, gpu), index
 
 
 @pipeline_def
-def _centre(feed: Feed, *, encoded: bool, gpu: bool, size: int, interpolation: str) -> Any:
+def _centre(feed: Feed, *, encoding: Encoding, gpu: bool, size: int, interpolation: str) -> Any:
     data, index = fn.external_source(source=feed, num_outputs=2, batch=True)
-    image = _image(data, encoded, gpu)
+    image = _image(data, encoding, gpu)
     shape = image.shape()
     height, width = fn.cast(shape[0], dtype=types.FLOAT64), fn.cast(shape[1], dtype=types.FLOAT64)
     shorter, larger = dm.min(height, width), float(round(size * 256 / 224))
@@ -264,11 +344,16 @@ def _centre(feed: Feed, *, encoded: bool, gpu: bool, size: int, interpolation: s
     return fn.slice(image, start, (size, size), axes=(0, 1)), index
 
 
-def _image(data: Node, encoded: bool, gpu: bool) -> Node:
-    """RGB images `[H, W, 3]` from names of files or from arrays."""
-    if encoded:
+@pipeline_def
+def _decoded(feed: Callable[[], list[Any]], *, gpu: bool) -> Any:
+    return _image(fn.external_source(source=feed, batch=True), "bytes", gpu)
+
+
+def _image(data: Node, encoding: Encoding, gpu: bool) -> Node:
+    """RGB images `[H, W, 3]` from names of files, their contents, or arrays."""
+    if encoding != "array":
         return fn.decoders.image(
-            fn.io.file.read(data),
+            fn.io.file.read(data) if encoding == "file" else data,
             device="mixed" if gpu else "cpu",
             output_type=types.RGB,
             adjust_orientation=False,

@@ -1,31 +1,76 @@
-"""Bad image files: which one stopped a loader, and why."""
+"""Bad images: which one stopped a loader and why, and how a run goes on without it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import io
+import json
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from byol_fast.files import atomic_write
+
+log = logging.getLogger(__name__)
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
+"""What PIL may decode: the formats that DALI decodes too, so that both loaders take the same files."""
+
+ALWAYS_ALLOWED = 100
+"""So many bad images never stop a run that passes them over, unless they are half of all."""
+
 _JPEG_HEAD, _JPEG_TAIL = b"\xff\xd8\xff", b"\xff\xd9"
-_SNIFF = {b"<!": "HTML", b"<h": "HTML", b"GIF8": "GIF", b"%PDF": "PDF", b"PK\x03\x04": "zip archive"}
+_PNG_HEAD, _PNG_TAIL = b"\x89PNG", b"IEND\xaeB`\x82"
+_SNIFF = {
+    b"<!": "HTML",
+    b"<h": "HTML",
+    b"<?xml": "XML",
+    b"GIF8": "GIF",
+    b"%PDF": "PDF",
+    b"PK\x03\x04": "a zip archive",
+    b"\x1f\x8b": "gzip",
+    b"8BPS": "Photoshop",
+    b"version https://git-lfs": "a Git LFS pointer: the file itself was not fetched",
+}
+_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF", b"msf1": "HEIF"}
 
 
 class BadImageError(ValueError):
-    """An image file cannot be read.
+    """An image cannot be read.
 
     Attributes:
-        path: the file.
+        path: the file; in a shard `shard:member`.
         reason: what is wrong with it.
     """
 
     def __init__(self, path: Path | str, reason: str) -> None:
         self.path = Path(path)
         self.reason = reason
-        super().__init__(f"image file: {path} {reason}; replace it or remove it from the folder")
+        super().__init__(
+            f"image: {path} {reason}; replace it (then resume), or let the run pass bad images over: "
+            "--data.on-bad skip (also when resuming)"
+        )
 
     def __reduce__(self) -> tuple[type[BadImageError], tuple[Path, str]]:
-        return type(self), (self.path, self.reason)
+        return BadImageError, (self.path, self.reason)
+
+
+class TooManyBadImagesError(BadImageError):
+    """More images cannot be read than a run may pass over."""
+
+    def __init__(self, last: BadImage, *, count: int, total: int, limit: int, report: Path | None) -> None:
+        super().__init__(last.image, last.reason)
+        listed = f" (listed in {report})" if report else ""
+        message = (
+            f"data: {count} of {total} images cannot be read{listed}, more than the {limit} that a run passes over; "
+            f"the last one, {last.image}, {last.reason}; look at all with `byol-fast doctor --data.root ...`, or "
+            "raise --data.max-bad"
+        )
+        self.args = (message,)
 
 
 def check(path: Path) -> str | None:
@@ -35,51 +80,176 @@ def check(path: Path) -> str | None:
         What is wrong with it, as the end of a sentence that begins with its name; None when it is fine.
     """
     try:
-        data = path.read_bytes()
+        data = read_file(path)
+    except BadImageError as error:
+        return error.reason
+    return check_bytes(data)
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+        BadImageError: there is no such file, or it may not be read.
+    """
+    try:
+        return path.read_bytes()
     except FileNotFoundError:
-        return "is a broken link" if path.is_symlink() else "does not exist any more"
+        raise BadImageError(path, "is a broken link" if path.is_symlink() else "does not exist any more") from None
+    except IsADirectoryError:
+        raise BadImageError(path, "is a folder") from None
     except OSError as error:
-        return f"cannot be read ({error.strerror})"
+        raise BadImageError(path, f"cannot be read ({error.strerror})") from None
+
+
+def decode(data: bytes) -> Image.Image:
+    """An encoded image in RGB, as stored: EXIF rotation is not applied, as in torchvision's ImageFolder.
+
+    Raises:
+        Exception: of any kind, as decoders do on damaged data; `check_bytes` says in words what is wrong.
+    """
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        if image.mode.startswith("I"):  # 16 bits: PIL would clip them to 8
+            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        return image.convert("RGB")
+
+
+def check_bytes(data: bytes) -> str | None:
+    """Decode one image; what is wrong with it, or None, as `check`."""
     if not data:
         return "is empty (0 bytes)"
     try:
-        with Image.open(path) as image:
-            image.convert("RGB")
+        decode(data)
     except UnidentifiedImageError:
-        looks = next((kind for head, kind in _SNIFF.items() if data.startswith(head)), None)
-        return "is not an image" + (f" (it looks like {looks})" if looks else "")
+        return "is not an image" + (f" (it looks like {looks})" if (looks := _looks_like(data)) else "")
     except Image.DecompressionBombError:
-        return "is too large to decode safely"
+        return f"is too large to decode safely (more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels)"
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ... on damaged files
         if data.startswith(_JPEG_HEAD) and not data.rstrip(b"\0").endswith(_JPEG_TAIL):
             return f"is a truncated JPEG ({len(data)} bytes)"
+        if data.startswith(_PNG_HEAD) and not data.endswith(_PNG_TAIL):
+            return f"is a truncated PNG ({len(data)} bytes)"
         return f"cannot be decoded ({error})"
     return None
 
 
+def _looks_like(data: bytes) -> str | None:
+    if data[4:8] == b"ftyp":
+        return _BRANDS.get(data[8:12], "a video")
+    return next((kind for head, kind in _SNIFF.items() if data.startswith(head)), None)
+
+
 def suspicious(path: Path) -> bool:
-    """Whether a file needs a closer look: not a JPEG from its first bytes to its last (16 us)."""
+    """Whether a file needs a closer look: not a JPEG, PNG or WebP from its first bytes to its last (16 us)."""
     try:
         with path.open("rb") as file:
-            head = file.read(3)
-            file.seek(-2, 2)
-            return head != _JPEG_HEAD or file.read(2) != _JPEG_TAIL
+            head = file.read(12)
+            size = file.seek(0, 2)
+            file.seek(max(size - 8, 0))
+            return suspicious_ends(head, file.read(8), size)
     except OSError:
         return True
 
 
-def find_bad(paths: Iterable[Path], *, message: str = "") -> BadImageError | None:
-    """Name the file that stopped a decoder.
+def suspicious_bytes(data: bytes) -> bool:
+    """The same of an encoded image in memory."""
+    return suspicious_ends(data[:12], data[-8:], len(data))
 
-    Looks at the files that do not begin and end as a JPEG does first, then decodes the others too.
+
+def suspicious_ends(head: bytes, tail: bytes, size: int) -> bool:
+    """The same of the first 12 and the last 8 bytes of an image of so many bytes."""
+    if head.startswith(_JPEG_HEAD):
+        return not tail.endswith(_JPEG_TAIL)
+    if head.startswith(_PNG_HEAD):
+        return tail != _PNG_TAIL
+    if head.startswith(b"RIFF"):
+        return int.from_bytes(head[4:8], "little") + 8 > size
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class BadImage:
+    """An image that a run goes without."""
+
+    image: str
+    """Its name: of a file, or `shard:member`."""
+    reason: str
+    """What is wrong with it."""
+    step: int
+    """The batch in which it was first met."""
+
+
+class BadImages:
+    """The images that a run goes without, by their positions in the source.
+
+    A batch is a function of its number and of which images can be read: whoever stands in for a bad image is drawn
+    from the seed, the epoch and the place in the epoch, never from when the image was found to be bad. So neither
+    prefetching nor a restart changes it.
 
     Args:
-        paths: the files that were being decoded.
-        message: what the decoder said; a path that it names is looked at first.
+        where: name of the image at a position.
+        total: number of images.
+        on_bad: what to do about one: `raise`, or `skip`.
+        share: more than this share of all images, and more than 100 (but at most half), stop the run.
+        report: file that lists them, a JSON object a line.
     """
-    candidates = sorted(set(paths), key=lambda path: (str(path) not in message, not suspicious(path), path))
-    for path in candidates:
-        reason = check(path)
-        if reason is not None:
-            return BadImageError(path, reason)
-    return None
+
+    def __init__(
+        self,
+        where: Callable[[int], str],
+        total: int,
+        *,
+        on_bad: Literal["raise", "skip"] = "raise",
+        share: float = 0.01,
+        report: Path | None = None,
+    ) -> None:
+        self.found: dict[int, BadImage] = {}
+        self._where, self._total, self._on_bad, self._report = where, total, on_bad, report
+        self.limit = min(max(ALWAYS_ALLOWED, int(share * total)), total // 2)
+
+    @property
+    def skip(self) -> bool:
+        """Whether bad images are passed over."""
+        return self._on_bad == "skip"
+
+    def add(self, found: Iterable[tuple[int, str]], step: int) -> None:
+        """Note images that cannot be read, and why.
+
+        Raises:
+            BadImageError: bad images are to stop the run, or these are too many.
+        """
+        new = {i: BadImage(self._where(i), reason, step) for i, reason in found if i not in self.found}
+        if not new:
+            return
+        last = list(new.values())[-1]
+        if not self.skip:
+            raise BadImageError(last.image, last.reason)
+        self.found.update(new)
+        self._write()
+        for bad in new.values():
+            log.warning("%s %s: left out for the rest of the run (%d so far)", bad.image, bad.reason, len(self.found))
+        if len(self.found) > self.limit:
+            raise TooManyBadImagesError(
+                last, count=len(self.found), total=self._total, limit=self.limit, report=self._report
+            )
+
+    def state_dict(self) -> list[list[Any]]:
+        """Positions, reasons and steps, as plain values."""
+        return [[i, bad.reason, bad.step] for i, bad in self.found.items()]
+
+    def load_state_dict(self, state: Iterable[Iterable[Any]]) -> None:
+        """Take over what `state_dict` of the same source returned."""
+        self.found.clear()
+        for i, reason, step in state:
+            self.found[int(i)] = BadImage(self._where(int(i)), str(reason), int(step))
+        if self.found:
+            self._write()
+
+    def _write(self) -> None:
+        if self._report is not None:
+            lines = (
+                json.dumps({"image": bad.image, "reason": bad.reason, "step": bad.step, "index": i})
+                for i, bad in self.found.items()
+            )
+            self._report.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(self._report, "".join(f"{line}\n" for line in lines))

@@ -7,7 +7,8 @@ import importlib.util
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from byol_fast.config import Config, ViewConfig
 from byol_fast.data.batch import Batch, ViewLoader
+from byol_fast.data.integrity import BadImages
 from byol_fast.data.sources import ArraySource, ImageSource, SourceError
-from byol_fast.data.views import ViewDraws, draw, permutation
+from byol_fast.data.views import ViewDraws, draw, permutation, substitutes
 from byol_fast.environment import num_cpus
 
 log = logging.getLogger(__name__)
@@ -40,7 +42,12 @@ class Planner:
     Each epoch shuffles all images and deals them out to the shards in turn. Where they do not divide evenly, images
     from the front of the epoch's order fill up the last deal: all shards make the same number of steps. Images that
     do not fill a batch are left out of that epoch.
+
+    Another image takes the place of an excluded one; who does depends on the seed, the epoch and the place alone.
     """
+
+    excluded: Collection[int] = ()
+    """Images that cannot be read; may grow from one call to the next."""
 
     def __init__(
         self,
@@ -75,8 +82,18 @@ class Planner:
             dealt = np.arange(self.shard_id, self.shard_id + self._per_shard() * self.num_shards, self.num_shards)
             self._order, self._epoch = order[dealt % self.num_images], epoch
         index = self._order[at * self.batch_size : (at + 1) * self.batch_size]
+        if self.excluded:
+            index = self._without_excluded(index, epoch, at * self.batch_size)
         first, second = (draw(v, index, seed=self.seed, epoch=epoch, view=i) for i, v in enumerate(self.views))
         return Plan(index, (first, second))
+
+    def _without_excluded(self, index: NDArray[np.int64], epoch: int, start: int) -> NDArray[np.int64]:
+        index = index.copy()
+        for row in np.flatnonzero(np.isin(index, np.fromiter(self.excluded, np.int64))):
+            place = (start + int(row)) * self.num_shards + self.shard_id
+            candidates = substitutes(self.num_images, seed=self.seed, epoch=epoch, place=place)
+            index[row] = next(i for i in candidates if i not in self.excluded)
+        return index
 
     def _per_shard(self) -> int:
         return -(-self.num_images // self.num_shards)
@@ -88,9 +105,24 @@ class PlannedLoader(ABC):
     backend: str
 
     def __init__(
-        self, source: ImageSource, config: Config, *, device: torch.device, shard_id: int = 0, num_shards: int = 1
+        self,
+        source: ImageSource,
+        config: Config,
+        *,
+        device: torch.device,
+        shard_id: int = 0,
+        num_shards: int = 1,
+        report: Path | None = None,
     ) -> None:
         """Take images, and of the config `batch_size`, `seed`, `view1`, `view2` and `data`.
+
+        Args:
+            source: the images.
+            config: the run.
+            device: where the batches are wanted.
+            shard_id: which part of every epoch this process takes.
+            num_shards: number of parts.
+            report: file that lists the bad images that are passed over.
 
         Raises:
             SourceError: there are fewer images than one batch takes.
@@ -104,6 +136,10 @@ class PlannedLoader(ABC):
             shard_id=shard_id,
             num_shards=num_shards,
         )
+        self.bad = BadImages(
+            source.where, len(source), on_bad=config.data.on_bad, share=config.data.max_bad, report=report
+        )
+        self.planner.excluded = self.bad.found.keys()
         self.batch_size = config.batch_size
         self.steps_per_epoch = self.planner.steps_per_epoch
         self._step = 0
@@ -117,8 +153,13 @@ class PlannedLoader(ABC):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Number of the next batch, and what the stream belongs to: integers and strings."""
-        return {"step": self._step, "belongs_to": self._belongs_to(), "made_by": self._made_by()}
+        """Number of the next batch, what the stream belongs to, and the bad images: integers and strings."""
+        return {
+            "step": self._step,
+            "belongs_to": self._belongs_to(),
+            "made_by": self._made_by(),
+            "bad": self.bad.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with the batch after the one that was handed out last when `state` was taken.
@@ -143,6 +184,7 @@ class PlannedLoader(ABC):
                 state["made_by"],
             )
         self._restart()
+        self.bad.load_state_dict(state.get("bad", ()))
         self._step = int(state["step"])
 
     def _belongs_to(self) -> dict[str, str | int]:
@@ -209,7 +251,13 @@ def choose_backend(loader: str) -> str:
 
 
 def make_loader(
-    source: ImageSource, config: Config, *, device: torch.device, shard_id: int = 0, num_shards: int = 1
+    source: ImageSource,
+    config: Config,
+    *,
+    device: torch.device,
+    shard_id: int = 0,
+    num_shards: int = 1,
+    report: Path | None = None,
 ) -> ViewLoader:
     """Make the loader that `config.data.loader` asks for.
 
@@ -219,6 +267,7 @@ def make_loader(
         device: where the batches are wanted.
         shard_id: which part of every epoch this process takes.
         num_shards: number of parts.
+        report: file that lists the bad images that are passed over (`DataConfig.on_bad`), a JSON object a line.
 
     Raises:
         SourceError: fewer images than one batch takes; DALI asked for and not installed.
@@ -232,7 +281,7 @@ def make_loader(
         from byol_fast.data.torchvision_loader import TorchvisionLoader
 
         loader = TorchvisionLoader
-    return loader(source, config, device=device, shard_id=shard_id, num_shards=num_shards)
+    return loader(source, config, device=device, shard_id=shard_id, num_shards=num_shards, report=report)
 
 
 def eval_batches(
@@ -244,6 +293,7 @@ def eval_batches(
     threads: int = 0,
     loader: Literal["auto", "dali", "torchvision"] = "auto",
     device: torch.device | None = None,
+    on_bad: Literal["raise", "skip"] = "raise",
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """All images of a source once, in order, without augmentation, for evaluation.
 
@@ -257,12 +307,13 @@ def eval_batches(
         threads: decoding threads; 0 means one per CPU core that this process may use.
         loader: who decodes, as in `DataConfig.loader`.
         device: where the images are wanted; the CPU when None.
+        on_bad: whether an image that cannot be read ends it, or is left out: its position is then not yielded.
 
     Yields:
         Images, uint8 `[b, 3, size, size]`, channels_last, and their positions in the source, int64 `[b]` on the CPU.
 
     Raises:
-        BadImageError: a file cannot be decoded.
+        BadImageError: an image cannot be read, and `on_bad` is "raise"; or half of all cannot.
     """
     device = device or torch.device("cpu")
     if isinstance(source, ArraySource) and source.images.shape[1:3] == (size, size):
@@ -274,4 +325,5 @@ def eval_batches(
         from byol_fast.data.dali import eval_batches as made
     else:
         from byol_fast.data.torchvision_loader import eval_batches as made
-    yield from made(source, size, batch_size, interpolation=interpolation, threads=threads, device=device)
+    bad = BadImages(source.where, len(source), on_bad=on_bad, share=0.5)
+    yield from made(source, size, batch_size, interpolation=interpolation, threads=threads, device=device, bad=bad)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from byol_fast.config import Config
-from byol_fast.data.integrity import BadImageError, check
+from byol_fast.data.integrity import BadImageError, check_bytes, decode, read_file
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +59,12 @@ class ImageSource(ABC):
         """Image `i` in RGB, as stored: EXIF rotation is not applied, as in torchvision's ImageFolder.
 
         Raises:
-            BadImageError: the file cannot be decoded.
+            BadImageError: it cannot be read or decoded.
         """
+
+    @abstractmethod
+    def where(self, i: int) -> str:
+        """Name of image `i` for people: its file, `shard:member`, or the source and the number."""
 
     @abstractmethod
     def subset(self, index: NDArray[np.int64]) -> ImageSource:
@@ -74,8 +78,27 @@ class ImageSource(ABC):
         return f"{len(self):,} images" + (f" of {len(self.classes):,} classes" if self.labels is not None else "")
 
 
+class EncodedSource(ImageSource):
+    """Images as encoded bytes: whole files, or pieces of larger ones."""
+
+    @abstractmethod
+    def read(self, i: int) -> bytes:
+        """Image `i` as stored: JPEG, PNG, ... Called by several threads at a time.
+
+        Raises:
+            BadImageError: it cannot be read.
+        """
+
+    def load(self, i: int) -> Image.Image:  # noqa: D102 (inherited)
+        data = self.read(i)
+        try:
+            return decode(data)
+        except Exception as error:  # decoders raise all kinds of errors on damaged files
+            raise BadImageError(self.where(i), check_bytes(data) or f"cannot be decoded ({error})") from error
+
+
 @dataclass(frozen=True, eq=False)
-class FileSource(ImageSource):
+class FileSource(EncodedSource):
     """Image files, decoded each time they are needed."""
 
     root: Path
@@ -107,15 +130,11 @@ class FileSource(ImageSource):
             digest.update(os.fsencode(name) + b"\0%d\n" % size)
         return digest.hexdigest()
 
-    def load(self, i: int) -> Image.Image:  # noqa: D102 (inherited)
-        path = self.path(i)
-        try:
-            with Image.open(path) as image:
-                if image.mode.startswith("I"):  # 16 bits: PIL would clip them to 8
-                    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-                return image.convert("RGB")
-        except Exception as error:  # decoders raise all kinds of errors on damaged files
-            raise BadImageError(path, check(path) or f"cannot be decoded ({error})") from error
+    def read(self, i: int) -> bytes:  # noqa: D102 (inherited)
+        return read_file(self.path(i))
+
+    def where(self, i: int) -> str:  # noqa: D102 (inherited)
+        return str(self.path(i))
 
     def subset(self, index: NDArray[np.int64]) -> FileSource:  # noqa: D102 (inherited)
         labels = None if self.labels is None else self.labels[index]
@@ -147,6 +166,9 @@ class ArraySource(ImageSource):
 
     def load(self, i: int) -> Image.Image:  # noqa: D102 (inherited)
         return Image.fromarray(self.images[i])
+
+    def where(self, i: int) -> str:  # noqa: D102 (inherited)
+        return f"{self.name}[{i}]"
 
     def subset(self, index: NDArray[np.int64]) -> ArraySource:  # noqa: D102 (inherited)
         labels = None if self.labels is None else self.labels[index]

@@ -11,6 +11,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -22,11 +23,42 @@ from torchvision.transforms.v2 import functional as F
 
 from byol_fast.config import Config, ViewConfig
 from byol_fast.data.batch import Batch
-from byol_fast.data.loader import PlannedLoader, thread_count
+from byol_fast.data.integrity import BadImageError, BadImages
+from byol_fast.data.loader import Plan, PlannedLoader, thread_count
 from byol_fast.data.sources import ImageSource
 from byol_fast.data.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewDraws, crop_windows
 
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+class _Started:
+    """A batch that threads are working on."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        views: list[torch.Tensor],
+        make: Callable[[Plan, int], None],
+        pool: ThreadPoolExecutor,
+    ) -> None:
+        self.plan, self.views, self._make = plan, views, make
+        self.work = [pool.submit(make, plan, row) for row in range(len(plan.index))]
+
+    def failures(self) -> list[tuple[int, str]]:
+        """Wait for all rows; the images that could not be read, and why."""
+        bad = []
+        for row, part in enumerate(self.work):
+            try:
+                part.result()
+            except BadImageError as error:
+                bad.append((int(self.plan.index[row]), error.reason))
+        return bad
+
+    def change(self, plan: Plan, pool: ThreadPoolExecutor) -> None:
+        """Make the rows anew in which the plan has another image now."""
+        for row in np.flatnonzero(plan.index != self.plan.index).tolist():
+            self.work[row] = pool.submit(self._make, plan, row)
+        self.plan = plan
 
 
 class TorchvisionLoader(PlannedLoader):
@@ -36,12 +68,19 @@ class TorchvisionLoader(PlannedLoader):
     """
 
     def __init__(
-        self, source: ImageSource, config: Config, *, device: torch.device, shard_id: int = 0, num_shards: int = 1
+        self,
+        source: ImageSource,
+        config: Config,
+        *,
+        device: torch.device,
+        shard_id: int = 0,
+        num_shards: int = 1,
+        report: Path | None = None,
     ) -> None:
-        super().__init__(source, config, device=device, shard_id=shard_id, num_shards=num_shards)
+        super().__init__(source, config, device=device, shard_id=shard_id, num_shards=num_shards, report=report)
         self.backend = "torchvision"
         self._pool: ThreadPoolExecutor | None = None
-        self._ahead: deque[tuple[NDArray[np.int64], list[torch.Tensor], list[Future[None]]]] = deque()
+        self._ahead: deque[_Started] = deque()
 
     def _made_by(self) -> str:
         return f"torchvision {torchvision.__version__}"
@@ -51,32 +90,30 @@ class TorchvisionLoader(PlannedLoader):
             self._pool = ThreadPoolExecutor(thread_count(self.config.data.threads), "byol-fast-views")
         while len(self._ahead) <= self.config.data.prefetch:
             self._ahead.append(self._begin(self._pool, self._step + len(self._ahead)))
-        index, views, work = self._ahead[0]
-        for part in work:
-            part.result()
+        started = self._ahead[0]
+        while bad := started.failures():
+            self.bad.add(bad, self._step)
+            started.change(self.planner(self._step), self._pool)
         self._ahead.popleft()
-        view1, view2 = (view.permute(0, 3, 1, 2).to(self.device, non_blocking=True) for view in views)
-        return Batch(view1, view2, torch.from_numpy(index.copy()))
+        view1, view2 = (view.permute(0, 3, 1, 2).to(self.device, non_blocking=True) for view in started.views)
+        return Batch(view1, view2, torch.from_numpy(started.plan.index.copy()))
 
-    def _begin(
-        self, pool: ThreadPoolExecutor, step: int
-    ) -> tuple[NDArray[np.int64], list[torch.Tensor], list[Future[None]]]:
-        plan = self.planner(step)
+    def _begin(self, pool: ThreadPoolExecutor, step: int) -> _Started:
         configs = (self.config.view1, self.config.view2)
         shape = (self.batch_size, configs[0].size, configs[0].size, 3)
         views = [torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda") for _ in configs]
         arrays = [view.numpy() for view in views]
 
-        def make(row: int) -> None:
+        def make(plan: Plan, row: int) -> None:
             image = self.source.load(int(plan.index[row]))
             for array, config, draws in zip(arrays, configs, plan.draws, strict=True):
                 array[row] = augment(image, draws, row, config)
 
-        return plan.index, views, [pool.submit(make, row) for row in range(self.batch_size)]
+        return _Started(self.planner(step), views, make, pool)
 
     def _restart(self) -> None:
-        for _, _, work in self._ahead:
-            for part in work:
+        for started in self._ahead:
+            for part in started.work:
                 part.cancel()
         self._ahead.clear()
         if self._pool is not None:
@@ -146,21 +183,32 @@ def eval_batches(
     interpolation: Literal["bicubic", "bilinear"],
     threads: int,
     device: torch.device,
+    bad: BadImages,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """See `byol_fast.data.eval_batches`."""
     chunks = iter([np.arange(i, min(i + batch_size, len(source))) for i in range(0, len(source), batch_size)])
     pool = ThreadPoolExecutor(thread_count(threads), "byol-fast-eval")
 
-    def begin(index: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[Future[NDArray[np.uint8]]]]:
-        return index, [pool.submit(lambda i: centre(source.load(i), size, interpolation), int(i)) for i in index]
+    def make(i: int) -> NDArray[np.uint8] | str:
+        try:
+            return centre(source.load(i), size, interpolation)
+        except BadImageError as error:
+            return error.reason
+
+    def begin(index: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[Future[NDArray[np.uint8] | str]]]:
+        return index, [pool.submit(make, int(i)) for i in index]
 
     try:
         ahead = deque(begin(index) for index in itertools.islice(chunks, 2))
         while ahead:
             index, work = ahead.popleft()
             ahead.extend(begin(index) for index in itertools.islice(chunks, 1))
-            images = torch.from_numpy(np.stack([image.result() for image in work]))
-            yield images.permute(0, 3, 1, 2).to(device), torch.from_numpy(index)
+            made = [part.result() for part in work]
+            bad.add([(int(i), row) for i, row in zip(index, made, strict=True) if isinstance(row, str)], 0)
+            good = [i for i, row in enumerate(made) if not isinstance(row, str)]
+            if good:
+                images = torch.from_numpy(np.stack([row for row in made if not isinstance(row, str)]))
+                yield images.permute(0, 3, 1, 2).to(device), torch.from_numpy(index[good])
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -8,7 +8,9 @@ operators. The generator is counter-based: SplitMix64's finalizer over the hashe
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +24,7 @@ ATTEMPTS = 10
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 """Numbers of the jitter's parts in `ViewDraws.order`."""
 
-_SHUFFLE = 0xFFFF
+_SHUFFLE, _SUBSTITUTE = 0xFFFF, 0xFFFE
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -134,6 +136,13 @@ def crop_windows(crop: NDArray[np.float64], height: int, width: int, aspect: tup
 def permutation(n: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
     """The order in which an epoch visits n images: a shuffle of all of them, new each epoch."""
     return np.argsort(_mix(_key(seed, epoch, _SHUFFLE, np.arange(n))), kind="stable").astype(np.int64)
+
+
+def substitutes(n: int, *, seed: int, epoch: int, place: int) -> Iterator[int]:
+    """The images, of n, that may take a place in an epoch's order when its own cannot be read; the first good one."""
+    key = _key(seed, epoch, _SUBSTITUTE, np.array([place]))
+    for k in itertools.count(1):
+        yield int(_mix(key + np.array([k], np.uint64) * _GAMMA)[0] % np.uint64(n))
 
 
 def _between(u: NDArray[np.float64], lo: float, hi: float) -> NDArray[np.float64]:

@@ -38,8 +38,8 @@ def config_of(
     return Config(batch_size=batch_size, seed=seed, data=data, view1=view1, view2=view2 or view1)
 
 
-def loader_of(source: ImageSource, config: Config, **shards: int) -> ViewLoader:
-    return make_loader(source, config, device=CPU, **shards)
+def loader_of(source: ImageSource, config: Config, **more: Any) -> ViewLoader:
+    return make_loader(source, config, device=CPU, **more)
 
 
 def pixels(view: torch.Tensor) -> NDArray[np.uint8]:
