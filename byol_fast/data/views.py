@@ -71,16 +71,14 @@ def draw(config: ViewConfig, index: NDArray[np.int64], *, seed: int, epoch: int,
     u = _uniform(_key(seed, epoch, view, index), 2 * ATTEMPTS + 16)
     area, log_aspect, at, rest = np.split(u, [ATTEMPTS, 2 * ATTEMPTS, 2 * ATTEMPTS + 2], axis=1)
     area = _between(area, *config.area)
-    aspect = np.exp(_between(log_aspect, math.log(config.aspect[0]), math.log(config.aspect[1])))
+    aspect = _exp(_between(log_aspect, math.log(config.aspect[0]), math.log(config.aspect[1])))
     sigma = _between(rest[:, 12], *config.blur_sigma).astype(np.float32)
-    spread = np.array([config.brightness, config.contrast, config.saturation, config.hue])
-    middle = np.array([1.0, 1.0, 1.0, 0.0])
-    lowest = np.maximum(middle - spread, [0.0, 0.0, 0.0, -math.inf])
+    lowest, spread = factor_ranges(config)
     return ViewDraws(
         crop=np.concatenate([np.sqrt(area * aspect), np.sqrt(area / aspect), at], axis=1),
         flip=rest[:, 0] < config.flip,
         jitter=rest[:, 1] < config.jitter,
-        factors=(lowest + rest[:, 2:6] * (middle + spread - lowest)).astype(np.float32),
+        factors=(lowest + rest[:, 2:6] * spread).astype(np.float32),
         order=np.argsort(rest[:, 6:10], axis=1, kind="stable").astype(np.int32),
         grayscale=rest[:, 10] < config.grayscale,
         blur=rest[:, 11] < config.blur,
@@ -88,6 +86,14 @@ def draw(config: ViewConfig, index: NDArray[np.int64], *, seed: int, epoch: int,
         window=blur_window(sigma, config.blur_kernel),
         solarize=rest[:, 13] < config.solarize,
     )
+
+
+def factor_ranges(config: ViewConfig) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Smallest factors of brightness, contrast, saturation and hue, and how far the largest are from them, `[4]`."""
+    spread = np.array([config.brightness, config.contrast, config.saturation, config.hue])
+    middle = np.array([1.0, 1.0, 1.0, 0.0])
+    lowest = np.maximum(middle - spread, [0.0, 0.0, 0.0, -math.inf])
+    return lowest, middle + spread - lowest
 
 
 def blur_window(sigma: NDArray[np.float32], kernel: int) -> NDArray[np.int32]:
@@ -124,13 +130,20 @@ def crop_windows(crop: NDArray[np.float64], height: int, width: int, aspect: tup
     fits = (widths <= width) & (heights <= height)
     rows, first = np.arange(len(crop)), fits.argmax(axis=1)
     found = fits[rows, first]
-    else_h = max(1, min(height, math.floor(width / aspect[0] + 0.5)))
-    else_w = max(1, min(width, math.floor(height * aspect[1] + 0.5)))
+    else_h, else_w = centred_crop(height, width, aspect)
     h = np.where(found, heights[rows, first], else_h)
     w = np.where(found, widths[rows, first], else_w)
     top = np.where(found, np.floor(crop[:, -2] * (height - h + 1)), (height - h) // 2)
     left = np.where(found, np.floor(crop[:, -1] * (width - w + 1)), (width - w) // 2)
     return np.stack([top, left, h, w], axis=1).astype(np.int32)
+
+
+def centred_crop(height: int, width: int, aspect: tuple[float, float]) -> tuple[int, int]:
+    """Height and width of the largest crop whose aspect ratio is allowed."""
+    return (
+        max(1, min(height, math.floor(width / aspect[0] + 0.5))),
+        max(1, min(width, math.floor(height * aspect[1] + 0.5))),
+    )
 
 
 def permutation(n: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -145,6 +158,11 @@ def substitutes(n: int, *, seed: int, epoch: int, place: int) -> Iterator[int]:
         yield int(_mix(key + np.array([k], np.uint64) * _GAMMA)[0] % np.uint64(n))
 
 
+def stream_key(seed: int, epoch: int, view: int) -> int:
+    """What the draws of a view in an epoch are hashed from, with the number of the image: 64 bits, as an int64."""
+    return int(_stream(seed, epoch, view).view(np.int64)[0])
+
+
 def _between(u: NDArray[np.float64], lo: float, hi: float) -> NDArray[np.float64]:
     return lo + u * (hi - lo)
 
@@ -155,14 +173,29 @@ def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return z ^ (z >> np.uint64(31))
 
 
-def _key(seed: int, epoch: int, purpose: int, index: NDArray[np.int64]) -> NDArray[np.uint64]:
+def _stream(seed: int, epoch: int, purpose: int) -> NDArray[np.uint64]:
     key = np.zeros(1, np.uint64)
     for part in (seed, epoch, purpose):
         key = _mix((key ^ np.uint64(part)) + _GAMMA)
-    return _mix((key ^ index.astype(np.uint64)) + _GAMMA)
+    return key
+
+
+def _key(seed: int, epoch: int, purpose: int, index: NDArray[np.int64]) -> NDArray[np.uint64]:
+    return _mix((_stream(seed, epoch, purpose) ^ index.astype(np.uint64)) + _GAMMA)
 
 
 def _uniform(key: NDArray[np.uint64], count: int) -> NDArray[np.float64]:
     """Numbers in [0, 1), `[len(key), count]`."""
     counter = np.arange(1, count + 1, dtype=np.uint64) * _GAMMA
     return (_mix(key[:, None] + counter) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _exp(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """By sums and products alone, each of which IEEE 754 defines exactly: a GPU draws the same numbers bit for bit."""
+    x = x * 0.0625
+    y = np.full_like(x, 1.0 / math.factorial(13))
+    for k in reversed(range(13)):
+        y = y * x + 1.0 / math.factorial(k)
+    for _ in range(4):
+        y = y * y
+    return y

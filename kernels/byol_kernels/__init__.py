@@ -1,6 +1,8 @@
-"""Fused Triton kernels for BYOL: the loss, the moving average, LARS, colours and blur. Plain PyTorch on a CPU."""
+"""Fused Triton kernels for BYOL: the loss, the moving average, LARS, views of images. Plain PyTorch on a CPU."""
 
 from byol_kernels.blur import gaussian_blur
+from byol_kernels.crop import resized_crop
+from byol_kernels.draws import DrawnView, draw_view
 from byol_kernels.ema import ema_update_
 from byol_kernels.lars import LARS
 from byol_kernels.normalized_mse import (
@@ -13,13 +15,16 @@ from byol_kernels.normalized_mse import (
 from byol_kernels.photometric import photometric
 
 __all__ = [
+    "DrawnView",
     "LARS",
     "LossStats",
     "byol_loss",
     "byol_loss_with_stats",
+    "draw_view",
     "ema_update_",
     "gaussian_blur",
     "normalized_mse_loss",
     "normalized_mse_loss_with_stats",
     "photometric",
+    "resized_crop",
 ]

@@ -1,0 +1,148 @@
+"""The resized crop: against PyTorch's antialiased resize in float64, against PIL, every layout, and what is refused."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from byol_kernels import crop, resized_crop
+from tests.kernels.conftest import INTERPRETED, not_interpreted
+
+if INTERPRETED:
+    _override = torch.library.Library("byol_kernels", "IMPL")  # type: ignore[no-untyped-call]
+    partial(_override.impl, allow_override=True)("resized_crop", crop._resized_crop_cuda, "CPU")
+
+Mode = Literal["bicubic", "bilinear"]
+MODES: tuple[Mode, ...] = ("bicubic", "bilinear")
+SHAPES = [(32, 32, 32), (17, 40, 28), (96, 70, 33), (8, 9, 70)]
+FLOAT32 = 2e-3
+"""Error of float32 arithmetic in levels of 255: two sums of up to fifty products, weights of at most 1.2 in all."""
+
+
+def images(n: int, height: int, width: int) -> Tensor:
+    """Noise over edges, which overshoots."""
+    generator = torch.Generator().manual_seed(n + height)
+    x = torch.randint(0, 256, (n, height, width, 3), generator=generator, dtype=torch.uint8)
+    x[:, :, width // 2 :] //= 4
+    return x.permute(0, 3, 1, 2)
+
+
+def windows(batch: int, height: int, width: int) -> Tensor:
+    """The whole image, its last pixel, a row, a column, and others."""
+    generator = torch.Generator().manual_seed(0)
+    size = torch.tensor([height, width])
+    extent = 1 + (torch.rand(batch, 2, generator=generator) * size).int().clamp(max=size - 1)
+    start = (torch.rand(batch, 2, generator=generator) * (size - extent + 1)).int()
+    window = torch.cat([start, extent], dim=1).int()
+    special = [[0, 0, height, width], [height - 1, width - 1, 1, 1], [2, 0, 1, width], [0, 3, height, 1]]
+    window[:4] = torch.tensor(special, dtype=torch.int32)
+    return window
+
+
+def expected(x: Tensor, index: Tensor, window: Tensor, size: int, mode: Mode) -> Tensor:
+    """Cut out first, so that the filter sees no more; without any rounding."""
+    crops = [
+        x[i : i + 1, :, t : t + h, s : s + w] for i, (t, s, h, w) in zip(index.tolist(), window.tolist(), strict=True)
+    ]
+    resize = partial(torch.nn.functional.interpolate, size=(size, size), mode=mode, antialias=True)
+    return torch.cat([resize(c.double()) for c in crops]).clamp(0, 255)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_float64(shape: tuple[int, int, int], mode: Mode, device: str) -> None:
+    height, width, size = shape
+    x, window, index = images(5, height, width), windows(6, height, width), torch.tensor([4, 0, 2, 2, 1, 3])
+    out = resized_crop(x.to(device), window.to(device), size, index=index.to(device), interpolation=mode).cpu()
+    assert out.dtype == torch.uint8 and out.is_contiguous(memory_format=torch.channels_last)
+    difference = (out.double() - expected(x, index, window, size, mode)).abs()
+    if device == "cuda" or INTERPRETED:
+        assert difference.max() <= 0.5 + FLOAT32
+    else:  # rounds, and clips what overshoots, between the passes: half a level, weighed by up to 1.2, and another half
+        assert difference.mean() <= 0.4
+        assert difference.quantile(0.8) <= 1.1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_against_pil_and_torchvision(mode: Mode, device: str) -> None:
+    """PIL rounds between its passes: no further from it than it is from the unrounded result, but for our rounding."""
+    smooth = torch.nn.functional.interpolate(images(3, 6, 6).float(), (48, 40), mode="bicubic").clamp(0, 255).byte()
+    window, index = windows(6, 48, 40)[4:], torch.tensor([2, 0])
+    out = resized_crop(smooth.to(device), window.to(device), 24, index=index.to(device), interpolation=mode).cpu()
+    exact = expected(smooth, index, window, 24, mode)
+    resampling = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}[mode]
+    for row, (i, (t, s, h, w)) in enumerate(zip(index.tolist(), window.tolist(), strict=True)):
+        cut = Image.fromarray(smooth[i].permute(1, 2, 0).contiguous().numpy()).crop((s, t, s + w, t + h))
+        pil = np.asarray(cut.resize((24, 24), resampling)).transpose(2, 0, 1).astype(float)
+        ours = out[row].numpy().astype(float)
+        assert np.abs(ours - pil).mean() <= np.abs(exact[row].numpy() - pil).mean() + 0.3
+        assert np.abs(ours - pil).max() <= 2
+
+
+def test_without_index_each_sample_has_its_own_image(device: str) -> None:
+    x, window = images(6, 20, 24).to(device), windows(6, 20, 24).to(device)
+    one_by_one = [resized_crop(x[i : i + 1], window[i : i + 1], 16) for i in range(6)]
+    assert torch.equal(resized_crop(x, window, 16), torch.cat(one_by_one))
+
+
+def test_the_whole_at_its_own_size_stays_as_it_is(device: str) -> None:
+    x, window = images(3, 24, 24).to(device), torch.tensor([[0, 0, 24, 24]] * 3).to(device)
+    assert torch.equal(resized_crop(x, window, 24), x)
+    part = torch.tensor([[4, 7, 8, 8]] * 3).to(device)
+    assert torch.equal(resized_crop(x, part, 8), x[..., 4:12, 7:15])
+
+
+def test_any_strides_and_integers(device: str) -> None:
+    x, window, index = images(5, 21, 19).to(device), windows(5, 21, 19).to(device), torch.arange(5).flip(0).to(device)
+    out = resized_crop(x, window, 16, index=index)
+    assert torch.equal(resized_crop(x.contiguous(), window.long(), 16, index=index.int()), out)
+    wide = torch.zeros(5, 3, 30, 40, dtype=torch.uint8, device=device)
+    wide[:, :, 3:24, 9:28] = x
+    assert torch.equal(resized_crop(wide[:, :, 3:24, 9:28], window, 16, index=index), out)
+
+
+def test_nothing_in_nothing_out(device: str) -> None:
+    none = torch.zeros(0, 4, dtype=torch.int32, device=device)
+    assert resized_crop(images(0, 8, 8).to(device), none, 8).shape == (0, 3, 8, 8)
+
+
+@not_interpreted
+def test_opcheck_and_compiled() -> None:
+    x, window, index = images(3, 12, 12), windows(4, 12, 12), torch.tensor([0, 2, 1, 1])
+    torch.library.opcheck(torch.ops.byol_kernels.resized_crop.default, (x, index, window, 8, 2))
+    torch.library.opcheck(torch.ops.byol_kernels.resized_crop.default, (x, None, window[:3], 8, 1))
+    compiled = torch.compile(lambda: resized_crop(x, window, 8, index=index), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(), resized_crop(x, window, 8, index=index))
+
+
+X, W, FIRST = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([[0, 0, 8, 8]] * 2), torch.zeros(2).long()
+BAD: dict[str, tuple[Callable[[], Any], str]] = {
+    "floats": (lambda: resized_crop(X.float(), W, 8), r"images must be torch\.uint8"),
+    "window_shape": (lambda: resized_crop(X, W[:1], 8), r"window must have shape \(2, 4\), got \(1, 4\)"),
+    "window_dtype": (lambda: resized_crop(X, W.float(), 8), "window must be int32 or int64"),
+    "index_shape": (lambda: resized_crop(X, W, 8, index=FIRST[:1]), r"window must have shape \(1, 4\)"),
+    "index_dtype": (lambda: resized_crop(X, W, 8, index=FIRST.float()), "index must be int32 or int64"),
+    "device": (lambda: resized_crop(X, W, 8, index=FIRST.to("meta")), "index must be on the device of images, cpu"),
+    "size": (lambda: resized_crop(X, W, 0), "size must be at least 1, got 0"),
+    "interpolation": (lambda: resized_crop(X, W, 8, interpolation="cubic"), "must be bicubic or bilinear"),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize(("call", "message"), BAD.values(), ids=BAD)
+def test_refuses(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@not_interpreted
+@pytest.mark.parametrize("window", [[0, 0, 9, 8], [0, 1, 8, 8], [-1, 0, 4, 4], [0, 0, 0, 4]], ids=str)
+def test_refuses_a_window_outside(window: list[int]) -> None:
+    with pytest.raises(ValueError, match="window must lie within an image of 8 x 8 pixels"):
+        resized_crop(X, torch.tensor([window] * 2), 8)
+    with pytest.raises(ValueError, match="one of 2, got .* of image 2"):
+        resized_crop(X, W, 8, index=FIRST + 2)
