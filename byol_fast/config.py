@@ -111,13 +111,17 @@ class DataConfig:
     """Where the images come from and who makes views of them."""
 
     root: Path | None = None
-    """Folder of images (nested, flat or class-per-folder), or a `.npz` with uint8 `images` (and `labels`).
-    A folder with `train` and `val` or `test` inside is split accordingly. Without a root the recipe's own
-    data set is used where it has one."""
+    """Images: a folder (nested, flat or class-per-folder), a list (.txt, .csv), tar shards (`train-{000..127}.tar`, a
+    folder of them), Parquet files, or a `.npz` with uint8 `images` (and `labels`). A folder with `train` and `val` or
+    `test` inside is split accordingly. Without a root the recipe's own data set is used where it has one."""
     builtin: Literal["none", "cifar10", "demo"] = "none"
     """Data set used when there is no root: CIFAR-10 (fetched by torchvision) or the packaged Fashion-MNIST."""
     cache: Path = Path("~/.cache/byol_fast")
-    """Folder that fetched data sets are kept in."""
+    """Folder that fetched data sets, indexes of tar shards, and the images of Parquet files are kept in."""
+    image_column: str = ""
+    """Parquet and Hugging Face: the column of encoded images; empty: found by name and type."""
+    label_column: str = ""
+    """Parquet and Hugging Face: the column of class numbers or names; empty: found by name."""
     loader: Literal["auto", "dali", "torchvision"] = "auto"
     """Who decodes and augments; auto is DALI where it is installed."""
     color: Literal["exact", "hsv"] = "exact"
@@ -132,6 +136,8 @@ class DataConfig:
     `bad_images.jsonl`, its place taken by another image."""
     max_bad: float = 0.01
     """With on_bad skip: stop when more than this share of the images (and more than 100, or half of all) is bad."""
+    accept_changed: bool = False
+    """When resuming, go on with other images than the run was begun with (some were added, removed or renamed)."""
 
     def __post_init__(self) -> None:
         _one_of("data.builtin", self.builtin, Literal["none", "cifar10", "demo"])

@@ -109,9 +109,14 @@ def decode(data: bytes) -> Image.Image:
         Exception: of any kind, as decoders do on damaged data; `check_bytes` says in words what is wrong.
     """
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        if image.mode.startswith("I"):  # 16 bits: PIL would clip them to 8
-            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-        return image.convert("RGB")
+        return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode in RGB; 16 bits become 8 by their upper half, where PIL would clip them."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
 
 
 def check_bytes(data: bytes) -> str | None:

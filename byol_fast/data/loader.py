@@ -25,6 +25,10 @@ from byol_fast.environment import num_cpus
 
 log = logging.getLogger(__name__)
 
+REPLACED = 10
+"""Of the sizes that are compared when a run goes on (`ImageSource.sizes`), so many may differ: images that were bad
+and replaced."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
@@ -158,6 +162,7 @@ class PlannedLoader(ABC):
             "step": self._step,
             "belongs_to": self._belongs_to(),
             "made_by": self._made_by(),
+            "sizes": list(self.source.sizes),
             "bad": self.bad.state_dict(),
         }
 
@@ -167,25 +172,55 @@ class PlannedLoader(ABC):
         A state of any shard serves all shards.
 
         Raises:
-            ValueError: the state belongs to other data, views, batch size, number of shards or seed.
+            ValueError: the state belongs to other images, views, batch size, number of shards or seed. Other images
+                are accepted, with a warning, if `DataConfig.accept_changed` says so; a few images whose size changed
+                always are: bad ones that were replaced.
         """
         mine, theirs = self._belongs_to(), state["belongs_to"]
         changed = [name for name in mine if mine[name] != theirs.get(name)]
-        if changed:
+        accept = self.config.data.accept_changed
+        if changed and not (changed == ["images"] and accept):
             details = "; ".join(f"{name} was {theirs.get(name)}, now is {mine[name]}" for name in changed)
+            fix = " (--data.accept-changed goes on with other images)" if "images" in changed else ""
             raise ValueError(
                 f"loader state: must belong to the same images and settings, but {', '.join(changed)} changed "
-                f"({details}); restore them, or start a new run"
+                f"({details}); restore them{fix}, or start a new run"
             )
+        self._restart()
+        if changed:
+            log.warning(
+                "resuming with other images: %s, were %s; the rest of the run is not what it would have been",
+                mine["images"],
+                theirs["images"],
+            )
+            self.bad.load_state_dict(())  # their numbers mean other images now
+        else:
+            self._compare_sizes(state["sizes"], accept)
+            self.bad.load_state_dict(state["bad"])
         if state["made_by"] != self._made_by():
             log.warning(
                 "resuming with %s what was begun with %s: the same augmentations, but pixels may differ by a level",
                 self._made_by(),
                 state["made_by"],
             )
-        self._restart()
-        self.bad.load_state_dict(state.get("bad", ()))
         self._step = int(state["step"])
+
+    def _compare_sizes(self, then: list[int], accept: bool) -> None:
+        """A few other sizes are images that were replaced; many are another data set under the old names."""
+        now = self.source.sizes
+        differing = sum(a != b for a, b in zip(then, now, strict=True))
+        if differing > REPLACED and not accept:
+            raise ValueError(
+                f"loader state: must belong to the same images, but of {len(now)} that were compared {differing} have "
+                "another size in bytes; restore them (--data.accept-changed goes on with these), or start a new run"
+            )
+        if differing:
+            log.warning(
+                "resuming with images that changed: of %d that were compared, %d have another size in bytes; what is "
+                "made of them is not what it would have been",
+                len(now),
+                differing,
+            )
 
     def _belongs_to(self) -> dict[str, str | int]:
         return {

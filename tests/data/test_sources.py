@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from byol_fast.config import Config, DataConfig, KNNConfig
-from byol_fast.data import SourceError, open_source, split
-from byol_fast.data.sources import ArraySource, FileSource
+from byol_fast.data import BadImageError, SourceError, open_source, split
+from byol_fast.data.sources import ArraySource, DatasetSource, FileSource
 
 
 def put(root: Path, *names: str) -> Path:
@@ -82,16 +82,18 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     assert files_of(tmp_path / "data").paths == ("a/0.png", "b/1.png", "b/2.png")
 
 
-def test_fingerprint_of_files_follows_names_and_sizes(tmp_path: Path) -> None:
+def test_fingerprint_of_files_follows_names_and_sizes_are_beside_it(tmp_path: Path) -> None:
     put(tmp_path / "one", "a/1.png", "b/2.png")
     put(tmp_path / "copy", "a/1.png", "b/2.png")
-    first = files_of(tmp_path / "one").fingerprint
-    assert files_of(tmp_path / "copy").fingerprint == first
-    (tmp_path / "copy" / "a" / "1.png").rename(tmp_path / "copy" / "a" / "3.png")
-    renamed = files_of(tmp_path / "copy").fingerprint
-    with (tmp_path / "one" / "a" / "1.png").open("ab") as file:
+    first, copy = files_of(tmp_path / "one"), files_of(tmp_path / "copy")
+    assert copy.fingerprint == first.fingerprint and copy.sizes == first.sizes
+    with (tmp_path / "copy" / "a" / "1.png").open("ab") as file:
         file.write(b"x")
-    assert len({first, renamed, files_of(tmp_path / "one").fingerprint}) == 3
+    grown = files_of(tmp_path / "copy")
+    assert grown.fingerprint == first.fingerprint
+    assert grown.sizes == (first.sizes[0] + 1, first.sizes[1])
+    (tmp_path / "copy" / "a" / "1.png").rename(tmp_path / "copy" / "a" / "3.png")
+    assert files_of(tmp_path / "copy").fingerprint != first.fingerprint
 
 
 @pytest.mark.parametrize("shape", [(6, 8, 9), (6, 8, 9, 1), (6, 1, 8, 9), (6, 8, 9, 3), (6, 3, 8, 9)])
@@ -135,7 +137,7 @@ class InMemory:
 
 
 def test_torchvision_data_sets(tmp_path: Path) -> None:
-    from torchvision.datasets import FakeData, ImageFolder
+    from torchvision.datasets import ImageFolder
 
     cifar_like = InMemory(np.full((3, 8, 8, 3), 7, np.uint8), [1, 0, 1])
     mnist_like = InMemory(torch.full((3, 8, 8), 9, dtype=torch.uint8), torch.tensor([0, 1, 0]))
@@ -149,8 +151,65 @@ def test_torchvision_data_sets(tmp_path: Path) -> None:
     assert theirs.classes == ours.classes and labels_of(theirs) == labels_of(ours)
     assert theirs.fingerprint == ours.fingerprint
     assert open_source(ours) is ours
-    with pytest.raises(SourceError, match=r"torchvision data set with \.samples or \.data, got FakeData"):
-        open_source(FakeData())
+    assert open_source(torch.utils.data.Subset(cifar_like, [2, 1])).labels.tolist() == [1, 0]  # type: ignore
+
+
+class Indexed(torch.utils.data.Dataset[Any]):
+    """What users write: items in any of the usual forms."""
+
+    def __init__(self, item: Any, n: int = 5, **more: Any) -> None:
+        self.item, self.n = item, n
+        vars(self).update(more)
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int) -> Any:
+        return self.item(i) if callable(self.item) else self.item
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        lambda i: Image.new("RGB", (6, 4), (i, 2 * i, 3 * i)),
+        lambda i: (Image.new("RGB", (6, 4), (i, 2 * i, 3 * i)).convert("RGBA"), 1),
+        lambda i: (np.full((4, 6, 3), (i, 2 * i, 3 * i), np.uint8), "label", 7),
+        lambda i: torch.tensor([i, 2 * i, 3 * i], dtype=torch.uint8)[:, None, None].expand(3, 4, 6),
+        lambda i: {"image": Image.new("RGB", (6, 4), (i, 2 * i, 3 * i)), "caption": "x"},
+    ],
+    ids=["PIL", "tuple", "array", "tensor", "mapping"],
+)
+def test_indexable_data_sets(item: Any) -> None:
+    source = open_source(Indexed(item, targets=[0, 1, 0, 1, 1], transform=None, classes=["cat", "dog"]))
+    assert isinstance(source, DatasetSource)
+    assert len(source) == 5 and source.labels is not None and source.labels.tolist() == [0, 1, 0, 1, 1]
+    for i in range(5):
+        assert np.array_equal(np.asarray(source.load(i)), np.full((4, 6, 3), (i, 2 * i, 3 * i), np.uint8))
+    assert np.asarray(source.subset(np.array([3])).load(0))[0, 0].tolist() == [3, 6, 9]
+    assert source.subset(np.array([3])).where(0) == "Indexed[3]"
+    assert source.fingerprint == open_source(Indexed(item)).fingerprint != open_source(Indexed(item, 4)).fingerprint
+
+
+def test_indexable_data_sets_of_something_else_are_refused() -> None:
+    picture = Image.new("RGB", (6, 4))
+    cases: list[tuple[Any, str]] = [
+        (
+            Indexed(torch.zeros(3, 4, 6)),
+            r"Indexed\[0\] must be a PIL image or a uint8 array.*torch.float32 \[3, 4, 6\]",
+        ),
+        (Indexed((np.zeros((4, 6), np.float64), 1)), r"got \(ndarray float64 \[4, 6\], int\)"),
+        (Indexed({"text": 1}), "got a mapping with text"),
+        (Indexed(picture, transform=abs), "Indexed must have no transform, got builtin_function_or_method; make it"),
+        (Indexed(picture, n=0), "Indexed is empty"),
+        (Indexed(lambda i: 1 // i), r"Indexed\[0\] raises ZeroDivisionError"),
+    ]
+    for data, message in cases:
+        with pytest.raises(SourceError, match=message) as caught:
+            open_source(data, where="data")
+        assert str(caught.value).startswith("data: ")
+    late = open_source(Indexed(lambda i: picture if i < 2 else 1 // 0))
+    with pytest.raises(BadImageError, match=r"Indexed\[2\] cannot be read \(ZeroDivisionError"):
+        late.load(2)
 
 
 def test_errors_say_what_where_and_how(tmp_path: Path) -> None:
@@ -158,7 +217,8 @@ def test_errors_say_what_where_and_how(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("x")
-    (tmp_path / "file.csv").write_text("x")
+    (tmp_path / "file.doc").write_text("x")
+    (tmp_path / "photos.tar.gz").write_text("x")
     (tmp_path / "broken.npz").write_bytes(b"PK not a zip")
     np.savez(tmp_path / "other.npz", pictures=images)
     np.savez(tmp_path / "objects.npz", images=np.array([{"a": 1}], dtype=object))
@@ -168,7 +228,8 @@ def test_errors_say_what_where_and_how(tmp_path: Path) -> None:
         (tmp_path / "no" / "such", rf"does not exist; give a folder .*that does exist is {tmp_path}\)"),
         (tmp_path / "empty", r"no images in .*empty or below \(no files at all\); expected files that end in \.jpg"),
         (tmp_path / "texts", r"only 1 x \.txt"),
-        (tmp_path / "file.csv", "is a file that is not understood"),
+        (tmp_path / "file.doc", "is a file that is not understood; give a folder of images, a list"),
+        (tmp_path / "photos.tar.gz", "is a file that is not understood; unpack it first"),
         (tmp_path / "broken.npz", "cannot be read as a .npz file"),
         (tmp_path / "objects.npz", "cannot be read as a .npz file"),
         (tmp_path / "other.npz", r"no array `images` \(it holds pictures\); save it with numpy.savez"),
@@ -177,7 +238,7 @@ def test_errors_say_what_where_and_how(tmp_path: Path) -> None:
         (images.astype(np.float32) / 255, "must be uint8 in 0..255, got float32; convert it"),
         (np.zeros((4, 8, 8, 4), np.uint8), r"with C = 1 or 3, got \[4, 8, 8, 4\]"),
         (np.zeros((0, 8, 8, 3), np.uint8), "has no images"),
-        (3.5, "expected a folder, a .npz file.* got float"),
+        (3.5, "expected a folder, a list of files.* got float"),
     ]
     for root, message in cases:
         with pytest.raises(SourceError, match=message) as caught:
@@ -192,7 +253,7 @@ def run(root: Path | None, **knn: Any) -> Config:
     return Config(data=DataConfig(root=root), knn=KNNConfig(**knn))
 
 
-@pytest.mark.parametrize("name", ["val", "test"])
+@pytest.mark.parametrize("name", ["val", "validation", "valid", "test"])
 def test_folder_with_train_and_validation(name: str, tmp_path: Path) -> None:
     put(tmp_path, "train/a/1.png", "train/b/2.png", "train/c/3.png", f"{name}/c/4.png", f"{name}/a/5.png")
     train, val = split(run(tmp_path))
@@ -207,6 +268,23 @@ def test_folder_with_train_only_is_its_training_images(tmp_path: Path) -> None:
     put(tmp_path, "train/a/1.png", "train/b/2.png")
     train, val = split(run(tmp_path))
     assert train.classes == ("a", "b") and val is None
+
+
+def test_train_beside_other_things_is_the_training_images(tmp_path: Path, caplog: Any) -> None:
+    """As data sets are handed around: notes, archives, development kits, images without labels, a sample picture."""
+    put(tmp_path, "train/a/1.png", "train/b/2.png", "unlabeled/x/3.png", "sample.png")
+    (tmp_path / "devkit" / "data").mkdir(parents=True)
+    (tmp_path / "devkit.tar.gz").write_text("x")
+    caplog.set_level("INFO")
+    train, val = split(run(tmp_path))
+    assert isinstance(train, FileSource) and train.paths == ("a/1.png", "b/2.png") and val is None
+    assert "only train is used, not devkit, devkit.tar.gz, sample.png, unlabeled" in caplog.text
+
+
+def test_a_class_may_be_named_train(tmp_path: Path) -> None:
+    put(tmp_path, "car/1.png", "plane/2.png", "train/3.png")
+    train, val = split(run(tmp_path))
+    assert train.classes == ("car", "plane", "train") and len(train) == 3 and val is None
 
 
 def test_separate_validation_folder(tmp_path: Path) -> None:

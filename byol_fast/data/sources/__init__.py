@@ -1,0 +1,30 @@
+"""Which images: folders, lists, arrays, shards and data sets, with labels where there are any.
+
+Labels are never used for training; nearest neighbours and linear probes need them.
+"""
+
+from byol_fast.data.sources.arrays import ArraySource, array_source
+from byol_fast.data.sources.base import EXTENSIONS, EncodedSource, ImageSource, SourceError
+from byol_fast.data.sources.datasets import DatasetSource, HuggingFaceSource
+from byol_fast.data.sources.files import FileSource
+from byol_fast.data.sources.opening import open_source, split
+from byol_fast.data.sources.parquet import ParquetSource
+from byol_fast.data.sources.shards import ShardSource
+from byol_fast.data.sources.webdataset import TarSource
+
+__all__ = [
+    "EXTENSIONS",
+    "ArraySource",
+    "DatasetSource",
+    "EncodedSource",
+    "FileSource",
+    "HuggingFaceSource",
+    "ImageSource",
+    "ParquetSource",
+    "ShardSource",
+    "SourceError",
+    "TarSource",
+    "array_source",
+    "open_source",
+    "split",
+]

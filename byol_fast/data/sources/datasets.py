@@ -1,0 +1,268 @@
+"""Data sets of other libraries: torchvision, any indexable one of PIL images or arrays, and Hugging Face's."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from byol_fast.data.integrity import BadImageError, read_file, to_rgb
+from byol_fast.data.sources.base import (
+    EncodedSource,
+    ImageSource,
+    SourceError,
+    checked_labels,
+    digest,
+    named_labels,
+)
+from byol_fast.data.sources.files import FileSource
+
+log = logging.getLogger(__name__)
+
+_IMAGE_KEYS = ("image", "img", "jpg", "png", "pixel_values")
+_FINGERPRINTED = 16
+
+
+@dataclass(frozen=True, eq=False)
+class DatasetSource(ImageSource):
+    """Images that an object with `__len__` and `__getitem__` decodes itself, in several threads at a time."""
+
+    dataset: Any
+    """The object."""
+    index: NDArray[np.int64]
+    """Which of its items are the images `[N]`."""
+    labels: NDArray[np.int64] | None = None
+    classes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @cached_property
+    def fingerprint(self) -> str:  # noqa: D102 (inherited)
+        name = f"{type(self.dataset).__name__} {len(self)}"
+        some = np.linspace(0, len(self) - 1, min(len(self), _FINGERPRINTED)).astype(int)
+        return digest([name.encode(), self.index.tobytes(), *(self.load(int(i)).tobytes() for i in some)])
+
+    def load(self, i: int) -> Image.Image:  # noqa: D102 (inherited)
+        try:
+            item = self.dataset[int(self.index[i])]
+        except Exception as error:  # whatever its author's code raises
+            raise BadImageError(self.where(i), f"cannot be read ({type(error).__name__}: {error})") from error
+        image = as_image(item)
+        if image is None:
+            raise BadImageError(self.where(i), f"is not an image ({_kind(item)})")
+        return image
+
+    def where(self, i: int) -> str:  # noqa: D102 (inherited)
+        return f"{type(self.dataset).__name__}[{self.index[i]}]"
+
+    def subset(self, index: NDArray[np.int64]) -> DatasetSource:  # noqa: D102 (inherited)
+        return replace(self, index=self.index[index], labels=self._labels_of(index))
+
+    def describe(self) -> str:  # noqa: D102 (inherited)
+        return f"{self._contents()} in {type(self.dataset).__name__}"
+
+
+@dataclass(frozen=True, eq=False)
+class HuggingFaceSource(EncodedSource):
+    """Encoded images of a `datasets.Dataset`."""
+
+    dataset: Any
+    """It, with its image column left encoded."""
+    column: str
+    """The image column."""
+    index: NDArray[np.int64]
+    """Its rows `[N]`."""
+    labels: NDArray[np.int64] | None = None
+    classes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @cached_property
+    def fingerprint(self) -> str:  # noqa: D102 (inherited)
+        some = np.linspace(0, len(self) - 1, min(len(self), _FINGERPRINTED)).astype(int)
+        return digest([str(self.dataset.features).encode(), self.index.tobytes(), *(self.read(int(i)) for i in some)])
+
+    def read(self, i: int) -> bytes:  # noqa: D102 (inherited)
+        value = self.dataset[int(self.index[i])][self.column]
+        data = value if isinstance(value, bytes) else (value or {}).get("bytes")
+        if data is None and isinstance(value, Mapping) and value.get("path"):
+            return read_file(Path(value["path"]))
+        return data or b""
+
+    def where(self, i: int) -> str:  # noqa: D102 (inherited)
+        return f"Dataset[{self.index[i]}]"
+
+    def subset(self, index: NDArray[np.int64]) -> HuggingFaceSource:  # noqa: D102 (inherited)
+        return replace(self, index=self.index[index], labels=self._labels_of(index))
+
+    def describe(self) -> str:  # noqa: D102 (inherited)
+        return f"{self._contents()} in a Hugging Face data set"
+
+
+def open_samples(dataset: object, samples: Sequence[Any], where: str) -> FileSource:
+    """The files of a torchvision data set: `.samples` is a list of (path, label).
+
+    Raises:
+        SourceError: it is not.
+    """
+    root = Path(getattr(dataset, "root", None) or ".")
+    try:
+        files = [os.fspath(sample[0]) for sample in samples]
+        labels = checked_labels([sample[1] for sample in samples], len(files), where)
+    except (TypeError, IndexError):
+        raise SourceError(f"{where}: .samples of {type(dataset).__name__} must be a list of (path, label)") from None
+    prefix = f"{root}{os.sep}"
+    y, names = named_labels(labels, getattr(dataset, "classes", ()), where)
+    return FileSource(root=root, paths=tuple(file.removeprefix(prefix) for file in files), labels=y, classes=names)
+
+
+def open_dataset(dataset: Any, where: str) -> DatasetSource:
+    """A data set that hands out images by number.
+
+    An item is an image, or begins with one (`(image, label)`), or has one under the key `image`; the image is a PIL
+    image, or a uint8 array or tensor `[H, W]`, `[H, W, C]` or `[C, H, W]`.
+
+    Raises:
+        SourceError: it is empty, has a transform, or hands out something else.
+    """
+    name = type(dataset).__name__
+    for attribute in ("transform", "transforms"):
+        if getattr(dataset, attribute, None) is not None:
+            raise SourceError(
+                f"{where}: {name} must have no {attribute}, got {type(getattr(dataset, attribute)).__name__}; make it "
+                "without: the two views are drawn here, from the whole image"
+            )
+    if not len(dataset):
+        raise SourceError(f"{where}: {name} is empty")
+    try:
+        first = dataset[0]
+    except Exception as error:
+        raise SourceError(f"{where}: {name}[0] raises {type(error).__name__}: {error}") from error
+    if as_image(first) is None:
+        raise SourceError(
+            f"{where}: {name}[0] must be a PIL image or a uint8 array [H, W, C] or [C, H, W], alone, first of a tuple "
+            f"or under the key `image`, got {_kind(first)}; leave out what turns images into tensors"
+        )
+    labels = getattr(dataset, "targets", None)
+    labels = getattr(dataset, "labels", None) if labels is None else labels
+    y: NDArray[np.int64] | None = None
+    names: tuple[str, ...] = ()
+    try:
+        checked = None if labels is None else checked_labels(labels, len(dataset), where)
+        y, names = named_labels(checked, getattr(dataset, "classes", None) or (), where)
+    except (SourceError, TypeError) as error:
+        log.warning("%s: the labels of %s are not used (%s)", where, name, error)
+    return DatasetSource(dataset, np.arange(len(dataset)), y, names)
+
+
+def is_hugging_face(root: object) -> bool:
+    """Whether this is an object of the library `datasets`; does not import it."""
+    return type(root).__module__.partition(".")[0] == "datasets" and hasattr(root, "features")
+
+
+def open_hugging_face(dataset: Any, where: str, *, image_column: str = "", label_column: str = "") -> HuggingFaceSource:
+    """A `datasets.Dataset`; its images are read encoded, and decoded like files.
+
+    Args:
+        dataset: the data set of one split.
+        where: name of the argument, for error messages.
+        image_column: its images; empty: the first column of images.
+        label_column: its class numbers; empty: `label`, or the first column of classes.
+
+    Raises:
+        SourceError: it is a stream, is empty, or has no such column.
+    """
+    import datasets
+
+    if not isinstance(dataset, datasets.Dataset):
+        raise SourceError(
+            f"{where}: must be a datasets.Dataset, got {type(dataset).__name__}; pick a split, and do not stream: "
+            "load_dataset(name, split='train')"
+        )
+    if not len(dataset):
+        raise SourceError(f"{where}: the data set is empty")
+    features = dataset.features
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    column = image_column or next(iter(images), "")
+    if column not in features or not (column in images or image_column):
+        raise SourceError(
+            f"{where}: the data set must have a column of images, got {image_column or 'none'}; its columns are "
+            f"{', '.join(features)}"
+        )
+    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    label = label_column or next((name for name in ("label", *classes) if name in classes), "")
+    if label and label not in features:
+        raise SourceError(f"{where}: data.label_column must be one of {', '.join(features)}, got {label_column!r}")
+    y: NDArray[np.int64] | None = None
+    names: tuple[str, ...] = ()
+    if label:
+        given = np.array(dataset.with_format(None)[label])
+        y, names = named_labels(
+            checked_labels(given, len(dataset), where), getattr(features[label], "names", ()), where
+        )
+    encoded = dataset.with_format(None).select_columns([column])
+    if column in images:
+        encoded = encoded.cast_column(column, datasets.Image(decode=False))
+    return HuggingFaceSource(encoded, column, np.arange(len(dataset)), y, names)
+
+
+def open_cifar10(cache: Path) -> tuple[Any, Any]:
+    """Torchvision's CIFAR-10, training and test images; fetched into the cache where it is not there.
+
+    Raises:
+        SourceError: it is not there and cannot be fetched.
+    """
+    from torchvision.datasets import CIFAR10
+
+    cache = cache.expanduser()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        train, test = (CIFAR10(cache, train=train, download=True) for train in (True, False))
+    except (OSError, RuntimeError) as error:
+        raise SourceError(
+            f"data.builtin: CIFAR-10 is not in {cache} and could not be fetched ({error}); "
+            f"give --data.root FOLDER, or put cifar-10-python.tar.gz into {cache}"
+        ) from error
+    return train, test
+
+
+def as_image(item: Any) -> Image.Image | None:
+    """The image of a data set's item in RGB; None where it has none."""
+    if isinstance(item, Mapping):
+        item = next((item[key] for key in _IMAGE_KEYS if key in item), None)
+    elif isinstance(item, tuple | list) and item:
+        item = item[0]
+    if isinstance(item, Image.Image):
+        return to_rgb(item)
+    if isinstance(item, torch.Tensor):
+        item = item.numpy(force=True)
+    if not isinstance(item, np.ndarray) or item.dtype != np.uint8:
+        return None
+    if item.ndim == 3 and item.shape[2] not in {1, 3, 4} and item.shape[0] in {1, 3, 4}:
+        item = item.transpose(1, 2, 0)
+    if item.ndim == 3 and item.shape[2] == 1:
+        item = item[..., 0]
+    if item.ndim not in {2, 3} or (item.ndim == 3 and item.shape[2] not in {3, 4}) or 0 in item.shape:
+        return None
+    return Image.fromarray(np.ascontiguousarray(item)).convert("RGB")
+
+
+def _kind(item: Any) -> str:
+    if isinstance(item, tuple | list) and item:
+        return f"({', '.join(_kind(part) for part in item)})"
+    if isinstance(item, torch.Tensor | np.ndarray):
+        return f"{type(item).__name__} {item.dtype} {list(item.shape)}"
+    if isinstance(item, Mapping):
+        return f"a mapping with {', '.join(map(str, item))}"
+    return type(item).__name__
