@@ -99,9 +99,9 @@ class EncodedSource(ImageSource):
             raise BadImageError(self.where(i), check_bytes(data) or f"cannot be decoded ({error})") from error
 
 
-def sampled(n: int) -> list[int]:
-    """Positions of up to SAMPLED_SIZES of n images, evenly spaced."""
-    count = min(n, SAMPLED_SIZES)
+def sampled(n: int, at_most: int = SAMPLED_SIZES) -> list[int]:
+    """Positions of some of n images, evenly spaced."""
+    count = min(n, at_most)
     return [k * n // count for k in range(count)]
 
 

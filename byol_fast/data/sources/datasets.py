@@ -23,6 +23,7 @@ from byol_fast.data.sources.base import (
     checked_labels,
     digest,
     named_labels,
+    sampled,
 )
 from byol_fast.data.sources.files import FileSource
 
@@ -49,8 +50,8 @@ class DatasetSource(ImageSource):
     @cached_property
     def fingerprint(self) -> str:  # noqa: D102 (inherited)
         name = f"{type(self.dataset).__name__} {len(self)}"
-        some = np.linspace(0, len(self) - 1, min(len(self), _FINGERPRINTED)).astype(int)
-        return digest([name.encode(), self.index.tobytes(), *(self.load(int(i)).tobytes() for i in some)])
+        some = sampled(len(self), _FINGERPRINTED)
+        return digest([name.encode(), self.index.tobytes(), *(self.load(i).tobytes() for i in some)])
 
     def load(self, i: int) -> Image.Image:  # noqa: D102 (inherited)
         try:
@@ -90,8 +91,8 @@ class HuggingFaceSource(EncodedSource):
 
     @cached_property
     def fingerprint(self) -> str:  # noqa: D102 (inherited)
-        some = np.linspace(0, len(self) - 1, min(len(self), _FINGERPRINTED)).astype(int)
-        return digest([str(self.dataset.features).encode(), self.index.tobytes(), *(self.read(int(i)) for i in some)])
+        some = sampled(len(self), _FINGERPRINTED)
+        return digest([str(self.dataset.features).encode(), self.index.tobytes(), *(self.read(i) for i in some)])
 
     def read(self, i: int) -> bytes:  # noqa: D102 (inherited)
         value = self.dataset[int(self.index[i])][self.column]
@@ -168,7 +169,8 @@ def open_dataset(dataset: Any, where: str) -> DatasetSource:
 
 def is_hugging_face(root: object) -> bool:
     """Whether this is an object of the library `datasets`; does not import it."""
-    return type(root).__module__.partition(".")[0] == "datasets" and hasattr(root, "features")
+    kind = type(root)
+    return kind.__module__.partition(".")[0] == "datasets" and "Dataset" in kind.__name__
 
 
 def open_hugging_face(dataset: Any, where: str, *, image_column: str = "", label_column: str = "") -> HuggingFaceSource:

@@ -147,6 +147,7 @@ def _alone(copy: Path) -> Iterator[None]:
 
 def _unpack(path: Path, copy: Path, where: str, image_column: str, label_column: str) -> Index:
     import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     try:
@@ -167,19 +168,17 @@ def _unpack(path: Path, copy: Path, where: str, image_column: str, label_column:
     log.info("%s: copying its images (%.2f GiB) to %s, once", path.name, need / 2**30, copy.parent)
     sizes: list[NDArray[np.int64]] = []
     texts: list[str] = []
-    try:
-        with atomic_path(copy) as temporary, temporary.open("wb") as out:
-            for batch in file.iter_batches(_BATCH_ROWS, columns=[leaf, *([labels] if labels else [])]):
-                images = batch.column(column)
-                images = pa.compute.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images
-                images = pa.compute.fill_null(images.cast(pa.large_binary()), b"")
-                ends = np.frombuffer(images.buffers()[1], np.int64)[images.offset : images.offset + len(images) + 1]
-                sizes.append(np.diff(ends))
-                if ends[-1] > ends[0]:
-                    out.write(memoryview(images.buffers()[2])[ends[0] : ends[-1]])
-                texts.extend(_text(label) for label in batch.column(labels).to_pylist()) if labels else None
-    except pa.ArrowException as error:
-        raise SourceError(f"{where}: {path} is damaged ({error}); fetch it again") from error
+    with atomic_path(copy) as temporary, temporary.open("wb") as out:
+        for batch in _batches(file, [leaf, *([labels] if labels else [])], path, where):
+            images = batch.column(column)
+            images = pc.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images
+            images = pc.fill_null(images.cast(pa.large_binary()), b"")
+            ends = np.frombuffer(images.buffers()[1], np.int64)[images.offset : images.offset + len(images) + 1]
+            sizes.append(np.diff(ends))
+            if ends[-1] > ends[0]:
+                out.write(memoryview(images.buffers()[2])[ends[0] : ends[-1]])
+            if labels:
+                texts.extend(_text(label) for label in batch.column(labels).to_pylist())
     size = np.concatenate(sizes) if sizes else np.empty(0, np.int64)
     names = _class_names(schema, labels)
     return {
@@ -188,6 +187,15 @@ def _unpack(path: Path, copy: Path, where: str, image_column: str, label_column:
         "labels": pack_texts(texts or [""] * len(size)),
         "classes": np.array(names, np.str_),
     }
+
+
+def _batches(file: Any, columns: list[str], path: Path, where: str) -> Iterator[Any]:
+    import pyarrow as pa
+
+    try:
+        yield from file.iter_batches(_BATCH_ROWS, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(f"{where}: {path} is damaged ({str(error).strip()}); fetch it again") from error
 
 
 def _text(label: object) -> str:

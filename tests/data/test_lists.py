@@ -1,0 +1,86 @@
+"""Lists of files: `.txt`, `.csv` and `.tsv`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from byol_fast.data import SourceError, open_source
+from byol_fast.data.sources import FileSource
+from tests.data.test_sources import labels_of, put
+
+
+def list_of(path: Path, text: str) -> FileSource:
+    path.write_text(text, encoding="utf-8")
+    source = open_source(path, where="data.root")
+    assert isinstance(source, FileSource)
+    return source
+
+
+def test_paths_alone(tmp_path: Path) -> None:
+    put(tmp_path, "a b/1.png", "\u732b.png", "2.jpeg")
+    source = list_of(tmp_path / "x.txt", "\n\u732b.png\r\na b/1.png\n\n./2.jpeg\n2.jpeg\n")
+    assert source.paths == ("\u732b.png", "a b/1.png", "./2.jpeg", "2.jpeg")  # in the list's order, as often as there
+    assert source.labels is None
+    assert source.load(1).getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_labels_after_a_tab(tmp_path: Path) -> None:
+    put(tmp_path, "1.png", "sub/2 3.png", "4.png")
+    source = list_of(tmp_path / "x.txt", "1.png\tdog\nsub/2 3.png\tcat\n4.png\tdog\n")
+    assert source.paths == ("1.png", "sub/2 3.png", "4.png")
+    assert source.classes == ("cat", "dog") and labels_of(source) == [1, 0, 1]
+    numbered = list_of(tmp_path / "x.txt", "1.png\t2\nsub/2 3.png\t0\n4.png\t2")
+    assert numbered.classes == ("0", "1", "2") and labels_of(numbered) == [2, 0, 2]
+    assert list_of(tmp_path / "x.txt", "1.png\t2\nsub/2 3.png\n").labels is None
+    assert list_of(tmp_path / "x.txt", "1.png\t-1\n4.png\t0\n").labels is None
+
+
+def test_numbers_after_a_blank(tmp_path: Path) -> None:
+    """As ImageNet's own lists have them; unless the blank and the number belong to the name."""
+    put(tmp_path, "photo 1.png", "photo 2.png")
+    source = list_of(tmp_path / "x.txt", "photo 1.png 65\nphoto 2.png 970\n")
+    assert source.paths == ("photo 1.png", "photo 2.png") and labels_of(source) == [65, 970]
+    put(tmp_path, "photo 1", "photo 2")
+    assert list_of(tmp_path / "x.txt", "photo 1\nphoto 2\n").paths == ("photo 1", "photo 2")
+
+
+@pytest.mark.parametrize("path_column", ["path", "file", "Filename", "image"])
+@pytest.mark.parametrize("label_column", ["label", "class", None])
+def test_tables(path_column: str, label_column: str | None, tmp_path: Path) -> None:
+    put(tmp_path, "1.png", "sub/2, 3.png")
+    header = f"id,{path_column}" + (f",{label_column}" if label_column else "")
+    rows = [("7", "1.png", "dog"), ("8", '"sub/2, 3.png"', "cat")]
+    text = "\n".join([header, *(",".join(row[: 3 if label_column else 2]) for row in rows)])
+    source = list_of(tmp_path / "x.csv", "\ufeff" + text)
+    assert source.paths == ("1.png", "sub/2, 3.png")
+    if label_column:
+        assert source.classes == ("cat", "dog") and labels_of(source) == [1, 0]
+    else:
+        assert source.labels is None
+    tabs = list_of(tmp_path / "x.tsv", "path\tlabel\n1.png\t0\nsub/2, 3.png\t1\n")
+    assert tabs.paths == source.paths and labels_of(tabs) == [0, 1]
+
+
+def test_a_list_elsewhere_with_absolute_paths(tmp_path: Path) -> None:
+    put(tmp_path / "photos", "1.png")
+    (tmp_path / "lists").mkdir()
+    source = list_of(tmp_path / "lists" / "x.txt", f"{tmp_path / 'photos' / '1.png'}\n../photos/1.png\n")
+    assert source.load(0).tobytes() == source.load(1).tobytes()
+    assert source.where(0) == str(tmp_path / "photos" / "1.png")
+
+
+def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
+    put(tmp_path, "1.png")
+    for name, text, message in (
+        ("x.txt", "\n \n", r"x\.txt lists no images; expected one path a line"),
+        ("x.csv", "", r"must have a header with a column `path` \(and `label`\), got nothing"),
+        ("x.csv", "1.png,0\n", r"a header with a column `path` \(and `label`\), got 1\.png, 0"),
+        ("x.csv", "path,label\n", "lists no images"),
+        ("x.txt", "no.png\nnor.png\n", r"none of 2 files that .* lists exists, such as .*no\.png; paths are relative"),
+        ("x.txt", "https://example.org/1.png\n", "lists addresses"),
+    ):
+        with pytest.raises(SourceError, match=message) as caught:
+            list_of(tmp_path / name, text)
+        assert str(caught.value).startswith("data.root: ")
