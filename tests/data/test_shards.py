@@ -1,0 +1,172 @@
+"""How an epoch is dealt out to several processes: properties for any size, batch and number of shards.
+
+`python -m tests.data.test_shards` prints the table of sizes, shards, steps and repeats.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from byol_fast.config import ViewConfig
+from byol_fast.data.loader import Planner
+from byol_fast.data.views import permutation
+
+VIEW = ViewConfig(size=8)
+
+SIZES = st.integers(1, 300)
+SHARDS = st.integers(1, 8)
+BATCHES = st.integers(1, 20)
+SEEDS = st.integers(0, 2**31 - 1)
+
+
+def planners(n: int, shards: int, batch: int, seed: int = 0) -> list[Planner]:
+    return [Planner(n, (VIEW, VIEW), batch_size=batch, seed=seed, shard_id=i, num_shards=shards) for i in range(shards)]
+
+
+def epoch_of(parts: list[Planner], epoch: int) -> NDArray[np.int64]:
+    """All places of an epoch in the order in which they are dealt: `[steps * batch, shards]`, flattened."""
+    steps = parts[0].steps_per_epoch
+    dealt = [np.concatenate([p(epoch * steps + s).index for s in range(steps)]) for p in parts]
+    return np.stack(dealt, axis=1).ravel()
+
+
+@settings(max_examples=80, deadline=None)
+@given(n=SIZES, shards=SHARDS, batch=BATCHES, seed=SEEDS, epoch=st.integers(0, 50))
+def test_an_epoch_is_dealt_out_whole(n: int, shards: int, batch: int, seed: int, epoch: int) -> None:
+    """Against the rule written down another way: the epoch's order, filled up from its own front, cut into batches."""
+    per_shard = -(-n // shards)
+    assume(batch <= per_shard and shards <= n)
+    parts = planners(n, shards, batch, seed)
+    assert {p.steps_per_epoch for p in parts} == {per_shard // batch}
+    seen = epoch_of(parts, epoch)
+    order = permutation(n, seed=seed, epoch=epoch)
+    filled = np.concatenate([order, order])[: per_shard * shards]  # fewer than shards <= n are repeated
+    assert np.array_equal(seen, filled[: len(seen)])
+    counts = Counter(seen.tolist())
+    repeated, lost = sum(c - 1 for c in counts.values()), n - len(counts)
+    assert max(counts.values()) <= 2 and repeated <= (-n) % shards < shards
+    assert lost <= (batch - 1) * shards  # what does not fill a batch
+    assert not (repeated and lost)  # nothing is repeated before everything was seen
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(16, 300), shards=st.integers(2, 8), seed=SEEDS)
+def test_the_order_does_not_depend_on_the_number_of_shards(n: int, shards: int, seed: int) -> None:
+    """The images of step s on all shards together are those of step s of one process with all the batch."""
+    assume(n >= 2 * shards)
+    many, one = epoch_of(planners(n, shards, 2, seed), 3), epoch_of(planners(n, 1, 2 * shards, seed), 3)
+    common = min(len(many), len(one))
+    assert common >= n - 2 * shards and np.array_equal(many[:common], one[:common])
+
+
+def test_orders_of_epochs_and_seeds_differ_and_are_fair() -> None:
+    """All orders of 4 images are equally likely over epochs and over seeds (chi-square, p > 1e-6), and unrelated."""
+    for many in (
+        [permutation(4, seed=1, epoch=e) for e in range(12_000)],
+        [permutation(4, seed=s, epoch=1) for s in range(12_000)],
+    ):
+        counts = Counter(tuple(order.tolist()) for order in many)
+        assert len(counts) == 24
+        assert sum((c - 500) ** 2 / 500 for c in counts.values()) < 73.7  # chi-square, 23 degrees, 1e-6
+    n = 10_000
+    orders = [permutation(n, seed=s, epoch=e) for s in range(3) for e in range(3)]
+    for i, a in enumerate(orders):
+        for b in [*orders[:i], np.arange(n)]:
+            assert abs(np.corrcoef(a, b)[0, 1]) < 5 / np.sqrt(n)
+
+
+def test_shards_of_an_epoch_are_disjoint_and_their_draws_too() -> None:
+    """Ranks share one seed: a draw is a function of the image and the epoch, and no two ranks have the same images."""
+    parts = planners(96, 4, 8, seed=5)
+    plans = [[p(s) for s in range(3)] for p in parts]
+    images = [{int(i) for plan in rank for i in plan.index} for rank in plans]
+    assert all(not (a & b) for k, a in enumerate(images) for b in images[:k])
+    crops = [tuple(row) for rank in plans for plan in rank for d in plan.draws for row in d.crop]
+    assert len(set(crops)) == 2 * 96  # no two views of an epoch are drawn alike, on whatever rank
+
+
+def test_an_image_that_fills_up_a_deal_is_drawn_as_the_first_time() -> None:
+    """The padding rule: 10 images on 4 shards, two are shown twice in the epoch, with the same views both times."""
+    parts = planners(10, 4, 1, seed=2)
+    rows: dict[int, list[bytes]] = {}
+    for p in parts:
+        for s in range(p.steps_per_epoch):
+            plan = p(s)
+            rows.setdefault(int(plan.index[0]), []).append(b"".join(d.crop.tobytes() for d in plan.draws))
+    assert sorted(len(views) for views in rows.values()) == [1] * 8 + [2] * 2
+    assert all(len(set(views)) == 1 for views in rows.values())
+
+
+def lazily(parts: list[Planner], epoch: int, bad: Collection[int]) -> tuple[NDArray[np.int64], set[int]]:
+    """An epoch where each shard learns which images are bad only when it meets them."""
+    steps = parts[0].steps_per_epoch
+    dealt: list[NDArray[np.int64]] = []
+    for p in parts:
+        known: set[int] = set()
+        p.excluded = known
+        rows = []
+        for s in range(steps):
+            while met := set(p(epoch * steps + s).index.tolist()) & set(bad):
+                known |= met
+            rows.append(p(epoch * steps + s).index)
+        dealt.append(np.concatenate(rows))
+    return np.stack(dealt, axis=1).ravel(), known
+
+
+@settings(max_examples=50, deadline=None)
+@given(n=st.integers(8, 200), shards=SHARDS, batch=st.integers(1, 8), seed=SEEDS, data=st.data())
+def test_stand_ins_do_not_depend_on_when_an_image_was_found_bad(
+    n: int, shards: int, batch: int, seed: int, data: st.DataObject
+) -> None:
+    assume(batch <= -(-n // shards))
+    bad = data.draw(st.sets(st.integers(0, n - 1), max_size=n // 2))
+    before = epoch_of(planners(n, shards, batch, seed), 1)
+    knowing = planners(n, shards, batch, seed)
+    for p in knowing:
+        p.excluded = bad
+    whole = epoch_of(knowing, 1)
+    assert not set(whole.tolist()) & bad
+    stays = ~np.isin(before, list(bad))
+    assert np.array_equal(whole[stays], before[stays])  # nobody else moves
+    assert np.array_equal(lazily(planners(n, shards, batch, seed), 1, bad)[0], whole)
+    assert {p.steps_per_epoch for p in knowing} == {-(-n // shards) // batch}
+
+
+def test_stand_ins_are_spread_over_all_images_and_differ_between_epochs() -> None:
+    stand_ins = []
+    for epoch in range(300):
+        [p] = planners(50, 1, 50, seed=3)
+        before = p(epoch).index
+        p.excluded = {7}
+        stand_ins.append(int(p(epoch).index[before == 7][0]))
+    assert 7 not in stand_ins and len(set(stand_ins)) == 49  # expected to miss 49 * (1 - 1/49)^300 = 0.1 of them
+
+
+@pytest.mark.parametrize("n", [10, 37, 1000])
+def test_table(n: int) -> None:
+    rows = [row(n, shards, 4) for shards in (1, 2)]
+    assert rows[0][2] == n // 4 and all(r[3] + n - r[4] == r[2] * 4 * r[1] for r in rows)
+
+
+def row(n: int, shards: int, batch: int) -> tuple[int, int, int, int, int]:
+    """Images, shards, steps of an epoch on each, images shown twice, images left out."""
+    parts = planners(n, shards, batch)
+    counts = Counter(epoch_of(parts, 0).tolist())
+    return n, shards, parts[0].steps_per_epoch, sum(c - 1 for c in counts.values()), n - len(counts)
+
+
+if __name__ == "__main__":
+    print("| images | shards | batch | steps an epoch, on each | shown twice | left out of the epoch |")
+    print("|---|---|---|---|---|---|")
+    for n_, batch_ in ((37, 1), (101, 4), (1000, 16), (10_007, 32)):
+        for shards_ in range(1, 9):
+            if batch_ <= -(-n_ // shards_):
+                _, _, steps_, twice, left = row(n_, shards_, batch_)
+                print(f"| {n_} | {shards_} | {batch_} | {steps_} | {twice} | {left} |")
