@@ -1,0 +1,475 @@
+"""Stacked views against one pass for each view by torch's own batch norms."""
+
+from __future__ import annotations
+
+import copy
+import re
+import socket
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+from torch.multiprocessing.spawn import spawn
+from torch.nn import functional as F
+
+from byol_fast.batchnorm import convert, synchronise, views_now, views_stacked
+
+# Equal in exact arithmetic; roundings of sums in another order, a few layers deep. float64 has 2.2e-16.
+CLOSE: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
+
+
+class Residual(nn.Module):
+    """Every kind of layer that carries parameters or statistics in a ResNet with a head."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8, **options)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(8, **options)
+        self.linear = nn.Linear(8, 16)
+        self.norm = nn.BatchNorm1d(16, **options)
+        self.last = nn.Linear(16, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = F.relu(x + self.bn2(self.conv2(x)))
+        y: Tensor = self.last(F.relu(self.norm(self.linear(x.mean((2, 3))))))
+        return y
+
+
+def made(make: Callable[[], nn.Module]) -> nn.Module:
+    """A network in float64 with parameters and statistics that are not those of a fresh one."""
+    torch.manual_seed(0)
+    network = make().double()
+    with torch.no_grad():
+        for tensor in [*network.parameters(), *network.buffers()]:
+            if tensor.is_floating_point():
+                tensor.add_(torch.rand_like(tensor) * 0.3)
+    return network
+
+
+def separately(network: nn.Module, x: Tensor, views: int) -> Tensor:
+    return torch.cat([network(view) for view in x.chunk(views)])
+
+
+def at_once(network: nn.Module, x: Tensor, views: int) -> Tensor:
+    with views_stacked(network, views):
+        y: Tensor = network(x)
+    return y
+
+
+def everything(network: nn.Module, x: Tensor, run: Callable[[nn.Module, Tensor], Tensor]) -> dict[str, Tensor]:
+    """Outputs, gradients and buffers of two steps' worth of passes under an uneven upstream gradient."""
+    x = x.clone().requires_grad_()
+    y = run(network, x)
+    upstream = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).reshape(y.shape)
+    y.backward(upstream)  # type: ignore[no-untyped-call]
+    again = run(network, x.detach() * 0.5 + 1)
+    assert x.grad is not None
+    found = {"y": y.detach(), "again": again.detach(), "dx": x.grad}
+    found |= {f"d {name}": p.grad for name, p in network.named_parameters() if p.grad is not None}
+    return found | {name: b.clone() for name, b in network.named_buffers()}
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        torch.testing.assert_close(tensor, b[name], **CLOSE, msg=partial("{}: {}".format, name))
+
+
+@pytest.mark.parametrize("views", [2, 3])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"momentum": None},
+        {"momentum": 0.3, "eps": 1e-3},
+        {"affine": False},
+        {"track_running_stats": False},
+        {"affine": False, "track_running_stats": False},
+    ],
+    ids=str,
+)
+def test_stacked_equals_separate(options: dict[str, Any], layout: torch.memory_format, views: int) -> None:
+    network = made(lambda: Residual(**options)).to(memory_format=layout)
+    stacked = copy.deepcopy(network)
+    assert convert(stacked) is None
+    x = torch.randn(views * 4, 3, 9, 7, dtype=torch.float64).contiguous(memory_format=layout)
+    expected = everything(network, x, lambda n, x: separately(n, x, views))
+    equal(everything(stacked, x, lambda n, x: at_once(n, x, views)), expected)
+    if options.get("track_running_stats", True):
+        assert expected["bn1.num_batches_tracked"] == 2 * views
+
+
+@pytest.mark.parametrize(("options", "views"), [({}, 2), ({"momentum": None}, 3), ({"affine": False}, 2)], ids=str)
+def test_compiled_equals_separate_without_breaks(options: dict[str, Any], views: int) -> None:
+    network = made(lambda: Residual(**options)).to(memory_format=torch.channels_last)
+    stacked = copy.deepcopy(network)
+    convert(stacked)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(at_once, backend="aot_eager_decomp_partition", fullgraph=True, dynamic=False)
+    x = torch.randn(views * 4, 3, 9, 7, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    expected = everything(network, x, lambda n, x: separately(n, x, views))
+    equal(everything(stacked, x, lambda n, x: compiled(n, x, views)), expected)
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (6, 5, 7), (6, 5, 4, 3), (6, 5, 2, 3, 4), (4, 1, 3, 3)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "weights"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),  # autocast
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float64, torch.float64),
+    ],
+    ids=str,
+)
+def test_one_layer_is_bit_for_bit_torchs(shape: tuple[int, ...], dtype: torch.dtype, weights: torch.dtype) -> None:
+    plain = one_layer(shape).to(weights)
+    stacked = copy.deepcopy(plain)
+    convert(stacked)
+    x, dy = (t.to(dtype) for t in torch.randn(2, *shape, dtype=torch.float64))
+    if len(shape) == 4:
+        x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    expected, found = separately(plain, a, 2), at_once(stacked, b, 2)
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+    (expected_dx,), (found_dx,) = torch.autograd.grad(expected, a, dy), torch.autograd.grad(found, b, dy)
+    assert torch.equal(found_dx, expected_dx)
+    for one, other in zip(stacked.buffers(), plain.buffers(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (6, 5, 7), (6, 5, 4, 3), (6, 5, 2, 3, 4)], ids=str)
+def test_any_memory_layout(shape: tuple[int, ...]) -> None:
+    plain = one_layer(shape).double()
+    stacked = copy.deepcopy(plain)
+    convert(stacked)
+    x = torch.randn(*shape[:-1], 3 * shape[-1], dtype=torch.float64)[..., ::3]  # with gaps
+    a, b = x.detach().requires_grad_(), x.detach().requires_grad_()
+    expected, found = separately(plain, a, 2), at_once(stacked, b, 2)
+    torch.testing.assert_close(found, expected, **CLOSE)
+    dy = torch.randn(shape[1:], dtype=torch.float64).expand(shape)  # strides of 0
+    (expected_dx,), (found_dx,) = torch.autograd.grad(expected, a, dy), torch.autograd.grad(found, b, dy)
+    torch.testing.assert_close(found_dx, expected_dx, **CLOSE)
+
+
+def one_layer(shape: tuple[int, ...]) -> nn.Module:
+    kind: Any = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(shape)]
+    layer = kind(shape[1])
+    torch.manual_seed(1)
+    with torch.no_grad():
+        layer.weight.copy_(torch.linspace(0.5, 2, shape[1]))
+        layer.bias.copy_(torch.linspace(-1, 1, shape[1]))
+    return cast("nn.Module", layer)
+
+
+def test_autocast_is_that_of_torch() -> None:
+    network = made(Residual).float().to(memory_format=torch.channels_last)
+    stacked = copy.deepcopy(network)
+    convert(stacked)
+    x = torch.randn(8, 3, 9, 7).contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = separately(network, x, 2), at_once(stacked, x, 2)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)  # convolutions round to 2^-8, batch by batch
+    assert stacked.get_buffer("bn1.running_var").dtype == torch.float32
+
+
+def test_outside_and_in_eval_it_is_plain_batch_norm() -> None:
+    network = made(Residual)
+    stacked = copy.deepcopy(network)
+    convert(stacked)
+    x = torch.randn(5, 3, 9, 7, dtype=torch.float64)
+    equal(everything(stacked, x, lambda n, x: n(x)), everything(network, x, lambda n, x: n(x)))
+    network.eval()
+    stacked.eval()
+    with views_stacked(stacked, 2):  # five images are no two views, but nobody looks at them together
+        assert torch.equal(stacked(x), network(x))
+
+
+def test_a_frozen_norm_stays_frozen() -> None:
+    network = made(Residual)
+    stacked = copy.deepcopy(network)
+    convert(stacked)
+    for n in (network, stacked):
+        n.get_submodule("bn2").eval()
+    x = torch.randn(8, 3, 9, 7, dtype=torch.float64)
+    equal(
+        everything(stacked, x, lambda n, x: at_once(n, x, 2)), everything(network, x, lambda n, x: separately(n, x, 2))
+    )
+
+
+def test_nothing_but_the_class_changes() -> None:
+    network = made(Residual)
+    before, modules = {k: v.clone() for k, v in network.state_dict().items()}, dict(network.named_modules())
+    parameters = list(network.parameters())
+    assert convert(network) is None
+    assert convert(network) is None  # again
+    assert all(a is b for a, b in zip(parameters, network.parameters(), strict=True))
+    assert all(m is modules[name] for name, m in network.named_modules())
+    assert isinstance(network.get_submodule("bn1"), nn.BatchNorm2d)
+    after = network.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    fresh = Residual().double()
+    fresh.load_state_dict(after)
+
+
+def test_views_are_stacked_within_only_and_for_this_network_only() -> None:
+    network = made(Residual)
+    convert(network)
+    other = copy.deepcopy(network)
+    with pytest.raises(RuntimeError, match="stop"), views_stacked(network, 2):
+        assert (views_now(network), views_now(other)) == (2, 1)
+        with views_stacked(network, 3):
+            assert views_now(network) == 3
+        assert views_now(network) == 2
+        raise RuntimeError("stop")
+    assert views_now(network) == views_now(nn.Linear(1, 1)) == 1
+
+
+def test_errors_say_what_to_do() -> None:
+    network = made(Residual)
+    convert(network)
+    x = torch.randn(5, 3, 9, 7, dtype=torch.float64)
+    with pytest.raises(ValueError, match="must be 2 views of equal size, got 5 images"), views_stacked(network, 2):
+        network(x)
+    with pytest.raises(ValueError, match="more than one value a channel"), views_stacked(network, 2):
+        network.get_submodule("norm")(torch.randn(2, 16, dtype=torch.float64))
+    with pytest.raises(ValueError, match="views must be 1 or more, got 0"), views_stacked(network, 0):
+        pass
+    pair = x[:4].clone().requires_grad_()
+    (dx,) = torch.autograd.grad(at_once(network, pair, 2).square().sum(), pair, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()  # type: ignore[no-untyped-call]
+
+
+# ------------------------------------------------------------------------------------------------ what cannot be
+
+
+class OwnForward(nn.BatchNorm2d):
+    """As timm's and others': batch norm and activation in one, by the functional form."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.num_batches_tracked is not None
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        y = F.batch_norm(
+            x,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.training,
+            self.momentum or 0.0,
+            self.eps,
+        )
+        return F.gelu(y)
+
+
+class Inherited(nn.BatchNorm2d):
+    """A subclass that changes nothing."""
+
+
+class Functional(nn.Module):
+    """Batch normalisation that is no module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, None, None, training=True)
+
+
+class Spectral(nn.Module):
+    """Moves its buffers once a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        return y
+
+
+def with_norm(norm: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Dropout(0.5), nn.ReLU())
+
+
+FINE: dict[str, Callable[[], nn.Module]] = {
+    "residual": Residual,
+    "subclass": lambda: with_norm(Inherited(4)),
+    "own forward": lambda: with_norm(OwnForward(4)),
+    "group norm": lambda: with_norm(nn.GroupNorm(2, 4)),
+    "instance norm": lambda: with_norm(nn.InstanceNorm2d(4)),
+    "layer norm": lambda: with_norm(nn.LayerNorm([4, 7, 5])),
+    "several outputs": lambda: Both(with_norm(nn.BatchNorm2d(4))),
+}
+NOT_FINE: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "functional": (lambda: with_norm(Functional()), "mixes images, or is random"),
+    "instance norm with statistics": (
+        lambda: with_norm(nn.InstanceNorm2d(4, track_running_stats=True)),
+        r"1 \(InstanceNorm2d\) moves its running statistics once a call",
+    ),
+    "spectral norm": (lambda: nn.Sequential(Spectral(), nn.BatchNorm2d(4)), "mixes images|its buffer .*_u differs"),
+    "lazy": (lambda: with_norm(nn.LazyBatchNorm2d()), "does not know its channels yet"),
+    "fails in float64": (lambda: nn.Sequential(Half(), nn.BatchNorm2d(3)), "could not be tried in float64"),
+}
+
+
+class Both(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        y = self.inner(x)
+        return {"maps": y, "means": [y.mean((2, 3))]}
+
+
+class Half(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, torch.eye(5))
+
+
+@pytest.mark.parametrize("name", FINE)
+def test_networks_that_take_stacked_views(name: str) -> None:
+    network = made(FINE[name])
+    stacked = copy.deepcopy(network)
+    assert convert(stacked, torch.zeros(4, 3, 9, 7)) is None
+    assert all(torch.equal(a, b) for a, b in zip(stacked.buffers(), network.buffers(), strict=True))
+    for n in (network, stacked):
+        for dropout in (m for m in n.modules() if isinstance(m, nn.Dropout)):
+            dropout.eval()
+    x = torch.randn(8, 3, 9, 7, dtype=torch.float64)
+    if name == "several outputs":
+        network, stacked = network.get_submodule("inner"), stacked.get_submodule("inner")
+    equal(
+        everything(stacked, x, lambda n, x: at_once(n, x, 2)), everything(network, x, lambda n, x: separately(n, x, 2))
+    )
+
+
+@pytest.mark.parametrize("name", NOT_FINE)
+def test_networks_that_do_not_say_why(name: str) -> None:
+    make, reason = NOT_FINE[name]
+    network = make()
+    kinds = [type(m) for m in network.modules()]
+    with torch.no_grad():
+        found = convert(network, torch.zeros(4, 3, 7, 5))
+    assert found is not None
+    assert re.search(reason, found), found
+    assert [type(m) for m in network.modules()] == kinds
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0", "vit_tiny_patch16_224"])
+def test_timm_models_take_stacked_views(name: str) -> None:
+    timm = pytest.importorskip("timm")
+    network = made(lambda: timm.create_model(name, num_classes=0))
+    stacked = copy.deepcopy(network)
+    size = 224 if "vit" in name else 64
+    assert convert(stacked, torch.zeros(2, 3, size, size)) is None
+    x = torch.randn(4, 3, size, size, dtype=torch.float64)
+    expected, found = separately(network, x, 2), at_once(stacked, x, 2)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+    for a, b in zip(stacked.buffers(), network.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+SHARES = ([3, 3], [2, 4])  # images of a view on each of two processes
+
+
+def network_and_images(kind: str) -> tuple[nn.Module, Tensor]:
+    network = made(Residual)
+    if kind == "SyncBatchNorm":
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+    torch.manual_seed(3)
+    return network.to(memory_format=torch.channels_last), torch.randn(2, 6, 3, 9, 7, dtype=torch.float64)
+
+
+def on_one_of_two(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    results: dict[str, dict[str, Tensor]] = {}
+    for kind in ("BatchNorm", "SyncBatchNorm"):
+        for shares in SHARES:
+            network, images = network_and_images(kind)
+            assert convert(network) is None
+            if kind == "BatchNorm":
+                synchronise(network)
+            x = torch.split(images, shares, dim=1)[rank].flatten(0, 1).clone().requires_grad_()
+            y = at_once(network, x, 2)
+            y.square().sum().backward()  # type: ignore[no-untyped-call]
+            assert x.grad is not None
+            found = {"y": y.detach(), "dx": x.grad} | dict(network.named_buffers())
+            for name, p in network.named_parameters():
+                assert p.grad is not None
+                distributed.all_reduce(p.grad)
+                found[f"d {name}"] = p.grad
+            results[f"{kind} {shares}"] = found
+    torch.save(results, Path(folder) / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_two_processes_equal_one_with_the_whole_batch(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    spawn(on_one_of_two, args=(port, str(tmp_path)), nprocs=2)  # type: ignore[no-untyped-call]
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    network, images = network_and_images("BatchNorm")
+    x = images.flatten(0, 1).requires_grad_()
+    y = separately(network, x, 2)
+    y.square().sum().backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None
+    assert len(results[0]) == 4
+    for case in results[0]:
+        shares = [3, 3] if "[3, 3]" in case else [2, 4]
+        for name, whole in (("y", y.detach()), ("dx", x.grad)):
+            for rank, part in enumerate(torch.split(whole.view(2, 6, *whole.shape[1:]), shares, dim=1)):
+                torch.testing.assert_close(results[rank][case][name], part.flatten(0, 1), **CLOSE)
+        for name, p in network.named_parameters():
+            assert p.grad is not None
+            torch.testing.assert_close(results[0][case][f"d {name}"], p.grad, **CLOSE)
+        for name, buffer in network.named_buffers():
+            for rank in range(2):
+                torch.testing.assert_close(results[rank][case][name], buffer, **CLOSE)
+
+
+def test_layers_with_a_forward_of_their_own_cannot_be_synchronised() -> None:
+    network = with_norm(OwnForward(4))
+    with pytest.raises(ValueError, match=r"1 must be a batch norm of torch\.nn or timm, got OwnForward"):
+        synchronise(network)
+
+
+def test_synchronised_alone_is_plain() -> None:
+    network = made(Residual)
+    alone = copy.deepcopy(network)
+    synchronise(alone)
+    x = torch.randn(6, 3, 9, 7, dtype=torch.float64)
+    equal(everything(alone, x, lambda n, x: n(x)), everything(network, x, lambda n, x: n(x)))
+
+
+def test_synchronised_and_compiled_without_breaks(tmp_path: Path) -> None:
+    network = made(Residual).to(memory_format=torch.channels_last)
+    stacked = copy.deepcopy(network)
+    convert(stacked)
+    synchronise(stacked)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(at_once, backend="aot_eager", fullgraph=True, dynamic=False)
+    x = torch.randn(8, 3, 9, 7, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        found = everything(stacked, x, lambda n, x: compiled(n, x, 2))
+    finally:
+        distributed.destroy_process_group()
+    equal(found, everything(network, x, lambda n, x: separately(n, x, 2)))
