@@ -6,9 +6,8 @@ For a prediction p and a target projection z, row by row (Grill et al. 2020, arX
     l(p, z) = 2 - 2 cos                                    (= |p_hat - z_hat|^2 for rows no shorter than eps)
     dl/dp = 2 (cos p_hat - z_hat) / max(|p|, eps)          (the part along p_hat is 0 where |p| < eps)
 
-No gradient flows to z. The forward stores dl/dp of each row, before the mean's 1/B, in the dtype of p: a
-float16 gradient is then not pushed into subnormals before a loss scale reaches it. The backward is one
-multiplication by `grad_loss / B`.
+No gradient flows to z. The forward stores dcos/dp of each row in the dtype of p; the backward is one multiplication by
+`-2 grad_loss / B`. So a float16 gradient is not pushed into subnormals before a loss scale reaches it.
 
 The kernel: one program per block of rows of one pair. Each writes the sum of its row losses; the program that
 draws the last ticket adds these partial sums in a fixed order, so the result does not depend on the order in
@@ -69,7 +68,8 @@ def _normalized_mse_fwd_kernel(
     pb_stride: tl.tensor,
     zb_stride: tl.tensor,
     loss_ptr: tl.tensor,  # []
-    grad_ptr: tl.tensor,  # [N, B, D], or None
+    grad_a_ptr: tl.tensor,  # [B, D], or None
+    grad_b_ptr: tl.tensor,  # [B, D], or None
     row_loss_ptr: tl.tensor,  # [N, B], or None: no statistics
     cosine_ptr: tl.tensor,  # [], or None
     std_ptr: tl.tensor,  # [2, N, D], or None
@@ -93,6 +93,7 @@ def _normalized_mse_fwd_kernel(
     if pb_ptr is None:
         p_ptr = pa_ptr
         z_ptr = za_ptr
+        grad_ptr = grad_a_ptr
         p_stride = pa_stride
         z_stride = za_stride
     else:
@@ -100,6 +101,8 @@ def _normalized_mse_fwd_kernel(
         z_ptr = tl.where(pair == 0, za_ptr, zb_ptr)
         p_stride = tl.where(pair == 0, pa_stride, pb_stride)
         z_stride = tl.where(pair == 0, za_stride, zb_stride)
+        if grad_a_ptr is not None:
+            grad_ptr = tl.where(pair == 0, grad_a_ptr, grad_b_ptr)
 
     cols = tl.arange(0, BLOCK_D)
     first_row = group * rows_per_program
@@ -129,13 +132,13 @@ def _normalized_mse_fwd_kernel(
         cosine = tl.where(cosine > 1.0, 1.0, tl.where(cosine < -1.0, -1.0, cosine))
         row_loss = 2.0 - 2.0 * cosine
         loss_sum += tl.where(valid, row_loss, 0.0)
-        row_index = pair.to(tl.int64) * batch + rows
-        if grad_ptr is not None:
+        if grad_a_ptr is not None:
             along = tl.where(p_norm < eps, 0.0, cosine)
-            grad = (p_hat * along[:, None] - z_hat) * (2.0 * p_scale)[:, None]
-            tl.store(grad_ptr + row_index[:, None] * dim + cols[None, :], grad.to(grad_ptr.dtype.element_ty), mask=mask)
+            grad = (z_hat - p_hat * along[:, None]) * p_scale[:, None]
+            at = rows.to(tl.int64)[:, None] * dim + cols[None, :]
+            tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=mask)
         if moments_ptr is not None:
-            tl.store(row_loss_ptr + row_index, row_loss, mask=valid)
+            tl.store(row_loss_ptr + pair.to(tl.int64) * batch + rows, row_loss, mask=valid)
             count = (start - first_row).to(tl.float32)
             num_valid = tl.minimum(end_row - start, BLOCK_B).to(tl.float32)
             p_mean, p_m2 = _add_moments(p_mean, p_m2, count, p_hat, valid, num_valid)
@@ -185,15 +188,22 @@ def _normalized_mse_fwd_kernel(
 @jit
 def _normalized_mse_bwd_kernel(
     grad_loss_ptr: tl.tensor,  # []
-    grad_ptr: tl.tensor,  # [N, B, D] dl/dp of each row
-    out_ptr: tl.tensor,  # [N, B, D]
+    grad_a_ptr: tl.tensor,  # [B, D] dcos/dp of each row
+    grad_b_ptr: tl.tensor,  # [B, D], or None: one pair
+    out_a_ptr: tl.tensor,  # [B, D]
+    out_b_ptr: tl.tensor,  # [B, D], or None
     numel: tl.tensor,
     batch: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
+    grad_ptr = grad_a_ptr
+    out_ptr = out_a_ptr
+    if grad_b_ptr is not None:
+        grad_ptr = tl.where(tl.program_id(1) == 0, grad_a_ptr, grad_b_ptr)
+        out_ptr = tl.where(tl.program_id(1) == 0, out_a_ptr, out_b_ptr)
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < numel
-    scale = tl.load(grad_loss_ptr).to(tl.float32) / batch
+    scale = tl.load(grad_loss_ptr).to(tl.float32) * -2.0 / batch
     grad = tl.load(grad_ptr + offsets, mask=mask).to(tl.float32)
     tl.store(out_ptr + offsets, (grad * scale).to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -248,6 +258,18 @@ def tile_of(dim: int) -> tuple[int, int, int]:
 
 
 def _normalized_mse_fwd_cuda(
+    pa_BD: Tensor, za_BD: Tensor, pb_BD: Tensor | None, zb_BD: Tensor | None, eps: float, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _launch_fwd(pa_BD, za_BD, pb_BD, zb_BD, eps, with_grad, with_stats=False)[:3]
+
+
+def _normalized_mse_stats_fwd_cuda(
+    pa_BD: Tensor, za_BD: Tensor, pb_BD: Tensor | None, zb_BD: Tensor | None, eps: float, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _launch_fwd(pa_BD, za_BD, pb_BD, zb_BD, eps, with_grad, with_stats=True)
+
+
+def _launch_fwd(
     pa_BD: Tensor,
     za_BD: Tensor,
     pb_BD: Tensor | None,
@@ -255,11 +277,11 @@ def _normalized_mse_fwd_cuda(
     eps: float,
     with_grad: bool,
     with_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, dim = pa_BD.shape
     max_dim = MAX_KERNEL_DIM_WITH_STATS if with_stats else MAX_KERNEL_DIM
     if pa_BD.dtype == torch.float64 or dim > max_dim:
-        return reference.normalized_mse_fwd(pa_BD, za_BD, pb_BD, zb_BD, eps, with_grad, with_stats)
+        return reference.normalized_mse_stats_fwd(pa_BD, za_BD, pb_BD, zb_BD, eps, with_grad)
     pa, za, pb, zb = (
         x if x is None or x.stride(1) == 1 or dim == 1 else x.contiguous() for x in (pa_BD, za_BD, pb_BD, zb_BD)
     )
@@ -276,7 +298,8 @@ def _normalized_mse_fwd_cuda(
         return torch.empty(shape, dtype=dtype, device=pa_BD.device)
 
     loss = new()
-    grad = new(num_pairs, batch, dim, dtype=pa_BD.dtype) if with_grad else None
+    grad_a = new(batch, dim, dtype=pa_BD.dtype) if with_grad else None
+    grad_b = new(batch, dim, dtype=pa_BD.dtype) if with_grad and pb is not None else None
     row_loss, cosine, std, moments = (
         (new(num_pairs, batch), new(), new(2, num_pairs, dim), new(2, num_pairs, num_groups, 2, dim))
         if with_stats
@@ -286,7 +309,7 @@ def _normalized_mse_fwd_cuda(
         _normalized_mse_fwd_kernel[(num_groups, num_pairs)](
             pa, za, pb, zb,
             pa.stride(0), za.stride(0), 0 if pb is None else pb.stride(0), 0 if zb is None else zb.stride(0),
-            loss, grad, row_loss, cosine, std,
+            loss, grad_a, grad_b, row_loss, cosine, std,
             new(num_pairs * num_groups), moments, _TICKETS.counter(pa_BD.device),
             batch, dim, rows_per_program, eps,
             BLOCK_B=block_b, BLOCK_D=block_d, BLOCK_G=next_power_of_2(num_groups),
@@ -295,95 +318,130 @@ def _normalized_mse_fwd_cuda(
         )  # fmt: skip
     return (
         loss,
-        new(0, dtype=pa_BD.dtype) if grad is None else grad,
+        new(0, dtype=pa_BD.dtype) if grad_a is None else grad_a,
+        new(0, dtype=pa_BD.dtype) if grad_b is None else grad_b,
         new(0) if row_loss is None else row_loss,
         new(0) if cosine is None else cosine,
         new(0) if std is None else std,
     )
 
 
-def _normalized_mse_bwd_cuda(grad_loss: Tensor, grad_NBD: Tensor, pa_BD: Tensor, pb_BD: Tensor | None) -> Tensor:
-    if grad_NBD.dtype == torch.float64:
-        return reference.normalized_mse_bwd(grad_loss, grad_NBD, pa_BD, pb_BD)
-    out = torch.empty_like(grad_NBD)
-    with device_guard(grad_NBD):
-        _normalized_mse_bwd_kernel[(-(-out.numel() // BLOCK_BWD),)](
-            grad_loss,
-            grad_NBD,
-            out,
-            out.numel(),
-            grad_NBD.shape[1],
-            BLOCK=BLOCK_BWD,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
-    return out
+def _normalized_mse_bwd_cuda(
+    grad_loss: Tensor, grad_a: Tensor, grad_b: Tensor | None, pa_BD: Tensor, pb_BD: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if grad_a.dtype == torch.float64:
+        return reference.normalized_mse_bwd(grad_loss, grad_a, grad_b, pa_BD, pb_BD)
+    out_a, out_b = torch.empty_like(grad_a), None if grad_b is None else torch.empty_like(grad_b)
+    with device_guard(grad_a):
+        _normalized_mse_bwd_kernel[(-(-out_a.numel() // BLOCK_BWD), 1 if grad_b is None else 2)](
+            grad_loss, grad_a, grad_b, out_a, out_b, out_a.numel(), grad_a.shape[0],
+            BLOCK=BLOCK_BWD, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out_a, grad_a.new_empty(0) if out_b is None else out_b
 
 
 # -------------------------------------------------------------------------------- operators
 
+# What is not there is empty: the second gradient of one pair, and gradients that were not asked for.
+_IN = "(Tensor pa, Tensor za, Tensor? pb, Tensor? zb, float eps, bool with_grad)"
 torch.library.define(
     "byol_kernels::normalized_mse_fwd",
-    "(Tensor pa, Tensor za, Tensor? pb, Tensor? zb, float eps, bool with_grad, bool with_stats)"
-    " -> (Tensor loss, Tensor grad, Tensor row_loss, Tensor cosine, Tensor std)",
+    f"{_IN} -> (Tensor loss, Tensor grad_a, Tensor grad_b)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-torch.library.impl("byol_kernels::normalized_mse_fwd", "CPU", reference.normalized_mse_fwd)
-torch.library.impl("byol_kernels::normalized_mse_fwd", "CUDA", _normalized_mse_fwd_cuda)
-
+torch.library.define(
+    "byol_kernels::normalized_mse_stats_fwd",
+    f"{_IN} -> (Tensor loss, Tensor grad_a, Tensor grad_b, Tensor row_loss, Tensor cosine, Tensor std)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 # pa and pb only tie the result to the graph: differentiating twice then meets the error below and not a
 # silent zero.
 torch.library.define(
     "byol_kernels::normalized_mse_bwd",
-    "(Tensor grad_loss, Tensor grad, Tensor pa, Tensor? pb) -> Tensor",
+    "(Tensor grad_loss, Tensor grad_a, Tensor? grad_b, Tensor pa, Tensor? pb) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+torch.library.impl("byol_kernels::normalized_mse_fwd", "CPU", reference.normalized_mse_fwd)
+torch.library.impl("byol_kernels::normalized_mse_fwd", "CUDA", _normalized_mse_fwd_cuda)
+torch.library.impl("byol_kernels::normalized_mse_stats_fwd", "CPU", reference.normalized_mse_stats_fwd)
+torch.library.impl("byol_kernels::normalized_mse_stats_fwd", "CUDA", _normalized_mse_stats_fwd_cuda)
 torch.library.impl("byol_kernels::normalized_mse_bwd", "CPU", reference.normalized_mse_bwd)
 torch.library.impl("byol_kernels::normalized_mse_bwd", "CUDA", _normalized_mse_bwd_cuda)
 
 
 def _fwd_fake(
-    pa: Tensor, za: Tensor, pb: Tensor | None, zb: Tensor | None, eps: float, with_grad: bool, with_stats: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, dim = pa.shape
-    num_pairs = 1 if pb is None else 2
-    acc = reference.accumulation_dtype(pa.dtype)
+    pa: Tensor, za: Tensor, pb: Tensor | None, zb: Tensor | None, eps: float, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        pa.new_empty((), dtype=acc),
-        pa.new_empty((num_pairs, batch, dim) if with_grad else (0,)),
-        pa.new_empty((num_pairs, batch) if with_stats else (0,), dtype=acc),
-        pa.new_empty(() if with_stats else (0,), dtype=acc),
-        pa.new_empty((2, num_pairs, dim) if with_stats else (0,), dtype=acc),
+        pa.new_empty((), dtype=reference.accumulation_dtype(pa.dtype)),
+        pa.new_empty(pa.shape if with_grad else (0,)),
+        pa.new_empty(pa.shape if with_grad and pb is not None else (0,)),
     )
 
 
+def _stats_fwd_fake(
+    pa: Tensor, za: Tensor, pb: Tensor | None, zb: Tensor | None, eps: float, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    loss, grad_a, grad_b = _fwd_fake(pa, za, pb, zb, eps, with_grad)
+    num_pairs = 1 if pb is None else 2
+    return (
+        loss,
+        grad_a,
+        grad_b,
+        loss.new_empty((num_pairs, pa.shape[0])),
+        loss.new_empty(()),
+        loss.new_empty((2, num_pairs, pa.shape[1])),
+    )
+
+
+def _bwd_fake(
+    grad_loss: Tensor, grad_a: Tensor, grad_b: Tensor | None, pa: Tensor, pb: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(grad_a), grad_a.new_empty(0) if grad_b is None else torch.empty_like(grad_b)
+
+
 torch.library.register_fake("byol_kernels::normalized_mse_fwd", _fwd_fake)
-
-
-def _bwd_fake(grad_loss: Tensor, grad: Tensor, pa: Tensor, pb: Tensor | None) -> Tensor:
-    return torch.empty_like(grad)
-
-
+torch.library.register_fake("byol_kernels::normalized_mse_stats_fwd", _stats_fwd_fake)
 torch.library.register_fake("byol_kernels::normalized_mse_bwd", _bwd_fake)
 
 
-def _fwd_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    pa, _, pb, _, _, with_grad, _ = inputs
-    loss, grad, row_loss, cosine, std = output
-    ctx.set_materialize_grads(False)  # else the backward fills a tensor of zeros for every output but the loss
-    if with_grad:
-        ctx.save_for_backward(grad, pa, pb)
-        ctx.mark_non_differentiable(grad, row_loss, cosine, std)
-    else:
-        ctx.mark_non_differentiable(loss, grad, row_loss, cosine, std)
+class _Differentiable(torch.autograd.Function):
+    """What `torch.library.register_autograd` would build; its general form takes as long as a small batch."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Any, pa: Tensor, za: Tensor, pb: Tensor | None, zb: Tensor | None, eps: float) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = op(pa, za, pb, zb, eps, True)
+        ctx.set_materialize_grads(False)  # else the backward fills a tensor of zeros for every output but the loss
+        ctx.save_for_backward(output[1], None if pb is None else output[2], pa, pb)
+        ctx.mark_non_differentiable(*output[1:])
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return (None,) * 6
+        op = torch.ops.byol_kernels.normalized_mse_bwd.default
+        if torch.is_grad_enabled():  # by create_graph=True: through the autograd that refuses
+            grad_a, grad_b = op(grad_loss, *ctx.saved_tensors)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                grad_a, grad_b = op(grad_loss, *ctx.saved_tensors)
+        return None, grad_a, None, grad_b if grad_b.numel() else None, None, None
 
 
-def _fwd_backward(ctx: Any, grad_loss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_loss is None:
-        return (None,) * 7
-    grad_NBD, pa, pb = ctx.saved_tensors
-    grad_p = torch.ops.byol_kernels.normalized_mse_bwd(grad_loss, grad_NBD, pa, pb)
-    return grad_p[0], None, None if pb is None else grad_p[1], None, None, None, None
+def _autograd_of(name: str) -> None:
+    op = getattr(torch.ops.byol_kernels, name).default
+
+    def autograd(
+        pa: Tensor, za: Tensor, pb: Tensor | None, zb: Tensor | None, eps: float, with_grad: bool
+    ) -> tuple[Tensor, ...]:
+        if with_grad and torch.is_grad_enabled():
+            return _Differentiable.apply(op, pa, za, pb, zb, eps)  # type: ignore[no-any-return]
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(pa, za, pb, zb, eps, with_grad)  # type: ignore[no-any-return]
+
+    torch.library.impl(f"byol_kernels::{name}", "Autograd", autograd)
 
 
 def _refuse_double_backward(ctx: Any, *grads: Tensor | None) -> None:
@@ -393,7 +451,8 @@ def _refuse_double_backward(ctx: Any, *grads: Tensor | None) -> None:
     )
 
 
-torch.library.register_autograd("byol_kernels::normalized_mse_fwd", _fwd_backward, setup_context=_fwd_setup_context)
+_autograd_of("normalized_mse_fwd")
+_autograd_of("normalized_mse_stats_fwd")
 torch.library.register_autograd("byol_kernels::normalized_mse_bwd", _refuse_double_backward)
 
 
@@ -440,7 +499,7 @@ def normalized_mse_loss(p_BD: Tensor, z_BD: Tensor, *, eps: float = 1e-12) -> Te
         point.
     """
     _check("normalized_mse_loss", {"p_BD": p_BD, "z_BD": z_BD}, eps)
-    return _forward(p_BD, z_BD, None, None, eps, with_stats=False)[0]
+    return _loss(p_BD, z_BD, None, None, eps)
 
 
 def normalized_mse_loss_with_stats(p_BD: Tensor, z_BD: Tensor, *, eps: float = 1e-12) -> tuple[Tensor, LossStats]:
@@ -458,7 +517,7 @@ def normalized_mse_loss_with_stats(p_BD: Tensor, z_BD: Tensor, *, eps: float = 1
         ValueError: as `normalized_mse_loss`.
     """
     _check("normalized_mse_loss_with_stats", {"p_BD": p_BD, "z_BD": z_BD}, eps)
-    return _forward(p_BD, z_BD, None, None, eps, with_stats=True)
+    return _loss_with_stats(p_BD, z_BD, None, None, eps)
 
 
 def byol_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, *, eps: float = 1e-12) -> Tensor:
@@ -482,7 +541,7 @@ def byol_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, *, eps: float = 1e
         point.
     """
     _check("byol_loss", {"p1": p1, "p2": p2, "z1": z1, "z2": z2}, eps)
-    return _forward(p1, z2, p2, z1, eps, with_stats=False)[0]
+    return _loss(p1, z2, p2, z1, eps)
 
 
 def byol_loss_with_stats(
@@ -504,52 +563,65 @@ def byol_loss_with_stats(
         ValueError: as `byol_loss`.
     """
     _check("byol_loss_with_stats", {"p1": p1, "p2": p2, "z1": z1, "z2": z2}, eps)
-    return _forward(p1, z2, p2, z1, eps, with_stats=True)
+    return _loss_with_stats(p1, z2, p2, z1, eps)
 
 
-def _forward(
-    pa: Tensor, za: Tensor, pb: Tensor | None, zb: Tensor | None, eps: float, *, with_stats: bool
+def _loss(pa: Tensor, za: Tensor, pb: Tensor | None, zb: Tensor | None, eps: float) -> Tensor:
+    op, wants_grad = torch.ops.byol_kernels.normalized_mse_fwd.default, _wants_grad(pa, pb)
+    loss: Tensor
+    if wants_grad and not torch.compiler.is_compiling():
+        # What the operator's autograd would do next, without the way there.
+        loss = _Differentiable.apply(op, pa, za, pb, zb, eps)[0]
+    else:
+        loss = op(pa, za, pb, zb, eps, wants_grad)[0]
+    return loss
+
+
+def _loss_with_stats(
+    pa: Tensor, za: Tensor, pb: Tensor | None, zb: Tensor | None, eps: float
 ) -> tuple[Tensor, LossStats]:
-    with_grad = torch.is_grad_enabled() and (pa.requires_grad or (pb is not None and pb.requires_grad))
-    loss, _, row_loss, cosine, std = torch.ops.byol_kernels.normalized_mse_fwd(
-        pa, za, pb, zb, float(eps), with_grad, with_stats
-    )
-    p_std, z_std = std.unbind(0) if with_stats else (std, std)
+    op = torch.ops.byol_kernels.normalized_mse_stats_fwd.default
+    loss, _, _, row_loss, cosine, std = op(pa, za, pb, zb, eps, _wants_grad(pa, pb))
+    p_std, z_std = std.unbind(0)
     return loss, LossStats(row_loss, cosine, p_std, z_std)
 
 
+def _wants_grad(pa: Tensor, pb: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (pa.requires_grad or (pb is not None and pb.requires_grad))
+
+
 def _check(what: str, tensors: dict[str, Tensor], eps: float) -> None:
-    first_name, first = next(iter(tensors.items()))
+    (first_name, first), *others = tensors.items()
+    shape, dtype, device = first.shape, first.dtype, first.device
     if first.dim() != 2:
         raise ValueError(
-            f"{what}: {first_name} must be [batch, dim], got shape {tuple(first.shape)}; "
+            f"{what}: {first_name} must be [batch, dim], got shape {tuple(shape)}; "
             "flatten it to two dimensions, for instance with .flatten(1)"
         )
     if first.numel() == 0:
         raise ValueError(
-            f"{what}: {first_name} must hold at least one row and one column, got shape {tuple(first.shape)}; "
+            f"{what}: {first_name} must hold at least one row and one column, got shape {tuple(shape)}; "
             "skip empty batches"
         )
-    if first.dtype not in _DTYPES:
+    if dtype not in _DTYPES:
         raise ValueError(
-            f"{what}: {first_name} must be bfloat16, float16, float32 or float64, got {first.dtype}; "
-            "convert it with .float()"
+            f"{what}: {first_name} must be bfloat16, float16, float32 or float64, got {dtype}; convert it with .float()"
         )
-    for name, x in tensors.items():
-        if x.shape != first.shape:
+    for name, x in others:
+        if x.shape != shape:
             raise ValueError(
-                f"{what}: {name} must have the shape of {first_name}, {tuple(first.shape)}, got {tuple(x.shape)}; "
+                f"{what}: {name} must have the shape of {first_name}, {tuple(shape)}, got {tuple(x.shape)}; "
                 "pass predictions and projections of the same images"
             )
-        if x.dtype != first.dtype:
+        if x.dtype != dtype:
             raise ValueError(
-                f"{what}: {name} must have the dtype of {first_name}, {first.dtype}, got {x.dtype}; "
-                f"convert it with .to({first.dtype})"
+                f"{what}: {name} must have the dtype of {first_name}, {dtype}, got {x.dtype}; "
+                f"convert it with .to({dtype})"
             )
-        if x.device != first.device:
+        if x.device != device:
             raise ValueError(
-                f"{what}: {name} must be on the device of {first_name}, {first.device}, got {x.device}; "
-                f"move it with .to('{first.device}')"
+                f"{what}: {name} must be on the device of {first_name}, {device}, got {x.device}; "
+                f"move it with .to('{device}')"
             )
     if not (eps > 0 and math.isfinite(eps)):
         raise ValueError(f"{what}: eps must be positive and finite, got {eps}; leave it at 1e-12")

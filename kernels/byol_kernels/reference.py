@@ -12,6 +12,10 @@ from torch import Tensor
 
 from byol_kernels._multi_tensor import same_layout
 
+_BLOCK = 1 << 18
+"""Elements that are taken at a time: what one operation wrote is still in the cache when the next one reads it, and
+a float32 sum over this many stays exact to 1e-6."""
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Sums are taken in float64 for float64 inputs and in float32 for everything else."""
@@ -19,71 +23,109 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def normalized_mse_fwd(
-    pa_BD: Tensor,
-    za_BD: Tensor,
-    pb_BD: Tensor | None,
-    zb_BD: Tensor | None,
-    eps: float,
-    with_grad: bool,
-    with_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, unscaled gradient and statistics of one or two (prediction, target) pairs; see `normalized_mse.py`.
+    pa_BD: Tensor, za_BD: Tensor, pb_BD: Tensor | None, zb_BD: Tensor | None, eps: float, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and gradients of one or two (prediction, target) pairs on the CPU; see `normalized_mse.py`.
 
     Returns:
-        loss [], per-pair gradient before the mean's 1/B [N, B, D], row losses [N, B], mean cosine [],
-        std of the normalised inputs [2, N, D] (predictions, then targets). Outputs that were not asked for are empty.
+        loss [], gradient of the cosines by each prediction [B, D]; empty where not asked for.
+    """
+    inputs = [pa_BD, za_BD] if pb_BD is None or zb_BD is None else [pa_BD, pb_BD, za_BD, zb_BD]
+    num_pairs, (batch, dim) = len(inputs) // 2, pa_BD.shape
+    dtype, acc = pa_BD.dtype, accumulation_dtype(pa_BD.dtype)
+    # What has to be converted is taken in blocks that are still in the cache when they are used.
+    block = batch if dtype == acc else max(_BLOCK // dim, 1)
+    grads, cosines = [], 0.0
+    for start in range(0, batch, block):
+        rows = slice(start, start + block)
+        part = _normalized_mse_block(inputs if block >= batch else [x[rows] for x in inputs], eps)
+        if part is None:
+            return normalized_mse_stats_fwd(pa_BD, za_BD, pb_BD, zb_BD, eps, with_grad)[:3]
+        cosines += part[1]
+        if block >= batch:
+            grads = part[0] if dtype == acc else [grad.to(dtype) for grad in part[0]]
+        else:
+            grads = grads or [pa_BD.new_empty((batch, dim)) for _ in part[0]]
+            for whole, grad in zip(grads, part[0], strict=True):
+                whole[rows] = grad
+    loss = min(max(2.0 * num_pairs - 2.0 * cosines / batch, 0.0), 4.0 * num_pairs)
+    return (
+        pa_BD.new_full((), loss, dtype=acc),
+        grads[0] if with_grad else pa_BD.new_empty(0),
+        grads[1] if with_grad and num_pairs == 2 else pa_BD.new_empty(0),
+    )
+
+
+def _normalized_mse_block(inputs: Sequence[Tensor], eps: float) -> tuple[list[Tensor], float] | None:
+    """The gradients of some rows' cosines and the sum of these; None if the plain formula has to do it.
+
+    On a typical batch every operator costs more than its arithmetic, so there are few of them. The backward of weight
+    normalisation is <p, z> / |p| and g / |p| (z - <p, z> p / |p|^2) of each row in one pass, with g = 1 / |z| here. It
+    knows neither eps nor overflow.
+    """
+    first, num_pairs = inputs[0], len(inputs) // 2
+    acc = accumulation_dtype(first.dtype)
+    rows = [x.contiguous() if x.dtype == acc else x.float().contiguous() for x in inputs]
+    norm_KB = rows[0].new_empty((len(rows), first.shape[0]))
+    norms = norm_KB.unbind()
+    for x, norm in zip(rows, norms, strict=True):
+        torch.linalg.vector_norm(x, dim=1, out=norm)
+    shortest, longest = torch.aminmax(norm_KB)
+    if not (shortest.item() >= max(eps, 1e-15) and longest.item() <= 1e15):  # or one is NaN
+        return None
+    grads, cosines = [], 0.0
+    for k in range(num_pairs):
+        z_scale = norms[num_pairs + k].reciprocal()
+        grad, dot = torch.ops.aten._weight_norm_interface_backward.default(
+            rows[num_pairs + k], rows[k], z_scale, norms[k], 0
+        )
+        grads.append(grad)
+        cosines += dot.mul_(z_scale).sum().item()
+    return grads, cosines
+
+
+def normalized_mse_stats_fwd(
+    pa_BD: Tensor, za_BD: Tensor, pb_BD: Tensor | None, zb_BD: Tensor | None, eps: float, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, gradients and statistics by the plain formula, on any device; see `normalized_mse.py`.
+
+    Returns:
+        loss [], gradients of the cosines by each prediction [B, D] (empty where not asked for), row losses [N, B],
+        mean cosine [], std of the normalised inputs [2, N, D] (predictions, then targets).
     """
     pairs = [(pa_BD, za_BD)] if pb_BD is None or zb_BD is None else [(pa_BD, za_BD), (pb_BD, zb_BD)]
-    batch, dim = pa_BD.shape
     acc = accumulation_dtype(pa_BD.dtype)
-    p_N = [p.to(acc) for p, _ in pairs]
-    z_N = [z.to(acc) for _, z in pairs]
-    p_norm_NB = torch.stack([torch.linalg.vector_norm(p, dim=1) for p in p_N])
-    z_norm_NB = torch.stack([torch.linalg.vector_norm(z, dim=1) for z in z_N])
-    # The eps convention of F.normalize: x / max(|x|, eps).
-    p_scale_NB = p_norm_NB.clamp_min(eps).reciprocal_()
-    z_scale_NB = z_norm_NB.clamp_min(eps).reciprocal_()
-
-    # Scaling the products instead of the rows saves half the memory traffic. It may overflow where a norm does, so such
-    # rows are scaled first; what is left to multiply is then 1. (On a GPU the question itself would be a host sync.)
-    p_left_NB: Tensor | float = p_scale_NB
-    z_left_NB: Tensor | float = z_scale_NB
-    if with_stats or pa_BD.is_cuda or not torch.isfinite(p_norm_NB + z_norm_NB).all():
-        p_N = [p * scale_B[:, None] for p, scale_B in zip(p_N, p_scale_NB, strict=True)]
-        z_N = [z * scale_B[:, None] for z, scale_B in zip(z_N, z_scale_NB, strict=True)]
-        p_left_NB = z_left_NB = 1.0
-
-    # Not torch.linalg.vecdot: an ambient autocast would run that in bfloat16.
-    dot_NB = torch.stack([(p * z).sum(1) for p, z in zip(p_N, z_N, strict=True)])
-    cosine_NB = dot_NB.mul_(p_left_NB).mul_(z_left_NB).clamp_(-1.0, 1.0)
-    row_loss_NB = torch.rsub(cosine_NB, 2.0, alpha=2.0)
-    loss = row_loss_NB.sum() / batch
-
-    if with_stats:
-        cosine = 1.0 - 0.5 * row_loss_NB.mean()
-        std_2ND = torch.stack([x_hat.std(0, correction=0) for x_hat in (*p_N, *z_N)]).view(2, len(pairs), dim)
-    else:  # three tensors and not one: the outputs of an operator must not share memory
-        row_loss_NB, cosine, std_2ND = (loss.new_empty(0) for _ in range(3))
-    grad_NBD = pa_BD.new_empty((len(pairs), batch, dim) if with_grad else 0)
-    if with_grad:
-        # Below eps the denominator is a constant, so the part along p_hat vanishes, as in F.normalize.
-        along_NB = torch.where(p_norm_NB >= eps, cosine_NB, 0.0)
-        p_factor_NB = along_NB.mul_(p_left_NB).mul_(p_scale_NB).mul_(2.0)
-        z_factor_NB = (p_scale_NB * -2.0).mul_(z_left_NB)
-        for n, grad_BD in enumerate(grad_NBD):
-            sum_BD = torch.mul(p_N[n], p_factor_NB[n][:, None], out=grad_BD if grad_BD.dtype == acc else None)
-            sum_BD.addcmul_(z_N[n], z_factor_NB[n][:, None])
-            if sum_BD is not grad_BD:
-                grad_BD.copy_(sum_BD)
-    return loss, grad_NBD, row_loss_NB, cosine, std_2ND
+    grads, cosines, p_stds, z_stds = [pa_BD.new_empty(0), pa_BD.new_empty(0)], [], [], []
+    for pair, (p_BD, z_BD) in enumerate(pairs):
+        # The eps convention of F.normalize: x / max(|x|, eps).
+        p_norm_B1, z_norm_B1 = (torch.linalg.vector_norm(x.to(acc), dim=1, keepdim=True) for x in (p_BD, z_BD))
+        p_scale_B1, z_scale_B1 = p_norm_B1.clamp_min(eps).reciprocal_(), z_norm_B1.clamp_min(eps).reciprocal_()
+        p_hat_BD, z_hat_BD = p_BD * p_scale_B1, z_BD * z_scale_B1
+        # Not torch.linalg.vecdot: an ambient autocast would run that in bfloat16.
+        cosine_B1 = (p_hat_BD * z_hat_BD).sum(1, keepdim=True).clamp_(-1.0, 1.0)
+        cosines.append(cosine_B1[:, 0])
+        p_stds.append(p_hat_BD.std(0, correction=0))
+        z_stds.append(z_hat_BD.std(0, correction=0))
+        if with_grad:
+            # Below eps the denominator is a constant, so the part along p_hat vanishes, as in F.normalize.
+            along_B1 = torch.where(p_norm_B1 >= eps, cosine_B1, 0.0)
+            grads[pair] = z_hat_BD.addcmul_(p_hat_BD, along_B1, value=-1.0).mul_(p_scale_B1).to(pa_BD.dtype)
+    row_loss_NB = torch.rsub(torch.stack(cosines), 2.0, alpha=2.0)
+    loss = row_loss_NB.sum() / pa_BD.shape[0]
+    cosine = 1.0 - 0.5 * row_loss_NB.mean()
+    return loss, grads[0], grads[1], row_loss_NB, cosine, torch.stack([torch.stack(p_stds), torch.stack(z_stds)])
 
 
-def normalized_mse_bwd(grad_loss: Tensor, grad_NBD: Tensor, pa_BD: Tensor, pb_BD: Tensor | None) -> Tensor:
-    """The forward's gradient times the upstream gradient and the mean's 1/B; see `normalized_mse.py`."""
-    scale = grad_loss / grad_NBD.shape[1]
-    if grad_NBD.dtype == scale.dtype:
-        return grad_NBD * scale
-    return (grad_NBD.to(scale.dtype) * scale).to(grad_NBD.dtype)
+def normalized_mse_bwd(
+    grad_loss: Tensor, grad_a: Tensor, grad_b: Tensor | None, pa_BD: Tensor, pb_BD: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the cosines times the upstream gradient and -2 / B; see `normalized_mse.py`."""
+    # A 0-dim factor is not rounded to the dtype of what it multiplies, so a float16 gradient is rounded once here.
+    scale = grad_loss * (-2.0 / grad_a.shape[0])
+    if grad_b is None:
+        return grad_a * scale, grad_a.new_empty(0)
+    scaled = torch._foreach_mul([grad_a, grad_b], scale)
+    return scaled[0], scaled[1]
 
 
 def ema_update_(target: Sequence[Tensor], online: Sequence[Tensor], tau: float, copies: Sequence[Tensor]) -> None:
@@ -97,11 +139,6 @@ def ema_update_(target: Sequence[Tensor], online: Sequence[Tensor], tau: float, 
         target[i].copy_(torch.lerp(target[i].to(acc), online[i].to(acc), 1.0 - tau))
     if copies:
         torch._foreach_copy_(list(copies), list(target))
-
-
-_BLOCK = 1 << 18
-"""Elements that LARS takes at a time: what one operation wrote is still in the cache when the next one reads it, and
-a float32 sum over this many stays exact to 1e-6."""
 
 
 def lars_step_(

@@ -21,6 +21,7 @@ if INTERPRETED:
     _override = torch.library.Library("byol_kernels", "IMPL")  # type: ignore[no-untyped-call]
     for _name, _launcher in {
         "normalized_mse_fwd": normalized_mse._normalized_mse_fwd_cuda,
+        "normalized_mse_stats_fwd": normalized_mse._normalized_mse_stats_fwd_cuda,
         "normalized_mse_bwd": normalized_mse._normalized_mse_bwd_cuda,
         "ema_update_": ema._ema_update_cuda,
         "lars_step_": lars._lars_step_cuda,

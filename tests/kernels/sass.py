@@ -108,7 +108,7 @@ def _loss(dtype: str, dim: int, *, stats: bool, registers: int, wide_loads: int,
     block_b, block_d, num_warps = normalized_mse.tile_of(dim)
     matrix, optional = f"*{dtype}!", "*fp32!" if stats else Constant(None)
     arguments: dict[str, str | Constant] = {
-        **dict.fromkeys(("pa_ptr", "za_ptr", "pb_ptr", "zb_ptr", "grad_ptr"), matrix),
+        **dict.fromkeys(("pa_ptr", "za_ptr", "pb_ptr", "zb_ptr", "grad_a_ptr", "grad_b_ptr"), matrix),
         **dict.fromkeys(("pa_stride", "za_stride", "pb_stride", "zb_stride", "batch", "dim"), "i32!"),
         **dict.fromkeys(("row_loss_ptr", "cosine_ptr", "std_ptr", "moments_ptr"), optional),
         **dict.fromkeys(("loss_ptr", "partial_ptr"), "*fp32!"),
@@ -128,8 +128,7 @@ def _loss(dtype: str, dim: int, *, stats: bool, registers: int, wide_loads: int,
 def _bwd(dtype: str) -> Case:
     arguments: dict[str, str | Constant] = {
         "grad_loss_ptr": "*fp32!",
-        "grad_ptr": f"*{dtype}!",
-        "out_ptr": f"*{dtype}!",
+        **dict.fromkeys(("grad_a_ptr", "grad_b_ptr", "out_a_ptr", "out_b_ptr"), f"*{dtype}!"),
         "numel": "i32!",
         "batch": "i32!",
         "BLOCK": Constant(normalized_mse.BLOCK_BWD),
