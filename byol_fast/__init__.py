@@ -12,19 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from byol_fast.api import pretrain
+    from byol_fast.callbacks import Callback
     from byol_fast.config import Config
     from byol_fast.evaluate import knn_predict
     from byol_fast.export import load_encoder
-    from byol_fast.methods import BYOL
+    from byol_fast.methods import BYOL, SimSiam
     from byol_fast.trainer import RunResult, Trainer
 
-__all__ = ["BYOL", "Config", "RunResult", "Trainer", "knn_predict", "load_encoder", "pretrain"]
+__all__ = ["BYOL", "Callback", "Config", "RunResult", "SimSiam", "Trainer", "knn_predict", "load_encoder", "pretrain"]
 __version__ = "0.1.0"
 
 _HOME = {
     "BYOL": "methods",
+    "Callback": "callbacks",
     "Config": "config",
     "RunResult": "trainer",
+    "SimSiam": "methods",
     "Trainer": "trainer",
     "knn_predict": "evaluate",
     "load_encoder": "export",

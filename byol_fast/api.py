@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from byol_fast import config as configs
 from byol_fast import recipes
+from byol_fast.callbacks import Callback
 from byol_fast.checkpoint import steps_in
 from byol_fast.config import Config, ConfigError
 from byol_fast.trainer import RESUMABLE_CHANGES, RunResult, Trainer
@@ -17,6 +19,7 @@ def pretrain(
     recipe: str | Config = "imagenet_resnet50",
     *,
     resume: str | Path | None = None,
+    callbacks: Sequence[Callback] = (),
     **overrides: Any,
 ) -> RunResult:
     """Pre-train an encoder with BYOL, without labels.
@@ -26,6 +29,7 @@ def pretrain(
             the recipe's own data set.
         recipe: name of a recipe (`byol_fast.recipes.RECIPES`), or a `Config`.
         resume: run folder to continue, with the configuration it was started with; `recipe` then plays no part.
+        callbacks: hooks into the run, see `byol_fast.Callback`.
         **overrides: fields of the configuration, nested ones as mappings: `epochs=100, optim={"lr": 0.3}`.
 
     Returns:
@@ -45,7 +49,8 @@ def pretrain(
         config = recipe
     else:
         config = recipes.get(str(recipe))
-    return Trainer(configs.replace(config, overrides), data=data, resume=None if resume is None else Path(resume)).fit()
+    folder = None if resume is None else Path(resume)
+    return Trainer(configs.replace(config, overrides), data=data, resume=folder, callbacks=callbacks).fit()
 
 
 def find_resumable(config: Config) -> Path | None:

@@ -94,8 +94,11 @@ def _explain(error: Exception) -> int:
     """Show an error the user can act on without its traceback; let any other one through."""
     from byol_fast.checkpoint import CheckpointError
     from byol_fast.data import BadImageError
+    from byol_fast.distributed import LeaderError
     from byol_fast.trainer import Interrupted, TrainingError
 
+    if isinstance(error, LeaderError):
+        return 1  # the leader has told it
     if isinstance(error, Interrupted):
         return _complain(str(error), 128 + error.signum)
     expected = CheckpointError | TrainingError | BadImageError | ValueError | FileNotFoundError
@@ -142,13 +145,19 @@ def _train(argv: list[str]) -> int:
             )
         config = _parse(stored, argv, f"byol-fast train --resume {resume}")
 
-    from byol_fast.api import find_resumable  # torch takes seconds to import: only once the options are right
+    from byol_fast import distributed  # torch takes seconds to import: only once the options are right
+    from byol_fast.api import find_resumable
     from byol_fast.trainer import Trainer
 
-    if resume == "auto":
-        folder = find_resumable(config)
-    result = Trainer(config, resume=folder).fit()
-    _summarise(result)
+    world = distributed.join(config.device, config.timeout_minutes)
+    try:
+        if resume == "auto":
+            folder = world.from_leader(lambda: find_resumable(config))
+        result = Trainer(config, resume=folder).fit()
+    finally:
+        distributed.leave()
+    if world.leads:
+        _summarise(result)
     return 0
 
 

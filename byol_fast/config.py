@@ -122,11 +122,17 @@ class DataConfig:
     """Parquet and Hugging Face: the column of encoded images; empty: found by name and type."""
     label_column: str = ""
     """Parquet and Hugging Face: the column of class numbers or names; empty: found by name."""
-    loader: Literal["auto", "dali", "torchvision"] = "auto"
-    """Who decodes and augments; auto is DALI where it is installed."""
+    loader: Literal["auto", "dali", "torchvision", "resident"] = "auto"
+    """Who decodes and crops: DALI; torchvision on CPU threads; or `resident`: arrays, kept on the device. auto: arrays
+    that fit are resident on a GPU, else DALI on a GPU where it is installed, and torchvision on a CPU."""
+    augment: Literal["auto", "kernels", "library"] = "auto"
+    """Who does colours, blur and solarization after the crop: our kernels, or the operators of the loader (DALI's,
+    PIL's). auto is the kernels, which are faster."""
     color: Literal["exact", "hsv"] = "exact"
-    """DALI's colour jitter: `exact` is torchvision's (random order, HSV hue); `hsv` fuses brightness, contrast and
+    """DALI's own colour jitter: `exact` is torchvision's (random order, HSV hue); `hsv` fuses brightness, contrast and
     saturation in one clip (mean error 1.8 of 255, about 1.15 times faster)."""
+    hw_decoder_load: float = 0.65
+    """Share of the JPEGs that DALI gives to a GPU's own decoder, where it has one; the rest takes its other units."""
     threads: int = 0
     """Decoding and augmentation threads; 0 means one per CPU core this process may use."""
     prefetch: int = 2
@@ -141,8 +147,17 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _one_of("data.builtin", self.builtin, Literal["none", "cifar10", "demo"])
-        _one_of("data.loader", self.loader, Literal["auto", "dali", "torchvision"])
+        _one_of("data.loader", self.loader, Literal["auto", "dali", "torchvision", "resident"])
+        _one_of("data.augment", self.augment, Literal["auto", "kernels", "library"])
         _one_of("data.color", self.color, Literal["exact", "hsv"])
+        if self.color == "hsv":
+            fix = "hsv is an option of DALI's operators"
+            _require(self.loader in ("auto", "dali"), "data.loader", "be dali with data.color=hsv", self.loader, fix)
+            _require(self.augment != "kernels", "data.augment", "be library with data.color=hsv", self.augment, fix)
+        if self.loader == "resident":
+            fix = "resident data has no library of its own"
+            _require(self.augment != "library", "data.augment", "be kernels with data.loader=resident", "library", fix)
+        _probability("data.hw_decoder_load", self.hw_decoder_load)
         _not_negative("data.threads", self.threads)
         _positive("data.prefetch", self.prefetch)
         _one_of("data.on_bad", self.on_bad, Literal["raise", "skip"])
@@ -154,7 +169,8 @@ class ModelConfig:
     """The encoder and the two heads."""
 
     encoder: str = "resnet50"
-    """A torchvision classification model by name; its classifier is removed and the feature size found."""
+    """A torchvision classification model by name, or `timm/NAME` where timm is installed; the classifier is removed
+    and the feature size found."""
     cifar_stem: bool = False
     """Replace a ResNet's stem for small images: 3x3 convolution, stride 1, padding 1, no max-pool."""
     zero_init_residual: bool = False
@@ -165,8 +181,15 @@ class ModelConfig:
     """Width of the hidden layer of projector and predictor."""
     projection_dim: int = 256
     """Size of projections and predictions."""
+    projector_layers: int = 2
+    """Linear layers of the projector (SimSiam on ImageNet has 3)."""
+    predictor_hidden_dim: int = 512
+    """SimSiam only: width of the predictor's hidden layer (BYOL's is hidden_dim)."""
     last_bias: bool = False
-    """Give the last linear layer of the heads a bias (the reference has none)."""
+    """BYOL only: give the last linear layer of the heads a bias (the reference has none)."""
+    views: Literal["batched", "separate", "concat"] = "batched"
+    """How two views pass a network: in one pass with batch-norm statistics for each view (equal to separate passes, and
+    faster), in two passes, or in one pass with common statistics (another algorithm: other papers')."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Channel means, of values scaled to 0..1, that the model subtracts from its input."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -176,6 +199,9 @@ class ModelConfig:
         _require(bool(self.encoder), "model.encoder", "name a model", self.encoder)
         _positive("model.hidden_dim", self.hidden_dim)
         _positive("model.projection_dim", self.projection_dim)
+        _require(2 <= self.projector_layers <= 8, "model.projector_layers", "be 2..8", self.projector_layers)
+        _positive("model.predictor_hidden_dim", self.predictor_hidden_dim)
+        _one_of("model.views", self.views, Literal["batched", "separate", "concat"])
         for value in self.mean:
             _require(math.isfinite(value), "model.mean", "be three finite numbers", self.mean)
         for value in self.std:
@@ -201,7 +227,11 @@ class OptimConfig:
     momentum: float = 0.9
     """Momentum of LARS and SGD."""
     weight_decay: float = 1.5e-6
-    """Weight decay of the matrices and filters; biases and norms have none."""
+    """Weight decay."""
+    decay_1d: bool = False
+    """Apply the weight decay (and LARS's adaptation) to biases and norms too; the reference does not, SimSiam does."""
+    constant_predictor_lr: bool = False
+    """Keep the predictor's learning rate at its peak after the warm-up, whatever the schedule (SimSiam)."""
     eta: float = 1e-3
     """LARS trust coefficient."""
 
@@ -258,10 +288,12 @@ class KNNConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """A BYOL pre-training run."""
+    """A pre-training run."""
 
     recipe: str = "custom"
     """Name of the recipe this configuration began as."""
+    method: Literal["byol", "simsiam"] = "byol"
+    """BYOL, or SimSiam: the online network is its own target, without a moving average."""
     name: str = ""
     """Name of the run; its folder is OUT/NAME. Empty: recipe, date and time."""
     out: Path = Path("runs")
@@ -273,13 +305,25 @@ class Config:
     steps: int = 0
     """Optimizer steps in all; 0 means as the epochs say."""
     batch_size: int = 256
-    """Images a step (each gives two views)."""
+    """Images that a process takes at a time (each gives two views)."""
+    accumulate: int = 1
+    """Batches whose gradients are averaged for one optimizer step; the target moves once. The learning rate scales
+    with batch_size * accumulate * processes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Arithmetic of the networks (weights stay fp32); auto: bf16 on GPUs and CPUs with bf16 instructions."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the networks and the loss; auto: on a GPU only (on CPUs it gained nothing)."""
+    precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = "auto"
+    """Arithmetic of the networks (weights stay fp32); auto: bf16 on GPUs and CPUs with bf16 instructions. fp16 scales
+    the loss by itself; tf32 is fp32 with TF32 products on a GPU."""
+    mode: Literal["auto", "eager", "compile", "graph"] = "auto"
+    """How a step runs: eager, compiled by torch.compile, or compiled and captured whole into a CUDA graph. auto picks,
+    and the run says which and why."""
+    activation_checkpointing: bool = False
+    """Keep only the encoder's block boundaries for the backward pass and compute the rest again: less memory, about a
+    third more time."""
+    sync_batchnorm: bool = True
+    """With several processes, take batch-norm statistics over all of them (the reference does)."""
+    max_bad_steps: int = 10
+    """Stop after so many steps in a row whose loss or gradient is not finite; each of them is undone and counted."""
     channels_last: bool = True
     """Keep images and filters in NHWC memory."""
     log_every: int = 10
@@ -287,7 +331,11 @@ class Config:
     checkpoint_every: int = 0
     """Save a checkpoint after so many steps; 0 means after every epoch, or as many whole epochs as make 100 steps."""
     keep_checkpoints: int = 3
-    """Checkpoints kept; older ones are deleted."""
+    """Checkpoints kept, besides the one with the best kNN accuracy; older ones are deleted."""
+    tensorboard: bool = True
+    """Write the metrics for TensorBoard too, into the run folder's `tb`."""
+    timeout_minutes: float = 30.0
+    """With several processes: how long one waits for the others before the run fails."""
     data: DataConfig = field(default_factory=DataConfig)
     """Images and who loads them."""
     view1: ViewConfig = field(default_factory=ViewConfig)
@@ -310,8 +358,12 @@ class Config:
         _not_negative("steps", self.steps)
         _require(self.batch_size >= 2, "batch_size", "be 2 or more", self.batch_size, "batch normalisation needs 2")
         _one_of("device", self.device, Literal["auto", "cpu", "cuda"])
-        _one_of("precision", self.precision, Literal["auto", "bf16", "fp32"])
-        _one_of("compile", self.compile, Literal["auto", "on", "off"])
+        _one_of("method", self.method, Literal["byol", "simsiam"])
+        _positive("accumulate", self.accumulate)
+        _one_of("precision", self.precision, Literal["auto", "bf16", "fp16", "tf32", "fp32"])
+        _one_of("mode", self.mode, Literal["auto", "eager", "compile", "graph"])
+        _positive("max_bad_steps", self.max_bad_steps)
+        _positive("timeout_minutes", self.timeout_minutes)
         _positive("log_every", self.log_every)
         _not_negative("checkpoint_every", self.checkpoint_every)
         _positive("keep_checkpoints", self.keep_checkpoints)

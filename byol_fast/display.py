@@ -18,10 +18,11 @@ class Display:
         total: steps of the whole run.
         done: steps finished before.
         console: where to print; standard output by default.
+        silent: print nothing: another process does.
     """
 
-    def __init__(self, total: int, done: int = 0, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
+    def __init__(self, total: int, done: int = 0, console: Console | None = None, *, silent: bool = False) -> None:
+        self.console = console or Console(highlight=False, quiet=silent)
         self.total = total
         self._last_line = 0.0
         self._progress = Progress(
@@ -32,7 +33,7 @@ class Display:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=silent or not self.console.is_terminal,
         )
         self._bar = self._progress.add_task("", total=total, completed=done, epoch=0.0, status="")
 

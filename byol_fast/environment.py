@@ -65,7 +65,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Fields that decide whether a run continues bit for bit, where they differ: `"name: then -> now"`."""
-    fields = ("cpu", "torch_threads", "device", "gpu", "precision")
+    fields = ("cpu", "torch_threads", "device", "gpu", "precision", "mode")
     found = [f"{name}: {then.get(name)} -> {now.get(name)}" for name in fields if then.get(name) != now.get(name)]
     old, new = then.get("packages", {}), now.get("packages", {})
     return found + [f"{name}: {old.get(name)} -> {new.get(name)}" for name in new if old.get(name) != new.get(name)]

@@ -75,9 +75,7 @@ def export_run(run: Path, folder: Path | None = None) -> tuple[Path, Path]:
     """
     config = configs.load(run / "config.json")
     payload = checkpoints.load_latest(run / "checkpoints")
-    encoder = build_encoder(
-        config.model.encoder, cifar_stem=config.model.cifar_stem, zero_init_residual=config.model.zero_init_residual
-    )
+    encoder = build_encoder(config.model.encoder, image_size=config.view1.size, cifar_stem=config.model.cifar_stem)
     state = {k.removeprefix(PREFIX): v for k, v in payload["task"].items() if k.startswith(PREFIX)}
     encoder.load_state_dict(state)
     return export_encoder(encoder, config, folder or run, step=payload["step"], feature_dim=payload["feature_dim"])
@@ -105,6 +103,8 @@ def load_encoder(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
         if not file.exists():
             raise FileNotFoundError(f"load_encoder: {file} does not exist; write it with `byol-fast export RUN`")
     description: dict[str, Any] = json.loads(about.read_text())
-    encoder = build_encoder(description["encoder"], cifar_stem=description["cifar_stem"])
+    encoder = build_encoder(
+        description["encoder"], image_size=description["image_size"], cifar_stem=description["cifar_stem"]
+    )
     encoder.load_state_dict(load_file(weights))
     return encoder.eval(), description

@@ -59,12 +59,58 @@ class MetricsLog:
         self._waiting.append(record)
         self.latest = record
 
-    def flush(self) -> None:
-        """Write what waits."""
-        if self._waiting:
+    def flush(self) -> list[Record]:
+        """Write what waits, and return it."""
+        written = list(self._waiting)
+        if written:
             with self.path.open("a") as file:
-                file.write("".join(json.dumps(record) + "\n" for record in self._waiting))
+                file.write("".join(json.dumps(record) + "\n" for record in written))
             self._waiting.clear()
+        return written
+
+    def forget(self) -> None:
+        """Drop what waits: another process writes it."""
+        self._waiting.clear()
+
+
+class TensorBoard:
+    """The same numbers for TensorBoard, where its package is installed.
+
+    Args:
+        folder: of its event files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._writer: Any = None
+
+    def open(self, step: int) -> str | None:
+        """Begin to write; what was written after `step` is about to be done again and disappears from view.
+
+        Returns:
+            Why nothing will be written, or None.
+        """
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            return f"no TensorBoard files ({error}): pip install tensorboard, or set tensorboard to false"
+        self._writer = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None)
+        return None
+
+    def write(self, records: list[Record]) -> None:
+        """Add the numbers of records."""
+        if self._writer is None:
+            return
+        for record in records:
+            for name, value in record.items():
+                if name not in {"step", "undone", "knn_k"} and value is not None:
+                    self._writer.add_scalar(name, value, record["step"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Finish the files."""
+        if self._writer is not None:
+            self._writer.close()
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,22 +36,43 @@ class Normalize(nn.Module):
 
 
 class MLPHead(nn.Sequential):
-    """Projector or predictor: Linear - BatchNorm - ReLU - Linear (BYOL, arXiv 2006.07733, section 3.3).
+    """Projector or predictor: (Linear - BatchNorm - ReLU) x n - Linear (BYOL, arXiv 2006.07733, section 3.3: n = 1).
 
     Args:
         in_dim: size of the input.
-        hidden_dim: size of the hidden layer.
+        hidden_dim: size of the hidden layers.
         out_dim: size of the output.
+        num_layers: linear layers in all, n + 1.
         last_bias: whether the last layer has a bias (the reference's has none).
     """
 
-    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, *, last_bias: bool = False) -> None:
-        super().__init__(
-            nn.Linear(in_dim, hidden_dim),
-            nn.BatchNorm1d(hidden_dim),
-            nn.ReLU(inplace=True),
-            nn.Linear(hidden_dim, out_dim, bias=last_bias),
-        )
+    def __init__(
+        self, in_dim: int, hidden_dim: int, out_dim: int, *, num_layers: int = 2, last_bias: bool = False
+    ) -> None:
+        layers: list[nn.Module] = []
+        for _ in range(num_layers - 1):
+            layers += [nn.Linear(in_dim, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True)]
+            in_dim = hidden_dim
+        super().__init__(*layers, nn.Linear(in_dim, out_dim, bias=last_bias))
+
+
+def simsiam_projector(in_dim: int, hidden_dim: int, out_dim: int, *, num_layers: int = 3) -> nn.Sequential:
+    """SimSiam's projector: as `MLPHead`, no biases, and a last BatchNorm without gamma and beta (arXiv 2011.10566)."""
+    layers: list[nn.Module] = []
+    for _ in range(num_layers - 1):
+        layers += [nn.Linear(in_dim, hidden_dim, bias=False), nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True)]
+        in_dim = hidden_dim
+    return nn.Sequential(*layers, nn.Linear(in_dim, out_dim, bias=False), nn.BatchNorm1d(out_dim, affine=False))
+
+
+def simsiam_predictor(dim: int, hidden_dim: int) -> nn.Sequential:
+    """SimSiam's predictor: a bottleneck, with a bias at the end only (arXiv 2011.10566)."""
+    return nn.Sequential(
+        nn.Linear(dim, hidden_dim, bias=False),
+        nn.BatchNorm1d(hidden_dim),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden_dim, dim),
+    )
 
 
 def _narrow_resnet18(**_: Any) -> nn.Module:
@@ -76,16 +97,23 @@ def encoder_names() -> list[str]:
 
 
 def build_encoder(
-    encoder: str | nn.Module, *, cifar_stem: bool = False, zero_init_residual: bool = False, pretrained: bool = False
+    encoder: str | nn.Module,
+    *,
+    image_size: int | None = None,
+    cifar_stem: bool = False,
+    zero_init_residual: bool = False,
+    pretrained: bool = False,
 ) -> nn.Module:
     """An encoder without its classifier.
 
     Args:
-        encoder: a torchvision classification model by name, or any module that maps `[B, 3, H, W]` to features.
-            A module is taken as it is.
+        encoder: a torchvision classification model by name, `timm/NAME` where timm is installed, or any module that
+            maps `[B, 3, H, W]` to features. A module is taken as it is.
+        image_size: height and width of the images in pixels, for vision transformers, which are made for one size;
+            None leaves it at the model's own.
         cifar_stem: replace a ResNet's first convolution by 3x3, stride 1, padding 1 and drop its max-pool.
         zero_init_residual: start every residual block of a ResNet as the identity; other encoders have none.
-        pretrained: start from torchvision's default weights.
+        pretrained: start from torchvision's default weights (or timm's).
 
     Returns:
         The module; the sizes of its features are found with `feature_dim`.
@@ -100,6 +128,13 @@ def build_encoder(
                 f"{type(encoder).__name__}; prepare the module yourself"
             )
         return encoder
+    if encoder.startswith("timm/"):
+        if cifar_stem or zero_init_residual:
+            raise ValueError(
+                f"build_encoder: cifar_stem and zero_init_residual are for torchvision's ResNets, got {encoder!r}; "
+                "drop them"
+            )
+        return _timm_encoder(encoder.removeprefix("timm/"), image_size, pretrained)
     from torchvision import models
 
     names = encoder_names()
@@ -114,9 +149,11 @@ def build_encoder(
     else:
         # These two warn about their slow initialisation unless told, and insist on auxiliary heads with weights.
         googles = encoder in {"inception_v3", "googlenet"}
-        options = (
+        options: dict[str, Any] = (
             {"init_weights": not pretrained, "aux_logits": pretrained, "transform_input": False} if googles else {}
         )
+        if encoder.startswith("vit_") and image_size is not None and not pretrained:
+            options["image_size"] = image_size
         try:
             network = models.get_model(encoder, weights="DEFAULT" if pretrained else None, **options)
         except OSError as error:
@@ -136,6 +173,33 @@ def build_encoder(
         network.conv1 = conv
         network.maxpool = nn.Identity()
     return network
+
+
+def _timm_encoder(name: str, image_size: int | None, pretrained: bool) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError(
+            f"build_encoder: 'timm/{name}' needs timm, which is not installed; pip install timm, or name a torchvision "
+            "model"
+        ) from error
+    if name not in timm.list_models():
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise ValueError(
+            f"build_encoder: timm has no model {name!r}"
+            + (f"; did you mean {', '.join(near)}?" if near else "; timm.list_models() lists them")
+        )
+    # Models made for one size take it as img_size; the others refuse the argument.
+    sized = {} if image_size is None else {"img_size": image_size}
+    for options in (sized, {}):
+        try:
+            network: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+        except TypeError:
+            if not options:
+                raise
+        else:
+            return network
+    raise AssertionError(name)
 
 
 def _zero_residuals(network: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,21 +11,43 @@ from torch import nn
 from byol_fast.config import OptimConfig
 from byol_kernels import LARS
 
+CONSTANT = "constant_lr"
+"""Key of a parameter group whose learning rate stays at its peak after the warm-up."""
 
-def make_optimizer(config: OptimConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """LARS by the reference's rule, or one of torch's, with weight decay on matrices and filters only.
+
+def make_optimizer(
+    config: OptimConfig, parameters: Sequence[nn.Parameter], predictor: Sequence[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
+    """LARS by the reference's rule, or one of torch's, each able to skip a step by a flag on the device.
 
     Args:
         config: name and hyperparameters; the learning rate is set anew before every step.
         parameters: what to optimise.
+        predictor: those of them whose learning rate `config.constant_predictor_lr` keeps.
     """
+    held = {id(p) for p in predictor} if config.constant_predictor_lr else set()
+    groups: list[dict[str, Any]] = []
+    for constant in (False, True):
+        members = [p for p in parameters if (id(p) in held) == constant]
+        if config.name == "lars":
+            groups.append({"params": members, CONSTANT: constant})
+            continue
+        for decays in (True, False):
+            params = [p for p in members if (p.ndim > 1 or config.decay_1d) == decays]
+            groups.append({"params": params, "weight_decay": config.weight_decay * decays, CONSTANT: constant})
+    groups = [group for group in groups if group["params"]]
     if config.name == "lars":
-        # It leaves biases and norms (ndim <= 1) out of decay and adaptation by itself.
-        return LARS(parameters, lr=0.0, momentum=config.momentum, weight_decay=config.weight_decay, eta=config.eta)
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+        return LARS(
+            groups,
+            lr=0.0,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            eta=config.eta,
+            exclude_1d=not config.decay_1d,
+        )
+    # The fused forms take `found_inf`: a step that must not happen is skipped without asking the host.
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum)
-    return (torch.optim.Adam if config.name == "adam" else torch.optim.AdamW)(groups, lr=0.0)
+        return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, fused=True)
+    cuda = any(p.is_cuda for p in parameters)
+    adam = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
+    return adam(groups, lr=0.0, fused=True, capturable=cuda)

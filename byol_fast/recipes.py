@@ -141,6 +141,59 @@ def five_steps() -> Config:
     )
 
 
+def simsiam_imagenet() -> Config:
+    """SimSiam, ImageNet, ResNet-50, 100 epochs: the paper's settings (68.1 % linear at batch 512)."""
+    view = ViewConfig(area=(0.2, 1.0), interpolation="bilinear", saturation=0.4, blur=0.5, solarize=0.0)
+    return Config(
+        recipe="simsiam_imagenet",
+        method="simsiam",
+        epochs=100,
+        batch_size=256,
+        view1=view,
+        view2=view,
+        model=ModelConfig(
+            encoder="resnet50",
+            zero_init_residual=True,
+            hidden_dim=2048,
+            projection_dim=2048,
+            projector_layers=3,
+            predictor_hidden_dim=512,
+        ),
+        optim=OptimConfig(
+            name="sgd", lr=0.05, weight_decay=1e-4, warmup_epochs=0, decay_1d=True, constant_predictor_lr=True
+        ),
+        knn=KNNConfig(max_train=100_000),
+    )
+
+
+def simsiam_cifar10() -> Config:
+    """SimSiam, CIFAR-10, ResNet-18 with the 3x3 stem, 800 epochs: the paper's settings (91.8 % linear there)."""
+    view = ViewConfig(size=32, area=(0.2, 1.0), interpolation="bilinear", saturation=0.4, blur=0.0, solarize=0.0)
+    return Config(
+        recipe="simsiam_cifar10",
+        method="simsiam",
+        epochs=800,
+        batch_size=512,
+        data=DataConfig(builtin="cifar10"),
+        view1=view,
+        view2=view,
+        model=ModelConfig(
+            encoder="resnet18",
+            cifar_stem=True,
+            hidden_dim=2048,
+            projection_dim=2048,
+            projector_layers=2,
+            predictor_hidden_dim=512,
+            mean=CIFAR_MEAN,
+            std=CIFAR_STD,
+        ),
+        optim=OptimConfig(
+            name="sgd", lr=0.03, weight_decay=5e-4, warmup_epochs=0, decay_1d=True, constant_predictor_lr=True
+        ),
+        knn=KNNConfig(k=200, temperature=0.1),
+    )
+
+
 RECIPES: dict[str, Callable[[], Config]] = {
     "demo": demo,
     "cifar10_resnet18": cifar10_resnet18,
@@ -150,6 +203,8 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "imagenet_resnet50_40": lambda: imagenet_resnet50(40),
     "seed_guide": seed_guide,
     "five_steps": five_steps,
+    "simsiam_imagenet": simsiam_imagenet,
+    "simsiam_cifar10": simsiam_cifar10,
 }
 
 

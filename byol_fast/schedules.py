@@ -81,8 +81,13 @@ class RunSchedule:
 
     def lr(self, step: int) -> float:
         """Learning rate of the step that follows `step` finished ones."""
-        if self.lr_schedule == "constant" and step >= self.warmup_steps:
-            step = self.warmup_steps
+        if self.lr_schedule == "constant":
+            return self.constant_lr(step)
+        return lr_at(step, self.total_steps, self.warmup_steps, self.base_lr, self.batch_size)
+
+    def constant_lr(self, step: int) -> float:
+        """The learning rate of what keeps its peak after the warm-up."""
+        step = min(step, self.warmup_steps)
         return lr_at(step, self.total_steps, self.warmup_steps, self.base_lr, self.batch_size)
 
     def tau(self, step: int) -> float:

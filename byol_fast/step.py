@@ -2,40 +2,112 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from byol_fast.capture import Forward
 from byol_fast.data.batch import Batch
-from byol_fast.methods import SelfSupervisedTask
+from byol_fast.methods import SelfSupervisedTask, TaskOutput
+from byol_fast.optim import CONSTANT
+from byol_fast.precision import LossScale, Precision
 from byol_fast.schedules import RunSchedule
+from byol_fast.weight_copies import WeightCopies
 from byol_kernels import LARS, ema_update_
+
+Forward = Callable[[Tensor, Tensor], TaskOutput]
+Views = Sequence[tuple[Tensor, Tensor]]
+FP32 = Precision("fp32", None)
 
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """What a step reports; the tensors stay on the device, so that reporting costs no synchronisation."""
+    """What a step reports; the values stay on the device, so that reporting costs no synchronisation."""
 
-    loss: Tensor
-    """Scalar loss before the update."""
-    collapse_std: Tensor
-    """Scalar, see `byol_fast.methods.collapse_std`."""
+    values: Tensor
+    """Loss before the update, collapse meter, and 1 where the step was undone because something was not finite; `[3]`,
+    float64."""
     lr: float
     tau: float
 
+    @property
+    def loss(self) -> Tensor:
+        """Scalar loss before the update."""
+        return self.values[0]
+
+    @property
+    def collapse_std(self) -> Tensor:
+        """Scalar, see `byol_fast.methods.collapse_std`."""
+        return self.values[1]
+
+    @property
+    def undone(self) -> Tensor:
+        """Scalar: 1 where the step changed nothing because its loss or gradient was not finite, else 0."""
+        return self.values[2]
+
+
+class BufferGuard:
+    """Takes batch normalisation's running statistics back where a step must not have happened.
+
+    One batch with a NaN makes them NaN for ever; not updating the weights is not enough.
+    """
+
+    def __init__(self, task: SelfSupervisedTask) -> None:
+        self._live = [b for network in task.networks() for b in network.buffers()]
+        self._saved = [torch.empty_like(b) for b in self._live]
+
+    @torch.no_grad()
+    def save(self) -> None:
+        """Remember the buffers."""
+        if self._live:
+            torch._foreach_copy_(self._saved, self._live)
+
+    @torch.no_grad()
+    def restore_if(self, flag: Tensor) -> None:
+        """Put back what was remembered where the flag is 1, without asking the host.
+
+        Args:
+            flag: scalar on the buffers' device, 0 or 1.
+        """
+        if flag.device.type == "cpu":
+            if flag:
+                torch._foreach_copy_(self._live, self._saved)
+            return
+        # Products of integers select bits whatever they mean; of floats, 0 * NaN would be NaN.
+        for integer in (torch.int16, torch.int32, torch.int64):
+            size = integer.itemsize
+            live = [_as(b, integer) for b in self._live if b.element_size() == size]
+            if live:
+                saved = [_as(b, integer) for b in self._saved if b.element_size() == size]
+                take_saved = flag.to(integer)
+                torch._foreach_mul_(live, 1 - take_saved)
+                torch._foreach_add_(live, torch._foreach_mul(saved, take_saved))
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same memory as integers; a 0-dim tensor keeps its number of dimensions."""
+    return tensor if tensor.dtype == dtype else tensor.view(dtype)
+
 
 class TrainStep:
-    """One optimizer step on one batch.
+    """One optimizer step on one batch, or on several whose gradients are averaged.
+
+    A step whose loss or gradient is not finite is undone on the device: weights, momentum, target and the running
+    statistics of both networks are those from before. Learning rate and tau go on with the step counter.
 
     Args:
         task: networks and loss.
-        optimizer: over `task.trainable_parameters()`.
+        optimizer: over `task.trainable_parameters()`, made by `make_optimizer`.
         schedule: learning rate and tau by step.
+        precision: what the networks compute with.
         forward: `task.training_output`, or a compiled form of it.
-        autocast: dtype the networks compute in; None leaves the weights' own.
+        accumulate: batches a step.
         channels_last: bring the views into NHWC memory (a no-op for DALI's).
+        weight_copies: let LARS write the weights in the networks' precision, instead of casting them in every step,
+            where it can: one batch a step, one process. Recomputed activations would not see the copies.
+        agree: with several processes, makes a flag on the device 1 on all where it is 1 on any.
     """
 
     def __init__(
@@ -44,46 +116,146 @@ class TrainStep:
         optimizer: torch.optim.Optimizer,
         schedule: RunSchedule,
         *,
+        precision: Precision = FP32,
         forward: Forward | None = None,
-        autocast: torch.dtype | None = None,
+        accumulate: int = 1,
         channels_last: bool = True,
+        weight_copies: bool = True,
+        agree: Callable[[Tensor], None] | None = None,
     ) -> None:
         self.task = task
         self.optimizer = optimizer
         self.schedule = schedule
+        self.precision = precision
         self.forward = forward or task.training_output
-        self.autocast = autocast
+        self.accumulate = accumulate
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.target_of: dict[Tensor, Tensor] = dict(
-            zip(task.trainable_parameters(), task.target_parameters(), strict=False)
-        )
         self.device = next(task.parameters()).device
+        self.parameters = task.trainable_parameters()
+        self.target_of: dict[Tensor, Tensor] = dict(zip(self.parameters, task.target_parameters(), strict=False))
+        self.buffers = BufferGuard(task)
+        self.bad = torch.zeros((), device=self.device)
+        """1 while the step under way has met something that is not finite."""
+        self.loss_scale = LossScale(self.device) if precision.scales_loss else None
+        self._agree = agree
+        # Copies take the gradients in low precision: fine for one batch and one process, too coarse for sums of them.
+        fit = weight_copies and isinstance(optimizer, LARS) and accumulate == 1 and agree is None
+        self.copies = WeightCopies(task, precision.autocast) if fit and precision.autocast is not None else None
+        self._tau: float | Tensor = torch.ones((), device=self.device) if self.device.type == "cuda" else 1.0
+        self.run: Callable[[Views], Tensor] = self.body
 
-    def __call__(self, batch: Batch, step: int) -> StepMetrics:
-        """Train on a batch.
+    def __call__(self, batch: Batch | Sequence[Batch], step: int) -> StepMetrics:
+        """Train on a batch, or on as many as `accumulate` says.
 
         Args:
             batch: two views, on any device.
             step: steps finished before this one; decides learning rate and tau.
         """
+        batches = [batch] if isinstance(batch, Batch) else batch
+        if len(batches) != self.accumulate:
+            raise ValueError(f"TrainStep: batch must be {self.accumulate} batches (accumulate), got {len(batches)}")
         lr, tau = self.schedule.lr(step), self.schedule.tau(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        view1, view2 = self._placed(batch.view1), self._placed(batch.view2)
-        with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            output = self.forward(view1, view2)
-        output.loss.backward()  # type: ignore[no-untyped-call]
-        self._update(tau)
-        self.optimizer.zero_grad(set_to_none=True)
-        return StepMetrics(output.loss.detach(), output.collapse_std, lr, tau)
+        self._set_rates(lr, self.schedule.constant_lr(step), tau)
+        return StepMetrics(self.run([(self._placed(b.view1), self._placed(b.view2)) for b in batches]), lr, tau)
 
-    def _update(self, tau: float) -> None:
+    def body(self, views: Views) -> Tensor:
+        """The work of a step: all of it runs on the device, and none of it waits for the host.
+
+        Args:
+            views: pairs of views on the device.
+
+        Returns:
+            `StepMetrics.values`.
+        """
+        self.buffers.save()
+        outputs = [self._backward(view1, view2) for view1, view2 in views]
+        loss = torch.stack([output.loss.detach() for output in outputs]).mean()
+        if self.copies is not None:
+            self.copies.hand_over_gradients()
+        self._look_for_what_is_not_finite(loss)
+        self._update()
+        self.buffers.restore_if(self.bad)
+        if self.loss_scale is not None:
+            self.loss_scale.update(self.bad)
+        self.optimizer.zero_grad(set_to_none=True)
+        return torch.stack([loss.double(), outputs[-1].collapse_std.double(), self.bad.double()])
+
+    def changing(self) -> list[Tensor]:
+        """All tensors that a step changes."""
+        state = [v for entry in self.optimizer.state.values() for v in entry.values() if isinstance(v, Tensor)]
+        own = [] if self.loss_scale is None else self.loss_scale.tensors()
+        copies = [] if self.copies is None else list(self.copies.of.values())
+        return [*self.task.parameters(), *self.task.buffers(), *state, *own, *copies, self.bad]
+
+    def weights_changed(self) -> None:
+        """Take note that weights were loaded."""
+        if self.copies is not None:
+            self.copies.refresh()
+
+    def forward_backward(self, view1: Tensor, view2: Tensor) -> TaskOutput:
+        """Add a batch's gradients to what is there.
+
+        Args:
+            view1: `[B, 3, H, W]`, on any device.
+            view2: likewise.
+        """
+        return self._backward(self._placed(view1), self._placed(view2))
+
+    def _backward(self, view1: Tensor, view2: Tensor) -> TaskOutput:
+        dtype = self.precision.autocast
+        with (
+            self.copies.in_place() if self.copies is not None else nullcontext(),
+            torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None),
+        ):
+            output = self.forward(view1, view2)
+        loss = output.loss / self.accumulate if self.accumulate > 1 else output.loss
+        (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()  # type: ignore[no-untyped-call]
+        return output
+
+    def _look_for_what_is_not_finite(self, loss: Tensor) -> None:
+        """Set the flag, and take the loss scale out of the gradients."""
+        self.bad.copy_(~torch.isfinite(loss))
+        factor = torch.ones((), device=self.device) if self.loss_scale is None else self.loss_scale.inverse()
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for p in self.parameters:
+            if p.grad is not None:
+                by_dtype.setdefault(p.grad.dtype, []).append(p.grad)
+        for gradients in by_dtype.values():
+            torch._amp_foreach_non_finite_check_and_unscale_(gradients, self.bad, factor)
+        if self._agree is not None:
+            self._agree(self.bad)
+
+    def _update(self) -> None:
         """The optimizer's step, then the target follows; our LARS does both in the same pass over the weights."""
-        if isinstance(self.optimizer, LARS):
-            self.optimizer.step(ema=(self.target_of, tau))
-        else:
-            self.optimizer.step()
+        optimizer, tau = self.optimizer, self._tau
+        optimizer.found_inf = self.bad  # type: ignore[attr-defined]
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+        if isinstance(optimizer, LARS):
+            copies = None if self.copies is None else self.copies.of
+            optimizer.step(ema=(self.target_of, tau) if self.target_of else None, copies=copies)
+            return
+        optimizer.step()
+        if self.target_of:
+            on_cpu = self.device.type == "cpu"
+            # The average with tau 1 leaves the target as it is, bit for bit.
+            tau = (1.0 if self.bad else tau) if on_cpu else torch.where(self.bad > 0, 1.0, tau)
             ema_update_(list(self.target_of.values()), list(self.target_of), tau)
+
+    def _set_rates(self, lr: float, constant_lr: float, tau: float) -> None:
+        """Learning rate and tau; on a GPU as scalars there, so that a captured step follows them."""
+        on_device = self.device.type == "cuda"
+        for group in self.optimizer.param_groups:
+            value = constant_lr if group.get(CONSTANT) else lr
+            if not on_device:
+                group["lr"] = value
+            elif isinstance(group["lr"], Tensor) and group["lr"].device == self.device:
+                group["lr"].fill_(value)
+            else:
+                group["lr"] = torch.full((), value, device=self.device)
+        if isinstance(self._tau, Tensor):
+            self._tau.fill_(tau)
+        else:
+            self._tau = tau
 
     def _placed(self, view: Tensor) -> Tensor:
         return view.to(self.device, non_blocking=True).contiguous(memory_format=self.memory_format)

@@ -5,52 +5,53 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from byol_fast import batchnorm, distributed, environment, memory
 from byol_fast import checkpoint as checkpoints
 from byol_fast import config as configs
-from byol_fast import environment
-from byol_fast.capture import compiled_forward
+from byol_fast.activations import checkpoint_blocks
+from byol_fast.callbacks import Callback
+from byol_fast.capture import CapturedStep, choose_mode, compiled
 from byol_fast.config import Config, ConfigError
-from byol_fast.data import ImageSource, eval_batches, make_loader, split
+from byol_fast.data import BadImageError, Batch, make_loader, split
 from byol_fast.display import Display
-from byol_fast.evaluate import KNNResult, calibrated, embed, knn_accuracy
+from byol_fast.evaluate.during import KNNDuringTraining, knn_problem
+from byol_fast.evaluate.knn import KNNResult
 from byol_fast.export import export_encoder
 from byol_fast.files import atomic_write
-from byol_fast.methods import BYOL
-from byol_fast.metrics import MetricsLog, Speed, Stopwatch
+from byol_fast.methods import make_task
+from byol_fast.metrics import MetricsLog, Speed, Stopwatch, TensorBoard
 from byol_fast.metrics import read as read_metrics
 from byol_fast.optim import make_optimizer
+from byol_fast.precision import resolve_precision
 from byol_fast.schedules import RunSchedule
+from byol_fast.signals import StopRequest
 from byol_fast.state import TrainState
 from byol_fast.step import StepMetrics, TrainStep
 
 log = logging.getLogger(__name__)
 
-# Fields that may change between a run and its resumption: they do not change what is computed.
+# Fields that may change between a run and its resumption: they do not change what is computed (the mode only how it is
+# rounded, of which the run warns).
 RESUMABLE_CHANGES = frozenset(
     {"name", "out", "log_every", "checkpoint_every", "keep_checkpoints", "data.root", "data.cache", "data.prefetch"}
-    | {"data.threads", "knn.val_root"}
+    | {"data.threads", "knn.val_root", "mode", "tensorboard", "timeout_minutes", "max_bad_steps"}
+    | {"activation_checkpointing"}
 )
-
 
 # A checkpoint after every epoch of a few steps would cost more than the steps.
 MIN_CHECKPOINT_STEPS = 100
 
-# Images that the norms of an untrained encoder are calibrated on.
-CALIBRATION_IMAGES = 10_240
+_ENOUGH = 1000  # above all signal numbers: a callback ends the run
 
 
 class Interrupted(Exception):  # noqa: N818  (not an error: someone asked the run to stop)
@@ -88,7 +89,7 @@ class RunResult:
     steps: int
     """Optimizer steps done."""
     loss: float
-    """Mean loss of the last ten steps."""
+    """Mean loss of the last ten steps that counted."""
     knn_top1: float | None
     """kNN accuracy of the trained encoder, 0..1, where there were labels."""
     knn_top1_untrained: float | None
@@ -110,19 +111,16 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def resolve_autocast(name: str, device: torch.device) -> torch.dtype | None:
-    """Dtype of a configuration's precision; None for fp32."""
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else environment.cpu_has_bf16()
-    return torch.bfloat16 if name == "bf16" or (name == "auto" and fast) else None
-
-
 class Trainer:
     """A run: built from a configuration, started with `fit`.
+
+    With several processes (torchrun) every one of them builds and fits a trainer of its own; they find each other.
 
     Args:
         config: what to do.
         data: images to train on, instead of the configuration's: anything `byol_fast.data.open_source` takes.
         resume: run folder to continue; its checkpoint is loaded and its configuration must agree with `config`.
+        callbacks: hooks into the run.
 
     Raises:
         ConfigError: a field is invalid, or differs from the run to be resumed in what is computed.
@@ -134,7 +132,14 @@ class Trainer:
         >>> Trainer(recipes.demo()).fit().knn_top1
     """
 
-    def __init__(self, config: Config, *, data: object = None, resume: Path | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        data: object = None,
+        resume: Path | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
         if isinstance(data, str | Path):
             config, data = configs.replace(config, {"data.root": Path(data)}), None
         # So that the run can be resumed from any folder.
@@ -143,58 +148,81 @@ class Trainer:
         if config.knn.val_root is not None:
             config = configs.replace(config, {"knn.val_root": config.knn.val_root.expanduser().absolute()})
         self.config = config
+        self.callbacks = list(callbacks)
+        self.world = world = distributed.join(config.device, config.timeout_minutes)
         self.device = resolve_device(config.device)
-        self.autocast = resolve_autocast(config.precision, self.device)
-        self.run_dir = resume or config.out / (config.name or f"{config.recipe}-{datetime.now():%Y%m%d-%H%M%S}")
-        self.notes: list[str] = []
-        payload = self._claim_run_dir(resume)
-        self.train_source, self.val_source = split(config, data)
-        torch.manual_seed(config.seed)
-        self.task = BYOL(
-            config.model.encoder,
-            hidden_dim=config.model.hidden_dim,
-            projection_dim=config.model.projection_dim,
-            last_bias=config.model.last_bias,
-            image_size=config.view1.size,
-            cifar_stem=config.model.cifar_stem,
-            zero_init_residual=config.model.zero_init_residual,
-            pretrained=config.model.pretrained and payload is None,
-            mean=config.model.mean,
-            std=config.model.std,
+        self.precision = resolve_precision(config.precision, self.device)
+        self.precision.apply_to_backends()
+        self.mode = choose_mode(config, self.device, self.precision, world.size)
+        self.run_dir = world.share(
+            resume or config.out / (config.name or f"{config.recipe}-{datetime.now():%Y%m%d-%H%M%S}")
         )
+        self.notes: list[str] = []
+        resumes = world.from_leader(lambda: self._claim_run_dir(resume))
+        payload = checkpoints.load_latest(self.run_dir / "checkpoints") if resumes else None
+        with world.leader_first():
+            self.train_source, self.val_source = split(config, data)
+            torch.manual_seed(config.seed)
+            self.task = make_task(config, pretrained=payload is None)
+        if self.task.views_note is not None:
+            self.notes.append(f"the views pass the networks one by one: {self.task.views_note}")
         self.task.to(self.device)
         if config.channels_last:
             self.task.to(memory_format=torch.channels_last)
-        optimizer = make_optimizer(config.optim, self.task.trainable_parameters())
-        loader = make_loader(self.train_source, config, device=self.device)
-        self.state = TrainState(self.task, optimizer, loader)
-        self.total_steps = config.steps or config.epochs * loader.steps_per_epoch
+        self._connect_processes()
+        if config.activation_checkpointing:
+            checkpoint_blocks(self.task.encoder)
+        parameters, predictor = self.task.trainable_parameters(), self.task.online.predictor.parameters()
+        optimizer = make_optimizer(config.optim, parameters, list(predictor))
+        loader = make_loader(self.train_source, config, device=self.device, shard_id=world.rank, num_shards=world.size)
+        self.total_steps = config.steps or max(config.epochs * loader.steps_per_epoch // config.accumulate, 1)
         self.train_step = TrainStep(
             self.task,
             optimizer,
-            self._schedule(),
-            forward=compiled_forward(self.task, config.compile, self.device),
-            autocast=self.autocast,
+            self._schedule(loader.steps_per_epoch),
+            precision=self.precision,
+            forward=compiled(self.task, self.mode, alone=world.alone),
+            accumulate=config.accumulate,
             channels_last=config.channels_last,
+            weight_copies=not config.activation_checkpointing,
+            agree=None if world.alone else distributed.agree,
+        )
+        if self.mode.name == "graph":
+            self.train_step.run = CapturedStep(self.train_step)
+        self.state = TrainState(
+            self.task, optimizer, loader, self.train_step.loss_scale, world, accumulate=config.accumulate
         )
         self.metrics = MetricsLog(self.run_dir / "metrics.jsonl")
-        self.knn_labels = self._knn_labels()
+        self.tensorboard = TensorBoard(self.run_dir / "tb") if config.tensorboard and world.leads else None
+        self.knn = self._knn_during_training()
         self.stopwatch = Stopwatch()
+        self.stop_request = StopRequest()
+        self._ended_early = False
+        self._bad_in_a_row = 0
         self._recent: list[tuple[int, StepMetrics]] = []
-        self._stop: int | None = None
         if payload is not None:
             self._restore(payload)
 
     # ------------------------------------------------------------------ set-up
 
-    def _schedule(self) -> RunSchedule:
-        optim, steps = self.config.optim, self.total_steps
+    def _connect_processes(self) -> None:
+        world = self.world
+        if world.alone:
+            return
+        if self.config.sync_batchnorm:
+            for network in self.task.networks():
+                batchnorm.synchronise(network)
+        self.task.call_online_through(lambda network: distributed.wrapped(network, self.device))
+        torch.manual_seed(self.config.seed + world.rank)  # what networks draw themselves: dropout
+
+    def _schedule(self, batches_per_epoch: int) -> RunSchedule:
+        optim, steps, config = self.config.optim, self.total_steps, self.config
         if optim.warmup_steps is not None:
             warmup = optim.warmup_steps
             if warmup > steps:
                 raise ConfigError(f"config: optim.warmup_steps must be at most the run's {steps} steps, got {warmup}")
         else:
-            asked = round(optim.warmup_epochs * self.state.loader.steps_per_epoch)
+            asked = round(optim.warmup_epochs * batches_per_epoch / config.accumulate)
             warmup = min(asked, steps // 4)
             if warmup < asked:
                 self.notes.append(f"warm-up of {asked} steps cut to {warmup}, a quarter of the run's {steps}")
@@ -202,29 +230,32 @@ class Trainer:
             total_steps=steps,
             warmup_steps=warmup,
             base_lr=optim.lr,
-            batch_size=self.config.batch_size if optim.scale_lr else 256,
+            batch_size=self.effective_batch if optim.scale_lr else 256,
             lr_schedule=optim.schedule,
-            tau_base=self.config.tau.base,
-            tau_schedule=self.config.tau.schedule,
+            tau_base=config.tau.base,
+            tau_schedule=config.tau.schedule,
         )
 
-    def _knn_labels(self) -> tuple[Tensor, Tensor] | None:
-        """Labels of the training and validation images; None where kNN is off."""
-        train, val = self.train_source.labels, self.val_source.labels if self.val_source else None
-        if self.config.knn.enabled == "off":
+    @property
+    def effective_batch(self) -> int:
+        """Images of an optimizer step, over all processes and accumulated batches."""
+        return self.config.batch_size * self.config.accumulate * self.world.size
+
+    def _knn_during_training(self) -> KNNDuringTraining | None:
+        problem = knn_problem(self.config, self.train_source, self.val_source)
+        if problem is not None:
+            if self.config.knn.enabled == "auto" and self.train_source.labels is not None:
+                self.notes.append(f"no kNN evaluation: {problem}")
             return None
-        if train is not None and val is not None:
-            return torch.as_tensor(train), torch.as_tensor(val)
-        if self.val_source is None:
-            missing = "there are no validation images: set knn.val_root, or give a root with train and val inside"
-        else:
-            which = "training" if train is None else "validation"
-            missing = f"the {which} images have no labels: sort them into one folder per class"
-        if self.config.knn.enabled == "on":
-            raise ConfigError(f"config: knn.enabled is 'on', but {missing}")
-        if train is not None:
-            self.notes.append(f"no kNN evaluation: {missing}")
-        return None
+        assert self.val_source is not None
+        return KNNDuringTraining(
+            self.config,
+            self.task,
+            self.train_source,
+            self.val_source,
+            device=self.device,
+            autocast=self.precision.autocast,
+        )
 
     def _restore(self, payload: dict[str, Any]) -> None:
         then = configs.from_dict(json.loads(payload["config"]))
@@ -236,9 +267,10 @@ class Trainer:
                 f"resume: {self.run_dir} must be continued as it was started, but {listed}; "
                 "drop these options, or start a new run"
             )
-        for difference in environment.differences(json.loads(payload["environment"]), self._environment()):
-            log.warning("resume: %s; the run goes on, but not bit for bit as it would have", difference)
         self.state.load_state_dict(payload)
+        self.train_step.weights_changed()
+        for difference in environment.differences(json.loads(payload["environment"]), self._environment()):
+            self._warn("resume: %s; the run goes on, but not bit for bit as it would have", difference)
 
     # ------------------------------------------------------------------ the run
 
@@ -250,18 +282,17 @@ class Trainer:
 
         Raises:
             Interrupted: SIGINT or SIGTERM arrived; everything up to the last finished step is saved.
-            TrainingError: the loss is not finite.
+            TrainingError: too many steps in a row were not finite, or a batch does not fit the memory.
             CheckpointError: the disk is full or read-only.
         """
-        self._stop = None
-        self._write_run_folder()
-        epoch = self.state.loader.steps_per_epoch
-        checkpoint_every = self.config.checkpoint_every or -(-MIN_CHECKPOINT_STEPS // epoch) * epoch
-        with self._signals_noted(), Display(self.total_steps, self.state.step) as display:
+        self.world.from_leader(self._write_run_folder)
+        checkpoint_every = self.config.checkpoint_every or self._whole_epochs(MIN_CHECKPOINT_STEPS)
+        with self.stop_request.noted(), self._display() as display:
             for line in self._headline():
                 display.say(line)
+            self._tell("on_run_begin")
             self._evaluate_if_due(display)
-            while self.state.step < self.total_steps:
+            while self.state.step < self.total_steps and not self._ended_early:
                 self._train_one_step()
                 display.advance(self.state.step)
                 if self._due(self.config.log_every):
@@ -269,36 +300,57 @@ class Trainer:
                 if self._due(checkpoint_every):
                     self._save()
                 self._evaluate_if_due(display)
-                if self._stop is not None and self.state.step < self.total_steps:
-                    self._save_and_stop()
-            if self.state.evaluated_at == self.total_steps:
+                self._stop_if_asked()
+            if self.state.evaluated_at == self.state.step or self._ended_early:
                 self._save()  # so that a later resume need not evaluate again
         self.state.loader.close()
         return self._finish()
+
+    def stop(self) -> None:
+        """End the run after the step under way, as if it were complete: saved, and the encoder exported."""
+        self._ended_early = True
+
+    def _whole_epochs(self, at_least: int) -> int:
+        """Steps of as many whole epochs as make so many steps."""
+        epoch = max(self.state.loader.steps_per_epoch // self.config.accumulate, 1)
+        return -(-at_least // epoch) * epoch
 
     def _due(self, every: int) -> bool:
         return self.state.step % every == 0 or self.state.step == self.total_steps
 
     def _train_one_step(self) -> None:
         with self.stopwatch.waiting():
-            try:
-                batch = next(self.state.loader)
-            except ValueError:  # an image that cannot be read: what was learned until here is kept
+            batches = self._next_batches()
+        try:
+            metrics = self.train_step(batches if self.config.accumulate > 1 else batches[0], self.state.step)
+        except torch.OutOfMemoryError as error:
+            message = str(error).splitlines()[0]
+        else:
+            self.state.step += 1
+            self._recent.append((self.state.step, metrics))
+            self.stopwatch.count(self.effective_batch)
+            self._tell("on_step_end", metrics)
+            return
+        raise TrainingError(memory.advice(self.train_step, batches[0], message, self.config))
+
+    def _next_batches(self) -> list[Batch]:
+        try:
+            return [next(self.state.loader) for _ in range(self.config.accumulate)]
+        except BadImageError:
+            if self.world.alone:  # what was learned until here is kept; several processes would wait for each other
                 self._save()
-                raise
-        metrics = self.train_step(batch, self.state.step)
-        self.state.step += 1
-        self._recent.append((self.state.step, metrics))
-        self.stopwatch.count(self.config.batch_size)
+            raise
 
     def _log(self, display: Display) -> None:
         self._record_steps()
         record = self.metrics.latest
+        loss = "undone" if record["loss"] is None else f"{record['loss']:.4f}"
+        spread = math.nan if record["collapse_std"] is None else record["collapse_std"]
         display.status(
             self.state.step,
             self.state.epoch,
-            f"loss {record['loss']:.4f}  std {record['collapse_std']:.2f}  lr {record['lr']:.3g}  "
-            f"tau {record['tau']:.4f}  {record['images_per_s']:.1f} img/s  data wait {record['data_wait']:.0%}",
+            f"loss {loss}  std {spread:.2f}  lr {record['lr']:.3g}  tau {record['tau']:.4f}  "
+            f"{record['images_per_s']:.1f} img/s  data wait {record['data_wait']:.0%}",
         )
         self._flush_metrics()
 
@@ -306,31 +358,48 @@ class Trainer:
         """Queue a record for each step since the last time; the only place where the host waits for the device."""
         if not self._recent:
             return
-        values = torch.stack([torch.stack([m.loss.double(), m.collapse_std.double()]) for _, m in self._recent])
-        losses_and_stds = values.tolist()
-        speed = self.stopwatch.lap()
-        for (step, metrics), (loss, spread) in zip(self._recent, losses_and_stds, strict=True):
-            if not math.isfinite(loss):
-                self._refuse_loss(step, loss)
-            self.metrics.add(self._record(step, metrics, loss, spread, speed))
+        values = torch.stack([metrics.values for _, metrics in self._recent])
+        if not self.world.alone:
+            values = distributed.mean(values)
+        speed, peak = self.stopwatch.lap(), memory.peak_gib(self.device)
+        records = []
+        bad = 0
+        for (step, metrics), (loss, spread, undone) in zip(self._recent, values.tolist(), strict=True):
+            bad += undone > 0
+            self._bad_in_a_row = self._bad_in_a_row + 1 if undone > 0 else 0
+            records.append(self._record(step, metrics, loss, spread, speed, peak))
+            if undone > 0:
+                records[-1] |= {"loss": None, "collapse_std": None, "undone": True}
+            if self._bad_in_a_row == self.config.max_bad_steps:
+                break
+        last = self._recent[-1][0]
         self._recent.clear()
+        for record in records:
+            self.metrics.add(record)
+        self._tell("on_log", records)
+        if bad:
+            self._warn("%d of the last steps, to step %d, had a loss or gradient that is not finite: undone", bad, last)
+        if self._bad_in_a_row >= self.config.max_bad_steps:
+            self._flush_metrics()
+            self._fail(
+                f"the loss or gradient of {self._bad_in_a_row} steps in a row, to step {records[-1]['step']}, was not "
+                "finite"
+            )
 
-    def _record(self, step: int, metrics: StepMetrics, loss: float, spread: float, speed: Speed) -> dict[str, Any]:
+    def _record(
+        self, step: int, metrics: StepMetrics, loss: float, spread: float, speed: Speed, peak: float
+    ) -> dict[str, Any]:
         return {
             "step": step,
-            "epoch": round(step / self.state.loader.steps_per_epoch, 4),
+            "epoch": round(step * self.config.accumulate / self.state.loader.steps_per_epoch, 4),
             "loss": loss,
             "lr": metrics.lr,
             "tau": metrics.tau,
             "images_per_s": round(speed.images_per_s, 2),
             "data_wait": round(speed.data_wait, 4),
             "collapse_std": spread,
+            "peak_memory_gib": round(peak, 3),
         }
-
-    def _refuse_loss(self, step: int, loss: float) -> None:
-        self._recent.clear()
-        self._flush_metrics()
-        self._fail(f"the loss of step {step} is {loss}")
 
     def _refuse_weights(self) -> None:
         """A checkpoint of non-finite weights would pass for a good one."""
@@ -348,96 +417,69 @@ class Trainer:
     # ------------------------------------------------------------------ evaluation
 
     def _evaluate_if_due(self, display: Display) -> None:
-        step, every = self.state.step, self.config.knn.every_epochs * self.state.loader.steps_per_epoch
-        if self.knn_labels is None or self.state.evaluated_at == step or not self._due(every):
+        knn, step = self.config.knn, self.state.step
+        every = max(knn.every_epochs * self.state.loader.steps_per_epoch // self.config.accumulate, 1)
+        if self.knn is None or self.state.evaluated_at == step or not self._due(every):
             return
-        try:
-            with self.stopwatch.paused():
-                result = self._knn()
-        except _StopRequested:
-            self._save_and_stop()
+        with self.stopwatch.paused():
+            result = self.world.from_leader(self._knn_unless_stopped)
+        if result is None:
+            self._stop_if_asked()
+            return
         which = "untrained, norms calibrated" if step == 0 else f"epoch {self.state.epoch:.4g}"
-        display.say(f"kNN-{self.config.knn.k} top-1 {result.top1:.1%}  ({which}; {result.num_test} images)")
+        display.say(f"kNN-{knn.k} top-1 {result.top1:.1%}  ({which}; {result.num_test} images)")
         self._record_steps()
-        self.metrics.add(
-            {
-                "step": step,
-                "epoch": round(self.state.epoch, 4),
-                "knn_top1": result.top1,
-                "knn_top5": result.top5,
-                "knn_k": self.config.knn.k,
-            }
-        )
+        record = {
+            "step": step,
+            "epoch": round(self.state.epoch, 4),
+            "knn_top1": result.top1,
+            "knn_top5": result.top5,
+            "knn_k": knn.k,
+        }
+        self.metrics.add(record)
         self._flush_metrics()
         self.state.evaluated_at = step
+        if step > 0 and result.top1 > self.state.best:
+            self.state.best = result.top1
+            self._save(best=True)
+        self._tell("on_evaluation", record)
 
-    def _knn(self) -> KNNResult:
-        """KNN accuracy of the online encoder; the untrained one is judged with calibrated batch norms."""
-        assert self.knn_labels is not None
-        assert self.val_source is not None
-        knn, encoder = self.config.knn, self.task.encoder
-        train_y, val_y = self.knn_labels
-        train_source, index = self._spaced(knn.max_train)
-        common: dict[str, Any] = {
-            "normalize": self.task.normalize,
-            "device": self.device,
-            "autocast": self.autocast,
-            "check": self._raise_if_stopped,
-        }
-        if self.state.step == 0:
-            encoder = calibrated(encoder, self._images(self._spaced(CALIBRATION_IMAGES)[0]), **common)
-        train_x = embed(encoder, self._images(train_source), **common)
-        val_x = embed(encoder, self._images(self.val_source), **common)
-        return knn_accuracy(
-            train_x,
-            train_y[index].to(self.device),
-            val_x,
-            val_y,
-            k=knn.k,
-            temperature=knn.temperature,
-            num_classes=len(self.train_source.classes),
-        )
-
-    def _spaced(self, at_most: int) -> tuple[ImageSource, Tensor]:
-        """Evenly spaced training images (class folders come in the order of the classes), and their positions."""
-        count = len(self.train_source)
-        index = np.arange(count) if not 0 < at_most < count else np.arange(at_most) * count // at_most
-        return self.train_source if len(index) == count else self.train_source.subset(index), torch.from_numpy(index)
-
-    def _images(self, source: ImageSource) -> Iterator[tuple[Tensor, Tensor]]:
-        view, data = self.config.view1, self.config.data
-        return eval_batches(
-            source,
-            view.size,
-            256,
-            interpolation=view.interpolation,
-            threads=data.threads,
-            loader=data.loader,
-            device=self.device,
-        )
+    def _knn_unless_stopped(self) -> KNNResult | None:
+        assert self.knn is not None
+        try:
+            return self.knn(untrained=self.state.step == 0, check=self._raise_if_stopped)
+        except _StopRequested:
+            return None
 
     # ------------------------------------------------------------------ files and signals
 
+    def _display(self) -> Display:
+        return Display(self.total_steps, self.state.step, silent=not self.world.leads)
+
     def _headline(self) -> list[str]:
+        config = self.config
         count = sum(p.numel() for p in self.task.trainable_parameters()) / 1e6
-        precision = "bf16" if self.autocast is not None else "fp32"
         step, total = self.state.step, self.total_steps
         if step >= total:
             begin = f"already complete at step {step} of {total}:"
         else:
             begin = f"resuming after step {step} of {total}:" if step else "training"
+        parts = [f"{config.batch_size}"]
+        parts += [f"x {config.accumulate} accumulated"] if config.accumulate > 1 else []
+        parts += [f"x {self.world.size} processes"] if not self.world.alone else []
         return [
             (
-                f"{begin} {self.config.recipe}: {self.config.model.encoder}, {count:.1f} M parameters with the heads, "
-                f"{len(self.train_source)} images, {total} steps of {self.config.batch_size}, "
-                f"{self.device} {precision}, data by {self.state.loader.backend}"
+                f"{begin} {config.recipe}: {config.model.encoder}, {count:.1f} M parameters with the heads, "
+                f"{len(self.train_source)} images, {total} steps of {' '.join(parts)}, "
+                f"{self.device} {self.precision.name}, data by {self.state.loader.backend}"
             ),
+            f"mode: {self.mode.name} ({self.mode.why})",
             *self.notes,
             f"run folder: {self.run_dir}",
         ]
 
-    def _claim_run_dir(self, resume: Path | None) -> dict[str, Any] | None:
-        """Refuse a folder that holds another run; read the checkpoint to go on from, where there is one.
+    def _claim_run_dir(self, resume: Path | None) -> bool:
+        """Refuse a folder that holds another run; say whether there is a checkpoint to go on from.
 
         A run that died before its first checkpoint left nothing to lose: its folder is begun anew.
         """
@@ -445,10 +487,10 @@ class Trainer:
         if resume is not None and not (self.run_dir / "config.json").exists():
             raise ConfigError(f"resume: {self.run_dir} must be a run folder, it has no config.json; check the path")
         if resume is not None and checkpoints.steps_in(folder):
-            return checkpoints.load_latest(folder)
+            return True
         if self.run_dir.exists() and not self.run_dir.is_dir():
             raise ConfigError(f"config: {self.run_dir} must be a folder, it is a file; choose another name")
-        begun = {"config.json", "environment.json", "metrics.jsonl"}
+        begun = {"config.json", "environment.json", "metrics.jsonl", "tb"}
         left = {p.name for p in self.run_dir.iterdir() if p != folder} if self.run_dir.exists() else set()
         if checkpoints.steps_in(folder) or left - begun:
             raise ConfigError(
@@ -457,7 +499,7 @@ class Trainer:
             )
         if left:
             self.notes.append(f"{self.run_dir} has no checkpoint yet: starting from the beginning")
-        return None
+        return False
 
     def _write_run_folder(self) -> None:
         try:
@@ -466,12 +508,14 @@ class Trainer:
             atomic_write(self.run_dir / "config.json", json.dumps(configs.to_dict(self.config), indent=2) + "\n")
             record = json.dumps(self._environment(), indent=2)
             atomic_write(self.run_dir / "environment.json", record + "\n")
+            if self.tensorboard is not None and (problem := self.tensorboard.open(self.state.step)) is not None:
+                self.notes.append(problem)
         except OSError as error:
             raise ConfigError(
                 f"config: {self.run_dir} cannot be written ({error}); set `out` to another folder"
             ) from None
 
-    def _save(self) -> None:
+    def _save(self, *, best: bool = False) -> None:
         self._record_steps()
         self._flush_metrics()
         self._refuse_weights()
@@ -480,51 +524,66 @@ class Trainer:
             "environment": json.dumps(self._environment()),
             "feature_dim": self.task.feature_dim,
         }
-        checkpoints.save(self.run_dir / "checkpoints", self.state.step, payload, keep=self.config.keep_checkpoints)
+        folder = self.run_dir / "checkpoints"
+
+        def write() -> Path:
+            path = checkpoints.save(folder, self.state.step, payload, keep=self.config.keep_checkpoints)
+            if best:
+                checkpoints.keep_as_best(path)
+            return path
+
+        self._tell("on_checkpoint", self.world.from_leader(write))
 
     def _flush_metrics(self) -> None:
+        if not self.world.leads:
+            self.metrics.forget()
+            return
         try:
-            self.metrics.flush()
+            written = self.metrics.flush()
+            if self.tensorboard is not None:
+                self.tensorboard.write(written)
         except OSError as error:
             raise checkpoints.CheckpointError(
                 f"metrics: {self.metrics.path} could not be written ({error}); free space, then resume"
             ) from error
 
     def _environment(self) -> dict[str, Any]:
-        return environment.describe(self.device) | {"precision": str(self.autocast or torch.float32)}
+        return environment.describe(self.device) | {
+            "precision": self.precision.name,
+            "mode": self.mode.name,
+            "processes": self.world.size,
+        }
 
-    def _save_and_stop(self) -> None:
-        assert self._stop is not None
-        self._save()
-        self.state.loader.close()
-        raise Interrupted(self._stop, self.run_dir, self.state.step)
+    def _stop_if_asked(self) -> None:
+        """All processes stop after the same step, whichever was asked."""
+        asked = self.world.largest(max(self.stop_request.signum, _ENOUGH * self._ended_early))
+        if asked >= _ENOUGH:
+            self._ended_early = True
+        elif asked and self.state.step < self.total_steps:
+            self._save()
+            self.state.loader.close()
+            raise Interrupted(asked, self.run_dir, self.state.step)
 
     def _raise_if_stopped(self) -> None:
-        if self._stop is not None:
+        if self.stop_request.signum:
             raise _StopRequested
 
-    @contextmanager
-    def _signals_noted(self) -> Iterator[None]:
-        """Let SIGINT and SIGTERM end the run after the step under way; a second SIGINT ends it at once."""
+    def _tell(self, event: str, *values: object) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *values)
 
-        def note(signum: int, _frame: FrameType | None) -> None:
-            self._stop = signum
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            name = signal.Signals(signum).name
-            os.write(2, f"\n{name}: saving after this step; Ctrl-C again stops without saving\n".encode())
-
-        try:
-            before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread: whoever owns that one handles signals
-            yield
-            return
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _warn(self, message: str, *values: object) -> None:
+        if self.world.leads:
+            log.warning(message, *values)
 
     def _finish(self) -> RunResult:
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        result = self.world.from_leader(self._export)
+        self._tell("on_run_end", result)
+        return result
+
+    def _export(self) -> RunResult:
         weights, _ = export_encoder(
             self.task.encoder,
             self.config,
@@ -533,7 +592,7 @@ class Trainer:
             feature_dim=self.task.feature_dim,
         )
         records = read_metrics(self.metrics.path)
-        losses = [r["loss"] for r in records if "loss" in r][-10:]
+        losses = [r["loss"] for r in records if r.get("loss") is not None][-10:]
         knn = [(r["step"], r["knn_top1"]) for r in records if "knn_top1" in r]
         return RunResult(
             run_dir=self.run_dir,

@@ -76,7 +76,7 @@ def test_impossible_encoders_are_explained(arguments: dict[str, object], message
 
 def test_encoder_that_refuses_the_view_size_is_explained() -> None:
     with pytest.raises(ValueError, match=r"must accept \[B, 3, 32, 32\] images"):
-        BYOL("vit_b_32", image_size=32)
+        BYOL("inception_v3", image_size=32)
 
 
 def test_feature_probe_leaves_the_encoder_as_it_was() -> None:

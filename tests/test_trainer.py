@@ -22,7 +22,7 @@ import byol_fast
 from byol_fast import checkpoint as checkpoints
 from byol_fast import config as configs
 from byol_fast.api import find_resumable
-from byol_fast.capture import compiled_forward
+from byol_fast.capture import Mode, compiled
 from byol_fast.config import Config, ConfigError, OptimConfig
 from byol_fast.data import Batch
 from byol_fast.methods import BYOL
@@ -31,6 +31,9 @@ from byol_fast.optim import make_optimizer
 from byol_fast.schedules import RunSchedule
 from byol_fast.step import TrainStep
 from byol_fast.trainer import Interrupted, Trainer, TrainingError
+
+# What differs between two equal runs.
+CLOCK = {"images_per_s", "data_wait", "peak_memory_gib"}
 
 
 def final_weights(run: Path) -> dict[str, torch.Tensor]:
@@ -45,9 +48,8 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def by_step(run: Path) -> dict[int, dict[str, Any]]:
     """Training records without what the clock says."""
-    clock = {"images_per_s", "data_wait"}
     return {
-        r["step"]: {k: v for k, v in r.items() if k not in clock} for r in read(run / "metrics.jsonl") if "loss" in r
+        r["step"]: {k: v for k, v in r.items() if k not in CLOCK} for r in read(run / "metrics.jsonl") if "loss" in r
     }
 
 
@@ -89,6 +91,7 @@ def test_a_run_leaves_what_it_promises(tiny: Config) -> None:
         "encoder.safetensors",
         "environment.json",
         "metrics.jsonl",
+        "tb",
     }
     assert configs.load(run / "config.json") == tiny
     records = by_step(run)
@@ -167,7 +170,8 @@ def test_stopped_during_the_first_evaluation_and_resumed(tiny: Config, npz: Path
     raise_if_stopped = trainer._raise_if_stopped
 
     def stop_at_once() -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
+        if not trainer.stop_request.signum:
+            os.kill(os.getpid(), signal.SIGTERM)
         raise_if_stopped()
 
     trainer._raise_if_stopped = stop_at_once  # type: ignore[method-assign]
@@ -176,9 +180,8 @@ def test_stopped_during_the_first_evaluation_and_resumed(tiny: Config, npz: Path
     Trainer(tiny, resume=tiny.out / "tiny").fit()
     whole = Trainer(configs.replace(tiny, {"name": "whole"})).fit()
     records, expected = (read(tiny.out / name / "metrics.jsonl") for name in ("tiny", "whole"))
-    clock = {"images_per_s", "data_wait"}
-    assert [{k: v for k, v in r.items() if k not in clock} for r in records] == [
-        {k: v for k, v in r.items() if k not in clock} for r in expected
+    assert [{k: v for k, v in r.items() if k not in CLOCK} for r in records] == [
+        {k: v for k, v in r.items() if k not in CLOCK} for r in expected
     ]
     assert same(final_weights(tiny.out / "tiny"), final_weights(whole.run_dir))
 
@@ -217,8 +220,8 @@ def test_weights_that_are_not_finite_are_not_saved(tiny: Config) -> None:
     trainer = Trainer(tiny)
     update = trainer.train_step._update
 
-    def spoil(tau: float) -> None:
-        update(tau)
+    def spoil() -> None:
+        update()
         if trainer.state.step == 9:
             with torch.no_grad():
                 next(trainer.task.online.parameters()).fill_(math.inf)
@@ -262,24 +265,23 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tiny: Config) ->
     assert same(final_weights(run), whole)
 
 
-def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tiny: Config) -> None:
-    trainer = Trainer(configs.replace(tiny, {"log_every": 100}))
-
-    def spoil(step: int) -> None:
-        if step == 7:
-            with torch.no_grad():
-                next(trainer.task.online.parameters()).fill_(math.nan)
-
+def test_steps_that_are_not_finite_are_undone_counted_and_end_the_run_when_they_do_not_stop(tiny: Config) -> None:
+    trainer = Trainer(configs.replace(tiny, {"max_bad_steps": 3, "log_every": 1}))
     step = trainer.train_step.__call__
 
-    def spoiled(batch: Any, number: int) -> Any:
-        spoil(number)
-        return step(batch, number)
+    def spoiled(batch: Batch, number: int) -> Any:
+        bad = number == 1 or number >= 7
+        view1 = batch.view1.float() * (math.nan if bad else 1 / 255)
+        return step(Batch(view1, batch.view2.float() / 255, batch.index), number)
 
     trainer.train_step = spoiled  # type: ignore[assignment]
-    with pytest.raises(TrainingError, match=r"the loss of step 8 is nan; the last good checkpoint is of step 5"):
+    with pytest.raises(TrainingError, match=r"3 steps in a row, to step 10, .*last good checkpoint is of step 5"):
         trainer.fit()
+    records = by_step(trainer.run_dir)
+    assert [s for s in records if records[s].get("undone")] == [2, 8, 9, 10]
+    assert [s for s in records if records[s]["loss"] is None] == [2, 8, 9, 10]
     assert checkpoints.steps_in(trainer.run_dir / "checkpoints") == [5]
+    assert all(torch.isfinite(t).all() for t in trainer.task.state_dict().values())
 
 
 def test_knn_runs_before_and_after_and_labels_do_not_touch_training(
@@ -349,7 +351,7 @@ def test_compiled_steps_equal_eager_ones() -> None:
         torch.nn.Conv2d(3, 4, 3, stride=2, bias=False), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten()
     )
     eager = BYOL(encoder.double(), hidden_dim=8, projection_dim=4, image_size=6)
-    compiled = copy.deepcopy(eager)
+    other = copy.deepcopy(eager)
     schedule = RunSchedule(
         total_steps=4,
         warmup_steps=0,
@@ -360,8 +362,8 @@ def test_compiled_steps_equal_eager_ones() -> None:
         tau_schedule="cosine",
     )
     losses: dict[str, list[float]] = {}
-    for mode, task in (("off", eager), ("on", compiled)):
-        forward = compiled_forward(task, "on" if mode == "on" else "off", torch.device("cpu"))
+    for mode, task in (("eager", eager), ("compile", other)):
+        forward = compiled(task, Mode(mode, "for the test"))  # type: ignore[arg-type]
         optimizer = make_optimizer(OptimConfig(weight_decay=0.1, eta=0.1), task.trainable_parameters())
         step = TrainStep(task, optimizer, schedule, forward=forward)
         generator = torch.Generator().manual_seed(1)
@@ -369,9 +371,9 @@ def test_compiled_steps_equal_eager_ones() -> None:
         for k in range(3):
             views = torch.randn(2, 6, 3, 6, 6, generator=generator, dtype=torch.float64)
             losses[mode].append(float(step(Batch(views[0], views[1], torch.arange(6)), k).loss))
-    assert losses["on"] == pytest.approx(losses["off"], rel=1e-12)
-    assert losses["off"][0] != losses["off"][2]
-    for (name, a), b in zip(eager.state_dict().items(), compiled.state_dict().values(), strict=True):
+    assert losses["compile"] == pytest.approx(losses["eager"], rel=1e-12)
+    assert losses["eager"][0] != losses["eager"][2]
+    for (name, a), b in zip(eager.state_dict().items(), other.state_dict().values(), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-12, msg=name)
 
 

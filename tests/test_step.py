@@ -1,0 +1,285 @@
+"""The step beyond the plain case: steps that must not happen, sums of batches, low precision, recomputation."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from byol_fast.activations import checkpoint_blocks
+from byol_fast.capture import leave_no_trace
+from byol_fast.config import OptimConfig
+from byol_fast.data import Batch
+from byol_fast.methods import BYOL, SelfSupervisedTask, SimSiam
+from byol_fast.optim import make_optimizer
+from byol_fast.precision import Precision
+from byol_fast.schedules import RunSchedule
+from byol_fast.step import TrainStep
+from byol_fast.weight_copies import WeightCopies
+
+SCHEDULE = RunSchedule(
+    total_steps=8,
+    warmup_steps=0,
+    base_lr=20.0,
+    batch_size=8,
+    lr_schedule="cosine",
+    tau_base=0.9,
+    tau_schedule="cosine",
+)
+FP32, BF16, FP16 = Precision("fp32", None), Precision("bf16", torch.bfloat16), Precision("fp16", torch.float16)
+
+
+# 32 px and not less: on CPUs torch's bf16 convolution of a single pixel with stride 2 returns garbage as its weights'
+# gradient (torch 2.15), which a ResNet meets at 16 px.
+
+
+def small_byol(views: str = "batched") -> BYOL:
+    torch.manual_seed(0)
+    return BYOL("resnet18_narrow", hidden_dim=16, projection_dim=8, image_size=32, views=views)  # type: ignore[arg-type]
+
+
+def batches(count: int, size: int = 8) -> list[Batch]:
+    generator = torch.Generator().manual_seed(1)
+    views = torch.randint(0, 256, (count, 2, size, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    return [Batch(v[0], v[1], torch.arange(size)) for v in views]
+
+
+def train_step(
+    task: SelfSupervisedTask, *, optimizer: str = "lars", precision: Precision = FP32, **options: Any
+) -> TrainStep:
+    config = OptimConfig(name=optimizer, weight_decay=0.01, eta=0.1)  # type: ignore[arg-type]
+    made = make_optimizer(config, task.trainable_parameters())
+    return TrainStep(task, made, SCHEDULE, precision=precision, **options)
+
+
+def everything(step: TrainStep) -> list[torch.Tensor]:
+    return [t.detach().clone() for t in step.changing() if t is not step.bad]
+
+
+def poisoned(batch: Batch) -> Batch:
+    """Normalised floats, one of them NaN."""
+    view1 = batch.view1.float() / 255
+    view1[3, 1, 2, 5] = math.nan
+    return Batch(view1, batch.view2.float() / 255, batch.index)
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "sgd", "adam", "adamw"])
+def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_goes_on(optimizer: str) -> None:
+    """Weights, momentum, target and the running statistics of both networks are those from before the step."""
+    good, also_good, bad = batches(3)
+    task = small_byol()
+    step = train_step(task, optimizer=optimizer)
+    assert step(good, 0).undone == 0
+    before = everything(step)
+    metrics = step(poisoned(bad), 1)
+    assert metrics.undone == 1
+    assert not torch.isfinite(metrics.loss)
+    for was, now in zip(before, everything(step), strict=True):
+        assert torch.equal(was, now)
+    assert (metrics.lr, metrics.tau) == (SCHEDULE.lr(1), SCHEDULE.tau(1))
+    # The run without the bad batch, its third step taken at the same point of the schedules.
+    clean = train_step(small_byol(), optimizer=optimizer)
+    clean(good, 0)
+    assert torch.equal(step(also_good, 2).values, clean(also_good, 2).values)
+    for a, b in zip(everything(step), everything(clean), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_gradient_that_overflows_behind_a_finite_loss_is_undone_too() -> None:
+    (good,) = batches(1)
+    step = train_step(small_byol())
+    step(good, 0)
+    before = everything(step)
+    hook = next(step.task.parameters()).register_hook(lambda grad: grad * math.inf)  # type: ignore[no-untyped-call]
+    metrics = step(good, 1)
+    assert torch.isfinite(metrics.loss)
+    assert metrics.undone == 1
+    hook.remove()
+    for was, now in zip(before, everything(step), strict=True):
+        assert torch.equal(was, now)
+
+
+def test_four_batches_at_a_time_are_the_mean_of_their_gradients_and_one_average() -> None:
+    """Against a loop written out: gradients averaged, one optimizer step, one move of the target, in float64."""
+    four = batches(4)
+    ours = small_byol().double()
+    step = train_step(ours, accumulate=4)
+    metrics = [step(four, k) for k in range(2)]
+
+    task = small_byol().double()
+    optimizer = make_optimizer(OptimConfig(weight_decay=0.01, eta=0.1), task.trainable_parameters())
+    for k in range(2):
+        total = torch.zeros((), dtype=torch.float64)
+        for batch in four:
+            p1, p2, z1, z2 = task(batch.view1, batch.view2)
+            loss = task.loss((p1, p2), (z1, z2)) / 4
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        for group in optimizer.param_groups:
+            group["lr"] = SCHEDULE.lr(k)
+        optimizer.step()
+        optimizer.zero_grad()
+        task.update_target(SCHEDULE.tau(k))
+        assert metrics[k].loss == pytest.approx(float(total), rel=1e-12)
+    for (name, a), b in zip(ours.state_dict().items(), task.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=name)
+    norm = next(m for m in ours.online.modules() if isinstance(m, nn.BatchNorm2d))
+    assert norm.num_batches_tracked == 2 * 4 * 2  # steps, batches, views
+
+
+def test_weight_copies_give_the_numbers_of_autocast() -> None:
+    """The same casts, made once by the optimizer instead of in every step: the same forward pass bit for bit, and
+    gradients that differ by bf16's rounding at most (oneDNN may choose another algorithm)."""
+    data = batches(1)
+    states = []
+    for with_copies in (True, False):
+        step = train_step(small_byol(), precision=BF16, weight_copies=with_copies)
+        assert (step.copies is not None) == with_copies
+        losses = [float(step(batch, k).loss) for k, batch in enumerate(data)]
+        states.append((losses, step.task.state_dict()))
+    (losses_a, a), (losses_b, b) = states
+    assert losses_a == losses_b
+    start = small_byol().state_dict()
+    for name, weight in step.task.named_parameters():
+        if weight.ndim > 1 and name.startswith("online"):
+            moved = (b[name] - start[name]).norm()
+            assert (a[name] - b[name]).norm() < 2**-6 * moved, name
+
+
+def test_weight_copies_follow_weights_that_are_loaded() -> None:
+    task, other = small_byol(), small_byol()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.5)
+    step = train_step(task, precision=BF16)
+    task.load_state_dict(other.state_dict())
+    step.weights_changed()
+    assert isinstance(step.copies, WeightCopies)
+    for weight, low in step.copies.of.items():
+        assert torch.equal(weight.to(torch.bfloat16), low)
+    with step.copies.in_place():
+        assert task.online.encoder.get_submodule("conv1").weight.dtype == torch.bfloat16
+    assert task.online.encoder.get_submodule("conv1").weight.dtype == torch.float32
+
+
+def test_fp16_scales_the_loss_backs_off_and_comes_close_to_fp32() -> None:
+    data = batches(3)
+    half = train_step(small_byol(), precision=FP16)
+    full = train_step(small_byol())
+    assert half.loss_scale is not None
+    assert half(data[0], 0).undone == 1  # the first scale is found by overflowing
+    assert half.loss_scale.scale == 32768.0
+    half.loss_scale.scale.fill_(1024.0)
+    losses = [(float(half(b, k).loss), float(full(b, k).loss)) for k, b in enumerate(data)]
+    assert losses[0][0] == pytest.approx(losses[0][1], rel=5e-3)  # fp16 keeps 11 bits
+    assert half.loss_scale.scale == 1024.0
+    before = everything(half)
+    half(poisoned(data[0]), 3)
+    assert half.loss_scale.scale == 512.0
+    for was, now in list(zip(before, everything(half), strict=True))[: len(list(half.task.parameters()))]:
+        assert torch.equal(was, now)
+    again = train_step(small_byol(), precision=FP16)
+    assert again.loss_scale is not None
+    again.loss_scale.load_state_dict(half.loss_scale.state_dict())
+    assert again.loss_scale.scale == 512.0
+
+
+def test_the_loss_scale_grows_after_2000_good_steps() -> None:
+    step = train_step(small_byol(), precision=FP16)
+    assert step.loss_scale is not None
+    good = torch.zeros(())
+    for _ in range(2000):
+        step.loss_scale.update(good)
+    assert step.loss_scale.scale == 2 * 65536.0
+
+
+@pytest.mark.parametrize("views", ["batched", "separate"])
+@pytest.mark.parametrize("precision", [FP32, BF16], ids=["fp32", "bf16"])
+def test_recomputed_activations_change_nothing(views: str, precision: Precision) -> None:
+    """Weights and running statistics: nothing is counted twice."""
+    data = batches(3)
+    states = []
+    for recompute in (False, True):
+        task = small_byol(views)
+        if recompute:
+            assert checkpoint_blocks(task.encoder) == 8  # residual blocks of a ResNet-18
+        step = train_step(task, precision=precision, weight_copies=False)
+        losses = [float(step(batch, k).loss) for k, batch in enumerate(data)]
+        states.append((losses, task.state_dict()))
+    (losses_a, a), (losses_b, b) = states
+    assert losses_a == losses_b
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_recomputation_keeps_less_for_the_backward_pass() -> None:
+    """Bytes that autograd holds on to, counted as it packs them."""
+    (batch,) = batches(1)
+
+    def kept(recompute: bool) -> int:
+        task = small_byol()
+        if recompute:
+            checkpoint_blocks(task.encoder)
+        seen: dict[int, int] = {}
+
+        def pack(t: torch.Tensor) -> torch.Tensor:
+            seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            output = task.training_output(batch.view1, batch.view2)
+        del output
+        return sum(seen.values()) - sum(p.untyped_storage().nbytes() for p in task.parameters())
+
+    assert kept(True) < 0.7 * kept(False)
+
+
+def test_an_encoder_without_blocks_cannot_be_recomputed() -> None:
+    with pytest.raises(ValueError, match=r"activation_checkpointing: the encoder must have blocks"):
+        checkpoint_blocks(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
+
+
+def test_warm_up_leaves_no_trace() -> None:
+    """What comes before the capture of a CUDA graph: steps whose results must not count."""
+    first, second = batches(2)
+    task = small_byol()
+    step, clean = train_step(task), train_step(copy.deepcopy(task))
+    step._set_rates(0.5, 0.5, 0.9)
+    numbers = torch.get_rng_state()
+
+    def warm_up() -> None:
+        for _ in range(3):
+            step.body([(step._placed(second.view1), step._placed(second.view2))])
+
+    leave_no_trace(step, warm_up)
+    assert torch.equal(numbers, torch.get_rng_state())
+    for k, batch in enumerate((first, second)):
+        assert torch.equal(step(batch, k).values, clean(batch, k).values)
+    for a, b in zip(everything(step), everything(clean), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_simsiam_is_its_formula() -> None:
+    """-(cos(p1, z2) + cos(p2, z1)) / 2 with no gradient through z, in torch's own operators."""
+    torch.manual_seed(0)
+    task = SimSiam("resnet18_narrow", hidden_dim=16, projection_dim=12, predictor_hidden_dim=6, image_size=32).double()
+    (batch,) = batches(1)
+    assert not task.target_parameters()
+    output = task.training_output(batch.view1, batch.view2)
+    output.loss.backward()  # type: ignore[no-untyped-call]
+    ours = [p.grad.clone() for p in task.online.parameters() if p.grad is not None]
+    assert len(ours) == len(list(task.online.parameters()))
+
+    task.zero_grad()
+    x1, x2 = (task.normalize(v) for v in (batch.view1, batch.view2))
+    (z1, z2), (p1, p2) = task.online(x1, x2)
+    cosine = nn.functional.cosine_similarity
+    loss = -(cosine(p1, z2.detach()).mean() + cosine(p2, z1.detach()).mean()) / 2
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert output.loss.item() == pytest.approx(loss.item(), rel=1e-12)
+    for a, p in zip(ours, task.online.parameters(), strict=True):
+        assert p.grad is not None
+        torch.testing.assert_close(a, p.grad, rtol=1e-9, atol=1e-12)
