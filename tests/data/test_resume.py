@@ -1,0 +1,174 @@
+"""Killed in mid-epoch and resumed, every kind of source through every loader gives the batches it would have given."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from byol_fast.config import ViewConfig, replace
+from byol_fast.data import ImageSource, ViewLoader
+from byol_fast.data.loader import dali_installed
+from byol_fast.data.sources import FileSource
+from byol_fast.files import atomic_path
+from tests.data.conftest import photo_like
+from tests.data.helpers import config_of, loader_of
+from tests.data.kinds import KINDS, available, encoded, make
+
+VIEW1 = ViewConfig(size=16)
+VIEW2 = ViewConfig(size=16, blur=0.1, solarize=0.2)
+STEPS = 12  # of 8 images: 40 images are 5 steps an epoch
+BAD = 13  # one image that cannot be read
+
+
+@functools.cache
+def pictures() -> list[bytes]:
+    rng = np.random.default_rng(0)
+    sizes = [(int(h), int(w)) for h, w in rng.integers(24, 60, (40, 2))]
+    return [encoded(photo_like(1, h, w, seed=i)[0], quality=90) for i, (h, w) in enumerate(sizes)]
+
+
+def with_one_bad(images: list[bytes]) -> list[bytes]:
+    return [data[:300] if i == BAD else data for i, data in enumerate(images)]
+
+
+def pairs() -> list[tuple[str, str, bool]]:
+    """Kind of source, loader, whether one image is bad (and passed over)."""
+    backends = ["torchvision", *(["dali"] if dali_installed() else [])]
+    whole = [(kind, backend, False) for kind in available() for backend in backends]
+    return whole + [(kind, backend, True) for kind in ("folder", "tar") for backend in backends]
+
+
+def open_pair(folder: Path, kind: str, backend: str, bad: bool) -> tuple[ImageSource, ViewLoader]:
+    images = with_one_bad(pictures()) if bad else pictures()
+    source = make(kind, folder / f"{kind}{'-bad' * bad}", images)
+    config = replace(config_of(backend, VIEW1, VIEW2), {"data.on_bad": "skip"})
+    return source, loader_of(source, config, report=folder / f"{kind}-{backend}-{bad}.jsonl" if bad else None)
+
+
+def digest_of(loader: ViewLoader) -> str:
+    batch = next(loader)
+    result = hashlib.blake2b(batch.index.numpy().tobytes(), digest_size=16)
+    for view in (batch.view1, batch.view2):
+        result.update(view.contiguous().numpy().tobytes())
+    return result.hexdigest()
+
+
+def stored(folder: Path, pair: tuple[str, str, bool]) -> Path:
+    return folder / f"{'-'.join(map(str, pair))}.pt"
+
+
+def work(folder: Path) -> None:
+    """Take batches of all pairs in turn, endlessly; note each one, then store the state, as a run does."""
+    torch.set_num_threads(1)
+    loaders = {pair: open_pair(folder, *pair)[1] for pair in pairs()}
+    for step in itertools.count():
+        for pair, loader in loaders.items():
+            digest = digest_of(loader)
+            with (folder / "log.txt").open("a") as log:
+                log.write(f"{'|'.join(map(str, pair))}|{step}|{digest}\n")
+            with atomic_path(stored(folder, pair)) as temporary:
+                torch.save({"step": step + 1, "loader": loader.state_dict()}, temporary)
+
+
+def log_of(folder: Path) -> list[tuple[str, int, str]]:
+    path = folder / "log.txt"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [(line.rsplit("|", 2)[0], int(line.rsplit("|", 2)[1]), line.rsplit("|", 2)[2]) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder where another process worked on all pairs, until it was killed in the second epoch."""
+    folder = tmp_path_factory.mktemp("killed")
+    command = [sys.executable, "-m", "tests.data.test_resume", str(folder)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path[1:]])}
+    process = subprocess.Popen(command, env=environment)
+    enough = 7 * len(pairs()) + 3  # in the middle of a round: steps 2 and 3 of the second epoch
+    deadline = time.monotonic() + 300
+    while len(log_of(folder)) < enough and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "backend", "bad"), pairs())
+def test_the_remaining_batches_are_the_same(kind: str, backend: str, bad: bool, killed: Path, tmp_path: Path) -> None:
+    pair = (kind, backend, bad)
+    _, loader = open_pair(tmp_path, *pair)
+    expected = [digest_of(loader) for _ in range(STEPS)]
+    assert len(set(expected)) == STEPS
+    given = [(step, digest) for name, step, digest in log_of(killed) if name == "|".join(map(str, pair))]
+    state = torch.load(stored(killed, pair), weights_only=True)
+    assert 5 < state["step"] < STEPS - 1 and len(given) - state["step"] in {0, 1}  # killed in mid-epoch
+    assert [digest for _, digest in given] == expected[: len(given)]
+    _, resumed = open_pair(killed, *pair)
+    resumed.load_state_dict(state["loader"])
+    assert [digest_of(resumed) for _ in range(state["step"], STEPS)] == expected[state["step"] :]
+    if bad:
+        reported = (killed / f"{kind}-{backend}-True.jsonl").read_text().splitlines()
+        assert len(reported) == 1 and f'"index": {BAD}' in reported[0]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in available() if kind != "array"])
+def test_a_state_of_other_images_is_refused_unless_asked_for(kind: str, tmp_path: Path, caplog: Any) -> None:
+    config = config_of("torchvision", VIEW1, VIEW2)
+    state = loader_of(make(kind, tmp_path / "all", pictures()), config).state_dict()
+    fewer = make(kind, tmp_path / "fewer", pictures()[1:])
+    with pytest.raises(ValueError, match=r"images changed \(images was 40 with .* now is 39 with .*--data\.accept"):
+        loader_of(fewer, config).load_state_dict(state)
+    asked = replace(config, {"data.accept_changed": True})
+    loader = loader_of(fewer, asked)
+    loader.load_state_dict(state | {"step": 3})
+    assert "resuming with other images: 39 with" in caplog.text
+    assert loader.state_dict()["step"] == 3
+    with pytest.raises(ValueError, match="but images, seed changed"):
+        loader_of(fewer, replace(asked, {"seed": 1})).load_state_dict(state)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind in {"folder", "list", "tar", "parquet"}])
+def test_a_replaced_image_is_noted_and_a_replaced_data_set_refused(kind: str, tmp_path: Path, caplog: Any) -> None:
+    if kind not in available():
+        pytest.skip("pyarrow is not installed")
+    images = pictures()
+    config = config_of("torchvision", VIEW1, VIEW2)
+    state = loader_of(make(kind, tmp_path / "bad", with_one_bad(images)), config).state_dict()
+    loader_of(make(kind, tmp_path / "bad", images), config).load_state_dict(state)
+    assert "of 40 that were compared, 1 have another size in bytes" in caplog.text
+    smaller = make(kind, tmp_path / "bad", [data + b"\0" for data in images])
+    with pytest.raises(ValueError, match="of 40 that were compared 40 have another size in bytes; restore them"):
+        loader_of(smaller, config).load_state_dict(state)
+    loader_of(smaller, replace(config, {"data.accept_changed": True})).load_state_dict(state)
+
+
+def test_bad_images_stay_out_after_a_restart_even_if_they_were_repaired(tmp_path: Path) -> None:
+    """The run goes on as if it had not been stopped: who stood in for the image still does."""
+    config = replace(config_of("torchvision", VIEW1, VIEW2), {"data.on_bad": "skip"})
+    source = make("folder", tmp_path / "x", with_one_bad(pictures()))
+    assert isinstance(source, FileSource)
+    loader = loader_of(source, config)
+    for _ in range(7):
+        next(loader)
+    state = loader.state_dict()
+    assert [entry[0] for entry in state["bad"]] == [BAD]
+    expected = [digest_of(loader) for _ in range(5)]
+    source.path(BAD).write_bytes(pictures()[BAD])
+    again = loader_of(make("folder", tmp_path / "x", pictures()), config)
+    again.load_state_dict(state)
+    assert [digest_of(again) for _ in range(5)] == expected
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))
