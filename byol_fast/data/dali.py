@@ -1,5 +1,6 @@
-"""Two augmented views of each image in one DALI graph, and plain resized images for evaluation.
+"""Two views of each image in one DALI graph, augmented or only cropped, and plain resized images for evaluation.
 
+Colours and blur are the graph's own operators, or our kernels take its crops and do the rest (`DataConfig.augment`).
 The graph is the same on the CPU and on a GPU (there, decoding is "mixed" and all else runs on the device). Images
 are decoded once. All random numbers come from `byol_fast.data.views` as inputs of the graph, so DALI has no state
 that would have to be saved: a batch is a function of its number.
@@ -12,7 +13,8 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +33,8 @@ from nvidia.dali.pipeline import Pipeline, pipeline_def
 from byol_fast.config import Config, ViewConfig
 from byol_fast.data.batch import Batch
 from byol_fast.data.integrity import BadImageError, BadImages, check_bytes, suspicious_bytes
-from byol_fast.data.loader import Plan, PlannedLoader, thread_count
+from byol_fast.data.kernels_views import SideStream, Views, chosen, finish, joined, needed, parts, single_core_threads
+from byol_fast.data.loader import Plan, PlannedLoader, resolve, thread_count
 from byol_fast.data.reader import Encoding, Reader
 from byol_fast.data.sources import EncodedSource, ImageSource
 from byol_fast.data.views import ATTEMPTS, BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewDraws, crop_windows
@@ -40,6 +43,9 @@ _dali: Any = nvidia.dali  # much of it is made at import time, out of sight of a
 fn, types = _dali.fn, _dali.types
 Node = Any  # nvidia.dali.data_node.DataNode, with the operators of arithmetic
 Feed = Callable[[], list[Any]]
+
+CROPS_ONLY: dict[str, Any] = {"jitter": 0.0, "grayscale": 0.0, "blur": 0.0, "solarize": 0.0}
+"""Changes of a view's configuration for a graph that leaves the rest to our kernels."""
 
 _INTERPOLATION = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
 
@@ -64,19 +70,25 @@ class DaliLoader(PlannedLoader):
         report: Path | None = None,
     ) -> None:
         super().__init__(source, config, device=device, shard_id=shard_id, num_shards=num_shards, report=report)
-        self.backend = f"dali {device}"
+        self._kernels = resolve(config.data, source, device).augment == "kernels"
+        self.backend = f"dali {device}" + (", kernels" if self._kernels else "")
+        self._views = (config.view1, config.view2)
+        self._names = tuple(needed(view, flip=False) for view in self._views)  # the graph mirrors for free
+        self._side_stream = SideStream(device, ahead=config.data.prefetch + 1)
         self._in_flight: deque[Plan] = deque()
+        self._pool: ThreadPoolExecutor | None = None
+        self._finishing: deque[tuple[torch.Tensor, list[Future[Views]]]] = deque()
 
     def _made_by(self) -> str:
-        return f"dali {nvidia.dali.__version__} on {self.device.type}"
+        kernels = ", kernels" if self._kernels else ""
+        return f"dali {nvidia.dali.__version__} on {self.device.type}{kernels}"
 
     def _make(self) -> Batch:
         while True:
             try:
                 if self._pipe is None:
                     self._pipe = self._build()
-                view1, view2, index = _run(self._pipe, self.device)
-                break
+                return self._next(self._pipe)
             except BadImageError:
                 self._restart()
                 raise
@@ -84,12 +96,48 @@ class DaliLoader(PlannedLoader):
                 in_flight = [plan.index for plan in self._in_flight]
                 self._restart()  # an error leaves a DALI pipeline unusable
                 self.bad.add(_find_bad(error, self.source, in_flight, self.bad, self.device), self._step)
-        self._in_flight.popleft()
-        return Batch(view1.permute(0, 3, 1, 2), view2.permute(0, 3, 1, 2), index)
+
+    def _next(self, pipe: Pipeline) -> Batch:
+        if not self._kernels:
+            return self._crops(pipe)[1]
+        if self.device.type == "cpu":
+            while len(self._finishing) < 2:  # the one before it is finished while the graph makes the next
+                self._finishing.append(self._finish_on_threads(*self._crops(pipe)))
+            index, work = self._finishing.popleft()
+            return Batch(*joined(work), index)
+        index = torch.from_numpy(self._in_flight[0].index.copy())
+        view1, view2 = self._side_stream(lambda: self._finished(*self._crops(pipe), slice(None)))
+        return Batch(view1, view2, index)
+
+    def _crops(self, pipe: Pipeline) -> tuple[Plan, Batch]:
+        """What the graph makes next, and the plan that it follows."""
+        view1, view2, index = _run(pipe, self.device)
+        return self._in_flight.popleft(), Batch(view1.permute(0, 3, 1, 2), view2.permute(0, 3, 1, 2), index)
+
+    def _finished(self, plan: Plan, crops: Batch, rows: slice) -> Views:
+        """Colours, blur and solarization of some rows."""
+        first, second = (
+            finish(view[rows], chosen(d, names, rows), config)
+            for view, d, names, config in zip(
+                (crops.view1, crops.view2), plan.draws, self._names, self._views, strict=True
+            )
+        )
+        return first, second
+
+    def _finish_on_threads(self, plan: Plan, crops: Batch) -> tuple[torch.Tensor, list[Future[Views]]]:
+        threads = thread_count(self.config.data.threads)
+        if self._pool is None:
+            self._pool = single_core_threads(threads, "byol-fast-views")
+        pieces = parts(self.batch_size, self._views[0].size, threads)
+        return crops.index, [self._pool.submit(self._finished, plan, crops, rows) for rows in pieces]
 
     def _restart(self) -> None:
         self._pipe = None
         self._in_flight.clear()
+        self._finishing.clear()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
         if self._reader is not None:
             self._reader.close()
             self._reader = None
@@ -99,7 +147,9 @@ class DaliLoader(PlannedLoader):
             self.source, self.planner, self.bad, threads=thread_count(self.config.data.threads)
         )
         size = read.size
-        views = (self.config.view1, self.config.view2)
+        views = self._views
+        if self._kernels:
+            views = replace(views[0], **CROPS_ONLY), replace(views[1], **CROPS_ONLY)
         steps = iter(range(self._step, 2**62))
 
         def feed() -> list[Any]:
@@ -118,6 +168,7 @@ class DaliLoader(PlannedLoader):
             gpu=self.device.type == "cuda",
             views=views,
             color=self.config.data.color,
+            hw_decoder_load=self.config.data.hw_decoder_load,
             **_pipeline_options(self.batch_size, self.config.data.threads, self.config.data.prefetch, self.device),
         )
 
@@ -320,9 +371,10 @@ def _two_views(
     gpu: bool,
     views: tuple[ViewConfig, ViewConfig],
     color: str,
+    hw_decoder_load: float,
 ) -> Any:
     data, index, *inputs = fn.external_source(source=feed, num_outputs=2 + len(names[0]) + len(names[1]), batch=True)
-    image = _image(data, encoding, gpu)
+    image = _image(data, encoding, gpu, hw_decoder_load=hw_decoder_load)
     first = {name: inputs[i] for i, name in enumerate(names[0])}
     second = {name: inputs[len(names[0]) + i] for i, name in enumerate(names[1])}
     return augment(image, first, views[0], color, gpu), augment(image, second, views[1], color, gpu), index
@@ -349,7 +401,7 @@ def _decoded(feed: Callable[[], list[Any]], *, gpu: bool) -> Any:
     return _image(fn.external_source(source=feed, batch=True), "bytes", gpu)
 
 
-def _image(data: Node, encoding: Encoding, gpu: bool) -> Node:
+def _image(data: Node, encoding: Encoding, gpu: bool, **on_gpu: float) -> Node:
     """RGB images `[H, W, 3]` from names of files, their contents, or arrays."""
     if encoding != "array":
         return fn.decoders.image(
@@ -357,6 +409,7 @@ def _image(data: Node, encoding: Encoding, gpu: bool) -> Node:
             device="mixed" if gpu else "cpu",
             output_type=types.RGB,
             adjust_orientation=False,
+            **(on_gpu if gpu else {}),
         )
     image = fn.reinterpret(data, layout="HWC")
     return image.gpu() if gpu else image

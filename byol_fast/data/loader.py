@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from byol_fast.config import Config, ViewConfig
+from byol_fast.config import Config, DataConfig, ViewConfig
 from byol_fast.data.batch import Batch, ViewLoader
 from byol_fast.data.integrity import BadImages
 from byol_fast.data.sources import ArraySource, ImageSource, SourceError
@@ -78,16 +78,23 @@ class Planner:
         self._epoch = -1
         self._order = np.empty(0, np.int64)
 
-    def __call__(self, step: int) -> Plan:
-        """Batch number `step`."""
-        epoch, at = divmod(step, self.steps_per_epoch)
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """This shard's images in the order of an epoch, bad ones included."""
         if epoch != self._epoch:
             order = permutation(self.num_images, seed=self.seed, epoch=epoch)
             dealt = np.arange(self.shard_id, self.shard_id + self._per_shard() * self.num_shards, self.num_shards)
             self._order, self._epoch = order[dealt % self.num_images], epoch
-        index = self._order[at * self.batch_size : (at + 1) * self.batch_size]
-        if self.excluded:
-            index = self._without_excluded(index, epoch, at * self.batch_size)
+        return self._order
+
+    def index(self, step: int) -> NDArray[np.int64]:
+        """The images of batch number `step`."""
+        epoch, at = divmod(step, self.steps_per_epoch)
+        index = self.order(epoch)[at * self.batch_size : (at + 1) * self.batch_size]
+        return self._without_excluded(index, epoch, at * self.batch_size) if self.excluded else index
+
+    def __call__(self, step: int) -> Plan:
+        """Batch number `step`."""
+        epoch, index = step // self.steps_per_epoch, self.index(step)
         first, second = (draw(v, index, seed=self.seed, epoch=epoch, view=i) for i, v in enumerate(self.views))
         return Plan(index, (first, second))
 
@@ -265,24 +272,67 @@ def dali_installed() -> bool:
 
 _said: set[str] = set()
 
+RESIDENT_SHARE = 0.1
+"""Arrays of at most this share of a GPU's memory are kept there. Of all its memory: what is free differs from start to
+start, and a resumed run should make its choice again."""
 
-def choose_backend(loader: str) -> str:
-    """`DataConfig.loader` with "auto" resolved: DALI where it is installed. Says once when it is not.
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Backend:
+    """Who makes the views: `DataConfig.loader` and `.augment` without "auto"."""
+
+    loader: Literal["dali", "torchvision", "resident"]
+    augment: Literal["kernels", "library"]
+
+
+def resolve(data: DataConfig, source: ImageSource, device: torch.device) -> Backend:
+    """Decide what the configuration leaves open; figures: `benchmarks/NOTES.md`.
+
+    Raises:
+        SourceError: DALI was asked for and is not installed; `resident` was, and the images are not in memory.
+    """
+    augment = data.augment
+    if augment == "auto":
+        augment = "library" if data.color == "hsv" else "kernels"
+    if data.loader == "resident" and not isinstance(source, ArraySource):
+        raise SourceError(
+            f"data.loader: resident must have images in memory, got {source.describe()}; give arrays (.npz), or use "
+            "--data.loader auto"
+        )
+    if data.loader == "resident" or (data.loader == "auto" and augment == "kernels" and _fits(source, device)):
+        return Backend("resident", "kernels")
+    if data.loader == "auto" and data.color == "hsv":  # only DALI has it
+        return Backend(choose_backend("dali"), augment)
+    return Backend(choose_backend(data.loader, device), augment)
+
+
+def _fits(source: ImageSource, device: torch.device) -> bool:
+    if device.type != "cuda" or not isinstance(source, ArraySource):
+        return False
+    return source.images.nbytes <= RESIDENT_SHARE * torch.cuda.get_device_properties(device).total_memory
+
+
+def choose_backend(loader: str, device: torch.device | None = None) -> Literal["dali", "torchvision"]:
+    """Who decodes: for "auto" torchvision on a CPU, and on a GPU DALI where it is installed. Says once when it is not.
 
     Raises:
         SourceError: DALI was asked for by name and is not installed.
     """
-    if loader == "torchvision" or (loader == "dali" and dali_installed()):
-        return loader
-    advice = "pip install nvidia-dali-cuda130 (Linux), or nvidia-dali-cuda120 for CUDA 12 drivers"
     if loader == "dali":
-        raise SourceError(f"data.loader: dali is not installed; {advice}, or use --data.loader torchvision")
+        if dali_installed():
+            return "dali"
+        raise SourceError(f"data.loader: dali is not installed; {_ADVICE}, or use --data.loader torchvision")
+    if loader == "torchvision" or device is None or device.type == "cpu":
+        return "torchvision"
     if dali_installed():
         return "dali"
     if "no dali" not in _said:
         _said.add("no dali")
-        log.warning("NVIDIA DALI is not installed: torchvision makes the views, which is slower; %s", advice)
+        log.warning("NVIDIA DALI is not installed: CPU threads decode the images, which is slower; %s", _ADVICE)
     return "torchvision"
+
+
+_ADVICE = "pip install nvidia-dali-cuda130 (Linux), or nvidia-dali-cuda120 for CUDA 12 drivers"
 
 
 def make_loader(
@@ -308,14 +358,19 @@ def make_loader(
         SourceError: fewer images than one batch takes; DALI asked for and not installed.
     """
     loader: type[PlannedLoader]
-    if choose_backend(config.data.loader) == "dali":
-        from byol_fast.data.dali import DaliLoader
+    match resolve(config.data, source, device).loader:
+        case "dali":
+            from byol_fast.data.dali import DaliLoader
 
-        loader = DaliLoader
-    else:
-        from byol_fast.data.torchvision_loader import TorchvisionLoader
+            loader = DaliLoader
+        case "torchvision":
+            from byol_fast.data.torchvision_loader import TorchvisionLoader
 
-        loader = TorchvisionLoader
+            loader = TorchvisionLoader
+        case "resident":
+            from byol_fast.data.resident import ResidentLoader
+
+            loader = ResidentLoader
     return loader(source, config, device=device, shard_id=shard_id, num_shards=num_shards, report=report)
 
 
@@ -326,7 +381,7 @@ def eval_batches(
     *,
     interpolation: Literal["bicubic", "bilinear"] = "bicubic",
     threads: int = 0,
-    loader: Literal["auto", "dali", "torchvision"] = "auto",
+    loader: Literal["auto", "dali", "torchvision", "resident"] = "auto",
     device: torch.device | None = None,
     on_bad: Literal["raise", "skip"] = "raise",
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -356,7 +411,7 @@ def eval_batches(
             images = torch.from_numpy(source.images[start : start + batch_size].copy())
             yield images.permute(0, 3, 1, 2).to(device), torch.arange(start, start + len(images))
         return
-    if choose_backend(loader) == "dali":
+    if choose_backend(loader, device) == "dali":
         from byol_fast.data.dali import eval_batches as made
     else:
         from byol_fast.data.torchvision_loader import eval_batches as made

@@ -138,6 +138,27 @@ def crop_windows(crop: NDArray[np.float64], height: int, width: int, aspect: tup
     return np.stack([top, left, h, w], axis=1).astype(np.int32)
 
 
+def crop_window(
+    crop: NDArray[np.float64], height: int, width: int, aspect: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """`crop_windows` of one image, in a fraction of the time.
+
+    Args:
+        crop: a row of `ViewDraws.crop`, `[2 * ATTEMPTS + 2]`.
+        height: of the image in pixels.
+        width: of the image in pixels.
+        aspect: smallest and largest width / height.
+    """
+    root, numbers = math.sqrt(height * width), crop.tolist()
+    for k in range(ATTEMPTS):
+        w = max(1, math.floor(root * numbers[k] + 0.5))
+        h = max(1, math.floor(root * numbers[ATTEMPTS + k] + 0.5))
+        if w <= width and h <= height:
+            return math.floor(numbers[-2] * (height - h + 1)), math.floor(numbers[-1] * (width - w + 1)), h, w
+    h, w = centred_crop(height, width, aspect)
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
 def centred_crop(height: int, width: int, aspect: tuple[float, float]) -> tuple[int, int]:
     """Height and width of the largest crop whose aspect ratio is allowed."""
     return (

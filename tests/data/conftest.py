@@ -24,6 +24,15 @@ def backend(request: pytest.FixtureRequest) -> str:
     return name
 
 
+@pytest.fixture(params=["dali", "dali+kernels", "torchvision", "torchvision+kernels", "resident+kernels"])
+def any_backend(request: pytest.FixtureRequest) -> str:
+    """Every loader, with its own operators and with our kernels; see `helpers.config_of`."""
+    name: str = request.param
+    if name.startswith("dali") and not dali_installed():
+        pytest.skip("DALI is not installed")
+    return name
+
+
 @pytest.fixture
 def dali() -> None:
     """Skip where DALI is not installed."""

@@ -33,8 +33,11 @@ def config_of(
     threads: int = 2,
     color: Literal["exact", "hsv"] = "exact",
 ) -> Config:
-    assert backend in {"dali", "torchvision"}
-    data = DataConfig(loader="dali" if backend == "dali" else "torchvision", threads=threads, color=color)
+    """`backend` is a loader with its own operators, or with our kernels: "dali+kernels"."""
+    loader, _, augment = backend.partition("+")
+    assert loader in {"dali", "torchvision", "resident"} and augment in {"", "kernels"}
+    options: dict[str, Any] = {"loader": loader, "augment": augment or "library"}
+    data = DataConfig(**options, threads=threads, color=color)
     return Config(batch_size=batch_size, seed=seed, data=data, view1=view1, view2=view2 or view1)
 
 

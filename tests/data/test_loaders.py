@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+import threading
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,19 +15,54 @@ import numpy as np
 import pytest
 import torch
 
-from byol_fast.config import ViewConfig, replace
-from byol_fast.data import BadImageError, Batch, ImageSource, SourceError, ViewLoader, eval_batches, open_source
-from byol_fast.data.loader import Planner, choose_backend
+from byol_fast.config import ConfigError, DataConfig, ViewConfig, replace
+from byol_fast.data import (
+    BadImageError,
+    Batch,
+    ImageSource,
+    SourceError,
+    ViewLoader,
+    eval_batches,
+    open_source,
+    torchvision_loader,
+)
+from byol_fast.data.kernels_views import single_core_threads
+from byol_fast.data.loader import Backend, Planner, choose_backend, dali_installed, resolve
 from byol_fast.data.sources import ArraySource, FileSource
+from byol_fast.data.torchvision_loader import decoded, is_ordinary_jpeg
 from tests.data.helpers import CPU, config_of, error, loader_of, pixels, plain, same
 
 VIEW1 = ViewConfig(size=16)
 VIEW2 = ViewConfig(size=16, blur=0.1, solarize=0.2)
 
 
+@pytest.fixture
+def backend(any_backend: str) -> str:
+    return any_backend
+
+
 @pytest.fixture(params=["files", "arrays"])
 def source(request: pytest.FixtureRequest, files: FileSource, arrays: ArraySource) -> ImageSource:
-    return files if request.param == "files" else arrays
+    if request.param == "arrays":
+        return arrays
+    if "backend" in request.fixturenames and request.getfixturevalue("backend").startswith("resident"):
+        pytest.skip("resident data are arrays")
+    return files
+
+
+@pytest.fixture(params=["dali", "dali+kernels", "torchvision", "torchvision+kernels"])
+def files_backend(request: pytest.FixtureRequest) -> str:
+    if request.param.startswith("dali") and not dali_installed():
+        pytest.skip("DALI is not installed")
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(params=["dali", "torchvision"])
+def decoder(request: pytest.FixtureRequest) -> Any:
+    if request.param == "dali" and not dali_installed():
+        pytest.skip("DALI is not installed")
+    return request.param
 
 
 def take(loader: ViewLoader, n: int) -> list[Batch]:
@@ -87,19 +124,20 @@ def test_views_stay_valid_while_later_batches_are_made(backend: str, source: Ima
     assert all(torch.equal(a, b) for a, b in zip(copies, (held.view1, held.view2, held.index), strict=True))
 
 
-@pytest.mark.parametrize("taken", [0, 3, 5, 7], ids=["start", "mid-epoch", "boundary", "second epoch"])
-def test_resume_is_exact(taken: int, backend: str, source: ImageSource) -> None:
+def test_resume_is_exact(backend: str, source: ImageSource) -> None:
     """40 or 48 images in batches of 8: 5 or 6 steps an epoch."""
     config = config_of(backend, VIEW1, VIEW2)
-    loader = loader_of(source, config)
-    take(loader, taken)
-    state = through_a_file(loader.state_dict())
-    expected = take(loader, 6)
-    fresh = loader_of(source, config)
-    fresh.load_state_dict(state)
-    assert all(same(a, b) for a, b in zip(expected, take(fresh, 6), strict=True))
-    loader.load_state_dict(state)  # the same loader goes back
-    assert all(same(a, b) for a, b in zip(expected, take(loader, 6), strict=True))
+    loader, batches, states = loader_of(source, config), [], {}
+    for step in range(12):
+        if step in {3, 5, 7}:  # mid-epoch, the boundary of files, the second epoch
+            states[step] = through_a_file(loader.state_dict())
+        batches.append(next(loader))
+    for step in (3, 5):
+        fresh = loader_of(source, config)
+        fresh.load_state_dict(states[step])
+        assert all(same(a, b) for a, b in zip(batches[step : step + 4], take(fresh, 4), strict=True))
+    loader.load_state_dict(states[7])  # the same loader goes back
+    assert all(same(a, b) for a, b in zip(batches[7:], take(loader, 5), strict=True))
 
 
 def test_a_closed_loader_goes_on(backend: str, arrays: ArraySource) -> None:
@@ -121,8 +159,10 @@ def test_a_closed_loader_goes_on(backend: str, arrays: ArraySource) -> None:
         ({"data": {"color": "hsv"}}, "color"),
     ],
 )
-def test_a_state_of_something_else_is_refused(changes: dict[str, Any], field: str, arrays: ArraySource) -> None:
-    config = config_of("torchvision", VIEW1, VIEW2)
+def test_a_state_of_something_else_is_refused(
+    changes: dict[str, Any], field: str, arrays: ArraySource, dali: None
+) -> None:
+    config = config_of("dali", VIEW1, VIEW2)
     state = loader_of(arrays, config).state_dict()
     with pytest.raises(ValueError, match=rf"but {field} changed"):
         loader_of(arrays, replace(config, changes)).load_state_dict(state)
@@ -192,7 +232,7 @@ BAD: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_file_is_named(kind: str, backend: str, files: FileSource, tmp_path: Path) -> None:
+def test_a_bad_file_is_named(kind: str, files_backend: str, files: FileSource, tmp_path: Path) -> None:
     spoil, reason = BAD[kind]
     good = files.path(0).read_bytes()
     for i in range(8):
@@ -200,22 +240,22 @@ def test_a_bad_file_is_named(kind: str, backend: str, files: FileSource, tmp_pat
     bad = tmp_path / "5.jpg"
     bad.write_bytes(spoil(good))
     with pytest.raises(BadImageError, match=rf"5\.jpg ({reason})") as caught:
-        take(loader_of(open_source(tmp_path), config_of(backend, VIEW1, VIEW2, batch_size=4)), 2)
+        take(loader_of(open_source(tmp_path), config_of(files_backend, VIEW1, VIEW2, batch_size=4)), 2)
     assert caught.value.path == bad
     with pytest.raises(BadImageError, match=r"5\.jpg"):
-        list(eval_batches(open_source(tmp_path), 16, 4, loader="dali" if backend == "dali" else "torchvision"))
+        list(eval_batches(open_source(tmp_path), 16, 4, loader="dali" if "dali" in files_backend else "torchvision"))
 
 
-def test_a_file_that_vanishes_is_named(backend: str, files: FileSource, tmp_path: Path) -> None:
+def test_a_file_that_vanishes_is_named(files_backend: str, files: FileSource, tmp_path: Path) -> None:
     for i in range(4):
         (tmp_path / f"{i}.jpg").write_bytes(files.path(0).read_bytes())
     source = open_source(tmp_path)
     (tmp_path / "2.jpg").unlink()
     with pytest.raises(BadImageError, match=r"2\.jpg does not exist any more"):
-        next(loader_of(source, config_of(backend, VIEW1, batch_size=4)))
+        next(loader_of(source, config_of(files_backend, VIEW1, batch_size=4)))
 
 
-def test_odd_but_good_files_are_read(backend: str, tmp_path: Path) -> None:
+def test_odd_but_good_files_are_read(files_backend: str, tmp_path: Path) -> None:
     from PIL import Image
 
     ramp = np.linspace(0, 255, 40 * 40 * 3).reshape(40, 40, 3).astype(np.uint8)
@@ -236,7 +276,7 @@ def test_odd_but_good_files_are_read(backend: str, tmp_path: Path) -> None:
     image.save(tmp_path / "turned.jpg", exif=exif, quality=95)
     source = open_source(tmp_path)
     assert len(source) == 12
-    batch = next(loader_of(source, config_of(backend, plain(40), batch_size=12)))
+    batch = next(loader_of(source, config_of(files_backend, plain(40), batch_size=12)))
     got = {Path(source.paths[int(k)]).stem: p for k, p in zip(batch.index, pixels(batch.view1), strict=True)}  # type: ignore[attr-defined]
     assert np.array_equal(got["alpha"], ramp)
     assert np.array_equal(got["bitmap"], ramp)
@@ -250,10 +290,9 @@ def test_odd_but_good_files_are_read(backend: str, tmp_path: Path) -> None:
     assert error(got["gray"], got["gray"][..., :1]).max() == 0
 
 
-def test_eval_batches_are_in_order_and_complete(backend: str, source: ImageSource) -> None:
-    name: Any = backend
-    parts = list(eval_batches(source, 24, 9, loader=name, threads=2))
-    again = list(eval_batches(source, 24, 9, loader=name, threads=1))
+def test_eval_batches_are_in_order_and_complete(decoder: Any, source: ImageSource) -> None:
+    parts = list(eval_batches(source, 24, 9, loader=decoder, threads=2))
+    again = list(eval_batches(source, 24, 9, loader=decoder, threads=1))
     assert torch.cat([index for _, index in parts]).tolist() == list(range(len(source)))
     assert [len(index) for _, index in parts][-1] == len(source) % 9
     for (images, _), (same_images, _) in zip(parts, again, strict=True):
@@ -262,14 +301,13 @@ def test_eval_batches_are_in_order_and_complete(backend: str, source: ImageSourc
         assert torch.equal(images, same_images)
 
 
-def test_eval_batches_resize_and_crop_the_middle(backend: str, source: ImageSource) -> None:
+def test_eval_batches_resize_and_crop_the_middle(decoder: Any, source: ImageSource) -> None:
     """Against PIL's own thumbnails: shorter side to 256 / 224 of the size (also upwards), then the middle."""
     from PIL import Image
 
-    name: Any = backend
     for size in (24, 112):
         target = round(size * 256 / 224)
-        for images, index in eval_batches(source, size, 16, loader=name):
+        for images, index in eval_batches(source, size, 16, loader=decoder):
             for image, i in zip(pixels(images), index.tolist(), strict=True):
                 original = source.load(i)
                 scale = target / min(original.size)
@@ -277,7 +315,7 @@ def test_eval_batches_resize_and_crop_the_middle(backend: str, source: ImageSour
                 resized = np.asarray(original.resize((w, h), Image.Resampling.BICUBIC))
                 top, left = (h - size) // 2, (w - size) // 2
                 expected = resized[top : top + size, left : left + size]
-                assert error(image, expected).mean() <= (0.3 if backend == "dali" else 0)
+                assert error(image, expected).mean() <= (0.3 if decoder == "dali" else 0)
 
 
 def test_eval_hands_out_arrays_of_the_right_size_untouched(arrays: ArraySource) -> None:
@@ -285,13 +323,17 @@ def test_eval_hands_out_arrays_of_the_right_size_untouched(arrays: ArraySource) 
     assert np.array_equal(pixels(images), arrays.images)
 
 
-def test_without_dali_torchvision_takes_over_and_says_so_once(monkeypatch: Any, caplog: Any, arrays: Any) -> None:
+def test_without_dali_torchvision_takes_over_and_says_so_once(monkeypatch: Any, caplog: Any, files: Any) -> None:
     from byol_fast.data import loader as module
 
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     monkeypatch.setattr(module, "_said", set())
-    config = replace(config_of("torchvision", VIEW1), {"data": {"loader": "auto"}})
-    assert [loader_of(arrays, config).backend for _ in range(2)] == ["torchvision", "torchvision"]
+    gpu = torch.device("cuda")
+    data = config_of("torchvision", VIEW1).data
+    assert [resolve(data, files, gpu) for _ in range(2)] == [Backend("torchvision", "library")] * 2
+    assert not caplog.text
+    auto = DataConfig()
+    assert [resolve(auto, files, gpu) for _ in range(2)] == [Backend("torchvision", "kernels")] * 2
     assert caplog.text.count("pip install nvidia-dali-cuda130") == 1
     with pytest.raises(SourceError, match=r"data\.loader: dali is not installed; pip install"):
         choose_backend("dali")
@@ -306,5 +348,110 @@ def test_import_touches_neither_dali_nor_cuda() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_backend_names_itself(dali: None, arrays: ArraySource) -> None:
-    assert loader_of(arrays, config_of("dali", VIEW1)).backend == f"dali {CPU}"
+def test_the_backend_names_itself(backend: str, arrays: ArraySource) -> None:
+    names = {
+        "dali": f"dali {CPU}",
+        "dali+kernels": f"dali {CPU}, kernels",
+        "torchvision": "torchvision",
+        "torchvision+kernels": "torchvision, kernels",
+        "resident+kernels": f"resident {CPU}",
+    }
+    assert loader_of(arrays, config_of(backend, VIEW1)).backend == names[backend]
+
+
+def test_what_auto_chooses(files: FileSource, arrays: ArraySource, monkeypatch: Any, dali: None) -> None:
+    gpu = torch.device("cuda")
+    small = types.SimpleNamespace(total_memory=9 * arrays.images.nbytes)
+    large = types.SimpleNamespace(total_memory=11 * arrays.images.nbytes)
+
+    def chosen(source: ImageSource, device: torch.device, memory: Any = large, **data: Any) -> tuple[str, str]:
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: memory)
+        backend = resolve(DataConfig(**data), source, device)
+        return backend.loader, backend.augment
+
+    assert chosen(files, CPU) == chosen(arrays, CPU) == ("torchvision", "kernels")
+    assert chosen(files, gpu) == chosen(arrays, gpu, small) == ("dali", "kernels")
+    assert chosen(arrays, gpu) == chosen(arrays, CPU, loader="resident") == ("resident", "kernels")
+    assert chosen(files, CPU, augment="library") == ("torchvision", "library")
+    assert chosen(arrays, gpu, augment="library") == ("dali", "library")
+    assert chosen(arrays, gpu, color="hsv") == chosen(files, CPU, color="hsv") == ("dali", "library")
+    assert chosen(arrays, gpu, loader="torchvision") == ("torchvision", "kernels")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            {"color": "hsv", "loader": "torchvision"},
+            r"data\.loader must be dali with data\.color=hsv, got 'torchvision'",
+        ),
+        ({"color": "hsv", "augment": "kernels"}, r"data\.augment must be library with data\.color=hsv, got 'kernels'"),
+        ({"loader": "resident", "augment": "library"}, r"data\.augment must be kernels with data\.loader=resident"),
+        ({"hw_decoder_load": 1.5}, r"data\.hw_decoder_load must be a probability"),
+        ({"augment": "pil"}, r"data\.augment must be one of auto, kernels, library"),
+    ],
+)
+def test_options_that_exclude_each_other_are_refused(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DataConfig(**data)
+
+
+def test_resident_data_must_be_in_memory(files: FileSource) -> None:
+    with pytest.raises(SourceError, match=r"data\.loader: resident must have images in memory, got 40 images"):
+        loader_of(files, config_of("resident+kernels", VIEW1))
+
+
+def test_threads_of_a_loader_use_one_core_each_and_leave_the_others_alone() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with single_core_threads(4, "test") as pool:
+            assert torch.get_num_threads() == 3
+            together = threading.Barrier(4)
+
+            def threads_here() -> int:
+                together.wait()
+                return torch.get_num_threads()
+
+            found = [pool.submit(threads_here) for _ in range(4)]
+            assert [each.result() for each in found] == [1] * 4
+            other = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+            seen: list[int] = []
+            other.start()
+            other.join()
+            assert seen == [3]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_ordinary_jpegs_decode_to_the_bytes_of_pil(files: FileSource, photographs: FileSource) -> None:
+    for source in (files, photographs):
+        for i in range(len(source)):
+            assert is_ordinary_jpeg(source.read(i))
+            assert np.array_equal(pixels(decoded(source, i))[0], np.asarray(source.load(i)))
+
+
+def test_without_torchvisions_decoder_pil_decodes(files: FileSource, monkeypatch: Any) -> None:
+    config = config_of("torchvision+kernels", VIEW1, VIEW2)
+    expected = take(loader_of(files, config), 2)
+    monkeypatch.setattr(torchvision_loader, "_decode_jpeg", None)
+    assert all(same(a, b) for a, b in zip(expected, take(loader_of(files, config), 2), strict=True))
+
+
+def test_other_images_are_left_to_pil() -> None:
+    from PIL import Image
+
+    image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+
+    def saved(mode: str, format: str, **options: Any) -> bytes:
+        buffer = io.BytesIO()
+        image.convert(mode).save(buffer, format, **options)
+        return buffer.getvalue()
+
+    good = saved("RGB", "jpeg")
+    for ordinary in (good, saved("L", "jpeg"), saved("RGB", "jpeg", progressive=True)):
+        assert is_ordinary_jpeg(ordinary)
+    for other in (saved("CMYK", "jpeg"), saved("RGB", "png"), good[:20], good[:2], b"", bytes(64), good[2:]):
+        assert not is_ordinary_jpeg(other)
+    start = good.index(b"\xff\xc0")
+    assert not is_ordinary_jpeg(good[: start + 5] + b"\xff\xff\xff\xff" + good[start + 9 :])  # 4 gigapixels

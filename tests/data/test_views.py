@@ -12,7 +12,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from byol_fast.config import ViewConfig
 from byol_fast.data.sources import ArraySource
-from byol_fast.data.views import ViewDraws, crop_windows, draw, permutation
+from byol_fast.data.views import ViewDraws, crop_window, crop_windows, draw, permutation
 from tests.data.helpers import config_of, loader_of, pixels, plain
 
 N = 20_000
@@ -81,6 +81,14 @@ def test_where_nothing_fits_the_middle_is_taken() -> None:
         (1, 1): (0, 0, 1, 1),
     }.items():
         assert (crop_windows(crop, height, width, (3 / 4, 4 / 3)) == window).all()
+
+
+def test_the_crop_of_one_image_is_that_of_many() -> None:
+    for view in (VIEW, ViewConfig(area=(0.9, 1.0), aspect=(0.2, 0.3))):
+        crop = draw(view, np.arange(300), seed=0, epoch=0, view=0).crop
+        for height, width in ((375, 500), (32, 32), (100, 900), (1, 7)):
+            one_by_one = [crop_window(row, height, width, view.aspect) for row in crop]
+            assert np.array_equal(one_by_one, crop_windows(crop, height, width, view.aspect))
 
 
 def test_draws_depend_on_seed_epoch_image_and_view_only() -> None:

@@ -1,0 +1,120 @@
+"""What our own kernels do for the loaders: colours, blur and coins of a batch, on whatever device its crops are."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from byol_fast.config import ViewConfig
+from byol_fast.data.views import ViewDraws
+from byol_kernels import photometric
+
+Views = tuple[Tensor, Tensor]
+
+PIXELS_PER_TASK = 1 << 19
+"""A thread takes so many pixels of a view at a time: enough that calling the operators costs little beside them."""
+
+
+def finish(crops: Tensor, draws: Mapping[str, Tensor], view: ViewConfig) -> Tensor:
+    """All of a view's augmentation after the crop; uint8 in and out, `[B, 3, S, S]`."""
+    options: dict[str, Any] = {**draws, "solarize_threshold": view.solarize_threshold}
+    return photometric(crops, **options) if draws else crops
+
+
+def needed(view: ViewConfig, *, flip: bool = True) -> tuple[str, ...]:
+    """Names of the draws that `finish` takes for a view; without those that never change a pixel.
+
+    Args:
+        view: the view's configuration.
+        flip: whether the crops are not mirrored yet.
+    """
+    names: list[str] = ["flip"] if flip and view.flip > 0 else []
+    if view.jitter > 0 and max(view.brightness, view.contrast, view.saturation, view.hue) > 0:
+        names += ["jitter", "factors", "order"]
+    names += ["grayscale"] if view.grayscale > 0 else []
+    names += ["blur", "sigma", "window"] if view.blur > 0 else []
+    return (*names, "solarize") if view.solarize > 0 else tuple(names)
+
+
+def chosen(draws: ViewDraws, names: tuple[str, ...], rows: slice) -> dict[str, Tensor]:
+    """Some draws of some rows, as tensors."""
+    return {name: torch.from_numpy(getattr(draws, name)[rows]) for name in names}
+
+
+def parts(batch_size: int, size: int, threads: int) -> Iterator[slice]:
+    """The rows of a batch in pieces of the size that a thread takes at a time."""
+    rows = max(1, min(PIXELS_PER_TASK // size**2, -(-batch_size // threads)))
+    return (slice(start, min(start + rows, batch_size)) for start in range(0, batch_size, rows))
+
+
+def joined(work: list[Future[Views]]) -> Views:
+    """The pieces of a batch in one, once they are made."""
+    pieces = [part.result() for part in work]
+    first, second = (
+        torch.cat([piece[view].permute(0, 2, 3, 1) for piece in pieces]).permute(0, 3, 1, 2) for view in range(2)
+    )
+    return first, second
+
+
+def single_core_threads(number: int, name: str) -> ThreadPoolExecutor:
+    """Threads in each of which torch's operators run on one core.
+
+    Otherwise each of them would wake a team of as many threads as there are cores.
+    """
+    started = threading.Barrier(number + 1)
+
+    def begin() -> None:
+        torch.set_num_threads(1)  # of this thread, and of those that begin from now on
+        torch.get_num_threads()  # holds on to it
+        started.wait()
+
+    pool = ThreadPoolExecutor(number, name, initializer=begin)
+    before = torch.get_num_threads()
+    try:
+        for _ in range(number):
+            pool.submit(int)  # starts a thread: all before it are waiting
+        started.wait()
+    finally:
+        torch.set_num_threads(before)
+    return pool
+
+
+class SideStream:
+    """Makes views beside the step: on a GPU in a stream of its own, on a CPU as it comes.
+
+    What it hands out is ready for whoever works on the current stream. The host waits for nothing but that the step
+    before the last few has ended: running further ahead would fill the memory with batches.
+    """
+
+    def __init__(self, device: torch.device, ahead: int) -> None:
+        self.device, self._ahead = device, ahead
+        self._stream: torch.cuda.Stream | None = None
+        self._steps: deque[torch.cuda.Event] = deque()
+
+    def __call__(self, make: Callable[[], Views]) -> Views:
+        """Call `make`, which starts the work for two views on the current stream."""
+        if self.device.type != "cuda":
+            return make()
+        current = torch.cuda.current_stream(self.device)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._wait_for_old_steps(current)
+        with torch.cuda.stream(self._stream):
+            views = make()
+        current.wait_stream(self._stream)
+        for view in views:
+            view.record_stream(current)  # its memory is not given to the next batch while a step reads it
+        return views
+
+    def _wait_for_old_steps(self, current: torch.cuda.Stream) -> None:
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record(current)
+        self._steps.append(done)
+        if len(self._steps) > self._ahead:
+            self._steps.popleft().synchronize()
