@@ -1,0 +1,123 @@
+"""Several processes on the CPU (gloo): the same run as one process with all their images."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from byol_fast import checkpoint as checkpoints
+from byol_fast import config as configs
+from byol_fast.config import Config
+from byol_fast.metrics import read
+
+CODE = """
+import sys
+from pathlib import Path
+from byol_fast import cli, config, recipes
+recipes.RECIPES["spec"] = lambda: config.load(Path(sys.argv[1]))
+cli.main(["train", *sys.argv[2:]])
+"""
+
+
+def torchrun(config: Config, processes: int, *arguments: str, restarts: int = 0) -> subprocess.Popen[str]:
+    folder = config.out / f"spec-{config.name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(configs.to_dict(config)))
+    (folder / "run.py").write_text(CODE)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
+    return subprocess.Popen(
+        [
+            *launcher,
+            f"--max-restarts={restarts}",
+            str(folder / "run.py"),
+            str(folder / "config.json"),
+            *(arguments or ("spec",)),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def losses(run: Path) -> list[float]:
+    return [r["loss"] for r in read(run / "metrics.jsonl") if "loss" in r]
+
+
+def payload(run: Path) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = checkpoints.load_latest(run / "checkpoints")["task"]
+    return weights
+
+
+@pytest.fixture
+def several(tiny: Config) -> Config:
+    # A rate at which five steps of a network of this size do not yet amplify rounding.
+    return configs.replace(tiny, {"optim.lr": 0.2, "steps": 5, "data.loader": "torchvision", "checkpoint_every": 2})
+
+
+def test_two_processes_are_one_with_the_doubled_batch(several: Config) -> None:
+    """Losses, weights and running statistics of both networks: batch norm sees all images, gradients are averaged."""
+    one = configs.replace(several, {"name": "one", "batch_size": 12})
+    two = configs.replace(several, {"name": "two", "batch_size": 6})
+    output = finished(torchrun(two, 2))
+    assert output.count("steps of 6 x 2 processes") == 1  # one of them speaks
+    finished(torchrun(one, 1))
+    # Rounding, amplified by five steps; batch norm over half of the images would differ by tenths.
+    assert losses(two.out / "two") == pytest.approx(losses(one.out / "one"), rel=1e-4)
+    a, b = payload(one.out / "one"), payload(two.out / "two")
+    for name in a:
+        torch.testing.assert_close(b[name].double(), a[name].double(), rtol=1e-3, atol=1e-4, msg=name)
+    # Resumed with another number of processes: refused, and nothing lost.
+    refused = torchrun(two, 1, "--resume", str(two.out / "two"))
+    output, _ = refused.communicate(timeout=300)
+    assert refused.returncode != 0
+    assert "the number of processes must be the run's, 2, got 1" in output
+    assert checkpoints.steps_in(two.out / "two" / "checkpoints")[-1] == 5
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_started_again_and_the_run_ends_as_if_nothing_had_been(several: Config) -> None:
+    long = {"steps": 60, "batch_size": 6}
+    whole = configs.replace(several, {**long, "name": "whole"})
+    cut = configs.replace(several, {**long, "name": "cut"})
+    finished(torchrun(whole, 2))
+    process = torchrun(cut, 2, "spec", "--name", "cut", "--resume", "auto", restarts=2)
+    folder, deadline = cut.out / "cut" / "checkpoints", time.monotonic() + 120
+    while not any(step >= 10 for step in checkpoints.steps_in(folder)):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(_rank(process.pid, 1), signal.SIGKILL)
+    output = finished(process)
+    assert "resuming after step" in output
+    a, b = payload(whole.out / "whole"), payload(cut.out / "cut")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert losses(whole.out / "whole") == losses(cut.out / "cut")
+
+
+def _rank(launcher: int, rank: int) -> int:
+    """The process that torchrun started as this rank."""
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            variables = (entry / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if parent == launcher and b"RANK=%d" % rank in variables:
+            return int(entry.name)
+    raise AssertionError(f"no process of rank {rank}")
