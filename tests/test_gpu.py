@@ -45,7 +45,7 @@ def test_training_lowers_the_loss(gpu: Config, loader: str, precision: str) -> N
 
 @pytest.mark.parametrize("mode", ["compile", "graph"])
 def test_every_mode_takes_the_steps_of_the_eager_one(gpu: Config, mode: str) -> None:
-    """Losses of six steps, in true fp32: learning rate, tau, momentum and statistics move in a replay as they should."""
+    """Losses of six steps, in true fp32: rates, momentum and statistics move in a replay as they should."""
     short = {"steps": 6, "data.loader": "torchvision", "optim.warmup_steps": 2, "optim.lr": 0.2, "precision": "fp32"}
     eager = losses(gpu, **short, name="eager")
     other = losses(gpu, **short, name=mode, mode=mode)
