@@ -38,9 +38,15 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @jit
-def _load_rows(ptr: tl.tensor, rows: tl.tensor, cols: tl.tensor, stride: tl.tensor, mask: tl.tensor) -> tl.tensor:
+def _load_unit_rows(
+    ptr: tl.tensor, rows: tl.tensor, cols: tl.tensor, stride: tl.tensor, mask: tl.tensor, eps: tl.tensor
+) -> tl.tensor:
+    """Rows divided by max(norm, eps), their norms, and what they were multiplied by."""
     offsets = rows.to(tl.int64)[:, None] * stride + cols[None, :]
-    return tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    norm = tl.sqrt_rn(tl.sum(x * x, axis=1))
+    scale = tl.div_rn(1.0, tl.where(norm < eps, eps, norm))  # not `maximum`: a NaN norm has to stay NaN
+    return x * scale[:, None], norm, scale
 
 
 @jit
@@ -104,6 +110,7 @@ def _normalized_mse_fwd_kernel(
         if grad_a_ptr is not None:
             grad_ptr = tl.where(pair == 0, grad_a_ptr, grad_b_ptr)
 
+    Z_APART: tl.constexpr = BLOCK_D > 4096
     cols = tl.arange(0, BLOCK_D)
     first_row = group * rows_per_program
     end_row = tl.minimum(first_row + rows_per_program, batch)
@@ -119,15 +126,8 @@ def _normalized_mse_fwd_kernel(
         rows = start + tl.arange(0, BLOCK_B)
         valid = rows < end_row
         mask = valid[:, None] & (cols < dim)[None, :]
-        p = _load_rows(p_ptr, rows, cols, p_stride, mask)
-        z = _load_rows(z_ptr, rows, cols, z_stride, mask)
-        p_norm = tl.sqrt_rn(tl.sum(p * p, axis=1))
-        z_norm = tl.sqrt_rn(tl.sum(z * z, axis=1))
-        # `where` rather than `maximum`: a NaN norm has to stay NaN.
-        p_scale = tl.div_rn(1.0, tl.where(p_norm < eps, eps, p_norm))
-        z_scale = tl.div_rn(1.0, tl.where(z_norm < eps, eps, z_norm))
-        p_hat = p * p_scale[:, None]
-        z_hat = z * z_scale[:, None]
+        p_hat, p_norm, p_scale = _load_unit_rows(p_ptr, rows, cols, p_stride, mask, eps)
+        z_hat, _, _ = _load_unit_rows(z_ptr, rows, cols, z_stride, mask, eps)
         cosine = tl.sum(p_hat * z_hat, axis=1)
         cosine = tl.where(cosine > 1.0, 1.0, tl.where(cosine < -1.0, -1.0, cosine))
         row_loss = 2.0 - 2.0 * cosine
@@ -142,8 +142,20 @@ def _normalized_mse_fwd_kernel(
             count = (start - first_row).to(tl.float32)
             num_valid = tl.minimum(end_row - start, BLOCK_B).to(tl.float32)
             p_mean, p_m2 = _add_moments(p_mean, p_m2, count, p_hat, valid, num_valid)
-            z_mean, z_m2 = _add_moments(z_mean, z_m2, count, z_hat, valid, num_valid)
+            if not Z_APART:
+                z_mean, z_m2 = _add_moments(z_mean, z_m2, count, z_hat, valid, num_valid)
         start += BLOCK_B
+    if moments_ptr is not None and Z_APART:  # four running vectors beside a tile would not fit the registers
+        start = first_row
+        while start < end_row:
+            rows = start + tl.arange(0, BLOCK_B)
+            valid = rows < end_row
+            mask = valid[:, None] & (cols < dim)[None, :]
+            z_hat, _, _ = _load_unit_rows(z_ptr, rows, cols, z_stride, mask, eps)
+            count = (start - first_row).to(tl.float32)
+            num_valid = tl.minimum(end_row - start, BLOCK_B).to(tl.float32)
+            z_mean, z_m2 = _add_moments(z_mean, z_m2, count, z_hat, valid, num_valid)
+            start += BLOCK_B
 
     tl.store(partial_ptr + pair * num_groups + group, tl.sum(loss_sum, axis=0))
     if moments_ptr is not None:

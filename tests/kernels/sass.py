@@ -165,6 +165,8 @@ CASES: dict[str, Case] = {
     "loss_fp16_d256": _loss("fp16", 256, stats=False, registers=64, wide_loads=2, wide_stores=1),
     "loss_fp32_d256": _loss("fp32", 256, stats=False, registers=72, wide_loads=4, wide_stores=2),
     "loss_bf16_d256_stats": _loss("bf16", 256, stats=True, registers=128, wide_loads=2, wide_stores=1),
+    "loss_bf16_d8192_stats": _loss("bf16", 8192, stats=True, registers=128, wide_loads=6, wide_stores=18),
+    "loss_fp32_d8192_stats": _loss("fp32", 8192, stats=True, registers=128, wide_loads=12, wide_stores=20),
     "loss_bf16_d8192": _loss("bf16", 8192, stats=False, registers=80, wide_loads=4, wide_stores=2),
     "loss_fp32_d16384": _loss("fp32", 16384, stats=False, registers=128, wide_loads=16, wide_stores=8),
     "loss_bwd_bf16": _bwd("bf16"),

@@ -31,10 +31,10 @@ SHAPES = {
     "typical": (64, 256),
     "several_tiles_a_program": (16500, 3),
     "wide": (3, 1000),
-    "8192": (2, 8192),
+    "very_wide": (2, 8192),
     "wider_than_the_kernel": (2, 16500),
 }
-STATS_SHAPES = {**SHAPES, "several_tiles_a_program": (2500, 24)}
+STATS_SHAPES = {**SHAPES, "several_tiles_a_program": (2500, 24), "very_wide": (70, 4100)}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
