@@ -101,7 +101,11 @@ class TorchvisionLoader(PlannedLoader):
             self._ahead.append(self._begin(self._pool, threads, self._step + len(self._ahead)))
         started = self._ahead[0]
         while bad := started.failures():
-            self.bad.add(bad, self._step)
+            try:
+                self.bad.add(bad, self._step)
+            except BadImageError:
+                self._restart()  # so that the next call tries again
+                raise
             started.change(self.planner(self._step), self._pool)
         self._ahead.popleft()
         view1, view2 = self._side_stream(partial(self._placed, started))

@@ -56,9 +56,9 @@ class DatasetSource(ImageSource):
     def load(self, i: int) -> Image.Image:  # noqa: D102 (inherited)
         try:
             item = self.dataset[int(self.index[i])]
+            image = as_image(item)  # PIL decodes only now
         except Exception as error:  # whatever its author's code raises
             raise BadImageError(self.where(i), f"cannot be read ({type(error).__name__}: {error})") from error
-        image = as_image(item)
         if image is None:
             raise BadImageError(self.where(i), f"is not an image ({_kind(item)})")
         return image

@@ -1,0 +1,231 @@
+"""Every kind of odd and bad image file that we could think of.
+
+`python -m tests.data.bad_files` prints what becomes of each, with both loaders and both policies.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import tempfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from byol_fast.config import Config, replace
+from byol_fast.data import BadImageError, open_source
+from byol_fast.data.loader import dali_installed
+from tests.data.conftest import photo_like
+from tests.data.helpers import config_of, loader_of, pixels, plain
+
+SIZE = 40
+NOBODY = 65534
+PICTURE: NDArray[np.uint8] = photo_like(1, SIZE, SIZE, seed=3)[0]
+GRAY: NDArray[np.uint8] = np.asarray(Image.fromarray(PICTURE).convert("L"))
+
+
+def save(kind: str, image: Image.Image | None = None, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    (Image.fromarray(PICTURE) if image is None else image).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+PLAIN = (9, 8, 7)
+FLAT = np.full((SIZE, SIZE, 3), PLAIN, np.uint8)
+JPEG = save("JPEG", quality=95)
+PNG = save("PNG")
+WEBP = save("WEBP", lossless=True)
+
+
+def flipped_bytes() -> bytes:
+    start = JPEG.index(b"\xff\xda") + 100  # behind the headers, in the pixels
+    return JPEG[:start] + bytes(b ^ 0x55 if b != 0xFF else b for b in JPEG[start : start + 12]) + JPEG[start + 12 :]
+
+
+def wrong_crc() -> bytes:
+    at = PNG.index(b"IDAT") + 200
+    return PNG[:at] + bytes(4) + PNG[at + 4 :]
+
+
+def bomb(side: int = 20_000) -> bytes:
+    """A PNG of a few hundred bytes for each thousand rows, and of side * side black pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    packer = zlib.compressobj(9)
+    row = bytes(1 + side // 8)
+    rows = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def turned() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return save("JPEG", exif=exif, quality=95)
+
+
+def animated(kind: str) -> bytes:
+    other = Image.fromarray(255 - PICTURE)
+    options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
+    return save(kind, save_all=True, append_images=[other], **options)
+
+
+def palette() -> bytes:
+    return save("PNG", Image.fromarray(PICTURE).convert("P"), transparency=3)
+
+
+BAD: dict[str, tuple[str, bytes, str]] = {
+    "zero bytes": ("x.jpg", b"", r"is empty \(0 bytes\)"),
+    "truncated JPEG": ("x.jpg", JPEG[: len(JPEG) // 2], r"is a truncated JPEG \(\d+ bytes\)"),
+    "JPEG without its end": ("x.jpg", JPEG[:-2], r"is a truncated JPEG \(\d+ bytes\)"),
+    "JPEG header only": ("x.jpg", JPEG[:20], r"is a truncated JPEG|is not an image"),
+    "JPEG with a piece missing": ("x.jpg", JPEG[:300] + JPEG[-2:], r"cannot be decoded \(|is not an image"),
+    "garbage": ("x.jpg", bytes(range(256)) * 8, "is not an image"),
+    "garbage in a JPEG's frame": ("x.jpg", JPEG[:4] + bytes(range(256)) * 8 + JPEG[-2:], "is not an image|cannot be"),
+    "HTML": ("x.jpg", b"<!DOCTYPE html><html>404 Not Found</html>", r"is not an image \(it looks like HTML\)"),
+    "PDF": ("x.jpg", b"%PDF-1.7 ...", r"is not an image \(it looks like PDF\)"),
+    "zip": ("x.jpg", b"PK\x03\x04" + bytes(40), "is not an image .it looks like a zip archive"),
+    "Git LFS pointer": (
+        "x.jpg",
+        b"version https://git-lfs.github.com/spec/v1\noid",
+        ".*Git LFS pointer: .* not fetched",
+    ),
+    "truncated PNG": ("x.png", PNG[: len(PNG) // 2], r"is a truncated PNG \(\d+ bytes\)"),
+    "PNG with damaged pixels": ("x.png", wrong_crc(), r"cannot be decoded \("),
+    "truncated WebP": ("x.webp", WEBP[: len(WEBP) // 2], r"cannot be decoded \("),
+    "GIF as .jpg": ("x.jpg", save("GIF"), r"is not an image \(it looks like GIF\)"),
+    "AVIF as .jpg": ("x.jpg", bytes(4) + b"ftypavif" + bytes(90), r"is not an image \(it looks like AVIF\)"),
+    "HEIC as .jpg": ("x.jpg", bytes(4) + b"ftypheic" + bytes(90), r"is not an image \(it looks like HEIC\)"),
+    "video as .jpg": ("x.jpg", bytes(4) + b"ftypisom" + bytes(90), r"is not an image \(it looks like a video\)"),
+}
+"""File name, contents, and what is said of it."""
+
+
+def _unreadable(path: Path) -> None:
+    path.chmod(0)
+    if os.geteuid() == 0:  # may read everything
+        os.seteuid(NOBODY)
+
+
+def _dangling(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.parent / "gone")
+
+
+def _folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+BECOMES_BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "deleted during the run": (Path.unlink, "does not exist any more"),
+    "link whose file went": (_dangling, "is a broken link"),
+    "unreadable (permissions)": (_unreadable, r"cannot be read \(Permission denied\)"),
+    "replaced by a folder": (_folder, "is a folder"),
+    "cut off during the run": (lambda path: os.truncate(path, 200), "is a truncated JPEG"),
+}
+"""What happens to a good file after the source was opened, and what is said of it."""
+
+GOOD: dict[str, tuple[str, bytes, NDArray[np.uint8], float]] = {
+    "flipped bytes in the pixels": ("x.jpg", flipped_bytes(), PICTURE, 80),
+    "PNG as .jpg": ("x.jpg", PNG, PICTURE, 0),
+    "WebP as .png": ("x.png", WEBP, PICTURE, 0),
+    "upper-case name": ("X.JPEG", JPEG, PICTURE, 4),
+    "RGBA": ("x.png", save("PNG", Image.fromarray(PICTURE).convert("RGBA")), PICTURE, 0),
+    "gray with alpha": ("x.png", save("PNG", Image.fromarray(GRAY).convert("LA")), np.stack([GRAY] * 3, 2), 0),
+    "16-bit PNG": ("x.png", save("PNG", Image.fromarray(GRAY.astype(np.uint16) * 257)), np.stack([GRAY] * 3, 2), 0),
+    "16-bit TIFF": ("x.tif", save("TIFF", Image.fromarray(GRAY.astype(np.uint16) * 257)), np.stack([GRAY] * 3, 2), 1),
+    "palette with transparency": ("x.png", palette(), PICTURE, 30),
+    "one bit": ("x.png", save("PNG", Image.fromarray(GRAY > 128)), np.stack([(GRAY > 128) * 255] * 3, 2), 0),
+    "WebP": ("x.webp", WEBP, PICTURE, 0),
+    "animated WebP (first picture)": ("x.webp", animated("WEBP"), PICTURE, 0),
+    "animated PNG (first picture)": ("x.png", animated("PNG"), PICTURE, 0),
+    "TIFF of several pages (first)": ("x.tiff", animated("TIFF"), PICTURE, 0),
+    "BMP": ("x.bmp", save("BMP"), PICTURE, 0),
+    "PPM": ("x.ppm", save("PPM"), PICTURE, 0),
+    "CMYK JPEG": ("x.jpg", save("JPEG", Image.fromarray(PICTURE).convert("CMYK"), quality=95), PICTURE, 30),
+    "gray JPEG": ("x.jpg", save("JPEG", Image.fromarray(GRAY), quality=95), np.stack([GRAY] * 3, 2), 4),
+    "progressive JPEG": ("x.jpg", save("JPEG", progressive=True, quality=95), PICTURE, 4),
+    "JPEG 2000 as .jpg": ("x.jpg", save("JPEG2000", irreversible=False), PICTURE, 0),
+    "EXIF rotation (not applied)": ("x.jpg", turned(), PICTURE, 4),
+    "junk behind the end": ("x.jpg", JPEG + b"junk" * 20, PICTURE, 4),
+    "unicode name": ("\u00e9\u4e2d \U0001f600.jpg", JPEG, PICTURE, 4),
+    "odd characters in the name": ("a\nb\t%20'\"[x]{1..3}.jpg", JPEG, PICTURE, 4),
+    "1 x 1": ("x.png", save("PNG", Image.new("RGB", (1, 1), PLAIN)), FLAT, 0),
+    "1 x 3000": ("x.png", save("PNG", Image.new("RGB", (1, 3000), PLAIN)), FLAT, 0),
+    "5000 x 4000": ("x.png", save("PNG", Image.new("RGB", (5000, 4000), PLAIN)), FLAT, 0),
+}  # fmt: skip
+"""File name, contents, what is in it, and how far the mean of it may be off."""
+
+
+def fill(folder: Path, count: int = 7) -> None:
+    """Good images."""
+    for i in range(count):
+        (folder / f"good {i}.png").write_bytes(save("PNG", Image.fromarray(photo_like(1, SIZE, SIZE, seed=i)[0])))
+
+
+def config(backend: str, policy: str) -> Config:
+    view = plain(SIZE, area=(1.0, 1.0), aspect=(0.01, 100.0))
+    return replace(config_of(backend, view, batch_size=8), {"data.on_bad": policy})
+
+
+def outcome(folder: Path, backend: str, policy: str, then: Callable[[Path], Any] | None = None) -> str:
+    """What a run over a folder says; `then` happens to the files named x after it was opened."""
+    folder.chmod(0o777)
+    user = os.geteuid()
+    source = open_source(folder)
+    loader = loader_of(source, config(backend, policy), report=folder / "bad.jsonl")
+    if then is not None:
+        then(folder / "x.jpg")
+    try:
+        batches = [next(loader) for _ in range(3)]
+        loader.close()
+    except BadImageError as error:
+        return error.reason
+    finally:
+        os.seteuid(user)
+    if policy == "skip" and loader.bad.found:  # type: ignore[attr-defined]
+        [found] = loader.bad.found.values()  # type: ignore[attr-defined]
+        assert all(np.isfinite(pixels(batch.view1)).all() for batch in batches)
+        return f"passed over: {found.reason}"
+    return "read"
+
+
+def main() -> None:
+    backends = ["torchvision", *(["dali"] if dali_installed() else [])]
+    print("| file | loader | on_bad raise: the run stops with | on_bad skip |\n|---|---|---|---|")
+
+    def show(kind: str, name: str, data: bytes, then: Callable[[Path], Any] | None = None) -> None:
+        lines: dict[tuple[str, str], list[str]] = {}
+        for backend in backends:
+            said = []
+            for policy in ("raise", "skip"):
+                with tempfile.TemporaryDirectory() as temporary:
+                    folder = Path(temporary)
+                    fill(folder)
+                    (folder / name).write_bytes(data)
+                    said.append(outcome(folder, backend, policy, then))
+            stopped = "goes on: read" if said[0] == "read" else f"`{name} {said[0]}`".replace("\n", " ")
+            lines.setdefault((stopped, "goes on: " + said[1].partition(":")[0]), []).append(backend)
+        for (stopped, skipped), who in lines.items():
+            print(f"| {kind} | {' and '.join(who)} | {stopped} | {skipped} |", flush=True)
+
+    for kind, (name, data, _) in BAD.items():
+        show(kind, name, data)
+    for kind, (then, _) in BECOMES_BAD.items():
+        show(kind, "x.jpg", JPEG, then)
+    for kind, (name, data, _, _) in GOOD.items():
+        show(kind, name, data)
+    show("20000 x 20000 pixels in 50 kB", "x.png", bomb())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""Bad images: named, or passed over in a way that neither the loader, nor prefetching, nor a restart can change."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from byol_fast.config import replace
+from byol_fast.data import BadImageError, eval_batches, open_source
+from byol_fast.data.integrity import BadImages, TooManyBadImagesError
+from byol_fast.data.sources import FileSource
+from tests.data.bad_files import BAD, BECOMES_BAD, GOOD, JPEG, SIZE, config, fill, outcome
+from tests.data.helpers import error, loader_of, pixels, same
+from tests.data.kinds import available, make
+from tests.data.test_resume import BAD as BAD_ONE
+from tests.data.test_resume import VIEW1, VIEW2, pictures, with_one_bad
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_file_stops_the_run_and_is_explained(kind: str, backend: str, tmp_path: Path) -> None:
+    name, data, message = BAD[kind]
+    fill(tmp_path)
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(
+        BadImageError, match=rf"image: .*{name} ({message}).*; replace it .*--data\.on-bad skip"
+    ) as caught:
+        loader = loader_of(open_source(tmp_path), config(backend, "raise"))
+        for _ in range(3):
+            next(loader)
+    assert caught.value.path == tmp_path / name
+
+
+@pytest.mark.parametrize("kind", BECOMES_BAD)
+def test_a_file_that_goes_bad_while_the_run_goes_on(kind: str, backend: str) -> None:
+    then, message = BECOMES_BAD[kind]
+    for policy, before in (("raise", ""), ("skip", "passed over: ")):
+        with tempfile.TemporaryDirectory() as temporary:  # not below pytest's, where nobody else may look
+            folder = Path(temporary)
+            fill(folder)
+            (folder / "x.jpg").write_bytes(JPEG)
+            assert re.match(before + message, outcome(folder, backend, policy, then))
+
+
+def test_odd_files_are_read(backend: str, tmp_path: Path) -> None:
+    """All in one batch, against what was put into them."""
+    expected = {}
+    for number, (name, data, pixels_of, tolerance) in enumerate(GOOD.values()):
+        path = tmp_path / f"{number} {name}"
+        path.write_bytes(data)
+        expected[str(path)] = pixels_of, tolerance
+    source = open_source(tmp_path)
+    assert len(source) == len(GOOD)
+    batch = next(loader_of(source, replace(config(backend, "raise"), {"batch_size": len(GOOD)})))
+    for i, got in zip(batch.index.tolist(), pixels(batch.view1), strict=True):
+        wanted, tolerance = expected[source.where(i)]
+        assert error(got, wanted).mean() <= tolerance, source.where(i)
+
+
+def dirty(folder: Path, good: int = 30) -> set[str]:
+    """A folder with every kind of bad file in it; their names."""
+    folder.mkdir(exist_ok=True)
+    fill(folder, good)
+    names = set()
+    for number, (name, data, _) in enumerate(BAD.values()):
+        (folder / f"{number} {name}").write_bytes(data)
+        names.add(f"{number} {name}")
+    return names
+
+
+def test_bad_files_are_passed_over(backend: str, tmp_path: Path) -> None:
+    """Both loaders put the same images in the places of bad ones; every bad file is reported once."""
+    bad = dirty(tmp_path / "images")
+    source = open_source(tmp_path / "images")
+    report = tmp_path / "run" / "bad_images.jsonl"
+    loader = loader_of(source, config(backend, "skip"), report=report)
+    clean = loader_of(source, config("torchvision", "skip")).planner  # type: ignore[attr-defined]
+    assert loader.steps_per_epoch == len(source) // 8
+    seen = []
+    for step in range(3 * loader.steps_per_epoch):
+        batch = next(loader)
+        before = clean(step).index
+        stays = np.array([Path(source.where(int(i))).name not in bad for i in before])
+        assert np.array_equal(batch.index.numpy()[stays], before[stays])
+        assert not {Path(source.where(i)).name for i in batch.index.tolist()} & bad
+        seen.append(batch.index)
+    lines = [json.loads(line) for line in report.read_text().splitlines()]
+    assert {Path(line["image"]).name for line in lines} == bad and len(lines) == len(bad)
+    assert all(source.where(line["index"]) == line["image"] and line["reason"] for line in lines)
+    other = loader_of(source, config("torchvision", "skip"))
+    assert all(torch.equal(next(other).index, index) for index in seen)
+
+
+def test_passing_over_does_not_depend_on_prefetching_and_survives_a_restart(backend: str, tmp_path: Path) -> None:
+    dirty(tmp_path)
+    source = open_source(tmp_path)
+    batches = {}
+    for ahead in (1, 4):
+        loader = loader_of(source, replace(config(backend, "skip"), {"data.prefetch": ahead}))
+        batches[ahead] = [next(loader) for _ in range(8)]
+    assert all(same(a, b) for a, b in zip(batches[1], batches[4], strict=True))
+    loader = loader_of(source, config(backend, "skip"))
+    for _ in range(3):
+        next(loader)
+    resumed = loader_of(source, config(backend, "skip"))
+    resumed.load_state_dict(loader.state_dict())
+    assert all(same(next(resumed), b) for b in batches[1][3:])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in available() if kind != "array"])
+def test_a_bad_image_of_any_source_is_named_or_passed_over(kind: str, backend: str, tmp_path: Path) -> None:
+    source = make(kind, tmp_path / "x", with_one_bad(pictures()))
+    views = {"view1": {"size": 16}, "view2": {"size": 16}, "batch_size": 20}
+    with pytest.raises(BadImageError) as caught:
+        loader = loader_of(source, replace(config(backend, "raise"), views))
+        next(loader), next(loader)
+    assert str(caught.value.path) == source.where(BAD_ONE)
+    assert caught.value.reason.startswith("cannot be read (OSError" if kind == "data set" else "is a truncated JPEG")
+    loader = loader_of(source, replace(config(backend, "skip"), views))
+    index = torch.cat([next(loader).index, next(loader).index])
+    assert BAD_ONE not in index.tolist() and len(set(index.tolist())) == 39
+    loader_name: Any = backend
+    with pytest.raises(BadImageError):
+        list(eval_batches(source, 16, 7, loader=loader_name))
+    kept = torch.cat([i for _, i in eval_batches(source, 16, 7, loader=loader_name, on_bad="skip")])
+    assert kept.tolist() == [i for i in range(40) if i != BAD_ONE]
+
+
+def test_evaluation_leaves_bad_files_out_and_keeps_the_others_as_they_are(backend: str, tmp_path: Path) -> None:
+    bad = dirty(tmp_path, good=20)
+    source = open_source(tmp_path)
+    name: Any = backend
+    whole: dict[int, torch.Tensor] = {}
+    for batch, index in eval_batches(source, SIZE, 4, loader=name, on_bad="skip"):
+        whole |= dict(zip(index.tolist(), batch, strict=True))
+    assert [Path(source.where(i)).name for i in whole] == sorted(f"good {i}.png" for i in range(20))
+    assert len(whole) + len(bad) == len(source)
+    good = open_source(tmp_path).subset(np.array(list(whole)))
+    for batch, index in eval_batches(good, SIZE, 4, loader=name):
+        for image, i in zip(batch, index.tolist(), strict=True):
+            assert torch.equal(image, whole[list(whole)[i]])
+
+
+def test_after_an_error_the_loader_can_go_on_once_the_file_is_replaced(backend: str, tmp_path: Path) -> None:
+    fill(tmp_path, 40)
+    whole = loader_of(open_source(tmp_path), config(backend, "raise"))
+    expected = [next(whole) for _ in range(5)]
+    source = open_source(tmp_path)
+    assert isinstance(source, FileSource)
+    victim = source.path(int(expected[3].index[2]))
+    good = victim.read_bytes()
+    victim.write_bytes(b"")
+    loader = loader_of(source, config(backend, "raise"))
+    got = []
+    with pytest.raises(BadImageError, match="is empty"):
+        while True:
+            got.append(next(loader))
+    state = loader.state_dict()
+    assert state["step"] == len(got) <= 3
+    victim.write_bytes(good)
+    resumed = loader_of(open_source(tmp_path), config(backend, "raise"))
+    resumed.load_state_dict(state)
+    for one in (loader, resumed):
+        assert all(same(next(one), b) for b in expected[len(got) :])
+    assert all(same(a, b) for a, b in zip(got, expected, strict=False))
+
+
+def test_too_many_bad_images_stop_the_run(backend: str, tmp_path: Path) -> None:
+    fill(tmp_path, 12)
+    for i in range(13):
+        (tmp_path / f"bad {i}.jpg").write_bytes(b"")
+    loader = loader_of(open_source(tmp_path), config(backend, "skip"), report=tmp_path / "run" / "bad.jsonl")
+    message = r"13 of 25 images cannot be read \(listed in .*bad\.jsonl\), more than the 12 that a run passes over; the"
+    with pytest.raises(TooManyBadImagesError, match=message):
+        for _ in range(6):
+            next(loader)
+    assert len((tmp_path / "run" / "bad.jsonl").read_text().splitlines()) == 13
+
+
+@pytest.mark.parametrize(
+    ("total", "share", "limit"),
+    [(20, 0.01, 10), (150, 0.01, 75), (1000, 0.01, 100), (50_000, 0.01, 500), (1000, 0.3, 300), (1000, 1.0, 500)],
+)
+def test_the_limit(total: int, share: float, limit: int) -> None:
+    bad = BadImages(str, total, on_bad="skip", share=share)
+    bad.add([(i, "is empty") for i in range(limit)], step=0)
+    with pytest.raises(TooManyBadImagesError, match=f"more than the {limit} that"):
+        bad.add([(limit, "is empty")], step=1)
+
+
+def test_loaders_agree_on_a_whole_run_with_bad_files(tmp_path: Path) -> None:
+    """And the views of the good images are those of a run without bad ones."""
+    images = pictures()
+    views = {"view1": {"size": VIEW1.size}, "view2": {"size": VIEW2.size}}
+    good = loader_of(make("tar", tmp_path / "good", images), replace(config("torchvision", "skip"), views))
+    bad = loader_of(make("tar", tmp_path / "bad", with_one_bad(images)), replace(config("torchvision", "skip"), views))
+    for _ in range(10):
+        a, b = next(good), next(bad)
+        rows = a.index == b.index
+        assert (~rows).sum() == (a.index == BAD_ONE).sum() <= 1
+        assert torch.equal(a.view1[rows], b.view1[rows]) and torch.equal(a.view2[rows], b.view2[rows])
