@@ -129,7 +129,12 @@ def load(path: Path) -> dict[str, Any]:
         payload: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint: {path} does not exist") from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"checkpoint: {path} is damaged (not a file of torch.save, or with more in it than tensors and plain "
+            "values); delete it to use an earlier one"
+        ) from error
+    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"checkpoint: {path} is damaged ({reason}); delete it to use an earlier one") from error
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:

@@ -54,8 +54,38 @@ def test_empty_damaged_and_foreign_checkpoints_are_explained(tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match="is damaged .*delete it to use an earlier one"):
         checkpoints.load(path)
     torch.save({"format": 99}, path)
-    with pytest.raises(CheckpointError, match="must be of format 1, got 99"):
+    with pytest.raises(CheckpointError, match=r"must be of format 2, got 99; .*resume with that version"):
         checkpoints.load(path)
+
+
+@pytest.mark.parametrize("where", [0.3, 0.6, 0.999])
+def test_one_flipped_bit_is_noticed_and_the_checkpoint_before_is_used(tmp_path: Path, where: float) -> None:
+    for step in (1, 2):
+        path = checkpoints.save(tmp_path, step, {"x": torch.arange(10_000) + step}, keep=2)
+    data = bytearray(path.read_bytes())
+    data[int(where * len(data))] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="step_000000002.pt is damaged"):
+        checkpoints.load(path)
+    assert checkpoints.load_latest(tmp_path)["step"] == 1
+
+
+def test_plain_torch_reads_a_checkpoint(tmp_path: Path) -> None:
+    path = checkpoints.save(tmp_path, 7, {"x": torch.arange(3)}, keep=1)
+    assert torch.equal(torch.load(path, weights_only=True)["x"], torch.arange(3))
+
+
+def test_the_best_is_kept_until_a_better_one_and_serves_when_the_others_are_damaged(tmp_path: Path) -> None:
+    for step, best in ((1, False), (2, True), (3, False), (4, True), (5, False), (6, False)):
+        path = checkpoints.save(tmp_path, step, {"x": step}, keep=1)
+        if best:
+            checkpoints.keep_as_best(path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best_step_000000004.pt", "step_000000006.pt"]
+    best_path = checkpoints.best_in(tmp_path)
+    assert best_path is not None
+    assert checkpoints.load(best_path)["x"] == 4
+    path.write_bytes(b"")
+    assert checkpoints.load_latest(tmp_path)["x"] == 4
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
@@ -64,6 +94,6 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
             return (print, ("code from a checkpoint ran",))
 
     path = checkpoints.path_of(tmp_path, 1)
-    torch.save({"format": 1, "x": Evil()}, path)
+    torch.save({"format": 2, "x": Evil()}, path)
     with pytest.raises(CheckpointError, match="is damaged"):
         checkpoints.load(path)
