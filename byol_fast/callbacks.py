@@ -19,7 +19,7 @@ class Callback:
     Example:
         >>> class Patience(Callback):
         ...     def on_evaluation(self, trainer, record):
-        ...         if record["knn_top1"] > 0.9:
+        ...         if record["step"] > 0 and record["knn_top1"] > 0.9:
         ...             trainer.stop()
         >>> Trainer(config, callbacks=[Patience()]).fit()
     """
