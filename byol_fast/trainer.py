@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 RESUMABLE_CHANGES = frozenset(
     {"name", "out", "log_every", "checkpoint_every", "keep_checkpoints", "data.root", "data.cache", "data.prefetch"}
     | {"data.threads", "knn.val_root", "mode", "tensorboard", "timeout_minutes", "max_bad_steps"}
-    | {"activation_checkpointing"}
+    | {"activation_checkpointing", "data.on_bad", "data.max_bad", "data.accept_changed"}
 )
 
 # A checkpoint after every epoch of a few steps would cost more than the steps.
@@ -174,7 +174,14 @@ class Trainer:
             checkpoint_blocks(self.task.encoder)
         parameters, predictor = self.task.trainable_parameters(), self.task.online.predictor.parameters()
         optimizer = make_optimizer(config.optim, parameters, list(predictor))
-        loader = make_loader(self.train_source, config, device=self.device, shard_id=world.rank, num_shards=world.size)
+        loader = make_loader(
+            self.train_source,
+            config,
+            device=self.device,
+            shard_id=world.rank,
+            num_shards=world.size,
+            report=self.run_dir / ("bad_images.jsonl" if world.leads else f"bad_images.{world.rank}.jsonl"),
+        )
         self.total_steps = config.steps or max(config.epochs * loader.steps_per_epoch // config.accumulate, 1)
         self.train_step = TrainStep(
             self.task,
@@ -268,6 +275,7 @@ class Trainer:
                 "drop these options, or start a new run"
             )
         self.state.load_state_dict(payload)
+        self.config = configs.replace(self.config, {"data.accept_changed": False})  # this once
         self.train_step.weights_changed()
         for difference in environment.differences(json.loads(payload["environment"]), self._environment()):
             self._warn("resume: %s; the run goes on, but not bit for bit as it would have", difference)
@@ -492,6 +500,7 @@ class Trainer:
             raise ConfigError(f"config: {self.run_dir} must be a folder, it is a file; choose another name")
         begun = {"config.json", "environment.json", "metrics.jsonl", "tb"}
         left = {p.name for p in self.run_dir.iterdir() if p != folder} if self.run_dir.exists() else set()
+        left = {name for name in left if not name.startswith("bad_images.")}
         if checkpoints.steps_in(folder) or left - begun:
             raise ConfigError(
                 f"config: {self.run_dir} must be a new run's folder, it is not empty; continue it with "

@@ -23,6 +23,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
 ALWAYS_ALLOWED = 100
 """So many bad images never stop a run that passes them over, unless they are half of all."""
 
+SHOWN = 20
+"""So many bad images are named in the log."""
+
 _JPEG_HEAD, _JPEG_TAIL = b"\xff\xd8\xff", b"\xff\xd9"
 _PNG_HEAD, _PNG_TAIL = b"\x89PNG", b"IEND\xaeB`\x82"
 _SNIFF = {
@@ -197,6 +200,7 @@ class BadImages:
         on_bad: what to do about one: `raise`, or `skip`.
         share: more than this share of all images, and more than 100 (but at most half), stop the run.
         report: file that lists them, a JSON object a line.
+        who: goes on without them, for the log.
     """
 
     def __init__(
@@ -207,7 +211,9 @@ class BadImages:
         on_bad: Literal["raise", "skip"] = "raise",
         share: float = 0.01,
         report: Path | None = None,
+        who: str = "the run goes on",
     ) -> None:
+        self._who = who
         self.found: dict[int, BadImage] = {}
         self._where, self._total, self._on_bad, self._report = where, total, on_bad, report
         self.limit = min(max(ALWAYS_ALLOWED, int(share * total)), total // 2)
@@ -231,8 +237,12 @@ class BadImages:
             raise BadImageError(last.image, last.reason)
         self.found.update(new)
         self._write()
-        for bad in new.values():
-            log.warning("%s %s: left out for the rest of the run (%d so far)", bad.image, bad.reason, len(self.found))
+        for number, bad in enumerate(new.values(), len(self.found) - len(new) + 1):
+            if number <= SHOWN:
+                log.warning("%s %s: %s without it", bad.image, bad.reason, self._who)
+            if number == SHOWN:
+                listed = f"listed in {self._report}" if self._report else "not named"
+                log.warning("further images that cannot be read are %s", listed)
         if len(self.found) > self.limit:
             raise TooManyBadImagesError(
                 last, count=len(self.found), total=self._total, limit=self.limit, report=self._report

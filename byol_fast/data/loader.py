@@ -415,5 +415,5 @@ def eval_batches(
         from byol_fast.data.dali import eval_batches as made
     else:
         from byol_fast.data.torchvision_loader import eval_batches as made
-    bad = BadImages(source.where, len(source), on_bad=on_bad, share=0.5)
+    bad = BadImages(source.where, len(source), on_bad=on_bad, share=0.5, who="evaluated")
     yield from made(source, size, batch_size, interpolation=interpolation, threads=threads, device=device, bad=bad)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from byol_fast.config import Config, ConfigError
 from byol_fast.data import ImageSource, eval_batches
@@ -61,17 +61,29 @@ class KNNDuringTraining:
         }
         if untrained:
             encoder = calibrated(encoder, self._images(self._spaced(CALIBRATION_IMAGES)[0]), **common)
-        train_x = embed(encoder, self._images(train), **common)
-        val_x = embed(encoder, self._images(self.val), **common)
+        train_x, kept = self._features(encoder, train, **common)
+        val_x, val_kept = self._features(encoder, self.val, **common)
         return knn_accuracy(
             train_x,
-            torch.as_tensor(self.train.labels)[index].to(self.device),
+            torch.as_tensor(self.train.labels)[index][kept].to(self.device),
             val_x,
-            torch.as_tensor(self.val.labels),
+            torch.as_tensor(self.val.labels)[val_kept],
             k=knn.k,
             temperature=knn.temperature,
             num_classes=len(self.train.classes),
         )
+
+    def _features(self, encoder: nn.Module, source: ImageSource, **common: Any) -> tuple[Tensor, Tensor]:
+        """Features, and the positions of their images: bad ones are left out where the run passes them over."""
+        kept: list[Tensor] = []
+
+        def images() -> Iterator[tuple[Tensor, Tensor]]:
+            for batch, index in self._images(source):
+                kept.append(index)
+                yield batch, index
+
+        features = embed(encoder, images(), **common)
+        return features, torch.cat(kept)
 
     def _spaced(self, at_most: int) -> tuple[ImageSource, Tensor]:
         """Evenly spaced training images (class folders come in the order of the classes), and their positions."""
@@ -89,6 +101,7 @@ class KNNDuringTraining:
             threads=data.threads,
             loader=data.loader,
             device=self.device,
+            on_bad=data.on_bad,
         )
 
 

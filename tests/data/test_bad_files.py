@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from byol_fast import Trainer, recipes
+from byol_fast import config as configs
 from byol_fast.config import replace
 from byol_fast.data import BadImageError, eval_batches, open_source
 from byol_fast.data.integrity import BadImages, TooManyBadImagesError
@@ -205,3 +207,47 @@ def test_loaders_agree_on_a_whole_run_with_bad_files(tmp_path: Path) -> None:
         rows = a.index == b.index
         assert (~rows).sum() == (a.index == BAD_ONE).sum() <= 1
         assert torch.equal(a.view1[rows], b.view1[rows]) and torch.equal(a.view2[rows], b.view2[rows])
+
+
+def test_a_run_goes_on_without_bad_files_and_says_so(tmp_path: Path, caplog: Any) -> None:
+    """Training and both sides of kNN; the report is in the run folder, also after a restart."""
+    images = {part: tmp_path / "data" / part for part in ("train", "val")}
+    for part, count in (("train", 30), ("val", 12)):
+        for name in ("cat", "dog"):
+            (images[part] / name).mkdir(parents=True)
+            fill(images[part] / name, count // 2)
+        (images[part] / "cat" / "cut.jpg").write_bytes(JPEG[:300])
+        (images[part] / "dog" / "empty.jpg").write_bytes(b"")
+    view = {"size": 16, "blur": 0.3}
+    run = replace(
+        recipes.cifar10_resnet18(),
+        {
+            "data": {"root": tmp_path / "data", "threads": 1},
+            "view1": view,
+            "view2": view,
+            "model": {"encoder": "resnet18_narrow", "hidden_dim": 32, "projection_dim": 16},
+            "batch_size": 8,
+            "steps": 6,
+            "checkpoint_every": 2,
+            "device": "cpu",
+            "precision": "fp32",
+            "out": tmp_path / "runs",
+            "name": "dirty",
+        },
+    )
+    with pytest.raises(BadImageError, match=r"(cut|empty)\.jpg"):
+        Trainer(run).fit()
+    result = Trainer(replace(run, {"data.on_bad": "skip", "name": "clean"})).fit()
+    assert result.steps == 6 and result.knn_top1 is not None
+    lines = [json.loads(line) for line in (result.run_dir / "bad_images.jsonl").read_text().splitlines()]
+    assert {Path(line["image"]).name for line in lines} == {"cut.jpg", "empty.jpg"}
+    assert all("/train/" in line["image"] for line in lines)
+    assert "empty.jpg is empty (0 bytes): evaluated without it" in caplog.text
+    # what a user does who was told to replace the files, or to remove them
+    (images["train"] / "cat" / "cut.jpg").write_bytes(JPEG)
+    (images["train"] / "dog" / "empty.jpg").unlink()
+    whole = replace(run, {"data.on_bad": "skip", "name": "clean", "steps": 6})
+    with pytest.raises(ValueError, match=r"images changed .*--data\.accept-changed"):
+        Trainer(whole, resume=result.run_dir)
+    Trainer(replace(whole, {"data.accept_changed": True}), resume=result.run_dir).fit()
+    assert not configs.load(result.run_dir / "config.json").data.accept_changed  # it was meant once
