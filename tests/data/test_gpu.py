@@ -1,0 +1,195 @@
+"""What only a GPU can show of the loaders: same views as on the CPU, right ones under load, no waiting, no growth.
+
+Where it makes sense a test runs on the CPU too, with nothing of its own to show there: a rehearsal of its code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from byol_fast.config import Config, ViewConfig, replace
+from byol_fast.data import Batch, ImageSource, ViewLoader, make_loader
+from byol_fast.data.loader import dali_installed
+from byol_fast.data.resident import ResidentLoader
+from byol_fast.data.sources import ArraySource, FileSource
+from tests.data.helpers import CPU, config_of, error, pixels, same
+
+VIEW1 = ViewConfig(size=32)
+VIEW2 = ViewConfig(size=32, blur=0.1, solarize=0.5)
+KERNELS = ["torchvision+kernels", "dali+kernels", "resident+kernels"]
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+def source_of(backend: str, files: FileSource, arrays: ArraySource) -> ImageSource:
+    if backend.startswith("dali") and not dali_installed():
+        pytest.skip("DALI is not installed")
+    return arrays if backend.startswith("resident") else files
+
+
+def settings(backend: str, **changes: Any) -> Config:
+    return replace(config_of(backend, VIEW1, VIEW2, batch_size=20), {"data": changes} if changes else {})
+
+
+def take(loader: ViewLoader, n: int) -> list[Batch]:
+    return [next(loader) for _ in range(n)]
+
+
+def on_host(batch: Batch) -> Batch:
+    return Batch(batch.view1.cpu(), batch.view2.cpu(), batch.index)
+
+
+@contextmanager
+def busy(device: torch.device) -> Iterator[None]:
+    """Keep a GPU's arithmetic units and memory occupied, on a stream of its own and on the current one."""
+    if device.type == "cpu":
+        yield
+        return
+    a, other = torch.randn(4096, 4096, device=device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    other.wait_stream(torch.cuda.current_stream(device))
+    for stream in (other, torch.cuda.current_stream(device)):
+        with torch.cuda.stream(stream):
+            for _ in range(100):
+                a = a @ a.clamp(-1, 1)
+    yield
+    torch.cuda.synchronize(device)
+
+
+# Levels of 255. Colours in float32 on both sides: next to a half, the next level; the blur has factors of float16.
+# Crops of the torchvision loader are the same bytes; resident ones are rounded once on a GPU and twice on a CPU; DALI's
+# decoder and resize on a GPU are other code than on a CPU, within two levels at most places.
+MEAN_ERROR = {"torchvision+kernels": 0.1, "resident+kernels": 0.5, "dali+kernels": 1.9}
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_views_are_those_of_the_cpu(backend: str, device: torch.device, files: Any, arrays: Any) -> None:
+    source = source_of(backend, files, arrays)
+    loaders = [make_loader(source, settings(backend), device=d) for d in (CPU, device)]
+    for _ in range(4):  # two epochs
+        expected, found = (next(loader) for loader in loaders)
+        assert torch.equal(expected.index, found.index) and not found.index.is_cuda
+        for a, b in ((expected.view1, found.view1), (expected.view2, found.view2)):
+            assert b.device.type == device.type and b.is_contiguous(memory_format=torch.channels_last)
+            by_image = error(pixels(a), pixels(b.cpu())).mean(axis=(1, 2, 3))
+            assert np.median(by_image) <= MEAN_ERROR[backend]
+
+
+@pytest.mark.parametrize("backend", [*KERNELS, "dali"])
+def test_views_are_right_under_load(backend: str, device: torch.device, files: Any, arrays: Any) -> None:
+    """A decoder that wrote after its stream was said to be done would show here: the bytes are those of a quiet GPU."""
+    if device.type == "cpu" and backend.startswith("dali"):
+        pytest.skip("shows nothing on a CPU")
+    source = source_of(backend, files, arrays)
+    quiet = [on_host(batch) for batch in take(make_loader(source, settings(backend), device=device), 8)]
+    with busy(device):
+        loaded = [on_host(batch) for batch in take(make_loader(source, settings(backend), device=device), 8)]
+    assert all(same(a, b) for a, b in zip(quiet, loaded, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("load", [0.0, 0.65, 1.0])
+@needs_gpu
+def test_the_decoders_of_a_gpu_agree_with_the_cpus(load: float, files: FileSource) -> None:
+    """Under load, and whatever share the GPU's own decoder takes: an image that was not written yet is far off."""
+    source = source_of("dali", files, files)  # type: ignore[arg-type]
+    plain = {"jitter": 0.0, "grayscale": 0.0, "blur": 0.0, "solarize": 0.0}
+    config = replace(settings("dali", hw_decoder_load=load), {"view1": plain, "view2": plain})
+    expected = take(make_loader(source, config, device=CPU), 4)
+    with busy(torch.device("cuda")):
+        found = [on_host(batch) for batch in take(make_loader(source, config, device=torch.device("cuda")), 4)]
+    for a, b in zip(expected, found, strict=True):
+        assert error(pixels(a.view1), pixels(b.view1)).mean(axis=(1, 2, 3)).max() <= 4
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_resume_is_exact(backend: str, device: torch.device, files: Any, arrays: Any) -> None:
+    if device.type == "cpu" and backend != "resident+kernels":
+        pytest.skip("test_loaders.py has it")
+    source = source_of(backend, files, arrays)
+    loader = make_loader(source, settings(backend), device=device)
+    take(loader, 3)
+    state = loader.state_dict()
+    expected = [on_host(batch) for batch in take(loader, 4)]
+    fresh = make_loader(source, settings(backend), device=device)
+    fresh.load_state_dict(state)
+    assert all(same(a, on_host(b)) for a, b in zip(expected, take(fresh, 4), strict=True))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_views_stay_valid_while_held(backend: str, device: torch.device, files: Any, arrays: Any) -> None:
+    if device.type == "cpu" and backend != "resident+kernels":
+        pytest.skip("test_loaders.py has it")
+    loader = make_loader(source_of(backend, files, arrays), settings(backend), device=device)
+    held = next(loader)
+    copy = on_host(held)
+    take(loader, 9)
+    assert same(copy, on_host(held))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("backend", KERNELS)
+def test_memory_does_not_grow(backend: str, files: Any, arrays: Any) -> None:
+    loader = make_loader(source_of(backend, files, arrays), settings(backend), device=torch.device("cuda"))
+    take(loader, 20)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_reserved()
+    for _ in range(100):
+        batch = next(loader)
+        (batch.view1.float().sum() + batch.view2.float().sum()).mul_(2)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_reserved() <= before + 2**21  # one more block of the allocator
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_resident_data_keep_nobody_waiting(arrays: ArraySource) -> None:
+    loader = make_loader(arrays, settings("resident+kernels"), device=torch.device("cuda"))
+    take(loader, 3)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        take(loader, 10)  # new epochs among them
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_resident_views_take_a_handful_of_launches(arrays: ArraySource) -> None:
+    loader = make_loader(arrays, settings("resident+kernels"), device=torch.device("cuda"))
+    take(loader, 3)  # the next step is in the middle of an epoch
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        next(loader)
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events() or [] if str(event.device_type).endswith("CUDA")]
+    kernels = ["_draw_view_kernel", "_resized_crop_kernel", "_photometric_kernel", "_gaussian_blur_kernel"]
+    assert sorted(names) == sorted(2 * kernels)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_resident_views_can_be_captured_in_a_graph(arrays: ArraySource) -> None:
+    loader = make_loader(arrays, settings("resident+kernels"), device=torch.device("cuda"))
+    assert isinstance(loader, ResidentLoader)
+    first = on_host(next(loader))
+    index, keys = loader._place(0)[0].clone(), [key.clone() for key in loader._place(0)[1]]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        views = loader._both(index, keys)
+    for step in (0, 1, 0):
+        index.copy_(loader._place(step)[0])
+        graph.replay()
+        expected = loader._both(index, keys)
+        assert all(torch.equal(a, b) for a, b in zip(views, expected, strict=True))
+    assert torch.equal(views[0].cpu(), first.view1)
