@@ -15,8 +15,8 @@ from byol_kernels.normalized_mse import (
 from byol_kernels.photometric import photometric
 
 __all__ = [
-    "DrawnView",
     "LARS",
+    "DrawnView",
     "LossStats",
     "byol_loss",
     "byol_loss_with_stats",

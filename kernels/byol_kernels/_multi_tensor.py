@@ -19,6 +19,7 @@ outlive the graph, and has to exist already: pinned memory cannot be allocated s
 therefore keeps one spare of every buffer it may need.
 """
 
+import weakref
 from array import array
 from bisect import bisect_left
 from collections import OrderedDict
@@ -69,8 +70,9 @@ class Tables(NamedTuple):
 class MultiTensorPlan:
     """The checked lists of one multi-tensor call and, for a GPU, the tables that its kernels read.
 
-    `plan_for` finds the plan of a call. Lists that are as they were cost a comparison of addresses and layouts;
-    tensors that moved (gradients move at every eager step under `zero_grad(set_to_none=True)`) cost a new address
+    `plan_for` finds the plan of a call. The same tensors as before, where and as they were, cost a look at their
+    addresses, sizes and strides; others laid out alike cost a comparison of all there is to know about them; tensors
+    that moved (gradients move at every eager step under `zero_grad(set_to_none=True)`) cost a new address
     table; anything else is checked and built anew.
 
     Attributes:
@@ -83,6 +85,8 @@ class MultiTensorPlan:
         self._what = what
         self._signature: object = None
         self._pointers: list[tuple[int, ...]] = []
+        self._seen: object = None
+        self._watched: list[weakref.ref[Tensor]] = []
         self._relaid: list[tuple[int, int]] = []
         self._addresses: Tensor | None = None
         self._sizes: tuple[Tensor, Tensor] | None = None
@@ -107,12 +111,17 @@ class MultiTensorPlan:
         Raises:
             ValueError: on tensors that do not match, whose layout is not supported, or that share memory.
         """
-        signature = _signature(columns, front, tags)
+        extra = _extra(columns, front, tags)
+        if self._seen and self._seen == (extra, _glance(columns)):
+            return
+        signature = _signature(columns, extra)
         pointers = [tuple(map(Tensor.data_ptr, c.tensors)) for c in columns]
         alike = signature == self._signature
         if alike and pointers == self._pointers:
+            self._watched = [weakref.ref(t, self._forget) for c in columns for t in c.tensors]
+            self._seen = extra, _glance(columns)
             return
-        self._signature = None  # a call that raises leaves nothing to trust
+        self._signature = self._seen = None  # a call that raises leaves nothing to trust
         self._addresses = None
         if not alike:
             _check_match(self._what, columns)
@@ -123,6 +132,10 @@ class MultiTensorPlan:
             self._count(columns, front, tags)
         _check_memory(self._what, columns)
         self._signature, self._pointers = signature, pointers
+
+    def _forget(self, _: object) -> None:
+        """Of a tensor that is gone another one may take the name."""
+        self._seen = None
 
     def _count(self, columns: Sequence[Column], front: Sequence[bool], tags: Sequence[int]) -> None:
         reference = columns[0].tensors
@@ -278,7 +291,7 @@ def plan_for(
     stream = 0
     if first.device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
-            signature = _signature(columns, front, tags)
+            signature = _signature(columns, _extra(columns, front, tags))
             donor = next((p for p in reversed(_plans.values()) if p.describes(what, signature)), None)
             if donor is None:
                 raise _not_warmed_up(what)
@@ -295,10 +308,28 @@ def plan_for(
     return plan
 
 
-def _signature(columns: Sequence[Column], front: Sequence[bool], tags: Sequence[int]) -> object:
+def _extra(columns: Sequence[Column], front: Sequence[bool], tags: Sequence[int]) -> object:
+    return (tuple(front), tuple(tags), *(c.rows for c in columns))
+
+
+def _signature(columns: Sequence[Column], extra: object) -> object:
     """All that a plan depends on but the addresses."""
-    layouts = ((c.rows, *(tuple(map(get, c.tensors)) for get in _LAYOUT)) for c in columns)
-    return (tuple(front), tuple(tags), *layouts)
+    return (extra, *(tuple(map(get, c.tensors)) for c in columns for get in _LAYOUT))
+
+
+def _glance(columns: Sequence[Column]) -> bytes:
+    """All that may change about tensors whose signature is known.
+
+    Python's name of a living tensor stands for its dtype and device: to change these takes other memory, too. And the
+    strides and the number of elements of a dense tensor stand for its shape. In one piece, because reading a thousand
+    objects that fell out of the cache takes longer than making them.
+    """
+    facts = array("q")
+    for column in columns:
+        for fact in (id, Tensor.data_ptr, Tensor.numel):
+            facts.extend(map(fact, column.tensors))
+        facts.extend(chain.from_iterable(map(Tensor.stride, column.tensors)))
+    return facts.tobytes()
 
 
 def _not_warmed_up(what: str) -> RuntimeError:

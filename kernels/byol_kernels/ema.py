@@ -108,10 +108,11 @@ def _columns(target: Sequence[Tensor], online: Sequence[Tensor], copies: Sequenc
 
 
 def _ema_update_cpu(
-    target: Sequence[Tensor], online: Sequence[Tensor], tau_tensor: Tensor | None, tau: float, copies: Sequence[Tensor]
+    target: list[Tensor], online: list[Tensor], tau_tensor: Tensor | None, tau: float, copies: list[Tensor]
 ) -> None:
-    plan_for("ema_update_", _columns(target, online, copies))
-    reference.ema_update_(target, online, tau if tau_tensor is None else float(tau_tensor), copies)
+    plan = plan_for("ema_update_", _columns(target, online, copies))
+    tau = tau if tau_tensor is None else float(tau_tensor)
+    reference.ema_update_(target, online, tau, copies, alike=all(kind[0] == kind[1] for kind in plan.kinds))
 
 
 def _ema_update_cuda(
@@ -194,7 +195,7 @@ def ema_update_(
             )
     if target:
         with torch.no_grad():
-            torch.ops.byol_kernels.ema_update_(target, online, tau_tensor, tau_float, copies)
+            torch.ops.byol_kernels.ema_update_.default(target, online, tau_tensor, tau_float, copies)
 
 
 def check_tau(what: str, tau: float | Tensor) -> tuple[Tensor | None, float]:

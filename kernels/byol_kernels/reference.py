@@ -128,17 +128,24 @@ def normalized_mse_bwd(
     return scaled[0], scaled[1]
 
 
-def ema_update_(target: Sequence[Tensor], online: Sequence[Tensor], tau: float, copies: Sequence[Tensor]) -> None:
-    """Updates the target: target = tau * target + (1 - tau) * online, then copies = target; see `ema.py`."""
-    alike = [i for i, (t, o) in enumerate(zip(target, online, strict=True)) if t.dtype == o.dtype]
-    if alike:
-        # lerp is exact at both ends: weight 0 returns the target, weight 1 the online tensor.
-        torch._foreach_lerp_([target[i] for i in alike], [online[i] for i in alike], 1.0 - tau)
-    for i in set(range(len(target))).difference(alike):
-        acc = accumulation_dtype(target[i].dtype)
-        target[i].copy_(torch.lerp(target[i].to(acc), online[i].to(acc), 1.0 - tau))
+def ema_update_(target: list[Tensor], online: list[Tensor], tau: float, copies: list[Tensor], *, alike: bool) -> None:
+    """Updates the target: target = tau * target + (1 - tau) * online, then copies = target; see `ema.py`.
+
+    Args:
+        target: tensors to update.
+        online: their partners.
+        tau: the decay.
+        copies: of the updated targets; none, or as many.
+        alike: whether all partners have the dtype of their target.
+    """
+    if alike:  # lerp is exact at both ends: weight 0 returns the target, weight 1 the online tensor
+        torch._foreach_lerp_(target, online, 1.0 - tau)
+    else:
+        for t, o in zip(target, online, strict=True):
+            acc = accumulation_dtype(t.dtype)
+            t.copy_(torch.lerp(t.to(acc), o.to(acc), 1.0 - tau))
     if copies:
-        torch._foreach_copy_(list(copies), list(target))
+        torch._foreach_copy_(copies, target)
 
 
 def lars_step_(
@@ -211,7 +218,7 @@ def lars_step_(
                     p.copy_(p_acc)
                     buffer_blocks[index].copy_(v_acc)
             if target_blocks:
-                ema_update_([target_blocks[index]], [p], tau, [])
+                ema_update_([target_blocks[index]], [p], tau, [], alike=target_blocks[index].dtype == p.dtype)
 
 
 def _unscaled(grad: Tensor, grad_scale: float, scratch: Tensor) -> Tensor:

@@ -184,6 +184,68 @@ def test_iterables_and_nothing_at_all(device: str) -> None:
     assert target.item() == 0.25
 
 
+def _settled(device: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Lists that have been through two calls, so that a third one may take them for known."""
+    target = [make(s, i).to(device) for i, s in enumerate([(6, 5), (40,), (3, 4, 2)])]
+    online = [make(tuple(t.shape), 9 + i).to(device) for i, t in enumerate(target)]
+    for _ in range(2):
+        ema_update_(target, online, 0.5)
+    return target, online
+
+
+def _shared(target: list[Tensor], online: list[Tensor]) -> None:
+    target[1].data = online[1].data
+
+
+def _shrunk(target: list[Tensor], online: list[Tensor]) -> None:
+    online[0].resize_(2, 5)
+
+
+def _turned(target: list[Tensor], online: list[Tensor]) -> None:
+    target[0].t_()
+
+
+def _overlapping_others(target: list[Tensor], online: list[Tensor]) -> None:
+    target[1].data, target[2].data = (whole := make((60,), 0).to(target[0].device))[:40], whole[36:].view(3, 4, 2)
+
+
+@pytest.mark.parametrize("change", [_shared, _shrunk, _turned, _overlapping_others])
+def test_known_tensors_that_changed_are_checked_again(
+    change: Callable[[list[Tensor], list[Tensor]], None], device: str
+) -> None:
+    target, online = _settled(device)
+    change(target, online)
+    before = [t.clone() for t in target]
+    with pytest.raises(ValueError, match="must"):
+        ema_update_(target, online, 0.5)
+    assert all(torch.equal(t, b) for t, b in zip(target, before, strict=True))
+
+
+def test_known_tensors_in_other_memory_or_another_layout(device: str) -> None:
+    target, online = _settled(device)
+    for move in (lambda x: x.clone(), lambda x: x.t().contiguous().t() if x.dim() == 2 else x):
+        for tensors in (target, online):
+            for x in tensors:
+                x.data = move(x.data)  # type: ignore[no-untyped-call]
+        expected = [ema(t, o, 0.7) for t, o in zip(target, online, strict=True)]
+        ema_update_(target, online, 0.7)
+        assert all(close(t, e) for t, e in zip(target, expected, strict=True))
+
+
+def test_new_tensors_in_the_place_of_old_ones(device: str) -> None:
+    """Python gives the name of an object that is gone to the next one, and the allocator its memory."""
+    for seed in range(20):
+        shape = [(4, 6), (6, 4), (24,), (2, 12)][seed % 4]
+        target, online = make(shape, seed).to(device), make(shape, seed + 1).to(device)
+        for _ in range(3):
+            expected = ema(target, online, 0.9)
+            ema_update_([target], [online], 0.9)
+            assert close(target, expected)
+        del target, online
+        with pytest.raises(ValueError, match="must have the shape"):
+            ema_update_([make((4, 6), 0).to(device)], [make((6, 4), 1).to(device)], 0.9)
+
+
 def test_autograd_sees_the_change(device: str) -> None:
     """A graph that saved the old target must refuse to run backward, as after any in-place operation."""
     target, x = make((5,), 0).to(device), make((5,), 1).to(device).requires_grad_()
