@@ -77,6 +77,13 @@ def synchronise(network: nn.Module) -> None:
         _adopt(module).synchronised = True
 
 
+def keep_to_itself(network: nn.Module) -> None:
+    """Undo `synchronise`: what one process does alone must not wait for the others."""
+    for module in network.modules():
+        if isinstance(module, _ViewsBase):
+            module.synchronised = False
+
+
 @contextmanager
 def views_stacked(network: nn.Module, views: int) -> Iterator[None]:
     """Within this, batches in train mode are `views` equal parts, one view behind the other.

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from byol_fast.batchnorm import keep_to_itself
+
 Images = Iterable[tuple[Tensor, Tensor]]
 
 
@@ -77,6 +79,7 @@ def calibrated(
         check: as for `embed`.
     """
     network = copy.deepcopy(encoder).eval()
+    keep_to_itself(network)
     for module in network.modules():
         if isinstance(module, _BatchNorm):
             module.reset_running_stats()
