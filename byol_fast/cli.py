@@ -31,6 +31,7 @@ usage: byol-fast COMMAND ...
   demo                            learn from packaged images in a few minutes; start here
   train RECIPE [--option ...]     pre-train an encoder; `train --help` lists recipes, `train RECIPE --help` options
   train --resume RUN              continue a run exactly where it stopped
+  doctor [--data.root FOLDER]     check this machine, and every image; say what to do about what is wrong
   export RUN [--to FOLDER]        write the encoder of a run's newest checkpoint
   --version                       print the version
 """
@@ -207,7 +208,18 @@ def _export(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"demo": _demo, "train": _train, "export": _export}
+def _doctor(argv: list[str]) -> int:
+    from byol_fast.doctor import Options, examine
+
+    return examine(tyro.cli(Options, args=argv, prog="byol-fast doctor"))
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "demo": _demo,
+    "train": _train,
+    "doctor": _doctor,
+    "export": _export,
+}
 
 
 # ------------------------------------------------------------------ pieces

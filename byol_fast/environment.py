@@ -7,9 +7,10 @@ import os
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("byol_fast", "torch", "torchvision", "triton", "nvidia-dali-cuda130", "numpy")
 
@@ -45,6 +46,8 @@ def cpu_has_bf16() -> bool:
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Machine, versions and threads as plain JSON values."""
+    import torch  # here: `byol-fast doctor` asks for the CPU where torch may be broken
+
     record: dict[str, Any] = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",

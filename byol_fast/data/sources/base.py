@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from byol_fast.data.integrity import BadImageError, check_bytes, decode
+from byol_fast.data.integrity import BadImageError, check_bytes, decode, suspicious_bytes
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm")
 """Names of image files, in lower or upper case; other files are left out and named in the log."""
@@ -90,6 +90,10 @@ class EncodedSource(ImageSource):
         Raises:
             BadImageError: it cannot be read.
         """
+
+    def suspicious(self, i: int) -> bool:
+        """Whether image `i` does not begin and end as it should, and needs a closer look."""
+        return suspicious_bytes(self.read(i))
 
     def load(self, i: int) -> Image.Image:  # noqa: D102 (inherited)
         data = self.read(i)

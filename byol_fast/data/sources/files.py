@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from byol_fast.data.integrity import read_file
+from byol_fast.data.integrity import read_file, suspicious
 from byol_fast.data.sources.base import (
     EXTENSIONS,
     EncodedSource,
@@ -58,6 +58,9 @@ class FileSource(EncodedSource):
 
     def read(self, i: int) -> bytes:  # noqa: D102 (inherited)
         return read_file(self.path(i))
+
+    def suspicious(self, i: int) -> bool:  # noqa: D102 (inherited)
+        return suspicious(self.path(i))  # without reading all of it
 
     def where(self, i: int) -> str:  # noqa: D102 (inherited)
         return str(self.path(i))

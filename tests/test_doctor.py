@@ -1,0 +1,223 @@
+"""`byol-fast doctor`: what it says of machines that are not at hand, of this one, and of images."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from byol_fast import cli
+from byol_fast.data import open_source
+from byol_fast.data.scan import scan
+from byol_fast.doctor import Check, Facts, Options, ScanData, _probe_elsewhere, examine, judge, scan_data
+from byol_fast.environment import version
+from tests.data.bad_files import BAD, JPEG, fill
+from tests.data.kinds import available, make
+from tests.data.test_resume import pictures, with_one_bad
+
+GPU = Facts(
+    python=(3, 12),
+    system="Linux x86_64",
+    torch="2.15.0+cu132",
+    torch_cuda="13.2",
+    torchvision="0.29.2",
+    triton="3.9.0",
+    gpus=["NVIDIA H100 80GB HBM3, 79 GiB, compute capability 9.0"],
+    driver="580.65.06",
+    dali="nvidia-dali-cuda130==2.4.0",
+    probes={"kernels": "ok", "dali": "ok", "dali on the GPU": "ok"},
+    compiler="/usr/bin/gcc",
+    cpu="Xeon",
+    cpus=16,
+    torch_threads=8,
+    memory_gib=100.0,
+    shm_gib=50.0,
+    disk_gib=1000.0,
+    open_files=65536,
+    optional={"tensorboard": "2.21.0", "timm": None},
+)
+CPU = replace(GPU, gpus=[], driver=None, torch_threads=16, probes={"kernels": "ok", "dali": "ok"}, bf16=True)
+
+
+def by_name(facts: Facts) -> dict[str, Check]:
+    checks = judge(facts)
+    assert len({check.name for check in checks}) == len(checks)
+    assert all(check.advice for check in checks if check.status != "ok")  # nothing is wrong without a way out
+    return {check.name: check for check in checks}
+
+
+@pytest.mark.parametrize("facts", [GPU, CPU], ids=["GPU", "CPU"])
+def test_a_machine_where_all_is_well(facts: Facts) -> None:
+    checks = by_name(facts)
+    assert {name for name, check in checks.items() if check.status != "ok"} == (set() if facts.gpus else {"GPU"})
+    assert checks["GPU"].status in {"ok", "note"}
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "name", "status", "said"),
+    [
+        (GPU, {"driver": "550.54"}, "driver", "broken", "nvidia-dali-cuda130==2.4.0 needs 580"),
+        (GPU, {"driver": "550.54", "dali": "nvidia-dali-cuda120==2.4.0"}, "driver", "broken", "torch needs 580"),
+        (GPU, {"driver": "550.54", "dali": "nvidia-dali-cuda120==2", "torch_cuda": "12.8"}, "driver", "ok", "550.54"),
+        (GPU, {"gpus": [], "torch_cuda": None}, "GPU", "broken", "but torch was built without CUDA"),
+        (GPU, {"gpus": [], "probes": {"cuda": "RuntimeError: no"}}, "GPU", "broken", "but RuntimeError: no"),
+        (GPU, {"dali": None}, "DALI", "note", "the GPU would wait"),
+        (CPU, {"dali": None}, "DALI", "note", "torchvision decodes instead"),
+        (CPU, {"dali": None, "system": "Linux x86_64"}, "DALI", "note", "pip install nvidia-dali-cuda130"),
+        (GPU, {"dali": None, "driver": "550.54"}, "DALI", "note", "pip install nvidia-dali-cuda120"),
+        (GPU, {"probes": {"kernels": "ok", "dali": "ImportError: x"}}, "DALI", "broken", "--data.loader torchvision"),
+        (CPU, {"probes": {"kernels": "ok", "dali": "ImportError: x"}}, "DALI", "note", "--data.loader torchvision"),
+        (GPU, {"probes": {"kernels": "ok", "dali": "ok", "dali on the GPU": "no"}}, "DALI on the GPU", "broken", "no"),
+        (GPU, {"probes": {"kernels": "CompilationError: gcc"}}, "kernels", "broken", "CompilationError: gcc"),
+        (GPU, {"compiler": None}, "C compiler", "broken", "apt install gcc"),
+        (CPU, {"compiler": None}, "C compiler", "note", "--mode compile is not possible"),
+        (CPU, {"torch": None, "probes": {"torch": "OSError: libtorch"}}, "torch", "broken", "OSError: libtorch"),
+        (CPU, {"torch": "2.9.1"}, "torch", "broken", "pip install 'torch>=2.11'"),
+        (CPU, {"torch": "2.11.0"}, "torch", "ok", "2.11.0"),
+        (CPU, {"torchvision": None}, "torchvision", "broken", "belongs to torch 2.15.0"),
+        (CPU, {"python": (3, 13)}, "Python", "note", "3.13"),
+        (CPU, {"cpu_quota": 3.5}, "CPU", "note", "only 3.5 busy"),
+        (CPU, {"cpu_quota": 3.5}, "CPU", "note", "--data.threads 4"),
+        (GPU, {"cpus": 2}, "CPU", "note", "2 cores for this process for 1 GPUs"),
+        (CPU, {"torch_threads": 1}, "threads", "note", "1 of 16 cores"),
+        (CPU, {"bf16": False}, "bf16 on the CPU", "ok", "fp32"),
+        (CPU, {"memory_gib": 1.5}, "memory", "note", "1.5 GiB"),
+        (CPU, {"shm_gib": 0.0625}, "shared memory", "ok", "0.06 GiB"),
+        (GPU, {"shm_gib": 0.0625, "gpus": ["a", "b"]}, "shared memory", "note", "--shm-size"),
+        (CPU, {"disk_gib": 0.3}, "disk", "note", "0.3 GiB"),
+        (CPU, {"writable": False}, "disk", "broken", "cannot be written"),
+        (CPU, {"open_files": 256}, "open files", "note", "ulimit -n"),
+        (CPU, {"optional": {"timm": None, "pyarrow": "20"}}, "optional", "ok", "pyarrow 20, not installed: timm"),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_named_with_what_to_do(
+    base: Facts, changes: dict[str, Any], name: str, status: str, said: str
+) -> None:
+    check = by_name(replace(base, **changes))[name]
+    assert check.status == status and said in f"{check.found} {check.advice}"
+
+
+def test_this_machine(monkeypatch: Any, tmp_path: Path) -> None:
+    """The real command and its probe, with a DALI that cannot be imported: the report says so and goes on."""
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['nvidia.dali'] = None")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    command = [sys.executable, "-m", "byol_fast", "doctor", "--json"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=240, check=False)
+    report = json.loads(ended.stdout)
+    checks = {check["name"]: check for check in report["checks"]}
+    import torch
+
+    assert checks["torch"]["status"] == "ok" and checks["torch"]["found"].startswith(torch.__version__)
+    assert checks["kernels"]["found"].startswith("give the right loss")
+    assert checks["DALI"]["status"] != "ok"
+    if version("nvidia-dali-cuda130") is not None:
+        assert "import of nvidia.dali halted" in checks["DALI"]["found"]
+    assert ended.returncode == int(not report["usable"])
+    if not torch.cuda.is_available():
+        assert report["usable"]
+
+
+def test_a_probe_that_dies_or_hangs_is_reported(monkeypatch: Any, tmp_path: Path) -> None:
+    """As a broken driver does; the probes before it count."""
+    import byol_fast.doctor as module
+
+    real = subprocess.run
+    begin = "import json, os, time; print(json.dumps(['a', None])); print(json.dumps(['a', 'ok']));"
+    begin += "print(json.dumps(['b', None]), flush=True);"
+    for end, timeout, ending in (
+        ("os.abort()", 60, "the process ended with -6"),
+        ("time.sleep(60)", 1, "nothing happened for 1 s"),
+    ):
+        code = begin + end
+        monkeypatch.setattr(module, "PROBE_SECONDS", timeout)
+        command = [sys.executable, "-c", code]
+        monkeypatch.setattr(subprocess, "run", lambda _, command=command, **more: real(command, **more))
+        results = _probe_elsewhere()
+        assert results["a"] == "ok" and results["b"].startswith(ending)
+
+
+# ---- images --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("kind", available())
+def test_every_source_is_scanned(kind: str, fast: bool, tmp_path: Path) -> None:
+    images = pictures() if kind == "array" else with_one_bad(pictures())
+    source = make(kind, tmp_path / "x", images)
+    progress: list[int] = []
+    found = scan(source, threads=2, fast=fast, progress=progress.append)
+    assert found.images == 40 == sum(progress)
+    expected = [] if kind == "array" else [source.where(13)]
+    assert [image for image, _ in found.bad] == expected
+    sizes = [source.load(i).size for i in range(40) if source.where(i) not in expected]
+    assert list(zip(found.widths.tolist(), found.heights.tolist(), strict=True)) == sizes
+    assert found.pixels()["width"]["largest"] == max(w for w, _ in sizes)
+    assert found.pixels()["shorter side"]["median"] == int(np.median([min(size) for size in sizes]))
+    if source.labels is not None:
+        assert list(found.per_class) == list(source.classes) and list(found.per_class.values()) == [10] * 4
+
+
+def test_a_fast_look_finds_what_has_wrong_ends_and_decodes_little(tmp_path: Path) -> None:
+    fill(tmp_path, 10)
+    for number, (name, data, _) in enumerate(BAD.values()):
+        (tmp_path / f"{number} {name}").write_bytes(data)
+    slow, fast = (scan(open_source(tmp_path), threads=2, fast=fast) for fast in (False, True))
+    assert {Path(image).name for image, _ in slow.bad} == {f"{n} {name}" for n, (name, _, _) in enumerate(BAD.values())}
+    missed = {Path(image).name for image, _ in slow.bad} - {Path(image).name for image, _ in fast.bad}
+    inside = ("JPEG with a piece missing", "garbage in a JPEG's frame", "PNG with damaged pixels")
+    assert missed == {f"{number} {BAD[kind][0]}" for number, kind in enumerate(BAD) if kind in inside}
+    assert dict(fast.bad).items() <= dict(slow.bad).items()
+
+
+def test_the_report_of_images(tmp_path: Path, capsys: Any) -> None:
+    for part, count in (("train", 9), ("val", 4)):
+        for name in ("cat", "dog"):
+            (tmp_path / part / name).mkdir(parents=True)
+            fill(tmp_path / part / name, count)
+    (tmp_path / "train" / "dog" / "x[1].jpg").write_bytes(JPEG[:300])
+    data = ScanData(root=tmp_path, threads=1)
+    found = scan_data(data, fast=False, console=Console(width=200))
+    shown = capsys.readouterr().out
+    assert f"{tmp_path / 'train' / 'dog' / 'x[1].jpg'} is a truncated JPEG (300 bytes)" in shown
+    assert "training images: 19 images of 2 classes" in shown and "validation images: 8 images of 2 classes" in shown
+    assert "2: from 9 images (cat) to 10 (dog)" in shown
+    assert "Replace them or remove them, or train with --data.on-bad skip." in shown
+    assert "shorter side, pixels" in shown and "smallest 40, 5 % 40, median 40" in shown
+    assert json.loads(json.dumps(found))["training"]["bad"][0]["reason"] == "is a truncated JPEG (300 bytes)"
+
+
+def test_exit_codes_and_json(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    import byol_fast.doctor as module
+
+    fill(tmp_path, 3)
+    for facts, bad, code in ((CPU, False, 0), (CPU, True, 1), (replace(CPU, torchvision=None), False, 1)):
+        monkeypatch.setattr(module, "gather", lambda facts=facts: facts)
+        (tmp_path / "x.jpg").write_bytes(b"" if bad else JPEG)
+        assert examine(Options(data=ScanData(root=tmp_path), json=True)) == code
+        report = json.loads(capsys.readouterr().out)
+        assert report["usable"] is (facts.torchvision is not None)
+        assert len(report["images"]["training"]["bad"]) == int(bad)
+        assert {"name", "status", "found", "advice"} == set(report["checks"][0])
+        assert examine(Options(data=ScanData(root=tmp_path), fast=True)) == code
+        shown = capsys.readouterr().out
+        ends = {(0, True): "This machine can train.", (1, True): "some images cannot be read."}
+        assert ends.get((code, facts.torchvision is not None), "required is broken: torchvision") in shown
+    with pytest.raises(ValueError, match="--fast is about images; give --data.root too"):
+        examine(Options(fast=True))
+
+
+def test_images_that_are_not_there(monkeypatch: Any, capsys: Any) -> None:
+    import byol_fast.doctor as module
+
+    monkeypatch.setattr(module, "gather", lambda: CPU)
+    assert cli._run(["doctor", "--data.root", "nowhere"]) == 2
+    shown = capsys.readouterr()
+    assert "nowhere does not exist; give a folder" in shown.err and "torchvision" in shown.out
