@@ -1,8 +1,10 @@
-"""Every operator alone, and the whole view, against torchvision with the same drawn parameters."""
+"""Every operator alone, and whole views, against torchvision with the same drawn parameters; and that errors show."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,133 +12,227 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torchvision.transforms.v2 import functional as F
+from torchvision.transforms import v2 as T
 
-from byol_fast.config import ViewConfig
-from byol_fast.data.loader import Planner, make_loader
+from byol_fast import config as configs
+from byol_fast import recipes
+from byol_fast.config import Config, ViewConfig
+from byol_fast.data import parity
+from byol_fast.data.loader import dali_installed
 from byol_fast.data.sources import ArraySource, FileSource, ImageSource, open_source
-from byol_fast.data.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewDraws, crop_windows
-from tests.data.helpers import config_of, error, loader_of, pixels, plain
+from byol_fast.data.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewDraws, crop_windows, draw
+from tests.data.helpers import CPU, config_of, error, loader_of, pixels, plain
 
-JITTER = {BRIGHTNESS: F.adjust_brightness, CONTRAST: F.adjust_contrast, SATURATION: F.adjust_saturation}
-Reference = Callable[[Image.Image, ViewDraws, int], Image.Image | NDArray[Any]]
-
-
-def chw(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def part(which: int) -> Reference:
-    return lambda image, d, i: JITTER[which](image, float(d.factors[i, which]))
+COLOURS = ["flip", "brightness", "contrast", "saturation", "hue", "jitter", "grayscale", "blur", "solarize"]
+VIEWS = ["view 1", "view 1, blur 23", "view 2", "view 2, blur 23"]
+STRONG = dict[str, Any](brightness=0.8, contrast=0.8, saturation=0.8, hue=0.5, blur=0.5, blur_kernel=7)
+STRONG |= dict[str, Any](solarize=0.5, solarize_threshold=64, interpolation="bilinear")
+FUSED = {(operator, "dali, hsv") for operator in ("jitter", "view 1", "view 2")}
 
 
-def hue_of_tensor(image: Image.Image, d: ViewDraws, i: int) -> NDArray[Any]:
-    array: NDArray[Any] = F.adjust_hue(chw(image), float(d.factors[i, HUE])).permute(1, 2, 0).numpy()
-    return array
+def paper(size: int, **data: Any) -> Config:
+    changes = {"view1.size": size, "view2.size": size, "data": {"threads": 1, **data}}
+    return configs.replace(recipes.imagenet_resnet50(), changes)
 
 
-def hue_of_pil(image: Image.Image, d: ViewDraws, i: int) -> Image.Image:
-    """Keeps the hue in 8 bits, unlike the tensors' (mean difference 0.3 of 255)."""
-    shifted: Image.Image = F.adjust_hue(image, float(d.factors[i, HUE]))
-    return shifted
+def names() -> set[str]:
+    own = {"torchvision, PIL", "torchvision, kernels"}
+    return own | {"dali, exact", "dali, hsv", "dali, kernels"} if dali_installed() else own
 
 
-def whole_jitter(image: Image.Image, d: ViewDraws, i: int) -> Image.Image:
-    for which in d.order[i]:
-        adjust = F.adjust_hue if which == HUE else JITTER[int(which)]
-        image = adjust(image, float(d.factors[i, which]))
-    return image
+def failures(rows: list[parity.Row]) -> list[str]:
+    return list(parity.lines(row for row in rows if not row.ok))[1:]
 
 
-def gaussian(kernel: int) -> Reference:
-    def reference(image: Image.Image, d: ViewDraws, i: int) -> NDArray[Any]:
-        sigma = float(d.sigma[i])
-        array: NDArray[Any] = F.gaussian_blur(chw(image), [kernel, kernel], [sigma, sigma]).permute(1, 2, 0).numpy()
-        return array
-
-    return reference
+def measured(source: ImageSource, config: Config, **options: Any) -> list[parity.Row]:
+    return list(parity.measure(source, config, parity.backends(source, config, CPU), **options))
 
 
-# Operator: how to switch it on, what it should do, and the largest and mean error of DALI in levels of 255. One level
-# is the difference between rounding and truncating, which is what torchvision does; half a level its mean. PIL's luma
-# has 16-bit weights: it is off by at most 3 * 255 / 2**17 = 0.006 before rounding.
-OPERATORS: dict[str, tuple[dict[str, Any], Reference, float, float]] = {
-    "nothing": ({}, lambda image, d, i: image, 0, 0),
-    "flip": ({"flip": 1.0}, lambda image, d, i: F.horizontal_flip(image), 0, 0),
-    "brightness": ({"jitter": 1.0, "contrast": 0, "saturation": 0, "hue": 0}, part(BRIGHTNESS), 1, 0.5),
-    "contrast": ({"jitter": 1.0, "brightness": 0, "saturation": 0, "hue": 0}, part(CONTRAST), 1, 0.5),
-    "saturation": ({"jitter": 1.0, "brightness": 0, "contrast": 0, "hue": 0}, part(SATURATION), 1, 0.5),
-    "hue": ({"jitter": 1.0, "brightness": 0, "contrast": 0, "saturation": 0, "hue": 0.5}, hue_of_tensor, 1, 0.1),
-    "grayscale": ({"grayscale": 1.0}, lambda image, d, i: F.rgb_to_grayscale(image, 3), 1, 0.006),
-    "blur 23": ({"blur": 1.0, "blur_kernel": 23}, gaussian(23), 1, 0.01),
-    "blur 3": ({"blur": 1.0, "blur_kernel": 3}, gaussian(3), 1, 0.01),
-    "solarize": ({"solarize": 1.0}, lambda image, d, i: F.solarize(image, 128), 0, 0),
-    "solarize 64": (
-        {"solarize": 1.0, "solarize_threshold": 64},
-        lambda image, d, i: F.solarize(image, 64),
-        0,
-        0,
-    ),
-}
+# ---- what is measured ----------------------------------------------------------------------------------------------
 
 
-def draws_of(source: ImageSource, view: ViewConfig, batch_size: int) -> tuple[NDArray[np.int64], ViewDraws]:
-    plan = Planner(len(source), (view, view), batch_size=batch_size, seed=0)(0)
-    return plan.index, plan.draws[0]
+def test_all_back_ends_on_photographs(photographs: FileSource) -> None:
+    """The paper's recipe on 64 images of ImageNet, in smaller views."""
+    rows = measured(photographs, paper(96))
+    assert not failures(rows)
+    judged = defaultdict(set)
+    for row in rows:
+        judged[row.operator].add(row.backend)
+    for operator in ["decode", "decode, crop", "crop", *COLOURS, *VIEWS]:
+        assert judged[operator] >= names(), operator
+    assert judged["normalise"] == {"model cpu"}
 
 
-@pytest.mark.parametrize("name", OPERATORS)
-def test_operator_alone(name: str, backend: str, arrays: ArraySource) -> None:
-    changes, reference, worst, mean = OPERATORS[name]
-    view = plain(64, **changes)
-    batch = next(loader_of(arrays, config_of(backend, view, batch_size=48)))
-    index, draws = draws_of(arrays, view, 48)
-    assert np.array_equal(index, batch.index)
-    if backend == "torchvision" and not name.startswith("blur"):
-        worst = mean = 0  # the same functions of PIL
-        reference = hue_of_pil if name == "hue" else reference
-    expected = np.stack([np.asarray(reference(arrays.load(int(k)), draws, i)) for i, k in enumerate(index)])
-    difference = error(pixels(batch.view1), expected)
-    assert difference.max() <= worst
-    assert difference.mean() <= mean
+def test_all_back_ends_on_files_of_odd_sizes(files: FileSource) -> None:
+    """The fused jitter is at its limit for images of much colour."""
+    rows = measured(files, paper(48), num_images=40)
+    assert not failures([row for row in rows if (row.operator, row.backend) not in FUSED])
+    assert {row.operator for row in rows} == {"decode", "decode, crop", "crop", "normalise", *COLOURS, *VIEWS}
 
 
-def test_crop_matches_a_resize_in_floating_point(backend: str, arrays: ArraySource) -> None:
-    """Same window, same antialiased cubic filter; PIL rounds and clips between its two passes, DALI does not."""
+@pytest.mark.parametrize("changes", [{}, STRONG], ids=["paper", "strong"])
+def test_all_back_ends_on_arrays(changes: dict[str, Any], arrays: ArraySource) -> None:
+    config = configs.replace(paper(48), {"view1": changes, "view2": changes})
+    rows = measured(arrays, config, num_images=48)
+    assert not failures([row for row in rows if (row.operator, row.backend) not in FUSED])
+    assert {row.backend for row in rows} >= names() | {"resident, kernels"}
+
+
+def test_operators_that_the_run_does_not_use_are_left_out(arrays: ArraySource) -> None:
+    config = configs.replace(recipes.demo(), {"data.threads": 1})
+    rows = list(parity.measure(arrays, config, [parity.Backend(arrays, config, CPU)], num_images=8))
+    operators = {"crop", "flip", "brightness", "contrast", "jitter", "blur", "normalise", *VIEWS}
+    assert {row.operator for row in rows} == operators
+    assert not failures(rows)
+
+
+def test_the_runs_own_loader_is_the_first(arrays: ArraySource, dali: None) -> None:
+    for data, name in (
+        ({"loader": "dali", "color": "hsv"}, "dali, hsv"),
+        ({"loader": "torchvision", "augment": "library"}, "torchvision, PIL"),
+        ({"loader": "resident"}, "resident, kernels"),
+    ):
+        config = configs.replace(paper(32), {"data": data})
+        found = [backend.name for backend in parity.backends(arrays, config, CPU)]
+        assert found[0] == name
+        assert sorted(found) == sorted(names() | {"resident, kernels"})
+
+
+# ---- errors show ---------------------------------------------------------------------------------------------------
+
+
+class Wrong(parity.Backend):
+    """Makes views of other settings than it was asked for, where these are in use."""
+
+    def __init__(self, source: ImageSource, config: Config, **changes: Any) -> None:
+        super().__init__(source, config, CPU)
+        self.changes = changes
+
+    def views(
+        self, source: ImageSource, views: tuple[ViewConfig, ViewConfig]
+    ) -> tuple[NDArray[np.int64], list[parity.Pixels]]:
+        first, second = (
+            dataclasses.replace(view, **{k: v for k, v in self.changes.items() if getattr(view, k)}) for view in views
+        )
+        return super().views(source, (first, second))
+
+
+WRONG = dict[str, Any](interpolation="bilinear", flip=0.45, brightness=0.36, contrast=0.36, saturation=0.18)
+WRONG |= dict[str, Any](hue=0.09, grayscale=0.5, blur_sigma=(0.1, 1.8), solarize_threshold=127)
+
+
+def test_every_wrong_operator_fails(any_backend: str, arrays: ArraySource) -> None:
+    """Settings that are wrong by a tenth; a largest sigma of 1.8 for 2."""
+    loader, _, kernels = any_backend.partition("+")
+    config = paper(32, loader=loader, augment="kernels" if kernels else "library")
+    rows = list(parity.measure(arrays, config, [Wrong(arrays, config, **WRONG)], num_images=48))
+    failed = {row.operator for row in rows if not row.ok}
+    assert failed == {"crop", *COLOURS, "view 1", "view 2"}
+    assert all(line.endswith("FAIL") for line in failures(rows))
+
+
+@pytest.mark.parametrize(
+    ("changes", "operator"),
+    [
+        ({"hue": 0.0}, "jitter"),
+        ({"blur_kernel": 5}, "blur"),
+        ({"flip": 0.4}, "view 2"),
+        ({"solarize": 0.1}, "view 2"),
+    ],
+    ids=str,
+)
+def test_a_part_that_is_missing_fails(changes: dict[str, Any], operator: str, arrays: ArraySource) -> None:
+    config = paper(32)
+    rows = list(parity.measure(arrays, config, [Wrong(arrays, config, **changes)], num_images=48))
+    assert operator in {row.operator for row in rows if not row.ok}
+
+
+def test_leaving_out_the_clips_of_the_jitter_fails(arrays: ArraySource, dali: None) -> None:
+    """In one value of a thousand it is as far off as no rounding is."""
+    config = paper(48, loader="dali", color="hsv")
+    backend = parity.Backend(arrays, config, CPU)
+    backend.fused = False
+    rows = list(parity.measure(arrays, config, [backend], num_images=48))
+    row = next(row for row in rows if row.operator == "jitter")
+    assert row.limit is not None and row.error.p999 > 3 * row.limit.p999
+    assert not dataclasses.replace(row, limit=dataclasses.replace(row.limit, mean=np.inf)).ok
+
+
+def test_the_figures_of_an_error() -> None:
+    counts = np.zeros(256, np.int64)
+    counts[[0, 1, 3, 200]] = 4990, 5000, 9, 1
+    assert parity._error(counts) == parity.Error(max=200, p999=1, mean=(5000 + 27 + 200) / 10000)
+    a, b = np.array([0, 10, 255], np.uint8), np.array([255, 12, 255], np.uint8)
+    assert parity._differences(a, b).nonzero()[0].tolist() == [0, 2, 255]
+
+
+# ---- the reference -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tensors", [False, True], ids=["PIL", "tensors"])
+def test_the_reference_is_torchvisions_own_pipeline(tensors: bool, arrays: ArraySource, monkeypatch: Any) -> None:
+    """Its transforms as a training script composes them, with drawn parameters in the place of their own."""
+    view = ViewConfig(size=48, blur=0.5, solarize=0.5, grayscale=0.3)
+    d = draw(view, np.arange(len(arrays)), seed=0, epoch=0, view=0)
+    given: dict[type, dict[str, Any]] = {}
+    for transform in (T.RandomResizedCrop, T.ColorJitter):
+        monkeypatch.setattr(transform, "make_params", lambda self, _: given[type(self)])
+    for i in range(len(arrays)):
+        image, sigma = arrays.load(i), float(d.sigma[i])
+        window = crop_windows(d.crop[i : i + 1], 64, 64, view.aspect)[0].tolist()
+        given[T.RandomResizedCrop] = dict(zip(("top", "left", "height", "width"), window, strict=True))
+        factors = zip(("brightness", "contrast", "saturation", "hue"), d.factors[i].tolist(), strict=True)
+        given[T.ColorJitter] = {"fn_idx": torch.from_numpy(d.order[i])} | {f"{k}_factor": v for k, v in factors}
+        steps: list[Any] = [
+            T.RandomResizedCrop(48, interpolation=T.InterpolationMode.BICUBIC),
+            T.RandomHorizontalFlip(float(d.flip[i])),
+            T.PILToTensor() if tensors else T.Identity(),
+            T.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue) if d.jitter[i] else T.Identity(),
+            T.RandomGrayscale(float(d.grayscale[i])),
+            T.GaussianBlur(23, (sigma, sigma)) if d.blur[i] else T.Identity(),
+            T.RandomSolarize(128, float(d.solarize[i])),
+            T.Identity() if tensors else T.PILToTensor(),
+        ]
+        expected = T.Compose(steps)(image).permute(1, 2, 0).numpy()
+        ours = parity.torchvision_view(image, d, i, view, colours="tensors" if tensors else "PIL", kernel=23)
+        assert np.array_equal(ours, expected)
+
+
+def test_parts_of_the_jitter_without_a_range_are_left_out() -> None:
+    """As torchvision's ColorJitter does: PIL's way to HSV and back is not free, even for no turn at all."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    view = plain(8, jitter=1.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0)
+    d: ViewDraws = draw(view, np.arange(1), seed=0, epoch=0, view=0)
+    assert set(d.order[0].tolist()) == {BRIGHTNESS, CONTRAST, SATURATION, HUE}
+    assert np.array_equal(parity.torchvision_view(image, d, 0, view), np.asarray(image))
+
+
+# ---- beyond the table ----------------------------------------------------------------------------------------------
+
+
+def test_the_whole_of_an_image_is_left_as_it_is(any_backend: str, arrays: ArraySource) -> None:
+    batch = next(loader_of(arrays, config_of(any_backend, plain(64), batch_size=48)))
+    assert np.array_equal(pixels(batch.view1), arrays.images[batch.index.numpy()])
+
+
+def test_a_crop_in_dali_is_rounded_once(arrays: ArraySource, dali: None) -> None:
+    """Same window, same antialiased cubic filter as torch's in float64, of upward and downward resizes."""
     view = plain(48, area=(0.08, 1.0), aspect=(3 / 4, 4 / 3))
-    batch = next(loader_of(arrays, config_of(backend, view, batch_size=48)))
-    index, draws = draws_of(arrays, view, 48)
+    batch = next(loader_of(arrays, config_of("dali", view, batch_size=48)))
+    d = draw(view, batch.index.numpy(), seed=0, epoch=0, view=0)
     expected = []
-    for k, (top, left, h, w) in zip(index, crop_windows(draws.crop, 64, 64, view.aspect), strict=True):
-        crop = chw(arrays.load(int(k))).double()[None, :, top : top + h, left : left + w]
+    for k, (top, left, h, w) in zip(batch.index, crop_windows(d.crop, 64, 64, view.aspect), strict=True):
+        image = torch.from_numpy(arrays.images[int(k)]).permute(2, 0, 1).double()
+        crop = image[None, :, top : top + h, left : left + w]
         resized = torch.nn.functional.interpolate(crop, (48, 48), mode="bicubic", antialias=True, align_corners=False)
         expected.append(resized[0].permute(1, 2, 0).clamp(0, 255).round().numpy())
     difference = error(pixels(batch.view1), np.stack(expected))
-    assert difference.mean() <= (0.05 if backend == "dali" else 0.25)
+    assert difference.mean() <= 0.05
     assert np.quantile(difference, 0.999) <= 1
-    assert difference.max() <= 2 or backend == "torchvision"  # DALI looks its filter up in a table
+    assert difference.max() <= 2  # DALI looks its filter up in a table
 
 
-def test_whole_jitter(arrays: ArraySource, dali: None) -> None:
-    view = plain(64, jitter=1.0)
-    batch = next(loader_of(arrays, config_of("dali", view, batch_size=48)))
-    index, draws = draws_of(arrays, view, 48)
-    expected = np.stack([np.asarray(whole_jitter(arrays.load(int(k)), draws, i)) for i, k in enumerate(index)])
-    assert error(pixels(batch.view1), expected).mean() <= 1.9
-
-
-@pytest.mark.parametrize("color", ["exact", "hsv"])
-def test_whole_view_on_photographs(color: Any, photographs: FileSource, dali: None) -> None:
-    """Decode, crop, flip and jitter: DALI and PIL from the same files and draws."""
-    view = ViewConfig(size=112, jitter=1.0, grayscale=0.0, blur=0.0)
-    ours, theirs = (
-        next(loader_of(photographs, config_of(b, view, batch_size=64, color=color))) for b in ("dali", "torchvision")
-    )
-    assert torch.equal(ours.index, theirs.index)
-    assert error(pixels(ours.view1), pixels(theirs.view1)).mean() <= 1.9
-
-
-def test_crops_agree_for_all_shapes_of_files(tmp_path: Any, dali: None) -> None:
+def test_crops_agree_for_all_shapes_of_files(tmp_path: Path, dali: None) -> None:
     """The window is computed in DALI's graph for files and in Python otherwise; gradients show a shift by a pixel."""
     shapes = [(1, 1), (2, 300), (300, 2), (37, 64), (64, 37), (90, 90), (17, 100), (128, 40)]
     for n, (h, w) in enumerate(shapes * 8):
@@ -145,32 +241,9 @@ def test_crops_agree_for_all_shapes_of_files(tmp_path: Any, dali: None) -> None:
         Image.fromarray(ramp.round().astype(np.uint8)).save(tmp_path / f"{n:03}.png")
     source = open_source(tmp_path)
     view = plain(24, area=(0.08, 1.0), aspect=(3 / 4, 4 / 3), flip=0.5, interpolation="bilinear")
-    ours, theirs = (next(loader_of(source, config_of(b, view, batch_size=64))) for b in ("dali", "torchvision"))
-    difference = error(pixels(ours.view1), pixels(theirs.view1))
-    assert difference.max() <= 1
-
-
-def test_both_loaders_make_the_same_views(arrays: ArraySource, dali: None) -> None:
-    view1, view2 = ViewConfig(size=32), ViewConfig(size=32, blur=0.1, solarize=0.5)
-    ours, theirs = (next(loader_of(arrays, config_of(b, view1, view2, batch_size=48))) for b in ("dali", "torchvision"))
-    assert torch.equal(ours.index, theirs.index)
-    for a, b in ((ours.view1, theirs.view1), (ours.view2, theirs.view2)):
-        difference = error(pixels(a), pixels(b)).mean(axis=(1, 2, 3))
-        assert difference.mean() <= 1.9
-        assert np.median(difference) <= 1.9
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("color", ["exact", "hsv"])
-def test_the_graph_on_a_gpu_makes_what_it_makes_on_the_cpu(color: Any, files: FileSource, dali: None) -> None:
-    """Not bit for bit: the decoders and the resize round differently."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    config = config_of("dali", ViewConfig(size=32), ViewConfig(size=32, solarize=0.5), batch_size=20, color=color)
-    loaders = [make_loader(files, config, device=torch.device(kind)) for kind in ("cpu", "cuda")]
-    for _ in range(4):  # two epochs
-        cpu, gpu = (next(loader) for loader in loaders)
-        assert torch.equal(cpu.index, gpu.index) and not gpu.index.is_cuda
-        for a, b in ((cpu.view1, gpu.view1), (cpu.view2, gpu.view2)):
-            assert b.is_cuda and b.is_contiguous(memory_format=torch.channels_last)
-            assert np.median(error(pixels(a), pixels(b.cpu())).mean(axis=(1, 2, 3))) <= 1.9
+    views = [
+        next(loader_of(source, config_of(b, view, batch_size=64))).view1
+        for b in ("torchvision", "dali", "dali+kernels", "torchvision+kernels")
+    ]
+    for other in views[1:]:
+        assert error(pixels(views[0]), pixels(other)).max() <= 1
