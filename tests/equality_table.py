@@ -9,20 +9,16 @@ running statistic of both networks, and that relative to how far the weights mov
 from __future__ import annotations
 
 import copy
-import json
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from byol_fast import checkpoint as checkpoints
-from byol_fast import config as configs
-from byol_fast import recipes
+from byol_fast import batchnorm, distributed
 from byol_fast.capture import Mode, compiled
 from byol_fast.config import OptimConfig
 from byol_fast.data import Batch
@@ -49,51 +45,50 @@ def model(views: str) -> BYOL:
     return BYOL("resnet18", image_size=32, hidden_dim=512, projection_dim=64, views=views)  # type: ignore[arg-type]
 
 
+def batches(dtype: torch.dtype) -> list[Batch]:
+    """Floats of the network's dtype: bytes would be normalised in fp32."""
+    generator = torch.Generator().manual_seed(1)
+    views = torch.randn(STEPS, 2, BATCH, 3, 32, 32, generator=generator, dtype=torch.float64).to(dtype)
+    return [Batch(view1, view2, torch.arange(BATCH)) for view1, view2 in views]
+
+
 def run(dtype: torch.dtype, *, views: str = "batched", mode: str = "eager", accumulate: int = 1) -> State:
     task = model(views).to(dtype)
     optimizer = make_optimizer(OptimConfig(weight_decay=1e-4, eta=0.02), task.trainable_parameters())
     forward = compiled(task, Mode(mode, "for the table"))  # type: ignore[arg-type]
     step = TrainStep(task, optimizer, SCHEDULE, forward=forward, accumulate=accumulate)
-    generator = torch.Generator().manual_seed(1)
-    for k in range(STEPS):
-        # Floats of the network's dtype: bytes would be normalised in fp32.
-        view1, view2 = torch.randn(2, BATCH, 3, 32, 32, generator=generator, dtype=torch.float64).to(dtype)
+    for k, batch in enumerate(batches(dtype)):
         # The same batch each time: batch norm sees the same images, and the mean of its gradients is one's.
-        step([Batch(view1, view2, torch.arange(BATCH))] * accumulate, k)
+        step([batch] * accumulate, k)
     return copy.deepcopy(task.state_dict())
 
 
-def processes(count: int) -> State:
-    """Whole runs from the command line on shared images; batch norm over all processes."""
+def processes(dtype: torch.dtype, count: int) -> State:
+    """The same steps by several processes, each with its share of every batch; batch norm over all of them."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        images = np.random.default_rng(0).integers(0, 256, (80, 32, 32, 3), dtype=np.uint8)
-        np.savez(folder / "images.npz", images=images)
-        config = configs.replace(
-            recipes.cifar10_resnet18(),
-            {
-                "data": {"root": folder / "images.npz", "loader": "torchvision", "threads": 1},
-                "model": {"hidden_dim": 512, "projection_dim": 64, "cifar_stem": False},
-                "optim": {"lr": 0.1, "scale_lr": False, "warmup_steps": 0},
-                "batch_size": BATCH // count,
-                "steps": STEPS,
-                "precision": "fp32",
-                "device": "cpu",
-                "out": folder / "runs",
-                "name": "run",
-            },
-        )
-        (folder / "config.json").write_text(json.dumps(configs.to_dict(config)))
-        (folder / "run.py").write_text(
-            "import sys; from pathlib import Path; from byol_fast import cli, config, recipes\n"
-            "recipes.RECIPES['spec'] = lambda: config.load(Path(sys.argv[1]))\n"
-            "cli.main(['train', 'spec'])\n"
-        )
+        result = Path(name) / "state.pt"
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-        command = [*launch, str(folder / "run.py"), str(folder / "config.json")]
+        command = [*launch, "-m", "tests.equality_table", str(dtype).removeprefix("torch."), str(result)]
         subprocess.run(command, check=True, capture_output=True)
-        state: State = checkpoints.load_latest(folder / "runs" / "run" / "checkpoints")["task"]
+        state: State = torch.load(result, weights_only=True)
         return state
+
+
+def one_of_several(dtype: torch.dtype, result: Path) -> None:
+    torch.set_num_threads(1)
+    world = distributed.join("cpu", 5)
+    task = model("batched").to(dtype)
+    for network in task.networks():
+        batchnorm.synchronise(network)
+    task.call_online_through(lambda network: distributed.wrapped(network, torch.device("cpu")))
+    optimizer = make_optimizer(OptimConfig(weight_decay=1e-4, eta=0.02), task.trainable_parameters())
+    step = TrainStep(task, optimizer, SCHEDULE, agree=distributed.agree)
+    for k, batch in enumerate(batches(dtype)):
+        mine = slice(world.rank, None, world.size)
+        step(Batch(batch.view1[mine], batch.view2[mine], batch.index[mine]), k)
+    if world.leads:
+        torch.save(task.state_dict(), result)
+    distributed.leave()
 
 
 def distance(a: State, b: State, start: State) -> tuple[float, float]:
@@ -112,6 +107,7 @@ def main() -> None:
         ("views separate / batched", lambda d: run(d, views="separate"), run),
         ("eager / compile", run, lambda d: run(d, mode="compile")),
         ("accumulate 1 / 4", run, lambda d: run(d, accumulate=4)),
+        ("processes 1 / 2", run, lambda d: processes(d, 2)),
     ]
     print("| | dtype | largest difference | relative to the weights' movement |\n|---|---|---|---|")
     for name, first, second in cases:
@@ -121,10 +117,10 @@ def main() -> None:
                 a, b = ({n: t for n, t in s.items() if "running" not in n} for s in (a, b))
             largest, relative = distance(a, b, start)
             print(f"| {name} | {str(dtype).removeprefix('torch.')} | {largest:.1e} | {relative:.1e} |", flush=True)
-    # The command line's seed is the table's, so its runs begin at the same weights.
-    largest, relative = distance(processes(1), processes(2), start)
-    print(f"| processes 1 / 2 | float32 | {largest:.1e} | {relative:.1e} |")
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) > 1:
+        one_of_several(getattr(torch, sys.argv[1]), Path(sys.argv[2]))
+    else:
+        main()
