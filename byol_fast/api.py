@@ -25,8 +25,9 @@ def pretrain(
     """Pre-train an encoder with BYOL, without labels.
 
     Args:
-        data: folder of images, `.npz` file, uint8 array `[N, H, W, 3]` or `[N, H, W]`, or torchvision dataset. None:
-            the recipe's own data set.
+        data: folder or list of images, tar or Parquet shards, `.npz` file, uint8 array `[N, H, W, 3]` or `[N, H, W]`,
+            or a dataset (torchvision's, Hugging Face's, any indexable one of images): see
+            `byol_fast.data.open_source`. None: the recipe's own data set.
         recipe: name of a recipe (`byol_fast.recipes.RECIPES`), or a `Config`.
         resume: run folder to continue, with the configuration it was started with; `recipe` then plays no part.
         callbacks: hooks into the run, see `byol_fast.Callback`.

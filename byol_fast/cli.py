@@ -41,7 +41,7 @@ usage: byol-fast train RECIPE [--data.root FOLDER] [--option value ...]
        byol-fast train --resume RUN
        byol-fast train RECIPE --resume auto [--option value ...]
 
-  --data.root FOLDER   images: nested, flat or class-per-folder; or a .npz of uint8 arrays
+  --data.root FOLDER   images: nested, flat or class-per-folder; or a list (.txt, .csv), tar or Parquet shards, a .npz
   --resume RUN         continue the run in this folder, with its own options
   --resume auto        continue OUT/NAME, or without a name the newest unfinished run like this; if none, start it
 
