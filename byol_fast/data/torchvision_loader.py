@@ -33,8 +33,7 @@ from byol_fast.data.sources import ArraySource, EncodedSource, ImageSource
 from byol_fast.data.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewDraws, crop_window, crop_windows
 from byol_kernels import resized_crop
 
-# torchvision's decoder of JPEGs, by its operator: the function around it warns that it will go one day. Then PIL's
-# takes its place, in half as much time again.
+# torchvision's decoder of JPEGs, by its operator: the function around it warns that it will go one day. Then PIL decodes.
 _decode_jpeg: Any = getattr(torch.ops.image, "decode_jpeg", None)
 _RGB = 3
 
@@ -199,7 +198,7 @@ class TorchvisionLoader(PlannedLoader):
 def decoded(source: ImageSource, i: int) -> Tensor:
     """Image `i` of a source in RGB, uint8 `[1, 3, H, W]`, channels_last: what `source.load` gives.
 
-    Ordinary JPEGs are decoded by torchvision, in two thirds of PIL's time and to the same bytes.
+    Ordinary JPEGs are decoded by torchvision, faster than by PIL and to the same bytes.
 
     Raises:
         BadImageError: the image cannot be decoded.
