@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from byol_fast import Trainer, recipes
+from byol_fast import checkpoint as checkpoints
 from byol_fast import config as configs
-from byol_fast.config import replace
+from byol_fast.config import Config, replace
 from byol_fast.data import BadImageError, eval_batches, open_source
 from byol_fast.data.integrity import BadImages, TooManyBadImagesError
 from byol_fast.data.sources import FileSource
@@ -209,6 +210,46 @@ def test_loaders_agree_on_a_whole_run_with_bad_files(tmp_path: Path) -> None:
         assert torch.equal(a.view1[rows], b.view1[rows]) and torch.equal(a.view2[rows], b.view2[rows])
 
 
+def small_run(root: Path, **changes: Any) -> Config:
+    view = {"size": 16, "blur": 0.3}
+    return replace(
+        recipes.cifar10_resnet18(),
+        {
+            "data": {"root": root, "threads": 1},
+            "view1": view,
+            "view2": view,
+            "model": {"encoder": "resnet18_narrow", "hidden_dim": 32, "projection_dim": 16},
+            "batch_size": 8,
+            "steps": 6,
+            "checkpoint_every": 2,
+            "device": "cpu",
+            "precision": "fp32",
+            "out": root.parent / "runs",
+            **changes,
+        },
+    )
+
+
+def test_a_run_that_stopped_at_a_bad_file_goes_on_without_it_as_if_it_had_from_the_start(tmp_path: Path) -> None:
+    """What the error advises: resume with --data.on-bad skip. The weights are those of a run that never stopped."""
+    (tmp_path / "data").mkdir()
+    fill(tmp_path / "data", 40)
+    whole = Trainer(small_run(tmp_path / "data", name="whole")).fit()
+    fourth = loader_of(open_source(tmp_path / "data"), small_run(tmp_path / "data"))
+    index = [next(fourth).index for _ in range(4)][3]
+    (tmp_path / "data" / Path(open_source(tmp_path / "data").where(int(index[5]))).name).write_bytes(b"")
+    with pytest.raises(BadImageError, match="is empty"):
+        Trainer(small_run(tmp_path / "data", name="stopped")).fit()
+    stopped = tmp_path / "runs" / "stopped"
+    assert 0 < max(checkpoints.steps_in(stopped / "checkpoints")) <= 3
+    skip = {"data.on_bad": "skip"}
+    resumed = Trainer(replace(small_run(tmp_path / "data", name="stopped"), skip), resume=stopped).fit()
+    straight = Trainer(replace(small_run(tmp_path / "data", name="straight"), skip)).fit()
+    assert resumed.encoder.read_bytes() == straight.encoder.read_bytes() != whole.encoder.read_bytes()
+    reports = [(run / "bad_images.jsonl").read_text() for run in (stopped, straight.run_dir)]
+    assert reports[0] == reports[1] and reports[0].count("is empty") == 1
+
+
 def test_a_run_goes_on_without_bad_files_and_says_so(tmp_path: Path, caplog: Any) -> None:
     """Training and both sides of kNN; the report is in the run folder, also after a restart."""
     images = {part: tmp_path / "data" / part for part in ("train", "val")}
@@ -218,26 +259,11 @@ def test_a_run_goes_on_without_bad_files_and_says_so(tmp_path: Path, caplog: Any
             fill(images[part] / name, count // 2)
         (images[part] / "cat" / "cut.jpg").write_bytes(JPEG[:300])
         (images[part] / "dog" / "empty.jpg").write_bytes(b"")
-    view = {"size": 16, "blur": 0.3}
-    run = replace(
-        recipes.cifar10_resnet18(),
-        {
-            "data": {"root": tmp_path / "data", "threads": 1},
-            "view1": view,
-            "view2": view,
-            "model": {"encoder": "resnet18_narrow", "hidden_dim": 32, "projection_dim": 16},
-            "batch_size": 8,
-            "steps": 6,
-            "checkpoint_every": 2,
-            "device": "cpu",
-            "precision": "fp32",
-            "out": tmp_path / "runs",
-            "name": "dirty",
-        },
-    )
+    run = small_run(tmp_path / "data", name="dirty")
     with pytest.raises(BadImageError, match=r"(cut|empty)\.jpg"):
         Trainer(run).fit()
-    result = Trainer(replace(run, {"data.on_bad": "skip", "name": "clean"})).fit()
+    passing = replace(run, {"data.on_bad": "skip", "name": "clean"})
+    result = Trainer(passing).fit()
     assert result.steps == 6 and result.knn_top1 is not None
     lines = [json.loads(line) for line in (result.run_dir / "bad_images.jsonl").read_text().splitlines()]
     assert {Path(line["image"]).name for line in lines} == {"cut.jpg", "empty.jpg"}
@@ -246,8 +272,7 @@ def test_a_run_goes_on_without_bad_files_and_says_so(tmp_path: Path, caplog: Any
     # what a user does who was told to replace the files, or to remove them
     (images["train"] / "cat" / "cut.jpg").write_bytes(JPEG)
     (images["train"] / "dog" / "empty.jpg").unlink()
-    whole = replace(run, {"data.on_bad": "skip", "name": "clean", "steps": 6})
     with pytest.raises(ValueError, match=r"images changed .*--data\.accept-changed"):
-        Trainer(whole, resume=result.run_dir)
-    Trainer(replace(whole, {"data.accept_changed": True}), resume=result.run_dir).fit()
+        Trainer(passing, resume=result.run_dir)
+    Trainer(replace(passing, {"data.accept_changed": True}), resume=result.run_dir).fit()
     assert not configs.load(result.run_dir / "config.json").data.accept_changed  # it was meant once

@@ -28,7 +28,7 @@ from tests.data.kinds import KINDS, available, encoded, make
 
 VIEW1 = ViewConfig(size=16)
 VIEW2 = ViewConfig(size=16, blur=0.1, solarize=0.2)
-STEPS = 12  # of 8 images: 40 images are 5 steps an epoch
+STEPS = 8  # of 10 images: 40 images are 4 steps an epoch
 BAD = 13  # one image that cannot be read
 
 
@@ -53,7 +53,7 @@ def pairs() -> list[tuple[str, str, bool]]:
 def open_pair(folder: Path, kind: str, backend: str, bad: bool) -> tuple[ImageSource, ViewLoader]:
     images = with_one_bad(pictures()) if bad else pictures()
     source = make(kind, folder / f"{kind}{'-bad' * bad}", images)
-    config = replace(config_of(backend, VIEW1, VIEW2), {"data.on_bad": "skip"})
+    config = replace(config_of(backend, VIEW1, VIEW2, batch_size=10), {"data.on_bad": "skip"})
     return source, loader_of(source, config, report=folder / f"{kind}-{backend}-{bad}.jsonl" if bad else None)
 
 
@@ -95,7 +95,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-m", "tests.data.test_resume", str(folder)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path[1:]])}
     process = subprocess.Popen(command, env=environment)
-    enough = 7 * len(pairs()) + 3  # in the middle of a round: steps 2 and 3 of the second epoch
+    enough = 5 * len(pairs()) + 3  # in the middle of a round: steps 1 and 2 of the second epoch
     deadline = time.monotonic() + 300
     while len(log_of(folder)) < enough and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -112,7 +112,7 @@ def test_the_remaining_batches_are_the_same(kind: str, backend: str, bad: bool, 
     assert len(set(expected)) == STEPS
     given = [(step, digest) for name, step, digest in log_of(killed) if name == "|".join(map(str, pair))]
     state = torch.load(stored(killed, pair), weights_only=True)
-    assert 5 < state["step"] < STEPS - 1 and len(given) - state["step"] in {0, 1}  # killed in mid-epoch
+    assert 4 < state["step"] < STEPS - 1 and len(given) - state["step"] in {0, 1}  # killed in mid-epoch
     assert [digest for _, digest in given] == expected[: len(given)]
     _, resumed = open_pair(killed, *pair)
     resumed.load_state_dict(state["loader"])

@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from byol_fast.config import Config, DataConfig, KNNConfig
+from byol_fast.config import Config, ConfigError, DataConfig, KNNConfig
 from byol_fast.data import BadImageError, SourceError, open_source, split
 from byol_fast.data.sources import ArraySource, DatasetSource, FileSource
+from byol_fast.evaluate.during import knn_problem
 
 
 def put(root: Path, *names: str) -> Path:
@@ -351,3 +352,21 @@ def test_cifar10_from_the_cache(tmp_path: Path, monkeypatch: Any) -> None:
         pass
     with pytest.raises(SourceError, match=advice):
         split(config)
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "said"),
+    [
+        (("a/1.png", "b/2.png"), None, "there are no validation images: set knn.val_root, or give a root with train"),
+        (("1.png", "2.png"), ("a/1.png", "b/2.png"), "the training images have no labels: sort them into one folder"),
+        (("a/1.png", "b/2.png"), ("1.png",), "the validation images have no labels: sort them into one folder"),
+    ],
+)
+def test_an_evaluation_that_wants_labels_says_whose_are_missing(
+    train: tuple[str, ...], val: tuple[str, ...] | None, said: str, tmp_path: Path
+) -> None:
+    training = open_source(put(tmp_path / "train", *train))
+    validation = None if val is None else open_source(put(tmp_path / "val", *val))
+    assert said in (knn_problem(run(tmp_path, enabled="auto"), training, validation) or "")
+    with pytest.raises(ConfigError, match=f"knn.enabled is 'on', but {said}"):
+        knn_problem(run(tmp_path, enabled="on"), training, validation)
