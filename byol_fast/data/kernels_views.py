@@ -28,8 +28,8 @@ SMALL = 64 * 64
 
 def finish(crops: Tensor, draws: Mapping[str, Tensor], view: ViewConfig) -> Tensor:
     """All of a view's augmentation after the crop; uint8 in and out, `[B, 3, S, S]`."""
-    if not draws:
-        return crops
+    if not draws:  # on a GPU a copy all the same: what DALI owns is bound to the stream that it was made for
+        return crops.clone() if crops.is_cuda else crops
     options: dict[str, Any] = {**draws, "solarize_threshold": view.solarize_threshold}
     if crops.device.type == "cpu" and view.size**2 <= SMALL:
         return photometric_batched(crops, **options)

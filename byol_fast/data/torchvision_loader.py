@@ -33,7 +33,8 @@ from byol_fast.data.sources import ArraySource, EncodedSource, ImageSource
 from byol_fast.data.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewDraws, crop_window, crop_windows
 from byol_kernels import resized_crop
 
-# torchvision's decoder of JPEGs, by its operator: the function around it warns that it will go one day. Then PIL decodes.
+# torchvision's decoder of JPEGs, by its operator: the function around it warns that it will go one day. PIL decodes
+# then.
 _decode_jpeg: Any = getattr(torch.ops.image, "decode_jpeg", None)
 _RGB = 3
 

@@ -254,6 +254,20 @@ def test_a_file_that_vanishes_is_named(files_backend: str, files: FileSource, tm
         next(loader_of(source, config_of(files_backend, VIEW1, batch_size=4)))
 
 
+def test_rows_of_bad_files_are_made_anew_of_others(files_backend: str, files: FileSource, tmp_path: Path) -> None:
+    """A view depends on its image alone: the others, and whoever stands in, look as if no file were bad."""
+    for folder in ("bad", "good"):
+        (tmp_path / folder).mkdir()
+        for i in range(8):
+            (tmp_path / folder / f"{i}.jpg").write_bytes(files.path(i).read_bytes())
+    (tmp_path / "bad" / "5.jpg").write_bytes(b"not an image")
+    config = replace(config_of(files_backend, VIEW1, VIEW2), {"data.on_bad": "skip"})
+    expected, found = (next(loader_of(open_source(tmp_path / name), config)) for name in ("good", "bad"))
+    assert 5 in expected.index.tolist() and 5 not in found.index.tolist()
+    where = [expected.index.tolist().index(i) for i in found.index.tolist()]
+    assert torch.equal(found.view1, expected.view1[where]) and torch.equal(found.view2, expected.view2[where])
+
+
 def test_odd_but_good_files_are_read(files_backend: str, tmp_path: Path) -> None:
     from PIL import Image
 
