@@ -18,26 +18,27 @@ COLUMNS = ("suite", "provider", "unit", "p50", "p20", "p80", "ratio", "ratio_p20
 
 
 class Table:
-    """Timings in long form: a row for each contender, its ratio to the first of its suite ("ours") beside it.
+    """Timings in long form: a row for each contender, its ratio to the first of its suite beside it.
 
     Args:
         amount: what one call processes; the table then shows amount a second. None: milliseconds a call.
         unit: name of that, `"images/s"` say.
+        over: what the first of every suite is called.
     """
 
-    def __init__(self, amount: float | None = None, unit: str = "ms") -> None:
-        self.amount, self.unit = amount, unit
+    def __init__(self, amount: float | None = None, unit: str = "ms", over: str = "ours") -> None:
+        self.amount, self.unit, self.over = amount, unit, over
         self.rows: list[list[object]] = []
 
     def add(self, suite: str, times: Mapping[str, Timing]) -> None:
-        """Print the timings of a suite and keep them. The ratio is time over ours: above 1, ours is faster."""
-        print(f"{suite} ({self.unit}: median [p20 - p80]; time over ours)")
-        ours = next(iter(times.values()))
+        """Print the timings of a suite and keep them. The ratio is time over the first's: above 1, that is faster."""
+        print(f"{suite} ({self.unit}: median [p20 - p80]; time over {self.over})")
+        first = next(iter(times.values()))
         for name, t in times.items():
             quantiles = [t.quantile(q) for q in (0.2, 0.5, 0.8)]
             shown = [1e3 * s for s in quantiles] if self.amount is None else [self.amount / s for s in quantiles[::-1]]
             p20, p50, p80 = shown
-            middle, low, high = ratio(t, ours)
+            middle, low, high = ratio(t, first)
             print(
                 f"  {name:52s}{p50:9.4g} [{p20:.4g} - {p80:.4g}]   {middle:.2f}x [{low:.2f} - {high:.2f}]", flush=True
             )
