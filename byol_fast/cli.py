@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.console import Console
@@ -31,6 +31,7 @@ usage: byol-fast COMMAND ...
   demo                            learn from packaged images in a few minutes; start here
   train RECIPE [--option ...]     pre-train an encoder; `train --help` lists recipes, `train RECIPE --help` options
   train --resume RUN              continue a run exactly where it stopped
+  preview RECIPE [--check]        a contact sheet of the views that training sees; a check against torchvision
   doctor [--data.root FOLDER]     check this machine, and every image; say what to do about what is wrong
   export RUN [--to FOLDER]        write the encoder of a run's newest checkpoint
   --version                       print the version
@@ -48,6 +49,15 @@ usage: byol-fast train RECIPE [--data.root FOLDER] [--option value ...]
 `byol-fast train RECIPE --help` lists every option with the recipe's value.
 
 recipes:
+"""
+
+
+PREVIEW_USAGE = """\
+usage: byol-fast preview RECIPE [--data.root FOLDER] [--num N] [--to FILE.png] [--epoch E] [--check] [--option ...]
+
+Draws originals, both views as training would see them, and their parameters, into preview.png. With --check it also
+compares every operator with torchvision on your images, and exits with 1 where the error is too large.
+`byol-fast preview RECIPE --help` lists every option with the recipe's value.
 """
 
 
@@ -208,6 +218,49 @@ def _export(argv: list[str]) -> int:
     return 0
 
 
+def _preview(argv: list[str]) -> int:
+    name = argv.pop(0) if argv and not argv[0].startswith("-") else None
+    if name is None:
+        print(PREVIEW_USAGE, end="")
+        return 0 if argv and argv[0] in {"-h", "--help"} else _complain("byol-fast preview: a recipe is missing", 2)
+    recipe = recipes.get(name)
+
+    def options(
+        config: Annotated[Config, tyro.conf.arg(name="")] = recipe,
+        num: int = 8,
+        to: Path = Path("preview.png"),
+        epoch: int = 0,
+        check: bool = False,
+        check_all: bool = False,
+    ) -> tuple[Config, int, Path, int, bool, bool]:
+        """Draw a contact sheet of the views that training sees.
+
+        Args:
+            config: of the run.
+            num: images on the sheet: the first ones of the epoch.
+            to: the PNG file to write.
+            epoch: pass over the data, from 0; each has its own views.
+            check: compare every operator with torchvision on these images, and exit with 1 if an error is too large.
+            check_all: the same for every loader that works here, not only for the run's own.
+        """
+        return config, num, to, epoch, check, check_all
+
+    config, num, to, epoch, check, check_all = tyro.cli(options, args=argv, prog=f"byol-fast preview {name}")
+
+    from byol_fast.data import parity, preview, split
+    from byol_fast.trainer import resolve_device
+
+    preview.check_path(to)
+    device = resolve_device(config.device)
+    source, _ = split(configs.replace(config, {"knn.enabled": "off"}))
+    preview.write(preview.contact_sheet(source, config, device=device, num=num, epoch=epoch), to)
+    print(to)
+    if not check and not check_all:
+        return 0
+    backends = parity.backends(source, config, device) if check_all else [parity.Backend(source, config, device)]
+    return 0 if parity.show(parity.measure(source, config, backends)) else 1
+
+
 def _doctor(argv: list[str]) -> int:
     from byol_fast.doctor import Options, examine
 
@@ -217,6 +270,7 @@ def _doctor(argv: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "demo": _demo,
     "train": _train,
+    "preview": _preview,
     "doctor": _doctor,
     "export": _export,
 }

@@ -531,3 +531,24 @@ def lines(rows: Iterable[Row]) -> Iterator[str]:
         last = row.operator
         limit = str(row.limit) if row.limit is not None else "(reported)"
         yield _LINE.format(name, row.backend, row.against, *figures, limit, verdict).rstrip()
+
+
+def show(rows: Iterable[Row]) -> bool:
+    """Print the table as it is found, and what it comes to.
+
+    Returns:
+        Whether all errors are within their limits.
+    """
+    found: list[Row] = []
+
+    def noted() -> Iterator[Row]:
+        for row in rows:
+            found.append(row)
+            yield row
+
+    for line in lines(noted()):
+        print(line, flush=True)
+    judged, failed = sum(row.limit is not None for row in found), sum(not row.ok for row in found)
+    print("errors in levels of 255; limits: largest / 99.9 % / mean")
+    print(f"{judged} errors judged, {failed or 'none'} too large")
+    return not failed
