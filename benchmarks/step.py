@@ -4,7 +4,7 @@
 
 Needs the extra `peers` for the other packages; those that are not installed are left out, and named. Every contender is
 a process of its own, so that nobody meets another's memory or settings, and takes one step a round in its turn. What is
-timed is the process's CPU time (wall time is saved too). Before that, contenders that compute the same thing show that they
+timed is the process's CPU time (wall time is saved too). Before that, those that compute the same thing show that they
 do: in float64 ours ends at the textbook's weights, and the packages' losses are the textbook's.
 """
 
