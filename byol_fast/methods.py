@@ -9,11 +9,13 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from byol_fast import batchnorm
 from byol_fast.config import Config
@@ -116,6 +118,11 @@ class SelfSupervisedTask(nn.Module, ABC):
     def call_online_through(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
         """Let the online network be called through a wrapper (DDP), which does not become a part of the task."""
         self._online_call = [wrap(self.online)]
+
+    def more_to_come(self) -> AbstractContextManager[None]:
+        """Within this, gradients stay on this process: those of more batches are added before they are shared."""
+        call = self._online_call[0]
+        return call.no_sync() if isinstance(call, DistributedDataParallel) else nullcontext()
 
     def _prepare_views(self, views: Views, encoder: str | nn.Module, image_size: int) -> None:
         """Make the networks fit for the way the views pass them."""

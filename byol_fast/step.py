@@ -168,7 +168,11 @@ class TrainStep:
             `StepMetrics.values`.
         """
         self.buffers.save()
-        outputs = [self._backward(view1, view2) for view1, view2 in views]
+        outputs: list[TaskOutput] = []
+        for view1, view2 in views:
+            last = len(outputs) == len(views) - 1
+            with nullcontext() if last else self.task.more_to_come():
+                outputs.append(self._backward(view1, view2))
         loss = torch.stack([output.loss.detach() for output in outputs]).mean()
         if self.copies is not None:
             self.copies.hand_over_gradients()

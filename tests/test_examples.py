@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -65,5 +65,5 @@ def test_the_lightning_module_trains() -> None:
     trainer = lightning.Trainer(
         max_steps=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
-    trainer.fit(learner, torch.utils.data.DataLoader(views(3, 32), batch_size=None))
+    trainer.fit(learner, cast("Any", torch.utils.data.DataLoader)(views(3, 32), batch_size=None))
     assert any(not torch.equal(a, b) for a, b in zip(before, learner.model.target_parameters(), strict=True))

@@ -21,13 +21,15 @@ from byol_fast.networks import Normalize, build_encoder, feature_dim
         ("convnext_tiny", 32, 768),
         ("vgg11_bn", 32, 512),
         ("mobilenet_v3_small", 32, 1024),
-        ("vit_b_32", 224, 768),
+        ("vit_b_32", 64, 768),
+        ("vgg16", 64, 512),
+        ("inception_v3", 96, 2048),
         ("densenet121", 32, 1024),
         ("resnet18_narrow", 28, 256),
     ],
 )
 def test_encoders_by_name_return_their_features(name: str, size: int, features: int) -> None:
-    encoder = build_encoder(name)
+    encoder = build_encoder(name, image_size=size)
     assert feature_dim(encoder, size) == features
 
 
@@ -77,6 +79,57 @@ def test_impossible_encoders_are_explained(arguments: dict[str, object], message
 def test_encoder_that_refuses_the_view_size_is_explained() -> None:
     with pytest.raises(ValueError, match=r"must accept \[B, 3, 32, 32\] images"):
         BYOL("inception_v3", image_size=32)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize(
+    ("name", "size", "features", "views"),
+    [
+        ("resnet18", 64, 512, "batched"),
+        ("vit_tiny_patch16_224", 32, 192, "batched"),
+        ("convnext_atto", 64, 320, "batched"),
+    ],
+)
+def test_timm_models_by_name(name: str, size: int, features: int, views: str) -> None:
+    pytest.importorskip("timm", reason="pip install byol_fast[peers]")
+    model = BYOL(f"timm/{name}", hidden_dim=16, projection_dim=8, image_size=size)
+    assert (model.feature_dim, model.views) == (features, views)
+    p1, _, z1, _ = model(torch.randn(4, 3, size, size), torch.randn(4, 3, size, size))
+    assert p1.shape == z1.shape == (4, 8)
+    with pytest.raises(ValueError, match="did you mean resnet18"):
+        build_encoder("timm/resnet81")
+
+
+class FunctionalNorm(nn.Module):
+    """Batch normalisation that is no module, and so cannot be told about views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.batch_norm(self.conv(x), None, None, training=True).mean((2, 3))
+
+
+def test_an_encoder_that_mixes_images_by_itself_gets_its_views_one_by_one() -> None:
+    torch.manual_seed(0)
+    model = BYOL(FunctionalNorm(), hidden_dim=16, projection_dim=8, image_size=16)
+    assert model.views == "separate"
+    assert model.views_note is not None
+    assert "something in it mixes images" in model.views_note
+    a, b, c = (torch.randn(6, 3, 16, 16) for _ in range(3))
+    assert torch.equal(copy.deepcopy(model)(a, b)[0], copy.deepcopy(model)(a, c)[0])
+
+
+@pytest.mark.parametrize("views", ["batched", "concat"])
+def test_views_passed_at_once_are_the_separate_ones_or_another_algorithm(views: str) -> None:
+    torch.manual_seed(0)
+    separate = BYOL("resnet18_narrow", hidden_dim=16, projection_dim=8, image_size=32, views="separate").double()
+    together = BYOL("resnet18_narrow", hidden_dim=16, projection_dim=8, image_size=32, views=views).double()  # type: ignore[arg-type]
+    together.load_state_dict(separate.state_dict())
+    a, b = (torch.randn(6, 3, 32, 32, dtype=torch.float64) for _ in range(2))
+    apart = max((x - y).abs().max().item() for x, y in zip(separate(a, b), together(a, b), strict=True))
+    assert apart < 1e-12 if views == "batched" else apart > 1e-3
 
 
 def test_feature_probe_leaves_the_encoder_as_it_was() -> None:
