@@ -45,6 +45,15 @@ def test_every_recipe_survives_json(name: str) -> None:
         (lambda: Config(seed=-1), "seed"),
         (lambda: Config(name="a/b"), "name"),
         (lambda: Config(view1=ViewConfig(size=32)), "view2.size"),
+        (lambda: Config(method="moco"), "method"),  # type: ignore[arg-type]
+        (lambda: Config(mode="fast"), "mode"),  # type: ignore[arg-type]
+        (lambda: Config(precision="fp8"), "precision"),  # type: ignore[arg-type]
+        (lambda: Config(accumulate=0), "accumulate"),
+        (lambda: Config(max_bad_steps=0), "max_bad_steps"),
+        (lambda: Config(timeout_minutes=0.0), "timeout_minutes"),
+        (lambda: ModelConfig(views="stacked"), "model.views"),  # type: ignore[arg-type]
+        (lambda: ModelConfig(projector_layers=1), "model.projector_layers"),
+        (lambda: ModelConfig(predictor_hidden_dim=0), "model.predictor_hidden_dim"),
     ],
 )
 def test_bad_values_name_the_field(make: object, field: str) -> None:
@@ -149,3 +158,48 @@ def test_guide_recipes() -> None:
 def test_unknown_recipe_suggests() -> None:
     with pytest.raises(ConfigError, match="did you mean 'imagenet_resnet50'"):
         recipes.get("imagenet_resnet5")
+
+
+def test_simsiam_recipes_are_the_papers() -> None:
+    """arXiv 2011.10566, sections 3 and appendices A and D."""
+    imagenet, cifar = recipes.simsiam_imagenet(), recipes.simsiam_cifar10()
+    for config, lr, decay, epochs, layers in ((imagenet, 0.05, 1e-4, 100, 3), (cifar, 0.03, 5e-4, 800, 2)):
+        assert config.method == "simsiam"
+        assert (config.optim.name, config.optim.lr, config.optim.weight_decay) == ("sgd", lr, decay)
+        assert (config.optim.momentum, config.optim.warmup_epochs, config.epochs) == (0.9, 0, epochs)
+        assert config.optim.decay_1d
+        assert config.optim.constant_predictor_lr
+        heads = config.model.hidden_dim, config.model.projection_dim, config.model.predictor_hidden_dim
+        assert heads == (2048, 2048, 512)
+        assert config.model.projector_layers == layers
+        assert config.view1 == config.view2
+        assert config.view1.area == (0.2, 1.0)
+        assert (config.view1.saturation, config.view1.solarize) == (0.4, 0.0)
+    assert (imagenet.view1.blur, cifar.view1.blur) == (0.5, 0.0)
+
+
+def test_mode_is_chosen_with_a_reason_and_refused_with_one() -> None:
+    import torch
+
+    from byol_fast.capture import choose_mode
+    from byol_fast.precision import Precision
+
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    bf16, fp16 = Precision("bf16", torch.bfloat16), Precision("fp16", torch.float16)
+    assert choose_mode(Config(), cpu, bf16).name == "eager"
+    assert choose_mode(Config(), gpu, bf16).name == "graph"
+    for config, precision, processes, why in (
+        (Config(), bf16, 8, "several processes"),
+        (Config(accumulate=2), bf16, 1, "accumulated"),
+        (Config(), fp16, 1, "fp16"),
+    ):
+        chosen = choose_mode(config, gpu, precision, processes)
+        assert chosen.name == "compile"
+        assert why in chosen.why
+        with pytest.raises(ConfigError, match=f"mode 'graph' cannot serve this run: .*{why}"):
+            choose_mode(configs.replace(config, {"mode": "graph"}), gpu, precision, processes)
+    assert choose_mode(Config(activation_checkpointing=True), gpu, bf16).name == "eager"
+    with pytest.raises(ConfigError, match="mode 'compile' cannot serve this run"):
+        choose_mode(Config(activation_checkpointing=True, mode="compile"), gpu, bf16)
+    with pytest.raises(ConfigError, match="there is no GPU"):
+        choose_mode(Config(mode="graph"), cpu, bf16)
