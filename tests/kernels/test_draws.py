@@ -25,7 +25,7 @@ VIEWS = {
     "strong": ViewConfig(aspect=(0.05, 30.0), area=(1e-4, 1.0), brightness=1.7, hue=0.5, blur_kernel=0),
     "narrow": ViewConfig(area=(0.5, 0.5), aspect=(1.0, 1.0), blur_sigma=(1.0, 1.0), blur_kernel=3),
 }
-SIZES = [(32, 32), (17, 400), (1, 1)]
+SIZES = [(17, 400)] if INTERPRETED else [(32, 32), (17, 400), (1, 1)]
 
 
 def table(view: ViewConfig, height: int, width: int) -> Tensor:
