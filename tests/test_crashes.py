@@ -45,7 +45,7 @@ def being_written(folder: Path) -> bool:
 
 @pytest.mark.slow
 def test_thirty_kills_at_random_moments_change_nothing(tiny: Config) -> None:
-    steps = 40 * KILLS
+    steps = 10 * KILLS
     config = configs.replace(
         tiny, {"steps": steps, "checkpoint_every": 1, "log_every": 3, "data.loader": "torchvision"}
     )
@@ -59,7 +59,7 @@ def test_thirty_kills_at_random_moments_change_nothing(tiny: Config) -> None:
         process = start(cut)
         begun = max(checkpoints.steps_in(folder), default=0)
         wait_for_writing = kills % 2 == 0
-        until_step = begun + dice.randint(0, 15)
+        until_step = begun + dice.randint(0, 5)
         pause = dice.uniform(0, 0.05)
         deadline = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:
