@@ -31,11 +31,11 @@ demo: $(READY)
 	$(PY) -m byol_fast demo
 
 test: $(READY)
-	$(PY) -m pytest -q -n auto --dist worksteal -m "not slow and not peers and not browser"
+	$(PY) -m pytest -q -n auto --dist worksteal --durations=25 -m "not slow and not peers and not browser"
 
 # The kernels and the numbers, on the oldest supported torch and triton.
 test-oldest: .venv-oldest/.ready
-	$(OLDEST) -m pytest -q -n auto --dist worksteal -m "not slow and not peers and not browser" tests/kernels tests/test_numbers.py
+	$(OLDEST) -m pytest -q -n auto --dist worksteal --durations=25 -m "not slow and not peers and not browser" tests/kernels tests/test_numbers.py
 
 check: $(READY)
 	$(PY) -m ruff check $(SOURCES)
