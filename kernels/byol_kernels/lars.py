@@ -17,7 +17,7 @@ target and writes the copies. It moves 40 bytes a float32 parameter with target 
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -271,158 +271,126 @@ def _lars_apply_kernel(
 # -------------------------------------------------------------------------------- operators
 
 
-def _columns(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    grad_rows: Sequence[int],
-    targets: Sequence[Tensor],
-    target_rows: Sequence[int],
-    param_copies: Sequence[Tensor],
-    param_copy_rows: Sequence[int],
-    target_copies: Sequence[Tensor],
-    target_copy_rows: Sequence[int],
-) -> list[Column]:
-    return [
-        Column("params", params, written=True),
-        Column("grads", grads, tuple(grad_rows)),
-        Column("momentum_buffers", momentum_buffers, tuple(grad_rows), written=True),
-        Column("target", targets, tuple(target_rows), written=True),
-        Column("copies of params", param_copies, tuple(param_copy_rows), written=True),
-        Column("copies of target", target_copies, tuple(target_copy_rows), written=True),
-    ]
+class _Arguments(NamedTuple):
+    """What the operator is called with; the lists beside a `..._rows` have one tensor for each of these rows."""
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    momentum_buffers: Sequence[Tensor]
+    grad_rows: Sequence[int]
+    targets: Sequence[Tensor]
+    target_rows: Sequence[int]
+    param_copies: Sequence[Tensor]
+    param_copy_rows: Sequence[int]
+    target_copies: Sequence[Tensor]
+    target_copy_rows: Sequence[int]
+    group: Sequence[int]
+    adapt: Sequence[bool]
+    lr_tensors: Sequence[Tensor | None]
+    lr: Sequence[float]
+    momentum: Sequence[float]
+    weight_decay: Sequence[float]
+    eta: Sequence[float]
+    tau_tensor: Tensor | None
+    tau: float
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+
+    def columns(self) -> list[Column]:
+        """The lists of tensors as a plan takes them."""
+        return [
+            Column("params", self.params, written=True),
+            Column("grads", self.grads, tuple(self.grad_rows)),
+            Column("momentum_buffers", self.momentum_buffers, tuple(self.grad_rows), written=True),
+            Column("target", self.targets, tuple(self.target_rows), written=True),
+            Column("copies of params", self.param_copies, tuple(self.param_copy_rows), written=True),
+            Column("copies of target", self.target_copies, tuple(self.target_copy_rows), written=True),
+        ]
 
 
-def _lars_step_cpu(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    grad_rows: Sequence[int],
-    targets: Sequence[Tensor],
-    target_rows: Sequence[int],
-    param_copies: Sequence[Tensor],
-    param_copy_rows: Sequence[int],
-    target_copies: Sequence[Tensor],
-    target_copy_rows: Sequence[int],
-    group: Sequence[int],
-    adapt: Sequence[bool],
-    lr_tensors: Sequence[Tensor | None],
-    lr: Sequence[float],
-    momentum: Sequence[float],
-    weight_decay: Sequence[float],
-    eta: Sequence[float],
-    tau_tensor: Tensor | None,
-    tau: float,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
-    columns = _columns(
-        params, grads, momentum_buffers, grad_rows, targets, target_rows,
-        param_copies, param_copy_rows, target_copies, target_copy_rows,
-    )  # fmt: skip
+def _lars_step_cpu(*arguments: Any) -> None:
+    a = _Arguments(*arguments)
+    columns = a.columns()
     plan_for("LARS.step", columns)
-    if found_inf is not None and float(found_inf) != 0.0:
+    if a.found_inf is not None and float(a.found_inf) != 0.0:
         return
-    lr = [value if tensor is None else float(tensor) for tensor, value in zip(lr_tensors, lr, strict=True)]
+    lr = [value if tensor is None else float(tensor) for tensor, value in zip(a.lr_tensors, a.lr, strict=True)]
 
     def by_row(column: Column) -> list[Tensor | None]:
-        entries: list[Tensor | None] = [None] * len(params)
+        entries: list[Tensor | None] = [None] * len(a.params)
         for index, tensor in enumerate(column.tensors):
             entries[column.row(index)] = tensor
         return entries
 
     reference.lars_step_(
-        params,
+        a.params,
         by_row(columns[1]),
         by_row(columns[2]),
         by_row(columns[3]),
-        lr=[lr[g] for g in group],
-        momentum=[momentum[g] for g in group],
-        weight_decay=[weight_decay[g] for g in group],
-        eta=[eta[g] for g in group],
-        adapt=adapt,
-        grad_scale=1.0 if grad_scale is None else float(grad_scale),
-        tau=tau if tau_tensor is None else float(tau_tensor),
+        lr=[lr[g] for g in a.group],
+        momentum=[a.momentum[g] for g in a.group],
+        weight_decay=[a.weight_decay[g] for g in a.group],
+        eta=[a.eta[g] for g in a.group],
+        adapt=a.adapt,
+        grad_scale=1.0 if a.grad_scale is None else float(a.grad_scale),
+        tau=a.tau if a.tau_tensor is None else float(a.tau_tensor),
     )
-    if param_copies:
-        torch._foreach_copy_(list(param_copies), [params[row] for row in param_copy_rows])
-    if target_copies:
-        target_of = dict(zip(target_rows, targets, strict=True))
-        torch._foreach_copy_(list(target_copies), [target_of[row] for row in target_copy_rows])
+    if a.param_copies:
+        torch._foreach_copy_(list(a.param_copies), [a.params[row] for row in a.param_copy_rows])
+    if a.target_copies:
+        target_of = dict(zip(a.target_rows, a.targets, strict=True))
+        torch._foreach_copy_(list(a.target_copies), [target_of[row] for row in a.target_copy_rows])
 
 
-def _lars_step_cuda(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    grad_rows: Sequence[int],
-    targets: Sequence[Tensor],
-    target_rows: Sequence[int],
-    param_copies: Sequence[Tensor],
-    param_copy_rows: Sequence[int],
-    target_copies: Sequence[Tensor],
-    target_copy_rows: Sequence[int],
-    group: Sequence[int],
-    adapt: Sequence[bool],
-    lr_tensors: Sequence[Tensor | None],
-    lr: Sequence[float],
-    momentum: Sequence[float],
-    weight_decay: Sequence[float],
-    eta: Sequence[float],
-    tau_tensor: Tensor | None,
-    tau: float,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
-    columns = _columns(
-        params, grads, momentum_buffers, grad_rows, targets, target_rows,
-        param_copies, param_copy_rows, target_copies, target_copy_rows,
-    )  # fmt: skip
-    with_grad = set(grad_rows)
+def _lars_step_cuda(*arguments: Any) -> None:
+    a = _Arguments(*arguments)
+    columns = a.columns()
+    with_grad = set(a.grad_rows)
     plan = plan_for(
         "LARS.step",
         columns,
-        front=[adapt[row] and row in with_grad for row in range(len(params))],
-        tags=[2 * g + a for g, a in zip(group, adapt, strict=True)],
+        front=[a.adapt[row] and row in with_grad for row in range(len(a.params))],
+        tags=[2 * group + adapt for group, adapt in zip(a.group, a.adapt, strict=True)],
     )
     if not plan.num_chunks:
         return
-    device = params[0].device
+    device = a.params[0].device
 
     # A scalar on the CPU is read here: there is nothing to wait for.
+    tau, tau_tensor = a.tau, a.tau_tensor
     if tau_tensor is not None and tau_tensor.device != device:
         tau, tau_tensor = float(tau_tensor), None
     hyper: list[float] = []
     lr_addresses: list[float] = []
-    for g, tensor in enumerate(lr_tensors):
+    for g, tensor in enumerate(a.lr_tensors):
         on_device = tensor is not None and tensor.device == device
-        hyper += [momentum[g], weight_decay[g], eta[g], lr[g] if tensor is None or on_device else float(tensor)]
+        hyper += [a.momentum[g], a.weight_decay[g], a.eta[g], a.lr[g] if tensor is None or on_device else float(tensor)]
         lr_addresses.append(tensor.data_ptr() if tensor is not None and on_device else 0)
     groups = plan.constant("groups", "f", hyper, device)
     lr_table = plan.constant("lr", "q", lr_addresses, device)
 
     tables = plan.tables(columns)
     kinds = tuple(tuple(map(tl_dtype, kind)) for kind in plan.kinds)
-    front = plan.num_front_chunks
-    ratios = plan.workspace("ratios", len(params), torch.float32, device)
-    with device_guard(params[0]):
+    num_rows, front = len(a.params), plan.num_front_chunks
+    ratios = plan.workspace("ratios", num_rows, torch.float32, device)
+    with device_guard(a.params[0]):
         if front:
             _lars_norms_kernel[(front,)](
-                tables.addresses, tables.rows, tables.chunks, groups, len(params), front, grad_scale,
+                tables.addresses, tables.rows, tables.chunks, groups, num_rows, front, a.grad_scale,
                 plan.workspace("partials", 2 * front, torch.float32, device),
-                plan.workspace("tickets", len(params), torch.int32, device),
+                plan.workspace("tickets", num_rows, torch.int32, device),
                 ratios,
                 KINDS=tuple(kind[:2] for kind in kinds), CHUNK=CHUNK, BLOCK_PARTIALS=BLOCK_PARTIALS,
                 num_warps=NUM_WARPS, enable_fp_fusion=True,
             )  # fmt: skip
         _lars_apply_kernel[(plan.num_chunks,)](
-            tables.addresses, tables.rows, tables.chunks, groups, lr_table, ratios, len(params),
-            tau_tensor, 1.0 - tau, grad_scale, found_inf,
-            KINDS=kinds, HAS=(bool(targets), bool(param_copies), bool(target_copies)), CHUNK=CHUNK,
+            tables.addresses, tables.rows, tables.chunks, groups, lr_table, ratios, num_rows,
+            tau_tensor, 1.0 - tau, a.grad_scale, a.found_inf,
+            KINDS=kinds, HAS=(bool(a.targets), bool(a.param_copies), bool(a.target_copies)), CHUNK=CHUNK,
             num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     torch.autograd.graph.increment_version(
-        [*(params[row] for row in grad_rows), *momentum_buffers, *targets, *param_copies, *target_copies]
+        [*(a.params[row] for row in a.grad_rows), *a.momentum_buffers, *a.targets, *a.param_copies, *a.target_copies]
     )
 
 
@@ -564,21 +532,21 @@ class LARS(torch.optim.Optimizer):
         copy_of = _by_partner("copies", copies, params, [*params, *target_of.values()]) if copies is not None else {}
 
         grad_rows = [row for row, p in enumerate(params) if p.grad is not None]
-        target_rows = [row for row, p in enumerate(params) if p in target_of]
-        param_copy_rows = [row for row, p in enumerate(params) if p in copy_of]
-        target_copy_rows = [row for row in target_rows if target_of[params[row]] in copy_of]
+        target_rows, targets = _present(target_of.get(id(p)) for p in params)
+        param_copy_rows, param_copies = _present(copy_of.get(id(p)) for p in params)
+        target_copy_rows, target_copies = _present(copy_of.get(id(target_of.get(id(p)))) for p in params)
         groups = self.param_groups
         group_of = [g for g, group in enumerate(groups) for _ in group["params"]]
-        torch.ops.byol_kernels.lars_step_(
+        torch.ops.byol_kernels.lars_step_.default(
             params,
             [_dense_grad(params[row], row) for row in grad_rows],
             [self._momentum_buffer(params[row]) for row in grad_rows],
             grad_rows,
-            [target_of[params[row]] for row in target_rows],
+            targets,
             target_rows,
-            [copy_of[params[row]] for row in param_copy_rows],
+            param_copies,
             param_copy_rows,
-            [copy_of[target_of[params[row]]] for row in target_copy_rows],
+            target_copies,
             target_copy_rows,
             group_of,
             [p.dim() > 1 or not groups[g]["exclude_1d"] for g, p in zip(group_of, params, strict=True)],
@@ -623,21 +591,27 @@ def _by_partner(
     entries: Iterable[Tensor | None] | Mapping[Tensor, Tensor],
     params: Sequence[Tensor],
     partners: Sequence[Tensor],
-) -> dict[Tensor, Tensor]:
-    """The entries by the tensor they belong to."""
+) -> dict[int, Tensor]:
+    """The entries by the `id` of the tensor they belong to."""
     if isinstance(entries, Mapping):
-        known = set(partners)
+        known = set(map(id, partners))
         for key in entries:
-            if key not in known:
+            if id(key) not in known:
                 raise ValueError(
                     f"LARS.step: {name} must map tensors of this step, got a key of shape {tuple(key.shape)} that is "
                     "none of them; take the keys from the optimizer's param_groups"
                 )
-        return dict(entries)
+        return {id(key): entry for key, entry in entries.items()}
     listed = list(entries)
     if len(listed) != len(params):
         raise ValueError(
             f"LARS.step: {name} must have one entry for each of the {len(params)} parameters, got {len(listed)}; "
             "put None where a parameter has none, or pass a mapping from parameter to entry"
         )
-    return {p: entry for p, entry in zip(params, listed, strict=True) if entry is not None}
+    return {id(p): entry for p, entry in zip(params, listed, strict=True) if entry is not None}
+
+
+def _present(entries: Iterable[Tensor | None]) -> tuple[list[int], list[Tensor]]:
+    """Rows that have an entry, and the entries."""
+    found = [(row, entry) for row, entry in enumerate(entries) if entry is not None]
+    return [row for row, _ in found], [entry for _, entry in found]

@@ -22,6 +22,7 @@ blur's kernel finishes them.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -491,23 +492,8 @@ torch.library.impl("byol_kernels::photometric", "CPU", reference.photometric)
 torch.library.impl("byol_kernels::photometric", "CUDA", _photometric_cuda)
 
 
-def _photometric_fake(
-    images: Tensor,
-    flip: Tensor | None,
-    jitter: Tensor | None,
-    factors: Tensor | None,
-    order: Tensor | None,
-    grayscale: Tensor | None,
-    blur: Tensor | None,
-    sigma: Tensor | None,
-    window: Tensor | None,
-    solarize: Tensor | None,
-    solarize_threshold: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype,
-    truncate: bool,
-) -> Tensor:
+def _photometric_fake(images: Tensor, *draws_and_options: Any) -> Tensor:
+    *_, dtype, _ = draws_and_options
     return torch.empty(images.shape, dtype=dtype, device=images.device, memory_format=torch.channels_last)
 
 

@@ -166,65 +166,103 @@ def lars_step_(
     All sequences have one entry per parameter, and the tensors of one entry are dense and laid out alike (a gradient
     need not be). A parameter without a gradient stays as it is; its target moves all the same.
     """
-    scratch = torch.empty(0)
+    listed: dict[tuple[float, float], list[int]] = {}
+    done = []  # but for the target
     for row, param in enumerate(params):
-        grad, buffer, target = grads[row], momentum_buffers[row], targets[row]
-        acc = accumulation_dtype(param.dtype)
-        if scratch.dtype != acc or scratch.numel() < min(_BLOCK, param.numel()):
-            scratch = torch.empty(min(_BLOCK, param.numel()), dtype=acc)
-        if grad is not None and not same_layout(grad, param):
+        grad, buffer = grads[row], momentum_buffers[row]
+        if grad is None or buffer is None:
+            done.append(row)
+            continue
+        if not same_layout(grad, param):
             grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
-        decay = weight_decay[row] if adapt[row] else 0.0
-        param_blocks, grad_blocks, buffer_blocks, target_blocks = map(_blocks, (param, grad, buffer, target))
-
-        ratio = 1.0
-        if grad_blocks and adapt[row]:
-            param_square = update_square = 0.0
-            for p, g in zip(param_blocks, grad_blocks, strict=True):
-                p_acc = p.to(acc)  # no copy where the dtype is acc already; so too below
-                update = torch.add(
-                    _unscaled(g.to(acc), grad_scale, scratch), p_acc, alpha=decay, out=scratch[: p.numel()]
-                )
-                param_square += torch.dot(p_acc, p_acc).item()
-                update_square += torch.dot(update, update).item()
-            if param_square > 0.0 and update_square > 0.0:
-                ratio = eta[row] * math.sqrt(param_square / update_square)
-
+        alike = param.dtype == grad.dtype == buffer.dtype == accumulation_dtype(param.dtype)
         # One pass over the data where PyTorch has one: its fused SGD computes v = momentum v + (1 - dampening) d.
-        alike = grad is not None and buffer is not None and param.dtype == grad.dtype == buffer.dtype == acc
         fused = alike and momentum[row] != 0.0
-        for index, p in enumerate(param_blocks):
+        if fused and not adapt[row] and grad is grads[row] and grad_scale == 1.0:
+            listed.setdefault((lr[row], momentum[row]), []).append(row)
+            done.append(row)
+            continue
+        decay = weight_decay[row] if adapt[row] else 0.0
+        param_blocks, grad_blocks, buffer_blocks = _blocks(param), _blocks(grad), _blocks(buffer)
+        target = targets[row]
+        target_blocks = None if target is None else _blocks(target)
+        ratio = _lars_ratio(param_blocks, grad_blocks, decay, grad_scale, eta[row]) if adapt[row] else 1.0
+        # Backwards, because the last blocks that the norms read are still in the cache.
+        for index in reversed(range(len(param_blocks))):
+            p, g, v = param_blocks[index], grad_blocks[index], buffer_blocks[index]
+            if grad_scale != 1.0:
+                g = g.to(accumulation_dtype(p.dtype)) * (1.0 / grad_scale)
             if fused:
-                torch._fused_sgd_(
-                    [p],
-                    [_unscaled(grad_blocks[index], grad_scale, scratch)],
-                    [buffer_blocks[index]],
-                    weight_decay=decay,
-                    momentum=momentum[row],
-                    lr=lr[row],
-                    dampening=1.0 - ratio,
-                    nesterov=False,
-                    maximize=False,
-                    is_first_step=False,
-                )
-            elif grad_blocks and buffer_blocks:
-                p_acc, v_acc = p.to(acc), buffer_blocks[index].to(acc)
-                g_acc = _unscaled(grad_blocks[index].to(acc), grad_scale, scratch)
-                v_acc.mul_(momentum[row]).add_(g_acc, alpha=ratio)
+                _fused_sgd_([p], [g], [v], lr=lr[row], momentum=momentum[row], decay=decay, ratio=ratio)
+            else:
+                acc = accumulation_dtype(p.dtype)
+                p_acc, v_acc = p.to(acc), v.to(acc)  # no copy where the dtype is acc already
+                v_acc.mul_(momentum[row]).add_(g.to(acc), alpha=ratio)
                 if decay:
                     v_acc.add_(p_acc, alpha=ratio * decay)
                 p_acc.add_(v_acc, alpha=-lr[row])
                 if p.dtype != acc:
                     p.copy_(p_acc)
-                    buffer_blocks[index].copy_(v_acc)
-            if target_blocks:
-                ema_update_([target_blocks[index]], [p], tau, [], alike=target_blocks[index].dtype == p.dtype)
+                if v.dtype != acc:
+                    v.copy_(v_acc)
+            if target_blocks is not None:
+                t = target_blocks[index]
+                ema_update_([t], [p], tau, [], alike=t.dtype == p.dtype)
+
+    for (row_lr, row_momentum), rows in listed.items():
+        columns = (
+            [x for row in rows if (x := column[row]) is not None] for column in (params, grads, momentum_buffers)
+        )
+        _fused_sgd_(*columns, lr=row_lr, momentum=row_momentum, decay=0.0, ratio=1.0)
+    pairs = [(target, params[row]) for row in done if (target := targets[row]) is not None]
+    for alike in (True, False):
+        chosen = [pair for pair in pairs if (pair[0].dtype == pair[1].dtype) is alike]
+        if chosen:
+            ema_update_([t for t, _ in chosen], [p for _, p in chosen], tau, [], alike=alike)
 
 
-def _unscaled(grad: Tensor, grad_scale: float, scratch: Tensor) -> Tensor:
-    return grad if grad_scale == 1.0 else torch.mul(grad, 1.0 / grad_scale, out=scratch[: grad.numel()])
+def _lars_ratio(
+    param_blocks: Sequence[Tensor], grad_blocks: Sequence[Tensor], decay: float, grad_scale: float, eta: float
+) -> float:
+    """The trust ratio eta |p| / |g + decay p|, or 1 where either norm is 0."""
+    p_square = g_square = p_dot_g = 0.0
+    for p, g in zip(param_blocks, grad_blocks, strict=True):
+        acc = accumulation_dtype(p.dtype)
+        p_acc, g_acc = p.to(acc), g.to(acc)
+        p_dot_g += torch.dot(p_acc, g_acc).item()  # first: it brings both into the cache at once
+        p_square += torch.dot(p_acc, p_acc).item()
+        g_square += torch.dot(g_acc, g_acc).item()
+    g_square /= grad_scale * grad_scale
+    update_square = g_square + 2.0 * decay * p_dot_g / grad_scale + decay * decay * p_square
+    if not update_square > 1e-3 * (g_square + decay * decay * p_square):  # they cancel out; or one is NaN
+        update_square = 0.0
+        for p, g in zip(param_blocks, grad_blocks, strict=True):
+            acc = accumulation_dtype(p.dtype)
+            update = torch.add(p.to(acc) * decay, g.to(acc), alpha=1.0 / grad_scale)
+            update_square += torch.dot(update, update).item()
+    return eta * math.sqrt(p_square / update_square) if p_square > 0.0 and update_square > 0.0 else 1.0
 
 
-def _blocks(tensor: Tensor | None) -> tuple[Tensor, ...]:
-    """A dense tensor in the order of its memory, in blocks; nothing for no tensor."""
-    return () if tensor is None else tensor.as_strided((tensor.numel(),), (1,)).split(_BLOCK)  # type: ignore[no-untyped-call]
+def _fused_sgd_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    *,
+    lr: float,
+    momentum: float,
+    decay: float,
+    ratio: float,
+) -> None:
+    """V = momentum v + ratio (g + decay p), then p -= lr v, of contiguous tensors."""
+    torch._fused_sgd_(
+        params, grads, momentum_buffers,
+        weight_decay=decay, momentum=momentum, lr=lr, dampening=1.0 - ratio,
+        nesterov=False, maximize=False, is_first_step=False,
+    )  # fmt: skip
+
+
+def _blocks(tensor: Tensor) -> Sequence[Tensor]:
+    """A dense tensor in the order of its memory, in blocks."""
+    flat = tensor.view(-1) if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))
+    # Not split, whose Python side takes longer than its views.
+    return (flat,) if flat.numel() <= _BLOCK else flat.chunk(-(-flat.numel() // _BLOCK))

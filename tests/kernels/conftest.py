@@ -9,9 +9,11 @@ and the optimizer then run the kernels' own code, on CPU tensors.
 import os
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from byol_kernels import ema, lars, normalized_mse
 
@@ -48,6 +50,18 @@ def _one_thread_and_poisoned_memory() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)
+
+
+class Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The operators that reach the device while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason="says nothing about a kernel's arithmetic")

@@ -1,14 +1,8 @@
 """The kernels of resident data as launches specialise them: `python -m tests.kernels.resident_sass`."""
 
-import re
-import tempfile
-from collections import Counter
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from byol_kernels import crop, draws
 from tests.kernels import sass
@@ -25,32 +19,7 @@ class Case(NamedTuple):
 
 def compile_for(case: Case, capability: int) -> tuple[str, sass.Code]:
     """PTX and machine code for one compute capability."""
-    arguments = [case.arguments[name] for name in case.kernel.arg_names]
-    compiled = triton.compile(
-        ASTSource(
-            case.kernel,
-            {
-                name: "constexpr" if isinstance(argument, Constant) else argument.removesuffix("!")
-                for name, argument in zip(case.kernel.arg_names, arguments, strict=True)
-            },
-            {(i,): argument.value for i, argument in enumerate(arguments) if isinstance(argument, Constant)},
-            {
-                (i,): [["tt.divisibility", 16]]
-                for i, argument in enumerate(arguments)
-                if isinstance(argument, str) and argument.endswith("!")
-            },
-        ),
-        target=GPUTarget("cuda", capability, 32),
-        options=case.options,
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = re.search(r"REG:(\d+) STACK:(\d+)", sass._run("cuobjdump", "-res-usage", str(cubin)))
-        listing = sass._run("nvdisasm", "-c", str(cubin))
-    assert usage
-    names = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)", listing, flags=re.MULTILINE)
-    return compiled.asm["ptx"], sass.Code(int(usage[1]), int(usage[2]), Counter(names))
+    return sass.build(case.kernel, case.arguments, case.options, capability)
 
 
 def _crop(size: int, reach: int) -> Case:

@@ -70,13 +70,15 @@ class Code(NamedTuple):
         return self.count(r"(LDL|STL)(\..*)?")
 
 
-def compile_for(case: Case, capability: int) -> Code:
-    """The code of a kernel for one compute capability: 80 for A100, 90 for H100 and H200, 100 for B200."""
+def build(
+    kernel: Any, arguments: Mapping[str, "str | Constant"], options: Mapping[str, Any], capability: int
+) -> tuple[str, Code]:
+    """PTX and machine code for one compute capability: 80 for A100, 90 for H100 and H200, 100 for B200."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
-    for index, name in enumerate(case.kernel.arg_names):
-        argument = case.arguments[name]
+    for index, name in enumerate(kernel.arg_names):
+        argument = arguments[name]
         if isinstance(argument, Constant):
             signature[name] = "constexpr"
             constants[(index,)] = argument.value
@@ -85,9 +87,9 @@ def compile_for(case: Case, capability: int) -> Code:
             if argument.endswith("!"):
                 attributes[(index,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
-        ASTSource(case.kernel, signature, constants, attributes),
+        ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": case.num_warps, "enable_fp_fusion": True},
+        options=dict(options),
     )
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
@@ -97,7 +99,13 @@ def compile_for(case: Case, capability: int) -> Code:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     names = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)", listing, flags=re.MULTILINE)
-    return Code(int(found[1]), int(found[2]), Counter(names))
+    return compiled.asm["ptx"], Code(int(found[1]), int(found[2]), Counter(names))
+
+
+def compile_for(case: Case, capability: int) -> Code:
+    """The code of a kernel for one compute capability."""
+    options = {"num_warps": case.num_warps, "enable_fp_fusion": True}
+    return build(case.kernel, case.arguments, options, capability)[1]
 
 
 def _run(tool: str, *arguments: str) -> str:

@@ -13,12 +13,22 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the session that the test below starts")
-@pytest.mark.parametrize("name", ["test_normalized_mse.py", "test_ema.py", "test_lars.py"])
-def test_in_the_interpreter(name: str) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["test_normalized_mse.py"],
+        ["test_ema.py"],
+        ["test_lars.py"],
+        ["test_photometric.py", "test_blur.py"],
+        ["test_crop.py", "test_draws.py"],
+    ],
+    ids=lambda names: names[0],
+)
+def test_in_the_interpreter(names: list[str]) -> None:
     # A process of its own: TRITON_INTERPRET decides, when a kernel is defined, what it will be.
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider"]
     result = subprocess.run(
-        [*command, f"--rootdir={HERE.parent.parent}", f"--confcutdir={HERE}", str(HERE / name)],
+        [*command, f"--rootdir={HERE.parent.parent}", f"--confcutdir={HERE}", *(str(HERE / name) for name in names)],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=HERE.parent.parent,
         capture_output=True,

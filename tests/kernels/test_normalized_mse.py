@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from byol_kernels import (
     LossStats,
@@ -20,7 +19,7 @@ from byol_kernels import (
     normalized_mse_loss_with_stats,
     reference,
 )
-from tests.kernels.conftest import INTERPRETED, not_interpreted
+from tests.kernels.conftest import INTERPRETED, Record, not_interpreted
 from tests.kernels.restatement import TOLERANCES, byol, close, error, f64, make, normalized_mse
 
 SHAPES = {
@@ -309,22 +308,12 @@ def test_autocast_changes_nothing(device: str) -> None:
     assert full.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-class _Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 def test_one_operator_forward_one_backward_and_no_host_sync(device: str) -> None:
     p1, p2, z1, z2 = inputs((8, 16), torch.float32, device)
-    with _Record() as record:
+    with Record() as record:
         loss = byol_loss(p1, p2, z1, z2)
     assert record.names == ["byol_kernels.normalized_mse_fwd.default"]
-    with _Record() as record:
+    with Record() as record:
         torch.autograd.grad(loss, [p1, p2])
     computing = [name for name in record.names if not name.startswith(("aten.select", "aten.detach", "aten.ones_like"))]
     assert computing == ["byol_kernels.normalized_mse_bwd.default"]

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from byol_kernels import gaussian_blur, photometric
 from byol_kernels.photometric import is_vector
-from tests.kernels.conftest import INTERPRETED, not_interpreted
+from tests.kernels.conftest import INTERPRETED, Record, not_interpreted
 from tests.kernels.photometric_restatement import (
     BRIGHTNESS,
     CONTRAST,
@@ -266,19 +265,9 @@ def test_empty_batch_and_empty_images(device: str) -> None:
 # -------------------------------------------------------------------------------- as an operator
 
 
-class _Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 def test_one_operator(device: str) -> None:
     x, d = images(3, 8, 16).to(device), on(device, draws(3))
-    with _Record() as record:
+    with Record() as record:
         photometric(x, **d, mean=MEAN, std=STD, dtype=torch.bfloat16)
     assert record.names == ["byol_kernels.photometric.default"]
 
