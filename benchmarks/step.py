@@ -1,6 +1,6 @@
 """A training step on the CPU beside what people use: ResNet-18, 64 images of 64 px, both views made already.
 
-    python -m benchmarks.step [--threads N] [--rounds N] [--suite peers|switches] [--save FOLDER]
+    python -m benchmarks.step [--threads N] [--rounds N] [--suite peers|switches] [--only NAME ...] [--save FOLDER]
 
 Needs the extra `peers` for the other packages; those that are not installed are left out, and named. Every contender is
 a process of its own, so that nobody meets another's memory or settings, and takes one step a round in its turn. What is
@@ -488,6 +488,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--suite", choices=list(SUITES), nargs="+", default=list(SUITES))
+    parser.add_argument("--only", nargs="+", help="these of the suite, beside the textbook")
     parser.add_argument("--save", type=Path, help="folder for step.csv, notes.csv and environment.json")
     arguments = parser.parse_args()
     print("Correctness", flush=True)
@@ -499,8 +500,9 @@ def main() -> None:
     print(f"{arguments.threads} threads, {arguments.rounds} interleaved rounds, load {os.getloadavg()[0]:.1f}")
     table, notes = Table(over="the textbook"), []
     for suite in arguments.suite:
-        contenders = {name: c for name, c in SUITES[suite].items() if installed(c)}
-        for name in SUITES[suite].keys() - contenders.keys():
+        asked = {name: c for name, c in SUITES[suite].items() if name in {TEXTBOOK, *(arguments.only or SUITES[suite])}}
+        contenders = {name: c for name, c in asked.items() if installed(c)}
+        for name in asked.keys() - contenders.keys():
             print(f"  {name}: not installed, left out")
         results = dict(measure(suite, list(contenders), arguments.rounds, arguments.threads))
         table.add(f"{suite}, CPU time", {name: Timing(tuple(m.cpu)) for name, m in results.items()})
