@@ -192,22 +192,14 @@ def lars_step_(
             p, g, v = param_blocks[index], grad_blocks[index], buffer_blocks[index]
             if grad_scale != 1.0:
                 g = g.to(accumulation_dtype(p.dtype)) * (1.0 / grad_scale)
-            if fused:
-                _fused_sgd_([p], [g], [v], lr=lr[row], momentum=momentum[row], decay=decay, ratio=ratio)
-            else:
-                acc = accumulation_dtype(p.dtype)
-                p_acc, v_acc = p.to(acc), v.to(acc)  # no copy where the dtype is acc already
-                v_acc.mul_(momentum[row]).add_(g.to(acc), alpha=ratio)
-                if decay:
-                    v_acc.add_(p_acc, alpha=ratio * decay)
-                p_acc.add_(v_acc, alpha=-lr[row])
-                if p.dtype != acc:
-                    p.copy_(p_acc)
-                if v.dtype != acc:
-                    v.copy_(v_acc)
+            update = _fused_sgd_ if fused else _sgd_
+            update([p], [g], [v], lr=lr[row], momentum=momentum[row], decay=decay, ratio=ratio)
             if target_blocks is not None:
                 t = target_blocks[index]
-                ema_update_([t], [p], tau, [], alike=t.dtype == p.dtype)
+                if t.dtype == p.dtype:
+                    t.lerp_(p, 1.0 - tau)
+                else:
+                    ema_update_([t], [p], tau, [], alike=False)
 
     for (row_lr, row_momentum), rows in listed.items():
         columns = (
@@ -225,10 +217,10 @@ def _lars_ratio(
     param_blocks: Sequence[Tensor], grad_blocks: Sequence[Tensor], decay: float, grad_scale: float, eta: float
 ) -> float:
     """The trust ratio eta |p| / |g + decay p|, or 1 where either norm is 0."""
+    acc = accumulation_dtype(param_blocks[0].dtype)
     p_square = g_square = p_dot_g = 0.0
     for p, g in zip(param_blocks, grad_blocks, strict=True):
-        acc = accumulation_dtype(p.dtype)
-        p_acc, g_acc = p.to(acc), g.to(acc)
+        p_acc, g_acc = p.to(acc), g.to(acc)  # no copy where the dtype is acc already
         p_dot_g += torch.dot(p_acc, g_acc).item()  # first: it brings both into the cache at once
         p_square += torch.dot(p_acc, p_acc).item()
         g_square += torch.dot(g_acc, g_acc).item()
@@ -237,7 +229,6 @@ def _lars_ratio(
     if not update_square > 1e-3 * (g_square + decay * decay * p_square):  # they cancel out; or one is NaN
         update_square = 0.0
         for p, g in zip(param_blocks, grad_blocks, strict=True):
-            acc = accumulation_dtype(p.dtype)
             update = torch.add(p.to(acc) * decay, g.to(acc), alpha=1.0 / grad_scale)
             update_square += torch.dot(update, update).item()
     return eta * math.sqrt(p_square / update_square) if p_square > 0.0 and update_square > 0.0 else 1.0
@@ -259,6 +250,30 @@ def _fused_sgd_(
         weight_decay=decay, momentum=momentum, lr=lr, dampening=1.0 - ratio,
         nesterov=False, maximize=False, is_first_step=False,
     )  # fmt: skip
+
+
+def _sgd_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    *,
+    lr: float,
+    momentum: float,
+    decay: float,
+    ratio: float,
+) -> None:
+    """The same for any dtypes, and without momentum."""
+    for p, g, v in zip(params, grads, momentum_buffers, strict=True):
+        acc = accumulation_dtype(p.dtype)
+        p_acc, v_acc = p.to(acc), v.to(acc)
+        v_acc.mul_(momentum).add_(g.to(acc), alpha=ratio)
+        if decay:
+            v_acc.add_(p_acc, alpha=ratio * decay)
+        p_acc.add_(v_acc, alpha=-lr)
+        if p.dtype != acc:
+            p.copy_(p_acc)
+        if v.dtype != acc:
+            v.copy_(v_acc)
 
 
 def _blocks(tensor: Tensor) -> Sequence[Tensor]:
