@@ -11,6 +11,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from byol_fast.config import ConfigError
@@ -139,9 +141,21 @@ def join(device: str, timeout_minutes: float) -> World:
         torch.cuda.set_device(local_rank)
     timeout = timedelta(minutes=timeout_minutes)
     if not distributed.is_initialized():
-        distributed.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+        _connect("nccl" if cuda else "gloo", timeout)
     votes = distributed.new_group(backend="gloo", timeout=timeout)
     return World(rank, size, local_rank, votes)
+
+
+def _connect(backend: str, timeout: timedelta) -> None:
+    """Initialise torch's default group, also after a restart.
+
+    On one machine torchrun keeps its store from one attempt to the next, and a restarted process would find the
+    addresses of dead ones there. Several machines meet anew, with a store of their own.
+    """
+    store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        store = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 def leave() -> None:
