@@ -1,9 +1,10 @@
 """Loss, moving average and LARS beside what people use today.
 
-    python -m benchmarks.kernels [--rounds N] [--save FOLDER]
+    python -m benchmarks.kernels [--rounds N] [--device cuda] [--save FOLDER]
 
-On the CPU. Correctness is checked before anything is timed. Sizes are those of ResNet-50 with the paper's heads:
-35 M parameters in 169 tensors under LARS, 33 M in 164 under the moving average.
+Correctness is checked before anything is timed. Sizes are those of ResNet-50 with the paper's heads: 35 M parameters in
+169 tensors under LARS, 33 M in 164 under the moving average. Contenders of a suite work on the same memory, because
+where tensors happen to lie is worth as much as many an optimisation. Peers come with `pip install byol_fast[peers]`.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from byol_fast.bench import Table, Timing, interleaved
+from benchmarks.kernels_table import Case, KernelTable, Suite, agree, is_installed
 from byol_fast.methods import BYOL
 from byol_kernels import LARS, byol_loss, ema_update_
 
 TAU, LR, DECAY, ETA, MOMENTUM = 0.99, 0.1, 1e-6, 1e-3, 0.9
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class LoopLARS(torch.optim.Optimizer):
-    """LARS as lightly and solo-learn write it: a loop over tensors, two norms brought to the host for each."""
+    """LARS as it is often written: a loop over tensors, two norms brought to the host for each."""
 
     def __init__(self, params: list[nn.Parameter]) -> None:
         super().__init__(params, {})
@@ -67,116 +69,194 @@ def textbook_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
 
 
 class Weights:
-    """A ResNet-50 BYOL model's parameters with gradients, the same for every contender."""
+    """A ResNet-50 BYOL model's parameters with gradients, its target, and momentum for whoever needs it."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         torch.manual_seed(0)
         model = BYOL("resnet50")
-        self.online = model.trainable_parameters()
-        self.target: list[Tensor] = list(model.target_parameters())
-        for p in self.online:
-            p.grad = torch.randn_like(p) * 1e-3
+        self.online: list[nn.Parameter] = [nn.Parameter(p.detach().to(device)) for p in model.trainable_parameters()]
+        for i, p in enumerate(self.online):
+            noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+            p.grad = (noise * 1e-3).to(device)
+        self.followed = self.online[: len(model.target_parameters())]
+        self.target = [torch.zeros_like(p) for p in self.followed]
+        self.momentum = [torch.zeros_like(p) for p in self.online]
+        self._start = [p.detach().clone() for p in self.online]
+        self.reset()
 
-    @property
-    def followed(self) -> list[Tensor]:
-        return list(self.online[: len(self.target)])
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Back to the start: no momentum, and a target that is a little behind."""
+        torch._foreach_copy_([*self.online], self._start)
+        torch._foreach_zero_(self.momentum)
+        torch._foreach_copy_(self.target, self._start[: len(self.target)])
+        torch._foreach_mul_(self.target, 0.9)
+
+    def share(self, optimizer: torch.optim.Optimizer) -> None:
+        """Makes the momentum the state of an optimizer that calls it `momentum_buffer`."""
+        for p, v in zip(self.online, self.momentum, strict=True):
+            optimizer.state[p]["momentum_buffer"] = v
+
+    def after(self, case: Case) -> list[Tensor]:
+        """Weights and target after one call from the start."""
+        self.reset()
+        case()
+        return [x.detach().clone() for x in (*self.online, *self.target)]
+
+    def groups(self) -> list[dict[str, object]]:
+        """As peers want to be told which tensors to leave out of decay and adaptation."""
+        return [
+            {"params": [p for p in self.online if p.ndim > 1], "weight_decay": DECAY},
+            {"params": [p for p in self.online if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+
+    def modules(self) -> tuple[nn.Module, nn.Module]:
+        """Online and target as modules."""
+        target = nn.ParameterList(nn.Parameter(t, requires_grad=False) for t in self.target)
+        return nn.ParameterList(self.followed), target
 
 
-def agree(a: list[Tensor], b: list[Tensor], tolerance: float) -> None:
-    for x, y in zip(a, b, strict=True):
-        x, y = x.detach(), y.detach()  # noqa: PLW2901
-        error = float((x.double() - y.double()).norm() / y.double().norm().clamp_min(1e-12))
-        if not error <= tolerance:
-            raise AssertionError(f"contenders disagree: relative error {error:.2e}, allowed {tolerance:.0e}")
+def timm_average(w: Weights) -> Case:
+    """timm's average of the parameters, in our memory."""
+    from timm.utils.model_ema import ModelEmaV3
+
+    online, target = w.modules()
+    average = ModelEmaV3(online, decay=TAU, exclude_buffers=True)
+    for mine, shared in zip(average.module.parameters(), target.parameters(), strict=True):
+        mine.data = shared.data
+    return lambda: average.update(online)
 
 
-def optimizer_suite(rounds: int) -> dict[str, Timing]:
-    ours, loop, foreach = Weights(), Weights(), Weights()
-    fused = LARS(ours.online, lr=LR, momentum=MOMENTUM, weight_decay=DECAY, eta=ETA)
-    plain, plain_foreach = LoopLARS(loop.online), LoopLARS(foreach.online)
-    target_of = dict(zip(ours.followed, ours.target, strict=True))
+def optimizer_suite(device: str) -> Suite:
+    w = Weights(device)
+    fused, plain = LARS(w.online, lr=LR, momentum=MOMENTUM, weight_decay=DECAY, eta=ETA), LoopLARS(w.online)
+    w.share(fused)
+    w.share(plain)
+    target_of = dict(zip(w.followed, w.target, strict=True))
 
-    def run_loop() -> None:
+    def restated() -> None:
         plain.step()
-        loop_ema(loop.target, loop.followed)
+        foreach_ema(w.target, list(w.followed))
 
-    def run_foreach() -> None:
-        plain_foreach.step()
-        foreach_ema(foreach.target, foreach.followed)
+    cases: dict[str, Case] = {"ours: LARS.step(ema=...)": lambda: fused.step(ema=(target_of, TAU))}
+    tolerances = {}
+    if is_installed("lightly"):
+        from lightly.models.utils import update_momentum
+        from lightly.utils.lars import LARS as LightlyLARS  # noqa: N811
 
-    cases: dict[str, Callable[[], object]] = {
-        "ours: LARS.step(ema=...)": lambda: fused.step(ema=(target_of, TAU)),
-        "per-tensor LARS with .item(), EMA loop": run_loop,
-        "per-tensor LARS with .item(), foreach mul+add EMA": run_foreach,
-    }
-    for call in cases.values():
-        call()
-    agree([*ours.online, *ours.target], [*loop.online, *loop.target], 1e-5)
-    return interleaved(cases, rounds=rounds)
+        lightly, (online, target) = LightlyLARS(w.groups(), lr=LR, momentum=MOMENTUM), w.modules()
+        w.share(lightly)
+
+        def run_lightly() -> None:
+            lightly.step()
+            update_momentum(online, target, TAU)
+
+        cases["lightly: LARS, update_momentum"] = run_lightly
+        # Its ratio is of |p| to |g| + decay |p| and not to |g + decay p|.
+        tolerances["lightly: LARS, update_momentum"] = 1e-4
+    if is_installed("timm"):
+        from timm.optim.lars import Lars
+
+        timm, average = Lars(w.groups(), lr=LR, momentum=MOMENTUM), timm_average(w)
+        w.share(timm)
+
+        def run_timm() -> None:
+            timm.step()
+            average()
+
+        cases["timm: Lars, ModelEmaV3"] = run_timm
+        tolerances["timm: Lars, ModelEmaV3"] = 1e-4
+    cases["restated: LARS with .item(), foreach mul+add"] = restated
+
+    ours, *others = cases
+    expected = w.after(cases[ours])
+    for other in others:
+        agree(other, w.after(cases[other]), expected, tolerances.get(other, 1e-5))
+    w.reset()
+    moved = 20 * sum(p.numel() for p in w.online) + 8 * sum(p.numel() for p in w.followed)
+    return Suite(cases, moved)
 
 
-def ema_suite(rounds: int) -> dict[str, Timing]:
-    weights = {name: Weights() for name in ("ours: ema_update_", "torch._foreach_lerp_", "foreach mul+add", "loop")}
-    online = {name: w.followed for name, w in weights.items()}
-    target = {name: w.target for name, w in weights.items()}
-    a, b, c, d = weights
-    cases: dict[str, Callable[[], object]] = {
-        a: lambda: ema_update_(target[a], online[a], TAU),
-        b: lambda: torch._foreach_lerp_(target[b], online[b], 1 - TAU),
-        c: lambda: foreach_ema(target[c], online[c]),
-        d: lambda: loop_ema(target[d], online[d]),
-    }
-    for values in online.values():
-        with torch.no_grad():
-            for i, p in enumerate(values):
-                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+def ema_suite(device: str) -> Suite:
+    w = Weights(device)
+    online: list[Tensor] = list(w.followed)
     with torch.no_grad():
-        for call in cases.values():
-            call()
-        agree(target[a], target[b], 1e-6)
-        agree(target[a], target[c], 1e-6)
-        return interleaved(cases, rounds=rounds)
+        apart = [t.clone() for t in w.target]  # the loop gives its targets new memory at each call
+    cases: dict[str, Case] = {
+        "ours: ema_update_": lambda: ema_update_(w.target, online, TAU),
+        "torch._foreach_lerp_": torch.no_grad()(lambda: torch._foreach_lerp_(w.target, online, 1 - TAU)),
+        "foreach mul+add": lambda: foreach_ema(w.target, online),
+    }
+    if is_installed("timm"):
+        cases["timm: ModelEmaV3"] = timm_average(w)
+    if is_installed("lightly"):
+        from lightly.models.utils import update_momentum
+
+        modules = w.modules()
+        cases["lightly: update_momentum"] = lambda: update_momentum(*modules, TAU)
+    ours, *others = cases
+    expected = w.after(cases[ours])
+    for other in others:
+        agree(other, w.after(cases[other]), expected, 1e-6)
+    w.reset()
+    loop_ema(apart, online)
+    agree("loop", apart, expected[len(w.online) :], 1e-6)
+    cases["loop: t.data = tau t.data + (1 - tau) o.data"] = lambda: loop_ema(apart, online)
+    return Suite(cases, 12 * sum(t.numel() for t in w.target))
 
 
-def loss_suite(rounds: int, batch: int, dtype: torch.dtype) -> dict[str, Timing]:
+def loss_suite(device: str, batch: int, dtype: torch.dtype) -> Suite:
     generator = torch.Generator().manual_seed(0)
-    p1, p2, z1, z2 = (torch.randn(batch, 256, generator=generator).to(dtype) for _ in range(4))
+    p1, p2, z1, z2 = (torch.randn(batch, 256, generator=generator).to(device, dtype) for _ in range(4))
     p1.requires_grad_()
     p2.requires_grad_()
+    torch._dynamo.reset()
+    losses: dict[str, Loss] = {
+        "ours: byol_loss": byol_loss,
+        "textbook": textbook_loss,
+        "textbook, torch.compile": torch.compile(textbook_loss, dynamic=False),
+    }
+    if is_installed("lightly"):
+        from lightly.loss import NegativeCosineSimilarity
 
-    def run(loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(loss(p1, p2, z1, z2), [p1, p2])
+        negative_cosine = NegativeCosineSimilarity()
+        losses["lightly: NegativeCosineSimilarity, both directions"] = lambda p1, p2, z1, z2: (
+            2 * (2 + negative_cosine(p1, z2) + negative_cosine(p2, z1))
+        )
 
-    bound = 1e-5 if dtype == torch.float32 else 2e-2
-    agree(list(run(byol_loss)), list(run(textbook_loss)), bound)
+    def gradients(loss: Loss) -> list[Tensor]:
+        return list(torch.autograd.grad(loss(p1, p2, z1, z2), [p1, p2]))
+
+    expected = gradients(textbook_loss)
+    for name, loss in losses.items():
+        agree(name, gradients(loss), expected, 1e-5 if dtype == torch.float32 else 2e-2)
     repeats = max(1, 4096 // batch)
 
-    def repeated(loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Callable[[], object]:
-        return lambda: [run(loss) for _ in range(repeats)]
+    def repeated(loss: Loss) -> Case:
+        return lambda: [gradients(loss) for _ in range(repeats)]
 
-    times = interleaved({"ours: byol_loss": repeated(byol_loss), "textbook": repeated(textbook_loss)}, rounds=rounds)
-    return {name: Timing(tuple(s / repeats for s in t.seconds)) for name, t in times.items()}
+    cases = {name: repeated(loss) for name, loss in losses.items()}
+    return Suite(cases, 6 * p1.numel() * p1.element_size(), repeats, uncounted=("textbook, torch.compile",))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", default="", help="suites whose name contains this")
     parser.add_argument("--save", type=Path, help="folder for kernels.csv and environment.json")
     arguments = parser.parse_args()
-    suites: dict[str, Callable[[], dict[str, Timing]]] = {
-        "LARS + EMA": lambda: optimizer_suite(arguments.rounds),
-        "EMA": lambda: ema_suite(arguments.rounds),
-    }
+    suites: dict[str, Callable[[str], Suite]] = {"LARS + EMA": optimizer_suite, "EMA": ema_suite}
     for dtype in (torch.float32, torch.bfloat16):
         for batch in (64, 256, 1024, 4096):
             name = f"loss forward + backward, {batch} x 256 {str(dtype).removeprefix('torch.')}"
-            suites[name] = lambda batch=batch, dtype=dtype: loss_suite(arguments.rounds, batch, dtype)  # type: ignore[misc]
-    print(f"{torch.get_num_threads()} threads, {arguments.rounds} interleaved rounds")
-    table = Table()
-    for suite, run in suites.items():
-        table.add(suite, run())
+            suites[name] = lambda device, batch=batch, dtype=dtype: loss_suite(device, batch, dtype)  # type: ignore[misc]
+    table = KernelTable(arguments.rounds, arguments.device)
+    for name, make in suites.items():
+        if arguments.only in name:
+            table.run(name, make(arguments.device))
     if arguments.save:
-        table.save(arguments.save, "kernels", torch.device("cpu"))
+        table.save(arguments.save, "kernels")
 
 
 if __name__ == "__main__":

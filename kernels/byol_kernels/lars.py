@@ -310,23 +310,22 @@ class _Arguments(NamedTuple):
 
 def _lars_step_cpu(*arguments: Any) -> None:
     a = _Arguments(*arguments)
-    columns = a.columns()
-    plan_for("LARS.step", columns)
+    plan_for("LARS.step", a.columns())
     if a.found_inf is not None and float(a.found_inf) != 0.0:
         return
     lr = [value if tensor is None else float(tensor) for tensor, value in zip(a.lr_tensors, a.lr, strict=True)]
 
-    def by_row(column: Column) -> list[Tensor | None]:
+    def by_row(rows: Sequence[int], tensors: Sequence[Tensor]) -> list[Tensor | None]:
         entries: list[Tensor | None] = [None] * len(a.params)
-        for index, tensor in enumerate(column.tensors):
-            entries[column.row(index)] = tensor
+        for row, tensor in zip(rows, tensors, strict=True):
+            entries[row] = tensor
         return entries
 
     reference.lars_step_(
         a.params,
-        by_row(columns[1]),
-        by_row(columns[2]),
-        by_row(columns[3]),
+        by_row(a.grad_rows, a.grads),
+        by_row(a.grad_rows, a.momentum_buffers),
+        by_row(a.target_rows, a.targets),
         lr=[lr[g] for g in a.group],
         momentum=[a.momentum[g] for g in a.group],
         weight_decay=[a.weight_decay[g] for g in a.group],
