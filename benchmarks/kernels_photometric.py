@@ -1,16 +1,18 @@
-"""Colour and blur beside torchvision, on the CPU.
+"""Colour and blur beside torchvision, kornia and DALI, on the CPU.
 
     python -m benchmarks.kernels_photometric [--rounds N] [--images N] [--save FOLDER]
 
 Every contender gets the same images and the same drawn parameters (BYOL's: jitter .4 .4 .2 .1 with probability .8,
 grayscale .2, sigma .1 to 2), so nobody's random numbers are timed. Agreement is checked before anything is timed.
+Peers come with `pip install byol_fast[peers]`.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
+import math
 from collections.abc import Callable
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
+from torchvision.transforms import functional as F1
 from torchvision.transforms.v2 import functional as F
 
-from byol_fast.bench import Table, Timing, interleaved
+from benchmarks.kernels_table import Case, KernelTable, Suite, is_installed
 from byol_fast.config import ViewConfig
 from byol_fast.data.views import draw
 from byol_kernels import gaussian_blur, photometric
@@ -28,6 +31,7 @@ from byol_kernels import gaussian_blur, photometric
 SIZE, KERNEL = 224, 23
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PARTS: Any = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+PIL_PARTS: Any = (F1.adjust_brightness, F1.adjust_contrast, F1.adjust_saturation, F1.adjust_hue)
 
 
 class Problem:
@@ -39,7 +43,8 @@ class Problem:
         smooth = torch.nn.functional.interpolate(coarse, SIZE, mode="bicubic")
         images = (smooth + 8 * torch.randn(smooth.shape, generator=generator)).clamp(0, 255).to(torch.uint8)
         self.images = images.contiguous(memory_format=torch.channels_last)
-        self.planar = list(images.contiguous())
+        self.planes = images.contiguous()
+        self.planar = list(self.planes)
         self.pil = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
         drawn = draw(ViewConfig(solarize=0.2), np.arange(batch), seed=0, epoch=0, view=0)
         names = ("flip", "jitter", "factors", "order", "grayscale", "blur", "sigma", "window", "solarize")
@@ -53,11 +58,13 @@ class Problem:
 
     def colour(self, x: Any, i: int) -> Any:
         """Jitter and grayscale by torchvision, of a tensor or a PIL image."""
-        d = self.lists
+        d, parts = self.lists, PIL_PARTS if isinstance(x, Image.Image) else PARTS
         if d["jitter"][i]:
             for part in d["order"][i]:
-                x = PARTS[part](x, d["factors"][i][part])
-        return F.rgb_to_grayscale(x, 3) if d["grayscale"][i] else x
+                x = parts[part](x, d["factors"][i][part])
+        if not d["grayscale"][i]:
+            return x
+        return F1.to_grayscale(x, 3) if isinstance(x, Image.Image) else F.rgb_to_grayscale(x, 3)
 
     def blur(self, x: Tensor, i: int) -> Tensor:
         """The paper's blur by torchvision."""
@@ -65,33 +72,108 @@ class Problem:
         return blurred
 
 
-def check(what: str, ours: Tensor, theirs: list[Tensor], largest: float, mean: float) -> None:
-    difference = (ours.float() - torch.stack(theirs).float()).abs()
+def check(what: str, ours: Tensor, theirs: Tensor, largest: float, mean: float) -> None:
+    difference = (ours.float() - theirs.float()).abs()
     found, average = difference.max().item(), difference.mean().item()
     print(f"  {what}: largest difference {found:.0f} of 255, mean {average:.4f}")
     if not (found <= largest and average <= mean):
         raise AssertionError(f"{what}: contenders disagree, allowed are {largest} and {mean}")
 
 
-def colour_suite(p: Problem, rounds: int) -> dict[str, Timing]:
+def kornia_colour(p: Problem) -> Case:
+    """Its operators take a factor for each sample, but one order for the batch."""
+    from kornia.color import rgb_to_grayscale
+    from kornia.enhance import (
+        adjust_brightness_accumulative,
+        adjust_contrast_with_mean_subtraction,
+        adjust_hue,
+        adjust_saturation_with_gray_subtraction,
+    )
+
+    jitter, gray = p.draws["jitter"], p.draws["grayscale"]
+    brightness, contrast, saturation, hue = p.draws["factors"][jitter].unbind(1)
+
+    def run() -> Tensor:
+        x = p.planes.float() / 255
+        y = adjust_brightness_accumulative(x[jitter], brightness)
+        y = adjust_contrast_with_mean_subtraction(y, contrast)
+        y = adjust_saturation_with_gray_subtraction(y, saturation)
+        x[jitter] = adjust_hue(y, hue * 2 * math.pi)
+        x[gray] = rgb_to_grayscale(x[gray]).expand(-1, 3, -1, -1)
+        return (x * 255).round().to(torch.uint8)
+
+    return run
+
+
+def dali_pipeline(p: Problem, draws: dict[str, Tensor], graph: Callable[..., Any]) -> Case:
+    """A DALI graph of images and one number for each image from every draw, run without prefetching."""
+    from nvidia.dali import fn
+    from nvidia.dali.pipeline import pipeline_def
+
+    images = list(p.images.permute(0, 2, 3, 1).contiguous().numpy())
+    numbers = {name: list(draw.float().numpy()) for name, draw in draws.items()}
+
+    @pipeline_def(  # type: ignore[call-overload, untyped-decorator]
+        batch_size=p.batch,
+        num_threads=torch.get_num_threads(),
+        device_id=None,
+        prefetch_queue_depth=1,
+        exec_async=False,
+        exec_pipelined=False,
+    )
+    def pipeline() -> Any:
+        x = fn.external_source(source=repeat(images), batch=True, layout="HWC", no_copy=True)
+        inputs = {
+            name: fn.external_source(source=repeat(values), batch=True, no_copy=True)
+            for name, values in numbers.items()
+        }
+        return graph(fn, x, **inputs)
+
+    built = pipeline()
+    built.build()
+
+    def run() -> Tensor:
+        (result,) = built.run()
+        return torch.from_numpy(np.stack([np.asarray(result.at(i)) for i in range(p.batch)])).permute(0, 3, 1, 2)
+
+    return run
+
+
+def dali_colour(p: Problem) -> Case:
+    """Its own way: contrast about the middle, and hue and saturation as a linear map of the colours."""
+    jitter, gray = p.draws["jitter"], p.draws["grayscale"]
+    brightness, contrast, saturation, hue = torch.where(
+        jitter[:, None], p.draws["factors"], torch.tensor([1.0, 1.0, 1.0, 0.0])
+    ).unbind(1)
+    draws = {"brightness": brightness, "contrast": contrast, "saturation": saturation * ~gray, "hue": hue * 360}
+    return dali_pipeline(p, draws, lambda fn, x, **factors: fn.color_twist(x, **factors))
+
+
+def colour_suite(p: Problem) -> Suite:
     draws = p.only("jitter", "factors", "order", "grayscale")
-    theirs = [p.colour(x, i) for i, x in enumerate(p.planar)]
+    theirs = torch.stack([p.colour(x, i) for i, x in enumerate(p.planar)])
     check("truncated, against torchvision", photometric(p.images, **draws, truncate=True), theirs, 3, 0.002)
     # torchvision rounds down after each step: half a level a step, and what later steps make of it.
     check("not truncated, against torchvision", photometric(p.images, **draws), theirs, 12, 2.5)
-    return interleaved(
-        {
-            "ours: photometric": lambda: photometric(p.images, **draws),
-            "ours: photometric(truncate=True)": lambda: photometric(p.images, **draws, truncate=True),
-            "torchvision v2, tensors": lambda: [p.colour(x, i) for i, x in enumerate(p.planar)],
-            "torchvision, PIL": lambda: [p.colour(x, i) for i, x in enumerate(p.pil)],
-        },
-        rounds=rounds,
-        clock=time.process_time,
-    )
+    cases: dict[str, Case] = {
+        "ours: photometric": lambda: photometric(p.images, **draws),
+        "ours: photometric(truncate=True)": lambda: photometric(p.images, **draws, truncate=True),
+        "torchvision v2, tensors": lambda: [p.colour(x, i) for i, x in enumerate(p.planar)],
+        "torchvision v1, PIL": lambda: [p.colour(x, i) for i, x in enumerate(p.pil)],
+    }
+    if is_installed("kornia"):
+        cases["kornia, one order a batch"] = kornia = kornia_colour(p)
+        one_order = draws | {"order": torch.arange(4).expand(p.batch, 4)}
+        result = kornia()
+        assert isinstance(result, Tensor)
+        check("one order, against kornia", photometric(p.images, **one_order), result, 3, 0.2)
+    if is_installed("nvidia.dali"):
+        cases["DALI color_twist, another operator"] = dali_colour(p)
+    uncounted = ("torchvision v1, PIL", "DALI color_twist, another operator")
+    return Suite(cases, 2 * p.images.numel(), uncounted=uncounted)
 
 
-def finished_suite(p: Problem, rounds: int) -> dict[str, Timing]:
+def finished_suite(p: Problem) -> Suite:
     draws = p.only("flip", "jitter", "factors", "order", "grayscale", "solarize")
 
     def ours() -> Tensor:
@@ -108,35 +190,53 @@ def finished_suite(p: Problem, rounds: int) -> dict[str, Timing]:
     difference = (ours().float() - theirs(p.planar).float()).abs().mean().item() * 255 * min(STD)
     if not difference <= 2.5:
         raise AssertionError(f"finished views: contenders disagree by {difference} levels on average, allowed are 2.5")
-    return interleaved(
-        {
-            "ours: photometric": ours,
-            "torchvision v2, tensors": lambda: theirs(p.planar),
-            "torchvision, PIL": lambda: theirs(p.pil),
-        },
-        rounds=rounds,
-        clock=time.process_time,
-    )
+    cases: dict[str, Case] = {
+        "ours: photometric": ours,
+        "torchvision v2, tensors": lambda: theirs(p.planar),
+        "torchvision v1, PIL": lambda: theirs(p.pil),
+    }
+    return Suite(cases, 3 * p.images.numel(), uncounted=("torchvision v1, PIL",))
 
 
-def blur_suite(p: Problem, rounds: int) -> dict[str, Timing]:
+def blur_suite(p: Problem) -> Suite:
     draws, wide = p.only("sigma", "window"), torch.full((p.batch,), KERNEL)
-    theirs = [p.blur(x, i) for i, x in enumerate(p.planar)]
+    theirs = torch.stack([p.blur(x, i) for i, x in enumerate(p.planar)])
     check("window of 3 sigma, against torchvision's 23", gaussian_blur(p.images, **draws), theirs, 1, 0.02)
     check("window of 23, against torchvision's", gaussian_blur(p.images, draws["sigma"], wide), theirs, 1, 0.002)
     filters = [ImageFilter.GaussianBlur(sigma) for sigma in p.lists["sigma"]]
-    return interleaved(
-        {
-            "ours: gaussian_blur, window of 3 sigma": lambda: gaussian_blur(p.images, **draws),
-            "ours: gaussian_blur, window of 23": lambda: gaussian_blur(p.images, draws["sigma"], wide),
-            "torchvision v2, tensors, window of 23": lambda: [p.blur(x, i) for i, x in enumerate(p.planar)],
-            "PIL's filter, an approximation by boxes": lambda: [
-                x.filter(f) for x, f in zip(p.pil, filters, strict=True)
-            ],
-        },
-        rounds=rounds,
-        clock=time.process_time,
-    )
+    cases: dict[str, Case] = {
+        "ours: gaussian_blur, window of 3 sigma": lambda: gaussian_blur(p.images, **draws),
+        "ours: gaussian_blur, window of 23": lambda: gaussian_blur(p.images, draws["sigma"], wide),
+        "torchvision v2, tensors, window of 23": lambda: [p.blur(x, i) for i, x in enumerate(p.planar)],
+        "PIL's filter, an approximation by boxes": lambda: [x.filter(f) for x, f in zip(p.pil, filters, strict=True)],
+    }
+    uncounted = ["PIL's filter, an approximation by boxes"]
+    if is_installed("kornia"):
+        from kornia.filters import gaussian_blur2d
+
+        sigma = draws["sigma"][:, None].expand(-1, 2)
+
+        def kornia() -> Tensor:
+            blurred: Tensor = gaussian_blur2d(p.planes.float(), KERNEL, sigma)
+            return blurred.round().to(torch.uint8)
+
+        check("window of 23, against kornia's", gaussian_blur(p.images, draws["sigma"], wide), kornia(), 1, 0.002)
+        cases["kornia, window of 23"] = kornia
+    if is_installed("nvidia.dali"):
+        for name, window in (("23", KERNEL), ("its own choice", 0)):
+            case = dali_pipeline(
+                p,
+                {"sigma": draws["sigma"]},
+                lambda fn, x, sigma, window=window: fn.gaussian_blur(x, sigma=sigma, window_size=window),
+            )
+            result = case()
+            assert isinstance(result, Tensor)
+            check(
+                f"window of 23, against DALI's of {name}", gaussian_blur(p.images, draws["sigma"], wide), result, 3, 0.1
+            )
+            cases[f"DALI, window of {name}"] = case
+            uncounted.append(f"DALI, window of {name}")
+    return Suite(cases, 2 * p.images.numel(), uncounted=tuple(uncounted))
 
 
 def main() -> None:
@@ -146,17 +246,16 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="folder for kernels_photometric.csv and environment.json")
     arguments = parser.parse_args()
     problem = Problem(arguments.images)
-    suites: dict[str, Callable[[Problem, int], dict[str, Timing]]] = {
+    suites: dict[str, Callable[[Problem], Suite]] = {
         "colour, uint8 to uint8": colour_suite,
         "flip, colour, solarize, normalise to bfloat16 channels_last": finished_suite,
         "blur, uint8 to uint8": blur_suite,
     }
-    print(f"{torch.get_num_threads()} threads, {arguments.rounds} interleaved rounds")
-    table = Table(arguments.images, "images/CPU-s")
-    for suite, run in suites.items():
-        table.add(suite, run(problem, arguments.rounds))
+    table = KernelTable(arguments.rounds, amount=arguments.images, what="images")
+    for name, make in suites.items():
+        table.run(name, make(problem))
     if arguments.save:
-        table.save(arguments.save, "kernels_photometric", torch.device("cpu"))
+        table.save(arguments.save, "kernels_photometric")
 
 
 if __name__ == "__main__":

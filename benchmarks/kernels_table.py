@@ -84,12 +84,19 @@ class KernelTable:
     Args:
         rounds: interleaved rounds that count.
         device: where the cases run.
+        amount: what one call processes; the table then shows that a second. None: milliseconds a call.
+        what: the name of it.
     """
 
-    def __init__(self, rounds: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, rounds: int, device: torch.device | str = "cpu", *, amount: float | None = None, what: str = ""
+    ) -> None:
         self.rounds, self.device = rounds, torch.device(device)
         alone = self.device.type == "cpu" and torch.get_num_threads() == 1
         self.clock, self.unit = (time.process_time, "CPU-ms") if alone else (time.perf_counter, "ms")
+        self.amount = amount
+        if amount is not None:
+            self.unit = f"{what}/{'CPU-' if alone else ''}s"
         self.rows: list[list[object]] = []
         print(f"{self.device}, {torch.get_num_threads()} threads, {rounds} interleaved rounds")
 
@@ -115,7 +122,10 @@ class KernelTable:
     def _row(
         self, name: str, provider: str, t: Timing, ours: Timing, suite: Suite, copied: float, count: Count
     ) -> None:
-        p20, p50, p80 = (1e3 * t.quantile(q) for q in (0.2, 0.5, 0.8))
+        quantiles = [t.quantile(q) for q in (0.2, 0.5, 0.8)]
+        p20, p50, p80 = (
+            (1e3 * s for s in quantiles) if self.amount is None else (self.amount / s for s in reversed(quantiles))
+        )
         middle, low, high = ratio(t, ours)
         speed = suite.moved / t.median
         ops, syncs = count.ops // suite.repeats, count.syncs // suite.repeats
