@@ -11,6 +11,7 @@ import pytest
 from byol_fast import checkpoint as checkpoints
 from byol_fast import cli
 from byol_fast import config as configs
+from byol_fast.commands import options, train
 
 
 def byol_fast(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -103,11 +104,11 @@ def test_help_shows_every_field_with_the_recipes_value(capsys: pytest.CaptureFix
 @pytest.mark.parametrize("form", ["--resume {}", "--resume={}"])
 def test_resume_is_taken_out_of_the_options(form: str, value: str) -> None:
     words = ["cifar10_resnet18", *form.format(value).split(), "--seed", "3"]
-    assert cli._take_resume(words) == (value, ["cifar10_resnet18", "--seed", "3"])
+    assert train.take_resume(words) == (value, ["cifar10_resnet18", "--seed", "3"])
 
 
 def test_an_option_reaches_its_field() -> None:
     from byol_fast import recipes
 
-    config = cli._parse(recipes.demo(), ["--optim.warmup_steps", "6", "--view1.area", "0.5", "1"], "x")
+    config = options.parse(recipes.demo(), ["--optim.warmup_steps", "6", "--view1.area", "0.5", "1"], "x")
     assert config == configs.replace(recipes.demo(), {"optim.warmup_steps": 6, "view1.area": (0.5, 1.0)})
