@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.step_ops import outside_forward_and_backward
 from byol_fast.activations import checkpoint_blocks
 from byol_fast.capture import leave_no_trace
 from byol_fast.config import OptimConfig
@@ -283,3 +284,14 @@ def test_simsiam_is_its_formula() -> None:
     for a, p in zip(ours, task.online.parameters(), strict=True):
         assert p.grad is not None
         torch.testing.assert_close(a, p.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_what_a_step_adds_to_forward_and_backward_does_not_grow_with_the_network() -> None:
+    small, large = small_byol(), BYOL("resnet34", hidden_dim=16, projection_dim=8, image_size=32)
+    assert 1.5 * len(small.trainable_parameters()) < len(large.trainable_parameters())
+    counted = [outside_forward_and_backward(task, 32) for task in (small, large)]
+    assert counted[0] == counted[1]
+    everything, update = counted[0]
+    assert update == (1, 0)  # LARS with the moving average
+    assert everything.ops <= 18
+    assert everything.syncs <= 1  # the flag of a step to be undone, read by a CPU only
