@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from byol_fast.config import Config, ConfigError
 from byol_fast.environment import version
 from byol_fast.files import atomic_path, atomic_write
 from byol_fast.networks import build_encoder
+
+log = logging.getLogger(__name__)
 
 PREFIX = "online.encoder."
 
@@ -40,17 +43,7 @@ def export_encoder(
         ConfigError: the folder cannot be written.
     """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
-    description: dict[str, Any] = {
-        "encoder": config.model.encoder,
-        "cifar_stem": config.model.cifar_stem,
-        "feature_dim": feature_dim,
-        "image_size": config.view1.size,
-        "mean": list(config.model.mean),
-        "std": list(config.model.std),
-        "recipe": config.recipe,
-        "step": step,
-        "byol_fast": version("byol_fast"),
-    }
+    description = _description(config, step=step, feature_dim=feature_dim)
     weights, about = folder / "encoder.safetensors", folder / "encoder.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,6 +53,22 @@ def export_encoder(
     except OSError as error:
         raise ConfigError(f"export: {folder} cannot be written ({error}); choose another folder") from None
     return weights, about
+
+
+def _description(config: Config, *, step: int, feature_dim: int) -> dict[str, Any]:
+    """What one has to know to use an encoder."""
+    return {
+        "encoder": config.model.encoder,
+        "cifar_stem": config.model.cifar_stem,
+        "feature_dim": feature_dim,
+        "image_size": config.view1.size,
+        "interpolation": config.view1.interpolation,
+        "mean": list(config.model.mean),
+        "std": list(config.model.std),
+        "recipe": config.recipe,
+        "step": step,
+        "byol_fast": version("byol_fast"),
+    }
 
 
 def export_run(run: Path, folder: Path | None = None) -> tuple[Path, Path]:
@@ -73,36 +82,46 @@ def export_run(run: Path, folder: Path | None = None) -> tuple[Path, Path]:
         ConfigError: not a run folder.
         CheckpointError: it holds no usable checkpoint.
     """
+    config, encoder, description = _from_checkpoint(run)
+    step, feature_dim = description["step"], description["feature_dim"]
+    return export_encoder(encoder, config, folder or run, step=step, feature_dim=feature_dim)
+
+
+def _from_checkpoint(run: Path) -> tuple[Config, nn.Module, dict[str, Any]]:
+    """The online encoder of a run's newest checkpoint, in eval mode, with its configuration and description."""
     config = configs.load(run / "config.json")
     payload = checkpoints.load_latest(run / "checkpoints")
     encoder = build_encoder(config.model.encoder, image_size=config.view1.size, cifar_stem=config.model.cifar_stem)
-    state = {k.removeprefix(PREFIX): v for k, v in payload["task"].items() if k.startswith(PREFIX)}
-    encoder.load_state_dict(state)
-    return export_encoder(encoder, config, folder or run, step=payload["step"], feature_dim=payload["feature_dim"])
+    encoder.load_state_dict({k.removeprefix(PREFIX): v for k, v in payload["task"].items() if k.startswith(PREFIX)})
+    return config, encoder.eval(), _description(config, step=payload["step"], feature_dim=payload["feature_dim"])
 
 
 def load_encoder(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
-    """Read an exported encoder.
+    """Read a trained encoder.
 
     Args:
-        path: a run folder, or the folder `byol-fast export` wrote to, or its `encoder.safetensors`.
+        path: a run folder, or the folder `byol-fast export` wrote to, or its `encoder.safetensors`. Of a run that has
+            exported nothing yet the newest checkpoint is taken.
 
     Returns:
         The encoder in eval mode, and the content of `encoder.json`. Its input is `(x / 255 - mean) / std`,
         `[B, 3, H, W]`; its output `[B, feature_dim]` (flatten what lies behind the batch).
 
     Raises:
-        FileNotFoundError: no exported encoder there.
+        FileNotFoundError: no exported encoder and no run there.
+        CheckpointError: a run that has neither an exported encoder nor a usable checkpoint.
     """
-    weights = Path(path)
-    if weights.is_dir():
-        weights = weights / "encoder.safetensors"
-    weights = weights.with_suffix(".safetensors")
+    path = Path(path)
+    weights = path / "encoder.safetensors" if path.is_dir() else path.with_suffix(".safetensors")
+    if path.is_dir() and not weights.exists() and (path / "config.json").exists():
+        _, encoder, description = _from_checkpoint(path)
+        log.info("%s has exported no encoder yet: that of its checkpoint of step %d", path, description["step"])
+        return encoder, description
     about = weights.with_suffix(".json")
     for file in (weights, about):
         if not file.exists():
             raise FileNotFoundError(f"load_encoder: {file} does not exist; write it with `byol-fast export RUN`")
-    description: dict[str, Any] = json.loads(about.read_text())
+    description = json.loads(about.read_text())
     encoder = build_encoder(
         description["encoder"], image_size=description["image_size"], cifar_stem=description["cifar_stem"]
     )

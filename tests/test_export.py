@@ -44,6 +44,16 @@ def test_export_of_a_run_equals_the_encoder_it_wrote(tiny: Config, tmp_path: Pat
     assert about.read_text() == (run / "encoder.json").read_text()
 
 
+def test_a_run_without_an_export_gives_the_encoder_of_its_newest_checkpoint(tiny: Config) -> None:
+    run = Trainer(configs.replace(tiny, {"steps": 2})).fit().run_dir
+    exported, about = load_encoder(run)
+    (run / "encoder.safetensors").unlink()
+    encoder, same = load_encoder(run)
+    assert same == about
+    x = torch.randn(4, 3, 16, 16)
+    assert torch.equal(encoder(x), exported(x))
+
+
 def test_missing_export_is_explained(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="byol-fast export RUN"):
         load_encoder(tmp_path)
