@@ -26,12 +26,14 @@ usage: byol-fast COMMAND ...
   train --resume RUN              continue a run exactly where it stopped
   preview RECIPE [--check]        a contact sheet of the views that training sees; a check against torchvision
   doctor [--data.root FOLDER]     check this machine, and every image; say what to do about what is wrong
-  export RUN [--to FOLDER]        write the encoder of a run's newest checkpoint
+  export RUN [--format ...]       write the encoder of a run's newest checkpoint: safetensors, ONNX, torch.export, timm
+  embed RUN FOLDER [--to FILE]    write the features of every image, and a sheet of nearest neighbours
+  report RUN [RUN ...]            one HTML page about a run: curves, evaluations, views, neighbours; or several compared
   --version                       print the version
 """
 
 # Each is a module of `byol_fast.commands`, imported when it is asked for.
-COMMANDS = ("demo", "train", "preview", "doctor", "export")
+COMMANDS = ("demo", "train", "preview", "doctor", "export", "embed", "report")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

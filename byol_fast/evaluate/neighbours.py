@@ -1,0 +1,236 @@
+"""Nearest neighbours to look at: what an encoder takes for similar."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.nn import functional as F
+
+from byol_fast.config import ConfigError
+from byol_fast.data import ImageSource
+from byol_fast.data.preview import FAINT, INK, PAPER, TRAY, VIEW_COLOURS
+from byol_fast.files import atomic_path
+
+TILE, GAP, MARGIN, LINE = 96, 12, 24, 15
+TEXT, TITLE, FRAME = 11, 18, 3
+SAME, OTHER = VIEW_COLOURS
+"""Frames of neighbours of the query's class, and of others."""
+
+Matrix = NDArray[np.float32] | Tensor
+
+
+@torch.no_grad()
+def nearest(
+    features_ND: Matrix, queries_QD: Matrix, *, k: int, exclude: Sequence[int] | None = None, chunk: int = 16_384
+) -> tuple[Tensor, Tensor]:
+    """The k most similar rows for each query, by cosine; of equally similar ones the first.
+
+    Args:
+        features_ND: where to look.
+        queries_QD: what to look for.
+        k: neighbours.
+        exclude: for each query a row that does not count: itself.
+        chunk: rows compared at a time; bounds memory to `Q * chunk` similarities.
+
+    Returns:
+        Similarities fp32 `[Q, k]`, falling, and rows int64 `[Q, k]`, on the CPU.
+
+    Raises:
+        ValueError: the shapes do not fit, or k is larger than the number of rows that count.
+    """
+    bank, queries = _matrix("features", features_ND), F.normalize(_matrix("queries", queries_QD), dim=1)
+    count = len(bank) - (exclude is not None)
+    if bank.shape[1] != queries.shape[1]:
+        raise ValueError(f"neighbours: queries must have {bank.shape[1]} columns as the features, got {queries.shape}")
+    if not 1 <= k <= count:
+        raise ValueError(f"neighbours: k must be 1..{count} (images that can be neighbours), got {k}")
+    own = None if exclude is None else torch.as_tensor(exclude)[:, None]
+    best = torch.empty(len(queries), 0)
+    rows = torch.empty(len(queries), 0, dtype=torch.int64)
+    for start in range(0, len(bank), chunk):
+        similarity = queries @ F.normalize(bank[start : start + chunk], dim=1).T
+        index = torch.arange(start, start + similarity.shape[1]).expand(len(queries), -1)
+        if own is not None:
+            similarity.masked_fill_(index == own, -torch.inf)
+        # Stable, and what came first stays first: the result does not depend on the chunks.
+        best, order = torch.cat([best, similarity], 1).sort(dim=1, descending=True, stable=True)
+        best, order = best[:, :k], order[:, :k]
+        rows = torch.cat([rows, index], 1).gather(1, order)
+    return best, rows
+
+
+def _matrix(what: str, x: Matrix) -> Tensor:
+    matrix = torch.as_tensor(x).float().cpu()
+    if matrix.ndim != 2 or not len(matrix):
+        raise ValueError(f"neighbours: {what} must be [N, D] with N of 1 or more, got {list(matrix.shape)}")
+    if not bool(torch.isfinite(matrix).all()):
+        raise ValueError(f"neighbours: {what} must be finite, some are not; embed the images anew")
+    return matrix
+
+
+def choose_queries(count: int, num: int, labels: NDArray[np.int64] | None = None) -> list[int]:
+    """Images to ask about, the same every time: from all classes in turn, or evenly spaced where there are none.
+
+    Args:
+        count: number of images.
+        num: how many to choose; all where there are fewer.
+        labels: classes `[count]`, -1 where unknown.
+    """
+    num = min(num, count)
+    everything = np.arange(count)
+    if labels is None or not (labels >= 0).any():
+        return _spaced(everything, num)
+    groups = [np.flatnonzero(labels == c) for c in np.unique(labels[labels >= 0])]
+    groups = [groups[i] for i in _spaced(np.arange(len(groups)), min(num, len(groups)))]
+    share = [num // len(groups) + (i < num % len(groups)) for i in range(len(groups))]
+    chosen = [i for group, n in zip(groups, share, strict=True) for i in _spaced(group, min(n, len(group)))]
+    rest = np.setdiff1d(everything, chosen)
+    return chosen + _spaced(rest, num - len(chosen))
+
+
+def _spaced(items: NDArray[np.int64], num: int) -> list[int]:
+    """The middles of so many equal parts."""
+    return [int(items[(2 * i + 1) * len(items) // (2 * num)]) for i in range(num)]
+
+
+def neighbour_sheet(
+    source: ImageSource,
+    features: Matrix,
+    *,
+    queries: int | Sequence[int] = 8,
+    k: int = 8,
+    labels: NDArray[np.int64] | None = None,
+    own: tuple[ImageSource, Matrix] | None = None,
+    title: str = "Nearest neighbours",
+) -> Image.Image:
+    """A picture: a query in each row, and the images whose features are most similar to its own.
+
+    Args:
+        source: the images.
+        features: of each of them `[N, D]`.
+        queries: how many to choose (`choose_queries`), or their positions in the source.
+        k: neighbours of each; all where there are fewer.
+        labels: classes `[N]`, -1 where unknown; the source's own when None. Frames show whether they agree.
+        own: images that are not in the source, and their features, to ask about instead.
+        title: of the sheet.
+
+    Returns:
+        An RGB image. Small images are enlarged a whole number of times.
+
+    Raises:
+        ValueError: features that do not belong to the images, or there are fewer than two of them.
+        BadImageError: an image cannot be read.
+    """
+    if len(features) != len(source) or len(source) < 2:
+        raise ValueError(
+            f"neighbours: features must be one for each of 2 or more images, got {len(features)} for {len(source)}"
+        )
+    labels = source.labels if labels is None else labels
+    k = min(k, len(source) - 1)
+    if own is None:
+        chosen = choose_queries(len(source), queries, labels) if isinstance(queries, int) else list(queries)
+        asked, asked_labels = source, None if labels is None else labels[chosen]
+        similarity, rows = nearest(features, _matrix("features", features)[chosen], k=k, exclude=chosen)
+    else:
+        asked, asked_labels = own[0], None
+        chosen = list(range(len(asked)))
+        similarity, rows = nearest(features, own[1], k=k)
+    step = TILE + GAP
+    top = 2 * MARGIN + TITLE + LINE + 8
+    left = MARGIN + step + GAP
+    canvas = Image.new("RGB", (left + k * step + MARGIN - GAP, top + len(chosen) * (step + 2 * LINE)), PAPER)
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default
+    pen.text((MARGIN, MARGIN - 6), title, INK, font(TITLE))
+    _legend(pen, source, k, rows, labels, asked_labels)
+    for row, query in enumerate(chosen):
+        y = top + row * (step + 2 * LINE)
+        label = -1 if asked_labels is None else int(asked_labels[row])
+        _draw(canvas, asked.load(query), (MARGIN, y), INK)
+        _caption(pen, (MARGIN, y + TILE + 4), _name(asked, query), _class(source, label))
+        pen.line((left - GAP - 1, y, left - GAP - 1, y + TILE), FAINT)
+        for column, (i, s) in enumerate(zip(rows[row].tolist(), similarity[row].tolist(), strict=True)):
+            x = left + column * step
+            found = -1 if labels is None else int(labels[i])
+            known = label >= 0 and found >= 0
+            _draw(canvas, source.load(i), (x, y), (SAME if found == label else OTHER) if known else None)
+            _caption(pen, (x, y + TILE + 4), f"{s:.3f}", _class(source, found))
+    return canvas
+
+
+def _legend(
+    pen: ImageDraw.ImageDraw,
+    source: ImageSource,
+    k: int,
+    rows: Tensor,
+    labels: NDArray[np.int64] | None,
+    asked: NDArray[np.int64] | None,
+) -> None:
+    """What is seen: the small print below the title."""
+    font = ImageFont.load_default(TEXT)
+    at, y = MARGIN, MARGIN + TITLE
+    text = f"{k} nearest of {len(source):,} images by the cosine of their features"
+    if labels is not None and asked is not None and (asked >= 0).any():
+        same = (labels[rows.numpy()] == asked[:, None])[asked >= 0]
+        text += f"; {same.mean():.0%} of those shown are of the query's class:"
+    pen.text((at, y), text, FAINT, font)
+    if labels is None or asked is None:
+        return
+    at += int(pen.textlength(text, font)) + GAP
+    for colour, meaning in ((SAME, "same class"), (OTHER, "another class")):
+        pen.rectangle((at, y + 1, at + 10, y + 11), outline=colour, width=FRAME)
+        pen.text((at + 15, y), meaning, FAINT, font)
+        at += 15 + int(pen.textlength(meaning, font)) + GAP
+
+
+def _draw(canvas: Image.Image, image: Image.Image, at: tuple[int, int], frame: str | None) -> None:
+    """The whole image in a square, framed."""
+    x, y = at
+    pen = ImageDraw.Draw(canvas)
+    pen.rectangle((x, y, x + TILE - 1, y + TILE - 1), TRAY)
+    room = TILE - 2 * FRAME
+    scale = room / max(image.size)
+    if scale >= 2:
+        image = image.resize((image.width * int(scale), image.height * int(scale)), Image.Resampling.NEAREST)
+    else:
+        size = (max(1, round(side * scale)) for side in image.size)
+        image = image.resize((next(size), next(size)), Image.Resampling.LANCZOS)
+    canvas.paste(image, (x + (TILE - image.width) // 2, y + (TILE - image.height) // 2))
+    if frame is not None:
+        pen.rectangle((x, y, x + TILE - 1, y + TILE - 1), outline=frame, width=FRAME)
+
+
+def _caption(pen: ImageDraw.ImageDraw, at: tuple[int, int], *lines: str) -> None:
+    font = ImageFont.load_default(TEXT)
+    for number, line in enumerate(lines):
+        text = line
+        while len(text) > 3 and pen.textlength(text, font) > TILE:
+            text = ".." + text[3:]
+        pen.text((at[0], at[1] + number * LINE), text, FAINT if number else INK, font)
+
+
+def _name(source: ImageSource, i: int) -> str:
+    return Path(source.where(i)).name
+
+
+def _class(source: ImageSource, label: int) -> str:
+    return source.classes[label] if 0 <= label < len(source.classes) else ""
+
+
+def save_sheet(sheet: Image.Image, path: Path) -> None:
+    """Write a sheet as PNG, whole or not at all.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            sheet.save(temporary, format="png", optimize=True)
+    except OSError as error:
+        raise ConfigError(f"neighbours: {path} cannot be written ({error}); choose another file") from error
