@@ -29,11 +29,12 @@ usage: byol-fast COMMAND ...
   export RUN [--format ...]       write the encoder of a run's newest checkpoint: safetensors, ONNX, torch.export, timm
   embed RUN FOLDER [--to FILE]    write the features of every image, and a sheet of nearest neighbours
   report RUN [RUN ...]            one HTML page about a run: curves, evaluations, views, neighbours; or several compared
+  bench [SUITE ...]               measure this beside what else one could use; `bench compare A B`: what has changed
   --version                       print the version
 """
 
 # Each is a module of `byol_fast.commands`, imported when it is asked for.
-COMMANDS = ("demo", "train", "preview", "doctor", "export", "embed", "report")
+COMMANDS = ("demo", "train", "preview", "doctor", "export", "embed", "report", "bench")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
