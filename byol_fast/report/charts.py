@@ -307,8 +307,8 @@ class _Axis:
         self.low, self.high = low, high
 
     def place(self, value: float) -> float:
-        if self.log:
-            return math.log(value / self.low) / math.log(self.high / self.low)
+        if self.log:  # an error bar may end at 0 or below
+            return math.log(max(value / self.low, 1e-9)) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
     def ticks(self, count: int) -> list[float]:
@@ -391,10 +391,14 @@ class _Frame:
     right: float
     bottom: float
 
+    def across(self, x: float) -> float:
+        return self.left + self.x.place(x) * (self.right - self.left)
+
+    def up(self, y: float) -> float:
+        return min(max(self.bottom - self.y.place(y) * (self.bottom - self.top), self.top), self.bottom)
+
     def place(self, x: float, y: float) -> Point:
-        across = self.left + self.x.place(x) * (self.right - self.left)
-        up = self.bottom - self.y.place(y) * (self.bottom - self.top)
-        return across, min(max(up, self.top), self.bottom)
+        return self.across(x), self.up(y)
 
 
 def _plot(
@@ -417,12 +421,13 @@ def _plot(
     for series in (*lines, *groups):
         ys += [e for pair in series.error or () for e in pair if math.isfinite(e) and (e > 0 or not y_log)]
     bare = points and not x_label and not y_label
-    x_axis = _Axis(min(xs), max(xs), log=x_log, nice=points and not bare)
-    y_axis = _Axis(*(y_range or (min(ys), max(ys))), log=y_log, nice=y_range is None and not bare)
+    left_end = 0.0 if not points and 0 < min(xs) <= 0.05 * max(xs) else min(xs)  # steps are counted from 1
+    x_axis = _Axis(min(xs) if x_log else left_end, max(xs), log=x_log, nice=points and x_log)
+    y_axis = _Axis(*(y_range or (min(ys), max(ys))), log=y_log, nice=y_range is None and (y_log or not points))
     entries = [(s.name, _line_key(i, points)) for i, s in enumerate(lines)]
     entries += [(s.name, _point_key(i)) for i, s in enumerate(groups)]
     legend, top = _legend(entries if len(entries) > 1 else [], 2 * LINE)
-    top += LINE if y_label else 0
+    top += LINE + 3 if y_label else 0
     labels = [] if bare else [(t, y_axis.label(t, 5)) for t in y_axis.ticks(5)]
     left = MARGIN + max((_width(text, SMALL) for _, text in labels), default=0) + 6
     height = WIDTH - 2 * MARGIN if bare else HEIGHT
@@ -430,7 +435,7 @@ def _plot(
     frame = _Frame(x_axis, y_axis, left + pad, top + pad, WIDTH - 2 * MARGIN - pad, top + height - pad)
     parts = [legend]
     if y_label:
-        parts.append(_text(MARGIN, top - 8, y_label, SMALL, "start"))
+        parts.append(_text(MARGIN, top - 11, y_label, SMALL, "start"))
     for value, text in labels:
         y = frame.place(x_axis.low, value)[1]
         parts.append(f'<path d="M{left:.1f} {y:.1f}H{WIDTH - 2 * MARGIN}" stroke="currentColor" stroke-opacity=".15"/>')
@@ -440,10 +445,9 @@ def _plot(
         x = frame.place(value, y_axis.low)[0]
         parts.append(f'<path d="M{x:.1f} {end:.1f}v4" stroke="currentColor" stroke-opacity=".5"/>')
         parts.append(_text(x, end + LINE, x_axis.label(value, 6), SMALL, "middle"))
-    parts.append(
-        f'<path d="M{left:.1f} {top:.1f}V{end:.1f}H{WIDTH - 2 * MARGIN}" fill="none" stroke="currentColor" '
-        'stroke-opacity=".5"/>'
-    )
+    border = f"M{left:.1f} {top:.1f}V{end:.1f}H{WIDTH - 2 * MARGIN}" + (f"V{top:.1f}z" if bare else "")
+    opacity = ".2" if bare else ".5"
+    parts.append(f'<path d="{border}" fill="none" stroke="currentColor" stroke-opacity="{opacity}"/>')
     if x_label:
         parts.append(_text((left + WIDTH) / 2, end + 2 * LINE, x_label, SMALL, "middle"))
     for i, series in enumerate(lines):
@@ -465,7 +469,6 @@ def _known(series: Series, x_log: bool, y_log: bool) -> list[Point | None]:
 
 
 def _line(series: Series, known: Sequence[Point | None], frame: _Frame, number: int, *, neutral: bool) -> list[str]:
-    placed = [None if p is None else frame.place(*p) for p in known]
     pen = (
         f'style="stroke:currentColor" stroke-opacity=".7" stroke-dasharray="{DASHES[number % len(DASHES)]}"'
         if neutral
@@ -475,42 +478,39 @@ def _line(series: Series, known: Sequence[Point | None], frame: _Frame, number: 
         pen += f' stroke-dasharray="{DASHES[number // len(COLOURS) % len(DASHES)]}"'
     pen += ' fill="none" stroke-width="1.8" stroke-linejoin="round" stroke-linecap="round"'
     parts = []
-    if sum(p is not None for p in placed) > 2 * (frame.right - frame.left) and not series.markers:
-        lines, bands = _thinned(placed)
-        outline = "".join(
-            _path([(x, low) for x, low, _ in band] + [(x, high) for x, _, high in reversed(band)]) + "Z"
-            for band in bands
-        )
+    pieces = _pieces(None if p is None else (frame.across(p[0]), p[1]) for p in known)
+    if sum(map(len, pieces)) > 2 * (frame.right - frame.left) and not series.markers:
+        columns = [_columns(piece) for piece in pieces]
+        outline = "".join(_band([(x, frame.up(low), frame.up(high)) for x, _, low, high in piece]) for piece in columns)
         parts.append(f'<path d="{outline}" style="{_colour(number)}" fill-opacity=".22"/>')
-    else:
-        lines = _pieces(placed)
-    drawn = "".join(_path(piece) for piece in lines if len(piece) > 1)
-    parts.append(f'<path d="{drawn}" {pen}/>')
+        pieces = [[(x, mean) for x, mean, _, _ in piece] for piece in columns]
+    lines = [[(x, frame.up(y)) for x, y in piece] for piece in pieces]
+    parts.append(f'<path d="{"".join(_path(line) for line in lines if len(line) > 1)}" {pen}/>')
     if not series.markers:
-        alone = [piece[0] for piece in lines if len(piece) == 1]
+        alone = [line[0] for line in lines if len(line) == 1]
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" style="{_colour(number)}"/>' for x, y in alone]
-    for i, at in enumerate(placed):
-        p = known[i]
-        if at is None or p is None:
+        if series.error is None:
+            return parts
+    for i, p in enumerate(known):
+        if p is None:
             continue
+        x, y = frame.place(*p)
         if series.error is not None and all(map(math.isfinite, series.error[i])):
-            low, high = (frame.place(p[0], e)[1] for e in series.error[i])
-            bar = f"M{at[0]:.1f} {low:.1f}V{high:.1f}m-3 0h6M{at[0] - 3:.1f} {low:.1f}h6"
+            low, high = map(frame.up, series.error[i])
+            bar = f"M{x:.1f} {low:.1f}V{high:.1f}m-3 0h6M{x - 3:.1f} {low:.1f}h6"
             parts.append(f'<path d="{bar}" fill="none" style="{_colour(number, "stroke")}"/>')
         if series.markers:
             tip = escape(f"{series.name}: {_short(p[0])}, {_short(p[1])}")
-            parts.append(
-                f'<circle cx="{at[0]:.1f}" cy="{at[1]:.1f}" r="3.2" style="{_colour(number)}">'
-                f"<title>{tip}</title></circle>"
-            )
+            at = f'cx="{x:.1f}" cy="{y:.1f}"'
+            parts.append(f'<circle {at} r="3.2" style="{_colour(number)}"><title>{tip}</title></circle>')
     return parts
 
 
-def _pieces(placed: Iterable[Point | None]) -> list[list[Point]]:
+def _pieces(points: Iterable[Point | None]) -> list[list[Point]]:
     """Lines between gaps. A gap that nobody could see, less than two pixels wide, is none."""
     pieces: list[list[Point]] = []
     gap = True
-    for p in placed:
+    for p in points:
         if p is None:
             gap = True
             continue
@@ -521,22 +521,22 @@ def _pieces(placed: Iterable[Point | None]) -> list[list[Point]]:
     return pieces
 
 
-def _thinned(placed: Iterable[Point | None]) -> tuple[list[list[Point]], list[list[tuple[float, float, float]]]]:
-    """Means by columns of a pixel, and (x, lowest, highest) of the columns."""
-    lines, bands = [], []
-    for piece in _pieces(placed):
-        columns: dict[int, list[Point]] = {}
-        for p in piece:
-            columns.setdefault(round(p[0]), []).append(p)
-        line, band = [], []
-        for column in columns.values():
-            heights = [y for _, y in column]
-            x = sum(x for x, _ in column) / len(column)
-            line.append((x, sum(heights) / len(heights)))
-            band.append((x, min(heights), max(heights)))
-        lines.append(line)
-        bands.append(band)
-    return lines, bands
+def _columns(piece: Sequence[Point]) -> list[tuple[float, float, float, float]]:
+    """Position, mean, lowest and highest of the points of each column of pixels."""
+    columns: dict[int, list[Point]] = {}
+    for p in piece:
+        columns.setdefault(round(p[0]), []).append(p)
+    found = []
+    for column in columns.values():
+        values = [y for _, y in column]
+        x = sum(x for x, _ in column) / len(column)
+        found.append((x, sum(values) / len(values), min(values), max(values)))
+    return found
+
+
+def _band(columns: Sequence[tuple[float, float, float]]) -> str:
+    """The outline of what lies between the lowest and the highest."""
+    return _path([(x, low) for x, low, _ in columns] + [(x, high) for x, _, high in reversed(columns)]) + "Z"
 
 
 def _path(points: Sequence[Point]) -> str:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 DASH = "\N{EN DASH}"
+LEGIBLE = 1000
+"""A picture is not shown narrower than so many pixels: on a phone it scrolls, as its writing would be too small."""
+LONG = 12
+"""Letters of a figure at a glance that is set smaller."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +90,10 @@ def figure(image: Image, caption: str) -> str:
         files[kind] = buffer.getvalue()
     kind = min(files, key=lambda k: len(files[k]))
     data = base64.b64encode(files[kind]).decode()
-    size = f'width="{image.width}" height="{image.height}"'
+    shape = f'width="{image.width}" height="{image.height}" style="min-width:{min(image.width, LEGIBLE)}px"'
     return (
-        f'<figure><img src="data:image/{kind};base64,{data}" {size} alt="{escape(caption)}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
+        f'<figure><div class="scroll" tabindex="0"><img src="data:image/{kind};base64,{data}" {shape} '
+        f'alt="{escape(caption)}"></div><figcaption>{escape(caption)}</figcaption></figure>'
     )
 
 
@@ -111,7 +115,8 @@ def details(summary: str, html: str) -> str:
 def facts(entries: Sequence[tuple[str, str, str]]) -> str:
     """Figures at a glance: (name, value, small print), as plain text."""
     cards = (
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}{f'<small>{escape(more)}</small>' if more else ''}</dd></div>"
+        f"<div><dt>{escape(name)}</dt><dd{' class=long' if len(value) > LONG else ''}>{escape(value)}"
+        f"{f'<small>{escape(more)}</small>' if more else ''}</dd></div>"
         for name, value, more in entries
     )
     return f'<dl class="facts">{"".join(cards)}</dl>'

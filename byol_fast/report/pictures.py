@@ -189,7 +189,7 @@ def _views(source: ImageSource, config: Config, device: torch.device) -> str:
 
 
 def _neighbours(source: ImageSource, features: Tensor, about: str) -> str:
-    sheet = neighbour_sheet(source, features, queries=QUERIES, k=NEIGHBOURS, title="")
+    sheet = neighbour_sheet(source, features, queries=QUERIES, k=NEIGHBOURS, title="Most similar features")
     return figure(sheet, f"Left, an image; beside it those whose features are most similar ({about})")
 
 

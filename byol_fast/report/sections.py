@@ -25,7 +25,8 @@ CURVES: dict[str, Curve] = {
     "loss": ("Loss (0 to 8)", "loss", None),
     "collapse_std": ("Spread of the projections (1 healthy, 0 collapsed)", "std", (0.0, 1.2)),
     "knn_top1": ("Nearest-neighbour accuracy", "top-1", None),
-    "probe_top1": ("Accuracy of the linear probe", "top-1", None),
+    "probe_top1": ("Linear probe, on the training views", "top-1", None),
+    "probe_val_top1": ("Linear probe, on the validation images", "top-1", None),
     "rankme": ("Effective rank of the features (RankMe)", "rank", None),
     "lr": ("Learning rate", "lr", None),
     "tau": ("Decay of the target network", "tau", None),
@@ -33,9 +34,9 @@ CURVES: dict[str, Curve] = {
     "data_wait": ("Share of the time spent waiting for data", "share", None),
     "peak_memory_gib": ("Peak memory", "GiB", None),
 }
-LEARNING = ("loss", "knn_top1", "probe_top1", "collapse_std", "rankme", "lr", "tau")
+LEARNING = ("loss", "knn_top1", "probe_val_top1", "probe_top1", "collapse_std", "rankme", "lr", "tau")
 SPEED = ("images_per_s", "data_wait", "peak_memory_gib")
-RARE = {"knn_top1", "rankme"}
+RARE = {"knn_top1", "probe_val_top1", "rankme"}
 """Recorded at evaluations only: each value gets a mark."""
 NOT_CURVES = {"step", "epoch", "knn_k", "knn_top5"}
 
@@ -123,8 +124,9 @@ def summary(run: RunFiles) -> Section:
                 f"best {best:.1%}; step {judged[-1]['step']:,}",
             )
         )
-    if (value := run.last("probe_top1")) is not None:
-        entries.append(("Linear probe top-1", f"{value:.1%}", "mean of the last ten records"))
+    probed = [r["probe_val_top1"] for r in run.records if r.get("probe_val_top1") is not None]
+    if probed:
+        entries.append(("Linear probe top-1", f"{probed[-1]:.1%}", f"best {max(probed):.1%}"))
     for found in run.evaluations:
         if isinstance(found.get("top1"), int | float):
             interval = _interval(found)
@@ -203,12 +205,13 @@ def _in_numbers(run: RunFiles) -> str:
     """A table of some steps, for those who want the numbers themselves."""
     steps = run.steps
     at = sorted({round(k * (len(steps) - 1) / 19) for k in range(20)}) if steps else []
-    keys = [k for k in ("loss", "collapse_std", "lr", "tau", "images_per_s", "data_wait") if k in run.keys()]  # noqa: SIM118
+    recorded = run.keys()
+    keys = [k for k in ("loss", "collapse_std", "lr", "tau", "images_per_s", "data_wait") if k in recorded]
     rows = [[r["step"], r.get("epoch"), *(r.get(k) for k in keys)] for r in (steps[i] for i in at)]
     judged = [r for r in run.records if r.get("knn_top1") is not None]
     html = table(["step", "epoch", *keys], rows) if rows else ""
     if judged:
-        more = [k for k in ("knn_top1", "knn_top5", "probe_top1", "rankme") if any(k in r for r in judged)]
+        more = [k for k in ("knn_top1", "knn_top5", "probe_val_top1", "rankme") if any(k in r for r in judged)]
         html += table(
             ["step", "epoch", *more], [[r["step"], r.get("epoch"), *(r.get(k) for k in more)] for r in judged]
         )
