@@ -250,7 +250,7 @@ def timeline(rows: Sequence[tuple[str, Sequence[tuple[float, float, str]]]], *, 
         An `<svg>` element.
     """
     kinds = list(dict.fromkeys(kind for _, spans in rows for _, _, kind in spans))
-    times = [t for _, spans in rows for span in spans for t in span[:2] if math.isfinite(t)]
+    times = [t for _, spans in rows for begin, end, _ in spans if math.isfinite(begin + end) for t in (begin, end)]
     if not times:
         return _empty(title)
     axis = _Axis(min(times), max(times), log=False, nice=False)
@@ -769,7 +769,7 @@ def _finite(value: Number) -> Number:
 
 def _joined(spans: Sequence[tuple[float, float, str]], slack: float) -> Iterable[tuple[float, float, str, str]]:
     """Spans with what to say of them; those of a kind that lie closer than anyone could see become one."""
-    whole = [s for s in spans if math.isfinite(s[0]) and math.isfinite(s[1])]
+    whole = [s for s in spans if math.isfinite(s[0] + s[1])]
     joined: list[tuple[float, float, str, int]] = []
     for begin, end, kind in sorted(whole, key=lambda span: span[0]):
         last = joined[-1] if joined else None

@@ -1,0 +1,313 @@
+"""The report of a run: that it says what the run's files say, whatever state they are in, and holds all it shows."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from byol_fast import cli, recipes
+from byol_fast import config as configs
+from byol_fast.config import Config, ConfigError
+from byol_fast.report.build import report
+from byol_fast.report.page import Section, figure, paragraph, table, write_page
+from byol_fast.report.reading import read_run
+from byol_fast.trainer import Trainer
+from tests.report.parsing import HOSTILE, Page, read, svg, texts
+
+Record = dict[str, Any]
+
+
+def steps(count: int, *, spread: float = 0.9, per_epoch: int = 10) -> list[Record]:
+    return [
+        {
+            "step": i,
+            "epoch": round(i / per_epoch, 4),
+            "loss": 4 / i,
+            "lr": 0.1 * i,
+            "tau": 0.99,
+            "images_per_s": 100.0,
+            "data_wait": 0.02,
+            "collapse_std": spread,
+            "peak_memory_gib": 1.5,
+        }
+        for i in range(1, count + 1)
+    ]
+
+
+def run_folder(folder: Path, records: list[Record], **changes: object) -> Path:
+    config = configs.replace(
+        recipes.cifar10_resnet18(), {"epochs": 3, "batch_size": 64, "data.builtin": "demo"} | changes
+    )
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(configs.to_dict(config)))
+    (folder / "environment.json").write_text(json.dumps({"cpu": "a CPU <fast>", "packages": {"torch": "2.15"}}))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return folder
+
+
+def page_of(*runs: Path, **options: Any) -> Page:
+    return read(report(runs, runs[0] / "out.html", **({"pictures": False} | options)).read_text())
+
+
+# ---- a page --------------------------------------------------------------------------------------------------------
+
+
+def test_a_page_holds_hostile_text_as_text(tmp_path: Path) -> None:
+    rows = [[HOSTILE, 3, 2.34567, None], ["b", 4, float("nan"), "x"]]
+    sections = [Section(HOSTILE, paragraph(HOSTILE)), Section("Same", table([HOSTILE, "n", "v", "w"], rows))]
+    write_page(tmp_path / "page.html", HOSTILE, [*sections, Section("Same", "")])
+    page = read((tmp_path / "page.html").read_text())
+    assert page.text.count("<script>alert('x')</script>") >= 5
+    assert page.rows[1][1:] == ["3", "2.346", "\N{EN DASH}"]
+    assert page.rows[2] == ["b", "4", "\N{EN DASH}", "x"]
+    assert page.headings[2:] == ["Same", "Same"]
+
+
+def test_a_picture_within_the_page_is_the_picture() -> None:
+    image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+    (tag, attributes), *_ = [t for t in Page(figure(image, HOSTILE)).tags if t[0] == "img"]
+    kind, data = re.fullmatch(r"data:image/(\w+);base64,(.*)", attributes["src"] or "").groups()  # type: ignore[union-attr]
+    shown = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert (tag, kind, shown.size) == ("img", "png", (4, 4))
+    assert np.array_equal(np.asarray(shown), np.asarray(image))
+    assert "alert('x')" in (attributes["alt"] or "")
+
+
+# ---- a run's numbers -----------------------------------------------------------------------------------------------
+
+
+def test_numbers_are_those_of_the_metrics(tmp_path: Path) -> None:
+    judged = [{"step": 0, "epoch": 0.0, "knn_top1": 0.25, "knn_top5": 0.5, "knn_k": 20}]
+    judged += [{"step": 30, "epoch": 3.0, "knn_top1": 0.5, "knn_top5": 0.75, "knn_k": 20, "rankme": 31.5}]
+    records = [judged[0], *steps(30), judged[1]]
+    folder = run_folder(tmp_path / "run", records)
+    page = page_of(folder)
+    loss = sum(4 / i for i in range(21, 31)) / 10
+    assert f"Loss{loss:.4f}" in page.text
+    assert "complete30 of 30 steps, 3 epochs" in page.text
+    assert "50.0% of the images, 25.0 points above the untrained encoder (25.0%)" in page.text
+    assert "Healthy: the spread of the projections is 0.90" in page.text
+    assert "19 s of steps" in page.text  # 30 steps of 64 images, 100 images a second
+    by_step = {row[0]: row for row in page.rows if len(row) == 8}
+    for record in (records[1], records[30]):
+        row = by_step[str(record["step"])]
+        assert row[2] == f"{record['loss']:.4g}"
+        assert row[4] == f"{record['lr']:.4g}"
+    assert ["30", "3", "0.5", "0.75", "31.5"] in page.rows
+
+
+@pytest.mark.parametrize(
+    ("spread", "verdict"), [(0.95, "Healthy"), (0.35, "Partly collapsed"), (0.02, "Collapsed: the spread")]
+)
+def test_collapse_is_called_by_its_name(spread: float, verdict: str, tmp_path: Path) -> None:
+    page = page_of(run_folder(tmp_path / "run", steps(12, spread=spread)))
+    assert verdict in page.text
+    assert ("warn" in [a.get("class") for t, a in page.tags if t == "p"]) == (spread < 0.5)
+
+
+def test_undone_steps_bad_images_and_waiting_are_told(tmp_path: Path) -> None:
+    records = steps(20)
+    for record in records:
+        record["data_wait"] = 0.5
+    for i in (4, 9):
+        records[i] |= {"loss": None, "collapse_std": None, "undone": True}
+    folder = run_folder(tmp_path / "run", records)
+    bad = {"image": f"a/{HOSTILE}.jpg", "reason": "truncated", "step": 3, "index": 1}
+    (folder / "bad_images.jsonl").write_text(json.dumps(bad) + "\n")
+    page = page_of(folder)
+    assert "2 steps were undone" in page.text
+    assert "Steps waited for data 50% of the time" in page.text
+    assert any(row[1:] == ["truncated", "3"] for row in page.rows)
+    loss = next(c for c in re.findall(r"<svg.*?</svg>", (folder / "out.html").read_text()) if "<title>Loss" in c)
+    assert {"loss", "undone"} <= set(texts(svg(loss)))
+    assert loss.count("<title>undone: ") == 2
+
+
+def test_unfinished_empty_and_damaged_runs(tmp_path: Path) -> None:
+    half = page_of(run_folder(tmp_path / "half", steps(12)))
+    assert "40% done12 of 30 steps, 1.2 epochs" in half.text
+    accumulated = page_of(run_folder(tmp_path / "accumulated", steps(7, per_epoch=5), accumulate=2))
+    assert "47% done7 of 15 steps" in accumulated.text
+
+    empty = page_of(run_folder(tmp_path / "empty", []))
+    assert "not begun" in empty.text
+    assert "No step is recorded yet" in empty.text
+
+    damaged = run_folder(tmp_path / "damaged", steps(12))
+    lines = (damaged / "metrics.jsonl").read_text().splitlines()
+    lines[4] = lines[4][:30]
+    lines[6] = "\x00\x00"
+    (damaged / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 13, "lo']))
+    (damaged / "config.json").write_text("{not json")
+    page = page_of(damaged)
+    assert "metrics.jsonl: 3 damaged lines were left out (5, 7, 13)" in page.text
+    assert "config.json could not be read" in page.text
+    assert len(read_run(damaged).steps) == 10
+    assert "Healthy" in page.text
+
+
+def test_options_of_another_version_are_shown_as_they_are(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run", steps(3))
+    values = json.loads((folder / "config.json").read_text()) | {"from_the_future": 7}
+    (folder / "config.json").write_text(json.dumps(values))
+    page = page_of(folder)
+    assert ["from_the_future", "7"] in page.rows
+    assert "config.json is not of this version" in page.text
+
+
+def test_options_begin_with_what_differs_from_the_recipe(tmp_path: Path) -> None:
+    page = page_of(run_folder(tmp_path / "run", steps(3), **{"optim.lr": 0.7}))
+    differing = next(i for i, row in enumerate(page.rows) if row[:2] == ["option", "this run"])
+    assert ["optim.lr", "0.7", "1.0"] in page.rows[differing:]
+    assert ["epochs", "3", "1000"] in page.rows[differing:]
+    assert ["optim.lr", "0.7"] in page.rows  # among all options
+    assert ["optim.eta", "0.02", "0.02"] not in page.rows
+
+
+def test_resumes_are_told_by_the_files_of_tensorboard(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run", steps(3))
+    (folder / "tb").mkdir()
+    for stamp in (1_760_000_000, 1_760_086_400, 1_760_172_800):
+        (folder / "tb" / f"events.out.tfevents.{stamp}.secret-host.1.0").touch()
+    page = page_of(folder)
+    assert "resumed 2 times" in page.text
+    assert "secret-host" not in page.text
+
+
+EVALUATION: Record = {
+    "protocol": "linear on cached features",
+    "encoder": "run",
+    "step": 30,
+    "num_train": 1000,
+    "num_test": 300,
+    "classes": ["cat", f"dog{HOSTILE}", "fish"],
+    "top1": 0.8,
+    "top1_ci95": [0.75, 0.84],
+    "top5": 1.0,
+    "baselines": [{"name": "raw pixels", "top1": 0.4, "top1_ci95": [0.35, 0.45]}, {"name": "untrained", "top1": 0.5}],
+    "per_class": [
+        {"class": "cat", "count": 100, "accuracy": 0.9, "ci95": [0.8, 0.95]},
+        {"class": "fish", "count": 100, "accuracy": 0.6, "ci95": [0.5, 0.7]},
+    ],
+    "confusion": [[90, 8, 2], [7, 90, 3], [0, 40, 60]],
+    "curve": [{"x": 0.001, "top1": 0.7}, {"x": 0.1, "top1": 0.8}, {"x": 10.0, "top1": 0.75}],
+    "curve_label": "weight decay",
+    "settings": {"epochs": 100, "nested": {"a": [1, 2]}},
+}
+
+
+def test_evaluations_beside_their_baselines(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run", steps(30))
+    (folder / "eval").mkdir()
+    (folder / "eval" / "linear.json").write_text(json.dumps(EVALUATION))
+    (folder / "eval" / "broken.json").write_text("[1, 2")
+    (folder / "eval" / "poor.json").write_text('{"top1": null, "confusion": [[1]], "per_class": [3], "curve": null}')
+    page = page_of(folder)
+    assert {"Evaluation: linear", "Evaluation: poor"} <= set(page.headings)
+    assert "80.0%95 %: 75.0% to 84.0%" in page.text
+    assert "broken.json could not be read" in page.text
+    confused = next(i for i, row in enumerate(page.rows) if row[:2] == ["true class", "taken for"])
+    assert page.rows[confused + 1][0] == "fish"
+    assert page.rows[confused + 1][2:] == ["40", "40.0%"]
+    assert ["fish", "100", "60.0%", "50.0% to 70.0%"] in page.rows
+    assert ["nested.a", "[1, 2]"] in page.rows
+    charts = [texts(svg(c)) for c in re.findall(r"<svg.*?</svg>", (folder / "out.html").read_text(), re.DOTALL)]
+    beside = next(c for c in charts if "Beside its baselines" in c)
+    assert {"raw pixels", "untrained", "this encoder", "0.4", "0.5", "0.8"} <= set(beside)
+
+
+def test_several_runs_are_compared(tmp_path: Path) -> None:
+    a = run_folder(tmp_path / "a", steps(30))
+    b = run_folder(tmp_path / "b", steps(12, spread=0.1), **{"optim.lr": 0.5})
+    page = page_of(a, b)
+    assert ["option", "a", "b"] in page.rows
+    assert ["optim.lr", "1.0", "0.5"] in page.rows
+    assert not [row for row in page.rows if row[0] == "optim.eta"]
+    loss = next(c for c in re.findall(r"<svg.*?</svg>", (a / "out.html").read_text()) if "<title>Loss" in c)
+    assert {"a", "b", "epoch"} <= set(texts(svg(loss)))
+
+
+def test_mistakes_are_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="must be a run folder"):
+        report([tmp_path])
+    folder = run_folder(tmp_path / "run", steps(3))
+    with pytest.raises(ConfigError, match=r"must be a file that ends in \.html"):
+        report([folder], tmp_path / "x.pdf")
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="can be written"):
+        report([folder], tmp_path / "file" / "x.html", pictures=False)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report", str(folder), "--open-nothing", "--to", str(tmp_path / "deep" / "page.html")])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "deep" / "page.html")
+
+
+# ---- what needs images ---------------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_its_report_and_the_command_adds_the_pictures(tiny: Config, npz: Path) -> None:
+    result = Trainer(configs.replace(tiny, {"data.on_bad": "skip"})).fit()
+    first = read((result.run_dir / "report.html").read_text())
+    assert f"Loss{result.loss:.4f}" in first.text
+    assert "Views" not in first.headings
+
+    page = read(report([result.run_dir], num=50).read_text())
+    assert {"Views", "Nearest neighbours", "Map of the features"} <= set(page.headings)
+    assert "Left out" not in page.text
+    assert "50 training images, features of step 12" in page.text
+    assert sum(tag == "img" for tag, _ in page.tags) == 2
+
+    moved = npz.rename(npz.with_name("elsewhere.npz"))
+    without = read(report([result.run_dir], num=50).read_text())
+    assert "Views, neighbours and map are left out" in without.text
+    assert "--images FOLDER" in without.text
+    assert not any(tag == "img" for tag, _ in without.tags)
+    again = read(report([result.run_dir], images=moved, num=20).read_text())
+    assert {"Views", "Nearest neighbours", "Map of the features"} <= set(again.headings)
+
+
+def test_a_report_that_cannot_be_written_does_not_fail_the_run(tiny: Config, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = Trainer(configs.replace(tiny, {"steps": 2}))
+    (trainer.run_dir / "report.html").mkdir(parents=True)
+    assert trainer.fit().steps == 2
+    assert "no report.html" in caplog.text
+
+
+def test_principal_components_are_those_of_the_covariance() -> None:
+    from byol_fast.report.pictures import principal_components
+
+    x = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([5.0, 3, 1, 1, 1, 1]) + 7
+    y, shares = principal_components(x, 4)
+    covariance = np.cov(x.double().numpy().T)
+    values, vectors = np.linalg.eigh(covariance)
+    assert shares[:2] == pytest.approx(values[::-1][:2] / values.sum(), rel=1e-6)
+    for k in range(2):
+        expected = (x.double().numpy() - x.double().numpy().mean(0)) @ vectors[:, -1 - k]
+        sign = np.sign(expected[np.abs(expected).argmax()])  # the largest coordinate is positive
+        assert y[:, k].numpy() == pytest.approx(sign * expected, abs=1e-4)
+    flat, nothing = principal_components(torch.ones(5, 1), 4)
+    assert flat.shape == (5, 2)
+    assert float(flat.abs().max()) == 0
+    assert nothing == [0, 0]
+
+
+def test_maps_name_classes_and_gather_the_rare_ones() -> None:
+    from byol_fast.report.pictures import maps
+
+    labels = np.repeat(np.arange(40), 2)
+    labels[:20] = 3
+    labels[-1] = -1
+    features = torch.randn(80, 5, generator=torch.Generator().manual_seed(0))
+    written = texts(svg(maps(features, labels, tuple(f"c{i}" for i in range(40)))[0]))
+    assert "c3" in written
+    assert "22 other classes" in written
+    assert texts(svg(maps(features, None, ())[0])).count("c3") == 0
