@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from byol_fast.bench import Table, interleaved
+from byol_fast.bench.results import Results
+from byol_fast.bench.timing import interleaved
 from byol_fast.config import DataConfig
 from byol_fast.data import open_source
 from byol_fast.data.sources import EncodedSource, FileSource
@@ -102,7 +102,7 @@ def main() -> None:
         order = np.random.default_rng(0).permutation(len(images)).tolist()
         for name, read in readers.items():
             assert all(read(i) == images[i] for i in order[:20]), name
-        table = Table(AT_A_TIME, "images/CPU-s")
+        results = Results("sources", "cpu")
         at = iter(range(10**9))
 
         def some(read: Callable[[int], bytes]) -> None:
@@ -116,9 +116,10 @@ def main() -> None:
 
         cases: dict[str, Callable[[], None]] = {name: partial(some, read) for name, read in readers.items()}
         cases["decode (PIL), to compare"] = decode
-        table.add("fetch an image", interleaved(cases, rounds=arguments.rounds, warmup=1, clock=time.process_time))
+        times = interleaved(cases, rounds=arguments.rounds, warmup=1, clock=time.process_time)
+        results.add("fetch an image", times, unit="images/CPU-s", amount=AT_A_TIME)
         if arguments.save is not None:
-            table.save(arguments.save, "sources", torch.device("cpu"))
+            results.save(arguments.save)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.kernels import optimizer_suite
-from benchmarks.kernels_table import Case, Count
 from byol_fast import environment
+from byol_fast.bench.counting import Case, Count
+from byol_fast.bench.kernels import optimizer_suite
 from byol_fast.config import OptimConfig
 from byol_fast.data import Batch
 from byol_fast.files import atomic_path, atomic_write

@@ -27,14 +27,16 @@ usage: byol-fast COMMAND ...
   preview RECIPE [--check]        a contact sheet of the views that training sees; a check against torchvision
   doctor [--data.root FOLDER]     check this machine, and every image; say what to do about what is wrong
   export RUN [--format ...]       write the encoder of a run's newest checkpoint: safetensors, ONNX, torch.export, timm
+  eval PROTOCOL ENCODER           judge an encoder with labels: knn, linear or finetune; `eval --help` says more
   embed RUN FOLDER [--to FILE]    write the features of every image, and a sheet of nearest neighbours
   report RUN [RUN ...]            one HTML page about a run: curves, evaluations, views, neighbours; or several compared
   bench [SUITE ...]               measure this beside what else one could use; `bench compare A B`: what has changed
+  roofline RECIPE [--gpu H100]    how fast a step could be at most, on GPUs one need not have
   --version                       print the version
 """
 
 # Each is a module of `byol_fast.commands`, imported when it is asked for.
-COMMANDS = ("demo", "train", "preview", "doctor", "export", "embed", "report", "bench")
+COMMANDS = ("demo", "train", "preview", "doctor", "export", "eval", "embed", "report", "bench", "roofline")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

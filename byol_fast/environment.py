@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import subprocess
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,11 @@ if TYPE_CHECKING:
     import torch
 
 PACKAGES = ("byol_fast", "torch", "torchvision", "triton", "nvidia-dali-cuda130", "numpy")
+
+GPU_FIELDS = (
+    "name", "driver_version", "power.limit", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem",
+    "temperature.gpu", "persistence_mode", "mig.mode.current",
+)  # fmt: skip
 
 
 def version(package: str) -> str | None:
@@ -64,6 +71,36 @@ def describe(device: torch.device) -> dict[str, Any]:
         record["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)
         record["cuda"] = torch.version.cuda
     return record
+
+
+def measured_on(device: torch.device) -> dict[str, Any]:
+    """`describe`, and what a measurement depends on beyond: commit, load, the GPU's driver, clocks and power limit."""
+    root = Path(__file__).parents[1]
+    commit = _output("git", "-C", str(root), "rev-parse", "HEAD")
+    ours = _output("git", "-C", str(root), "ls-files", "--error-unmatch", "byol_fast/__init__.py")
+    record = describe(device) | {
+        "date": time.strftime("%Y-%m-%d"),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        # Where the package is not run from a checkout of its own there is no commit to tell.
+        "commit": commit if ours else None,
+        "dirty": bool(_output("git", "-C", str(root), "status", "--porcelain")) if ours else None,
+    }
+    if device.type == "cuda":
+        index = device.index or 0
+        listed = _output(
+            "nvidia-smi", f"--id={index}", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits"
+        )
+        values = listed.split(", ") if listed else []
+        record["nvidia_smi"] = dict(zip(GPU_FIELDS, values, strict=False))
+    return record
+
+
+def _output(*command: str) -> str:
+    """What a program prints; nothing where it is missing or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -1,13 +1,28 @@
+"""Timing, results and their comparison, with real work where work is timed."""
+
 from __future__ import annotations
 
 import csv
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from byol_fast.bench import Table, Timing, interleaved, ratio
+from byol_fast.bench.compare import compare
+from byol_fast.bench.options import Options
+from byol_fast.bench.photographs import write_photographs
+from byol_fast.bench.processes import Job, measure
+from byol_fast.bench.results import Results, load
+from byol_fast.bench.suites import Bench
+from byol_fast.bench.timing import Timing, interleaved, ratio
+from byol_fast.commands import bench as command
+from byol_fast.config import ConfigError
 
 
 def test_rounds_are_interleaved_and_the_warm_up_is_thrown_away() -> None:
@@ -41,13 +56,171 @@ def test_no_cases_is_refused() -> None:
         interleaved({}, rounds=3)
 
 
-def test_table_keeps_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    table = Table(amount=32, unit="images/s")
-    table.add("suite", {"ours": Timing((1.0, 2.0, 4.0)), "theirs": Timing((2.0, 4.0, 8.0))})
+def results(times: dict[str, Timing], **options: Any) -> Results:
+    found = Results("step", "cpu", {"batch_size": 32})
+    found.add("suite", times, **options)
+    return found
+
+
+def test_results_keep_what_they_print(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    times = {"ours": Timing((1.0, 2.0, 4.0)), "theirs": Timing((2.0, 4.0, 8.0))}
+    made = results(times, unit="images/s", amount=32, baseline="theirs", extras={"theirs": {"version": "1.6"}})
     assert "2.00x" in capsys.readouterr().out
-    table.save(tmp_path / "results", "name", torch.device("cpu"))
-    with (tmp_path / "results" / "name.csv").open() as file:
+    made.save(tmp_path / "results")
+    with (tmp_path / "results" / "step.csv").open() as file:
         ours, theirs = csv.DictReader(file)
     assert (float(ours["p50"]), float(theirs["p50"]), float(theirs["ratio"])) == (16.0, 8.0, 2.0)
     assert float(ours["p20"]) < float(ours["p50"]) < float(ours["p80"])
-    assert json.loads((tmp_path / "results" / "environment.json").read_text())["device"] == "cpu"
+    assert (ours["version"], theirs["version"]) == ("", "1.6")
+    record = json.loads((tmp_path / "results" / "environment.json").read_text())
+    assert record["device"] == "cpu"
+    assert {"commit", "dirty", "load", "date"} <= record.keys()
+    content, (suite,) = load(tmp_path / "results" / "step.json")
+    assert content["settings"] == {"batch_size": 32}
+    assert content["environment"] == record
+    assert suite == made.suites[0]
+    with Image.open(tmp_path / "results" / "step.png") as picture:
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20) or []}
+    assert {(0x00, 0x72, 0xB2), (0x9A, 0xA5, 0xAD)} <= colours  # a bar of ours, and one of theirs
+
+
+def rounds(seconds: float, spread: float, seed: int, machine: np.ndarray | None = None) -> Timing:
+    noise = 1 + spread * np.random.default_rng(seed).standard_normal(11)
+    return Timing(tuple(float(s) for s in seconds * noise * (1 if machine is None else machine)))
+
+
+def saved(folder: Path, ours: float, seed: int, *, baseline: str = "textbook") -> Path:
+    """Two contenders, each with 2 % noise, on a machine that gets up to 60 % slower and faster with time."""
+    machine = 1 + 0.6 * np.random.default_rng(seed + 1).random(11)
+    times = {"textbook": rounds(1.0, 0.02, seed + 2, machine), "ours, bf16": rounds(ours, 0.02, seed + 3, machine)}
+    results(times, baseline=baseline).save(folder)
+    return folder
+
+
+def test_a_slowdown_of_15_percent_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, after = saved(tmp_path / "a", 0.50, 0), saved(tmp_path / "b", 0.575, 10)
+    (change,) = compare(before, after)
+    assert (change.contender, change.verdict) == ("ours, bf16", "slower")
+    assert change.share == pytest.approx(0.15, abs=0.03)
+    assert command.main(["compare", str(before), str(after)]) == 1
+    assert "slower" in capsys.readouterr().out
+    assert command.main(["compare", str(after), str(before)]) == 0  # faster is no regression
+    assert "1 faster" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seed", range(0, 100, 20))
+def test_equal_runs_are_quiet(tmp_path: Path, seed: int) -> None:
+    before, after = saved(tmp_path / "a", 0.5, seed), saved(tmp_path / "b", 0.5, seed + 10)
+    assert {c.verdict for c in compare(before, after)} == {"same"}
+    assert command.main(["compare", str(before), str(after)]) == 0
+
+
+def test_what_is_noise_and_what_is_not_depends_on_the_rounds(tmp_path: Path) -> None:
+    for name, ours, spread in (("a", 0.5, 0.3), ("b", 0.56, 0.3)):
+        results({"ours": rounds(ours, spread, int(100 * ours))}).save(tmp_path / name)
+    (change,) = compare(tmp_path / "a", tmp_path / "b")
+    assert change.noise > 0.2
+    assert change.verdict == "same"
+
+
+@pytest.mark.slow
+def test_planted_slowdown_of_real_work(tmp_path: Path) -> None:
+    x = torch.randn(128, 128)
+
+    def work(times: int) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(times):
+                torch.mm(x, x)
+
+        return run
+
+    for name, ours in (("a", 1000), ("equal", 1000), ("slow", 1150)):
+        cases = {"textbook": work(2000), "ours": work(ours)}
+        found = interleaved(cases, rounds=21, clock=time.process_time)
+        results(found, baseline="textbook").save(tmp_path / name)
+    assert command.main(["compare", str(tmp_path / "a"), str(tmp_path / "equal")]) == 0
+    assert command.main(["compare", str(tmp_path / "a"), str(tmp_path / "slow")]) == 1
+
+
+def test_comparing_what_is_no_result_says_so(tmp_path: Path) -> None:
+    good = saved(tmp_path / "good", 0.5, 0)
+    with pytest.raises(ValueError, match="holds no results"):
+        compare(good, tmp_path)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "step.json").write_text("{")
+    with pytest.raises(ValueError, match="must be results that `byol-fast bench --save` wrote"):
+        compare(good, tmp_path / "bad")
+    content = json.loads((good / "step.json").read_text()) | {"format": 0}
+    (tmp_path / "bad" / "step.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="must be of format 1, got 0"):
+        compare(good, tmp_path / "bad")
+    other = Results("step", "cpu")
+    other.add("another suite", {"ours": Timing((1.0,))})
+    other.save(tmp_path / "other")
+    with pytest.raises(ValueError, match="must have a suite in common"):
+        compare(good, tmp_path / "other")
+
+
+class Sleepy:
+    """A contender: sleeps, and fails after some calls."""
+
+    extras: dict[str, float]
+
+    def __init__(self, seconds: float, calls: int) -> None:
+        self.seconds, self.calls, self.extras = seconds, calls, {"threads": torch.get_num_threads()}
+
+    def __call__(self) -> None:
+        time.sleep(self.seconds)
+        self.calls -= 1
+        if self.calls < 0:
+            raise RuntimeError("tired")
+
+
+def test_a_contender_that_fails_is_left_out_with_its_reason() -> None:
+    jobs = {
+        "steady": Job(maker="tests.test_bench:Sleepy", arguments={"seconds": 0.02, "calls": 9}),
+        "tires": Job(maker="tests.test_bench:Sleepy", arguments={"seconds": 0.0, "calls": 2}),
+        "missing": Job(maker="tests.test_bench:NoSuchThing"),
+    }
+    found = measure(jobs, rounds=3, warmup=1, threads=1, device=torch.device("cpu"))
+    assert "RuntimeError: tired" in found["tires"].failure
+    assert "AttributeError" in found["missing"].failure
+    assert found["tires"].wall == []
+    steady = found["steady"]
+    assert steady.failure == ""
+    assert len(steady.wall) == len(steady.cpu) == 3
+    assert min(steady.wall) >= 0.02 > max(steady.cpu)  # asleep, it costs no CPU time
+    assert steady.extras["threads"] == 1
+    assert steady.extras["peak_gib"] > 0
+
+
+def test_synthetic_photographs_are_as_large_as_real_ones(tmp_path: Path) -> None:
+    sizes = [path.stat().st_size for path in write_photographs(tmp_path / "a", 4).iterdir()]
+    assert 60_000 < np.mean(sizes) < 200_000
+    again = write_photographs(tmp_path / "b", 4)
+    assert all((tmp_path / "a" / path.name).read_bytes() == path.read_bytes() for path in again.iterdir())
+
+
+def test_a_recipe_decides_what_is_measured(tmp_path: Path) -> None:
+    bench = Bench(Options(recipe="cifar10_resnet18", device="cpu", batch_size=16, precision="fp32"))
+    assert (bench.problem.encoder, bench.problem.cifar_stem, bench.problem.image_size) == ("resnet18", True, 32)
+    assert (bench.problem.batch_size, bench.precision.name, bench.mode) == (16, "fp32", "eager")
+    with pytest.raises(ConfigError, match="batch_size must be at least 2, got 1"):
+        Bench(Options(device="cpu", batch_size=1))
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="save must be a folder"):
+        Bench(Options(device="cpu", save=tmp_path / "file"))
+
+
+@pytest.mark.slow
+def test_all_suites_run(tmp_path: Path) -> None:
+    options = Options(
+        device="cpu", batch_size=4, image_size=32, rounds=1, data_images=8, kernel_images=2, save=tmp_path / "found"
+    )
+    Bench(options).run()
+    for name in ("peers", "kernels", "data", "step", "end-to-end"):
+        _, suites = load(tmp_path / "found" / f"{name}.json")
+        for suite in suites:
+            assert len(suite.contenders) >= 2, suite.name
+            assert not suite.baseline or suite.baseline in {c.name for c in suite.contenders}
+            assert any(c.name.startswith("ours") for c in suite.contenders)

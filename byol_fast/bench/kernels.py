@@ -1,7 +1,5 @@
 """Loss, moving average and LARS beside what people use today.
 
-    python -m benchmarks.kernels [--rounds N] [--device cuda] [--save FOLDER]
-
 Correctness is checked before anything is timed. Sizes are those of ResNet-50 with the paper's heads: 35 M parameters in
 169 tensors under LARS, 33 M in 164 under the moving average. Contenders of a suite work on the same memory, because
 where tensors happen to lie is worth as much as many an optimisation. Peers come with `pip install byol_fast[peers]`.
@@ -9,15 +7,14 @@ where tensors happen to lie is worth as much as many an optimisation. Peers come
 
 from __future__ import annotations
 
-import argparse
+import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.kernels_table import Case, KernelTable, Suite, agree, is_installed
+from byol_fast.bench.counting import Case, Suite, agree, is_installed
 from byol_fast.methods import BYOL
 from byol_kernels import LARS, byol_loss, ema_update_
 
@@ -51,17 +48,21 @@ class LoopLARS(torch.optim.Optimizer):
 
 @torch.no_grad()
 def loop_ema(target: list[Tensor], online: list[Tensor]) -> None:
+    """The average as it is often written."""
     for t, o in zip(target, online, strict=True):
         t.data = t.data * TAU + o.data * (1 - TAU)
 
 
 @torch.no_grad()
 def foreach_ema(target: list[Tensor], online: list[Tensor]) -> None:
+    """The average in two operators over lists."""
     torch._foreach_mul_(target, TAU)
     torch._foreach_add_(target, online, alpha=1 - TAU)
 
 
 def textbook_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
+    """Both directions by `F.normalize`."""
+
     def one(p: Tensor, z: Tensor) -> Tensor:
         return 2 - 2 * (F.normalize(p, dim=-1) * F.normalize(z, dim=-1)).sum(dim=-1)
 
@@ -117,7 +118,7 @@ class Weights:
 
 
 def timm_average(w: Weights) -> Case:
-    """timm's average of the parameters, in our memory."""
+    """Timm's average of the parameters, in our memory."""
     from timm.utils.model_ema import ModelEmaV3
 
     online, target = w.modules()
@@ -128,6 +129,7 @@ def timm_average(w: Weights) -> Case:
 
 
 def optimizer_suite(device: str) -> Suite:
+    """LARS and the average of the target, beside lightly's and timm's."""
     w = Weights(device)
     fused, plain = LARS(w.online, lr=LR, momentum=MOMENTUM, weight_decay=DECAY, eta=ETA), LoopLARS(w.online)
     w.share(fused)
@@ -174,10 +176,11 @@ def optimizer_suite(device: str) -> Suite:
         agree(other, w.after(cases[other]), expected, tolerances.get(other, 1e-5))
     w.reset()
     moved = 20 * sum(p.numel() for p in w.online) + 8 * sum(p.numel() for p in w.followed)
-    return Suite(cases, moved)
+    return Suite(cases, moved, baseline="restated: LARS with .item(), foreach mul+add")
 
 
 def ema_suite(device: str) -> Suite:
+    """The average alone."""
     w = Weights(device)
     online: list[Tensor] = list(w.followed)
     with torch.no_grad():
@@ -202,10 +205,11 @@ def ema_suite(device: str) -> Suite:
     loop_ema(apart, online)
     agree("loop", apart, expected[len(w.online) :], 1e-6)
     cases["loop: t.data = tau t.data + (1 - tau) o.data"] = lambda: loop_ema(apart, online)
-    return Suite(cases, 12 * sum(t.numel() for t in w.target))
+    return Suite(cases, 12 * sum(t.numel() for t in w.target), baseline="torch._foreach_lerp_")
 
 
 def loss_suite(device: str, batch: int, dtype: torch.dtype) -> Suite:
+    """Loss of both directions and its gradients."""
     generator = torch.Generator().manual_seed(0)
     p1, p2, z1, z2 = (torch.randn(batch, 256, generator=generator).to(device, dtype) for _ in range(4))
     p1.requires_grad_()
@@ -236,28 +240,20 @@ def loss_suite(device: str, batch: int, dtype: torch.dtype) -> Suite:
         return lambda: [gradients(loss) for _ in range(repeats)]
 
     cases = {name: repeated(loss) for name, loss in losses.items()}
-    return Suite(cases, 6 * p1.numel() * p1.element_size(), repeats, uncounted=("textbook, torch.compile",))
+    return Suite(
+        cases,
+        6 * p1.numel() * p1.element_size(),
+        repeats,
+        baseline="textbook",
+        uncounted=("textbook, torch.compile",),
+    )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", default="", help="suites whose name contains this")
-    parser.add_argument("--save", type=Path, help="folder for kernels.csv and environment.json")
-    arguments = parser.parse_args()
-    suites: dict[str, Callable[[str], Suite]] = {"LARS + EMA": optimizer_suite, "EMA": ema_suite}
+def suites() -> dict[str, Callable[[str], Suite]]:
+    """Name, and what makes the suite on a device."""
+    found: dict[str, Callable[[str], Suite]] = {"LARS + EMA": optimizer_suite, "EMA": ema_suite}
     for dtype in (torch.float32, torch.bfloat16):
         for batch in (64, 256, 1024, 4096):
             name = f"loss forward + backward, {batch} x 256 {str(dtype).removeprefix('torch.')}"
-            suites[name] = lambda device, batch=batch, dtype=dtype: loss_suite(device, batch, dtype)  # type: ignore[misc]
-    table = KernelTable(arguments.rounds, arguments.device)
-    for name, make in suites.items():
-        if arguments.only in name:
-            table.run(name, make(arguments.device))
-    if arguments.save:
-        table.save(arguments.save, "kernels")
-
-
-if __name__ == "__main__":
-    main()
+            found[name] = functools.partial(loss_suite, batch=batch, dtype=dtype)
+    return found

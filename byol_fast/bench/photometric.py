@@ -1,6 +1,4 @@
-"""Colour and blur beside torchvision, kornia and DALI, on the CPU.
-
-    python -m benchmarks.kernels_photometric [--rounds N] [--images N] [--save FOLDER]
+"""Colour and blur beside torchvision, kornia and, on a CPU, PIL and DALI.
 
 Every contender gets the same images and the same drawn parameters (BYOL's: jitter .4 .4 .2 .1 with probability .8,
 grayscale .2, sigma .1 to 2), so nobody's random numbers are timed. Agreement is checked before anything is timed.
@@ -9,11 +7,9 @@ Peers come with `pip install byol_fast[peers]`.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable
 from itertools import repeat
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +19,7 @@ from torch import Tensor
 from torchvision.transforms import functional as F1
 from torchvision.transforms.v2 import functional as F
 
-from benchmarks.kernels_table import Case, KernelTable, Suite, is_installed
+from byol_fast.bench.counting import Case, Suite, is_installed
 from byol_fast.config import ViewConfig
 from byol_fast.data.views import draw
 from byol_kernels import gaussian_blur, photometric
@@ -35,20 +31,26 @@ PIL_PARTS: Any = (F1.adjust_brightness, F1.adjust_contrast, F1.adjust_saturation
 
 
 class Problem:
-    """Images in the form that each contender likes best, and one set of draws."""
+    """Images in the form that each contender likes best, and one set of draws.
 
-    def __init__(self, batch: int) -> None:
+    Args:
+        batch: images of 224 px.
+        device: where the contenders work.
+    """
+
+    def __init__(self, batch: int, device: str = "cpu") -> None:
+        self.on_cpu = torch.device(device).type == "cpu"
         generator = torch.Generator().manual_seed(0)
         coarse = torch.rand(batch, 3, 14, 14, generator=generator) * 300 - 20
         smooth = torch.nn.functional.interpolate(coarse, SIZE, mode="bicubic")
         images = (smooth + 8 * torch.randn(smooth.shape, generator=generator)).clamp(0, 255).to(torch.uint8)
-        self.images = images.contiguous(memory_format=torch.channels_last)
-        self.planes = images.contiguous()
+        self.images = images.to(device).contiguous(memory_format=torch.channels_last)
+        self.planes = images.to(device).contiguous()
         self.planar = list(self.planes)
-        self.pil = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+        self.pil = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images] if self.on_cpu else []
         drawn = draw(ViewConfig(solarize=0.2), np.arange(batch), seed=0, epoch=0, view=0)
         names = ("flip", "jitter", "factors", "order", "grayscale", "blur", "sigma", "window", "solarize")
-        self.draws = {name: torch.from_numpy(getattr(drawn, name)) for name in names}
+        self.draws = {name: torch.from_numpy(getattr(drawn, name)).to(device) for name in names}
         self.lists: dict[str, Any] = {name: draws.tolist() for name, draws in self.draws.items()}
         self.batch = batch
 
@@ -73,6 +75,7 @@ class Problem:
 
 
 def check(what: str, ours: Tensor, theirs: Tensor, largest: float, mean: float) -> None:
+    """Say how far two results are apart; raise where it is too far."""
     difference = (ours.float() - theirs.float()).abs()
     found, average = difference.max().item(), difference.mean().item()
     print(f"  {what}: largest difference {found:.0f} of 255, mean {average:.4f}")
@@ -150,6 +153,7 @@ def dali_colour(p: Problem) -> Case:
 
 
 def colour_suite(p: Problem) -> Suite:
+    """Jitter and grayscale."""
     draws = p.only("jitter", "factors", "order", "grayscale")
     theirs = torch.stack([p.colour(x, i) for i, x in enumerate(p.planar)])
     check("truncated, against torchvision", photometric(p.images, **draws, truncate=True), theirs, 3, 0.002)
@@ -159,21 +163,23 @@ def colour_suite(p: Problem) -> Suite:
         "ours: photometric": lambda: photometric(p.images, **draws),
         "ours: photometric(truncate=True)": lambda: photometric(p.images, **draws, truncate=True),
         "torchvision v2, tensors": lambda: [p.colour(x, i) for i, x in enumerate(p.planar)],
-        "torchvision v1, PIL": lambda: [p.colour(x, i) for i, x in enumerate(p.pil)],
     }
+    if p.on_cpu:
+        cases["torchvision v1, PIL"] = lambda: [p.colour(x, i) for i, x in enumerate(p.pil)]
     if is_installed("kornia"):
         cases["kornia, one order a batch"] = kornia = kornia_colour(p)
-        one_order = draws | {"order": torch.arange(4).expand(p.batch, 4)}
+        one_order = draws | {"order": torch.arange(4, device=p.images.device).expand(p.batch, 4)}
         result = kornia()
         assert isinstance(result, Tensor)
         check("one order, against kornia", photometric(p.images, **one_order), result, 3, 0.2)
-    if is_installed("nvidia.dali"):
+    if p.on_cpu and is_installed("nvidia.dali"):
         cases["DALI color_twist, another operator"] = dali_colour(p)
     uncounted = ("torchvision v1, PIL", "DALI color_twist, another operator")
-    return Suite(cases, 2 * p.images.numel(), uncounted=uncounted)
+    return Suite(cases, 2 * p.images.numel(), baseline="torchvision v2, tensors", uncounted=uncounted)
 
 
 def finished_suite(p: Problem) -> Suite:
+    """From a crop to what the network takes."""
     draws = p.only("flip", "jitter", "factors", "order", "grayscale", "solarize")
 
     def ours() -> Tensor:
@@ -193,13 +199,15 @@ def finished_suite(p: Problem) -> Suite:
     cases: dict[str, Case] = {
         "ours: photometric": ours,
         "torchvision v2, tensors": lambda: theirs(p.planar),
-        "torchvision v1, PIL": lambda: theirs(p.pil),
     }
-    return Suite(cases, 3 * p.images.numel(), uncounted=("torchvision v1, PIL",))
+    if p.on_cpu:
+        cases["torchvision v1, PIL"] = lambda: theirs(p.pil)
+    return Suite(cases, 3 * p.images.numel(), baseline="torchvision v2, tensors", uncounted=("torchvision v1, PIL",))
 
 
 def blur_suite(p: Problem) -> Suite:
-    draws, wide = p.only("sigma", "window"), torch.full((p.batch,), KERNEL)
+    """Gaussian blur, a sigma for each sample."""
+    draws, wide = p.only("sigma", "window"), torch.full((p.batch,), KERNEL, device=p.images.device)
     theirs = torch.stack([p.blur(x, i) for i, x in enumerate(p.planar)])
     check("window of 3 sigma, against torchvision's 23", gaussian_blur(p.images, **draws), theirs, 1, 0.02)
     check("window of 23, against torchvision's", gaussian_blur(p.images, draws["sigma"], wide), theirs, 1, 0.002)
@@ -208,8 +216,11 @@ def blur_suite(p: Problem) -> Suite:
         "ours: gaussian_blur, window of 3 sigma": lambda: gaussian_blur(p.images, **draws),
         "ours: gaussian_blur, window of 23": lambda: gaussian_blur(p.images, draws["sigma"], wide),
         "torchvision v2, tensors, window of 23": lambda: [p.blur(x, i) for i, x in enumerate(p.planar)],
-        "PIL's filter, an approximation by boxes": lambda: [x.filter(f) for x, f in zip(p.pil, filters, strict=True)],
     }
+    if p.on_cpu:
+        cases["PIL's filter, an approximation by boxes"] = lambda: [
+            x.filter(f) for x, f in zip(p.pil, filters, strict=True)
+        ]
     uncounted = ["PIL's filter, an approximation by boxes"]
     if is_installed("kornia"):
         from kornia.filters import gaussian_blur2d
@@ -222,7 +233,7 @@ def blur_suite(p: Problem) -> Suite:
 
         check("window of 23, against kornia's", gaussian_blur(p.images, draws["sigma"], wide), kornia(), 1, 0.002)
         cases["kornia, window of 23"] = kornia
-    if is_installed("nvidia.dali"):
+    if p.on_cpu and is_installed("nvidia.dali"):
         for name, window in (("23", KERNEL), ("its own choice", 0)):
             case = dali_pipeline(
                 p,
@@ -236,27 +247,12 @@ def blur_suite(p: Problem) -> Suite:
             )
             cases[f"DALI, window of {name}"] = case
             uncounted.append(f"DALI, window of {name}")
-    return Suite(cases, 2 * p.images.numel(), uncounted=tuple(uncounted))
+    wide_blur = "torchvision v2, tensors, window of 23"
+    return Suite(cases, 2 * p.images.numel(), baseline=wide_blur, uncounted=tuple(uncounted))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--images", type=int, default=32, help="images of 224 px in a batch")
-    parser.add_argument("--save", type=Path, help="folder for kernels_photometric.csv and environment.json")
-    arguments = parser.parse_args()
-    problem = Problem(arguments.images)
-    suites: dict[str, Callable[[Problem], Suite]] = {
-        "colour, uint8 to uint8": colour_suite,
-        "flip, colour, solarize, normalise to bfloat16 channels_last": finished_suite,
-        "blur, uint8 to uint8": blur_suite,
-    }
-    table = KernelTable(arguments.rounds, amount=arguments.images, what="images")
-    for name, make in suites.items():
-        table.run(name, make(problem))
-    if arguments.save:
-        table.save(arguments.save, "kernels_photometric")
-
-
-if __name__ == "__main__":
-    main()
+SUITES: dict[str, Callable[[Problem], Suite]] = {
+    "colour, uint8 to uint8": colour_suite,
+    "flip, colour, solarize, normalise to bfloat16 channels_last": finished_suite,
+    "blur, uint8 to uint8": blur_suite,
+}

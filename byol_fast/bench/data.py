@@ -1,8 +1,5 @@
 """Two views of images: ours, with every loader, beside torchvision, lightly and kornia.
 
-    python -m benchmarks.data [--suite jpeg|arrays|stages] [--rounds N] [--images N] [--only TEXT ...]
-        [--photographs ARCHIVE_OR_FOLDER] [--device cpu|cuda] [--save FOLDER]
-
 Everyone gets the same images in the same order and draws for himself, by the paper's ranges and probabilities. On a
 CPU the measure is CPU time of the whole process, all threads counted, with one thread for each contender; what ours
 prepare ahead is waited for within the measurement. On a GPU it is time by the clock, until the device is done, with a
@@ -13,16 +10,10 @@ Photographs are 224 px views of JPEG files, with blur; arrays are 32 px views of
 
 from __future__ import annotations
 
-import argparse
 import io
-import os
-import tarfile
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,9 +23,10 @@ from torch import Tensor
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
-from byol_fast.bench import Table, interleaved
+from byol_fast.bench.results import Results
+from byol_fast.bench.timing import interleaved
 from byol_fast.config import Config, DataConfig, ViewConfig
-from byol_fast.data import ImageSource, ViewLoader, make_loader, open_source
+from byol_fast.data import ImageSource, ViewLoader, make_loader
 from byol_fast.data.kernels_views import chosen, finish, needed
 from byol_fast.data.loader import dali_installed
 from byol_fast.data.sources import ArraySource, EncodedSource
@@ -74,6 +66,7 @@ class Stream:
         self.loader, self.device, self.steps = loader, device, steps
 
     def __call__(self) -> tuple[Tensor, Tensor]:
+        """Make a call's images; the last batch of views."""
         for _ in range(self.steps):
             batch = next(self.loader)
         if self.device.type == "cpu":
@@ -95,6 +88,7 @@ def settle() -> None:
 def our_loaders(
     source: ImageSource, views: tuple[ViewConfig, ViewConfig], device: torch.device, images: int
 ) -> dict[str, Callable[[], object]]:
+    """Our loaders on a source, by name."""
     found: dict[str, Callable[[], object]] = {}
     batch = min(images, 32 if views[0].size > 64 else 256)
     for name, options in ours(device).items():
@@ -116,6 +110,7 @@ class CheapBlur:
         self.sigma = sigma
 
     def __call__(self, image: Image.Image) -> Image.Image:
+        """Blur an image."""
         return image.filter(ImageFilter.GaussianBlur(np.random.uniform(*self.sigma)))  # noqa: NPY002 (its own seed)
 
 
@@ -137,6 +132,7 @@ def torchvision_transform(t: Any, view: ViewConfig, blur: Any, first: list[Any],
 def peers(
     source: ImageSource, views: tuple[ViewConfig, ViewConfig], device: torch.device, images: int
 ) -> dict[str, Callable[[], object]]:
+    """Other packages on the same source."""
     turn = iter_numbers(len(source), images)
 
     def one_by_one(load: Callable[[int], Any], transforms: list[Callable[..., Tensor]]) -> Make:
@@ -182,6 +178,7 @@ def peers(
 
 
 def installed(package: str) -> str | None:
+    """Version of a package, or None with a line that says so."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -190,6 +187,7 @@ def installed(package: str) -> str | None:
 
 
 def iter_numbers(n: int, count: int) -> Iterator[list[int]]:
+    """Positions of the images of call after call."""
     start = 0
     while True:
         yield [(start + k) % n for k in range(count)]
@@ -251,19 +249,39 @@ def check(cases: dict[str, Callable[[], Any]]) -> None:
 
 
 def run_suite(
-    suite: str, source: ImageSource, views: tuple[ViewConfig, ViewConfig], arguments: argparse.Namespace, table: Table
+    results: Results,
+    suite: str,
+    source: ImageSource,
+    views: tuple[ViewConfig, ViewConfig],
+    *,
+    images: int,
+    rounds: int,
+    only: Sequence[str] = (),
 ) -> None:
-    device = torch.device(arguments.device)
-    cases = our_loaders(source, views, device, arguments.images) | peers(source, views, device, arguments.images)
-    cases = {name: case for name, case in cases.items() if not arguments.only or any(o in name for o in arguments.only)}
+    """Two views of images, by everyone.
+
+    Args:
+        results: where to put it.
+        suite: its name.
+        source: of the images.
+        views: how both are drawn.
+        images: of a call.
+        rounds: that count.
+        only: contenders whose name contains one of these; all where empty.
+    """
+    device = results.device
+    cases = our_loaders(source, views, device, images) | peers(source, views, device, images)
+    cases = {name: case for name, case in cases.items() if not only or any(o in name for o in only)}
     check(cases)
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-    table.add(suite, interleaved(cases, rounds=arguments.rounds, clock=clock))
+    on_cpu = device.type == "cpu"
+    times = interleaved(cases, rounds=rounds, clock=time.process_time if on_cpu else time.perf_counter)
+    baseline = next((name for name in cases if not name.startswith("ours")), "")
+    results.add(suite, times, unit="images/CPU-s" if on_cpu else "images/s", amount=images, baseline=baseline)
 
 
-def stages(source: ImageSource, arguments: argparse.Namespace, table: Table) -> None:
+def stages(results: Results, source: ImageSource, *, images: int, rounds: int) -> None:
     """What the first of our loaders does, one thing at a time, each beside what else could do it."""
-    images = min(arguments.images, len(source))
+    images = min(images, len(source))
     encoded = [source.read(i) for i in range(images)] if isinstance(source, EncodedSource) else []
     tensors, pictures = [decoded(source, i) for i in range(images)], [source.load(i) for i in range(images)]
     crops: list[Tensor] = []
@@ -309,57 +327,11 @@ def stages(source: ImageSource, arguments: argparse.Namespace, table: Table) -> 
             },
         }
     for suite, cases in suites.items():
-        table.add(f"stages, {suite}", interleaved(cases, rounds=arguments.rounds, clock=time.process_time))
+        times = interleaved(cases, rounds=rounds, clock=time.process_time)
+        results.add(f"stages, {suite}", times, unit="images/CPU-s", amount=images)
 
 
-@contextmanager
-def photographs(path: Path) -> Iterator[ImageSource]:
-    if path.is_dir():
-        yield open_source(path)
-        return
-    with tempfile.TemporaryDirectory() as folder, tarfile.open(path) as archive:
-        archive.extractall(folder, filter="data")
-        yield open_source(folder)
-
-
-def main() -> None:
-    beside = Path(__file__).parents[2] / "shared" / "data"
-    where = Path(os.environ.get("BYOL_FAST_TEST_DATA", beside)) / "imagenet_sample.tar"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=["jpeg", "arrays", "stages"], action="append", help="all, if not given")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--images", type=int, default=64, help="a call; 32 px: 8 times as many")
-    parser.add_argument("--only", nargs="*", default=[], help="contenders whose name contains one of these")
-    parser.add_argument("--photographs", type=Path, default=where, help="archive or folder of JPEGs")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--save", type=Path, help="folder for data.csv and environment.json")
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    load = ", ".join(f"{number:.1f}" for number in os.getloadavg())
-    print(f"{arguments.rounds} interleaved rounds on {device}; load of the machine {load}")
-    with photographs(arguments.photographs) as source:
-        suites, tables = arguments.suite or ["jpeg", "arrays", "stages"], []
-        unit = "images/CPU-s" if device.type == "cpu" else "images/s"
-        if "jpeg" in suites:
-            tables.append(Table(arguments.images, unit))
-            run_suite("two 224 px views from JPEG", source, JPEG_VIEWS, arguments, tables[-1])
-        if "stages" in suites and device.type == "cpu":
-            tables.append(Table(min(arguments.images, len(source)), unit))
-            stages(source, arguments, tables[-1])
-        if "arrays" in suites:
-            small = [np.asarray(source.load(i).resize((32, 32))) for i in range(min(len(source), 256))]
-            arrays = ArraySource(np.stack([small[i % len(small)] for i in range(2048)]), name="small photographs")
-            arguments.images *= 8
-            tables.append(Table(arguments.images, unit))
-            run_suite("two 32 px views from arrays", arrays, ARRAY_VIEWS, arguments, tables[-1])
-    if arguments.save:
-        whole = tables[0]
-        for other in tables[1:]:
-            whole.rows += other.rows
-        whole.save(arguments.save, "data", device)
-
-
-if __name__ == "__main__":
-    main()
+def small_arrays(source: ImageSource) -> ArraySource:
+    """Images of a source as an array of 2,048 images of 32 px."""
+    small = [np.asarray(source.load(i).resize((32, 32))) for i in range(min(len(source), 256))]
+    return ArraySource(np.stack([small[i % len(small)] for i in range(2048)]), name="small photographs")

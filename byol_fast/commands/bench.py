@@ -1,0 +1,49 @@
+"""`byol-fast bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tyro
+
+from byol_fast.bench.options import Options
+
+
+def main(argv: list[str]) -> int:
+    """Run it; return the exit code."""
+    if argv and argv[0] == "compare":
+        return _compare(argv[1:])
+    options = tyro.cli(
+        Options,
+        args=argv,
+        prog="byol-fast bench",
+        description="Measure this package beside what else one could use. `byol-fast bench compare A B` compares two "
+        "folders of results.",
+    )
+
+    from byol_fast.bench.suites import Bench
+
+    Bench(options).run()
+    return 0
+
+
+def _compare(argv: list[str]) -> int:
+    def options(before: tyro.conf.Positional[Path], after: tyro.conf.Positional[Path]) -> tuple[Path, Path]:
+        """Say what changed beyond the noise between two measurements; exit with 1 where something of ours got slower.
+
+        Args:
+            before: folder or file of results.
+            after: likewise.
+        """
+        return before, after
+
+    before, after = tyro.cli(options, args=argv, prog="byol-fast bench compare")
+
+    from byol_fast.bench.compare import compare, table
+
+    changes = compare(before, after)
+    print("\n".join(table(changes)))
+    slower = [c for c in changes if c.is_ours and c.verdict == "slower"]
+    faster = [c for c in changes if c.is_ours and c.verdict == "faster"]
+    print(f"{len(changes)} compared; of ours {len(slower)} slower, {len(faster)} faster beyond the noise")
+    return 1 if slower else 0
