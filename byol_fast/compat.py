@@ -31,15 +31,14 @@ from torch import Tensor, nn
 
 from byol_fast import batchnorm, cpu, recipes
 from byol_fast.config import Config, DataConfig, KNNConfig, ViewConfig
-from byol_fast.data.kernels_views import finish, needed, single_core_threads
+from byol_fast.data.kernels_views import single_core_threads
 from byol_fast.data.loader import thread_count
-from byol_fast.data.resident import table
+from byol_fast.data.random_views import image_tensor, random_view
 from byol_fast.data.sources import ArraySource, ImageSource, SourceError
-from byol_fast.data.sources.datasets import as_image
 from byol_fast.data.sources.opening import split
 from byol_fast.data.torchvision_loader import decoded
 from byol_fast.networks import MLPHead, Normalize, build_encoder
-from byol_kernels import byol_loss, draw_view, ema_update_, resized_crop
+from byol_kernels import byol_loss, ema_update_
 
 __all__ = [
     "BYOL",
@@ -256,34 +255,11 @@ class BYOL(SelfSupervisedTask):
         Raises:
             ValueError: no such image, or one that was not normalised with `mean` and `std`.
         """
-        if not isinstance(image, Tensor):
-            picture = as_image(image)
-            if picture is None:
-                raise ValueError(
-                    f"transform: image must be a tensor [3, H, W] or [B, 3, H, W], a uint8 array [H, W, 3] or a PIL "
-                    f"image, got {type(image).__name__}; convert it first"
-                )
-            image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-        if image.ndim not in {3, 4} or image.shape[-3] != 3:
-            raise ValueError(
-                f"transform: image must be [3, H, W] or [B, 3, H, W], got {list(image.shape)}; channels come before "
-                "height and width, and there are three of them"
-            )
+        image = image_tensor("transform", image)
         images = image if image.ndim == 4 else image[None]
         images = to_bytes(images, self.mean, self.std).to(self.normalize.scale.device)
-        first, second = self._view(images), self._view(images)
+        first, second = (self.normalize(random_view(images, self.view)) for _ in range(2))
         return (first, second) if image.ndim == 4 else (first[0], second[0])
-
-    def _view(self, images: Tensor) -> Tensor:
-        """A view of each of the images, uint8 `[B, 3, H, W]`."""
-        view, height, width = self.view, images.shape[2], images.shape[3]
-        key = torch.randint(-(2**63), 2**63 - 1, ())
-        numbers = torch.arange(len(images), device=images.device)
-        ranges = torch.from_numpy(table(view, height, width)).to(images.device)
-        drawn = draw_view(numbers, key.to(images.device), ranges, blur_kernel=view.blur_kernel)
-        crops = resized_crop(images, drawn.crop, view.size, interpolation=view.interpolation)
-        made = finish(crops, {name: getattr(drawn, name) for name in needed(view)}, view)
-        return cast("Tensor", self.normalize(made))
 
     def _takes_both(self, view: Tensor) -> bool:
         """Whether both views may pass at once; tried once for the networks as they are, on images of this size."""
