@@ -287,6 +287,20 @@ class KNNConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ProbeConfig:
+    """A linear classifier that learns beside the encoder, on features cut off from it; it changes nothing else."""
+
+    enabled: Literal["auto", "on", "off"] = "auto"
+    """auto: when the training images have labels (class folders)."""
+    lr: float = 1e-3
+    """Its learning rate (Adam)."""
+
+    def __post_init__(self) -> None:
+        _one_of("probe.enabled", self.enabled, Literal["auto", "on", "off"])
+        _positive("probe.lr", self.lr)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """A pre-training run."""
 
@@ -350,6 +364,8 @@ class Config:
     """Decay of the target network."""
     knn: KNNConfig = field(default_factory=KNNConfig)
     """Evaluation during training."""
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    """Classification during training."""
 
     def __post_init__(self) -> None:
         _require("/" not in self.name and self.name not in {".", ".."}, "name", "be a plain folder name", self.name)
@@ -422,6 +438,8 @@ def _typed(name: str, hint: Any, value: Any) -> Any:
         hint = next(a for a in get_args(hint) if a is not type(None))
     if get_origin(hint) is tuple:
         kinds = get_args(hint)
+        if kinds[-1] is Ellipsis and isinstance(value, list | tuple):
+            kinds = (kinds[0],) * len(value)
         if isinstance(value, list | tuple) and len(value) == len(kinds):
             return tuple(_typed(name, kind, v) for kind, v in zip(kinds, value, strict=True))
     elif hint is Path and isinstance(value, str | Path):

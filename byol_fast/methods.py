@@ -29,6 +29,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 Views = Literal["batched", "separate", "concat"]
 """See `byol_fast.config.ModelConfig.views`."""
 Pair = tuple[Tensor, Tensor]
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class TaskOutput(NamedTuple):
@@ -38,6 +39,8 @@ class TaskOutput(NamedTuple):
     """Scalar to descend, fp32 (float64 in a float64 network)."""
     collapse_std: Tensor
     """Scalar, no gradient: see `collapse_std`."""
+    features: Tensor | None = None
+    """Features of the online encoder, no gradient, `[2B, D]`: those of the first views, then those of the second."""
 
 
 def collapse_std(projection_BD: Tensor) -> Tensor:
@@ -148,11 +151,12 @@ class SelfSupervisedTask(nn.Module, ABC):
             return [self.normalize(view1), self.normalize(view2)]
         return [self.normalize(torch.cat([view1, view2]))]
 
-    def _pass_online(self, inputs: Sequence[Tensor]) -> tuple[Pair, Pair]:
-        """Projections and predictions of the two views."""
+    def _pass_online(self, inputs: Sequence[Tensor]) -> tuple[Pair, Pair, Tensor]:
+        """Projections and predictions of the two views, and their features as `TaskOutput.features`."""
         with batchnorm.views_stacked(self.online, 2 if self.views == "batched" else 1):
-            projections, predictions = self._online_call[0](*inputs)
-        return _by_view(projections), _by_view(predictions)
+            projections, predictions, features = self._online_call[0](*inputs)
+        both = features[0] if len(features) == 1 else torch.cat(list(features))
+        return _by_view(projections), _by_view(predictions), both
 
 
 def _by_view(outputs: Sequence[Tensor]) -> Pair:
@@ -171,13 +175,14 @@ class OnlineNetwork(nn.Module):
         self.projector = projector
         self.predictor = predictor
 
-    def forward(self, *views: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Projection and prediction, each `[B, D]`, of each batch of normalised images `[B, 3, H, W]`.
+    def forward(self, *views: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Projection, prediction and (without gradient) features, `[B, D]`, of each batch of images `[B, 3, H, W]`.
 
         All in one call: DDP counts the calls before a backward pass.
         """
-        projections = [self.projector(self.encoder(view).flatten(1)) for view in views]
-        return projections, [self.predictor(projection) for projection in projections]
+        features = [self.encoder(view).flatten(1) for view in views]
+        projections = [self.projector(f) for f in features]
+        return projections, [self.predictor(projection) for projection in projections], [f.detach() for f in features]
 
 
 class TargetNetwork(nn.Module):
@@ -293,11 +298,15 @@ class BYOL(SelfSupervisedTask):
         Raises:
             ValueError: the views are no images of these shapes and dtypes.
         """
+        return self._outputs(view1, view2)[0]
+
+    def _outputs(self, view1: Tensor, view2: Tensor) -> tuple[Outputs, Tensor]:
+        """What `forward` returns, and the online encoder's features."""
         inputs = self._inputs(view1, view2)
         with torch.no_grad(), batchnorm.views_stacked(self.target, 2 if self.views == "batched" else 1):
             z1, z2 = _by_view(self.target(*inputs))  # no_grad, not inference_mode: that breaks later compiled training
-        _, (p1, p2) = self._pass_online(inputs)
-        return p1, p2, z1, z2
+        _, (p1, p2), features = self._pass_online(inputs)
+        return (p1, p2, z1, z2), features
 
     def loss(self, predictions: Sequence[Tensor], projections: Sequence[Tensor]) -> Tensor:
         """`mean over the batch of l(p1, z2) + l(p2, z1)` with `l = 2 - 2 cos`, from 0 to 8.
@@ -311,7 +320,8 @@ class BYOL(SelfSupervisedTask):
 
     def training_output(self, view1: Tensor, view2: Tensor) -> TaskOutput:
         """See `SelfSupervisedTask.training_output`; the collapse meter is of the target's projections."""
-        return _loss_and_meter(*self(view1, view2))
+        outputs, features = self._outputs(view1, view2)
+        return _loss_and_meter(*outputs)._replace(features=features)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Parameters of the online encoder, projector and predictor, in this order."""
@@ -415,8 +425,12 @@ class SimSiam(SelfSupervisedTask):
         Raises:
             ValueError: the views are no images of these shapes and dtypes.
         """
-        (z1, z2), (p1, p2) = self._pass_online(self._inputs(view1, view2))
-        return p1, p2, z1.detach(), z2.detach()
+        return self._outputs(view1, view2)[0]
+
+    def _outputs(self, view1: Tensor, view2: Tensor) -> tuple[Outputs, Tensor]:
+        """What `forward` returns, and the encoder's features."""
+        (z1, z2), (p1, p2), features = self._pass_online(self._inputs(view1, view2))
+        return (p1, p2, z1.detach(), z2.detach()), features
 
     def loss(self, predictions: Sequence[Tensor], projections: Sequence[Tensor]) -> Tensor:
         """`-(cos(p1, z2) + cos(p2, z1)) / 2`, mean over the batch.
@@ -430,8 +444,9 @@ class SimSiam(SelfSupervisedTask):
 
     def training_output(self, view1: Tensor, view2: Tensor) -> TaskOutput:
         """See `SelfSupervisedTask.training_output`; the collapse meter is of the projections."""
-        output = _loss_and_meter(*self(view1, view2))
-        return output._replace(loss=_from_byol(output.loss))
+        outputs, features = self._outputs(view1, view2)
+        output = _loss_and_meter(*outputs)
+        return output._replace(loss=_from_byol(output.loss), features=features)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Parameters of the encoder, the projector and the predictor, in this order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,8 +10,11 @@ import torch
 
 from byol_fast.data import ViewLoader
 from byol_fast.distributed import World
+from byol_fast.evaluate.online import OnlineProbe
 from byol_fast.methods import SelfSupervisedTask
 from byol_fast.precision import LossScale
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -24,6 +28,7 @@ class TrainState:
     world: World = field(default_factory=World)
     accumulate: int = 1
     """Batches of the loader that make a step."""
+    probe: OnlineProbe | None = None
     step: int = 0
     """Optimizer steps finished."""
     evaluated_at: int = -1
@@ -52,6 +57,7 @@ class TrainState:
             "step": self.step,
             "evaluated_at": self.evaluated_at,
             "best": self.best,
+            "probe": None if self.probe is None else self.probe.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -76,6 +82,11 @@ class TrainState:
         self.step = state["step"]
         self.evaluated_at = state["evaluated_at"]
         self.best = state["best"]
+        if self.probe is not None and state.get("probe") is not None:
+            try:
+                self.probe.load_state_dict(state["probe"])
+            except ValueError as error:  # the images changed, and the run was told to go on
+                log.warning("%s", error)
         torch.set_rng_state(own["rng"])
         if "rng_cuda" in own and torch.cuda.is_available():
             torch.cuda.set_rng_state(own["rng_cuda"])

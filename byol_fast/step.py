@@ -31,6 +31,8 @@ class StepMetrics:
     float64."""
     lr: float
     tau: float
+    features: tuple[Tensor, ...] = ()
+    """`TaskOutput.features` of each batch of the step; a captured step overwrites them the next time."""
 
     @property
     def loss(self) -> Tensor:
@@ -143,6 +145,7 @@ class TrainStep:
         self.copies = WeightCopies(task, precision.autocast) if fit and precision.autocast is not None else None
         self._tau: float | Tensor = torch.ones((), device=self.device) if self.device.type == "cuda" else 1.0
         self.run: Callable[[Views], Tensor] = self.body
+        self._features: tuple[Tensor, ...] = ()
 
     def __call__(self, batch: Batch | Sequence[Batch], step: int) -> StepMetrics:
         """Train on a batch, or on as many as `accumulate` says.
@@ -156,7 +159,8 @@ class TrainStep:
             raise ValueError(f"TrainStep: batch must be {self.accumulate} batches (accumulate), got {len(batches)}")
         lr, tau = self.schedule.lr(step), self.schedule.tau(step)
         self._set_rates(lr, self.schedule.constant_lr(step), tau)
-        return StepMetrics(self.run([(self._placed(b.view1), self._placed(b.view2)) for b in batches]), lr, tau)
+        values = self.run([(self._placed(b.view1), self._placed(b.view2)) for b in batches])
+        return StepMetrics(values, lr, tau, self._features)
 
     def body(self, views: Views) -> Tensor:
         """The work of a step: all of it runs on the device, and none of it waits for the host.
@@ -173,6 +177,7 @@ class TrainStep:
             last = len(outputs) == len(views) - 1
             with nullcontext() if last else self.task.more_to_come():
                 outputs.append(self._backward(view1, view2))
+        self._features = tuple(output.features for output in outputs if output.features is not None)
         loss = torch.stack([output.loss.detach() for output in outputs]).mean()
         if self.copies is not None:
             self.copies.hand_over_gradients()

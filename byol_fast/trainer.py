@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -24,8 +25,8 @@ from byol_fast.capture import CapturedStep, choose_mode, compiled
 from byol_fast.config import Config, ConfigError
 from byol_fast.data import BadImageError, Batch, make_loader, split
 from byol_fast.display import Display
-from byol_fast.evaluate.during import KNNDuringTraining, knn_problem
-from byol_fast.evaluate.knn import KNNResult
+from byol_fast.evaluate.during import Evaluation, KNNDuringTraining, knn_problem
+from byol_fast.evaluate.online import OnlineProbe
 from byol_fast.export import export_encoder
 from byol_fast.files import atomic_write
 from byol_fast.methods import make_task
@@ -33,6 +34,7 @@ from byol_fast.metrics import MetricsLog, Speed, Stopwatch, TensorBoard
 from byol_fast.metrics import read as read_metrics
 from byol_fast.optim import make_optimizer
 from byol_fast.precision import resolve_precision
+from byol_fast.report.build import report
 from byol_fast.schedules import RunSchedule
 from byol_fast.signals import StopRequest
 from byol_fast.state import TrainState
@@ -45,7 +47,7 @@ log = logging.getLogger(__name__)
 RESUMABLE_CHANGES = frozenset(
     {"name", "out", "log_every", "checkpoint_every", "keep_checkpoints", "data.root", "data.cache", "data.prefetch"}
     | {"data.threads", "knn.val_root", "mode", "tensorboard", "timeout_minutes", "max_bad_steps"}
-    | {"activation_checkpointing", "data.on_bad", "data.max_bad", "data.accept_changed"}
+    | {"activation_checkpointing", "data.on_bad", "data.max_bad", "data.accept_changed", "probe.enabled", "probe.lr"}
 )
 
 # A checkpoint after every epoch of a few steps would cost more than the steps.
@@ -198,8 +200,15 @@ class Trainer:
         )
         if self.mode.name == "graph":
             self.train_step.run = CapturedStep(self.train_step)
+        self.probe = self._online_probe()
         self.state = TrainState(
-            self.task, optimizer, loader, self.train_step.loss_scale, world, accumulate=config.accumulate
+            self.task,
+            optimizer,
+            loader,
+            self.train_step.loss_scale,
+            world,
+            accumulate=config.accumulate,
+            probe=self.probe,
         )
         self.metrics = MetricsLog(self.run_dir / "metrics.jsonl")
         self.tensorboard = TensorBoard(self.run_dir / "tb") if config.tensorboard and world.leads else None
@@ -208,7 +217,8 @@ class Trainer:
         self.stop_request = StopRequest()
         self._ended_early = False
         self._bad_in_a_row = 0
-        self._recent: list[tuple[int, StepMetrics]] = []
+        self._saved_at = -1
+        self._recent: list[tuple[int, StepMetrics, Tensor | None]] = []
         if payload is not None:
             self._restore(payload)
 
@@ -271,6 +281,24 @@ class Trainer:
             self.val_source,
             device=self.device,
             autocast=self.precision.autocast,
+            probe=self.probe,
+        )
+
+    def _online_probe(self) -> OnlineProbe | None:
+        probe, source = self.config.probe, self.train_source
+        if probe.enabled == "on" and source.labels is None:
+            raise ConfigError(
+                "config: probe.enabled is 'on', but the training images have no labels: sort them into one folder per "
+                "class, or set it to 'auto'"
+            )
+        if probe.enabled == "off" or source.labels is None:
+            return None
+        return OnlineProbe(
+            self.task.feature_dim,
+            len(source.classes),
+            lr=probe.lr,
+            device=self.device,
+            average=None if self.world.alone else distributed.mean,
         )
 
     def _restore(self, payload: dict[str, Any]) -> None:
@@ -284,10 +312,24 @@ class Trainer:
                 "drop these options, or start a new run"
             )
         self.state.load_state_dict(payload)
+        self._recall_evaluation()
         self.config = configs.replace(self.config, {"data.accept_changed": False})  # this once
         self.train_step.weights_changed()
         for difference in environment.differences(json.loads(payload["environment"]), self._environment()):
             self._warn("resume: %s; the run goes on, but not bit for bit as it would have", difference)
+
+    def _recall_evaluation(self) -> None:
+        """An evaluation comes after the checkpoint of its step; the metrics tell whether it was made."""
+        step = self.state.step
+        if self.world.from_leader(lambda: checkpoints.path_of(self.run_dir / "checkpoints", step).exists()):
+            self._saved_at = step
+        made = self.world.from_leader(
+            lambda: [r["knn_top1"] for r in read_metrics(self.metrics.path) if r["step"] == step and "knn_top1" in r]
+        )
+        if made:
+            self.state.evaluated_at = step
+            if step > 0:
+                self.state.best = max(self.state.best, made[-1])
 
     # ------------------------------------------------------------------ the run
 
@@ -318,8 +360,8 @@ class Trainer:
                     self._save()
                 self._evaluate_if_due(display)
                 self._stop_if_asked()
-            if self.state.evaluated_at == self.state.step or self._ended_early:
-                self._save()  # so that a later resume need not evaluate again
+            if self._saved_at != self.state.step:
+                self._save()
         self.state.loader.close()
         return self._finish()
 
@@ -344,7 +386,11 @@ class Trainer:
             message = str(error).splitlines()[0]
         else:
             self.state.step += 1
-            self._recent.append((self.state.step, metrics))
+            right = None
+            if self.probe is not None:
+                labels = torch.as_tensor(self.train_source.labels)[torch.cat([batch.index for batch in batches])]
+                right = self.probe.learn(metrics.features, labels, metrics.undone)
+            self._recent.append((self.state.step, dataclasses.replace(metrics, features=()), right))
             self.stopwatch.count(self.effective_batch)
             self._tell("on_step_end", metrics)
             return
@@ -375,18 +421,25 @@ class Trainer:
         """Queue a record for each step since the last time; the only place where the host waits for the device."""
         if not self._recent:
             return
-        values = torch.stack([metrics.values for _, metrics in self._recent])
+        values = torch.stack([metrics.values for _, metrics, _ in self._recent])
+        if self.probe is not None:
+            rights = [right for _, _, right in self._recent if right is not None]
+            values = torch.cat([values, torch.stack(rights).double()[:, None]], dim=1)
         if not self.world.alone:
             values = distributed.mean(values)
         speed, peak = self.stopwatch.lap(), memory.peak_gib(self.device)
         records = []
         bad = 0
-        for (step, metrics), (loss, spread, undone) in zip(self._recent, values.tolist(), strict=True):
+        for (step, metrics, _), (loss, spread, undone, *right) in zip(self._recent, values.tolist(), strict=True):
             bad += undone > 0
             self._bad_in_a_row = self._bad_in_a_row + 1 if undone > 0 else 0
             records.append(self._record(step, metrics, loss, spread, speed, peak))
+            if right:
+                records[-1]["probe_top1"] = right[0]
             if undone > 0:
-                records[-1] |= {"loss": None, "collapse_std": None, "undone": True}
+                records[-1] |= dict.fromkeys(("loss", "collapse_std", *(["probe_top1"] if right else []))) | {
+                    "undone": True
+                }
             if self._bad_in_a_row == self.config.max_bad_steps:
                 break
         last = self._recent[-1][0]
@@ -444,24 +497,38 @@ class Trainer:
             self._stop_if_asked()
             return
         which = "untrained, norms calibrated" if step == 0 else f"epoch {self.state.epoch:.4g}"
-        display.say(f"kNN-{knn.k} top-1 {result.top1:.1%}  ({which}; {result.num_test} images)")
+        top1 = result.knn.top1
+        probe = "" if result.probe_top1 is None else f"linear probe {result.probe_top1:.1%}, "
+        display.say(
+            f"kNN-{knn.k} top-1 {top1:.1%}, {probe}RankMe {result.rankme:.0f}  ({which}; {result.knn.num_test} images)"
+        )
         self._record_steps()
         record = {
             "step": step,
             "epoch": round(self.state.epoch, 4),
-            "knn_top1": result.top1,
-            "knn_top5": result.top5,
+            "knn_top1": top1,
+            "knn_top5": result.knn.top5,
             "knn_k": knn.k,
+            "rankme": result.rankme if math.isfinite(result.rankme) else None,
         }
+        if result.probe_top1 is not None:
+            record["probe_val_top1"] = result.probe_top1
+        if step > 0 and top1 > self.state.best:
+            self._keep_as_best()
+            self.state.best = top1
+        # After that, so that an evaluation whose record is found left nothing undone: see `_recall_evaluation`.
+        self.state.evaluated_at = step
         self.metrics.add(record)
         self._flush_metrics()
-        self.state.evaluated_at = step
-        if step > 0 and result.top1 > self.state.best:
-            self.state.best = result.top1
-            self._save(best=True)
         self._tell("on_evaluation", record)
 
-    def _knn_unless_stopped(self) -> KNNResult | None:
+    def _keep_as_best(self) -> None:
+        if self._saved_at != self.state.step:
+            self._save()
+        path = checkpoints.path_of(self.run_dir / "checkpoints", self.state.step)
+        self.world.from_leader(lambda: checkpoints.keep_as_best(path))
+
+    def _knn_unless_stopped(self) -> Evaluation | None:
         assert self.knn is not None
         try:
             return self.knn(untrained=self.state.step == 0, check=self._raise_if_stopped)
@@ -507,7 +574,7 @@ class Trainer:
             return True
         if self.run_dir.exists() and not self.run_dir.is_dir():
             raise ConfigError(f"config: {self.run_dir} must be a folder, it is a file; choose another name")
-        begun = {"config.json", "environment.json", "metrics.jsonl", "tb"}
+        begun = {"config.json", "environment.json", "metrics.jsonl", "tb", "report.html"}
         left = {p.name for p in self.run_dir.iterdir() if p != folder} if self.run_dir.exists() else set()
         left = {name for name in left if not name.startswith("bad_images.")}
         if checkpoints.steps_in(folder) or left - begun:
@@ -533,7 +600,7 @@ class Trainer:
                 f"config: {self.run_dir} cannot be written ({error}); set `out` to another folder"
             ) from None
 
-    def _save(self, *, best: bool = False) -> None:
+    def _save(self) -> None:
         self._record_steps()
         self._flush_metrics()
         self._refuse_weights()
@@ -545,12 +612,11 @@ class Trainer:
         folder = self.run_dir / "checkpoints"
 
         def write() -> Path:
-            path = checkpoints.save(folder, self.state.step, payload, keep=self.config.keep_checkpoints)
-            if best:
-                checkpoints.keep_as_best(path)
-            return path
+            return checkpoints.save(folder, self.state.step, payload, keep=self.config.keep_checkpoints)
 
-        self._tell("on_checkpoint", self.world.from_leader(write))
+        path = self.world.from_leader(write)
+        self._saved_at = self.state.step
+        self._tell("on_checkpoint", path)
 
     def _flush_metrics(self) -> None:
         if not self.world.leads:
@@ -598,8 +664,17 @@ class Trainer:
         if self.tensorboard is not None:
             self.tensorboard.close()
         result = self.world.from_leader(self._export)
+        if self.world.leads:
+            self._write_report()
         self._tell("on_run_end", result)
         return result
+
+    def _write_report(self) -> None:
+        """What needs no image, within a second or so; `byol-fast report` adds the rest."""
+        try:
+            report([self.run_dir], pictures=False)
+        except Exception as error:  # the run is done and saved: nothing about a page may spoil that
+            self._warn("no report.html: %s; try byol-fast report %s", error, self.run_dir)
 
     def _export(self) -> RunResult:
         weights, _ = export_encoder(

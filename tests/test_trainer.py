@@ -362,6 +362,7 @@ def test_compiled_steps_equal_eager_ones() -> None:
         tau_schedule="cosine",
     )
     losses: dict[str, list[float]] = {}
+    features: dict[str, torch.Tensor] = {}
     for mode, task in (("eager", eager), ("compile", other)):
         forward = compiled(task, Mode(mode, "for the test"))  # type: ignore[arg-type]
         optimizer = make_optimizer(OptimConfig(weight_decay=0.1, eta=0.1), task.trainable_parameters())
@@ -370,9 +371,12 @@ def test_compiled_steps_equal_eager_ones() -> None:
         losses[mode] = []
         for k in range(3):
             views = torch.randn(2, 6, 3, 6, 6, generator=generator, dtype=torch.float64)
-            losses[mode].append(float(step(Batch(views[0], views[1], torch.arange(6)), k).loss))
+            metrics = step(Batch(views[0], views[1], torch.arange(6)), k)
+            losses[mode].append(float(metrics.loss))
+            (features[mode],) = metrics.features
     assert losses["compile"] == pytest.approx(losses["eager"], rel=1e-12)
     assert losses["eager"][0] != losses["eager"][2]
+    torch.testing.assert_close(features["compile"], features["eager"], rtol=1e-10, atol=1e-12)
     for (name, a), b in zip(eager.state_dict().items(), other.state_dict().values(), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-12, msg=name)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,28 @@ from byol_fast.config import Config, ConfigError
 from byol_fast.data import ImageSource, eval_batches
 from byol_fast.evaluate.embed import calibrated, embed
 from byol_fast.evaluate.knn import KNNResult, knn_accuracy
+from byol_fast.evaluate.online import OnlineProbe
+from byol_fast.evaluate.rank import rankme, spread_rows
 from byol_fast.methods import SelfSupervisedTask
 
 # Images that the norms of an untrained encoder are calibrated on.
 CALIBRATION_IMAGES = 10_240
 
 
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What an encoder is worth at one moment."""
+
+    knn: KNNResult
+    """Nearest neighbours among the training images."""
+    rankme: float
+    """Effective rank of the training images' features; see `byol_fast.evaluate.rankme`."""
+    probe_top1: float | None
+    """Accuracy of the probe on the validation images, 0..1, where there is one that has learned."""
+
+
 class KNNDuringTraining:
-    """The kNN accuracy of a task's encoder on a run's images.
+    """The kNN accuracy of a task's encoder on a run's images, and what else their features tell.
 
     Args:
         config: of it `knn`, `view1`, `data` are used.
@@ -29,6 +44,7 @@ class KNNDuringTraining:
         val: validation images, with labels.
         device: where the task is.
         autocast: dtype to compute in; None leaves the weights' own.
+        probe: the linear classifier that learns beside the encoder.
     """
 
     def __init__(
@@ -40,12 +56,13 @@ class KNNDuringTraining:
         *,
         device: torch.device,
         autocast: torch.dtype | None,
+        probe: OnlineProbe | None = None,
     ) -> None:
         self.config, self.task, self.train, self.val = config, task, train, val
-        self.device, self.autocast = device, autocast
+        self.device, self.autocast, self.probe = device, autocast, probe
 
-    def __call__(self, *, untrained: bool, check: Callable[[], None]) -> KNNResult:
-        """Accuracy now.
+    def __call__(self, *, untrained: bool, check: Callable[[], None]) -> Evaluation:
+        """Evaluate the encoder as it is now.
 
         Args:
             untrained: calibrate the batch norms first (on a copy): an untrained network's are meaningless.
@@ -63,14 +80,21 @@ class KNNDuringTraining:
             encoder = calibrated(encoder, self._images(self._spaced(CALIBRATION_IMAGES)[0]), **common)
         train_x, kept = self._features(encoder, train, **common)
         val_x, val_kept = self._features(encoder, self.val, **common)
-        return knn_accuracy(
+        val_y = torch.as_tensor(self.val.labels)[val_kept]
+        accuracy = knn_accuracy(
             train_x,
             torch.as_tensor(self.train.labels)[index][kept].to(self.device),
             val_x,
-            torch.as_tensor(self.val.labels)[val_kept],
+            val_y,
             k=knn.k,
             temperature=knn.temperature,
             num_classes=len(self.train.classes),
+        )
+        learned = self.probe is not None and self.probe.steps > 0
+        return Evaluation(
+            knn=accuracy,
+            rankme=rankme(spread_rows(train_x)),
+            probe_top1=self.probe.top1(val_x, val_y) if self.probe is not None and learned else None,
         )
 
     def _features(self, encoder: nn.Module, source: ImageSource, **common: Any) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,196 @@
+"""The probe beside the encoder, and evaluations during a run: they see everything and change nothing."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from byol_fast import Callback
+from byol_fast import checkpoint as checkpoints
+from byol_fast import config as configs
+from byol_fast.config import Config, ConfigError
+from byol_fast.evaluate.online import EPS, OnlineProbe
+from byol_fast.methods import BYOL, SimSiam
+from byol_fast.metrics import read
+from byol_fast.trainer import Trainer
+
+CPU = torch.device("cpu")
+GOOD, BAD = torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
+
+
+def clusters(count: int, seed: int, dim: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    """Points around the corners of a simplex, far from the origin, of very different widths by direction."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.randint(0, 3, (count,), generator=generator)
+    x = 4 * torch.eye(3, dim)[y] + torch.randn(count, dim, generator=generator)
+    return x * torch.logspace(-2, 2, dim) + 100, y
+
+
+@pytest.fixture
+def judged(tiny: Config, npz: Path, photos: np.ndarray) -> Config:
+    """The tiny run with evaluations after steps 5, 10 and 12."""
+    val = npz.with_name("val.npz")
+    np.savez(val, images=photos[:30], labels=np.arange(30) % 3)
+    return configs.replace(tiny, {"knn": {"val_root": val, "every_epochs": 1, "k": 3}})
+
+
+def test_learning_is_logistic_regression_by_adam_on_standardised_features() -> None:
+    """Against autograd and torch's plain Adam in float64."""
+    probe = OnlineProbe(12, 3, lr=0.01, device=CPU)
+    weight, bias = (torch.zeros(s, dtype=torch.float64, requires_grad=True) for s in ((3, 12), (3,)))
+    adam = torch.optim.Adam([weight, bias], lr=0.01)
+    for step in range(6):
+        x, y = clusters(40, step)
+        views = [torch.cat([x[:15], x[:15] + 1]), torch.cat([x[15:], x[15:] - 1])]  # two batches of a step
+        right = probe.learn(views, y, GOOD)
+        both, labels = torch.cat(views).double(), torch.cat([y[:15], y[:15], y[15:], y[15:]])
+        both = (both - both.mean(0)) / (both.var(0, correction=0) + EPS).sqrt()
+        logits = both @ weight.T + bias
+        assert float(right) == pytest.approx(float((logits.argmax(1) == labels).double().mean()))
+        adam.zero_grad()
+        F.cross_entropy(logits, labels).backward()  # type: ignore[no-untyped-call]
+        adam.step()
+    torch.testing.assert_close(probe.weight.double(), weight, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(probe.bias.double(), bias, rtol=1e-3, atol=1e-5)
+
+
+def test_it_learns_what_is_there_and_judges_single_images_by_it() -> None:
+    probe = OnlineProbe(12, 3, lr=0.01, device=CPU)
+    for step in range(150):
+        x, y = clusters(64, step)
+        probe.learn([torch.cat([x, x])], y, GOOD)
+    x, y = clusters(500, 1000)
+    centres = 4 * torch.eye(3, 12)
+    best = float((torch.cdist((x - 100) / torch.logspace(-2, 2, 12), centres).argmin(1) == y).float().mean())
+    assert probe.top1(x, y) > best - 0.02 > 0.9
+    assert probe.top1(x[:1], y[:1]) in {0.0, 1.0}
+
+
+def test_an_undone_step_teaches_nothing() -> None:
+    probe = OnlineProbe(12, 3, lr=0.01, device=CPU)
+    x, y = clusters(20, 0)
+    probe.learn([torch.cat([x, x])], y, GOOD)
+    before = [t.clone() for t in (probe.weight, probe.bias, probe.mean, probe.var)]
+    probe.learn([torch.full((40, 12), torch.nan)], y, BAD)
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, (probe.weight, probe.bias, probe.mean, probe.var), strict=True)
+    )
+    other = OnlineProbe(12, 3, lr=0.01, device=CPU)
+    other.learn([torch.cat([x, x])], y, GOOD)
+    other.steps = probe.steps
+    for p in (probe, other):
+        p.learn([torch.cat([x, x])], y, GOOD)
+    assert torch.equal(probe.weight, other.weight)
+
+
+@pytest.mark.parametrize("method", [BYOL, SimSiam])
+def test_features_are_those_of_the_views_and_carry_no_gradient(method: Any) -> None:
+    views = [torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(i)) for i in (1, 2)]
+    for form in ("batched", "separate"):
+        torch.manual_seed(0)
+        task = method("resnet18_narrow", hidden_dim=8, projection_dim=8, image_size=32, views=form)
+        with torch.no_grad():
+            expected = torch.cat([task.encoder(view) for view in views])  # in train mode: statistics of each view
+        output = task.training_output(*views)
+        assert not output.features.requires_grad
+        torch.testing.assert_close(output.features, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_training_is_the_same_bit_for_bit_with_the_probe_and_without(tiny: Config) -> None:
+    tiny = configs.replace(tiny, {"steps": 4, "accumulate": 2, "precision": "bf16"})
+    trainers = {}
+    for enabled in ("off", "on"):
+        trainers[enabled] = Trainer(configs.replace(tiny, {"name": enabled, "probe.enabled": enabled}))
+        trainers[enabled].fit()
+    states = {name: t.state.state_dict() for name, t in trainers.items()}
+    probe = states["on"].pop("probe")
+    assert states["off"].pop("probe") is None
+    for part in ("task", "optimizer"):
+        torch.testing.assert_close(states["on"][part], states["off"][part], rtol=0, atol=0)
+    assert torch.equal(states["on"]["processes"][0]["rng"], states["off"]["processes"][0]["rng"])
+    assert probe["steps"] == 4
+    assert bool(probe["weight"].any())
+    on, off = (read(t.run_dir / "metrics.jsonl") for t in (trainers["on"], trainers["off"]))
+    assert [r["loss"] for r in on] == [r["loss"] for r in off]
+    assert all(0 <= r["probe_top1"] <= 1 for r in on)
+    assert not any("probe_top1" in r for r in off)
+
+
+def test_a_resumed_run_goes_on_with_its_probe_and_an_older_one_gets_one(tiny: Config) -> None:
+    tiny = configs.replace(tiny, {"steps": 8})
+    whole = Trainer(configs.replace(tiny, {"name": "whole"}))
+    whole.fit()
+    folder = whole.run_dir / "checkpoints"
+    expected = read(whole.run_dir / "metrics.jsonl")
+    end = checkpoints.load(checkpoints.path_of(folder, 8))
+    checkpoints.path_of(folder, 8).unlink()
+    Trainer(configs.replace(tiny, {"name": "whole"}), resume=whole.run_dir).fit()
+    resumed = checkpoints.load(checkpoints.path_of(folder, 8))
+    torch.testing.assert_close(resumed["probe"], end["probe"], rtol=0, atol=0)
+    records = read(whole.run_dir / "metrics.jsonl")
+    assert [r["probe_top1"] for r in records] == [r["probe_top1"] for r in expected]
+
+    checkpoints.path_of(folder, 8).unlink()
+    older = checkpoints.load(checkpoints.path_of(folder, 5)) | {"probe": None}
+    checkpoints.save(folder, 5, {k: v for k, v in older.items() if k not in {"format", "step"}}, keep=3)
+    Trainer(configs.replace(tiny, {"name": "whole"}), resume=whole.run_dir).fit()
+    again = checkpoints.load(checkpoints.path_of(folder, 8))
+    assert again["probe"]["steps"] == 3
+    torch.testing.assert_close(again["task"], end["task"], rtol=0, atol=0)
+
+
+def test_without_labels_there_is_no_probe_unless_it_is_asked_for(tiny: Config, photos: np.ndarray) -> None:
+    unlabelled = configs.replace(tiny, {"data.root": None})
+    assert Trainer(unlabelled, data=photos).probe is None
+    with pytest.raises(ConfigError, match="probe.enabled is 'on', but the training images have no labels"):
+        Trainer(configs.replace(unlabelled, {"probe.enabled": "on", "name": "on"}), data=photos)
+
+
+class Witness(Callback):
+    """Counts checkpoints and evaluations, and fails after the evaluation of a step."""
+
+    def __init__(self, fail_at: int = -1) -> None:
+        self.saved: list[int] = []
+        self.evaluated: list[int] = []
+        self.fail_at = fail_at
+
+    def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
+        self.saved.append(trainer.state.step)
+
+    def on_evaluation(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        self.evaluated.append(record["step"])
+        if record["step"] == self.fail_at:
+            raise RuntimeError("crash")
+
+
+def test_each_checkpoint_is_written_once_and_a_crash_after_an_evaluation_does_not_repeat_it(judged: Config) -> None:
+    seen = Witness()
+    run = Trainer(judged, callbacks=[seen]).fit().run_dir
+    assert seen.evaluated == [0, 5, 10, 12]
+    assert seen.saved == [5, 10, 12]
+    records = read(run / "metrics.jsonl")
+    evaluations = [r for r in records if "knn_top1" in r]
+    assert all(1 <= r["rankme"] <= 60 for r in evaluations)
+    assert ["probe_val_top1" in r for r in evaluations] == [False, True, True, True]
+    best = checkpoints.best_in(run / "checkpoints")
+    assert best is not None
+
+    for step in (10, 12):
+        shutil.rmtree(run)
+        with pytest.raises(RuntimeError, match="crash"):
+            Trainer(judged, callbacks=[Witness(fail_at=step)]).fit()
+        seen = Witness()
+        Trainer(judged, resume=run, callbacks=[seen]).fit()
+        assert seen.evaluated == [s for s in (10, 12) if s > step]
+        clock = {"images_per_s", "data_wait", "peak_memory_gib"}
+        assert [{k: v for k, v in r.items() if k not in clock} for r in read(run / "metrics.jsonl")] == [
+            {k: v for k, v in r.items() if k not in clock} for r in records
+        ]
+        assert checkpoints.best_in(run / "checkpoints") == best
+        assert checkpoints.load(best)["step"] == int(best.stem.rpartition("_")[2])
