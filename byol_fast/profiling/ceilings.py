@@ -1,0 +1,142 @@
+"""A device's two ceilings: how fast it copies memory and how fast it multiplies matrices."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Dtype = Literal["bf16", "fp16", "tf32", "fp32"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ceilings:
+    """What a device can do at most."""
+
+    name: str
+    """Of the device."""
+    dtype: Dtype
+    """Of the products."""
+    bytes_per_s: float
+    """Reads and writes together of a large copy."""
+    flops_per_s: float
+    """Of a large matrix product."""
+    peak_flops_per_s: float
+    """The data sheet's, dense, for MFU; where there is none (a CPU), what was measured."""
+    source: str
+    """`measured`, or where the figures are from."""
+
+    @property
+    def ridge(self) -> float:
+        """FLOPs a byte at which a kernel stops to be bound by memory."""
+        return self.flops_per_s / self.bytes_per_s
+
+
+# Data sheets, dense, no sparsity: TFLOP/s of bf16 = fp16 (fp32 accumulation), tf32, fp32; TB/s.
+# A100 80GB SXM: NVIDIA A100 data sheet. H100 SXM, H200 SXM: NVIDIA H100 and H200 data sheets (989.4 with the sparsity
+# factor taken out). RTX 4090: NVIDIA Ada GPU architecture white paper, appendix A.
+_SHEETS: dict[str, tuple[float, float, float, float]] = {
+    "A100": (312.0, 156.0, 19.5, 2.039),
+    "H100": (989.4, 494.7, 66.9, 3.35),
+    "H200": (989.4, 494.7, 66.9, 4.8),
+    "RTX 4090": (165.2, 82.6, 82.6, 1.008),
+}
+# Achieved copies: 3.0 of the H100's 3.35 TB/s, 4.3 of the H200's 4.8; achieved products: 798 of Hopper's 989.4 TFLOP/s.
+# Nobody measured the other two for this table: they get Hopper's shares.
+_COPY_TB: dict[str, float] = {"H100": 3.0, "H200": 4.3}
+_COPY_SHARE = 3.0 / 3.35
+_PRODUCT_SHARE = 798 / 989.4
+GPUS = tuple(_SHEETS)
+
+
+def stated(gpu: str, dtype: Dtype = "bf16") -> Ceilings:
+    """Ceilings of a GPU that one need not have, from its data sheet and the shares of it that Hopper was seen to reach.
+
+    Args:
+        gpu: `A100`, `H100`, `H200` or `RTX 4090` (also `4090`), in any case.
+        dtype: of the products.
+
+    Raises:
+        ValueError: another GPU.
+    """
+    names = {name.lower(): name for name in GPUS} | {"4090": "RTX 4090", "rtx4090": "RTX 4090"}
+    name = names.get(gpu.lower())
+    if name is None:
+        raise ValueError(f"roofline: gpu must be one of {', '.join(GPUS)}, got {gpu!r}; --measure takes the one here")
+    half, tf32, fp32, bandwidth = _SHEETS[name]
+    peak = {"bf16": half, "fp16": half, "tf32": tf32, "fp32": fp32}[dtype] * 1e12
+    shares = "measured shares" if name in _COPY_TB else "Hopper's shares, assumed"
+    return Ceilings(
+        name=name,
+        dtype=dtype,
+        bytes_per_s=_COPY_TB.get(name, bandwidth * _COPY_SHARE) * 1e12,
+        flops_per_s=peak * _PRODUCT_SHARE,
+        peak_flops_per_s=peak,
+        source=f"data sheet, {shares}",
+    )
+
+
+def measure(device: torch.device, dtype: Dtype, *, seconds: float = 0.3) -> Ceilings:
+    """Ceilings of this machine: the best of several sizes of a copy and of a matrix product.
+
+    Args:
+        device: to measure; on a CPU with torch's present number of threads.
+        dtype: of the products.
+        seconds: spent on each size, about.
+    """
+    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32)
+    cuda = device.type == "cuda"
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = dtype != "fp32"
+    try:
+        # Well beyond any cache: 256 MiB and more on each side.
+        bandwidth = max(_copy(size, device, seconds) for size in ((2**28, 2**29, 2**30) if cuda else (2**28, 2**29)))
+        sizes = (4096, 8192, 16384) if cuda else (1024, 2048)
+        flops = max(_product(size, torch_dtype, device, seconds) for size in sizes)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    name = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+    sheet = next((gpu for gpu in GPUS if gpu in name), None) if cuda else None
+    peak = flops if sheet is None else stated(sheet, dtype).peak_flops_per_s
+    return Ceilings(
+        name=name, dtype=dtype, bytes_per_s=bandwidth, flops_per_s=flops, peak_flops_per_s=peak, source="measured"
+    )
+
+
+def _copy(num_bytes: int, device: torch.device, seconds: float) -> float:
+    """Bytes a second, read and written."""
+    source = torch.ones(num_bytes // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * num_bytes / _best(lambda: target.copy_(source), device, seconds)
+
+
+def _product(size: int, dtype: torch.dtype, device: torch.device, seconds: float) -> float:
+    """FLOPs a second of a square product."""
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+    out = torch.empty(size, size, dtype=dtype, device=device)
+    return 2 * size**3 / _best(lambda: torch.mm(a, b, out=out), device, seconds)
+
+
+def _best(work: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """Seconds of the fastest call: whatever else the machine does only slows it down."""
+    cuda = device.type == "cuda"
+    work()
+    if cuda:
+        torch.cuda.synchronize(device)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while True:
+        begin = time.perf_counter()
+        # On a GPU several calls in a row, so that launching is not what is measured.
+        calls = 10 if cuda else 1
+        for _ in range(calls):
+            work()
+        if cuda:
+            torch.cuda.synchronize(device)
+        now = time.perf_counter()
+        best = min(best, (now - begin) / calls)
+        if now > end:
+            return best

@@ -1,0 +1,347 @@
+"""How fast a training step could be: its FLOPs and least bytes against a device's ceilings. Needs no GPU."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from byol_fast import config as configs
+from byol_fast.config import Config
+from byol_fast.methods import BYOL, SelfSupervisedTask, make_task
+from byol_fast.profiling.ceilings import Ceilings, Dtype
+from byol_fast.profiling.layers import trace
+from byol_fast.profiling.traffic import GRADIENT_WIDTH, LEVEL_NAMES, LEVELS, Kernel, Level, Traffic
+
+WIDTHS: dict[Dtype, int] = {"bf16": 2, "fp16": 2, "tf32": 4, "fp32": 4}
+"""Bytes of an activation."""
+PHASES = ("online forward", "backward", "target forward", "loss", "optimizer + average")
+
+
+class Totals(NamedTuple):
+    """Work of a step, or of a part of it."""
+
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Work of one family in one layer and phase."""
+
+    layer: str
+    phase: str
+    family: str
+    flops: dict[Level, int]
+    """By level of fusion; a level at which there is no such kernel is missing."""
+    bytes: dict[Level, int]
+    """Likewise."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Roofline:
+    """Work of one training step at four levels of fusion."""
+
+    encoder: str
+    """Name of the encoder."""
+    batch_size: int
+    """Images of a step."""
+    views: int
+    """Views of each image."""
+    image_size: int
+    """Height and width of the views, in pixels."""
+    dtype: Dtype
+    """Of activations and products."""
+    optimizer: str
+    """`lars`, `sgd`, `adam` or `adamw`."""
+    optimised: int
+    """Parameters that the optimizer updates."""
+    averaged: int
+    """Parameters of the target."""
+    unmodelled: tuple[str, ...]
+    """Operations counted by their inputs and outputs alone: nothing is known of what they do inside."""
+    kernels: dict[Level, list[Kernel]]
+    """All kernels, by level."""
+
+    @property
+    def rows(self) -> list[Row]:
+        """The kernels of each layer, phase and family together, all levels side by side."""
+        found: dict[tuple[str, str, str], Row] = {}
+        for level, kernels in self.kernels.items():
+            for k in kernels:
+                key = (k.layer, k.phase, k.family)
+                row = found.setdefault(key, Row(*key, {}, {}))
+                row.flops[level] = row.flops.get(level, 0) + k.flops
+                row.bytes[level] = row.bytes.get(level, 0) + k.bytes
+        return list(found.values())
+
+    def total(self, level: Level, *, phase: str | None = None, family: str | None = None) -> Totals:
+        """FLOPs and bytes of a step.
+
+        Args:
+            level: of fusion: `A` eager, `B` inductor, `D` batch norm fused into convolutions, `E` bound.
+            phase: only this one of `PHASES`.
+            family: only this one, `"conv forward"` say.
+        """
+        kernels = [k for k in self.kernels[level] if phase in {None, k.phase} and family in {None, k.family}]
+        return Totals(sum(k.flops for k in kernels), sum(k.bytes for k in kernels))
+
+    def floor(
+        self, ceilings: Ceilings, level: Level, *, how: Literal["sum", "overlap"] = "sum", phase: str | None = None
+    ) -> float:
+        """Least seconds of a step.
+
+        Args:
+            ceilings: of the device.
+            level: of fusion.
+            how: `sum`: one kernel after the other, each `max(flops / F, bytes / B)`; `overlap`: memory and arithmetic
+                are busy all the time, `max` of the totals.
+            phase: only this one of `PHASES`.
+        """
+        kernels = [k for k in self.kernels[level] if phase in {None, k.phase}]
+        if how == "overlap":
+            return max(
+                sum(k.flops for k in kernels) / ceilings.flops_per_s,
+                sum(k.bytes for k in kernels) / ceilings.bytes_per_s,
+            )
+        return sum(max(k.flops / ceilings.flops_per_s, k.bytes / ceilings.bytes_per_s) for k in kernels)
+
+    def images_per_s(self, ceilings: Ceilings, level: Level, *, how: Literal["sum", "overlap"] = "sum") -> float:
+        """Most images a second: `batch_size / floor`."""
+        return self.batch_size / self.floor(ceilings, level, how=how)
+
+    def blocks(self, level: Level) -> dict[tuple[str, str], list[Kernel]]:
+        """The kernels of each block and phase; a block is a layer's name cut to three parts (`encoder.layer1.0`)."""
+        found: dict[tuple[str, str], list[Kernel]] = {}
+        for k in self.kernels[level]:
+            found.setdefault((".".join(k.layer.split(".")[:3]), k.phase), []).append(k)
+        return found
+
+    def to_json(self, ceilings: Sequence[Ceilings] = ()) -> dict[str, Any]:
+        """All of it as plain JSON values; with predictions for the given devices."""
+        about = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in {"kernels", "unmodelled"}
+        }
+        return about | {
+            "unmodelled": list(self.unmodelled),
+            "levels": {
+                level: {"name": LEVEL_NAMES[level], **self.total(level)._asdict()}
+                | {"phases": {phase: self.total(level, phase=phase)._asdict() for phase in PHASES}}
+                for level in LEVELS
+            },
+            "rows": [dataclasses.asdict(row) for row in self.rows],
+            "predictions": [
+                dataclasses.asdict(c)
+                | {
+                    "levels": {
+                        level: {
+                            "seconds": self.floor(c, level),
+                            "seconds_overlap": self.floor(c, level, how="overlap"),
+                            "images_per_s": self.images_per_s(c, level),
+                        }
+                        for level in LEVELS
+                    }
+                }
+                for c in ceilings
+            ],
+        }
+
+    def show(self, ceilings: Sequence[Ceilings], console: Console | None = None) -> None:
+        """Print the work of a step and what the devices could do at most."""
+        console = console or Console()
+        title = (
+            f"{self.encoder}, {self.batch_size} images x {self.views} views of {self.image_size} px, {self.dtype}: "
+            f"{self.total('A').flops / 1e12:.4g} TFLOP a step"
+        )
+        table = Table(title=f"{title}\nleast memory traffic, GB a step", title_justify="left")
+        table.add_column("phase")
+        for level in LEVELS:
+            table.add_column(f"{level} {LEVEL_NAMES[level]}", justify="right")
+        for phase in PHASES:
+            totals = [self.total(level, phase=phase) for level in LEVELS]
+            if any(t.bytes for t in totals):
+                table.add_row(phase, *(f"{t.bytes / 1e9:.4g}" for t in totals))
+        table.add_section()
+        table.add_row("all", *(f"{self.total(level).bytes / 1e9:.4g}" for level in LEVELS))
+        console.print(table)
+
+        table = Table(title="at most, images a second (milliseconds a step)", title_justify="left")
+        table.add_column("device")
+        table.add_column("TB/s", justify="right")
+        table.add_column("TFLOP/s", justify="right")
+        for level in LEVELS:
+            table.add_column(level, justify="right")
+        for c in ceilings:
+            floors = [self.floor(c, level) for level in LEVELS]
+            table.add_row(
+                c.name,
+                f"{c.bytes_per_s / 1e12:.3g}",
+                f"{c.flops_per_s / 1e12:.3g}",
+                *(f"{self.batch_size / s:,.0f} ({1e3 * s:.4g})" for s in floors),
+            )
+        console.print(table)
+        for source in dict.fromkeys(c.source for c in ceilings):
+            names = ", ".join(c.name for c in ceilings if c.source == source)
+            console.print(f"ceilings of {names}: {source}", markup=False, soft_wrap=True)
+        if self.unmodelled:
+            console.print(
+                f"counted by their inputs and outputs alone: {', '.join(self.unmodelled)}", markup=False, soft_wrap=True
+            )
+
+    def chart(self, ceilings: Ceilings, level: Level) -> str:
+        """The roofline plot as SVG: FLOPs a byte of each block of layers, and the FLOP/s it can reach at most.
+
+        A block with its norms lies below the roof: they take time and count no FLOPs.
+
+        Args:
+            ceilings: of the device.
+            level: of fusion.
+        """
+        from byol_fast.report.charts import Series, scatter
+
+        points: dict[str, tuple[list[float], list[float]]] = {}
+        for (_, phase), kernels in self.blocks(level).items():
+            flops, num_bytes = sum(k.flops for k in kernels), sum(k.bytes for k in kernels)
+            if flops:
+                seconds = sum(max(k.flops / ceilings.flops_per_s, k.bytes / ceilings.bytes_per_s) for k in kernels)
+                x, y = points.setdefault(phase, ([], []))
+                x.append(flops / num_bytes)
+                y.append(flops / seconds / 1e12)
+        groups = [Series(phase, x, y) for phase, (x, y) in points.items()]
+        every = [value for x, _ in points.values() for value in x]
+        low, high = min(*every, ceilings.ridge) / 2, max(*every, ceilings.ridge) * 2
+        roof = [low, ceilings.ridge, high]
+        line = Series(ceilings.name, roof, [min(x, ceilings.ridge) * ceilings.bytes_per_s / 1e12 for x in roof])
+        return scatter(
+            groups,
+            title=f"{self.encoder} on {ceilings.name}, level {level} ({LEVEL_NAMES[level]}): each block of layers",
+            x_label="FLOPs a byte",
+            y_label="TFLOP/s at most",
+            x_log=True,
+            y_log=True,
+            lines=[line],
+        )
+
+
+def roofline(
+    encoder: str | nn.Module | Config,
+    *,
+    batch_size: int | None = None,
+    views: int = 2,
+    image_size: int | None = None,
+    dtype: Dtype = "bf16",
+) -> Roofline:
+    """FLOPs and least bytes of a BYOL or SimSiam step with any encoder, on tensors without memory.
+
+    Args:
+        encoder: a name or module as `BYOL` takes it (heads of the reference, LARS), or a run's configuration.
+        batch_size: images of a step; by default the configuration's, or 256.
+        views: views of each image.
+        image_size: height and width of the views in pixels; by default the configuration's, or 224.
+        dtype: of activations and products.
+
+    Raises:
+        ValueError: the encoder is unknown, does not take such images, or cannot run on meta tensors.
+
+    Example:
+        >>> r = roofline("resnet50", batch_size=256, image_size=224)
+        >>> r.total("B").bytes, r.images_per_s(stated("H100"), "B")
+    """
+    config = encoder if isinstance(encoder, Config) else Config()
+    changes: dict[str, object] = {"model.views": "separate", "model.pretrained": False}
+    if isinstance(encoder, str):
+        changes["model.encoder"] = encoder
+    if image_size is not None:
+        changes |= {"view1.size": image_size, "view2.size": image_size}
+    if batch_size is not None:
+        changes["batch_size"] = batch_size
+    config = configs.replace(config, changes)
+    if views < 1:
+        raise ValueError(f"roofline: views must be 1 or more, got {views}")
+    if dtype not in WIDTHS:
+        raise ValueError(f"roofline: dtype must be one of {', '.join(WIDTHS)}, got {dtype!r}")
+    name = type(encoder).__name__ if isinstance(encoder, nn.Module) else config.model.encoder
+    with torch.device("meta"):
+        task = _on_meta(encoder, config) if isinstance(encoder, nn.Module) else make_task(config, pretrained=False)
+        images = torch.empty(config.batch_size * views, 3, config.view1.size, config.view1.size)
+    width = WIDTHS[dtype]
+    graph = trace(task.online, [images])
+    passes = [Traffic(graph, width=width, phase="online forward", backward=True)]
+    graphs = [graph]
+    for network in task.networks():
+        if network is not task.online:
+            graphs.append(trace(network, [images]))
+            passes.append(Traffic(graphs[-1], width=width, phase="target forward", backward=False))
+    rows, size = config.batch_size * max(views // 2, 1), config.model.projection_dim
+    optimised = sum(p.numel() for p in task.trainable_parameters() if p.requires_grad)
+    averaged = sum(p.numel() for p in task.target_parameters())
+    kernels: dict[Level, list[Kernel]] = {}
+    for level in LEVELS:
+        work = config.accumulate * [kernel for one in passes for kernel in one.kernels(level)]
+        work += config.accumulate * _loss(rows, size, width, level)
+        work.append(_update(config.optim.name, optimised, averaged, width, level))
+        kernels[level] = work
+    return Roofline(
+        encoder=name,
+        batch_size=config.batch_size * config.accumulate,
+        views=views,
+        image_size=config.view1.size,
+        dtype=dtype,
+        optimizer=config.optim.name,
+        optimised=optimised,
+        averaged=averaged,
+        unmodelled=tuple(sorted({op for g in graphs for op in g.unmodelled()})),
+        kernels=kernels,
+    )
+
+
+def _on_meta(encoder: nn.Module, config: Config) -> SelfSupervisedTask:
+    module = copy.deepcopy(encoder).to("meta")
+    return BYOL(module, image_size=config.view1.size, views="separate")
+
+
+class _TextbookLoss(nn.Module):
+    """BYOL's loss as one writes it."""
+
+    def forward(self, p1: Tensor, z2: Tensor, p2: Tensor, z1: Tensor) -> Tensor:
+        return sum(  # type: ignore[return-value]
+            (2 - 2 * (F.normalize(p, dim=1) * F.normalize(z, dim=1)).sum(1)).mean() for p, z in ((p1, z2), (p2, z1))
+        )
+
+
+def _loss(rows: int, size: int, width: int, level: Level) -> list[Kernel]:
+    """Both directions of the loss; fused it reads four tensors and writes two gradients, in one kernel."""
+    if level in {"D", "E"}:
+        return [Kernel("", "loss", "loss", 0, 6 * rows * size * width)]
+    p1, z2, p2, z1 = (torch.empty(rows, size, device="meta", requires_grad=grad) for grad in (True, False, True, False))
+    work = Traffic(trace(_TextbookLoss(), [p1, z2, p2, z1]), width=width, phase="loss", backward=True)
+    return [Kernel("", "loss", "loss", k.flops, k.bytes) for k in work.kernels(level)]
+
+
+# Bytes a parameter, fp32: reads of p, g and the state, writes of p and the state.
+_OPTIMIZERS = {"lars": 20, "sgd": 20, "adam": 28, "adamw": 28}
+
+
+def _update(optimizer: str, optimised: int, averaged: int, width: int, level: Level) -> Kernel:
+    """Optimizer and moving average, one after the other or (D, E) in one pass that also writes low-precision weights.
+
+    LARS reads p and g once more for their norms; at E they are still in a cache. The average reads both networks and
+    writes one; on its own it also reads what the optimizer has just written. Weights are cast to the products'
+    precision in each step (read 4, write `width`) unless the pass writes them.
+    """
+    norms = 8 if optimizer == "lars" and level != "E" else 0
+    low = width if width < GRADIENT_WIDTH else 0
+    if level in {"A", "B"}:
+        cast = 4 + low if low else 0
+        num_bytes = optimised * (_OPTIMIZERS[optimizer] + norms + cast) + averaged * (12 + cast)
+    else:
+        num_bytes = optimised * (_OPTIMIZERS[optimizer] + norms + low) + averaged * (8 + low)
+    return Kernel("", "optimizer + average", "optimizer + average", 0, num_bytes)

@@ -1,0 +1,273 @@
+"""The roofline: FLOPs against torch's counter, bytes against counts made by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from byol_fast import config as configs
+from byol_fast import recipes
+from byol_fast.cli import main
+from byol_fast.methods import BYOL
+from byol_fast.profiling import Ceilings, Roofline, measure, mfu, roofline, stated
+from byol_fast.profiling.layers import trace
+from byol_fast.profiling.traffic import LEVELS, Kernel, Level, Traffic
+
+
+def kernels(network: nn.Module, level: Level, *, batch: int = 4, size: int = 8) -> list[Kernel]:
+    network = network.to("meta")
+    graph = trace(network, [torch.empty(batch, 3, size, size, device="meta")])
+    return Traffic(graph, width=2, phase="online forward", backward=True).kernels(level)
+
+
+def total_bytes(network: nn.Module, level: Level) -> int:
+    return sum(k.bytes for k in kernels(network, level))
+
+
+# ------------------------------------------------------------------ FLOPs
+
+
+@pytest.mark.parametrize(
+    ("encoder", "size", "cifar_stem"),
+    [("resnet50", 64, False), ("resnet18", 32, True), ("vgg16", 64, False)],
+)
+def test_flops_of_a_step_are_torch_s(encoder: str, size: int, cifar_stem: bool) -> None:
+    with torch.device("meta"):
+        task = BYOL(encoder, image_size=size, cifar_stem=cifar_stem, views="separate").train()
+        view1, view2 = torch.empty(2, 4, 3, size, size).unbind(0)
+    with FlopCounterMode(display=False) as forward:
+        p1, p2, z1, z2 = task(view1, view2)
+    with FlopCounterMode(display=False) as backward:
+        task.loss((p1, p2), (z1, z2)).backward()  # type: ignore[no-untyped-call]
+    changes = {"model.encoder": encoder, "model.cifar_stem": cifar_stem, "model.zero_init_residual": False}
+    found = roofline(configs.replace(recipes.imagenet_resnet50(), changes), batch_size=4, image_size=size)
+    for level in LEVELS:
+        passes = [found.total(level, phase=p).flops for p in ("online forward", "target forward")]
+        assert sum(passes) == forward.get_total_flops()
+        assert found.total(level, phase="backward").flops == backward.get_total_flops()
+
+
+def test_attention_counts_as_the_two_products_that_it_is() -> None:
+    # 4 images, 2 heads, 17 tokens, 8 numbers each: Q K^T and its product with V, a multiply-add is two operations.
+    q = torch.empty(4, 2, 17, 8, device="meta", requires_grad=True)
+
+    class Attention(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(x, x, x)
+
+    forward, backward = Traffic(trace(Attention(), [q]), width=2, phase="f", backward=True).kernels("A")[:2]
+    assert forward.flops == 2 * (2 * 4 * 2 * 17 * 17 * 8)
+    assert backward.flops == 2.5 * forward.flops
+    tensor = 4 * 2 * 17 * 8 * 2
+    assert forward.bytes == 4 * tensor  # q, k, v in, the output out
+    assert backward.bytes == 8 * tensor  # the same and the output's gradient in, three gradients out
+
+
+# ------------------------------------------------------------------ bytes, counted by hand
+
+# Two layers, bf16: 4 images [3, 8, 8] -> conv 3x3, 8 channels -> BN -> ReLU -> conv 3x3, stride 2, 16 channels -> BN.
+X = 4 * 3 * 8 * 8 * 2  # bytes of the images
+Y1 = 4 * 8 * 8 * 8 * 2  # of the first convolution's output
+Y2 = 4 * 16 * 4 * 4 * 2  # of the second one's
+W1 = 8 * 3 * 3 * 3 * 2  # of the weights
+W2 = 16 * 8 * 3 * 3 * 2
+CONVOLUTIONS = (X + W1 + Y1) + (Y1 + W2 + Y2)
+
+TWO_LAYERS = {
+    # BN: 2 reads, 1 write; ReLU: 1 + 1
+    "A": CONVOLUTIONS + 3 * Y1 + 2 * Y1 + 3 * Y2
+    # backward: BN g, x, then g, x and the result; dgrad g, W, result; wgrad g, x, an fp32 result (2 W)
+    + 5 * Y2 + (Y2 + W2 + Y1) + (Y2 + Y1 + 2 * W2)
+    # ReLU g, y, result; BN; wgrad: images need no gradient
+    + 3 * Y1 + 5 * Y1 + (Y1 + X + 2 * W1),
+    # statistics 1 read, BN and ReLU together 1 + 1
+    "B": CONVOLUTIONS + Y1 + 2 * Y1 + Y2 + 2 * Y2
+    + 5 * Y2 + (Y2 + W2 + Y1) + (Y2 + Y1 + 2 * W2)
+    # BN with ReLU: sums g, y, x; then g, y, x and the result
+    + 7 * Y1 + (Y1 + X + 2 * W1),
+    # the first BN happens while the second convolution reads, the second BN writes the network's output
+    "D": CONVOLUTIONS + 2 * Y2
+    # both gradients read g and the raw output (for BN's backward); dgrad reads x once more for the ReLU and BN before
+    + (Y2 + Y2 + W2 + Y1 + Y1) + (Y2 + Y2 + Y1 + 2 * W2)
+    + (Y1 + Y1 + X + 2 * W1),
+    # dgrad and wgrad in one: g, raw output, x, W; two results
+    "E": CONVOLUTIONS + 2 * Y2
+    + (Y2 + Y2 + Y1 + W2 + Y1 + 2 * W2)
+    + (Y1 + Y1 + X + 2 * W1),
+}  # fmt: skip
+
+
+def two_layers() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(8, 16, 3, stride=2, padding=1),  # a bias is a vector: not counted
+        nn.BatchNorm2d(16),
+    )
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_bytes_of_two_layers_are_those_counted_by_hand(level: Level) -> None:
+    assert total_bytes(two_layers(), level) == TWO_LAYERS[level]
+
+
+class Residual(nn.Module):
+    """A convolution, then relu(bn(conv(x)) + x) and the mean over the pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.bn = nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        out = self.bn(self.second(x))
+        out += x
+        return torch.relu(out).mean((2, 3))
+
+
+# All maps have the size Y1; the mean is M.
+M, W3 = 4 * 8 * 2, 8 * 8 * 9 * 2
+RESIDUAL_FORWARD = (X + W1 + Y1) + (Y1 + W3 + Y1) + (Y1 + M)
+RESIDUAL = {
+    # BN 3, sum 3, ReLU 2; backward: mean, ReLU 3, BN 5, dgrad, wgrad, the two gradients of x added 3, wgrad
+    "A": RESIDUAL_FORWARD + 8 * Y1
+    + (M + Y1) + 3 * Y1 + 5 * Y1 + (Y1 + W3 + Y1) + (Y1 + Y1 + 2 * W3) + 3 * Y1 + (Y1 + X + 2 * W1),
+    # statistics 1, then raw output and x in, y out; backward: sums read the mean's gradient, y, raw, and write the
+    # masked gradient, which is x's too; BN reads it and raw and writes. x's two gradients meet at a convolution,
+    # which reads one tensor: inductor adds them, 2 + 1
+    "B": RESIDUAL_FORWARD + Y1 + 3 * Y1
+    + (M + 3 * Y1) + 3 * Y1 + (Y1 + W3 + Y1) + (Y1 + Y1 + 2 * W3) + 3 * Y1 + (Y1 + X + 2 * W1),
+    # while the mean reads raw: x in, y out; backward: g and raw twice, dgrad reads x again, and x's other gradient
+    "D": RESIDUAL_FORWARD + 2 * Y1
+    + (Y1 + Y1 + W3 + Y1 + Y1) + (Y1 + Y1 + Y1 + 2 * W3) + Y1 + (Y1 + X + 2 * W1),
+    "E": RESIDUAL_FORWARD + 2 * Y1
+    + (Y1 + Y1 + Y1 + W3 + Y1 + 2 * W3) + Y1 + (Y1 + X + 2 * W1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_residual_sum_is_found_by_what_flows_where(level: Level) -> None:
+    assert total_bytes(Residual(), level) == RESIDUAL[level]
+
+
+def test_resnet50_is_what_was_computed_before() -> None:
+    found = roofline("resnet50", batch_size=256, image_size=224)
+    assert found.total("A").flops / 1e12 == pytest.approx(16.67, abs=0.005)
+    # The earlier count left out the heads' norms, and at A added gradients of the last block's output, which has one.
+    for level, gigabytes, tolerance in (("A", 341, 1.0), ("B", 250, 0.5), ("D", 155, 0.5), ("E", 122, 0.5)):
+        assert found.total(level).bytes / 1e9 == pytest.approx(gigabytes, abs=tolerance)  # type: ignore[arg-type]
+    for gpu, level, images in (("H100", "A", 2143), ("H100", "B", 2878), ("H100", "E", 5500), ("H200", "D", 6048)):
+        assert found.images_per_s(stated(gpu), level) == pytest.approx(images, rel=0.002)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------ other networks
+
+
+class Odd(nn.Module):
+    """Something that no rule is for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cumsum(self.conv(x), dim=1).mean((2, 3))
+
+
+def test_what_is_not_modelled_is_counted_and_named() -> None:
+    found = roofline(Odd(), batch_size=4, image_size=8)
+    assert found.unmodelled == ("cumsum",)
+    size = 8 * 8 * 6 * 6 * 2  # of the map, bytes: 8 views
+    for level in LEVELS:
+        assert found.total(level, phase="target forward", family="unmodelled").bytes == 2 * size
+        assert found.total(level, phase="backward", family="unmodelled").bytes == 3 * size
+
+
+def test_what_depends_on_values_is_refused() -> None:
+    class Branches(Odd):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if bool(x.sum() > 0) else -x)
+
+    with pytest.raises(ValueError, match="meta tensors"):
+        roofline(Branches(), batch_size=4, image_size=8)
+
+
+@pytest.mark.parametrize("encoder", ["vit_b_16", "convnext_tiny", "efficientnet_b0", "swin_t"])
+def test_every_level_of_fusion_saves_traffic(encoder: str) -> None:
+    found = roofline(encoder, batch_size=2, image_size=64)
+    assert found.unmodelled == ()
+    by_level = [found.total(level).bytes for level in LEVELS]
+    assert by_level == sorted(by_level, reverse=True)
+    assert len({found.total(level).flops for level in LEVELS}) == 1
+
+
+def test_a_step_has_its_optimizer_and_as_many_batches_as_it_takes() -> None:
+    config = recipes.demo()
+    once = roofline(config, dtype="fp32")
+    twice = roofline(configs.replace(config, {"accumulate": 2}), dtype="fp32")
+    update = once.total("E", phase="optimizer + average").bytes
+    # SGD reads and writes p and v and reads g; the target is read and written.
+    assert update == 20 * once.optimised + 8 * once.averaged
+    assert twice.total("B").bytes - update_of(twice) == 2 * (once.total("B").bytes - update_of(once))
+    assert twice.batch_size == 2 * once.batch_size
+    assert roofline(recipes.get("simsiam_cifar10"), batch_size=2).total("A", phase="target forward").bytes == 0
+
+
+def update_of(found: Roofline) -> int:
+    return found.total("B", phase="optimizer + average").bytes
+
+
+# ------------------------------------------------------------------ floors
+
+
+def test_floors_are_the_larger_of_both_ceilings() -> None:
+    found = roofline(two_layers(), batch_size=4, image_size=8)
+    slow_memory = Ceilings(
+        name="", dtype="bf16", bytes_per_s=1.0, flops_per_s=1e30, peak_flops_per_s=1e30, source="test"
+    )
+    slow_products = Ceilings(
+        name="", dtype="bf16", bytes_per_s=1e30, flops_per_s=1.0, peak_flops_per_s=1.0, source="test"
+    )
+    for how in ("sum", "overlap"):
+        assert found.floor(slow_memory, "A", how=how) == pytest.approx(found.total("A").bytes)
+        assert found.floor(slow_products, "A", how=how) == pytest.approx(found.total("A").flops)
+    mixed = Ceilings(
+        name="", dtype="bf16", bytes_per_s=1.0, flops_per_s=10.0, peak_flops_per_s=10.0, source="test"
+    )  # the convolutions are bound by products, the rest by memory
+    assert found.floor(mixed, "A") > found.floor(mixed, "A", how="overlap")
+    assert found.images_per_s(mixed, "A") == 4 / found.floor(mixed, "A")
+
+
+def test_mfu_is_a_share_of_the_peak() -> None:
+    assert mfu(1e12, 0.01, 400e12) == pytest.approx(0.25)
+    with pytest.raises(ValueError, match="must be positive"):
+        mfu(1e12, 0.0, 1e12)
+
+
+def test_ceilings_of_this_machine_are_measured() -> None:
+    found = measure(torch.device("cpu"), "fp32", seconds=0.01)
+    assert 1e8 < found.bytes_per_s < 1e13
+    assert 1e8 < found.flops_per_s < 1e15
+    assert found.source == "measured"
+    with pytest.raises(ValueError, match="gpu must be one of A100"):
+        stated("H900")
+
+
+def test_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    to, plot = tmp_path / "roofline.json", tmp_path / "roofline.svg"
+    with pytest.raises(SystemExit) as end:
+        main(["roofline", "demo", "--gpu", "H100", "--batch-size", "32", "--to", str(to), "--plot", str(plot)])
+    assert end.value.code == 0
+    assert "H100" in capsys.readouterr().out
+    record = json.loads(to.read_text())
+    assert record["batch_size"] == 32
+    assert sum(row["bytes"].get("B", 0) for row in record["rows"]) == record["levels"]["B"]["bytes"]
+    assert plot.read_text().startswith("<svg")
