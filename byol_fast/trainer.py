@@ -433,13 +433,13 @@ class Trainer:
         for (step, metrics, _), (loss, spread, undone, *right) in zip(self._recent, values.tolist(), strict=True):
             bad += undone > 0
             self._bad_in_a_row = self._bad_in_a_row + 1 if undone > 0 else 0
-            records.append(self._record(step, metrics, loss, spread, speed, peak))
+            record = self._record(step, metrics, loss, spread, speed, peak)
             if right:
-                records[-1]["probe_top1"] = right[0]
+                record["probe_top1"] = right[0]
             if undone > 0:
-                records[-1] |= dict.fromkeys(("loss", "collapse_std", *(["probe_top1"] if right else []))) | {
-                    "undone": True
-                }
+                spoiled = ("loss", "collapse_std", "probe_top1")
+                record |= {name: None for name in spoiled if name in record} | {"undone": True}
+            records.append(record)
             if self._bad_in_a_row == self.config.max_bad_steps:
                 break
         last = self._recent[-1][0]
