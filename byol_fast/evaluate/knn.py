@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,39 @@ def knn_predict(
     Raises:
         ValueError: shapes that do not fit, k out of range, temperature not positive, labels out of range.
     """
+    return knn_rankings(
+        train_x, train_y, test_x, ks=(k,), temperature=temperature, num_classes=num_classes, chunk=chunk
+    )[0]
+
+
+@torch.no_grad()
+def knn_rankings(
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    *,
+    ks: Sequence[int],
+    temperature: float,
+    num_classes: int,
+    chunk: int = 1024,
+) -> list[Tensor]:
+    """`knn_predict` for several k, in one search.
+
+    Args:
+        train_x: as for `knn_predict`.
+        train_y: as for `knn_predict`.
+        test_x: as for `knn_predict`.
+        ks: numbers of neighbours, each 1..M.
+        temperature: as for `knn_predict`.
+        num_classes: as for `knn_predict`.
+        chunk: as for `knn_predict`.
+
+    Returns:
+        A ranking for each k.
+
+    Raises:
+        ValueError: as `knn_predict`.
+    """
     if train_x.ndim != 2 or test_x.ndim != 2 or train_x.shape[1] != test_x.shape[1]:
         raise ValueError(
             "knn_predict: train_x and test_x must be [M, D] and [N, D], "
@@ -46,8 +80,9 @@ def knn_predict(
         )
     if train_y.shape != train_x.shape[:1]:
         raise ValueError(f"knn_predict: train_y must be [{len(train_x)}], one per feature, got {list(train_y.shape)}")
-    if not 1 <= k <= len(train_x):
-        raise ValueError(f"knn_predict: k must be 1..{len(train_x)} (training samples), got {k}")
+    for k in ks:
+        if not 1 <= k <= len(train_x):
+            raise ValueError(f"knn_predict: k must be 1..{len(train_x)} (training samples), got {k}")
     if not temperature > 0:
         raise ValueError(f"knn_predict: temperature must be positive, got {temperature}")
     if int(train_y.min()) < 0 or int(train_y.max()) >= num_classes:
@@ -56,16 +91,17 @@ def knn_predict(
         )
     train_y = train_y.long()
     bank = _unit(train_x)
-    rankings = []
+    found: list[list[Tensor]] = [[] for _ in ks]
     for queries in torch.split(test_x, chunk):
-        similarity, nearest = (_unit(queries) @ bank.T).topk(k, dim=1)
+        similarity, nearest = (_unit(queries) @ bank.T).topk(max(ks), dim=1)
         # exp(s/T) overflows fp32 for T < 0.0113; the largest vote of a row may be 1 without changing the ranking.
         votes = ((similarity - similarity[:, :1]) / temperature).exp()
-        scores = votes.new_zeros(len(queries), num_classes).scatter_add_(1, train_y[nearest], votes)
-        rankings.append(scores.argsort(dim=1, descending=True, stable=True))
-    if not rankings:
-        return torch.empty(0, num_classes, dtype=torch.int64, device=test_x.device)
-    return torch.cat(rankings)
+        classes = train_y[nearest]
+        for k, rankings in zip(ks, found, strict=True):
+            scores = votes.new_zeros(len(queries), num_classes).scatter_add_(1, classes[:, :k], votes[:, :k])
+            rankings.append(scores.argsort(dim=1, descending=True, stable=True))
+    empty = torch.empty(0, num_classes, dtype=torch.int64, device=test_x.device)
+    return [torch.cat([empty, *rankings]) for rankings in found]
 
 
 def _unit(x: Tensor) -> Tensor:
