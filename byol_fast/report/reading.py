@@ -132,7 +132,7 @@ def read_run(folder: Path) -> RunFiles:
         try:
             config = configs.from_dict(values)
         except ConfigError as error:
-            notes.append(f"config.json is not of this version of byol_fast ({error})")
+            notes.append(f"what config.json means: it is not of this version of byol_fast ({error})")
     records = [r for r in _read_lines(folder / "metrics.jsonl", notes) if isinstance(r.get("step"), int)]
     evaluations = []
     for path in sorted((folder / "eval").glob("*.json")):
@@ -158,10 +158,10 @@ def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        notes.append(f"{path.name} could not be read ({_reason(error)})")
+        notes.append(f"{path.name}, which could not be read ({_reason(error)})")
         return {}
     if not isinstance(found, dict):
-        notes.append(f"{path.name} holds no JSON object")
+        notes.append(f"{path.name}, which holds no JSON object")
         return {}
     return found
 
@@ -181,7 +181,8 @@ def _read_lines(path: Path, notes: list[str]) -> list[Record]:
             damaged.append(number)
     if damaged:
         shown = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
-        notes.append(f"{path.name}: {len(damaged)} damaged lines were left out ({shown})")
+        which = f"line{'s' * (len(damaged) > 1)}"
+        notes.append(f"{len(damaged)} damaged {which} of {path.name} ({shown})")
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from byol_fast import config as configs
 from byol_fast import recipes
-from byol_fast.report.charts import Series, bar_chart, heat_map, line_chart
+from byol_fast.report.charts import WIDTH, Series, bar_chart, heat_map, line_chart
 from byol_fast.report.page import Section, chart_grid, details, facts, paragraph, table
 from byol_fast.report.reading import RunFiles
 
@@ -78,16 +78,19 @@ def health(run: RunFiles) -> list[tuple[str, str]]:
         said.append(("good" if gain > 0 else "warn", text))
     undone = sum(bool(r.get("undone")) for r in run.steps)
     if undone:
-        said.append(("warn", f"{undone} steps were undone: their loss or gradient was not finite."))
+        said.append(
+            ("warn", f"{_some(undone, 'step was', 'steps were')} undone: the loss or a gradient was not finite.")
+        )
     waits = [float(r["data_wait"]) for r in run.steps if r.get("data_wait") is not None]
     if waits and sum(waits) / len(waits) > 0.1:
         said.append(("warn", f"Steps waited for data {sum(waits) / len(waits):.0%} of the time."))
     if run.bad_images:
-        said.append(("warn", f"{len(run.bad_images)} images could not be read and were passed over (listed below)."))
+        count = _some(len(run.bad_images), "image was", "images were")
+        said.append(("warn", f"{count} passed over, as not readable (listed below)."))
     if len(run.starts) > 1:
-        times = ", ".join(f"{t:%Y-%m-%d %H:%M}" for t in run.starts[1:6])
-        more = ", ..." if len(run.starts) > 6 else ""
-        said.append(("", f"Begun {run.starts[0]:%Y-%m-%d %H:%M}, resumed {len(run.starts) - 1} times: {times}{more}."))
+        begun, *resumed = (f"{t:%Y-%m-%d %H:%M}" for t in run.starts)
+        times = ", ".join(resumed[:5]) + (", ..." if len(resumed) > 5 else "")
+        said.append(("", f"Begun {begun}, resumed {_some(len(resumed), 'time', 'times')}: {times}."))
     return said + [("warn", f"Left out: {note}.") for note in run.notes]
 
 
@@ -161,7 +164,9 @@ def curves(runs: Sequence[RunFiles]) -> list[Section]:
     if not learning:
         return [Section("Curves", paragraph("metrics.jsonl holds no record yet."))]
     numbers = "" if len(runs) > 1 else _in_numbers(runs[0])
-    found = [Section("Learning", chart_grid(learning) + numbers)]
+    banded = any(len(run.steps) > 2 * WIDTH for run in runs)
+    note = paragraph("Lines are means over neighbouring steps, bands reach from the lowest to the highest.", "faint")
+    found = [Section("Learning", chart_grid(learning) + (note if banded else "") + numbers)]
     return found + ([Section("Speed and memory", chart_grid(speed))] if speed else [])
 
 
@@ -425,6 +430,10 @@ def _interval(found: dict[str, Any], key: str = "top1_ci95") -> str:
 def _intervals(found: dict[str, Any], key: str = "top1_ci95") -> str:
     interval = _interval(found, key)
     return f"95 %: {interval}" if interval and key == "top1_ci95" else interval
+
+
+def _some(count: int, one: str, many: str) -> str:
+    return f"{count:,} {one if count == 1 else many}"
 
 
 def _duration(seconds: float | None) -> str:

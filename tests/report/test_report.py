@@ -149,8 +149,8 @@ def test_unfinished_empty_and_damaged_runs(tmp_path: Path) -> None:
     (damaged / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 13, "lo']))
     (damaged / "config.json").write_text("{not json")
     page = page_of(damaged)
-    assert "metrics.jsonl: 3 damaged lines were left out (5, 7, 13)" in page.text
-    assert "config.json could not be read" in page.text
+    assert "Left out: 3 damaged lines of metrics.jsonl (5, 7, 13)." in page.text
+    assert "Left out: config.json, which could not be read" in page.text
     assert len(read_run(damaged).steps) == 10
     assert "Healthy" in page.text
 
@@ -161,7 +161,7 @@ def test_options_of_another_version_are_shown_as_they_are(tmp_path: Path) -> Non
     (folder / "config.json").write_text(json.dumps(values))
     page = page_of(folder)
     assert ["from_the_future", "7"] in page.rows
-    assert "config.json is not of this version" in page.text
+    assert "it is not of this version" in page.text
 
 
 def test_options_begin_with_what_differs_from_the_recipe(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_evaluations_beside_their_baselines(tmp_path: Path) -> None:
     page = page_of(folder)
     assert {"Evaluation: linear", "Evaluation: poor"} <= set(page.headings)
     assert "80.0%95 %: 75.0% to 84.0%" in page.text
-    assert "broken.json could not be read" in page.text
+    assert "broken.json, which could not be read" in page.text
     confused = next(i for i, row in enumerate(page.rows) if row[:2] == ["true class", "taken for"])
     assert page.rows[confused + 1][0] == "fish"
     assert page.rows[confused + 1][2:] == ["40", "40.0%"]
@@ -273,6 +273,12 @@ def test_a_run_writes_its_report_and_the_command_adds_the_pictures(tiny: Config,
     assert not any(tag == "img" for tag, _ in without.tags)
     again = read(report([result.run_dir], images=moved, num=20).read_text())
     assert {"Views", "Nearest neighbours", "Map of the features"} <= set(again.headings)
+
+
+def test_a_run_without_a_checkpoint_has_views_only(tmp_path: Path) -> None:
+    page = page_of(run_folder(tmp_path / "run", []), pictures=True)
+    assert sum(tag == "img" for tag, _ in page.tags) == 1
+    assert "Neighbours and map are left out" in page.text
 
 
 def test_a_report_that_cannot_be_written_does_not_fail_the_run(tiny: Config, caplog: pytest.LogCaptureFixture) -> None:
