@@ -9,23 +9,34 @@ PY := .venv/bin/python
 READY := .venv/.ready
 endif
 OLDEST := .venv-oldest/bin/python
+ifdef NO_VENV
+PEERS := $(PY)
+PEERS_READY :=
+else
+PEERS := .venv-peers/bin/python
+PEERS_READY := .venv-peers/.ready
+endif
+comma := ,
 SOURCES := byol_fast kernels tests benchmarks
 
-.PHONY: demo test test-oldest check format gpu-test clean
+.PHONY: demo test test-oldest test-peers check bench format gpu-test clean
 .DELETE_ON_ERROR:
 
-define install # folder, constraints
+define install # folder, constraints, extras
 	$(PYTHON) -m venv --clear $(1)
 	$(1)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt uv
-	$(1)/bin/uv pip install -q --python $(1)/bin/python -c $(2) -b constraints.txt -e '.[dev]'
+	$(1)/bin/uv pip install -q --python $(1)/bin/python -c $(2) -b constraints.txt -e '.[$(3)]'
 	touch $(1)/.ready
 endef
 
 .venv/.ready: pyproject.toml constraints.txt
-	$(call install,.venv,constraints.txt)
+	$(call install,.venv,constraints.txt,dev)
 
 .venv-oldest/.ready: pyproject.toml constraints-oldest.txt
-	$(call install,.venv-oldest,constraints-oldest.txt)
+	$(call install,.venv-oldest,constraints-oldest.txt,dev)
+
+.venv-peers/.ready: pyproject.toml constraints.txt
+	$(call install,.venv-peers,constraints.txt,dev$(comma)peers)
 
 demo: $(READY)
 	$(PY) -m byol_fast demo
@@ -36,6 +47,14 @@ test: $(READY)
 # The kernels and the numbers, on the oldest supported torch and triton.
 test-oldest: .venv-oldest/.ready
 	$(OLDEST) -m pytest -q -n auto --dist worksteal --durations=25 -m "not slow and not peers and not browser" tests/kernels tests/test_numbers.py
+
+# Beside the other packages, in at most ten minutes on two CPU cores. Results go to bench/DATE-TIME.
+bench: $(PEERS_READY)
+	$(PEERS) -m byol_fast bench
+
+# Numbers equal to those of the other packages.
+test-peers: $(PEERS_READY)
+	$(PEERS) -m pytest -q -m peers
 
 check: $(READY)
 	$(PY) -m ruff check $(SOURCES)
@@ -50,5 +69,5 @@ gpu-test: $(READY)
 	$(PY) -m pytest -q -m gpu
 
 clean:
-	rm -rf .venv .venv-oldest dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-oldest .venv-peers dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

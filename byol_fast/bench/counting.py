@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import time
@@ -51,6 +52,7 @@ class Suite(NamedTuple):
     """Cases whose operators cannot be counted: compiled code, or code that is not torch's."""
 
 
+@functools.cache
 def is_installed(name: str) -> bool:
     """Whether a peer is there; says so if not."""
     try:
