@@ -3,7 +3,7 @@
     from byol_fast.dropins import LARS, NegativeCosineSimilarity, update_momentum     # lightly
     from byol_fast.dropins import BYOLTransform, BYOLView1Transform, BYOLView2Transform
     from byol_fast.dropins import ModelEmaV3                                          # timm
-    from byol_fast.dropins import get_ema_multi_avg_fn                                # torch.optim.swa_utils
+    from byol_fast.dropins import AveragedModel, get_ema_multi_avg_fn                 # torch.optim.swa_utils
 
 For code that is to stay as it is. What the peers' rules do otherwise than BYOL's reference stays too: lightly's loss is
 `-cos` (the paper's is `2 - 2 cos`, of both directions), its LARS takes the ratio of |p| to |g| + decay |p| (the
@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import swa_utils
 
 from byol_fast.config import ViewConfig
 from byol_fast.data.random_views import image_tensor, random_view
@@ -29,6 +30,7 @@ from byol_kernels._multi_tensor import same_layout
 
 __all__ = [
     "LARS",
+    "AveragedModel",
     "BYOLTransform",
     "BYOLView1Transform",
     "BYOLView2Transform",
@@ -95,7 +97,7 @@ class LARS(torch.optim.Optimizer):
     Per tensor of a group with weight decay: `r = trust_coefficient |p| / (|g| + weight_decay |p| + eps)`, and
     `d = r (g + weight_decay p)`; `d = g` in a group without, and where |p| or |g| is 0. Then SGD with momentum:
     `v = momentum v + (1 - dampening) d` (`v = d` at first), `p -= lr v`. `byol_kernels.LARS` is the reference's rule,
-    and faster: two launches, the target's average among them.
+    in two launches on a GPU, the target's average among them.
 
     Args:
         params: parameters, or groups of them.
@@ -508,9 +510,9 @@ def _stored_buffers(network: nn.Module) -> list[Tensor]:
 
 
 def get_ema_multi_avg_fn(decay: float = 0.999) -> Callable[[Sequence[Tensor], Sequence[Tensor], Any], None]:
-    """The function of that name in torch, for `torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=...)`.
+    """The function of that name in torch, for `AveragedModel(model, multi_avg_fn=...)`, ours or torch's.
 
-    One launch for all tensors of a device and dtype.
+    One launch for all tensors that it is called with.
 
     Buffers of integers (with `use_buffers`) are averaged and truncated, as torch's.
 
@@ -522,13 +524,53 @@ def get_ema_multi_avg_fn(decay: float = 0.999) -> Callable[[Sequence[Tensor], Se
     """
     if not 0.0 <= decay <= 1.0:
         raise ValueError(f"get_ema_multi_avg_fn: decay must be from 0 to 1, got {decay}; a usual one is 0.999")
+    return _Average(decay)
+
+
+class _Average:
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
 
     @torch.no_grad()
-    def update(averages: Sequence[Tensor], values: Sequence[Tensor], _: Any) -> None:
+    def __call__(self, averages: Sequence[Tensor], values: Sequence[Tensor], num_averaged: Any) -> None:
+        """Move averages of one device and dtype towards the values."""
         if averages[0].is_floating_point():
-            ema_update_(averages, values, decay)
+            ema_update_(averages, values, self.decay)
         else:
             for average, value in zip(averages, values, strict=True):
-                average.copy_(average * decay + value * (1 - decay))
+                average.copy_(average * self.decay + value * (1 - self.decay))
 
-    return update
+
+class AveragedModel(swa_utils.AveragedModel):
+    """The class of that name in torch; with `get_ema_multi_avg_fn` from here an update has no detours.
+
+    Other averages, and the first update, which copies, are torch's own.
+    """
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Let the average follow the model; call it after the optimizer's step.
+
+        Args:
+            model: the same network.
+        """
+        update = self.multi_avg_fn
+        if not isinstance(update, _Average) or self.n_averaged == 0:
+            super().update_parameters(model)
+            return
+        averages: list[Tensor] = list(self.module.parameters())
+        values: list[Tensor] = list(model.parameters())
+        mine, theirs = list(self.module.buffers()), list(model.buffers())
+        if self.use_buffers:
+            averages += mine
+            values += theirs
+        else:
+            torch._foreach_copy_(mine, theirs)
+        by_kind: dict[tuple[torch.device, bool], tuple[list[Tensor], list[Tensor]]] = {}
+        for average, value in zip(averages, values, strict=True):
+            pair = by_kind.setdefault((average.device, average.is_floating_point()), ([], []))
+            pair[0].append(average)
+            pair[1].append(value.to(average.device))
+        for pair in by_kind.values():
+            update(*pair, None)
+        self.n_averaged += 1
