@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from byol_fast import batchnorm
 from byol_fast.config import Config
 from byol_fast.networks import MLPHead, Normalize, build_encoder, feature_dim, simsiam_predictor, simsiam_projector
+from byol_fast.phases import phase
 from byol_kernels import byol_loss, ema_update_
 from byol_kernels.normalized_mse import byol_loss_with_stats
 
@@ -147,13 +148,14 @@ class SelfSupervisedTask(nn.Module, ABC):
     def _inputs(self, view1: Tensor, view2: Tensor) -> list[Tensor]:
         """What the networks are called with: each view, or both in one batch."""
         _check_views(type(self).__name__, view1, view2)
-        if self.views == "separate":
-            return [self.normalize(view1), self.normalize(view2)]
-        return [self.normalize(torch.cat([view1, view2]))]
+        with phase("views"):
+            if self.views == "separate":
+                return [self.normalize(view1), self.normalize(view2)]
+            return [self.normalize(torch.cat([view1, view2]))]
 
     def _pass_online(self, inputs: Sequence[Tensor]) -> tuple[Pair, Pair, Tensor]:
         """Projections and predictions of the two views, and their features as `TaskOutput.features`."""
-        with batchnorm.views_stacked(self.online, 2 if self.views == "batched" else 1):
+        with phase("online forward"), batchnorm.views_stacked(self.online, 2 if self.views == "batched" else 1):
             projections, predictions, features = self._online_call[0](*inputs)
         both = features[0] if len(features) == 1 else torch.cat(list(features))
         return _by_view(projections), _by_view(predictions), both
@@ -303,7 +305,8 @@ class BYOL(SelfSupervisedTask):
     def _outputs(self, view1: Tensor, view2: Tensor) -> tuple[Outputs, Tensor]:
         """What `forward` returns, and the online encoder's features."""
         inputs = self._inputs(view1, view2)
-        with torch.no_grad(), batchnorm.views_stacked(self.target, 2 if self.views == "batched" else 1):
+        stacked = batchnorm.views_stacked(self.target, 2 if self.views == "batched" else 1)
+        with phase("target forward"), torch.no_grad(), stacked:
             z1, z2 = _by_view(self.target(*inputs))  # no_grad, not inference_mode: that breaks later compiled training
         _, (p1, p2), features = self._pass_online(inputs)
         return (p1, p2, z1, z2), features
@@ -346,7 +349,8 @@ class BYOL(SelfSupervisedTask):
 
 def _loss_and_meter(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> TaskOutput:
     """BYOL's loss, and the collapse meter over both views from the same pass over the data."""
-    loss, stats = byol_loss_with_stats(p1, p2, z1, z2)
+    with phase("loss"):
+        loss, stats = byol_loss_with_stats(p1, p2, z1, z2)
     return TaskOutput(loss, stats.z_std.mean() * math.sqrt(z1.shape[1]))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from byol_fast.data.batch import Batch
 from byol_fast.methods import SelfSupervisedTask, TaskOutput
 from byol_fast.optim import CONSTANT
+from byol_fast.phases import phase
 from byol_fast.precision import LossScale, Precision
 from byol_fast.schedules import RunSchedule
 from byol_fast.weight_copies import WeightCopies
@@ -159,7 +160,9 @@ class TrainStep:
             raise ValueError(f"TrainStep: batch must be {self.accumulate} batches (accumulate), got {len(batches)}")
         lr, tau = self.schedule.lr(step), self.schedule.tau(step)
         self._set_rates(lr, self.schedule.constant_lr(step), tau)
-        values = self.run([(self._placed(b.view1), self._placed(b.view2)) for b in batches])
+        with phase("views"):
+            views = [(self._placed(b.view1), self._placed(b.view2)) for b in batches]
+        values = self.run(views)
         return StepMetrics(values, lr, tau, self._features)
 
     def body(self, views: Views) -> Tensor:
@@ -171,7 +174,8 @@ class TrainStep:
         Returns:
             `StepMetrics.values`.
         """
-        self.buffers.save()
+        with phase("optimizer + average"):
+            self.buffers.save()
         outputs: list[TaskOutput] = []
         for view1, view2 in views:
             last = len(outputs) == len(views) - 1
@@ -179,14 +183,15 @@ class TrainStep:
                 outputs.append(self._backward(view1, view2))
         self._features = tuple(output.features for output in outputs if output.features is not None)
         loss = torch.stack([output.loss.detach() for output in outputs]).mean()
-        if self.copies is not None:
-            self.copies.hand_over_gradients()
-        self._look_for_what_is_not_finite(loss)
-        self._update()
-        self.buffers.restore_if(self.bad)
-        if self.loss_scale is not None:
-            self.loss_scale.update(self.bad)
-        self.optimizer.zero_grad(set_to_none=True)
+        with phase("optimizer + average"):
+            if self.copies is not None:
+                self.copies.hand_over_gradients()
+            self._look_for_what_is_not_finite(loss)
+            self._update()
+            self.buffers.restore_if(self.bad)
+            if self.loss_scale is not None:
+                self.loss_scale.update(self.bad)
+            self.optimizer.zero_grad(set_to_none=True)
         return torch.stack([loss.double(), outputs[-1].collapse_std.double(), self.bad.double()])
 
     def changing(self) -> list[Tensor]:
@@ -218,7 +223,8 @@ class TrainStep:
         ):
             output = self.forward(view1, view2)
         loss = output.loss / self.accumulate if self.accumulate > 1 else output.loss
-        (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()  # type: ignore[no-untyped-call]
+        with phase("backward"):
+            (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()  # type: ignore[no-untyped-call]
         return output
 
     def _look_for_what_is_not_finite(self, loss: Tensor) -> None:

@@ -33,6 +33,7 @@ from byol_fast.methods import make_task
 from byol_fast.metrics import MetricsLog, Speed, Stopwatch, TensorBoard
 from byol_fast.metrics import read as read_metrics
 from byol_fast.optim import make_optimizer
+from byol_fast.phases import phase
 from byol_fast.precision import resolve_precision
 from byol_fast.report.build import report
 from byol_fast.schedules import RunSchedule
@@ -378,7 +379,7 @@ class Trainer:
         return self.state.step % every == 0 or self.state.step == self.total_steps
 
     def _train_one_step(self) -> None:
-        with self.stopwatch.waiting():
+        with self.stopwatch.waiting(), phase("data wait"):
             batches = self._next_batches()
         try:
             metrics = self.train_step(batches if self.config.accumulate > 1 else batches[0], self.state.step)
@@ -392,7 +393,8 @@ class Trainer:
                 right = self.probe.learn(metrics.features, labels, metrics.undone)
             self._recent.append((self.state.step, dataclasses.replace(metrics, features=()), right))
             self.stopwatch.count(self.effective_batch)
-            self._tell("on_step_end", metrics)
+            with phase("callbacks"):
+                self._tell("on_step_end", metrics)
             return
         raise TrainingError(memory.advice(self.train_step, batches[0], message, self.config))
 
@@ -574,7 +576,7 @@ class Trainer:
             return True
         if self.run_dir.exists() and not self.run_dir.is_dir():
             raise ConfigError(f"config: {self.run_dir} must be a folder, it is a file; choose another name")
-        begun = {"config.json", "environment.json", "metrics.jsonl", "tb", "report.html"}
+        begun = {"config.json", "environment.json", "metrics.jsonl", "tb", "report.html", "profile"}
         left = {p.name for p in self.run_dir.iterdir() if p != folder} if self.run_dir.exists() else set()
         left = {name for name in left if not name.startswith("bad_images.")}
         if checkpoints.steps_in(folder) or left - begun:

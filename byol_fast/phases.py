@@ -1,0 +1,42 @@
+"""Names for the parts of a step, for whoever profiles it; while nobody does they cost a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Literal
+
+import torch
+
+Phase = Literal[
+    "data wait",
+    "views",
+    "online forward",
+    "target forward",
+    "loss",
+    "backward",
+    "optimizer + average",
+    "metrics",
+    "callbacks",
+]
+Mark = Callable[[str], AbstractContextManager[object]]
+_mark: Mark | None = None
+
+
+def phase(name: Phase) -> AbstractContextManager[object]:
+    """A block of a step that is measured under this name, if someone measures."""
+    # In this order: compiled code must not be compiled again because a profile begins.
+    if torch.compiler.is_compiling() or _mark is None:
+        return nullcontext()
+    return _mark(name)
+
+
+@contextmanager
+def marked(mark: Mark) -> Iterator[None]:
+    """Within this, every phase is put into what `mark` returns for its name."""
+    global _mark  # noqa: PLW0603  (the step must not carry a profiler through all its calls)
+    before, _mark = _mark, mark
+    try:
+        yield
+    finally:
+        _mark = before
