@@ -87,6 +87,13 @@ def export_run(run: Path, folder: Path | None = None) -> tuple[Path, Path]:
     return export_encoder(encoder, config, folder or run, step=step, feature_dim=feature_dim)
 
 
+def newest_encoder(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The online encoder of a run's newest checkpoint; without checkpoints what `load_encoder` reads."""
+    if (path / "config.json").exists() and checkpoints.steps_in(path / "checkpoints"):
+        return _from_checkpoint(path)[1:]
+    return load_encoder(path)
+
+
 def _from_checkpoint(run: Path) -> tuple[Config, nn.Module, dict[str, Any]]:
     """The online encoder of a run's newest checkpoint, in eval mode, with its configuration and description."""
     config = configs.load(run / "config.json")

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +11,11 @@ import torchvision
 from safetensors.torch import load_file
 
 from byol_fast import config as configs
-from byol_fast.config import Config
+from byol_fast.commands import export as command
+from byol_fast.config import Config, ConfigError
 from byol_fast.export import export_run, load_encoder
+from byol_fast.export_formats import LIMIT, ExportError, export_as
+from byol_fast.networks import build_encoder, feature_dim
 from byol_fast.trainer import Trainer
 
 
@@ -57,3 +62,149 @@ def test_a_run_without_an_export_gives_the_encoder_of_its_newest_checkpoint(tiny
 def test_missing_export_is_explained(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="byol-fast export RUN"):
         load_encoder(tmp_path)
+
+
+# ---- programs and other names --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[torch.nn.Module, dict[str, Any]]:
+    """A small convolutional network whose norms have seen data, and its description."""
+    torch.manual_seed(0)
+    block = [torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.MaxPool2d(2)]
+    encoder = torch.nn.Sequential(*block, torch.nn.Conv2d(8, 16, 3), torch.nn.BatchNorm2d(16), torch.nn.AvgPool2d(9))
+    encoder(torch.randn(8, 3, 24, 24))  # so that the running statistics are not 0 and 1
+    about = {"encoder": "small", "cifar_stem": False, "feature_dim": 16, "image_size": 24, "step": 3}
+    return encoder.eval(), about | {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3], "recipe": "tiny"}
+
+
+def test_an_exported_program_takes_bytes_of_any_number_of_images(
+    small: tuple[torch.nn.Module, dict[str, Any]], tmp_path: Path
+) -> None:
+    encoder, about = small
+    made = export_as(encoder, about, "torch-export", tmp_path, with_normalize=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["encoder.pt2"]
+    described = {"encoder.json": ""}
+    program = torch.export.load(made.path, extra_files=described).module()
+    assert json.loads(described["encoder.json"])["input"] == "images [B, 3, 24, 24], uint8"
+    for count in (1, 3, 9):
+        pixels = torch.randint(0, 256, (count, 3, 24, 24), dtype=torch.uint8)
+        x = (pixels.double() / 255 - torch.tensor(about["mean"]).view(3, 1, 1)) / torch.tensor(about["std"]).view(
+            3, 1, 1
+        )
+        with torch.no_grad():
+            expected = copy.deepcopy(encoder).double()(x).flatten(1).float()
+            got = program(pixels)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert made.difference is not None
+    assert made.difference <= LIMIT * made.largest
+
+
+@pytest.mark.parametrize("with_normalize", [False, True])
+def test_onnx_gives_the_encoders_features_in_onnxruntime(
+    small: tuple[torch.nn.Module, dict[str, Any]], tmp_path: Path, with_normalize: bool
+) -> None:
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    encoder, about = small
+    made = export_as(encoder, about, "onnx", tmp_path, with_normalize=with_normalize)
+    assert [p.name for p in tmp_path.iterdir()] == ["encoder.onnx"]
+    assert made.batches == (1, 5)
+    model = onnx.load(made.path)
+    onnx.checker.check_model(model)
+    assert {p.key: p.value for p in model.metadata_props}["image_size"] == "24"
+    session = runtime.InferenceSession(made.path, providers=["CPUExecutionProvider"])
+    for count in (1, 7):
+        pixels = torch.randint(0, 256, (count, 3, 24, 24), dtype=torch.uint8)
+        x = (pixels.double() / 255 - torch.tensor(about["mean"]).view(3, 1, 1)) / torch.tensor(about["std"]).view(
+            3, 1, 1
+        )
+        images = pixels.numpy() if with_normalize else x.float().numpy()
+        (got,) = session.run(["features"], {"images": images})
+        with torch.no_grad():
+            expected = copy.deepcopy(encoder).double()(x).flatten(1).float()
+        torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_differs_from_the_encoder_is_not_kept(
+    small: tuple[torch.nn.Module, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, about = small
+    load = torch.export.load
+
+    def worse(file: Any) -> Any:
+        program = load(file)
+        with torch.no_grad():
+            next(iter(program.state_dict.values())).mul_(1.01)
+        return program
+
+    monkeypatch.setattr(torch.export, "load", worse)
+    with pytest.raises(ExportError, match=r"encoder.pt2 must give the encoder's features, it differs by"):
+        export_as(encoder, about, "torch-export", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_format_cannot_hold_is_explained(
+    small: tuple[torch.nn.Module, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, about = small
+
+    class Fickle(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.mean(dim=(2, 3)) if float(x.sum()) > 0 else x.amax(dim=(2, 3))
+
+    with pytest.raises(ExportError, match=r"torch-export cannot hold fickle for any number of images .*torchvision"):
+        export_as(Fickle(), about | {"encoder": "fickle"}, "torch-export", tmp_path)
+    with pytest.raises(ExportError, match="timm holds torchvision's ResNets, .* got 'small'"):
+        export_as(encoder, about, "timm", tmp_path)
+    with pytest.raises(ConfigError, match=r"timm's weights hold no normalisation; drop --with-normalize"):
+        export_as(encoder, about, "timm", tmp_path, with_normalize=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be written .*choose another folder"):
+        export_as(encoder, about, "torch-export", tmp_path / "file")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"onnx needs onnx and onnxscript; pip install 'byol_fast\[onnx\]'"):
+        export_as(encoder, about, "onnx", tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize(
+    ("name", "cifar_stem", "size"), [("resnet18", False, 64), ("resnet18", True, 32), ("vit_b_32", False, 64)]
+)
+def test_timm_loads_its_format_and_gives_the_same_features(
+    name: str, cifar_stem: bool, size: int, tmp_path: Path
+) -> None:
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    torch.manual_seed(0)
+    encoder = build_encoder(name, image_size=size, cifar_stem=cifar_stem)
+    encoder(torch.randn(8, 3, size, size))
+    dim = feature_dim(encoder, size)
+    about = {"encoder": name, "cifar_stem": cifar_stem, "feature_dim": dim, "image_size": size}
+    made = export_as(encoder.eval(), about | {"mean": [0.5] * 3, "std": [0.2] * 3, "step": 1}, "timm", tmp_path)
+    if cifar_stem:
+        model = timm.create_model(name, num_classes=0)
+        model.conv1, model.maxpool = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False), torch.nn.Identity()
+        model.load_state_dict(load_file(made.path))
+    elif name == "resnet18":
+        model = timm.create_model("resnet18", num_classes=0, checkpoint_path=str(made.path))
+    else:
+        model = timm.create_model("vit_base_patch32_224", num_classes=0, img_size=size, checkpoint_path=str(made.path))
+    x = torch.randn(3, 3, size, size)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), encoder(x), rtol=1e-4, atol=1e-4)
+
+
+def test_the_command_exports_a_run_and_an_exported_encoder(
+    tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Trainer(configs.replace(tiny, {"steps": 2})).fit().run_dir
+    capsys.readouterr()
+    for source in (run, run / "encoder.safetensors"):  # the second time from the exported files, without checkpoints
+        assert command.main([str(source), "--format", "torch-export", "--to", str(tmp_path / "to")]) == 0
+        printed = capsys.readouterr().out
+        assert "encoder.pt2" in printed
+        assert "equal to the encoder: largest difference" in printed
+    assert command.main([str(run), "--format", "timm", "--to", str(tmp_path / "to")]) == 1
+    assert [p.name for p in (tmp_path / "to").iterdir()] == ["encoder.pt2"]
