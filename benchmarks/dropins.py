@@ -187,9 +187,9 @@ def views(results: Results, folder: Path, rounds: int) -> None:
     pictures = [source.load(i) for i in range(min(16, len(source)))]
     kinds = {"ours": dropins.BYOLTransform(), "lightly": peer.BYOLTransform()}
     levels = {
-        name: torch.stack([torch.stack(pair(picture)) for picture in pictures for _ in range(4)])
+        name: torch.stack([torch.stack(pair(picture.resize((256, 256)))) for picture in pictures])
         for name, pair in {
-            # PIL's arithmetic, without chance: whole images, grey.
+            # Without chance: whole images (a crop of all of it fits a square alone), grey.
             name: module.BYOLTransform(*(kind(min_scale=1.0, cj_prob=0, random_gray_scale=1, gaussian_blur=0,
                                               solarization_prob=0, hf_prob=0, normalize=None)
                                          for kind in (module.BYOLView1Transform, module.BYOLView2Transform)))
