@@ -114,7 +114,7 @@ class LogisticProblem:
             max_iter=max_iterations,
             max_eval=2 * max_iterations,
             tolerance_grad=tolerance,
-            tolerance_change=1e-9,
+            tolerance_change=0.1 * tolerance**2,
             history_size=20,
             line_search_fn="strong_wolfe",
         )
