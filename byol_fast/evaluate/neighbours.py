@@ -144,7 +144,7 @@ def neighbour_sheet(
     step = TILE + GAP
     top = 2 * MARGIN + TITLE + LINE + 8
     left = MARGIN + step + GAP
-    canvas = Image.new("RGB", (left + k * step + MARGIN - GAP, top + len(chosen) * (step + 2 * LINE)), PAPER)
+    canvas = Image.new("RGB", (left + k * step + MARGIN - GAP, top + len(chosen) * (step + 2 * LINE) + GAP), PAPER)
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default
     pen.text((MARGIN, MARGIN - 6), title, INK, font(TITLE))
     _legend(pen, source, k, rows, labels, asked_labels)
