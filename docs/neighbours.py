@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from byol_fast.data.sources.opening import open_demo
+from byol_fast.data.sources.arrays import open_demo
 from byol_fast.evaluate import embed_folder, neighbour_sheet
 from byol_fast.evaluate.neighbours import save_sheet
 from byol_fast.export import load_encoder

@@ -91,6 +91,7 @@ def test_a_run_leaves_what_it_promises(tiny: Config) -> None:
         "encoder.safetensors",
         "environment.json",
         "metrics.jsonl",
+        "report.html",
         "tb",
     }
     assert configs.load(run / "config.json") == tiny
