@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-DESK, PHONE, HEIGHT, GAP = 1180, 390, 1180, 24
+DESK, PHONE, HEIGHT, GAP = 1180, 390, 1330, 24
 ON_THE_PHONE = ("Nearest neighbours", "Map of the features")
 
 

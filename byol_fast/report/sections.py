@@ -76,6 +76,7 @@ def health(run: RunFiles) -> list[tuple[str, str]]:
             f"{'above' if gain > 0 else 'below'} the untrained encoder ({before:.1%})."
         )
         said.append(("good" if gain > 0 else "warn", text))
+    said += [("warn", text) for found in run.evaluations for text in _behind(found)]
     undone = sum(bool(r.get("undone")) for r in run.steps)
     if undone:
         said.append(
@@ -133,7 +134,9 @@ def summary(run: RunFiles) -> Section:
     for found in run.evaluations:
         if isinstance(found.get("top1"), int | float):
             interval = _interval(found)
-            entries.append((f"{found['name']} top-1", f"{found['top1']:.1%}", f"95 %: {interval}" if interval else ""))
+            entries.append(
+                (f"eval {found['name']} top-1", f"{found['top1']:.1%}", f"95 %: {interval}" if interval else "")
+            )
     if (spread := run.last("collapse_std")) is not None:
         entries.append(("Spread", f"{spread:.2f}", "1 healthy, 0 collapsed"))
     speeds = sorted(float(r["images_per_s"]) for r in run.steps if r.get("images_per_s"))
@@ -235,76 +238,90 @@ def _evaluation(found: dict[str, Any]) -> str:
     entries = [
         (str(found.get("protocol", found["name"])), _percent(found.get("top1")), _intervals(found)),
         ("Top-5", _percent(found.get("top5")), ""),
-        ("Images", f"{_count(found.get('num_test'))}", f"judged; {_count(found.get('num_train'))} to learn from"),
-        ("Encoder", str(found.get("encoder", "?")), f"step {_count(found.get('step'))}"),
+        ("Images", _count(found.get("num_test")), f"judged; {_count(found.get('num_train'))} to learn from"),
     ]
     parts = [facts([e for e in entries if e[1] != "?"])]
-    charts = []
-    baselines = [b for b in found.get("baselines") or [] if isinstance(b, dict) and _number(b.get("top1")) is not None]
-    if baselines and _number(found.get("top1")) is not None:
-        rows = [*baselines, {"name": "this encoder"} | found]
-        rows[-1]["name"] = "this encoder"
-        errors = [_ends(r) or (math.nan, math.nan) for r in rows]
-        values = [_number(r["top1"]) for r in rows]
-        names = [str(r.get("name", "?")) for r in rows]
-        charts.append(
-            bar_chart(names, values, title="Beside its baselines", y_label="top-1", errors=errors, horizontal=True)
-        )
-    curve = [p for p in found.get("curve") or [] if isinstance(p, dict)]
-    if curve:
-        label = str(found.get("curve_label") or "x")
-        x, y = [_number(p.get("x")) for p in curve], [_number(p.get("top1")) for p in curve]
-        spread = [v for v in x if v is not None and v > 0]
-        log = len(spread) == len(x) and max(spread) >= 50 * min(spread)
-        charts.append(
-            line_chart(
-                [Series("top-1", x, y, markers=True)],
-                title=f"Top-1 by {label}",
-                x_label=label,
-                y_label="top-1",
-                x_log=log,
-            )
-        )
-    matrix, classes = found.get("confusion"), [str(c) for c in found.get("classes") or []]
-    pairs = ""
-    if isinstance(matrix, list) and matrix and len(matrix) == len(classes):
-        counts = [[_number(v) or 0.0 for v in row] for row in matrix]
+    if isinstance(found.get("encoder"), str):
+        parts.append(paragraph(f"{found['encoder']}, step {_count(found.get('step'))}", "faint"))
+    parts += [paragraph(text, "warn") for text in _behind(found)]
+    left, matrix = _baselines(found) + _sweep(found), _matrix(found)
+    charts = [f"<div>{''.join(left)}</div>"] if left else []
+    if matrix is not None:
+        counts, classes = matrix
         if len(classes) <= LARGE_CONFUSION:
-            shares = [[100 * v / sum(row) if sum(row) else None for v in row] for row in counts]
-            shown = [[None if v is None else round(v) for v in row] for row in shares]
+            shown = [[round(100 * v / sum(row)) if sum(row) else None for v in row] for row in counts]
             title = "Confusion, percent of each true class"
             charts.append(heat_map(shown, classes, classes, title=title, x_label="taken for", y_label="true class"))
-        pairs = _confused(counts, classes)
-    if charts:
-        parts.append(chart_grid(charts))
-    if pairs:
-        parts.append("<h3>Confused most often</h3>" + pairs)
+    parts.append(chart_grid(charts) if charts else "")
+    parts.append(_confused(*matrix) if matrix is not None else "")
     per_class = [c for c in found.get("per_class") or [] if isinstance(c, dict)]
+    per_class.sort(key=lambda c: _number(c.get("accuracy")) or 0.0)
     if per_class:
-        per_class.sort(key=lambda c: _number(c.get("accuracy")) or 0.0)
-        rows_of = [
-            [str(c.get("class", "?")), c.get("count"), _percent(c.get("accuracy")), _intervals(c, "ci95")]
-            for c in per_class
-        ]
+        shares = [(_percent(c.get("accuracy")), _interval(c, "ci95")) for c in per_class]
+        rows = [[str(c.get("class", "?")), c.get("count"), *share] for c, share in zip(per_class, shares, strict=True)]
         parts.append(
-            details("By class, the hardest first", table(["class", "images", "accuracy", "95 % interval"], rows_of))
+            details("By class, the hardest first", table(["class", "images", "accuracy", "95 % interval"], rows))
         )
-    settings = {k: found[k] for k in ("train", "test", "date", "seconds") if k in found} | _flat(
-        found.get("settings") or {}
-    )
-    settings |= {f"environment.{k}": v for k, v in _flat(found.get("environment") or {}).items()}
+    shown_keys = ("train", "test", "settings", "chosen", "interval", "date", "seconds", "environment")
+    settings = _flat({key: found[key] for key in shown_keys if key in found})
     if settings:
         parts.append(details("Settings", table(["setting", "value"], [[k, _plain(v)] for k, v in settings.items()])))
     return "".join(parts)
 
 
-def _confused(counts: Sequence[Sequence[float]], classes: Sequence[str]) -> str:
-    pairs = [
-        (n, i, j) for i, row in enumerate(counts) for j, n in enumerate(row) if i != j and n > 0 and j < len(classes)
+def _baselines_of(found: dict[str, Any]) -> list[dict[str, Any]]:
+    return [b for b in found.get("baselines") or [] if isinstance(b, dict) and _number(b.get("top1")) is not None]
+
+
+def _behind(found: dict[str, Any]) -> list[str]:
+    """Baselines that did better, in sentences."""
+    top1 = _number(found.get("top1"))
+    return [
+        f"{found['name']}: {_percent(top1)} is below the baseline {b.get('name', '?')}, {_percent(b['top1'])}."
+        for b in _baselines_of(found)
+        if top1 is not None and b["top1"] > top1
     ]
-    pairs.sort(reverse=True)
+
+
+def _baselines(found: dict[str, Any]) -> list[str]:
+    rows = [*_baselines_of(found), found | {"name": "this encoder"}]
+    if len(rows) == 1 or _number(found.get("top1")) is None:
+        return []
+    errors = [_ends(r) or (math.nan, math.nan) for r in rows]
+    values, names = [_number(r["top1"]) for r in rows], [str(r.get("name", "?")) for r in rows]
+    return [bar_chart(names, values, title="Beside its baselines", y_label="top-1", errors=errors, horizontal=True)]
+
+
+def _sweep(found: dict[str, Any]) -> list[str]:
+    """Accuracy by what was varied."""
+    curve = [p for p in found.get("curve") or [] if isinstance(p, dict)]
+    if not curve:
+        return []
+    label = str(found.get("curve_label") or "x")
+    x, y = [_number(p.get("x")) for p in curve], [_number(p.get("top1")) for p in curve]
+    known = [v for v in x if v is not None]
+    wide = bool(known) and min(known) > 0 and max(known) >= 50 * min(known)
+    line = Series("top-1", x, y, markers=True)
+    return [line_chart([line], title=f"Top-1 by {label}", x_label=label, y_label="top-1", x_log=wide)]
+
+
+def _matrix(found: dict[str, Any]) -> tuple[list[list[float]], list[str]] | None:
+    """The confusion matrix and the names of its classes, where they fit together."""
+    matrix, classes = found.get("confusion"), [str(c) for c in found.get("classes") or []]
+    if not isinstance(matrix, list) or not classes or len(matrix) != len(classes):
+        return None
+    if any(not isinstance(row, list) or len(row) != len(classes) for row in matrix):
+        return None
+    return [[_number(v) or 0.0 for v in row] for row in matrix], classes
+
+
+def _confused(counts: Sequence[Sequence[float]], classes: Sequence[str]) -> str:
+    pairs = [(n, i, j) for i, row in enumerate(counts) for j, n in enumerate(row) if i != j and n > 0]
+    pairs.sort(key=lambda pair: -pair[0])
     rows = [[classes[i], classes[j], int(n), f"{n / sum(counts[i]):.1%}"] for n, i, j in pairs[:10]]
-    return table(["true class", "taken for", "images", "of the class"], rows) if rows else ""
+    if not rows:
+        return ""
+    return "<h3>Confused most often</h3>" + table(["true class", "taken for", "images", "of the class"], rows)
 
 
 # ---- what the run was ----------------------------------------------------------------------------------------------

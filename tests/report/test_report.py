@@ -215,14 +215,24 @@ def test_evaluations_beside_their_baselines(tmp_path: Path) -> None:
     assert {"Evaluation: linear", "Evaluation: poor"} <= set(page.headings)
     assert "80.0%95 %: 75.0% to 84.0%" in page.text
     assert "broken.json, which could not be read" in page.text
+    assert "is below the baseline" not in page.text
     confused = next(i for i, row in enumerate(page.rows) if row[:2] == ["true class", "taken for"])
     assert page.rows[confused + 1][0] == "fish"
     assert page.rows[confused + 1][2:] == ["40", "40.0%"]
     assert ["fish", "100", "60.0%", "50.0% to 70.0%"] in page.rows
-    assert ["nested.a", "[1, 2]"] in page.rows
+    assert ["settings.nested.a", "[1, 2]"] in page.rows
     charts = [texts(svg(c)) for c in re.findall(r"<svg.*?</svg>", (folder / "out.html").read_text(), re.DOTALL)]
     beside = next(c for c in charts if "Beside its baselines" in c)
     assert {"raw pixels", "untrained", "this encoder", "0.4", "0.5", "0.8"} <= set(beside)
+
+
+def test_a_better_baseline_is_not_kept_quiet(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run", steps(30))
+    (folder / "eval").mkdir()
+    (folder / "eval" / "knn.json").write_text(json.dumps(EVALUATION | {"top1": 0.45}))
+    page = page_of(folder)
+    assert page.text.count("knn: 45.0% is below the baseline untrained, 50.0%.") == 2  # in the summary too
+    assert "is below the baseline raw pixels" not in page.text
 
 
 def test_several_runs_are_compared(tmp_path: Path) -> None:
