@@ -106,7 +106,7 @@ def test_finds_what_is_planted_and_leaves_the_encoder_as_it_was(protocol: str, s
         assert any(training for training, _ in Watched.ran)
     else:
         pixels = [] if protocol == "linear_reference" else ["raw pixels (12 px)"]
-        assert names == ["untrained, norms calibrated", *pixels]
+        assert names == ["untrained, calibrated", *pixels]
 
 
 @pytest.mark.parametrize("protocol", ["knn", "linear", "linear_reference"])

@@ -225,7 +225,7 @@ class _Job(Generic[S]):
         if not self.settings.baselines:
             return
         network = self.workplace.untrained(self.subject, self.images.train, self.settings.seed)
-        yield _Contender("untrained, norms calibrated", network, self)
+        yield _Contender("untrained, calibrated", network, self)
         if pixels:
             size = raw_pixel_size(self.subject)
             yield _Contender(f"raw pixels ({size} px)", nn.Flatten(), self, size)

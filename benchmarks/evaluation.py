@@ -1,0 +1,171 @@
+"""An encoder judged by every protocol, beside what was not learned; our nearest neighbours beside those of peers.
+
+    python -m benchmarks.evaluation RUN [--train FOLDER --test FOLDER] [--max-train N] [--max-test N] [--save FOLDER]
+        [--only knn linear agreement finetune reference] [--epochs N] [--reference-epochs N] [--few-epochs N]
+
+Accuracies do not depend on the machine's load. The time is CPU time of the process, baselines included.
+Agreement: on the encoder's features, the share of test images to which another implementation of weighted nearest
+neighbours, or of logistic regression, gives the same class. Peers that are not installed are left out, with a line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch.nn import functional as F
+
+from byol_fast import environment
+from byol_fast.evaluate import (
+    Evaluation,
+    evaluate_finetune,
+    evaluate_knn,
+    evaluate_linear,
+    knn_predict,
+    load_subject,
+)
+from byol_fast.evaluate.inputs import Workplace, open_images
+from byol_fast.evaluate.linear import LogisticProblem
+from byol_fast.evaluate.progress import Progress
+from byol_fast.files import atomic_path, atomic_write
+from byol_fast.protocols import EvalSettings
+
+COLUMNS = ("protocol", "contender", "top1", "low95", "high95", "top5", "num_train", "num_test", "chosen", "cpu_seconds")
+AGREEMENT_COLUMNS = ("what", "peer", "version", "same_class", "images", "top1_ours", "top1_theirs")
+KNN = ((20, 0.07), (200, 0.1))
+
+
+def rows_of(evaluation: Evaluation, cpu_seconds: float) -> list[list[object]]:
+    s = evaluation.scores
+    chosen = {k: v for k, v in evaluation.chosen.items() if not isinstance(v, dict | list)}
+    counts = [evaluation.num_train, evaluation.num_test]
+    own = [evaluation.protocol, "this encoder", s.top1, *s.top1_ci95, s.top5, *counts, json.dumps(chosen)]
+    rows: list[list[object]] = [[*own, round(cpu_seconds, 1)]]
+    rows += [[evaluation.protocol, b.name, b.top1, *b.top1_ci95, b.top5, *counts, "", ""] for b in evaluation.baselines]
+    return rows
+
+
+def agreement(run: Path, train: Path | None, test: Path | None, sizes: dict[str, int]) -> list[list[object]]:
+    subject, workplace = load_subject(run), Workplace(EvalSettings(), Progress())
+    images = open_images(subject, train, test, EvalSettings(**sizes))
+    encoder = workplace.placed(subject.encoder)
+    train_x, train_y = workplace.features(subject, encoder, images.train, "")
+    test_x, test_y = (t.cpu() for t in workplace.features(subject, encoder, images.test, ""))
+    train_x, train_y = train_x.cpu(), train_y.cpu()
+    classes = len(images.classes)
+    rows: list[list[object]] = []
+
+    def compare(what: str, peer: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+        same, right = (
+            (ours == theirs).double().mean().item(),
+            [(guess == test_y).double().mean().item() for guess in (ours, theirs)],
+        )
+        rows.append([what, peer, environment.version(peer), same, len(ours), *right])
+        print(
+            f"{what}, {peer}: {same:.2%} of {len(ours)} images get the same class; top-1 {right[0]:.2%}, {right[1]:.2%}"
+        )
+
+    for k, temperature in KNN:
+        ours = knn_predict(train_x, train_y, test_x, k=k, temperature=temperature, num_classes=classes)[:, 0]
+        name = f"knn k={k} T={temperature}"
+        for peer, predict in (("scikit-learn", _sklearn_knn), ("lightly", _lightly_knn)):
+            try:
+                theirs = predict(train_x, train_y, test_x, k, temperature, classes)
+            except ImportError:
+                print(f"{peer} is not installed (pip install byol_fast[dev,peers])")
+                continue
+            compare(name, peer, ours, theirs)
+    model = LogisticProblem(train_x, train_y, num_classes=classes).fit(0.01)
+    try:
+        from sklearn.linear_model import LogisticRegression
+    except ImportError:
+        return rows
+    standard = ((train_x - model.mean) / model.scale).numpy()
+    fitted = LogisticRegression(C=1 / (0.01 * len(train_x)), max_iter=2000).fit(standard, train_y.numpy())
+    guess = fitted.predict(((test_x - model.mean) / model.scale).numpy())
+    compare("logistic regression l2=0.01", "scikit-learn", model.logits(test_x).argmax(1), torch.from_numpy(guess))
+    return rows
+
+
+def _sklearn_knn(train_x: Any, train_y: Any, test_x: Any, k: int, temperature: float, _: int) -> torch.Tensor:
+    from sklearn.neighbors import KNeighborsClassifier
+
+    peer = KNeighborsClassifier(
+        k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / temperature)
+    )
+    peer.fit(train_x.numpy(), train_y.numpy())
+    return torch.from_numpy(peer.predict(test_x.numpy()))
+
+
+def _lightly_knn(train_x: Any, train_y: Any, test_x: Any, k: int, temperature: float, classes: int) -> torch.Tensor:
+    from lightly.utils.benchmarking import knn_predict as theirs
+
+    bank = F.normalize(train_x).T
+    pieces = [
+        theirs(F.normalize(x), bank, train_y, classes, knn_k=k, knn_t=temperature)[:, 0] for x in test_x.split(1000)
+    ]
+    return torch.cat(pieces)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--train", type=Path)
+    parser.add_argument("--test", type=Path)
+    parser.add_argument("--max-train", type=int, default=10_000)
+    parser.add_argument("--max-test", type=int, default=10_000)
+    parser.add_argument("--epochs", type=int, default=30, help="fine-tuning on all labels")
+    parser.add_argument("--few-epochs", type=int, default=30, help="fine-tuning on 1 and 10 %% of the labels")
+    parser.add_argument("--reference-epochs", type=int, default=80)
+    parser.add_argument("--only", nargs="*", default=["knn", "linear", "agreement", "few", "reference", "all"])
+    parser.add_argument("--save", type=Path)
+    options = parser.parse_args()
+    sizes = {"max_train": options.max_train, "max_test": options.max_test}
+    common: dict[str, Any] = {**sizes, "baselines": True, "to": options.run / "eval"}
+    common["progress"] = Progress(Console(highlight=False))
+    images = (options.run, options.train, options.test)
+    protocols: dict[str, Callable[[], list[Evaluation]]] = {
+        "knn": lambda: [evaluate_knn(*images, k=(20, 1, 5, 100, 200), temperature=0.07, **common)],
+        "linear": lambda: [evaluate_linear(*images, **common)],
+        "few": lambda: evaluate_finetune(*images, labels=(0.01, 0.1), epochs=(options.few_epochs,), **common),
+        "reference": lambda: [
+            evaluate_linear(*images, protocol="reference", epochs=options.reference_epochs, batch_size=256, **common)
+        ],
+        "all": lambda: evaluate_finetune(*images, labels=(1.0,), epochs=(options.epochs,), **common),
+    }
+    rows: list[list[object]] = []
+    for name in options.only:
+        if name == "agreement":
+            save(options.save, "agreement", AGREEMENT_COLUMNS, agreement(*images, sizes))
+            continue
+        began = time.process_time()
+        found = protocols[name]()
+        rows += [row for e in found for row in rows_of(e, (time.process_time() - began) / len(found))]
+        for row in rows[-sum(1 + len(e.baselines) for e in found) :]:
+            print(f"{row[0]:18s} {row[1]:30s} {row[2]:.2%} [{row[3]:.2%} - {row[4]:.2%}] {row[8]}", flush=True)
+        save(options.save, "evaluation", COLUMNS, rows)
+
+
+def save(folder: Path | None, name: str, columns: tuple[str, ...], rows: list[list[object]]) -> None:
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_path(folder / f"{name}.csv") as path, path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows([[round(v, 6) if isinstance(v, float) else v for v in row] for row in rows])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    record = environment.describe(device) | {"date": time.strftime("%Y-%m-%d")}
+    atomic_write(folder / "environment.json", json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
