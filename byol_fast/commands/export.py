@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Literal
 
@@ -40,6 +41,8 @@ def main(argv: list[str]) -> int:
             for path in export_run(run, to):
                 print(path)
             return 0
+        for chatty in ("onnxscript", "onnx_ir"):  # they tell every rewriting of the graph
+            logging.getLogger(chatty).setLevel(logging.WARNING)
         encoder, about = newest_encoder(run)
         folder = to or (run if run.is_dir() else run.parent)
         try:
