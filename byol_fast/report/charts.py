@@ -65,6 +65,7 @@ def line_chart(
     y_label: str,
     x_log: bool = False,
     y_log: bool = False,
+    x_range: Interval | None = None,
     y_range: Interval | None = None,
 ) -> str:
     """Lines over a common axis.
@@ -79,12 +80,13 @@ def line_chart(
         y_label: of the vertical axis.
         x_log: logarithmic horizontal axis; what is not positive is left out.
         y_log: the same of the vertical axis.
+        x_range: ends of the horizontal axis, instead of the data's; no point may lie outside.
         y_range: ends of the vertical axis, instead of the data's; what lies outside is drawn at the border.
 
     Returns:
         An `<svg>` element.
     """
-    return _plot(series, (), title, x_label, y_label, x_log, y_log, y_range)
+    return _plot(series, (), title, x_label, y_label, x_log, y_log, x_range, y_range)
 
 
 def scatter(
@@ -111,7 +113,7 @@ def scatter(
     Returns:
         An `<svg>` element.
     """
-    return _plot(lines, groups, title, x_label, y_label, x_log, y_log, None, points=True)
+    return _plot(lines, groups, title, x_label, y_label, x_log, y_log, None, None, points=True)
 
 
 def bar_chart(
@@ -409,6 +411,7 @@ def _plot(
     y_label: str,
     x_log: bool,
     y_log: bool,
+    x_range: Interval | None,
     y_range: Interval | None,
     *,
     points: bool = False,
@@ -421,8 +424,7 @@ def _plot(
     for series in (*lines, *groups):
         ys += [e for pair in series.error or () for e in pair if math.isfinite(e) and (e > 0 or not y_log)]
     bare = points and not x_label and not y_label
-    left_end = 0.0 if not points and 0 < min(xs) <= 0.05 * max(xs) else min(xs)  # steps are counted from 1
-    x_axis = _Axis(min(xs) if x_log else left_end, max(xs), log=x_log, nice=points and x_log)
+    x_axis = _Axis(*(x_range or (min(xs), max(xs))), log=x_log, nice=points and x_log)
     y_axis = _Axis(*(y_range or (min(ys), max(ys))), log=y_log, nice=y_range is None and (y_log or not points))
     entries = [(s.name, _line_key(i, points)) for i, s in enumerate(lines)]
     entries += [(s.name, _point_key(i)) for i, s in enumerate(groups)]

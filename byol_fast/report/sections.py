@@ -162,8 +162,10 @@ def curves(runs: Sequence[RunFiles]) -> list[Section]:
     x = "step" if len(runs) == 1 else "epoch"
     recorded = dict.fromkeys(key for run in runs for key in run.keys())  # noqa: SIM118  (a method, not a mapping's)
     others = [key for key in recorded if key not in CURVES and key not in NOT_CURVES]
-    learning = [_curve(runs, key, x) for key in (*LEARNING, *others) if key in recorded]
-    speed = [_curve(runs, key, x) for key in SPEED if key in recorded]
+    # One end for all charts, so that they can be read one above the other.
+    end = max((float(r[x]) for run in runs for r in run.records if r.get(x)), default=1.0)
+    learning = [_curve(runs, key, x, end) for key in (*LEARNING, *others) if key in recorded]
+    speed = [_curve(runs, key, x, end) for key in SPEED if key in recorded]
     if not learning:
         return [Section("Curves", paragraph("metrics.jsonl holds no record yet."))]
     numbers = "" if len(runs) > 1 else _in_numbers(runs[0])
@@ -173,7 +175,7 @@ def curves(runs: Sequence[RunFiles]) -> list[Section]:
     return found + ([Section("Speed and memory", chart_grid(speed))] if speed else [])
 
 
-def _curve(runs: Sequence[RunFiles], key: str, x: str) -> str:
+def _curve(runs: Sequence[RunFiles], key: str, x: str, end: float) -> str:
     title, label, limits = CURVES.get(key, (key, key, None))
     names = [run.name for run in runs]
     lines = []
@@ -188,7 +190,7 @@ def _curve(runs: Sequence[RunFiles], key: str, x: str) -> str:
         limits = (0.0, 1.05 * top)
     if key == "data_wait":
         limits = (0.0, max(0.05, 1.05 * top))
-    return line_chart(lines, title=title, x_label=x, y_label=label, y_range=limits)
+    return line_chart(lines, title=title, x_label=x, y_label=label, x_range=(0.0, end), y_range=limits)
 
 
 def _undone(run: RunFiles) -> list[Series]:

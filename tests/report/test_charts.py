@@ -30,11 +30,16 @@ def label_positions(chart: str, axis: str) -> dict[str, float]:
 
 def test_points_lie_where_the_axes_say() -> None:
     chart = line_chart(
-        [Series("y", [0, 1, 2, 4], [10.0, 20.0, 0.0, 40.0])], title="t", x_label="x", y_label="y", y_range=(0, 40)
+        [Series("y", [1, 2, 3, 5], [10.0, 20.0, 0.0, 40.0])],
+        title="t",
+        x_label="x",
+        y_label="y",
+        x_range=(0, 5),
+        y_range=(0, 40),
     )
     (points,) = lines(svg(chart))
     across, up = label_positions(chart, "x"), label_positions(chart, "y")
-    for (x, y), (x_label, y_label) in zip(points, [("0", "10"), ("1", "20"), ("2", "0"), ("4", "40")], strict=True):
+    for (x, y), (x_label, y_label) in zip(points, [("1", "10"), ("2", "20"), ("3", "0"), ("5", "40")], strict=True):
         assert x == pytest.approx(across[x_label], abs=0.06)
         assert y == pytest.approx(up[y_label], abs=0.06)
 
