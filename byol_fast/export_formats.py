@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import io
 import json
@@ -77,7 +78,7 @@ def export_as(
     """Write an encoder in a format, and compare what was written with it.
 
     Args:
-        encoder: fp32, in eval mode.
+        encoder: the network, of any dtype on any device; itself unchanged.
         about: its description, as `load_encoder` returns it; the file carries it too.
         form: torch-export (`encoder.pt2`), onnx (`encoder.onnx`) or timm (`encoder_timm.safetensors`).
         folder: where to write; made when missing.
@@ -90,7 +91,7 @@ def export_as(
         ConfigError: the folder cannot be written, a package is missing, the options do not go together.
         ExportError: the format cannot hold the encoder, or the result differs; then no file is left behind.
     """
-    encoder = encoder.cpu().float().eval()
+    encoder = copy.deepcopy(encoder).cpu().float().eval()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if form == "timm":

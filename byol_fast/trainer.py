@@ -25,7 +25,7 @@ from byol_fast.capture import CapturedStep, choose_mode, compiled
 from byol_fast.config import Config, ConfigError
 from byol_fast.data import BadImageError, Batch, make_loader, split
 from byol_fast.display import Display
-from byol_fast.evaluate.during import Evaluation, KNNDuringTraining, knn_problem
+from byol_fast.evaluate.during import KNNDuringTraining, Snapshot, knn_problem
 from byol_fast.evaluate.online import OnlineProbe
 from byol_fast.export import export_encoder
 from byol_fast.files import atomic_write
@@ -530,7 +530,7 @@ class Trainer:
         path = checkpoints.path_of(self.run_dir / "checkpoints", self.state.step)
         self.world.from_leader(lambda: checkpoints.keep_as_best(path))
 
-    def _knn_unless_stopped(self) -> Evaluation | None:
+    def _knn_unless_stopped(self) -> Snapshot | None:
         assert self.knn is not None
         try:
             return self.knn(untrained=self.state.step == 0, check=self._raise_if_stopped)

@@ -281,6 +281,7 @@ def test_steps_that_are_not_finite_are_undone_counted_and_end_the_run_when_they_
     records = by_step(trainer.run_dir)
     assert [s for s in records if records[s].get("undone")] == [2, 8, 9, 10]
     assert [s for s in records if records[s]["loss"] is None] == [2, 8, 9, 10]
+    assert [s for s in records if records[s]["probe_top1"] is None] == [2, 8, 9, 10]
     assert checkpoints.steps_in(trainer.run_dir / "checkpoints") == [5]
     assert all(torch.isfinite(t).all() for t in trainer.task.state_dict().values())
 

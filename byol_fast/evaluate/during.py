@@ -23,7 +23,7 @@ CALIBRATION_IMAGES = 10_240
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluation:
+class Snapshot:
     """What an encoder is worth at one moment."""
 
     knn: KNNResult
@@ -61,7 +61,7 @@ class KNNDuringTraining:
         self.config, self.task, self.train, self.val = config, task, train, val
         self.device, self.autocast, self.probe = device, autocast, probe
 
-    def __call__(self, *, untrained: bool, check: Callable[[], None]) -> Evaluation:
+    def __call__(self, *, untrained: bool, check: Callable[[], None]) -> Snapshot:
         """Evaluate the encoder as it is now.
 
         Args:
@@ -91,7 +91,7 @@ class KNNDuringTraining:
             num_classes=len(self.train.classes),
         )
         learned = self.probe is not None and self.probe.steps > 0
-        return Evaluation(
+        return Snapshot(
             knn=accuracy,
             rankme=rankme(spread_rows(train_x)),
             probe_top1=self.probe.top1(val_x, val_y) if self.probe is not None and learned else None,

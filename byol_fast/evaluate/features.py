@@ -77,7 +77,7 @@ def embed_folder(
     Images are resized and cropped in the middle to the size that the encoder was trained on, not augmented.
 
     Args:
-        encoder: a run folder, an exported encoder, or the pair that `load_encoder` returns.
+        encoder: a run folder, an exported encoder, or the pair that `load_encoder` returns (it moves to the device).
         images: a folder, or whatever else `byol_fast.data.open_source` takes.
         batch_size: images at a time.
         device: auto, cpu or cuda.

@@ -17,7 +17,7 @@ from byol_fast.data import ImageSource
 from byol_fast.data.preview import FAINT, INK, PAPER, TRAY, VIEW_COLOURS
 from byol_fast.files import atomic_path
 
-TILE, GAP, MARGIN, LINE = 96, 12, 24, 15
+TILE, GAP, MARGIN, LINE = 102, 12, 24, 15  # a tile holds three times 32 pixels and the frame
 TEXT, TITLE, FRAME = 11, 18, 3
 SAME, OTHER = VIEW_COLOURS
 """Frames of neighbours of the query's class, and of others."""
