@@ -254,3 +254,23 @@ def test_the_command_writes_features_and_a_sheet(
 def test_wrong_options_are_explained_before_anything_is_read(options: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         command.main(["no/run", "no/folder", *options])
+
+
+def test_what_cannot_be_written_is_told_before_anything_is_embedded(
+    encoder: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("byol_fast.evaluate.embed_folder", lambda *_, **__: pytest.fail("it embeds"))
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.npz").mkdir()
+    for to in ("file/features.npz", "folder.npz"):
+        with pytest.raises(ConfigError, match=r"\.npz cannot be written \(.*choose another file"):
+            command.main([str(encoder), str(folder), "--to", str(tmp_path / to)])
+
+
+def test_parts_of_a_data_set_taken_for_classes_are_pointed_out(
+    encoder: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "cats").rename(folder / "train")
+    (folder / "dogs").rename(folder / "val")
+    embed_folder(encoder, folder, device="cpu", threads=1)
+    assert "the folders train and val are taken as classes" in caplog.text

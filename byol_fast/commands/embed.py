@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -72,6 +73,8 @@ def main(argv: list[str]) -> int:
         from byol_fast.export import load_encoder
 
         check_features_path(to)
+        for path in (to, *([neighbours] if neighbours is not None else [])):
+            _check_writable(path)
         network = load_encoder(encoder)
         source = open_source(
             folder,
@@ -121,6 +124,17 @@ def main(argv: list[str]) -> int:
 
     tyro.cli(embed, args=argv, prog="byol-fast embed")
     return 0
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse what cannot be written before an hour has gone into it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"embed: {path} cannot be written ({error}); choose another file") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        why = "it is a folder" if path.is_dir() else f"no permission to write into {path.parent}"
+        raise ConfigError(f"embed: {path} cannot be written ({why}); choose another file")
 
 
 def _summary(found: Features, to: Path) -> str:
