@@ -1,7 +1,8 @@
 """An encoder judged by every protocol, beside what was not learned; our nearest neighbours beside those of peers.
 
     python -m benchmarks.evaluation RUN [--train FOLDER --test FOLDER] [--max-train N] [--max-test N] [--save FOLDER]
-        [--only knn linear agreement finetune reference] [--epochs N] [--reference-epochs N] [--few-epochs N]
+        [--only knn linear agreement reference few all] [--epochs N] [--batch-size N] [--few-epochs N]
+        [--reference-epochs N]
 
 Accuracies do not depend on the machine's load. The time is CPU time of the process, baselines included.
 Agreement: on the encoder's features, the share of test images to which another implementation of weighted nearest
@@ -53,9 +54,9 @@ def rows_of(evaluation: Evaluation, cpu_seconds: float) -> list[list[object]]:
     return rows
 
 
-def agreement(run: Path, train: Path | None, test: Path | None, sizes: dict[str, int]) -> list[list[object]]:
-    subject, workplace = load_subject(run), Workplace(EvalSettings(), Progress())
-    images = open_images(subject, train, test, EvalSettings(**sizes))
+def agreement(run: Path, train: Path | None, test: Path | None, sizes: EvalSettings) -> list[list[object]]:
+    subject, workplace = load_subject(run), Workplace(sizes, Progress())
+    images = open_images(subject, train, test, sizes)
     encoder = workplace.placed(subject.encoder)
     train_x, train_y = workplace.features(subject, encoder, images.train, "")
     test_x, test_y = (t.cpu() for t in workplace.features(subject, encoder, images.test, ""))
@@ -64,10 +65,8 @@ def agreement(run: Path, train: Path | None, test: Path | None, sizes: dict[str,
     rows: list[list[object]] = []
 
     def compare(what: str, peer: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
-        same, right = (
-            (ours == theirs).double().mean().item(),
-            [(guess == test_y).double().mean().item() for guess in (ours, theirs)],
-        )
+        same = (ours == theirs).double().mean().item()
+        right = [(guess == test_y).double().mean().item() for guess in (ours, theirs)]
         rows.append([what, peer, environment.version(peer), same, len(ours), *right])
         print(
             f"{what}, {peer}: {same:.2%} of {len(ours)} images get the same class; top-1 {right[0]:.2%}, {right[1]:.2%}"
@@ -123,35 +122,46 @@ def main() -> None:
     parser.add_argument("--max-train", type=int, default=10_000)
     parser.add_argument("--max-test", type=int, default=10_000)
     parser.add_argument("--epochs", type=int, default=30, help="fine-tuning on all labels")
+    parser.add_argument("--batch-size", type=int, default=256, help="fine-tuning on all labels")
     parser.add_argument("--few-epochs", type=int, default=30, help="fine-tuning on 1 and 10 %% of the labels")
     parser.add_argument("--reference-epochs", type=int, default=80)
-    parser.add_argument("--only", nargs="*", default=["knn", "linear", "agreement", "few", "reference", "all"])
+    parser.add_argument("--only", nargs="*", default=["knn", "linear", "agreement", "reference", "few", "all"])
     parser.add_argument("--save", type=Path)
     options = parser.parse_args()
-    sizes = {"max_train": options.max_train, "max_test": options.max_test}
-    common: dict[str, Any] = {**sizes, "baselines": True, "to": options.run / "eval"}
-    common["progress"] = Progress(Console(highlight=False))
+    common: dict[str, Any] = {"max_train": options.max_train, "max_test": options.max_test, "baselines": True}
+    common |= {"to": options.run / "eval", "progress": Progress(Console(highlight=False))}
     images = (options.run, options.train, options.test)
-    protocols: dict[str, Callable[[], list[Evaluation]]] = {
-        "knn": lambda: [evaluate_knn(*images, k=(20, 1, 5, 100, 200), temperature=0.07, **common)],
-        "linear": lambda: [evaluate_linear(*images, **common)],
-        "few": lambda: evaluate_finetune(*images, labels=(0.01, 0.1), epochs=(options.few_epochs,), **common),
-        "reference": lambda: [
-            evaluate_linear(*images, protocol="reference", epochs=options.reference_epochs, batch_size=256, **common)
+    few = {"epochs": (options.few_epochs,), **common}
+    every = {"epochs": (options.epochs,), "batch_size": options.batch_size, **common}
+    reference = {"protocol": "reference", "epochs": options.reference_epochs, "batch_size": 256, **common}
+    protocols: dict[str, list[Callable[[], Evaluation]]] = {
+        "knn": [lambda: evaluate_knn(*images, k=(20, 1, 5, 100, 200), temperature=0.07, **common)],
+        "linear": [lambda: evaluate_linear(*images, **common)],
+        "reference": [lambda: evaluate_linear(*images, **reference)],
+        "few": [
+            lambda: evaluate_finetune(*images, labels=(0.01,), **few)[0],
+            lambda: evaluate_finetune(*images, labels=(0.1,), **few)[0],
         ],
-        "all": lambda: evaluate_finetune(*images, labels=(1.0,), epochs=(options.epochs,), **common),
+        "all": [lambda: evaluate_finetune(*images, labels=(1.0,), **every)[0]],
     }
     rows: list[list[object]] = []
     for name in options.only:
         if name == "agreement":
-            save(options.save, "agreement", AGREEMENT_COLUMNS, agreement(*images, sizes))
+            save(
+                options.save,
+                "agreement",
+                AGREEMENT_COLUMNS,
+                agreement(*images, EvalSettings(max_train=options.max_train, max_test=options.max_test)),
+            )
             continue
-        began = time.process_time()
-        found = protocols[name]()
-        rows += [row for e in found for row in rows_of(e, (time.process_time() - began) / len(found))]
-        for row in rows[-sum(1 + len(e.baselines) for e in found) :]:
-            print(f"{row[0]:18s} {row[1]:30s} {row[2]:.2%} [{row[3]:.2%} - {row[4]:.2%}] {row[8]}", flush=True)
-        save(options.save, "evaluation", COLUMNS, rows)
+        for evaluate in protocols[name]:
+            began = time.process_time()
+            evaluation = evaluate()
+            found = rows_of(evaluation, time.process_time() - began)
+            rows += found
+            for row in found:
+                print(f"{row[0]:18s} {row[1]:30s} {row[2]:.2%} [{row[3]:.2%} - {row[4]:.2%}] {row[8]}", flush=True)
+            save(options.save, "evaluation", COLUMNS, rows)
 
 
 def save(folder: Path | None, name: str, columns: tuple[str, ...], rows: list[list[object]]) -> None:
