@@ -19,7 +19,7 @@ endif
 comma := ,
 SOURCES := byol_fast kernels tests benchmarks
 
-.PHONY: demo test test-oldest test-peers check bench format gpu-test clean
+.PHONY: demo test test-oldest test-peers check bench format gpu-test gpu-bench clean
 .DELETE_ON_ERROR:
 
 define install # folder, constraints, extras
@@ -65,8 +65,13 @@ format: $(READY)
 	$(PY) -m ruff check --fix $(SOURCES)
 	$(PY) -m ruff format $(SOURCES)
 
+# Every test of a GPU, a line for each capability, in at most 6 minutes. REHEARSE=1: the same code on the CPU.
 gpu-test: $(READY)
-	$(PY) -m pytest -q -m gpu
+	$(PY) -m tests.gpu_report $(if $(REHEARSE),--rehearse)
+
+# Everything that only a GPU can measure, in at most 8 minutes. Results: benchmarks/results/GPU.
+gpu-bench: $(PEERS_READY)
+	$(PEERS) -m benchmarks.gpu_bench $(if $(REHEARSE),--rehearse)
 
 clean:
 	rm -rf .venv .venv-oldest .venv-peers dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks

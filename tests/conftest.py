@@ -12,6 +12,7 @@ import torch
 from byol_fast import config as configs
 from byol_fast import recipes
 from byol_fast.config import Config
+from tests.gpu import CAPABILITIES, REHEARSING
 
 # The tests' networks are tiny: a second thread gains nothing, and waiting for it costs much on a busy machine.
 torch.set_num_threads(1)
@@ -57,3 +58,26 @@ def tiny(npz: Path, tmp_path: Path) -> Config:
             "name": "tiny",
         },
     )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--capability", choices=sorted(CAPABILITIES), help="of the tests marked gpu, only this one's")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` need a GPU, unless this is a rehearsal, and say what they show."""
+    only, here = config.getoption("--capability"), torch.cuda.is_available()
+    kept, others = [], []
+    for item in items:
+        capabilities = [argument for marker in item.iter_markers("gpu") for argument in marker.args or ("",)]
+        if unknown := set(capabilities) - set(CAPABILITIES):
+            raise pytest.UsageError(
+                f"{item.nodeid}: marker gpu must name one of {', '.join(CAPABILITIES)}, got {unknown}; see tests/gpu.py"
+            )
+        if capabilities and not here and not REHEARSING:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        # The innermost: a test's own marker stands before its module's.
+        (kept if only is None or capabilities[:1] == [only] else others).append(item)
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = kept

@@ -29,11 +29,13 @@ cli.main(["train", *sys.argv[2:]])
 """
 
 
-def torchrun(config: Config, processes: int, *arguments: str, restarts: int = 0) -> subprocess.Popen[str]:
+def torchrun(
+    config: Config, processes: int, *arguments: str, restarts: int = 0, before: str = ""
+) -> subprocess.Popen[str]:
     folder = config.out / f"spec-{config.name}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(configs.to_dict(config)))
-    (folder / "run.py").write_text(CODE)
+    (folder / "run.py").write_text(before + CODE)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
     return subprocess.Popen(
         [

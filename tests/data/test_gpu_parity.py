@@ -14,18 +14,16 @@ from byol_fast.data import parity
 from byol_fast.data.loader import dali_installed
 from byol_fast.data.sources import ArraySource, FileSource, ImageSource
 from byol_fast.data.torchvision_loader import centre
+from tests.gpu import DEVICE
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu("parity")
 
 OPERATORS = {"crop", "flip", "brightness", "contrast", "saturation", "hue", "jitter", "grayscale", "blur", "solarize"}
 
 
 def assert_parity(source: ImageSource, size: int, *, num_images: int, encoded: bool) -> None:
     config = configs.replace(recipes.imagenet_resnet50(), {"view1.size": size, "view2.size": size})
-    backends = parity.backends(source, config, torch.device("cuda"))
+    backends = parity.backends(source, config, torch.device(DEVICE))
     rows = list(parity.measure(source, config, backends, num_images=num_images))
     assert not list(parity.lines(row for row in rows if not row.ok))[1:]
     measured = defaultdict(set)
@@ -44,7 +42,7 @@ def test_photographs_from_files(photographs: FileSource) -> None:
 def test_generated_files_of_odd_sizes(files: FileSource) -> None:
     """There is always something to compare, also where the photographs are not."""
     config = configs.replace(recipes.imagenet_resnet50(), {"view1.size": 48, "view2.size": 48})
-    backends = [b for b in parity.backends(files, config, torch.device("cuda")) if not b.fused]
+    backends = [b for b in parity.backends(files, config, torch.device(DEVICE)) if not b.fused]
     rows = list(parity.measure(files, config, backends, num_images=40))
     assert not list(parity.lines(row for row in rows if not row.ok))[1:]
 

@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from byol_kernels import ema, lars, normalized_mse
+from tests.gpu import DEVICE
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -31,12 +32,9 @@ if INTERPRETED:
         partial(_override.impl, allow_override=True)(_name, _launcher, "CPU")
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["cpu", pytest.param(DEVICE, marks=pytest.mark.gpu("kernels"), id="gpu")])
 def device(request: pytest.FixtureRequest) -> str:
-    name = str(request.param)
-    if name == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    return name
+    return str(request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -91,15 +91,20 @@ def build(
         target=GPUTarget("cuda", capability, 32),
         options=dict(options),
     )
+    return compiled.asm["ptx"], read(compiled.asm["cubin"])
+
+
+def read(binary: bytes) -> Code:
+    """What a compiled kernel's machine code says."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
+        cubin.write_bytes(binary)
         usage = _run("cuobjdump", "-res-usage", str(cubin))
         listing = _run("nvdisasm", "-c", str(cubin))
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     names = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)", listing, flags=re.MULTILINE)
-    return compiled.asm["ptx"], Code(int(found[1]), int(found[2]), Counter(names))
+    return Code(int(found[1]), int(found[2]), Counter(names))
 
 
 def compile_for(case: Case, capability: int) -> Code:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from byol_kernels import gaussian_blur, photometric
 from byol_kernels.photometric import is_vector
+from tests.gpu import DEVICE, NOT_HERE, Captured, host_syncs_are_errors, launches
 from tests.kernels.conftest import INTERPRETED, Record, not_interpreted
 from tests.kernels.photometric_restatement import (
     BRIGHTNESS,
@@ -324,20 +325,17 @@ def test_refuses(call: Callable[[], Any], message: str) -> None:
 # -------------------------------------------------------------------------------- only on a GPU
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu("launches")
 def test_launches_and_host_syncs() -> None:
-    from tests.kernels.test_gpu import host_syncs_are_errors, launches
-
     torch.use_deterministic_algorithms(False)  # it fills every torch.empty, which is a launch each
-    x, d = images(16, 64, 64).cuda(), draws(16)
-    there = on("cuda", d)
-    assert launches(lambda: photometric(x, **there)) == ["_photometric_kernel", "_gaussian_blur_kernel"]
+    x, d = images(16, 64, 64).to(DEVICE), draws(16)
+    there = on(DEVICE, d)
+    assert launches(lambda: photometric(x, **there)) in (["_photometric_kernel", "_gaussian_blur_kernel"], NOT_HERE)
     sharp = {name: draw for name, draw in there.items() if name not in ("blur", "sigma", "window")}
-    assert launches(lambda: photometric(x, **sharp)) == ["_photometric_kernel"]
+    assert launches(lambda: photometric(x, **sharp)) in (["_photometric_kernel"], NOT_HERE)
     nowhere = torch.zeros(16, dtype=torch.bool)  # known on the host
     kernels = launches(lambda: photometric(x, **{**there, "blur": nowhere}))
-    assert [name for name in kernels if "kernel" in name.lower()] == ["_photometric_kernel"]
+    assert kernels is NOT_HERE or [n for n in kernels if "kernel" in n.lower()] == ["_photometric_kernel"]
     expected = photometric(x, **there)
     with host_syncs_are_errors():
         out = photometric(x, **there)
@@ -345,25 +343,21 @@ def test_launches_and_host_syncs() -> None:
     assert torch.equal(out, expected) and torch.equal(from_host, expected)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu("launches")
 def test_a_captured_view_follows_its_draws() -> None:
-    x, d = images(16, 64, 64).cuda(), on("cuda", draws(16))
+    x, d = images(16, 64, 64).to(DEVICE), on(DEVICE, draws(16))
     photometric(x, **d)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = photometric(x, **d)
+    graph = Captured(lambda: photometric(x, **d))
     for seed in (1, 2):
-        for name, draw in on("cuda", draws(16, seed=seed)).items():
+        for name, draw in on(DEVICE, draws(16, seed=seed)).items():
             d[name].copy_(draw)
-        graph.replay()
+        out = graph.replay()
         assert torch.equal(out, photometric(x, **d))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu("kernels")
 def test_large_images_on_a_gpu_and_on_the_cpu() -> None:
     """Many sweeps of a program over its image, and the two implementations beside one another."""
     x, d = images(24, 224, 224), draws(24)
-    difference = np.abs(f64(photometric(x.cuda(), **on("cuda", d))) - f64(photometric(x, **d._asdict())))
+    difference = np.abs(f64(photometric(x.to(DEVICE), **on(DEVICE, d))) - f64(photometric(x, **d._asdict())))
     assert difference.max() <= 1 and difference.mean() <= FLOAT16_FACTORS

@@ -1,0 +1,146 @@
+"""What the tests marked `gpu` share: the device, what each shows, and stand-ins for what a CPU has not.
+
+`@pytest.mark.gpu("kernels")` names the capability that a test belongs to; `python -m tests.gpu_report` prints a line
+for each. With BYOL_FAST_REHEARSE=1 the same tests run on the CPU: the same code, so that no minute on a GPU is spent on
+a typo. What has no counterpart there is replaced by what comes nearest, or skipped with a reason that says so.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import pytest
+import torch
+
+T = TypeVar("T")
+
+REHEARSING = os.environ.get("BYOL_FAST_REHEARSE") == "1"
+DEVICE = "cpu" if REHEARSING else "cuda"
+NOT_HERE = None
+"""What `launches` says on a CPU."""
+
+
+class Capability(NamedTuple):
+    """What a group of tests shows."""
+
+    shows: str
+    look_at: str
+    """Where to begin when it fails."""
+
+
+CAPABILITIES = {
+    "kernels": Capability(
+        "kernels against float64, all dtypes",
+        "kernels/byol_kernels/NAME.py of the test's file name; compute-sanitizer python3 -m pytest -m gpu TEST for a "
+        "wrong address; a moving error is a race",
+    ),
+    "sass": Capability(
+        "machine code of what really ran",
+        "registers, spills and widths in the message; python -m tests.kernels.sass prints what was expected; num_warps "
+        "and maxnreg where the kernel is launched",
+    ),
+    "launches": Capability(
+        "launches, host syncs, CUDA graphs of the kernels",
+        "the launcher of the kernel that is named; MultiTensorPlan.tables where a graph reads old addresses",
+    ),
+    "step": Capability(
+        "compiled and captured step equal to eager",
+        "byol_fast/capture.py; with TORCH_LOGS=recompiles,graph_breaks; mode compile without graph tells whether "
+        "inductor or the capture is to blame",
+    ),
+    "training": Capability(
+        "training: precisions, loaders, undone steps, out of memory", "byol_fast/step.py and trainer.py; metrics.jsonl"
+    ),
+    "resume": Capability("resume", "byol_fast/state.py; losses before and after the break in the message"),
+    "parity": Capability(
+        "DALI's GPU pipeline and our kernels beside torchvision",
+        "the row of the parity table in the message: operator, backend, error; byol_fast/data/dali.py",
+    ),
+    "decode": Capability(
+        "decoding under load",
+        "byol_fast/data/dali.py: a decoder that writes after its stream was said to be done; try hw_decoder_load 0, "
+        "then fancy upsampling",
+    ),
+    "resident": Capability("data that lies on the GPU", "byol_fast/data/resident.py; byol_kernels/crop.py, draws.py"),
+    "ddp": Capability("DDP with one rank, NCCL", "byol_fast/distributed.py; NCCL_DEBUG=INFO; free space in /dev/shm"),
+    "knn": Capability("kNN on the GPU", "byol_fast/evaluate/knn.py; allow_tf32 changes similarities"),
+    "export": Capability("export of what a GPU has trained", "byol_fast/export.py, export_formats.py"),
+}
+
+
+@contextmanager
+def host_syncs_are_errors() -> Iterator[None]:
+    """Anything that makes the host wait for the device raises. A CPU has nothing to wait for."""
+    if REHEARSING:
+        yield
+        return
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def synchronize() -> None:
+    """Wait for the device."""
+    if not REHEARSING:
+        torch.cuda.synchronize()
+
+
+def launches(call: Callable[[], Any]) -> list[str] | None:
+    """Names of the kernels that a call starts on the GPU, copies of tables and fills included; on a CPU `NOT_HERE`."""
+    call()
+    if REHEARSING:
+        return NOT_HERE
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return [event.name for event in profile.events() or [] if str(event.device_type).endswith("CUDA")]
+
+
+def only_on_a_gpu(why: str) -> None:
+    """Skip what a CPU cannot show."""
+    if REHEARSING:
+        pytest.skip(f"rehearsal: {why}")
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """A stream beside the current one, as a capture wants it for its warm-up."""
+    if REHEARSING:
+        yield
+        return
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        yield
+    torch.cuda.current_stream().wait_stream(side)
+
+
+class Captured(Generic[T]):
+    """Work as a CUDA graph; on a CPU the same work, done anew at each replay.
+
+    Args:
+        work: must have run before, to warm up. Its result lies in memory that each replay overwrites.
+    """
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self._work = work
+        self._result: T | None = None
+        if not REHEARSING:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._result = work()
+
+    def replay(self) -> T:
+        """Do the work once more; its result."""
+        if REHEARSING:
+            self._result = self._work()
+        else:
+            self._graph.replay()
+        return self._result  # type: ignore[return-value]
