@@ -31,12 +31,13 @@ usage: byol-fast COMMAND ...
   embed RUN FOLDER [--to FILE]    write the features of every image, and a sheet of nearest neighbours
   report RUN [RUN ...]            one HTML page about a run: curves, evaluations, views, neighbours; or several compared
   bench [SUITE ...]               measure this beside what else one could use; `bench compare A B`: what has changed
+  profile RECIPE | --resume RUN   where the time of a run's steps goes, and what to change
   roofline RECIPE [--gpu H100]    how fast a step could be at most, on GPUs one need not have
   --version                       print the version
 """
 
 # Each is a module of `byol_fast.commands`, imported when it is asked for.
-COMMANDS = ("demo", "train", "preview", "doctor", "export", "eval", "embed", "report", "bench", "roofline")
+COMMANDS = ("demo", "train", "preview", "doctor", "export", "eval", "embed", "report", "bench", "profile", "roofline")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

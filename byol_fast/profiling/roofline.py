@@ -196,38 +196,34 @@ class Roofline:
                 f"counted by their inputs and outputs alone: {', '.join(self.unmodelled)}", markup=False, soft_wrap=True
             )
 
-    def chart(self, ceilings: Ceilings, level: Level) -> str:
-        """The roofline plot as SVG: FLOPs a byte of each block of layers, and the FLOP/s it can reach at most.
+    def points(self, ceilings: Ceilings, level: Level) -> dict[str, tuple[list[float], list[float]]]:
+        """FLOPs a byte, and TFLOP/s at most, of each block of layers, by phase.
 
         A block with its norms lies below the roof: they take time and count no FLOPs.
+        """
+        found: dict[str, tuple[list[float], list[float]]] = {}
+        for (_, phase), kernels in self.blocks(level).items():
+            flops, num_bytes = sum(k.flops for k in kernels), sum(k.bytes for k in kernels)
+            if flops:
+                seconds = sum(max(k.flops / ceilings.flops_per_s, k.bytes / ceilings.bytes_per_s) for k in kernels)
+                x, y = found.setdefault(phase, ([], []))
+                x.append(flops / num_bytes)
+                y.append(flops / seconds / 1e12)
+        return found
+
+    def chart(self, ceilings: Ceilings, level: Level) -> str:
+        """The roofline plot as SVG, see `points`.
 
         Args:
             ceilings: of the device.
             level: of fusion.
         """
-        from byol_fast.report.charts import Series, scatter
+        from byol_fast.profiling.page import roofline_chart
 
-        points: dict[str, tuple[list[float], list[float]]] = {}
-        for (_, phase), kernels in self.blocks(level).items():
-            flops, num_bytes = sum(k.flops for k in kernels), sum(k.bytes for k in kernels)
-            if flops:
-                seconds = sum(max(k.flops / ceilings.flops_per_s, k.bytes / ceilings.bytes_per_s) for k in kernels)
-                x, y = points.setdefault(phase, ([], []))
-                x.append(flops / num_bytes)
-                y.append(flops / seconds / 1e12)
-        groups = [Series(phase, x, y) for phase, (x, y) in points.items()]
-        every = [value for x, _ in points.values() for value in x]
-        low, high = min(*every, ceilings.ridge) / 2, max(*every, ceilings.ridge) * 2
-        roof = [low, ceilings.ridge, high]
-        line = Series(ceilings.name, roof, [min(x, ceilings.ridge) * ceilings.bytes_per_s / 1e12 for x in roof])
-        return scatter(
-            groups,
+        return roofline_chart(
+            self.points(ceilings, level),
+            dataclasses.asdict(ceilings),
             title=f"{self.encoder} on {ceilings.name}, level {level} ({LEVEL_NAMES[level]}): each block of layers",
-            x_label="FLOPs a byte",
-            y_label="TFLOP/s at most",
-            x_log=True,
-            y_log=True,
-            lines=[line],
         )
 
 

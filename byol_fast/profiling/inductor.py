@@ -1,0 +1,175 @@
+"""What torch's inductor made of a step: which kernels, what the backward pass reads, how much memory each one moves.
+
+Three questions about a network of convolutions and batch norms decide whether fusing the two by hand is worth it: have
+1x1 convolutions become matrix products whose prologue applies the norm and the ReLU; does the backward pass read what
+the ReLU gave, so that it had to be written; and which kernels move the most bytes.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from byol_fast.profiling.kernels import family_of
+
+NCU_METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum", "gpu__time_duration.sum")
+
+_KERNEL = re.compile(r"(?:^def |async_compile\.(?:triton|cpp_pybinding)\(')(\w+)", re.MULTILINE)
+_DEFINITION = re.compile(r"^(\w+) = async_compile\.triton\('(\w+)', '''(.*?)'''", re.MULTILINE | re.DOTALL)
+_RUN = re.compile(r"^\s+(\w+)\.run\(", re.MULTILINE)
+_EXTERN = re.compile(r"(extern_kernels\.\w+|torch\.ops\.aten\.\w+|aten\.\w+)(?:\.default)?\(")
+_ARGUMENTS = re.compile(r"^\s+((?:\w+, )*\w+),? = args$", re.MULTILINE)
+_SIZES = re.compile(r"assert_size_stride\((\w+), \(([\d, ]*)\)")
+
+
+def analyse(codes: Sequence[str]) -> dict[str, Any]:
+    """Read inductor's output code.
+
+    Args:
+        codes: sources as `torch._inductor.utils.run_and_get_code` returns them: a forward and a backward graph.
+
+    Returns:
+        `graphs`, one for each: `is_backward`, `kernels` (calls by name), `extern` (calls by operator), `templates` and
+        `templates_with_prologue` (matrix products and convolutions that inductor generated, and those that compute
+        before their product), `saved` (of a backward graph: number and elements of what it takes from the forward
+        pass, by what made it); and `answers` in words.
+    """
+    graphs = [_graph(code) for code in codes]
+    return {"graphs": graphs, "answers": _answers(graphs)}
+
+
+def _graph(code: str) -> dict[str, Any]:
+    arguments = next((match[1].split(", ") for match in _ARGUMENTS.finditer(code)), [])
+    sizes = {name: math.prod(int(n) for n in shape.split(",") if n.strip()) for name, shape in _SIZES.findall(code)}
+    backward = any(name.startswith("tangents") for name in arguments)
+    sources = {name: body for name, _, body in _DEFINITION.findall(code)}
+    templates = [name for name in sources if name.startswith("triton_tem")]
+    saved: dict[str, dict[str, int]] = {}
+    if backward:
+        for name in arguments:
+            kind = re.sub(r"_\d+$", "", name)
+            if kind not in {"tangents", "primals"}:
+                entry = saved.setdefault(kind, {"tensors": 0, "elements": 0})
+                entry["tensors"] += 1
+                entry["elements"] += sizes.get(name, 0)
+    return {
+        "is_backward": backward,
+        "kernels": dict(Counter(_RUN.findall(code)).most_common()),
+        "defined": len(sources) or len(set(_KERNEL.findall(code))),
+        "extern": dict(Counter(_EXTERN.findall(code)).most_common()),
+        "templates": templates,
+        "templates_with_prologue": [name for name in templates if computes_before_product(sources[name])],
+        "saved": saved,
+    }
+
+
+def computes_before_product(source: str) -> bool:
+    """Whether a generated matrix product does arithmetic on what it has loaded, before it multiplies.
+
+    Args:
+        source: of a Triton template's kernel.
+    """
+    before, product, _ = source.partition("tl.dot(")
+    if not product:
+        return False
+    # What inductor fuses it calls tmp0, tmp1 ...; the template itself calls its operands a and b, or matrix_x and _w.
+    return any(
+        re.search(r"^\s*tmp\d+ = ", line) and not re.search(r"= (tl\.load|tl\.full|tl\.broadcast_to)\(", line)
+        for line in before.splitlines()
+    )
+
+
+def _answers(graphs: Iterable[dict[str, Any]]) -> list[str]:
+    graphs = list(graphs)
+    convolutions = sum(
+        n for g in graphs for name, n in g["extern"].items() if "convolution" in name and "backward" not in name
+    )
+    backward = sum(n for g in graphs for name, n in g["extern"].items() if "convolution_backward" in name)
+    products = sum(n for g in graphs for name, n in g["extern"].items() if re.search(r"\.(add)?mm$|\.bmm$", name))
+    templates = [name for g in graphs for name in g["templates"]]
+    prologues = [name for g in graphs for name in g["templates_with_prologue"]]
+    calls = Counter(name for g in graphs for name, n in g["kernels"].items() for _ in range(n))
+    told = [
+        f"convolutions: {convolutions} calls of the library forward, {backward} backward; matrix products: {products} "
+        f"calls of the library; generated: {len(templates)} kernels, {sum(calls[t] for t in templates)} calls",
+        f"prologues: {len(prologues)} of {len(templates)} generated products compute before they multiply"
+        + (f" ({', '.join(prologues[:4])})" if prologues else ""),
+    ]
+    saved: Counter[str] = Counter()
+    for g in graphs:
+        for kind, entry in g["saved"].items():
+            saved[kind] += entry["elements"]
+    relu, whole = sum(n for kind, n in saved.items() if "relu" in kind), saved.total()
+    listed = ", ".join(f"{kind} {n / 1e6:.1f}" for kind, n in saved.most_common(6))
+    told.append(
+        f"backward: it takes {relu / 1e6:.1f} M elements that ReLUs gave, of {whole / 1e6:.1f} M in all (M: {listed})"
+    )
+    return told
+
+
+def read_ncu(text: str) -> list[dict[str, Any]]:
+    """Kernels by name from `ncu --csv --page raw --print-units base`, those that move most first.
+
+    Args:
+        text: what ncu has printed, its messages included.
+
+    Returns:
+        `kernel`, `family`, `launches`, `read_bytes`, `written_bytes`, `seconds`, `gb_per_s`; empty where there is no
+        table.
+    """
+    lines = text.splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
+    if start is None:
+        return []
+    found: dict[str, dict[str, Any]] = {}
+    for row in csv.DictReader(io.StringIO("\n".join(lines[start:]))):
+        name = row.get("Kernel Name") or ""
+        if not name:  # the row of units
+            continue
+        read, written, nanoseconds = (_number(row.get(metric)) for metric in NCU_METRICS)
+        entry = found.setdefault(
+            name,
+            {
+                "kernel": name,
+                "family": family_of(name, on_gpu=True),
+                "launches": 0,
+                "read_bytes": 0.0,
+                "written_bytes": 0.0,
+                "seconds": 0.0,
+            },
+        )
+        entry["launches"] += 1
+        entry["read_bytes"] += read
+        entry["written_bytes"] += written
+        entry["seconds"] += nanoseconds * 1e-9
+    for entry in found.values():
+        moved = entry["read_bytes"] + entry["written_bytes"]
+        entry["gb_per_s"] = moved / entry["seconds"] / 1e9 if entry["seconds"] else 0.0
+    return sorted(found.values(), key=lambda e: -(e["read_bytes"] + e["written_bytes"]))
+
+
+def _number(text: str | None) -> float:
+    try:
+        return float((text or "").replace(",", ""))
+    except ValueError:
+        return math.nan
+
+
+def by_family(kernels: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same, summed by family.
+
+    Args:
+        kernels: as `read_ncu` returns them.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for kernel in kernels:
+        entry = found.setdefault(kernel["family"], {"family": kernel["family"], "launches": 0, "gb": 0.0, "ms": 0.0})
+        entry["launches"] += kernel["launches"]
+        entry["gb"] += (kernel["read_bytes"] + kernel["written_bytes"]) / 1e9
+        entry["ms"] += kernel["seconds"] * 1e3
+    return sorted(found.values(), key=lambda e: -e["gb"])

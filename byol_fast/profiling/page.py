@@ -1,0 +1,261 @@
+"""A profile as a person reads it: in the terminal, and on a page. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from byol_fast.report.charts import Series, bar_chart, scatter, timeline
+from byol_fast.report.page import Section, chart_grid, details, facts, paragraph, table
+
+_LEVELS = {
+    "A": "each operation a kernel",
+    "B": "as inductor fuses",
+    "D": "batch norm within convolutions",
+    "E": "no library has it",
+}
+
+
+def sections(profile: dict[str, Any]) -> list[Section]:
+    """The parts of a page about a profile.
+
+    Args:
+        profile: what `profile.json` holds.
+    """
+    found = [
+        Section("Profile: what to change", _glance(profile) + _findings(profile)),
+        Section("Profile: where the time goes", _time(profile)),
+    ]
+    if profile["roofline"] is not None:
+        found.append(Section("Profile: the hardware's limit", _limit(profile)))
+    return [*found, Section("Profile: machine and kernels", _machine(profile))]
+
+
+def show(profile: dict[str, Any], console: Console | None = None) -> None:
+    """Print a profile: phases, families, limits, and what to change."""
+    console = console or Console()
+    step, against = profile["step"], profile["roofline"]
+    console.print(_headline(profile), soft_wrap=True, markup=False)
+
+    phases = Table(title="phases of a step", title_justify="left")
+    for column in ("phase", "ms", "share", "at least, ms", _memory_title(profile)):
+        phases.add_column(column, justify="left" if column == "phase" else "right")
+    for row in profile["phases"]:
+        phases.add_row(*_phase_cells(row))
+    console.print(phases)
+
+    families = Table(title=_families_title(profile), title_justify="left")
+    for column in ("family", "ms", "calls"):
+        families.add_column(column, justify="left" if column == "family" else "right")
+    for row in profile["families"]:
+        families.add_row(row["family"], f"{1e3 * row['seconds']:.3g}", f"{row['calls']:.4g}")
+    console.print(families)
+
+    if against is not None:
+        console.print(
+            f"MFU {against['mfu']:.1%}, bandwidth {against['bandwidth_use']:.1%} of what "
+            f"{against['ceilings']['name']} reaches; at least "
+            f"{1e3 * against['floor_seconds'][against['level']]:.3g} ms a step (this takes {1e3 * step['seconds']:.4g})",
+            soft_wrap=True,
+            markup=False,
+        )
+    for number, finding in enumerate(profile["findings"], 1):
+        console.print(f"{number}. {_sentence(finding)}", soft_wrap=True, markup=False, style="bold")
+    if not profile["findings"]:
+        console.print("Nothing found to change.", style="green")
+    for note in profile["notes"]:
+        console.print(note, soft_wrap=True, markup=False, style="dim")
+
+
+def roofline_chart(
+    points: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    ceilings: Mapping[str, Any],
+    *,
+    title: str,
+    measured: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> str:
+    """Layers below the roof of a device, as SVG.
+
+    Args:
+        points: FLOPs a byte and TFLOP/s, by group.
+        ceilings: the fields of a `Ceilings`.
+        title: of the chart.
+        measured: the same of what ran, drawn as a group of its own.
+    """
+    groups = [Series(name, list(x), list(y)) for name, (x, y) in points.items()]
+    if measured is not None and measured[0]:
+        groups.append(Series("measured, by phase", list(measured[0]), list(measured[1])))
+    bandwidth, ridge = ceilings["bytes_per_s"], ceilings["flops_per_s"] / ceilings["bytes_per_s"]
+    every = [ridge, *(value for group in groups for value in group.x if value is not None)]
+    roof = [min(every) / 2, ridge, max(every) * 2]
+    line = Series(ceilings["name"], roof, [min(x, ridge) * bandwidth / 1e12 for x in roof])
+    return scatter(groups, title=title, x_label="FLOPs a byte", y_label="TFLOP/s", x_log=True, y_log=True, lines=[line])
+
+
+# ------------------------------------------------------------------ parts of the page
+
+
+def _headline(profile: dict[str, Any]) -> str:
+    step = profile["step"]
+    return (
+        f"{profile['recipe']}: {profile['encoder']}, batch {profile['effective_batch']}, {profile['precision']}, "
+        f"{profile['mode']}, {profile['device']}: {1e3 * step['seconds']:.4g} ms a step, "
+        f"{step['images_per_s']:.4g} images a second"
+    )
+
+
+def _sentence(finding: dict[str, Any]) -> str:
+    return f"{finding['kind']}: {finding['text']}. {finding['change'][0].upper()}{finding['change'][1:]}."
+
+
+def _glance(profile: dict[str, Any]) -> str:
+    step, against, machine = profile["step"], profile["roofline"], profile["machine"]
+    shown = [
+        ("Images a second", f"{step['images_per_s']:.4g}", f"batch {profile['effective_batch']}"),
+        (
+            "A step",
+            f"{1e3 * step['seconds']:.4g} ms",
+            f"p20 to p80: {1e3 * step['seconds_p20']:.4g} to {1e3 * step['seconds_p80']:.4g}",
+        ),
+        ("Waiting for images", f"{step['data_wait']:.1%}", "of a step"),
+    ]
+    if against is not None:
+        floor = against["floor_seconds"][against["level"]]
+        shown += [
+            ("MFU", f"{against['mfu']:.1%}", f"of {against['ceilings']['peak_flops_per_s'] / 1e12:.3g} TFLOP/s"),
+            ("Memory bandwidth", f"{against['bandwidth_use']:.1%}", "least traffic over measured copies"),
+            (
+                "Times the floor",
+                f"{step['seconds'] / floor:.2f}",
+                f"at least {1e3 * floor:.3g} ms when fused like this",
+            ),
+        ]
+    gpu, sampled = profile["gpu"], machine["gpu"]
+    if gpu is not None:
+        shown.append(("GPU idle", f"{gpu['idle']:.1%}", f"{gpu['launches']:.0f} launches a step"))
+    if sampled is not None:
+        shown.append(("Energy an image", f"{sampled['energy_j_per_image']:.3g} J", f"{sampled['power_w']:.0f} W"))
+    if gpu is None:
+        used = f"{machine['torch_threads']} torch threads, {machine['cores']} cores"
+        shown.append(("Cores used", f"{machine['cores_used']:.2f}", used))
+    return paragraph(_headline(profile), "faint") + facts(shown)
+
+
+def _findings(profile: dict[str, Any]) -> str:
+    rows = [
+        (number, f["kind"], f["text"], f["change"], f"{f['share']:.0%}" if f["share"] else None)
+        for number, f in enumerate(profile["findings"], 1)
+    ]
+    html = (
+        table(("", "finding", "measured", "change", "of the step"), rows)
+        if rows
+        else paragraph("Nothing found to change.", "good")
+    )
+    return html + "".join(paragraph(note, "faint") for note in profile["notes"])
+
+
+def _time(profile: dict[str, Any]) -> str:
+    shown = [row for row in profile["phases"] if row["share"] > 0]
+    waterfall, at = [], 0.0
+    for row in shown:
+        end = at + 1e3 * row["seconds"]
+        waterfall.append((row["phase"], [(at, end, row["phase"])]))
+        at = end
+    charts = [timeline(waterfall, title="Phases one after the other, mean of all steps")]
+    moment = profile["timeline"]
+    rows = [("phases", [(p["begin"], p["end"], p["phase"]) for p in moment["phases"]])]
+    if moment["kernels"]:
+        rows.append(("kernels", [(k["begin"], k["end"], k["family"]) for k in moment["kernels"]]))
+    charts.append(timeline(rows, title="One step as it ran"))
+    families = profile["families"][:10]
+    charts.append(
+        bar_chart(
+            [f["family"] for f in families],
+            [1e3 * f["seconds"] for f in families],
+            title=_families_title(profile),
+            y_label="ms",
+            horizontal=True,
+        )
+    )
+    rows_of_table = [
+        (
+            row["phase"],
+            1e3 * row["seconds"],
+            100 * row["share"],
+            None if row["floor_seconds"] is None else 1e3 * row["floor_seconds"],
+            None if row["peak_bytes"] is None else round(row["peak_bytes"] / 2**20),
+        )
+        for row in profile["phases"]
+    ]
+    headers = ("phase", "ms", "% of the step", "at least, ms", _memory_title(profile))
+    return chart_grid(charts) + table(headers, rows_of_table)
+
+
+def _limit(profile: dict[str, Any]) -> str:
+    against = profile["roofline"]
+    seconds = {row["phase"]: row["seconds"] for row in profile["phases"]}
+    done = {p: w for p, w in against["phases"].items() if w["flops"] and seconds.get(p)}
+    measured = (
+        [w["flops"] / w["bytes"] for w in done.values()],
+        [w["flops"] / seconds[p] / 1e12 for p, w in done.items()],
+    )
+    points = {name: (p["x"], p["y"]) for name, p in against["points"].items()}
+    chart = roofline_chart(
+        points, against["ceilings"], title="Each block of layers at most, and what ran", measured=measured
+    )
+    c = against["ceilings"]
+    told = (
+        f"A step takes {against['flops'] / 1e12:.4g} TFLOP and moves at least {against['bytes'] / 1e9:.4g} GB at "
+        f"fusion level {against['level']}. {c['name']} ({c['source']}): {c['bytes_per_s'] / 1e9:.4g} GB/s copied, "
+        f"{c['flops_per_s'] / 1e12:.4g} TFLOP/s in {c['dtype']} products; MFU is over "
+        f"{c['peak_flops_per_s'] / 1e12:.4g}."
+    )
+    rows = [
+        (level, _LEVELS[level], 1e3 * floor, profile["effective_batch"] / floor)
+        for level, floor in against["floor_seconds"].items()
+    ]
+    return paragraph(told) + chart_grid([chart]) + table(("level", "fusion", "at least, ms", "at most, images/s"), rows)
+
+
+def _machine(profile: dict[str, Any]) -> str:
+    machine, gpu = profile["machine"], profile["gpu"]
+    rows: list[tuple[str, object]] = [
+        ("cores used", machine["cores_used"]),
+        ("cores", machine["cores"]),
+        ("torch threads", machine["torch_threads"]),
+        ("share of all cores busy, by anyone", machine["machine_busy"]),
+    ]
+    for group in (machine["gpu"] or {}, {k: v for k, v in (gpu or {}).items() if k != "gaps"}):
+        rows += [(name.replace("_", " "), value) for name, value in group.items()]
+    html = table(("machine", "value"), rows)
+    if gpu is not None and gpu["gaps"]:
+        html += "<h3>Longest pauses of the GPU</h3>"
+        html += table(("ms", "before"), [(gap["milliseconds"], gap["before"]) for gap in gpu["gaps"]])
+    kernels = [(k["name"][:90], k["family"], 1e3 * k["seconds"], k["calls"]) for k in profile["kernels"]]
+    listed = table(("kernel" if gpu is not None else "operation", "family", "ms a step", "calls a step"), kernels)
+    files = paragraph(
+        f"Beside this page: {', '.join(profile['files'])}. trace.json.gz opens at https://ui.perfetto.dev.", "faint"
+    )
+    return html + details("The longest of them", listed) + files
+
+
+def _families_title(profile: dict[str, Any]) -> str:
+    return "Operations on the CPU, slowed by the profiler" if profile["on_cpu"] else "GPU kernels by family"
+
+
+def _memory_title(profile: dict[str, Any]) -> str:
+    return "process, MiB" if profile["on_cpu"] else "peak, MiB"
+
+
+def _phase_cells(row: dict[str, Any]) -> tuple[str, str, str, str, str]:
+    floor, peak = row["floor_seconds"], row["peak_bytes"]
+    return (
+        row["phase"],
+        f"{1e3 * row['seconds']:.3g}",
+        f"{row['share']:.1%}",
+        "" if floor is None else f"{1e3 * floor:.3g}",
+        "" if peak is None else f"{peak / 2**20:.0f}",
+    )

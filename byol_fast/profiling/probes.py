@@ -1,0 +1,172 @@
+"""Small experiments on a run's own step: what another batch or precision would bring, and where the host waits."""
+
+from __future__ import annotations
+
+import math
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from byol_fast import environment
+from byol_fast.precision import Precision
+from byol_fast.step import TrainStep
+
+ROUNDS = 5
+"""Interleaved rounds of an experiment, of which the fastest of each side counts: everything else only slows it down."""
+BUDGET = 20.0
+"""Seconds after which an experiment begins no further round."""
+CPU_BATCH = 128
+"""Batches of so many images are not tiny on a CPU."""
+_TORCH = str(Path(torch.__file__).parent)
+_OURS = (str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "kernels"))
+
+
+class _Syncs(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes from where a value is fetched from the device, and so waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.places: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.name()
+        to_host = name.startswith(("aten::_to_copy", "aten::copy_")) and _leaves_gpu(args, result)
+        if name == "aten::_local_scalar_dense" or to_host:
+            self.places[_caller()] += 1
+        return result
+
+
+def _leaves_gpu(args: Any, result: Any) -> bool:
+    source = args[1] if len(args) > 1 and isinstance(args[1], Tensor) else args[0]
+    return bool(isinstance(result, Tensor) and source.is_cuda and not result.is_cuda)
+
+
+def _caller() -> str:
+    """The innermost line of code that is not torch's."""
+    for frame in reversed(traceback.extract_stack()):
+        if frame.filename != __file__ and not frame.filename.startswith((_TORCH, "<")):
+            return f"{frame.filename}:{frame.lineno} in {frame.name}"
+    return "unknown"
+
+
+def host_syncs(step: TrainStep, one_step: Callable[[], None]) -> list[dict[str, Any]]:
+    """Places where a step waits for a value of the device.
+
+    On a CPU those of this package are left out: it asks there because asking is free, and not on a GPU.
+
+    Args:
+        step: run eagerly meanwhile, so that everything is seen.
+        one_step: a whole step with its callbacks.
+
+    Returns:
+        `place` (file, line, function) and how often `a_step`.
+    """
+    seen = _Syncs()
+    with _eagerly(step), seen:
+        one_step()
+    on_cpu = step.device.type == "cpu"
+    kept = {place: n for place, n in seen.places.items() if not (on_cpu and place.startswith(_OURS))}
+    return [{"place": place, "a_step": n} for place, n in sorted(kept.items(), key=lambda item: -item[1])]
+
+
+def twice_the_batch(step: TrainStep, view1: Tensor, view2: Tensor) -> float | None:
+    """Time an image takes in a batch over its time in one twice as large; None where that does not fit or is not known.
+
+    Args:
+        step: whose whole body is timed: forward, backward, update.
+        view1: a batch, `[B, 3, H, W]`.
+        view2: likewise.
+    """
+
+    def body(times: int) -> Callable[[], object]:
+        views = [(step._placed(view1.repeat(times, 1, 1, 1)), step._placed(view2.repeat(times, 1, 1, 1)))]
+        return lambda: step.body(views * step.accumulate)
+
+    if step.device.type == "cpu" and len(view1) >= CPU_BATCH:
+        return None
+    try:
+        with _eagerly(step):
+            once, twice = _interleaved([body(1), body(2)], step.device)
+    except torch.OutOfMemoryError:
+        return None
+    return 2 * once / twice
+
+
+def in_bf16(step: TrainStep, view1: Tensor, view2: Tensor, *, images: int) -> float | None:
+    """Time of a forward and backward pass over its time in bf16; None where bf16 is used already, or is not fast here.
+
+    Args:
+        step: whose networks are timed.
+        view1: a batch, `[B, 3, H, W]`.
+        view2: likewise.
+        images: how many of the batch to take.
+    """
+    if step.device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = environment.cpu_has_bf16()
+    if not fast or step.precision.name in {"bf16", "fp16"}:
+        return None
+    before, views = step.precision, (step._placed(view1[:images]), step._placed(view2[:images]))
+
+    def passes(precision: Precision) -> Callable[[], object]:
+        def work() -> None:
+            step.precision = precision
+            step.forward_backward(*views)
+            step.optimizer.zero_grad(set_to_none=True)
+
+        return work
+
+    try:
+        with _eagerly(step):
+            now, then = _interleaved([passes(before), passes(Precision("bf16", torch.bfloat16))], step.device)
+    finally:
+        step.precision = before
+    return now / then
+
+
+@contextmanager
+def _eagerly(step: TrainStep) -> Iterator[None]:
+    """Run the step's plain mathematics: compiling it for an experiment would take minutes."""
+    forward, run = step.forward, step.run
+    step.forward, step.run = step.task.training_output, step.body
+    try:
+        yield
+    finally:
+        step.forward, step.run = forward, run
+
+
+def _interleaved(cases: list[Callable[[], object]], device: torch.device) -> list[float]:
+    """Least seconds of each case.
+
+    On a CPU of the process's own time, on one thread: other processes do not count in it, nor threads that wait for
+    each other.
+    """
+    cuda = device.type == "cuda"
+    clock = time.perf_counter if cuda else time.process_time
+    best = [math.inf for _ in cases]
+    threads, began = torch.get_num_threads(), time.perf_counter()
+    if not cuda:
+        torch.set_num_threads(1)
+    try:
+        for number in range(ROUNDS):
+            for place, case in enumerate(cases):
+                begin = clock()
+                case()
+                if cuda:
+                    torch.cuda.synchronize(device)
+                best[place] = min(best[place], clock() - begin)
+            if number and time.perf_counter() - began > BUDGET:
+                break
+    finally:
+        torch.set_num_threads(threads)
+    return best

@@ -1,0 +1,244 @@
+"""A profile of real runs: each planted fault is named, and a run without faults gets none of the names."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from byol_fast import Callback, environment, networks
+from byol_fast import config as configs
+from byol_fast.cli import main
+from byol_fast.config import Config, ConfigError
+from byol_fast.profiling import Ceilings, profile
+from byol_fast.profiling.kernels import family_of
+from byol_fast.profiling.page import sections
+from byol_fast.profiling.trace import pauses
+
+PLANTED = {"slow data", "one thread", "tiny batch", "precision", "host sync"}
+CEILINGS = Ceilings(
+    name="this machine", dtype="fp32", bytes_per_s=1e10, flops_per_s=1e11, peak_flops_per_s=1e11, source="assumed"
+)
+CORES = environment.num_cpus()
+
+
+@pytest.fixture
+def run(tiny: Config) -> Config:
+    """A run of small images, in the precision that the machine likes."""
+    changes = {"view1.size": 32, "view2.size": 32, "view1.blur": 0.0, "view2.blur": 0.0, "steps": 1000}
+    return configs.replace(tiny, changes | {"precision": "auto", "batch_size": 48, "model.cifar_stem": False})
+
+
+@pytest.fixture
+def one_core() -> Iterator[None]:
+    """Where there is one core, one thread is right."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    yield
+    os.sched_setaffinity(0, before)
+
+
+def profiled(config: Config, steps: int = 2, **options: Any) -> dict[str, Any]:
+    found, _ = profile(config, steps=steps, ceilings=CEILINGS, **options)
+    return found
+
+
+def kinds(found: dict[str, Any]) -> set[str]:
+    return {finding["kind"] for finding in found["findings"]}
+
+
+def finding(found: dict[str, Any], kind: str) -> dict[str, Any]:
+    return next(f for f in found["findings"] if f["kind"] == kind)
+
+
+# ------------------------------------------------------------------ findings
+
+
+def test_a_run_without_faults_gets_none_of_their_names(run: Config, one_core: None) -> None:
+    found = profiled(run, steps=4)
+    assert not kinds(found) & PLANTED, found["findings"]
+    assert found["machine"]["cores"] == found["machine"]["torch_threads"] == 1
+
+
+class Sleeping:
+    """Images that take their time."""
+
+    def __init__(self, images: np.ndarray) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        time.sleep(0.1)
+        item: np.ndarray = self.images[index]
+        return item
+
+
+def test_slow_data_is_named(run: Config, photos: np.ndarray) -> None:
+    changes = {"data.root": None, "data.threads": 1, "data.prefetch": 1, "batch_size": 8}
+    found = profiled(configs.replace(run, changes), data=Sleeping(photos))
+    named = finding(found, "slow data")
+    assert found["step"]["data_wait"] > 0.3
+    assert named["share"] == found["step"]["data_wait"]
+    if CORES > 1:
+        assert "raise data.threads (now 1" in named["change"]
+
+
+@pytest.mark.skipif(CORES < 2, reason="one core needs no second thread")
+def test_one_thread_is_named(run: Config) -> None:
+    assert torch.get_num_threads() == 1  # as conftest sets it
+    assert f"1 of {CORES} cores" in finding(profiled(run), "one thread")["text"]
+
+
+def test_a_tiny_batch_is_named(run: Config) -> None:
+    found = profiled(configs.replace(run, {"batch_size": 2, "model.hidden_dim": 512}))
+    assert "raise batch_size to 4 or more" in finding(found, "tiny batch")["change"]
+
+
+@pytest.mark.skipif(not environment.cpu_has_bf16(), reason="bf16 is not fast on this CPU")
+def test_fp32_is_named_where_bf16_is_fast(run: Config) -> None:
+    found = profiled(configs.replace(run, {"precision": "fp32", "batch_size": 6, "model.cifar_stem": True}))
+    assert found["precision"] == "fp32"
+    assert "bf16 than in fp32" in finding(found, "precision")["text"]
+
+
+class Waits(nn.Module):
+    """An encoder that looks at a value in every forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = networks.build_encoder("resnet18_narrow")
+        self.network.fc = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        features: Tensor = self.network(x)
+        return features if features.mean().item() < 1e6 else features * 0
+
+
+class Looks(Callback):
+    def on_step_end(self, trainer: Any, metrics: Any) -> None:
+        float(metrics.loss)
+
+
+def test_a_host_sync_is_named_with_its_place(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(networks.OWN_ENCODERS, "waits", lambda **_: Waits())
+    monkeypatch.setattr(networks, "_remove_classifier", lambda *_: None)
+    found = profiled(configs.replace(run, {"model.encoder": "waits", "batch_size": 8}), callbacks=[Looks()])
+    places = {sync["place"]: sync["a_step"] for sync in found["probes"]["host_syncs"]}
+    assert [place.partition(":")[0] for place in places] == [__file__] * 2
+    by_function = {place.rpartition(" in ")[2]: n for place, n in places.items()}
+    assert by_function == {"forward": 2, "on_step_end": 1}  # the online network and the target
+    named = [f for f in found["findings"] if f["kind"] == "host sync"]
+    assert len(named) == 2
+    assert all(f["share"] > 0 for f in named)
+    # Such a network has no shapes without values: the rest of the profile is there all the same.
+    assert found["roofline"] is None
+    assert any("No roofline" in note for note in found["notes"])
+    assert [s.title for s in sections(found)][0] == "Profile: what to change"
+
+
+# ------------------------------------------------------------------ what is written
+
+
+def test_command_writes_a_page_and_learns_nothing(
+    run: Config, npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--data.root", str(npz), "--view1.size", "32", "--view2.size", "32", "--batch-size", "8"]
+    arguments += ["--model.encoder", "resnet18_narrow", "--model.hidden-dim", "32", "--model.projection-dim", "16"]
+    arguments += ["--out", str(tmp_path / "out"), "--name", "one", "--data.threads", "1"]
+    with pytest.raises(SystemExit) as end:
+        main(["profile", "cifar10_resnet18", "--model.no-cifar-stem", "--steps", "2", *arguments])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    folder = tmp_path / "out" / "one"
+    assert str(folder / "profile" / "profile.html") in shown
+    assert [p.name for p in folder.iterdir()] == ["profile"]
+    record = json.loads((folder / "profile" / "profile.json").read_text())
+    assert record["step"]["steps"] == 2
+    phases = {row["phase"]: row for row in record["phases"]}
+    assert sum(row["share"] for row in phases.values()) == pytest.approx(1.0)
+    assert phases["backward"]["seconds"] > phases["loss"]["seconds"] > 0
+    assert {"data wait", "views", "online forward", "target forward", "optimizer + average"} < set(phases)
+    families = {row["family"]: row["calls"] for row in record["families"]}
+    # Each of two views has its own statistics in the 20 batch norms of both encoders, and its own backward pass.
+    assert families["batch norm"] >= 2 * (20 + 20) + 2 * 20
+    assert families["conv backward"] > 0
+    page = html.unescape((folder / "profile" / "profile.html").read_text())
+    for section in sections(record):
+        assert section.title in page
+    assert all(f["text"] in page for f in record["findings"])
+    assert "they need a GPU" in page
+    assert (folder / "profile" / "trace.json.gz").stat().st_size > 1000
+
+
+def test_a_run_is_profiled_from_its_checkpoint_and_stays_as_it_was(run: Config) -> None:
+    from byol_fast import Trainer
+
+    short = configs.replace(run, {"steps": 2, "batch_size": 8, "knn.enabled": "off", "tensorboard": False})
+    folder = Trainer(short).fit().run_dir
+    before = {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    found, written = profile(configs.load(folder / "config.json"), resume=folder, steps=1, ceilings=CEILINGS)
+    assert written == folder / "profile"
+    assert found["step"]["images_per_s"] > 0
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_what_is_wrong_with_the_command(run: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    for argv, message in (
+        (["profile"], "a recipe, or --resume RUN"),
+        (["profile", "demo", "--resume", "x"], "one of the two"),
+        (["profile", "demo", "--steps", "many"], "--steps must be a number"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(argv)
+        assert end.value.code == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="steps must be 1 or more"):
+        profile(run, steps=0)
+
+
+# ------------------------------------------------------------------ parts
+
+
+def test_pauses_between_kernels() -> None:
+    # In microseconds: two that overlap, a pause of 20, one kernel, a pause of 5 that is just the launch, one more.
+    work = [("a", 0.0, 50.0), ("b", 30.0, 60.0), ("late", 80.0, 95.0), ("last", 100.0, 125.0)]
+    idle, gaps = pauses(work[::-1])
+    assert idle == pytest.approx(25 / 125)
+    assert gaps == [{"milliseconds": 0.02, "before": "late"}]
+    assert pauses([]) == (0.0, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x64", "conv forward"),
+        ("sm80_xmma_dgrad_implicit_gemm_indexed_bf16bf16_bf16f32_f32_nhwckrsc_nhwc", "conv dgrad"),
+        ("cudnn::cnn::wgrad2d_grouped_direct_kernel", "conv wgrad"),
+        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NNT", "matmul"),
+        ("triton_red_fused__native_batch_norm_legit_functional_12", "batch norm"),
+        ("void at::native::batch_norm_collect_statistics_channels_last_kernel<float>", "batch norm"),
+        ("triton_poi_fused_add_relu_3", "pointwise"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::threshold>", "pointwise"),
+        ("_lars_apply_kernel", "optimizer + average"),
+        ("void at::native::multi_tensor_apply_kernel<at::native::TensorListMetadata<2>>", "optimizer + average"),
+        ("_normalized_mse_fwd_kernel", "loss"),
+        ("_photometric_kernel", "augmentation"),
+        ("Memcpy HtoD (Pinned -> Device)", "copies"),
+        ("flash_fwd_kernel", "attention"),
+        ("void at::native::max_pool_forward_nhwc<float>", "pool"),
+        ("something_new", "other"),
+    ],
+)
+def test_kernels_belong_to_families(name: str, family: str) -> None:
+    assert family_of(name, on_gpu=True) == family
