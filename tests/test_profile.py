@@ -97,7 +97,8 @@ def test_slow_data_is_named(run: Config, photos: np.ndarray) -> None:
 @pytest.mark.skipif(CORES < 2, reason="one core needs no second thread")
 def test_one_thread_is_named(run: Config) -> None:
     assert torch.get_num_threads() == 1  # as conftest sets it
-    assert f"1 of {CORES} cores" in finding(profiled(run), "one thread")["text"]
+    heavy = configs.replace(run, {"batch_size": 6, "model.cifar_stem": True, "precision": "fp32"})
+    assert f"1 of {CORES} cores" in finding(profiled(heavy), "one thread")["text"]
 
 
 def test_a_tiny_batch_is_named(run: Config) -> None:
@@ -144,7 +145,7 @@ def test_a_host_sync_is_named_with_its_place(run: Config, monkeypatch: pytest.Mo
     # Such a network has no shapes without values: the rest of the profile is there all the same.
     assert found["roofline"] is None
     assert any("No roofline" in note for note in found["notes"])
-    assert [s.title for s in sections(found)][0] == "Profile: what to change"
+    assert "Profile: the hardware's limit" not in {s.title for s in sections(found)}
 
 
 # ------------------------------------------------------------------ what is written

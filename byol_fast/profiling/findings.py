@@ -12,13 +12,13 @@ BATCH_GAIN = 1.4
 """An image in a batch twice as large takes less time by this factor: the step's fixed work weighs."""
 BF16_GAIN = 1.15
 """Forward and backward are faster in bf16 by this factor."""
-CORES_IDLE = 0.75
-"""The process uses less than this share of its cores."""
+CORES_GAIN = 1.1
+"""Forward and backward are faster on all cores by this factor."""
 GPU_IDLE = 0.15
 """Share of the time in which no kernel runs."""
 SIDE_WORK = 0.05
 """Share of a step for metrics or callbacks."""
-OTHERS = 0.5
+OTHERS = 0.3
 """Cores that other processes keep busy; above, the figures of a CPU are not this run's alone."""
 MEMORY_USED = 0.45
 """Of a GPU's memory: with less, twice the batch fits."""
@@ -53,13 +53,16 @@ def _all(profile: dict[str, Any]) -> Iterator[Finding]:
     machine, probes, step = profile["machine"], profile["probes"], profile["step"]
     yield from _data(profile)
 
-    threads, cores, used = machine["torch_threads"], machine["cores"], machine["cores_used"]
-    few = (threads == 1 < cores) or 2 * threads < cores
-    if profile["on_cpu"] and few and used < CORES_IDLE * cores:
+    threads, cores, more = machine["torch_threads"], machine["cores"], probes["all_cores"]
+    busy = more is not None and more["others"] >= OTHERS
+    if more is not None and (busy or more["gain"] >= CORES_GAIN):
+        told = "how much all would bring cannot be measured while other processes keep them busy"
+        share = 0.01 if busy else 1 - 1 / more["gain"]
         yield Finding(
             "one thread" if threads == 1 else "few threads",
-            1 - threads / cores,
-            f"torch computes with {threads} of {cores} cores, and the whole process uses {used:.1f}",
+            share,
+            f"torch computes with {threads} of {cores} cores; "
+            + (told if busy else f"on all of them forward and backward take {share:.0%} less time"),
             f"set OMP_NUM_THREADS={cores} (or leave it out), or call torch.set_num_threads({cores})",
         )
 
@@ -168,12 +171,11 @@ def notes(profile: dict[str, Any]) -> list[str]:
     """What one should know before believing the figures."""
     said = []
     machine = profile["machine"]
-    if profile["on_cpu"] and machine["machine_busy"] is not None:
-        others = machine["machine_busy"] * machine["cores"] - machine["cores_used"]
-        if others >= OTHERS:
-            said.append(
-                f"Other processes kept {others:.1f} of {machine['cores']} cores busy: repeat this on a quiet machine."
-            )
+    if profile["on_cpu"] and machine["others"] >= OTHERS:
+        said.append(
+            f"Other processes kept {machine['others']:.1f} of {machine['cores']} cores busy: repeat this on a quiet "
+            "machine."
+        )
     if profile["needs_gpu"]:
         said.append(f"Not here, as they need a GPU: {'; '.join(profile['needs_gpu'])}.")
     if profile["machine"]["gpu_problem"] and not profile["on_cpu"]:

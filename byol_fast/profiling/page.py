@@ -55,10 +55,11 @@ def show(profile: dict[str, Any], console: Console | None = None) -> None:
     console.print(families)
 
     if against is not None:
+        floor = 1e3 * against["floor_seconds"][against["level"]]
         console.print(
             f"MFU {against['mfu']:.1%}, bandwidth {against['bandwidth_use']:.1%} of what "
-            f"{against['ceilings']['name']} reaches; at least "
-            f"{1e3 * against['floor_seconds'][against['level']]:.3g} ms a step (this takes {1e3 * step['seconds']:.4g})",
+            f"{against['ceilings']['name']} reaches; at least {floor:.3g} ms a step (this takes "
+            f"{1e3 * step['seconds']:.4g})",
             soft_wrap=True,
             markup=False,
         )
@@ -226,7 +227,7 @@ def _machine(profile: dict[str, Any]) -> str:
         ("cores used", machine["cores_used"]),
         ("cores", machine["cores"]),
         ("torch threads", machine["torch_threads"]),
-        ("share of all cores busy, by anyone", machine["machine_busy"]),
+        ("cores kept busy by others", machine["others"]),
     ]
     for group in (machine["gpu"] or {}, {k: v for k, v in (gpu or {}).items() if k != "gaps"}):
         rows += [(name.replace("_", " "), value) for name, value in group.items()]

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from byol_fast import environment
 from byol_fast.precision import Precision
+from byol_fast.profiling.telemetry import Telemetry, others
 from byol_fast.step import TrainStep
 
 ROUNDS = 5
@@ -132,6 +133,40 @@ def in_bf16(step: TrainStep, view1: Tensor, view2: Tensor, *, images: int) -> fl
     finally:
         step.precision = before
     return now / then
+
+
+def on_all_cores(step: TrainStep, view1: Tensor, view2: Tensor, *, images: int) -> dict[str, float] | None:
+    """What more threads of torch would bring on a CPU; None where there is none to spare, and on a GPU.
+
+    Hyperthreads of one core gain little: half as many threads as cores, as torch takes by itself, are enough.
+
+    Args:
+        step: whose networks are timed, forward and backward.
+        view1: a batch, `[B, 3, H, W]`.
+        view2: likewise.
+        images: how many of the batch to take.
+
+    Returns:
+        `gain`, least time now over that on all cores, and `others`, cores that other processes kept busy meanwhile:
+        with these the gain says little.
+    """
+    threads, cores = torch.get_num_threads(), environment.num_cpus()
+    if step.device.type != "cpu" or not (threads == 1 < cores or 2 * threads < cores):
+        return None
+    views = step._placed(view1[:images]), step._placed(view2[:images])
+    best = {threads: math.inf, cores: math.inf}
+    with Telemetry(step.device) as telemetry, _eagerly(step):
+        try:
+            for _ in range(ROUNDS):
+                for number in (threads, cores):
+                    torch.set_num_threads(number)
+                    begin = time.perf_counter()
+                    step.forward_backward(*views)
+                    best[number] = min(best[number], time.perf_counter() - begin)
+                    step.optimizer.zero_grad(set_to_none=True)
+        finally:
+            torch.set_num_threads(threads)
+    return {"gain": best[threads] / best[cores], "others": others(telemetry.record(1))}
 
 
 @contextmanager

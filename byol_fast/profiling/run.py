@@ -24,7 +24,7 @@ from byol_fast.profiling import probes
 from byol_fast.profiling.ceilings import Ceilings, measure
 from byol_fast.profiling.flops import mfu
 from byol_fast.profiling.roofline import PHASES, Roofline, roofline
-from byol_fast.profiling.telemetry import Telemetry
+from byol_fast.profiling.telemetry import Telemetry, others
 from byol_fast.profiling.trace import PhaseClock, StepTimes, Trace, median_step, phase_rows, traced
 from byol_fast.profiling.traffic import LEVELS, Level
 from byol_fast.trainer import Trainer
@@ -141,6 +141,7 @@ def _measured(trainer: Trainer, steps: int, folder: Path, ceilings: Ceilings | N
     experiments = {
         "host_syncs": probes.host_syncs(step, one_step),
         "twice_the_batch": probes.twice_the_batch(step, batch.view1, batch.view2),
+        "all_cores": probes.on_all_cores(step, batch.view1, batch.view2, images=images),
         "bf16": probes.in_bf16(step, batch.view1, batch.view2, images=images),
     }
     work, no_roofline = _work(trainer)
@@ -174,7 +175,7 @@ def _measured(trainer: Trainer, steps: int, folder: Path, ceilings: Ceilings | N
         "phases": _phases(timed, work, ceilings, _level(trainer)),
         "families": trace.families,
         "kernels": trace.kernels,
-        "machine": record,
+        "machine": record | {"others": others(record)},
         "gpu": _gpu(trainer, trace, peak_bytes) if on_gpu else None,
         "needs_gpu": [] if on_gpu else list(NEEDS_GPU),
         "roofline": None if work is None else _against(work, ceilings, _level(trainer), seconds),

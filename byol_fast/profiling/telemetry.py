@@ -123,6 +123,16 @@ class Telemetry:
         return found
 
 
+def others(record: dict[str, Any]) -> float:
+    """Cores that other processes kept busy; 0 where the system does not say.
+
+    Args:
+        record: as `Telemetry.record` returns it.
+    """
+    busy = record["machine_busy"]
+    return 0.0 if busy is None else max(busy * (os.cpu_count() or 1) - record["cores_used"], 0.0)
+
+
 def _machine() -> dict[str, float]:
     """Time of all cores, and how much of it was idle, in ticks; zeros where the system does not say."""
     try:
