@@ -81,8 +81,8 @@ def measured_on(device: torch.device) -> dict[str, Any]:
     record = describe(device) | {
         "date": time.strftime("%Y-%m-%d"),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        # Where the package is not run from a checkout of its own there is no commit to tell.
-        "commit": commit if ours else None,
+        # Where the package is not run from a checkout of its own, only who copied it there can tell the commit.
+        "commit": commit if ours else os.environ.get("BYOL_FAST_COMMIT"),
         "dirty": bool(_output("git", "-C", str(root), "status", "--porcelain")) if ours else None,
     }
     if device.type == "cuda":

@@ -7,6 +7,7 @@ With --rehearse the same runs on the CPU; see `tests/gpu.py`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -75,10 +76,8 @@ class Run:
         return True
 
     def _end(self) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
 
     def outcome(self, *, timed_out: bool) -> Outcome:

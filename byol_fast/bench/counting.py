@@ -6,7 +6,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +50,8 @@ class Suite(NamedTuple):
     """The case that stays the same from version to version of ours."""
     uncounted: tuple[str, ...] = ()
     """Cases whose operators cannot be counted: compiled code, or code that is not torch's."""
+    capturable: tuple[str, ...] = ()
+    """Cases besides ours that a CUDA graph can hold: on a GPU they are measured that way, too."""
 
 
 @functools.cache
@@ -77,7 +79,8 @@ def measure(results: Results, name: str, suite: Suite, *, rounds: int, amount: f
     """Time a suite beside a copy in memory.
 
     With one thread on a CPU it is the process's CPU time, which other processes disturb least; otherwise time by the
-    clock, until the device is done.
+    clock, until the device is done. On a GPU short work is done often enough to outlast the wait for it, and a second
+    time as a CUDA graph ("..., captured"), as a captured step has it: then the host's part does not count.
 
     Args:
         results: where to put it.
@@ -95,29 +98,75 @@ def measure(results: Results, name: str, suite: Suite, *, rounds: int, amount: f
         with Count() as count:
             case()
         counts[provider] = count
-    cases = {provider: finished(case, device) for provider, case in suite.cases.items()}
-    cases[COPY] = finished(lambda: target.copy_(source), device)
+    work: dict[str, Case] = {**suite.cases, COPY: lambda: target.copy_(source)}
+    if device.type == "cuda":
+        work |= captured(suite, {provider for provider, count in counts.items() if count.syncs})
+    calls = {provider: calls_of(case, device) for provider, case in work.items()}
+    cases = {provider: finished(case, device, calls[provider]) for provider, case in work.items()}
     measured = interleaved(cases, rounds=rounds, clock=time.process_time if alone else time.perf_counter)
-    times = {p: Timing(tuple(s / suite.repeats for s in t.seconds)) for p, t in measured.items() if p != COPY}
-    copied = 2 * COPIED / measured[COPY].median
+    copied = 2 * COPIED / (measured.pop(COPY).median / calls[COPY])
+    times = {p: Timing(tuple(s / suite.repeats / calls[p] for s in t.seconds)) for p, t in measured.items()}
     extras: dict[str, dict[str, Any]] = {}
     for provider, timing in times.items():
         speed = suite.moved / timing.median
         extras[provider] = {"gb_per_s": speed / 1e9, "share_of_copy": speed / copied}
-        if provider not in suite.uncounted:
+        if provider in counts and provider not in suite.uncounted:
             count = counts[provider]
             extras[provider] |= {"ops": count.ops // suite.repeats, "host_syncs": count.syncs // suite.repeats}
     unit = ("CPU-ms" if alone else "ms") if amount is None else ("images/CPU-s" if alone else "images/s")
     results.add(name, times, unit=unit, amount=amount, baseline=suite.baseline, extras=extras)
 
 
-def finished(case: Case, device: torch.device) -> Case:
-    """The case, done when it returns."""
+def captured(suite: Suite, waiting: Collection[str]) -> dict[str, Case]:
+    """Ours, and others that can be, as CUDA graphs.
+
+    Args:
+        suite: of cases on a GPU.
+        waiting: those that make the host wait, which no graph can hold.
+    """
+    graphs: dict[str, Case] = {}
+    for provider, case in suite.cases.items():
+        if provider not in waiting and (provider.startswith("ours") or provider in suite.capturable):
+            try:
+                graphs[f"{provider}, captured"] = as_graph(case)
+            except RuntimeError as error:
+                print(f"  {provider} cannot be captured: {str(error).splitlines()[0]}")
+    return graphs
+
+
+def as_graph(case: Case) -> Case:
+    """A case as a CUDA graph; the call replays it."""
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            case()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        case()
+    return graph.replay
+
+
+def calls_of(case: Case, device: torch.device) -> int:
+    """How often to call a case before waiting for it: on a GPU for 3 ms, beside which the wait is short."""
+    if device.type != "cuda":
+        return 1
+    once = finished(case, device)
+    once()
+    begin = time.perf_counter()
+    once()
+    return max(1, min(200, round(3e-3 / (time.perf_counter() - begin))))
+
+
+def finished(case: Case, device: torch.device, calls: int = 1) -> Case:
+    """The case, some calls of it, done when it returns."""
     if device.type != "cuda":
         return case
 
     def run() -> None:
-        case()
+        for _ in range(calls):
+            case()
         torch.cuda.synchronize()
 
     return run

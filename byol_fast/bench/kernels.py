@@ -140,7 +140,11 @@ def optimizer_suite(device: str) -> Suite:
         plain.step()
         foreach_ema(w.target, list(w.followed))
 
-    cases: dict[str, Case] = {"ours: LARS.step(ema=...)": lambda: fused.step(ema=(target_of, TAU))}
+    low = {t: torch.empty_like(t, dtype=torch.bfloat16) for t in (*w.online, *w.target)}
+    cases: dict[str, Case] = {
+        "ours: LARS.step(ema=...)": lambda: fused.step(ema=(target_of, TAU)),
+        "ours: LARS.step(ema=..., copies=...), bfloat16": lambda: fused.step(ema=(target_of, TAU), copies=low),
+    }
     tolerances = {}
     if is_installed("lightly"):
         from lightly.models.utils import update_momentum
@@ -205,7 +209,8 @@ def ema_suite(device: str) -> Suite:
     loop_ema(apart, online)
     agree("loop", apart, expected[len(w.online) :], 1e-6)
     cases["loop: t.data = tau t.data + (1 - tau) o.data"] = lambda: loop_ema(apart, online)
-    return Suite(cases, 12 * sum(t.numel() for t in w.target), baseline="torch._foreach_lerp_")
+    own = ("torch._foreach_lerp_", "foreach mul+add")
+    return Suite(cases, 12 * sum(t.numel() for t in w.target), baseline="torch._foreach_lerp_", capturable=own)
 
 
 def loss_suite(device: str, batch: int, dtype: torch.dtype) -> Suite:
@@ -246,6 +251,7 @@ def loss_suite(device: str, batch: int, dtype: torch.dtype) -> Suite:
         repeats,
         baseline="textbook",
         uncounted=("textbook, torch.compile",),
+        capturable=("textbook", "textbook, torch.compile"),
     )
 
 

@@ -107,6 +107,7 @@ class Textbook:
         channels_last: NHWC memory.
         precision: "fp32", or what autocast computes with.
         concat: both views in one pass, so that batch norm mixes them (byol-pytorch's semantics).
+        compiled: networks and loss by torch.compile.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class Textbook:
         channels_last: bool = False,
         precision: str = "fp32",
         concat: bool = False,
+        compiled: bool = False,
     ) -> None:
         encoder, projector, self.predictor = (m.to(problem.device, dtype) for m in problem.weights())
         self.online = nn.Sequential(encoder, nn.Flatten(), projector)
@@ -135,6 +137,13 @@ class Textbook:
             else torch.optim.Adam(parameters, lr=1e-3)
         )
         self.device_type, self.autocast, self.concat = torch.device(problem.device).type, DTYPES[precision], concat
+        self.forward: Callable[[], Tensor] = torch.compile(self.loss, dynamic=False) if compiled else self.loss
+
+    def loss(self) -> Tensor:
+        """Of both directions."""
+        with torch.autocast(self.device_type, self.autocast, enabled=self.autocast is not None):
+            p1, p2, z1, z2 = self.passes()
+        return self.regression(p1, z2) + self.regression(p2, z1)
 
     def passes(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Predictions and targets of both views."""
@@ -152,9 +161,7 @@ class Textbook:
 
     def __call__(self) -> Tensor:
         """Take one training step; its loss."""
-        with torch.autocast(self.device_type, self.autocast, enabled=self.autocast is not None):
-            p1, p2, z1, z2 = self.passes()
-        loss = self.regression(p1, z2) + self.regression(p2, z1)
+        loss = self.forward()
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -49,7 +49,13 @@ class Measured:
 
 
 def measure(
-    jobs: Mapping[str, Job], *, rounds: int, warmup: int, threads: int, device: torch.device
+    jobs: Mapping[str, Job],
+    *,
+    rounds: int,
+    warmup: int,
+    threads: int,
+    device: torch.device,
+    patience: float | None = None,
 ) -> dict[str, Measured]:
     """One call of every contender a round, one contender at a time.
 
@@ -61,21 +67,22 @@ def measure(
         warmup: rounds before.
         threads: of each process; 0 leaves torch's choice.
         device: where they work. On a GPU memory that a contender has freed is given back after each of its calls.
+        patience: seconds that a call may take, the first with all that it compiles.
     """
     results = {name: Measured() for name in jobs}
-    with _processes(jobs, threads, device) as pipes:
-        for name, pipe in list(pipes.items()):
-            _answer(pipe, results[name], pipes, name)
+    with _processes(jobs, threads, device) as contenders:
+        for name in list(contenders):
+            _answer(contenders, name, results[name], patience)
         for number in range(warmup + rounds):
-            for name, pipe in list(pipes.items()):
-                pipe.send(True)
-                answer = _answer(pipe, results[name], pipes, name)
+            for name, contender in list(contenders.items()):
+                contender.pipe.send(True)
+                answer = _answer(contenders, name, results[name], patience)
                 if answer is not None and number >= warmup:
                     results[name].cpu.append(answer[0])
                     results[name].wall.append(answer[1])
-        for name, pipe in list(pipes.items()):
-            pipe.send(False)
-            results[name].extras |= _answer(pipe, results[name], pipes, name) or {}
+        for name, contender in list(contenders.items()):
+            contender.pipe.send(False)
+            results[name].extras |= _answer(contenders, name, results[name], patience) or {}
     for measured in results.values():
         if measured.failure:
             measured.cpu.clear()
@@ -83,14 +90,24 @@ def measure(
     return results
 
 
-def _answer(pipe: Connection, measured: Measured, pipes: dict[str, Connection], name: str) -> Any:
+class _Contender(NamedTuple):
+    pipe: Connection
+    process: Any
+
+
+def _answer(contenders: dict[str, _Contender], name: str, measured: Measured, patience: float | None) -> Any:
+    pipe, process = contenders[name]
     try:
-        kind, value = pipe.recv()
+        if pipe.poll(patience):
+            kind, value = pipe.recv()
+        else:
+            kind, value = "failed", f"no answer within {patience:.0f} s"
+            process.kill()  # it must not go on working beside the others
     except (EOFError, ConnectionError):
         kind, value = "failed", "its process ended"
     if kind == "failed":
         measured.failure = value
-        del pipes[name]
+        del contenders[name]
         return None
     return value
 
@@ -105,20 +122,21 @@ def _context() -> Any:
 
 
 @contextmanager
-def _processes(jobs: Mapping[str, Job], threads: int, device: torch.device) -> Iterator[dict[str, Connection]]:
+def _processes(jobs: Mapping[str, Job], threads: int, device: torch.device) -> Iterator[dict[str, _Contender]]:
     context = _context()
     before = os.environ.get("OMP_NUM_THREADS")
     if threads:
         os.environ["OMP_NUM_THREADS"] = str(threads)
-    processes, pipes = [], {}
+    processes, contenders = [], {}
     try:
         for name, job in jobs.items():
-            pipes[name], theirs = context.Pipe()
+            ours, theirs = context.Pipe()
             # Not daemonic: a loader may want processes of its own.
             processes.append(context.Process(target=_serve, args=(theirs, job, threads, str(device))))
             processes[-1].start()
             theirs.close()
-        yield pipes
+            contenders[name] = _Contender(ours, processes[-1])
+        yield contenders
     finally:
         if before is None:
             os.environ.pop("OMP_NUM_THREADS", None)

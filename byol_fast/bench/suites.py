@@ -54,6 +54,8 @@ class Bench:
         asked = Config(mode=options.mode, device=options.device)
         self.mode = choose_mode(asked, self.device, self.precision).name
         self.threads = options.threads or (1 if on_cpu else 0)
+        self.patience: float | None = None
+        """Seconds after which a contender that does not answer is left out; None: it may compile for ever."""
         self.folder = options.save or Path("bench") / f"{datetime.now():%Y%m%d-%H%M%S}"
         if self.folder.exists() and not self.folder.is_dir():
             raise ConfigError(f"bench: save must be a folder, got the file {self.folder}")
@@ -66,12 +68,13 @@ class Bench:
         print(f"{self.device}, {threads}, load {os.getloadavg()[0]:.1f}; peers: {_listed(peer_versions())}", flush=True)
         for name in self.options.suites or [s for s in SUITES if s != "stages"]:
             print(f"\n== {name}", flush=True)
-            results = Results(name, self.device, self._settings())
+            results = Results(name, self.device, self.settings())
             getattr(self, name.replace("-", "_"))(results, self.options.rounds or ROUNDS[name])
             for path in results.save(self.folder):
                 print(f"  {path}")
 
-    def _settings(self) -> dict[str, object]:
+    def settings(self) -> dict[str, object]:
+        """What was asked for, for the record."""
         return {
             **asdict(self.problem),
             "precision": self.precision.name,
@@ -121,13 +124,24 @@ class Bench:
         on_gpu = self.device.type == "cuda"
         modes = ("eager", "compile", "graph") if on_gpu and self.options.mode == "auto" else (self.mode,)
         contenders = networks.switches(self.device, self.precision.name, modes)
-        self._steps(results, "a step, from the textbook's to ours", contenders, rounds)
+        self.steps(results, "a step, from the textbook's to ours", contenders, rounds)
 
     def peers(self, results: Results, rounds: int) -> None:
         """A step of other packages', and ours."""
-        self._steps(results, "a step beside other packages'", networks.peers(self.device), rounds)
+        self.steps(results, "a step beside other packages'", networks.peers(self.device), rounds)
 
-    def _steps(self, results: Results, name: str, contenders: Mapping[str, Contender], rounds: int) -> None:
+    def steps(self, results: Results, name: str, contenders: Mapping[str, Contender], rounds: int) -> None:
+        """Steps of contenders, the textbook's among them, in processes of their own.
+
+        Args:
+            results: where to put it.
+            name: of the suite.
+            contenders: by name; those that are not installed are left out.
+            rounds: interleaved rounds that count.
+
+        Raises:
+            ConfigError: contenders disagree, or the textbook's cannot run here.
+        """
         _check(self.problem)
         here = {n: c for n, c in contenders.items() if c.is_installed and (n == networks.TEXTBOOK or self._wanted(n))}
         for missing in [n for n, c in contenders.items() if not c.is_installed]:
@@ -163,7 +177,9 @@ class Bench:
         baseline: str,
         notes: Mapping[str, dict[str, str]],
     ) -> None:
-        measured = measure_processes(jobs, rounds=rounds, warmup=WARMUP, threads=self.threads, device=self.device)
+        measured = measure_processes(
+            jobs, rounds=rounds, warmup=WARMUP, threads=self.threads, device=self.device, patience=self.patience
+        )
         for failed, why in {n: m.failure for n, m in measured.items() if m.failure}.items():
             print(f"  {failed} left out: {why}")
         done = {n: m for n, m in measured.items() if not m.failure}

@@ -1,8 +1,8 @@
 """The machine code of what a GPU really ran: Triton's own object of each launch, taken apart.
 
-`test_aot_sass.py` compiles what a launch is thought to ask for; here the launch itself says it: alignments and divisible
-numbers as Triton found them, this GPU's architecture, this version's assembler. A rehearsal takes the compiler's object
-for sm_90 in their place.
+`test_aot_sass.py` compiles what a launch is thought to ask for; here the launch itself says it: alignments and
+divisible numbers as Triton found them, this GPU's architecture, this version's assembler. A rehearsal takes the
+compiler's object for sm_90 in their place.
 """
 
 from __future__ import annotations
