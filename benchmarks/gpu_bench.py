@@ -255,10 +255,10 @@ def one_step(run: Run) -> None:
         ours()
         return
     torch.cuda.synchronize()
-    torch.cuda.cudart().cudaProfilerStart()
+    torch.cuda.cudart().cudaProfilerStart()  # type: ignore[no-untyped-call]
     ours()
     torch.cuda.synchronize()
-    torch.cuda.cudart().cudaProfilerStop()
+    torch.cuda.cudart().cudaProfilerStop()  # type: ignore[no-untyped-call]
 
 
 def under_ncu(run: Run) -> tuple[str, str]:

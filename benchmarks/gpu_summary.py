@@ -12,7 +12,7 @@ from byol_fast.bench.results import Contender, SuiteResult, load
 Value = Callable[["Measured"], float]
 
 
-class Missing(Exception):
+class MissingError(Exception):
     """A figure that was not measured, and which one."""
 
 
@@ -30,18 +30,18 @@ class Measured:
         """A suite whose name begins so."""
         path = self.folder / f"{file}.json"
         if not path.exists():
-            raise Missing(f"{file} has no results")
+            raise MissingError(f"{file} has no results")
         for suite in load(path)[1]:
             if suite.name.startswith(name):
                 return suite
-        raise Missing(f"{file} has no suite {name!r}")
+        raise MissingError(f"{file} has no suite {name!r}")
 
     def contender(self, file: str, suite: str, name: str) -> Contender:
         """A contender of it."""
         for contender in self.suite(file, suite).contenders:
             if contender.name == name:
                 return contender
-        raise Missing(f"{name!r} was not measured")
+        raise MissingError(f"{name!r} was not measured")
 
     def seconds(self, file: str, suite: str, name: str) -> float:
         """Of a call, median."""
@@ -55,7 +55,7 @@ class Measured:
         """Images a second."""
         amount = self.suite(file, suite).amount
         if amount is None:
-            raise Missing(f"{suite!r} counts no images")
+            raise MissingError(f"{suite!r} counts no images")
         return amount / self.seconds(file, suite, name)
 
     def milliseconds_for(self, images: int, suite: str, name: str) -> float:
@@ -66,7 +66,7 @@ class Measured:
         """A part's own file."""
         path = self.folder / f"{file}.json"
         if not path.exists():
-            raise Missing(f"{file} has no results")
+            raise MissingError(f"{file} has no results")
         content: dict[str, Any] = json.loads(path.read_text())
         return content
 
@@ -182,7 +182,7 @@ def summary(folder: Path, *, rehearsal: bool) -> str:
         aim = f">= {target.least:g}" if target.least is not None else f"<= {target.most:g}"
         try:
             value = target.value(measured)
-        except Missing as missing:
+        except MissingError as missing:
             lines.append(f"| {target.what} | {aim} {target.unit} | not measured | {missing} |")
             continue
         met = value >= target.least if target.least is not None else target.most is not None and value <= target.most
@@ -195,12 +195,12 @@ def summary(folder: Path, *, rehearsal: bool) -> str:
 def _machine(measured: Measured) -> str:
     try:
         record = measured.json("ceilings")
-    except Missing:
+    except MissingError:
         return ""
     about, best = record["environment"], record["ceilings"][0]
     return (
-        f"{about.get('gpu')}, {about['date']}, commit {about.get('commit')}: copies {best['bytes_per_s'] / 1e12:.2f} TB/s, "
-        f"bf16 products {best['flops_per_s'] / 1e12:.0f} TFLOP/s\n"
+        f"{about.get('gpu')}, {about['date']}, commit {about.get('commit')}: copies "
+        f"{best['bytes_per_s'] / 1e12:.2f} TB/s, bf16 products {best['flops_per_s'] / 1e12:.0f} TFLOP/s\n"
     )
 
 
@@ -209,7 +209,7 @@ def _steps(measured: Measured) -> list[str]:
     for file in ("resnet50", "resnet18"):
         try:
             suite = measured.suite(file, STEP)
-        except Missing:
+        except MissingError:
             continue
         lines += ["", f"| {suite.name} | {suite.unit} | peak GiB |", "|---|---:|---:|"]
         for contender in suite.contenders:
@@ -221,7 +221,7 @@ def _steps(measured: Measured) -> list[str]:
 def _inductor(measured: Measured) -> list[str]:
     try:
         found = measured.json("inductor")
-    except Missing:
+    except MissingError:
         return []
     lines = ["", "ResNet-50 as inductor has it (max-autotune):", *(f"- {answer}" for answer in found["answers"])]
     lines += [f"- ncu: {found['ncu'] or 'not run'}"]

@@ -60,13 +60,9 @@ def tiny(npz: Path, tmp_path: Path) -> Config:
     )
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--capability", choices=sorted(CAPABILITIES), help="of the tests marked gpu, only this one's")
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests marked `gpu` need a GPU, unless this is a rehearsal, and say what they show."""
-    only, here = config.getoption("--capability"), torch.cuda.is_available()
+    only, here = config.getoption("--capability", default=None), torch.cuda.is_available()
     kept, others = [], []
     for item in items:
         capabilities = [argument for marker in item.iter_markers("gpu") for argument in marker.args or ("",)]

@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 
+from tests.gpu import CAPABILITIES
+
 RESULTS = os.environ.get("BYOL_FAST_GPU_RESULTS", "")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--capability", choices=sorted(CAPABILITIES), help="of the tests marked gpu, only this one's")
 
 
 def _write(**record: Any) -> None:

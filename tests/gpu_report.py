@@ -60,7 +60,7 @@ class Run:
         command += ["-p", "tests.gpu_plugin", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [*command, "--show-capture=no", "--durations=5", *arguments],
+                [*command, "--show-capture=no", "--durations=5", *arguments, "tests"],
                 cwd=ROOT,
                 env={**os.environ, "BYOL_FAST_GPU_RESULTS": str(self.results)},
                 stdout=log,

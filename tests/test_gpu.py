@@ -104,8 +104,8 @@ def test_weights_after_steps_of_every_mode_are_the_eager_ones(mode: str, optimiz
     for step in range(4):
         generator = torch.Generator().manual_seed(step)
         shape = (TINY.batch_size, 3, TINY.image_size, TINY.image_size)
-        views = [torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE) for _ in range(2)]
-        batch = Batch(*views, torch.arange(TINY.batch_size))
+        view1, view2 = torch.randn(2, *shape, generator=generator, dtype=torch.float64).to(DEVICE)
+        batch = Batch(view1, view2, torch.arange(TINY.batch_size))
         expected, found = (ours.step(batch, step) for ours in (eager, other))
         assert float(found.loss) == pytest.approx(float(expected.loss), rel=1e-9)
         assert distance(list(found.features), list(expected.features)) < 1e-9  # what the probe learns from
@@ -325,7 +325,7 @@ def test_the_exported_encoder_is_the_trained_one(gpu: Config, tmp_path: Path) ->
     run = trainer.fit().run_dir
     x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = features(trainer.task.encoder.to("cpu", memory_format=torch.contiguous_format), x)
+        expected = features(trainer.task.encoder.cpu().to(memory_format=torch.contiguous_format), x)
         for folder in (run, export_run(run, tmp_path / "again")[0].parent):
             encoder, about = load_encoder(folder)
             assert about["step"] == 4
@@ -345,7 +345,7 @@ def test_programs_of_an_encoder_that_a_gpu_trained(gpu: Config, tmp_path: Path, 
 
     run = Trainer(configs.replace(gpu, {"steps": 2})).fit().run_dir
     encoder, about = load_encoder(run)
-    made = export_as(encoder, about, kind, tmp_path)  # type: ignore[arg-type]
+    made = export_as(encoder, about, kind, tmp_path)
     assert made.difference is not None and made.difference <= LIMIT * made.largest
 
 

@@ -94,11 +94,12 @@ def _answers(graphs: Iterable[dict[str, Any]]) -> list[str]:
     templates = [name for g in graphs for name in g["templates"]]
     prologues = [name for g in graphs for name in g["templates_with_prologue"]]
     calls = Counter(name for g in graphs for name, n in g["kernels"].items() for _ in range(n))
+    generated = f"{len(templates)} kernels, {sum(calls[t] for t in templates)} calls"
+    some = f" ({', '.join(prologues[:4])})" if prologues else ""
     told = [
-        f"convolutions: {convolutions} calls of the library forward, {backward} backward; matrix products: {products} "
-        f"calls of the library; generated: {len(templates)} kernels, {sum(calls[t] for t in templates)} calls",
-        f"prologues: {len(prologues)} of {len(templates)} generated products compute before they multiply"
-        + (f" ({', '.join(prologues[:4])})" if prologues else ""),
+        f"calls of the library: {convolutions} convolutions forward, {backward} backward, {products} matrix products",
+        f"products and convolutions that inductor generated: {generated}",
+        f"prologues: {len(prologues)} of {len(templates)} generated products compute before they multiply{some}",
     ]
     saved: Counter[str] = Counter()
     for g in graphs:

@@ -74,7 +74,7 @@ def _lars(*, ema: bool, copies: bool) -> Callable[[], object]:
     return call
 
 
-def _images(names: tuple[str, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+def _images(names: tuple[str, ...]) -> tuple[Tensor, dict[str, Any]]:
     pixels = torch.randint(0, 256, (4, 224, 224, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     drawn = draw(ViewConfig(solarize=0.2), np.arange(4), seed=0, epoch=0, view=0)
     return pixels.to(DEVICE), {name: torch.from_numpy(getattr(drawn, name)).to(DEVICE) for name in names}
