@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from byol_fast.profiling.ceilings import GPUS, Ceilings, measure, stated
     from byol_fast.profiling.flops import mfu
-    from byol_fast.profiling.roofline import Roofline, roofline
+    from byol_fast.profiling.rooflines import Roofline, roofline
     from byol_fast.profiling.run import profile
 
 __all__ = ["GPUS", "Ceilings", "Roofline", "measure", "mfu", "profile", "roofline", "stated"]
@@ -16,11 +16,11 @@ __all__ = ["GPUS", "Ceilings", "Roofline", "measure", "mfu", "profile", "rooflin
 _HOME = {
     "GPUS": "ceilings",
     "Ceilings": "ceilings",
-    "Roofline": "roofline",
+    "Roofline": "rooflines",
     "measure": "ceilings",
     "mfu": "flops",
     "profile": "run",
-    "roofline": "roofline",
+    "roofline": "rooflines",
     "stated": "ceilings",
 }
 

@@ -94,11 +94,12 @@ def measure(device: torch.device, dtype: Dtype, *, seconds: float = 0.3) -> Ceil
     try:
         # Well beyond any cache: 256 MiB and more on each side.
         bandwidth = max(_copy(size, device, seconds) for size in ((2**28, 2**29, 2**30) if cuda else (2**28, 2**29)))
-        sizes = (4096, 8192, 16384) if cuda else (1024, 2048)
+        # Small ones too on a CPU: they are done before another process takes the core away.
+        sizes = (4096, 8192, 16384) if cuda else (256, 512, 1024, 2048)
         flops = max(_product(size, torch_dtype, device, seconds) for size in sizes)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-    name = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if cuda else f"CPU, torch threads: {torch.get_num_threads()}"
     sheet = next((gpu for gpu in GPUS if gpu in name), None) if cuda else None
     peak = flops if sheet is None else stated(sheet, dtype).peak_flops_per_s
     return Ceilings(

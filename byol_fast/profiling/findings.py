@@ -57,7 +57,7 @@ def _all(profile: dict[str, Any]) -> Iterator[Finding]:
     busy = more is not None and more["others"] >= OTHERS
     if more is not None and (busy or more["gain"] >= CORES_GAIN):
         told = "how much all would bring cannot be measured while other processes keep them busy"
-        share = 0.01 if busy else 1 - 1 / more["gain"]
+        share = 0.0 if busy else 1 - 1 / more["gain"]
         yield Finding(
             "one thread" if threads == 1 else "few threads",
             share,
@@ -176,6 +176,8 @@ def notes(profile: dict[str, Any]) -> list[str]:
             f"Other processes kept {machine['others']:.1f} of {machine['cores']} cores busy: repeat this on a quiet "
             "machine."
         )
+    if profile["on_cpu"] and profile["roofline"] is not None:
+        said.append("A CPU's caches hold part of what the roofline counts as traffic: its floors are for memory alone.")
     if profile["needs_gpu"]:
         said.append(f"Not here, as they need a GPU: {'; '.join(profile['needs_gpu'])}.")
     if profile["machine"]["gpu_problem"] and not profile["on_cpu"]:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -18,12 +18,12 @@ from byol_fast import config as configs
 from byol_fast.callbacks import Callback
 from byol_fast.config import Config, ConfigError
 from byol_fast.files import atomic_path, atomic_write
-from byol_fast.phases import phase
+from byol_fast.phases import Phase, phase
 from byol_fast.profiling import findings as judged
 from byol_fast.profiling import probes
 from byol_fast.profiling.ceilings import Ceilings, measure
 from byol_fast.profiling.flops import mfu
-from byol_fast.profiling.roofline import PHASES, Roofline, roofline
+from byol_fast.profiling.rooflines import PHASES, Roofline, roofline
 from byol_fast.profiling.telemetry import Telemetry, others
 from byol_fast.profiling.trace import PhaseClock, StepTimes, Trace, median_step, phase_rows, traced
 from byol_fast.profiling.traffic import LEVELS, Level
@@ -289,8 +289,8 @@ def _timeline(steps: Sequence[StepTimes], trace: Trace) -> dict[str, Any]:
         "milliseconds": middle.milliseconds,
         "phases": [
             {"phase": name, "begin": p.begin, "end": p.begin + p.milliseconds}
-            for name, parts in middle.phases.items()
-            for p in parts
+            for name in get_args(Phase)  # the order, and so the colours, of the other charts
+            for p in middle.phases.get(name, [])
         ],
         "kernels": [{"family": family, "begin": begin, "end": end} for family, begin, end in trace.spans],
     }
