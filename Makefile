@@ -44,9 +44,9 @@ demo: $(READY)
 test: $(READY)
 	$(PY) -m pytest -q -n auto --dist worksteal --durations=25 -m "not slow and not peers and not browser"
 
-# The kernels and the numbers, on the oldest supported torch and triton.
+# The kernels, the numbers and what is compiled, on the oldest supported torch and triton.
 test-oldest: .venv-oldest/.ready
-	$(OLDEST) -m pytest -q -n auto --dist worksteal --durations=25 -m "not slow and not peers and not browser" tests/kernels tests/test_numbers.py
+	$(OLDEST) -m pytest -q -n auto --dist worksteal --durations=25 -m "not slow and not peers and not browser" tests/kernels tests/test_numbers.py tests/test_compiled.py
 
 # Beside the other packages, in at most ten minutes on two CPU cores. Results go to bench/DATE-TIME.
 bench: $(PEERS_READY)

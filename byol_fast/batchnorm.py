@@ -356,7 +356,7 @@ class _ByFormula(torch.autograd.Function):
         ctx.save_for_backward(input_VB, weight, mean_VC, invstd_VC, count_V1)
         ctx.synchronised = synchronised
         ctx.mark_non_differentiable(mean_VC, unbiased_VC)
-        return y.to(input_VB.dtype), mean_VC, unbiased_VC
+        return _in(input_VB.dtype, y), mean_VC, unbiased_VC
 
     @staticmethod
     @once_differentiable
@@ -380,9 +380,9 @@ class _ByFormula(torch.autograd.Function):
         dx = dx * _per_channel(invstd_VC if weight is None else invstd_VC * weight, x_VB)
         needed = ctx.needs_input_grad
         return (
-            dx.to(input_VB.dtype) if needed[0] else None,
-            dweight.to(weight.dtype) if needed[1] else None,
-            dbias.to(weight.dtype if weight is not None else dbias.dtype) if needed[2] else None,
+            _in(input_VB.dtype, dx) if needed[0] else None,
+            _in(weight.dtype, dweight) if needed[1] else None,
+            _in(weight.dtype if weight is not None else dbias.dtype, dbias) if needed[2] else None,
             None,
             None,
         )
@@ -390,7 +390,12 @@ class _ByFormula(torch.autograd.Function):
 
 def _accumulated(x: Tensor) -> Tensor:
     """In the dtype that sums are taken in."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x if x.dtype == torch.float64 else _in(torch.float32, x)
+
+
+def _in(dtype: torch.dtype, x: Tensor) -> Tensor:
+    """In a dtype. torch 2.11 compiles a `to` that changes nothing, of what a function returns, to a zero gradient."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _over(x_VB: Tensor) -> list[int]:

@@ -324,7 +324,7 @@ class BYOL(SelfSupervisedTask):
     def training_output(self, view1: Tensor, view2: Tensor) -> TaskOutput:
         """See `SelfSupervisedTask.training_output`; the collapse meter is of the target's projections."""
         outputs, features = self._outputs(view1, view2)
-        return _loss_and_meter(*outputs)._replace(features=features)
+        return TaskOutput(*_loss_and_meter(*outputs), features)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Parameters of the online encoder, projector and predictor, in this order."""
@@ -347,11 +347,11 @@ class BYOL(SelfSupervisedTask):
         ema_update_(self.target_parameters(), self._followed_parameters(), tau)
 
 
-def _loss_and_meter(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> TaskOutput:
+def _loss_and_meter(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
     """BYOL's loss, and the collapse meter over both views from the same pass over the data."""
     with phase("loss"):
         loss, stats = byol_loss_with_stats(p1, p2, z1, z2)
-    return TaskOutput(loss, stats.z_std.mean() * math.sqrt(z1.shape[1]))
+    return loss, stats.z_std.mean() * math.sqrt(z1.shape[1])
 
 
 class SimSiam(SelfSupervisedTask):
@@ -449,8 +449,8 @@ class SimSiam(SelfSupervisedTask):
     def training_output(self, view1: Tensor, view2: Tensor) -> TaskOutput:
         """See `SelfSupervisedTask.training_output`; the collapse meter is of the projections."""
         outputs, features = self._outputs(view1, view2)
-        output = _loss_and_meter(*outputs)
-        return output._replace(loss=_from_byol(output.loss), features=features)
+        loss, meter = _loss_and_meter(*outputs)
+        return TaskOutput(_from_byol(loss), meter, features)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Parameters of the encoder, the projector and the predictor, in this order."""

@@ -1,4 +1,4 @@
-"""`make gpu-test` and `make gpu-bench` without a GPU: a rehearsal of some parts, so that none of it rots; slow: of all."""
+"""`make gpu-test` and `make gpu-bench` without a GPU: some parts are rehearsed, so that none of it rots; slow: all."""
 
 from __future__ import annotations
 
