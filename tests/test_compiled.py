@@ -1,4 +1,4 @@
-"""What torch.compile makes of the training pass: the same gradients. Without inductor, so that it is a matter of seconds.
+"""What torch.compile makes of the training pass: the same gradients. Without inductor, so that it takes seconds.
 
 Runs on the oldest supported torch, too, whose tracer has other faults than the newest's.
 """
@@ -18,7 +18,7 @@ def test_gradients_of_a_compiled_pass_are_the_eager_ones(method: type[SelfSuperv
     encoder = torch.nn.Sequential(
         torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1)
     )
-    task = method(encoder, hidden_dim=16, projection_dim=8, image_size=16).to(dtype)  # type: ignore[call-arg]
+    task = method(encoder, hidden_dim=16, projection_dim=8, image_size=16).to(dtype)
     view1, view2 = torch.randn(2, 6, 3, 16, 16, dtype=dtype)
     start = {name: t.clone() for name, t in task.state_dict().items()}
     found = {}
