@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
     # The longest first, so that none is left running alone.
-    order = sorted(CAPABILITIES, key=lambda name: name not in {"kernels", "step", "training", "parity"})
+    order = sorted(CAPABILITIES, key=lambda name: name not in {"kernels", "step", "tuned", "training"})
     waiting = [name for name in order if name in (options.only or CAPABILITIES)]
     running: list[Run] = []
     outcomes: dict[str, Outcome] = {}

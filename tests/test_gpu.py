@@ -349,9 +349,9 @@ def test_programs_of_an_encoder_that_a_gpu_trained(gpu: Config, tmp_path: Path, 
     assert made.difference is not None and made.difference <= LIMIT * made.largest
 
 
-@pytest.mark.gpu("step")
+@pytest.mark.gpu("tuned")
 def test_the_tuned_step_is_the_eager_one(gpu: Config) -> None:
-    """What a run does by default: max-autotune, then a graph. The slowest test, so the last."""
+    """What a run does by default: max-autotune, then a graph."""
     short = {"steps": 6, "data.loader": "torchvision", "optim.warmup_steps": 2, "optim.lr": 0.2, "precision": "bf16"}
     eager = losses(gpu, **short, name="eager", log_every=1)
     assert_alike(losses(gpu, **short, name="tuned", mode=mode_here("graph"), log_every=1), eager, "bf16")
