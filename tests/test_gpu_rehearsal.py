@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import gpu_bench
 from byol_fast.profiling import inductor
+from tests import gpu_report
 from tests.gpu import CAPABILITIES
 from tests.gpu_report import Outcome, details, line
 
@@ -33,58 +33,56 @@ FOR_DALI = {
 NEVER_IMPORTED = {"hydra-core"}  # lightly's command line; its antlr has no wheel
 
 
-def run(module: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=3600,
-        check=False,
-        env={**os.environ, **variables},
-    )
+@pytest.fixture(autouse=True)
+def _environment_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both commands tell their processes by variables what they are; those of this process are put back."""
+    for name in ("BYOL_FAST_REHEARSE", "PYTHONPATH"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
 
 
-def test_a_part_of_the_tests_is_rehearsed(tmp_path: Path) -> None:
-    done = run("tests.gpu_report", "--rehearse", "--only", "knn", "sass", "--jobs", "1", "--logs", str(tmp_path))
-    told = {text.split()[0]: text for text in done.stdout.splitlines() if text.split()[:1] and text[0] != " "}
-    assert done.returncode == 0, done.stdout + (tmp_path / "knn.log").read_text()[-3000:]
-    assert told["knn"].split()[1] == "ok" and told["sass"].split()[1] == "ok"
+def test_a_part_of_the_tests_is_rehearsed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--rehearse", "--only", "knn", "--logs", str(tmp_path), "-k", "neighbours_are"]
+    assert gpu_report.main(arguments) == 0, (tmp_path / "knn.log").read_text()[-3000:]
+    assert re.search(r"^knn +ok .*: 3 passed$", capfd.readouterr().out, flags=re.MULTILINE)
 
 
-def test_without_a_gpu_everything_is_skipped_and_says_why(tmp_path: Path) -> None:
-    done = run("tests.gpu_report", "--only", "ddp", "--logs", str(tmp_path), CUDA_VISIBLE_DEVICES="")
-    assert done.returncode == 0
-    assert re.search(r"^ddp +skipped .*needs a CUDA device", done.stdout, flags=re.MULTILINE)
-
-
-def test_a_part_of_the_benchmark_is_rehearsed(tmp_path: Path) -> None:
-    done = run("benchmarks.gpu_bench", "--rehearse", "--only", "data", "--save", str(tmp_path))
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_a_part_of_the_benchmark_is_rehearsed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert gpu_bench.main(["--rehearse", "--only", "ceilings", "--save", str(tmp_path)]) == 0, capfd.readouterr()
     text = (tmp_path / "summary.md").read_text()
     assert "no figure means anything" in text and "kernels has no results" in text
-    suites = json.loads((tmp_path / "data.json").read_text())["suites"]
-    assert {c["name"] for s in suites for c in s["contenders"]} >= {"ours: resident", "ours: torchvision + kernels"}
+    content = json.loads((tmp_path / "ceilings.json").read_text())
+    assert {one["dtype"] for one in content["ceilings"]} == {"bf16", "tf32", "fp32"}
+    assert content["environment"]["device"] == "cpu" and (tmp_path / "environment.json").exists()
 
 
-def test_a_rehearsal_never_lands_among_the_results() -> None:
+def test_a_rehearsal_never_lands_among_the_results(capfd: pytest.CaptureFixture[str]) -> None:
     into = ROOT / "benchmarks" / "results" / "a_gpu"
-    done = run("benchmarks.gpu_bench", "--rehearse", "--only", "data", "--save", str(into))
-    assert done.returncode == 2 and "must stay out of benchmarks/results" in done.stderr
+    with pytest.raises(SystemExit):
+        gpu_bench.main(["--rehearse", "--only", "data", "--save", str(into)])
+    assert "must stay out of benchmarks/results" in capfd.readouterr().err
     assert not into.exists()
 
 
 @pytest.mark.slow
-def test_all_of_the_tests_are_rehearsed(tmp_path: Path) -> None:
-    done = run("tests.gpu_report", "--rehearse", "--logs", str(tmp_path))
-    assert done.returncode == 0, done.stdout
-    assert {text.split()[0] for text in done.stdout.splitlines() if " ok " in text} == set(CAPABILITIES)
+def test_without_a_gpu_everything_is_skipped_and_says_why(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpu_report.main(["--only", "ddp", "--logs", str(tmp_path)]) == 0
+    assert re.search(r"^ddp +skipped .*needs a CUDA device", capfd.readouterr().out, flags=re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_all_of_the_tests_are_rehearsed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code = gpu_report.main(["--rehearse", "--logs", str(tmp_path)])
+    told = capfd.readouterr().out
+    assert code == 0, told
+    assert {text.split()[0] for text in told.splitlines() if " ok " in text} == set(CAPABILITIES)
 
 
 @pytest.mark.slow
 def test_all_of_the_benchmark_is_rehearsed(tmp_path: Path) -> None:
-    done = run("benchmarks.gpu_bench", "--rehearse", "--save", str(tmp_path))
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert gpu_bench.main(["--rehearse", "--save", str(tmp_path)]) == 0
 
 
 # ------------------------------------------------------------------------------------------------ what it says
