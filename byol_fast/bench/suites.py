@@ -30,7 +30,7 @@ from byol_fast.data import ImageSource, open_source
 from byol_fast.precision import resolve_precision
 from byol_fast.trainer import resolve_device
 
-ROUNDS = {"peers": 9, "kernels": 11, "data": 5, "stages": 5, "step": 7, "end-to-end": 5}
+ROUNDS = {"peers": 7, "kernels": 11, "data": 5, "stages": 5, "step": 5, "end-to-end": 5}
 WARMUP = 2
 
 
