@@ -129,6 +129,15 @@ def load_encoder(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
         if not file.exists():
             raise FileNotFoundError(f"load_encoder: {file} does not exist; write it with `byol-fast export RUN`")
     description = json.loads(about.read_text())
+    saved = checkpoints.steps_in(weights.parent / "checkpoints")
+    if saved and saved[-1] > description["step"]:
+        log.warning(
+            "%s has an encoder of step %d, and a checkpoint of step %d: `byol-fast export %s` takes over the latter",
+            weights.parent,
+            description["step"],
+            saved[-1],
+            weights.parent,
+        )
     encoder = build_encoder(
         description["encoder"], image_size=description["image_size"], cifar_stem=description["cifar_stem"]
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from byol_fast.config import ConfigError
@@ -96,6 +96,12 @@ class LinearSettings(EvalSettings):
         _rates("lr", self.lr)
         _require(self.epochs >= 1, "epochs", "be 1 or more", self.epochs)
         _require(self.batch_size >= 1, "batch_size", "be 1 or more", self.batch_size)
+        of = {"fast": ("l2", "flip"), "reference": ("lr", "epochs", "batch_size")}
+        other = "reference" if self.protocol == "fast" else "fast"
+        for name in of[other]:
+            default = next(f.default for f in fields(self) if f.name == name)
+            rule = f"be left alone with protocol {self.protocol} (it belongs to {other})"
+            _require(getattr(self, name) == default, name, rule, getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

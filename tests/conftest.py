@@ -63,7 +63,8 @@ def tiny(npz: Path, tmp_path: Path) -> Config:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests marked `gpu` need a GPU, unless this is a rehearsal, and say what they show."""
     only, here = config.getoption("--capability", default=None), torch.cuda.is_available()
-    kept, others = [], []
+    kept: list[pytest.Item] = []
+    others: list[pytest.Item] = []
     for item in items:
         capabilities = [argument for marker in item.iter_markers("gpu") for argument in marker.args or ("",)]
         if unknown := set(capabilities) - set(CAPABILITIES):

@@ -123,6 +123,14 @@ def test_what_is_noise_and_what_is_not_depends_on_the_rounds(tmp_path: Path) -> 
     assert change.verdict == "same"
 
 
+def test_short_calls_depend_on_where_their_tensors_lie(tmp_path: Path) -> None:
+    for name, ours in (("a", 1.0), ("b", 1.2), ("c", 1.4)):
+        times = {"textbook": rounds(2e-3, 0.01, 0), "ours": rounds(ours * 1e-3, 0.01, 1)}
+        results(times, baseline="textbook").save(tmp_path / name)
+    assert [c.verdict for c in compare(tmp_path / "a", tmp_path / "b")] == ["same"]
+    assert [c.verdict for c in compare(tmp_path / "a", tmp_path / "c")] == ["slower"]
+
+
 @pytest.mark.slow
 def test_planted_slowdown_of_real_work(tmp_path: Path) -> None:
     x = torch.randn(128, 128)

@@ -26,6 +26,7 @@ from byol_fast.evaluate import Subject, evaluate_finetune, evaluate_knn, evaluat
 from byol_fast.evaluate.finetune import DivergedError
 from byol_fast.evaluate.progress import Progress
 from byol_fast.evaluate.subsets import balanced_subset
+from byol_fast.protocols import LinearSettings
 
 SIZE = 12
 CLASSES = ("red", "green", "blue")
@@ -377,3 +378,17 @@ def test_help_needs_no_torch() -> None:
     assert "--labels" in shown
     assert "a smaller share is a part of a larger one" in " ".join(shown.replace("│", " ").split())
     assert shown.split()[-1] == "False"
+
+
+def test_options_of_the_other_linear_protocol_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"lr must be left alone with protocol fast \(it belongs to reference\)"):
+        LinearSettings(lr=(99.0,))
+    with pytest.raises(ConfigError, match="flip must be left alone with protocol reference"):
+        LinearSettings(protocol="reference", flip=True)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(subject: Subject, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be written"):
+        evaluate_knn(subject, planted(30, 0), planted(30, 1), k=(1,), to=tmp_path / "file")
+    assert not Watched.ran

@@ -13,6 +13,9 @@ from byol_fast.bench.results import SuiteResult, load
 
 SMALLEST = 0.08
 """Changes below this share are never called so: machines and clocks drift that much between two runs."""
+SMALLEST_OF_SHORT = 0.25
+"""The same for calls of less than `SHORT` seconds: where the tensors of a process happen to lie is worth that much."""
+SHORT = 0.01
 ERRORS = 4.0
 """Standard errors of the two medians together that a change must exceed."""
 
@@ -68,7 +71,8 @@ def compare(before: Path, after: Path) -> list[Change]:
                 first, second = (_samples(suite, contender.name, both) for suite in (old, new))
                 error = math.hypot(_error(first), _error(second))
                 medians = float(np.median(first)), float(np.median(second))
-                changes.append(Change(old.name, contender.name, both, *medians, max(SMALLEST, ERRORS * error)))
+                smallest = SMALLEST_OF_SHORT if contender.timing.median < SHORT else SMALLEST
+                changes.append(Change(old.name, contender.name, both, *medians, max(smallest, ERRORS * error)))
     if not changes:
         raise ValueError(f"bench compare: {before} and {after} must have a suite in common, but have none")
     return changes

@@ -37,7 +37,7 @@ class Options:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to measure."""
     threads: int = 0
-    """Threads of each contender on a CPU. With 1, the default, CPU time is measured, else time by the clock."""
+    """Threads of each contender on a CPU; 0 is 1 there. With 1 CPU time is measured, else time by the clock."""
     rounds: int = 0
     """Interleaved rounds that count; 0: from 5 to 11, by suite."""
     steps_per_round: int = 1

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from byol_fast import config as configs
 from byol_fast import cpu
-from byol_fast.checkpoint import steps_in
 from byol_fast.config import Config, ConfigError
 from byol_fast.data import ImageSource, SourceError, eval_batches, open_source, split
 from byol_fast.evaluate.embed import calibrated, embed
@@ -86,15 +85,6 @@ def load_subject(path: str | Path) -> Subject:
     encoder, about = load_encoder(path)
     folder = path if path.is_dir() else path.parent
     run = configs.load(folder / "config.json") if (folder / "config.json").exists() else None
-    saved = steps_in(folder / "checkpoints")
-    if saved and saved[-1] > about["step"]:
-        log.warning(
-            "%s has an encoder of step %d, and a checkpoint of step %d: `byol-fast export %s` takes over the latter",
-            folder,
-            about["step"],
-            saved[-1],
-            folder,
-        )
 
     def fresh() -> nn.Module:
         return build_encoder(

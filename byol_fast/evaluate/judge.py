@@ -32,7 +32,7 @@ from byol_fast.evaluate.inputs import (
 from byol_fast.evaluate.knn import knn_rankings
 from byol_fast.evaluate.linear import Heads, sweep_logistic
 from byol_fast.evaluate.progress import Progress
-from byol_fast.evaluate.results import Baseline, Evaluation, write
+from byol_fast.evaluate.results import Baseline, Evaluation, check_writable, write
 from byol_fast.evaluate.scores import Scores, accuracy, ranked, score
 from byol_fast.evaluate.subsets import balanced_subset, hold_out
 from byol_fast.networks import feature_dim
@@ -211,6 +211,8 @@ class _Job(Generic[S]):
     ) -> None:
         self.began = time.monotonic()
         self.settings, self.to = settings, to
+        if to is not None:
+            check_writable(to)  # now, and not when the work is done
         self.progress = progress or Progress()
         self.workplace = Workplace(settings, self.progress)
         self.subject = encoder if isinstance(encoder, Subject) else load_subject(encoder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,20 @@ class Evaluation:
             "date": self.date,
             "environment": self.environment,
         }
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder, and try to write into it.
+
+    Raises:
+        ConfigError: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"eval: {folder} cannot be written ({error}); choose another folder with --to") from None
 
 
 def write(evaluation: Evaluation, folder: Path) -> list[Path]:
