@@ -99,4 +99,7 @@ def summary(make: Callable[[], Config]) -> str:
 
 def summarise(result: RunResult) -> None:
     """Where a run's results lie."""
-    print(f"encoder: {result.encoder}\nmetrics: {result.run_dir / 'metrics.jsonl'}\nrun folder: {result.run_dir}")
+    print(f"encoder: {result.encoder}\nmetrics: {result.run_dir / 'metrics.jsonl'}")
+    if (result.run_dir / "report.html").exists():
+        print(f"report: {result.run_dir / 'report.html'}")
+    print(f"run folder: {result.run_dir}")

@@ -216,7 +216,8 @@ def sweep_logistic(
         del part
         assert start is not None
         chosen = start.l2
-        if chosen in (downwards[0], downwards[-1]):
+        tied = sum(right == best for _, right in candidates) > 1  # a weaker one is as good: nothing points beyond
+        if chosen in (downwards[0], downwards[-1]) and not tied:
             log.warning("the best l2, %g, is at the edge of its candidates: others beyond it may be better", chosen)
     everything = LogisticProblem(torch.cat(list(views)), y.repeat(len(views)), num_classes=num_classes)
     final = everything.fit(chosen, start=start)

@@ -71,11 +71,13 @@ def health(run: RunFiles) -> list[tuple[str, str]]:
     if len(judged) > 1 and judged[0]["step"] == 0:
         before, after = judged[0]["knn_top1"], judged[-1]["knn_top1"]
         gain = round(100 * after, 1) - round(100 * before, 1)
+        apart = f"{abs(gain):.1f} points {'above' if gain > 0 else 'below'}"
+        against = apart if abs(gain) >= 0.05 else "as many as with"
         text = (
-            f"Nearest neighbours vote for the right class of {after:.1%} of the images, {abs(gain):.1f} points "
-            f"{'above' if gain > 0 else 'below'} the untrained encoder ({before:.1%})."
+            f"Nearest neighbours vote for the right class of {after:.1%} of the images, {against} the untrained "
+            f"encoder ({before:.1%})."
         )
-        said.append(("good" if gain > 0 else "warn", text))
+        said.append(("good" if gain >= 0.05 else "warn", text))
     said += [("warn", text) for found in run.evaluations for text in _behind(found)]
     undone = sum(bool(r.get("undone")) for r in run.steps)
     if undone:
