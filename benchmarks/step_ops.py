@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,7 +98,7 @@ def main() -> None:
             writer = csv.writer(file)
             writer.writerow(("provider", "ops", "host_syncs"))
             writer.writerows((name, *asked) for name, asked in found)
-        record = environment.describe(torch.device("cpu")) | {"date": time.strftime("%Y-%m-%d")}
+        record = environment.measured_on(torch.device("cpu"))
         atomic_write(arguments.save / "environment.json", json.dumps(record, indent=2) + "\n")
 
 

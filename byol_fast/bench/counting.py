@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import importlib.util
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -15,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from byol_fast.bench.results import Results
 from byol_fast.bench.timing import Timing, interleaved
+from byol_fast.environment import version
 
 Case = Callable[[], object]
 COPIED = 128 << 20  # bytes: beyond every cache
@@ -174,10 +174,5 @@ def finished(case: Case, device: torch.device, calls: int = 1) -> Case:
 
 def peer_versions() -> dict[str, str]:
     """Versions of the other packages, those that are installed."""
-    found = {}
-    for name in ("lightly", "timm", "kornia", "byol-pytorch", "stable-pretraining"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    names = ("lightly", "timm", "kornia", "byol-pytorch", "stable-pretraining")
+    return {name: found for name in names if (found := version(name)) is not None}

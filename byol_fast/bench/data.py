@@ -13,7 +13,6 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -32,6 +31,7 @@ from byol_fast.data.loader import dali_installed
 from byol_fast.data.sources import ArraySource, EncodedSource
 from byol_fast.data.torchvision_loader import decoded
 from byol_fast.data.views import crop_windows, draw
+from byol_fast.environment import version
 from byol_kernels import resized_crop
 
 JPEG_VIEWS = (ViewConfig(), ViewConfig(blur=0.1, solarize=0.2))
@@ -161,7 +161,7 @@ def peers(
             found["torchvision v1, PIL, Gaussian blur"] = by_torchvision(v1, source.load, gaussian, to_tensor)
         gaussian = v2.GaussianBlur(views[0].blur_kernel, sigma)
         found["torchvision v2, tensors"] = by_torchvision(v2, tensor, gaussian, [])
-        if version := installed("lightly"):
+        if found_version := installed("lightly"):
             from lightly.transforms.byol_transform import BYOLTransform, BYOLView1Transform, BYOLView2Transform
 
             kinds = (BYOLView1Transform, BYOLView2Transform)
@@ -171,19 +171,20 @@ def peers(
                     for kind, v in zip(kinds, views, strict=True)
                 )
             )
-            found[f"lightly {version} BYOLTransform (bilinear crops)"] = one_by_one(source.load, list(both.transforms))
-    if version := installed("kornia"):
-        found[f"kornia {version} (crops without antialias)"] = kornia_views(source, views, device, turn)
+            found[f"lightly {found_version} BYOLTransform (bilinear crops)"] = one_by_one(
+                source.load, list(both.transforms)
+            )
+    if found_version := installed("kornia"):
+        found[f"kornia {found_version} (crops without antialias)"] = kornia_views(source, views, device, turn)
     return found
 
 
 def installed(package: str) -> str | None:
     """Version of a package, or None with a line that says so."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
+    found = version(package)
+    if found is None:
         print(f"{package} is not installed: left out (pip install byol_fast[peers])")
-        return None
+    return found
 
 
 def iter_numbers(n: int, count: int) -> Iterator[list[int]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from byol_fast import environment
 from byol_fast.bench.processes import Job
 from byol_fast.capture import CapturedStep, Mode, compiled
 from byol_fast.config import OptimConfig
@@ -391,16 +391,13 @@ class Contender:
 
     @property
     def version(self) -> str:
-        """Of that distribution."""
-        return importlib.metadata.version(self.needs) if self.needs else ""
+        """Of that distribution; nothing where it is missing or none is needed."""
+        return (environment.version(self.needs) or "") if self.needs else ""
 
     @property
     def is_installed(self) -> bool:
         """Whether it can be made here."""
-        try:
-            return bool(self.version or not self.needs)
-        except importlib.metadata.PackageNotFoundError:
-            return False
+        return bool(self.version or not self.needs)
 
     def job(self, problem: Problem) -> Job:
         """As a process needs it."""
