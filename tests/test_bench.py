@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import functools
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -39,9 +41,16 @@ def test_rounds_are_interleaved_and_the_warm_up_is_thrown_away() -> None:
         warmup=1,
         clock=lambda: now[0],
     )
-    assert calls == ["a", "b"] * 4
+    assert [sorted(calls[i : i + 2]) for i in range(0, 8, 2)] == [["a", "b"]] * 4
     assert times["a"].seconds == (2.0, 2.0, 2.0)
     assert times["b"].seconds == (3.0, 3.0, 3.0)
+
+
+def test_no_case_always_follows_the_same_other_one() -> None:
+    calls: list[str] = []
+    interleaved({name: functools.partial(calls.append, name) for name in "abc"}, rounds=12, warmup=0)
+    followed = {pair for pair in itertools.pairwise(calls) if pair[0] != pair[1]}
+    assert followed == set(itertools.permutations("abc", 2))
 
 
 def test_ratio_is_taken_round_by_round() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Time every case once a round, so that whatever slows the machine down slows all of them.
 
+    The order is drawn anew each round: no case always pays for what the same other one left in caches and heap.
+
     Args:
         cases: name and what to call. A call must be done when it returns (synchronise a GPU inside).
         rounds: rounds that count.
@@ -41,8 +44,10 @@ def interleaved(
     if not cases or rounds < 1:
         raise ValueError(f"interleaved: cases and rounds must be at least one, got {len(cases)} and {rounds}")
     seconds: dict[str, list[float]] = {name: [] for name in cases}
+    order, draw = list(cases.items()), random.Random(0)
     for number in range(warmup + rounds):
-        for name, call in cases.items():
+        draw.shuffle(order)
+        for name, call in order:
             begin = clock()
             call()
             elapsed = clock() - begin

@@ -324,12 +324,12 @@ def _glance(columns: Sequence[Column]) -> bytes:
     strides and the number of elements of a dense tensor stand for its shape. In one piece, because reading a thousand
     objects that fell out of the cache takes longer than making them.
     """
-    facts = array("q")
+    facts: list[int] = []  # an array grows one number at a time
     for column in columns:
         for fact in (id, Tensor.data_ptr, Tensor.numel):
-            facts.extend(map(fact, column.tensors))
-        facts.extend(chain.from_iterable(map(Tensor.stride, column.tensors)))
-    return facts.tobytes()
+            facts += map(fact, column.tensors)
+        facts += chain.from_iterable(map(Tensor.stride, column.tensors))
+    return array("q", facts).tobytes()
 
 
 def _not_warmed_up(what: str) -> RuntimeError:

@@ -194,8 +194,9 @@ def ema_update_(
                 "pass the parameters of two networks of the same architecture"
             )
     if target:
+        update = _ema_update_cpu if reference.is_plain(target[0]) else torch.ops.byol_kernels.ema_update_.default
         with torch.no_grad():
-            torch.ops.byol_kernels.ema_update_.default(target, online, tau_tensor, tau_float, copies)
+            update(target, online, tau_tensor, tau_float, copies)
 
 
 def check_tau(what: str, tau: float | Tensor) -> tuple[Tensor | None, float]:

@@ -536,7 +536,8 @@ class LARS(torch.optim.Optimizer):
         target_copy_rows, target_copies = _present(copy_of.get(id(target_of.get(id(p)))) for p in params)
         groups = self.param_groups
         group_of = [g for g, group in enumerate(groups) for _ in group["params"]]
-        torch.ops.byol_kernels.lars_step_.default(
+        step = _lars_step_cpu if reference.is_plain(params[0]) else torch.ops.byol_kernels.lars_step_.default
+        step(
             params,
             [_dense_grad(params[row], row) for row in grad_rows],
             [self._momentum_buffer(params[row]) for row in grad_rows],

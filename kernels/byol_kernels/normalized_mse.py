@@ -6,8 +6,9 @@ For a prediction p and a target projection z, row by row (Grill et al. 2020, arX
     l(p, z) = 2 - 2 cos                                    (= |p_hat - z_hat|^2 for rows no shorter than eps)
     dl/dp = 2 (cos p_hat - z_hat) / max(|p|, eps)          (the part along p_hat is 0 where |p| < eps)
 
-No gradient flows to z. The forward stores dcos/dp of each row in the dtype of p; the backward is one multiplication by
-`-2 grad_loss / B`. So a float16 gradient is not pushed into subnormals before a loss scale reaches it.
+No gradient flows to z. The forward stores the gradient of the loss in the dtype of p, and the backward multiplies it by
+the upstream gradient; on a CPU, where that can be looked at, a plain `loss.backward()` takes it as it is. In float16
+the factor -2 / B is left to the backward, or the gradient would be in the subnormals before a loss scale reaches it.
 
 The kernel: one program per block of rows of one pair. Each writes the sum of its row losses; the program that
 draws the last ticket adds these partial sums in a fixed order, so the result does not depend on the order in
@@ -86,6 +87,7 @@ def _normalized_mse_fwd_kernel(
     dim: tl.tensor,
     rows_per_program: tl.tensor,
     eps: tl.tensor,
+    grad_factor: tl.tensor,  # what dcos/dp is stored times
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr,  # power of two >= G
@@ -134,7 +136,7 @@ def _normalized_mse_fwd_kernel(
         loss_sum += tl.where(valid, row_loss, 0.0)
         if grad_a_ptr is not None:
             along = tl.where(p_norm < eps, 0.0, cosine)
-            grad = (z_hat - p_hat * along[:, None]) * p_scale[:, None]
+            grad = (z_hat - p_hat * along[:, None]) * (p_scale * grad_factor)[:, None]
             at = rows.to(tl.int64)[:, None] * dim + cols[None, :]
             tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=mask)
         if moments_ptr is not None:
@@ -200,12 +202,12 @@ def _normalized_mse_fwd_kernel(
 @jit
 def _normalized_mse_bwd_kernel(
     grad_loss_ptr: tl.tensor,  # []
-    grad_a_ptr: tl.tensor,  # [B, D] dcos/dp of each row
+    grad_a_ptr: tl.tensor,  # [B, D] as the forward stored it
     grad_b_ptr: tl.tensor,  # [B, D], or None: one pair
     out_a_ptr: tl.tensor,  # [B, D]
     out_b_ptr: tl.tensor,  # [B, D], or None
     numel: tl.tensor,
-    batch: tl.tensor,
+    factor: tl.tensor,  # what the forward left out
     BLOCK: tl.constexpr,
 ) -> None:
     grad_ptr = grad_a_ptr
@@ -215,7 +217,7 @@ def _normalized_mse_bwd_kernel(
         out_ptr = tl.where(tl.program_id(1) == 0, out_a_ptr, out_b_ptr)
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < numel
-    scale = tl.load(grad_loss_ptr).to(tl.float32) * -2.0 / batch
+    scale = tl.load(grad_loss_ptr).to(tl.float32) * factor
     grad = tl.load(grad_ptr + offsets, mask=mask).to(tl.float32)
     tl.store(out_ptr + offsets, (grad * scale).to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -323,7 +325,7 @@ def _launch_fwd(
             pa.stride(0), za.stride(0), 0 if pb is None else pb.stride(0), 0 if zb is None else zb.stride(0),
             loss, grad_a, grad_b, row_loss, cosine, std,
             new(num_pairs * num_groups), moments, _TICKETS.counter(pa_BD.device),
-            batch, dim, rows_per_program, eps,
+            batch, dim, rows_per_program, eps, reference.factors(pa_BD)[0],
             BLOCK_B=block_b, BLOCK_D=block_d, BLOCK_G=next_power_of_2(num_groups),
             BLOCK_PARTIALS=next_power_of_2(num_pairs * num_groups), BLOCK_STD=BLOCK_STD,
             num_warps=num_warps, enable_fp_fusion=True,
@@ -346,13 +348,23 @@ def _normalized_mse_bwd_cuda(
     out_a, out_b = torch.empty_like(grad_a), None if grad_b is None else torch.empty_like(grad_b)
     with device_guard(grad_a):
         _normalized_mse_bwd_kernel[(-(-out_a.numel() // BLOCK_BWD), 1 if grad_b is None else 2)](
-            grad_loss, grad_a, grad_b, out_a, out_b, out_a.numel(), grad_a.shape[0],
+            grad_loss, grad_a, grad_b, out_a, out_b, out_a.numel(), reference.factors(grad_a)[1],
             BLOCK=BLOCK_BWD, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return out_a, grad_a.new_empty(0) if out_b is None else out_b
 
 
 # -------------------------------------------------------------------------------- operators
+
+
+def _normalized_mse_fwd_cpu(
+    pa_BD: Tensor, za_BD: Tensor, pb_BD: Tensor | None, zb_BD: Tensor | None, eps: float, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss, grad_a, grad_b = reference.normalized_mse_fwd(pa_BD, za_BD, pb_BD, zb_BD, eps, with_grad)
+    # Those of a small batch are halves of one tensor, but the outputs of an operator must not share memory.
+    shared = grad_a.untyped_storage().data_ptr() == grad_b.untyped_storage().data_ptr()
+    return loss, grad_a, grad_b.clone() if shared else grad_b
+
 
 # What is not there is empty: the second gradient of one pair, and gradients that were not asked for.
 _IN = "(Tensor pa, Tensor za, Tensor? pb, Tensor? zb, float eps, bool with_grad)"
@@ -373,12 +385,18 @@ torch.library.define(
     "(Tensor grad_loss, Tensor grad_a, Tensor? grad_b, Tensor pa, Tensor? pb) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-torch.library.impl("byol_kernels::normalized_mse_fwd", "CPU", reference.normalized_mse_fwd)
+torch.library.impl("byol_kernels::normalized_mse_fwd", "CPU", _normalized_mse_fwd_cpu)
 torch.library.impl("byol_kernels::normalized_mse_fwd", "CUDA", _normalized_mse_fwd_cuda)
 torch.library.impl("byol_kernels::normalized_mse_stats_fwd", "CPU", reference.normalized_mse_stats_fwd)
 torch.library.impl("byol_kernels::normalized_mse_stats_fwd", "CUDA", _normalized_mse_stats_fwd_cuda)
 torch.library.impl("byol_kernels::normalized_mse_bwd", "CPU", reference.normalized_mse_bwd)
 torch.library.impl("byol_kernels::normalized_mse_bwd", "CUDA", _normalized_mse_bwd_cuda)
+
+
+_ON_CPU = {
+    torch.ops.byol_kernels.normalized_mse_fwd.default: reference.normalized_mse_fwd,
+    torch.ops.byol_kernels.normalized_mse_stats_fwd.default: reference.normalized_mse_stats_fwd,
+}
 
 
 def _fwd_fake(
@@ -422,8 +440,11 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, op: Any, pa: Tensor, za: Tensor, pb: Tensor | None, zb: Tensor | None, eps: float) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            output = op(pa, za, pb, zb, eps, True)
+        if reference.is_plain(pa):
+            output = _ON_CPU[op](pa, za, pb, zb, eps, True)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                output = op(pa, za, pb, zb, eps, True)
         ctx.set_materialize_grads(False)  # else the backward fills a tensor of zeros for every output but the loss
         ctx.save_for_backward(output[1], None if pb is None else output[2], pa, pb)
         ctx.mark_non_differentiable(*output[1:])
@@ -433,13 +454,16 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * 6
+        grad_a, grad_b, pa, pb = ctx.saved_tensors
         op = torch.ops.byol_kernels.normalized_mse_bwd.default
         if torch.is_grad_enabled():  # by create_graph=True: through the autograd that refuses
-            grad_a, grad_b = op(grad_loss, *ctx.saved_tensors)
-        else:
+            grad_a, grad_b = op(grad_loss, grad_a, grad_b, pa, pb)
+        elif not reference.is_plain(grad_loss):
             with torch._C._AutoDispatchBelowAutograd():
-                grad_a, grad_b = op(grad_loss, *ctx.saved_tensors)
-        return None, grad_a, None, grad_b if grad_b.numel() else None, None, None
+                grad_a, grad_b = op(grad_loss, grad_a, grad_b, pa, pb)
+        elif grad_loss.item() * reference.factors(grad_a)[1] != 1.0:
+            grad_a, grad_b = reference.normalized_mse_bwd(grad_loss, grad_a, grad_b, pa, pb)
+        return None, grad_a, None, None if pb is None else grad_b, None, None
 
 
 def _autograd_of(name: str) -> None:

@@ -9,17 +9,42 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from byol_kernels._multi_tensor import same_layout
 
-_BLOCK = 1 << 18
-"""Elements that are taken at a time: what one operation wrote is still in the cache when the next one reads it, and
-a float32 sum over this many stays exact to 1e-6."""
+# Elements that are taken at a time, so that what one operation wrote is still in the cache when the next one reads it.
+_BLOCK = 1 << 20
+_BLOCK_TO_CONVERT = 1 << 18
+_SMALL = 1 << 16
+"""Elements of a prediction up to which every operator costs more than its arithmetic."""
+_ROW = 1024
+"""A float32 sum over many elements, one after the other, loses digits: squares are summed in rows."""
+
+
+def is_plain(x: Tensor) -> bool:
+    """A tensor on the CPU that nobody traces, records or stands in for: its operators can be called as functions.
+
+    The way through the dispatcher takes a tenth of the time of the loss of a small batch.
+    """
+    return (
+        x.is_cpu
+        and type(x) in (Tensor, Parameter)
+        and not is_in_torch_dispatch_mode()
+        and not torch.compiler.is_compiling()
+    )
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Sums are taken in float64 for float64 inputs and in float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def factors(p_BD: Tensor) -> tuple[float, float]:
+    """What the forward of the loss multiplies dcos/dp by before it stores it, and what it leaves to the backward."""
+    mean = -2.0 / p_BD.shape[0]
+    return (1.0, mean) if p_BD.dtype == torch.float16 else (mean, 1.0)
 
 
 def normalized_mse_fwd(
@@ -28,27 +53,42 @@ def normalized_mse_fwd(
     """Loss and gradients of one or two (prediction, target) pairs on the CPU; see `normalized_mse.py`.
 
     Returns:
-        loss [], gradient of the cosines by each prediction [B, D]; empty where not asked for.
+        loss [], gradient by each prediction [B, D] as `normalized_mse.py` stores it; empty where not asked for.
     """
     inputs = [pa_BD, za_BD] if pb_BD is None or zb_BD is None else [pa_BD, pb_BD, za_BD, zb_BD]
     num_pairs, (batch, dim) = len(inputs) // 2, pa_BD.shape
     dtype, acc = pa_BD.dtype, accumulation_dtype(pa_BD.dtype)
-    # What has to be converted is taken in blocks that are still in the cache when they are used.
-    block = batch if dtype == acc else max(_BLOCK // dim, 1)
-    grads, cosines = [], 0.0
-    for start in range(0, batch, block):
-        rows = slice(start, start + block)
-        part = _normalized_mse_block(inputs if block >= batch else [x[rows] for x in inputs], eps)
+    factor, _ = factors(pa_BD)
+    grads: list[Tensor] = []
+    total = 0.0
+    if batch * dim <= _SMALL:  # all rows at once
+        x = torch.cat(inputs)
+        x = x if dtype == acc else x.to(acc)
+        p, z = x.chunk(2)
+        part = _normalized_mse_rows(p, z, torch.linalg.vector_norm(x, dim=1), eps, factor)
         if part is None:
             return normalized_mse_stats_fwd(pa_BD, za_BD, pb_BD, zb_BD, eps, with_grad)[:3]
-        cosines += part[1]
-        if block >= batch:
-            grads = part[0] if dtype == acc else [grad.to(dtype) for grad in part[0]]
-        else:
-            grads = grads or [pa_BD.new_empty((batch, dim)) for _ in part[0]]
-            for whole, grad in zip(grads, part[0], strict=True):
-                whole[rows] = grad
-    loss = min(max(2.0 * num_pairs - 2.0 * cosines / batch, 0.0), 4.0 * num_pairs)
+        grad, total = part
+        grads.extend((grad if dtype == acc else grad.to(dtype)).chunk(num_pairs))
+    else:
+        # What has to be converted is taken in blocks that are still in the cache when they are used.
+        block = batch if dtype == acc else max(_BLOCK_TO_CONVERT // dim, 1)
+        for p_BD, z_BD in zip(inputs[:num_pairs], inputs[num_pairs:], strict=True):
+            if block < batch:
+                grads.append(p_BD.new_empty((batch, dim)))
+            for start in range(0, batch, block):
+                rows = slice(start, start + block)
+                p, z = p_BD[rows].to(acc).contiguous(), z_BD[rows].to(acc).contiguous()
+                norms = torch.cat([torch.linalg.vector_norm(x, dim=1) for x in (p, z)])
+                part = _normalized_mse_rows(p, z, norms, eps, factor)
+                if part is None:
+                    return normalized_mse_stats_fwd(pa_BD, za_BD, pb_BD, zb_BD, eps, with_grad)[:3]
+                if block < batch:
+                    grads[-1][rows] = part[0]
+                else:
+                    grads.append(part[0].to(dtype))
+                total += part[1]
+    loss = min(max(2.0 * num_pairs + total * (-2.0 / (batch * factor)), 0.0), 4.0 * num_pairs)
     return (
         pa_BD.new_full((), loss, dtype=acc),
         grads[0] if with_grad else pa_BD.new_empty(0),
@@ -56,32 +96,19 @@ def normalized_mse_fwd(
     )
 
 
-def _normalized_mse_block(inputs: Sequence[Tensor], eps: float) -> tuple[list[Tensor], float] | None:
-    """The gradients of some rows' cosines and the sum of these; None if the plain formula has to do it.
+def _normalized_mse_rows(p: Tensor, z: Tensor, norms: Tensor, eps: float, factor: float) -> tuple[Tensor, float] | None:
+    """`factor` times the gradients of some rows' cosines and times their sum; None if the plain formula has to do it.
 
-    On a typical batch every operator costs more than its arithmetic, so there are few of them. The backward of weight
-    normalisation is <p, z> / |p| and g / |p| (z - <p, z> p / |p|^2) of each row in one pass, with g = 1 / |z| here. It
-    knows neither eps nor overflow.
+    The backward of weight normalisation is <p, z> / |p| and g / |p| (z - <p, z> p / |p|^2) of each row in one pass,
+    with g = factor / |z| here. It knows neither eps nor overflow.
     """
-    first, num_pairs = inputs[0], len(inputs) // 2
-    acc = accumulation_dtype(first.dtype)
-    rows = [x.contiguous() if x.dtype == acc else x.float().contiguous() for x in inputs]
-    norm_KB = rows[0].new_empty((len(rows), first.shape[0]))
-    norms = norm_KB.unbind()
-    for x, norm in zip(rows, norms, strict=True):
-        torch.linalg.vector_norm(x, dim=1, out=norm)
-    shortest, longest = torch.aminmax(norm_KB)
+    shortest, longest = torch.aminmax(norms)
     if not (shortest.item() >= max(eps, 1e-15) and longest.item() <= 1e15):  # or one is NaN
         return None
-    grads, cosines = [], 0.0
-    for k in range(num_pairs):
-        z_scale = norms[num_pairs + k].reciprocal()
-        grad, dot = torch.ops.aten._weight_norm_interface_backward.default(
-            rows[num_pairs + k], rows[k], z_scale, norms[k], 0
-        )
-        grads.append(grad)
-        cosines += dot.mul_(z_scale).sum().item()
-    return grads, cosines
+    p_norm, z_norm = norms.chunk(2)
+    z_scale = z_norm.reciprocal().mul_(factor)
+    grad, dot = torch.ops.aten._weight_norm_interface_backward.default(z, p, z_scale, p_norm, 0)
+    return grad, torch.dot(dot, z_scale).item()
 
 
 def normalized_mse_stats_fwd(
@@ -90,11 +117,11 @@ def normalized_mse_stats_fwd(
     """Loss, gradients and statistics by the plain formula, on any device; see `normalized_mse.py`.
 
     Returns:
-        loss [], gradients of the cosines by each prediction [B, D] (empty where not asked for), row losses [N, B],
-        mean cosine [], std of the normalised inputs [2, N, D] (predictions, then targets).
+        loss [], gradient by each prediction [B, D] as `normalized_mse.py` stores it (empty where not asked for), row
+        losses [N, B], mean cosine [], std of the normalised inputs [2, N, D] (predictions, then targets).
     """
     pairs = [(pa_BD, za_BD)] if pb_BD is None or zb_BD is None else [(pa_BD, za_BD), (pb_BD, zb_BD)]
-    acc = accumulation_dtype(pa_BD.dtype)
+    acc, (factor, _) = accumulation_dtype(pa_BD.dtype), factors(pa_BD)
     grads, cosines, p_stds, z_stds = [pa_BD.new_empty(0), pa_BD.new_empty(0)], [], [], []
     for pair, (p_BD, z_BD) in enumerate(pairs):
         # The eps convention of F.normalize: x / max(|x|, eps).
@@ -109,7 +136,8 @@ def normalized_mse_stats_fwd(
         if with_grad:
             # Below eps the denominator is a constant, so the part along p_hat vanishes, as in F.normalize.
             along_B1 = torch.where(p_norm_B1 >= eps, cosine_B1, 0.0)
-            grads[pair] = z_hat_BD.addcmul_(p_hat_BD, along_B1, value=-1.0).mul_(p_scale_B1).to(pa_BD.dtype)
+            grad_BD = z_hat_BD.addcmul_(p_hat_BD, along_B1, value=-1.0).mul_(p_scale_B1.mul_(factor))
+            grads[pair] = grad_BD.to(pa_BD.dtype)
     row_loss_NB = torch.rsub(torch.stack(cosines), 2.0, alpha=2.0)
     loss = row_loss_NB.sum() / pa_BD.shape[0]
     cosine = 1.0 - 0.5 * row_loss_NB.mean()
@@ -119,9 +147,9 @@ def normalized_mse_stats_fwd(
 def normalized_mse_bwd(
     grad_loss: Tensor, grad_a: Tensor, grad_b: Tensor | None, pa_BD: Tensor, pb_BD: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of the cosines times the upstream gradient and -2 / B; see `normalized_mse.py`."""
+    """The stored gradients times the upstream gradient and what the forward left out; see `normalized_mse.py`."""
     # A 0-dim factor is not rounded to the dtype of what it multiplies, so a float16 gradient is rounded once here.
-    scale = grad_loss * (-2.0 / grad_a.shape[0])
+    scale = grad_loss * factors(grad_a)[1]
     if grad_b is None:
         return grad_a * scale, grad_a.new_empty(0)
     scaled = torch._foreach_mul([grad_a, grad_b], scale)
@@ -221,17 +249,29 @@ def _lars_ratio(
     p_square = g_square = p_dot_g = 0.0
     for p, g in zip(param_blocks, grad_blocks, strict=True):
         p_acc, g_acc = p.to(acc), g.to(acc)  # no copy where the dtype is acc already
-        p_dot_g += torch.dot(p_acc, g_acc).item()  # first: it brings both into the cache at once
-        p_square += torch.dot(p_acc, p_acc).item()
-        g_square += torch.dot(g_acc, g_acc).item()
+        p_square += _square(p_acc)
+        g_square += _square(g_acc)
+        if decay:
+            p_dot_g += torch.dot(p_acc, g_acc).item()
     g_square /= grad_scale * grad_scale
     update_square = g_square + 2.0 * decay * p_dot_g / grad_scale + decay * decay * p_square
     if not update_square > 1e-3 * (g_square + decay * decay * p_square):  # they cancel out; or one is NaN
         update_square = 0.0
         for p, g in zip(param_blocks, grad_blocks, strict=True):
-            update = torch.add(p.to(acc) * decay, g.to(acc), alpha=1.0 / grad_scale)
-            update_square += torch.dot(update, update).item()
+            update_square += _square(torch.add(p.to(acc) * decay, g.to(acc), alpha=1.0 / grad_scale))
     return eta * math.sqrt(p_square / update_square) if p_square > 0.0 and update_square > 0.0 else 1.0
+
+
+def _square(x: Tensor) -> float:
+    """The sum of the squares of a contiguous vector."""
+    total, rest = 0.0, x.numel() % _ROW
+    if rest < x.numel():
+        norms = torch.linalg.vector_norm((x[:-rest] if rest else x).view(-1, _ROW), dim=1)
+        total = torch.dot(norms, norms).item()
+    if rest:
+        tail = x[-rest:]
+        total += torch.dot(tail, tail).item()
+    return total
 
 
 def _fused_sgd_(

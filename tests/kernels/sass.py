@@ -128,6 +128,7 @@ def _loss(dtype: str, dim: int, *, stats: bool, registers: int, wide_loads: int,
         "counter_ptr": "*i32",
         "rows_per_program": "i32",
         "eps": "fp32",
+        "grad_factor": "fp32",
         "BLOCK_B": Constant(block_b),
         "BLOCK_D": Constant(block_d),
         "BLOCK_G": Constant(64),
@@ -143,7 +144,7 @@ def _bwd(dtype: str) -> Case:
         "grad_loss_ptr": "*fp32!",
         **dict.fromkeys(("grad_a_ptr", "grad_b_ptr", "out_a_ptr", "out_b_ptr"), f"*{dtype}!"),
         "numel": "i32!",
-        "batch": "i32!",
+        "factor": "fp32",
         "BLOCK": Constant(normalized_mse.BLOCK_BWD),
     }
     return Case(normalized_mse._normalized_mse_bwd_kernel, arguments, 4, 40, 2, 2)

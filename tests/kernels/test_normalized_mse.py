@@ -298,6 +298,37 @@ def test_second_derivative_is_refused(wrt: str, device: str) -> None:
         grad.square().sum().backward()  # type: ignore[no-untyped-call]
 
 
+@pytest.mark.parametrize("rows", [3, 400])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_backward_of_one_loss_gives_the_same(rows: int, dtype: torch.dtype, device: str) -> None:
+    """A plain backward may hand out what the forward stored, which must stay as it was stored."""
+    p1, p2, z1, z2 = inputs((rows, 256), dtype, device)
+    _, *expected = byol(p1, p2, z1, z2)
+    loss = byol_loss(p1, p2, z1, z2)
+    for scale in (None, None, 3.0, None):
+        upstream = None if scale is None else torch.tensor(scale, device=device)
+        loss.backward(upstream, retain_graph=True)  # type: ignore[no-untyped-call]
+        for p, grad in zip((p1, p2), expected, strict=True):
+            assert p.grad is not None and close(p.grad, (scale or 1.0) * grad)
+            p.grad.mul_(5.0)
+            p.grad = None
+    loss.backward()  # type: ignore[no-untyped-call]
+    loss = byol_loss(p1, p2, z1, z2)
+    loss.backward()  # type: ignore[no-untyped-call]
+    for p, grad in zip((p1, p2), expected, strict=True):
+        assert p.grad is not None and close(p.grad, 2.0 * grad)  # added up
+
+
+@not_interpreted  # the interpreter cuts off where it converts to bfloat16
+def test_a_plain_backward_rounds_once(device: str) -> None:
+    p1, p2, z1, z2 = inputs((5, 300), torch.bfloat16, device)
+    byol_loss(p1, p2, z1, z2).backward()  # type: ignore[no-untyped-call]
+    for p, grad in zip((p1, p2), byol(p1, p2, z1, z2)[1:], strict=True):
+        assert p.grad is not None
+        equal = p.grad.cpu() == torch.from_numpy(grad).to(torch.bfloat16)
+        assert equal.double().mean() > 0.99  # all but those next to the middle between two numbers
+
+
 def test_autocast_changes_nothing(device: str) -> None:
     p1, p2, z1, z2 = inputs((8, 16), torch.bfloat16, device)
     expected = byol_loss(p1, p2, z1, z2)
