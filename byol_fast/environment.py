@@ -75,15 +75,10 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 def measured_on(device: torch.device) -> dict[str, Any]:
     """`describe`, and what a measurement depends on beyond: commit, load, the GPU's driver, clocks and power limit."""
-    root = Path(__file__).parents[1]
-    commit = _output("git", "-C", str(root), "rev-parse", "HEAD")
-    ours = _output("git", "-C", str(root), "ls-files", "--error-unmatch", "byol_fast/__init__.py")
     record = describe(device) | {
         "date": time.strftime("%Y-%m-%d"),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        # Where the package is not run from a checkout of its own, only who copied it there can tell the commit.
-        "commit": commit if ours else os.environ.get("BYOL_FAST_COMMIT"),
-        "dirty": bool(_output("git", "-C", str(root), "status", "--porcelain")) if ours else None,
+        **checkout(),
     }
     if device.type == "cuda":
         index = device.index or 0
@@ -93,6 +88,18 @@ def measured_on(device: torch.device) -> dict[str, Any]:
         values = listed.split(", ") if listed else []
         record["nvidia_smi"] = dict(zip(GPU_FIELDS, values, strict=False))
     return record
+
+
+def checkout() -> dict[str, Any]:
+    """The commit that the package runs from, and whether anything was changed since; None where nobody can tell."""
+    root = Path(__file__).parents[1]
+    if not _output("git", "-C", str(root), "ls-files", "--error-unmatch", "byol_fast/__init__.py"):
+        # Not a checkout of its own: only who copied it there can tell.
+        return {"commit": os.environ.get("BYOL_FAST_COMMIT"), "dirty": None}
+    return {
+        "commit": _output("git", "-C", str(root), "rev-parse", "HEAD"),
+        "dirty": bool(_output("git", "-C", str(root), "status", "--porcelain")),
+    }
 
 
 def _output(*command: str) -> str:

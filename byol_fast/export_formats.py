@@ -156,15 +156,18 @@ def _traced(module: Standalone, about: dict[str, Any], what: str) -> torch.expor
         ExportError: its code cannot be traced.
     """
     example = _images(module, about, TRACED_BATCH)
-    batch = torch.export.Dim("batch", min=1)
     try:
-        return torch.export.export(module, (example,), dynamic_shapes={"images": {0: batch}})
+        return torch.export.export(module, (example,), dynamic_shapes=_any_batch())
     except Exception as error:  # torch raises all kinds of errors on code it cannot trace
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ExportError(
             f"export: {what} cannot hold {about['encoder']} for any number of images ({reason}); use --format "
             "torchvision"
         ) from error
+
+
+def _any_batch() -> dict[str, dict[int, Any]]:
+    return {"images": {0: torch.export.Dim("batch", min=1)}}
 
 
 def _export_program(module: Standalone, about: dict[str, Any], path: Path) -> Exported:
@@ -186,7 +189,12 @@ def _export_onnx(module: Standalone, about: dict[str, Any], path: Path) -> Expor
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of its own use of what is about to change in torch
             onnx = torch.onnx.export(
-                program, dynamo=True, input_names=["images"], output_names=["features"], verbose=False
+                program,
+                dynamo=True,
+                input_names=["images"],
+                output_names=["features"],
+                dynamic_shapes=_any_batch(),  # again, or its name is lost
+                verbose=False,
             )
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)

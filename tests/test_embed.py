@@ -246,6 +246,7 @@ def test_the_command_writes_features_and_a_sheet(
     ("options", "message"),
     [
         (["--query", "x.png"], "add --neighbours FILE.png"),
+        (["--neighbours", "x.png", "--query", "no.png"], r"query images must exist, no\.png does not"),
         (["--neighbours", "x.jpg"], "neighbours must be a file that ends in .png"),
         (["--to", "x.csv"], "to must be a file that ends in .npz or .parquet"),
         (["--k", "0"], "k and batch_size must be 1 or more"),
@@ -265,6 +266,19 @@ def test_what_cannot_be_written_is_told_before_anything_is_embedded(
     for to in ("file/features.npz", "folder.npz"):
         with pytest.raises(ConfigError, match=r"\.npz cannot be written \(.*choose another file"):
             command.main([str(encoder), str(folder), "--to", str(tmp_path / to)])
+
+
+def test_a_file_that_exists_is_replaced_only_when_asked_for(encoder: Path, folder: Path, tmp_path: Path) -> None:
+    to = tmp_path / "features.npz"
+    options = [str(encoder), str(folder), "--to", str(to), "--threads", "1", "--device", "cpu"]
+    assert command.main(options) == 0
+    first = to.read_bytes()
+    (folder / "cats" / "07.png").unlink()
+    with pytest.raises(ConfigError, match=r"features\.npz exists already; .* --overwrite"):
+        command.main(options)
+    assert to.read_bytes() == first
+    assert command.main([*options, "--overwrite"]) == 0
+    assert len(load_features(to).paths) == 11
 
 
 def test_parts_of_a_data_set_taken_for_classes_are_pointed_out(

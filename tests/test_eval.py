@@ -259,6 +259,17 @@ def test_an_interruption_leaves_what_was_there(subject: Subject, tmp_path: Path)
     assert not (tmp_path / "linear_curve.svg").exists()  # it belonged to the sweep
 
 
+def test_an_earlier_record_of_something_else_is_kept(subject: Subject, tmp_path: Path) -> None:
+    kept = []
+    for count in (30, 30, 21, 30):
+        evaluate_knn(subject, planted(60, 0), planted(count, 1), to=tmp_path, **CPU)
+        kept.append(len(list(tmp_path.glob("earlier/*.json"))))
+        assert json.loads((tmp_path / "knn.json").read_text())["num_test"] == count
+    assert kept == [0, 0, 1, 2]  # a repetition replaces what it repeats
+    tests = [json.loads((tmp_path / f"earlier/knn_{i}.json").read_text())["num_test"] for i in (1, 2)]
+    assert tests == [30, 21]
+
+
 def test_a_folder_that_cannot_be_written_is_an_error_of_the_user(subject: Subject, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="choose another folder with --to"):

@@ -114,6 +114,8 @@ def test_onnx_gives_the_encoders_features_in_onnxruntime(
     model = onnx.load(made.path)
     onnx.checker.check_model(model)
     assert {p.key: p.value for p in model.metadata_props}["image_size"] == "24"
+    for value in (*model.graph.input, *model.graph.output):
+        assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
     session = runtime.InferenceSession(made.path, providers=["CPUExecutionProvider"])
     for count in (1, 7):
         pixels = torch.randint(0, 256, (count, 3, 24, 24), dtype=torch.uint8)

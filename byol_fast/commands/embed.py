@@ -36,13 +36,14 @@ def main(argv: list[str]) -> int:
         image_column: str = "",
         label_column: str = "",
         cache: Path = DEFAULT_CACHE,
+        overwrite: bool = False,
     ) -> None:
         """Write the features of every image of a folder; show which images the encoder takes for similar.
 
         Args:
             encoder: a run folder, or an exported encoder.
             folder: of images; or a list, tar or Parquet shards, a .npz file.
-            to: the file to write, .npz or .parquet: features, paths, labels where they are known.
+            to: the file to write, .npz or .parquet: features, paths, labels where they are known. It must not exist.
             neighbours: a PNG file: some images, and beside each those with the most similar features.
             queries: images on that sheet, chosen from all classes.
             k: neighbours of each.
@@ -55,9 +56,12 @@ def main(argv: list[str]) -> int:
             image_column: Parquet: the column of images, where its name says nothing.
             label_column: Parquet: the column of labels, where its name says nothing.
             cache: folder that indexes of tar shards and the images of Parquet files are kept in.
+            overwrite: replace files that exist.
         """
         if query and neighbours is None:
             raise ConfigError("embed: query is for the sheet of neighbours; add --neighbours FILE.png")
+        if missing := [str(path) for path in query if not path.exists()]:
+            raise ConfigError(f"embed: query images must exist, {', '.join(missing)} does not; check the spelling")
         if neighbours is not None and neighbours.suffix.lower() != ".png":
             raise ConfigError(f"embed: neighbours must be a file that ends in .png, got {neighbours}")
         if min(queries, k, batch_size) < 1:
@@ -74,7 +78,7 @@ def main(argv: list[str]) -> int:
 
         check_features_path(to)
         for path in (to, *([neighbours] if neighbours is not None else [])):
-            _check_writable(path)
+            _check_writable(path, overwrite)
         network = load_encoder(encoder)
         source = open_source(
             folder,
@@ -126,8 +130,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _check_writable(path: Path) -> None:
-    """Refuse what cannot be written before an hour has gone into it."""
+def _check_writable(path: Path, overwrite: bool) -> None:
+    """Refuse what cannot be written before an hour has gone into it, and what an hour has gone into before."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -135,6 +139,8 @@ def _check_writable(path: Path) -> None:
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         why = "it is a folder" if path.is_dir() else f"no permission to write into {path.parent}"
         raise ConfigError(f"embed: {path} cannot be written ({why}); choose another file")
+    if path.exists() and not overwrite:
+        raise ConfigError(f"embed: {path} exists already; choose another file, or add --overwrite")
 
 
 def _summary(found: Features, to: Path) -> str:

@@ -262,7 +262,9 @@ class _Job(Generic[S]):
             curve_label=curve_label,
             seconds=time.monotonic() - (self.began if began is None else began),
             date=time.strftime("%Y-%m-%d"),
-            environment=environment.describe(self.workplace.device) | {"precision": self.workplace.precision.name},
+            environment=environment.describe(self.workplace.device)
+            | {"precision": self.workplace.precision.name}
+            | environment.checkout(),
         )
         if self.to is not None:
             for path in write(evaluation, self.to):

@@ -20,6 +20,8 @@ from byol_fast.report.charts import Series, bar_chart, heat_map, line_chart
 MATRIX_CLASSES = 60
 SHOWN_CLASSES = 20
 _ROWS = {"per_class", "confusion", "baselines"}
+_JUDGED = ("encoder", "step", "train", "test", "num_train", "num_test", "settings")
+"""Of a record: what was judged, on what and how."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +117,11 @@ def check_writable(folder: Path) -> None:
 def write(evaluation: Evaluation, folder: Path) -> list[Path]:
     """Write `NAME.json` and the pictures `NAME.svg`, `NAME_classes.svg`, `NAME_confusion.svg`, `NAME_curve.svg`.
 
-    Each file appears whole, the record last; those of an earlier evaluation of this name are replaced.
+    Each file appears whole, the record last; those of an earlier evaluation of this name are replaced. The earlier
+    record goes to the folder `earlier` first, unless it is of the same encoder, images and options.
 
     Returns:
-        The files, the record first.
+        The files, the record first, an earlier record that was kept last.
 
     Raises:
         ConfigError: the folder cannot be written.
@@ -128,6 +131,7 @@ def write(evaluation: Evaluation, folder: Path) -> list[Path]:
     possible = {folder / f"{evaluation.protocol}{part}.svg" for part in ("", "_classes", "_confusion", "_curve")}
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        kept = _keep_earlier(record, evaluation.to_dict())
         for path, svg in pictures.items():
             atomic_write(path, svg + "\n")
         atomic_write(record, as_json(evaluation.to_dict()))
@@ -135,7 +139,27 @@ def write(evaluation: Evaluation, folder: Path) -> list[Path]:
             path.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"eval: {folder} cannot be written ({error}); choose another folder with --to") from None
-    return [record, *pictures]
+    return [record, *pictures, *kept]
+
+
+def _keep_earlier(record: Path, new: dict[str, Any]) -> list[Path]:
+    """Copy the record that is about to be replaced, where it says something else than a repetition would."""
+    try:
+        text = record.read_text()
+        old = json.loads(text)
+        same = all(old.get(field) == json.loads(json.dumps(new[field])) for field in _JUDGED)
+    except FileNotFoundError:
+        return []
+    except (ValueError, AttributeError):  # not one of ours
+        same = False
+    if same:
+        return []
+    number = 1
+    while (path := record.parent / "earlier" / f"{record.stem}_{number}.json").exists():
+        number += 1
+    path.parent.mkdir(exist_ok=True)
+    atomic_write(path, text)
+    return [path]
 
 
 def as_json(record: dict[str, Any]) -> str:

@@ -135,10 +135,10 @@ def summary(run: RunFiles) -> Section:
         entries.append(("Linear probe top-1", f"{probed[-1]:.1%}", f"best {max(probed):.1%}"))
     for found in run.evaluations:
         if isinstance(found.get("top1"), int | float):
-            interval = _interval(found)
-            entries.append(
-                (f"eval {found['name']} top-1", f"{found['top1']:.1%}", f"95 %: {interval}" if interval else "")
-            )
+            interval, count = _interval(found), found.get("num_test")
+            below = [f"95 %: {interval}"] if interval else []
+            below += [f"{count:,} images"] if isinstance(count, int) else []
+            entries.append((f"eval {found['name']} top-1", f"{found['top1']:.1%}", "; ".join(below)))
     if (spread := run.last("collapse_std")) is not None:
         entries.append(("Spread", f"{spread:.2f}", "1 healthy, 0 collapsed"))
     speeds = sorted(float(r["images_per_s"]) for r in run.steps if r.get("images_per_s"))

@@ -99,7 +99,9 @@ class MultiTensorPlan:
         self.num_chunks = 0
         self.num_front_chunks = 0
 
-    def update(self, columns: Sequence[Column], front: Sequence[bool], tags: Sequence[int]) -> None:
+    def update(
+        self, columns: Sequence[Column], front: Sequence[bool], tags: Sequence[int], by_index: bool = False
+    ) -> None:
         """Checks the lists where they differ from those of the last call, and drops the tables that no longer hold.
 
         Args:
@@ -107,19 +109,21 @@ class MultiTensorPlan:
             front: whether the chunks of a row come before those of the others, so that a launch may cover these
                 rows alone; empty for no such rows.
             tags: an integer for each row that the kernel finds beside its size; empty for zeros.
+            by_index: whether elements are paired by their indices, so that it does not matter where they are.
 
         Raises:
             ValueError: on tensors that do not match, whose layout is not supported, or that share memory.
         """
         extra = _extra(columns, front, tags)
-        if self._seen and self._seen == (extra, _glance(columns)):
+        glance = _glance_by_index if by_index else _glance
+        if self._seen and self._seen == (extra, glance(columns)):
             return
         signature = _signature(columns, extra)
         pointers = [tuple(map(Tensor.data_ptr, c.tensors)) for c in columns]
         alike = signature == self._signature
         if alike and pointers == self._pointers:
             self._watched = [weakref.ref(t, self._forget) for c in columns for t in c.tensors]
-            self._seen = extra, _glance(columns)
+            self._seen = extra, glance(columns)
             return
         self._signature = self._seen = None  # a call that raises leaves nothing to trust
         self._addresses = None
@@ -266,7 +270,11 @@ _captured: list[MultiTensorPlan] = []
 
 
 def plan_for(
-    what: str, columns: Sequence[Column], front: Sequence[bool] = (), tags: Sequence[int] = ()
+    what: str,
+    columns: Sequence[Column],
+    front: Sequence[bool] = (),
+    tags: Sequence[int] = (),
+    by_index: bool = False,
 ) -> MultiTensorPlan:
     """The plan of these lists, checked and up to date.
 
@@ -279,6 +287,7 @@ def plan_for(
         columns: the lists; the first has a tensor for every row.
         front: as in `MultiTensorPlan.update`.
         tags: as in `MultiTensorPlan.update`.
+        by_index: as in `MultiTensorPlan.update`.
 
     Returns:
         The plan.
@@ -301,7 +310,7 @@ def plan_for(
     # The key only says where to look: `update` compares everything.
     key = (what, stream, first.data_ptr(), tuple(len(c.tensors) for c in columns))
     plan = _plans.pop(key) if key in _plans else MultiTensorPlan(what)
-    plan.update(columns, front, tags)
+    plan.update(columns, front, tags, by_index)
     _plans[key] = plan
     while len(_plans) > _MAX_PLANS:
         _plans.popitem(last=False)
@@ -330,6 +339,16 @@ def _glance(columns: Sequence[Column]) -> bytes:
             facts += map(fact, column.tensors)
         facts += chain.from_iterable(map(Tensor.stride, column.tensors))
     return array("q", facts).tobytes()
+
+
+def _glance_by_index(columns: Sequence[Column]) -> tuple[bytes, bool]:
+    """Less than that: where the tensors are, and whether each has the shape of its partner."""
+    facts: list[int] = []
+    for column in columns:
+        facts += map(id, column.tensors)
+        facts += map(Tensor.data_ptr, column.tensors)
+    shapes = [[*map(_shape_of, column.tensors)] for column in columns]
+    return array("q", facts).tobytes(), all(other == shapes[0] for other in shapes)
 
 
 def _not_warmed_up(what: str) -> RuntimeError:

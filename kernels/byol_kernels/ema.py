@@ -110,7 +110,7 @@ def _columns(target: Sequence[Tensor], online: Sequence[Tensor], copies: Sequenc
 def _ema_update_cpu(
     target: list[Tensor], online: list[Tensor], tau_tensor: Tensor | None, tau: float, copies: list[Tensor]
 ) -> None:
-    plan = plan_for("ema_update_", _columns(target, online, copies))
+    plan = plan_for("ema_update_", _columns(target, online, copies), by_index=True)
     tau = tau if tau_tensor is None else float(tau_tensor)
     reference.ema_update_(target, online, tau, copies, alike=all(kind[0] == kind[1] for kind in plan.kinds))
 
