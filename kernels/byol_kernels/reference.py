@@ -19,8 +19,8 @@ _BLOCK = 1 << 20
 _BLOCK_TO_CONVERT = 1 << 18
 _SMALL = 1 << 16
 """Elements of a prediction up to which every operator costs more than its arithmetic."""
-_ROW = 1024
-"""A float32 sum over many elements, one after the other, loses digits: squares are summed in rows."""
+_ROW = 256
+"""A float32 sum over many elements, one after the other, loses digits: squares are summed in rows, rows in float64."""
 
 
 def is_plain(x: Tensor) -> bool:
@@ -253,9 +253,10 @@ def _lars_ratio(
         g_square += _square(g_acc)
         if decay:
             p_dot_g += torch.dot(p_acc, g_acc).item()
-    g_square /= grad_scale * grad_scale
-    update_square = g_square + 2.0 * decay * p_dot_g / grad_scale + decay * decay * p_square
-    if not update_square > 1e-3 * (g_square + decay * decay * p_square):  # they cancel out; or one is NaN
+    g_square, cross = g_square / (grad_scale * grad_scale), 2.0 * decay * p_dot_g / grad_scale
+    update_square = g_square + cross + decay * decay * p_square
+    # The product is summed in one go. Where it matters, because both point the same way or cancel out, it is not used.
+    if not abs(cross) < 1e-4 * update_square:  # or one is NaN
         update_square = 0.0
         for p, g in zip(param_blocks, grad_blocks, strict=True):
             update_square += _square(torch.add(p.to(acc) * decay, g.to(acc), alpha=1.0 / grad_scale))
@@ -266,7 +267,7 @@ def _square(x: Tensor) -> float:
     """The sum of the squares of a contiguous vector."""
     total, rest = 0.0, x.numel() % _ROW
     if rest < x.numel():
-        norms = torch.linalg.vector_norm((x[:-rest] if rest else x).view(-1, _ROW), dim=1)
+        norms = torch.linalg.vector_norm((x[:-rest] if rest else x).view(-1, _ROW), dim=1).double()
         total = torch.dot(norms, norms).item()
     if rest:
         tail = x[-rest:]

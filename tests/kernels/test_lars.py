@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from byol_kernels import LARS, ema_update_
 from byol_kernels._multi_tensor import same_layout
 from tests.kernels.conftest import INTERPRETED, not_interpreted
-from tests.kernels.restatement import Array, close, f64, lars, make
+from tests.kernels.restatement import Array, close, error, f64, lars, make
 from tests.kernels.test_ema import laid_out, small_resnet
 
 HYPER = {"lr": 0.2, "momentum": 0.9, "weight_decay": 1e-2, "eta": 1e-3}
@@ -64,6 +64,19 @@ def test_five_steps_with_ema_match_float64(channels_last: bool, as_tensors: bool
         assert close(p, expected.p[i])
         assert close(optimizer.state[p]["momentum_buffer"], expected.v[i])
         assert close(targets[i], expected.t[i])
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_norms_of_large_tensors_keep_their_digits(constant: bool, device: str) -> None:
+    """Equal elements are the worst case of a long float32 sum: each addition is rounded the same way."""
+    shape = (263, 1001)
+    p = nn.Parameter((torch.full(shape, 0.13) if constant else make(shape, 1)).to(device))
+    p.grad = (torch.full(shape, 0.17) if constant else make(shape, 2)).to(device)
+    optimizer, expected = LARS([p], HYPER["lr"], weight_decay=HYPER["weight_decay"]), Restated([p])
+    optimizer.step()
+    expected.step([f64(p.grad)], **HYPER)
+    assert error(optimizer.state[p]["momentum_buffer"], expected.v[0]) <= 1e-6
+    assert error(p, expected.p[0]) <= 1e-6
 
 
 def test_groups_have_their_own_hyperparameters(device: str) -> None:
