@@ -268,6 +268,9 @@ def test_an_earlier_record_of_something_else_is_kept(subject: Subject, tmp_path:
     assert kept == [0, 0, 1, 2]  # a repetition replaces what it repeats
     tests = [json.loads((tmp_path / f"earlier/knn_{i}.json").read_text())["num_test"] for i in (1, 2)]
     assert tests == [30, 21]
+    (tmp_path / "knn.json").write_bytes(b"\xff\xfe not ours")
+    evaluate_knn(subject, planted(60, 0), planted(30, 1), to=tmp_path, **CPU)
+    assert (tmp_path / "earlier/knn_3.json").read_bytes() == b"\xff\xfe not ours"
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_of_the_user(subject: Subject, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from byol_fast.config import ConfigError
 from byol_fast.evaluate.scores import Interval, Scores
-from byol_fast.files import atomic_write
+from byol_fast.files import atomic_path, atomic_write
 from byol_fast.report.charts import Series, bar_chart, heat_map, line_chart
 
 # With more classes a matrix shows nothing, and a picture of it is megabytes.
@@ -144,12 +144,12 @@ def write(evaluation: Evaluation, folder: Path) -> list[Path]:
 
 def _keep_earlier(record: Path, new: dict[str, Any]) -> list[Path]:
     """Copy the record that is about to be replaced, where it says something else than a repetition would."""
-    try:
-        text = record.read_text()
-        old = json.loads(text)
-        same = all(old.get(field) == json.loads(json.dumps(new[field])) for field in _JUDGED)
-    except FileNotFoundError:
+    if not record.exists():
         return []
+    content = record.read_bytes()
+    try:
+        old = json.loads(content)
+        same = all(old.get(field) == json.loads(json.dumps(new[field])) for field in _JUDGED)
     except (ValueError, AttributeError):  # not one of ours
         same = False
     if same:
@@ -158,7 +158,8 @@ def _keep_earlier(record: Path, new: dict[str, Any]) -> list[Path]:
     while (path := record.parent / "earlier" / f"{record.stem}_{number}.json").exists():
         number += 1
     path.parent.mkdir(exist_ok=True)
-    atomic_write(path, text)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
     return [path]
 
 
