@@ -502,7 +502,7 @@ class Trainer:
         top1 = result.knn.top1
         probe = "" if result.probe_top1 is None else f"linear probe {result.probe_top1:.1%}, "
         display.say(
-            f"kNN-{knn.k} top-1 {top1:.1%}, {probe}on {result.knn.num_test} images; RankMe {result.rankme:.0f} of the "
+            f"kNN-{knn.k} top-1 {top1:.1%}, {probe}on {result.knn.num_test} images; RankMe {result.rankme:.0f} on the "
             f"training images  ({which})"
         )
         self._record_steps()

@@ -71,29 +71,44 @@ def normalized_mse_fwd(
         grad, total = part
         grads.extend((grad if dtype == acc else grad.to(dtype)).chunk(num_pairs))
     else:
-        # What has to be converted is taken in blocks that are still in the cache when they are used.
-        block = batch if dtype == acc else max(_BLOCK_TO_CONVERT // dim, 1)
+        block = max(_BLOCK_TO_CONVERT // dim, 1)
+        buffers = () if dtype == acc else pa_BD.new_empty((2, min(block, batch), dim), dtype=acc).unbind()
         for p_BD, z_BD in zip(inputs[:num_pairs], inputs[num_pairs:], strict=True):
-            if block < batch:
-                grads.append(p_BD.new_empty((batch, dim)))
-            for start in range(0, batch, block):
-                rows = slice(start, start + block)
-                p, z = p_BD[rows].to(acc).contiguous(), z_BD[rows].to(acc).contiguous()
-                norms = torch.cat([torch.linalg.vector_norm(x, dim=1) for x in (p, z)])
-                part = _normalized_mse_rows(p, z, norms, eps, factor)
-                if part is None:
-                    return normalized_mse_stats_fwd(pa_BD, za_BD, pb_BD, zb_BD, eps, with_grad)[:3]
-                if block < batch:
-                    grads[-1][rows] = part[0]
-                else:
-                    grads.append(part[0].to(dtype))
-                total += part[1]
+            part = _normalized_mse_whole(p_BD, z_BD, buffers, eps, factor)
+            if part is None:
+                return normalized_mse_stats_fwd(pa_BD, za_BD, pb_BD, zb_BD, eps, with_grad)[:3]
+            grads.append(part[0])
+            total += part[1]
     loss = min(max(2.0 * num_pairs + total * (-2.0 / (batch * factor)), 0.0), 4.0 * num_pairs)
     return (
         pa_BD.new_full((), loss, dtype=acc),
         grads[0] if with_grad else pa_BD.new_empty(0),
         grads[1] if with_grad and num_pairs == 2 else pa_BD.new_empty(0),
     )
+
+
+def _normalized_mse_whole(
+    p_BD: Tensor, z_BD: Tensor, buffers: Sequence[Tensor], eps: float, factor: float
+) -> tuple[Tensor, float] | None:
+    """`_normalized_mse_rows` of all rows: at once, or through two buffers that stay in the cache."""
+
+    def of_rows(p: Tensor, z: Tensor) -> tuple[Tensor, float] | None:
+        norms = torch.cat([torch.linalg.vector_norm(x, dim=1) for x in (p, z)])
+        return _normalized_mse_rows(p, z, norms, eps, factor)
+
+    if not buffers:
+        return of_rows(p_BD.contiguous(), z_BD.contiguous())
+    block = buffers[0].shape[0]
+    grad_BD, total = p_BD.new_empty(p_BD.shape), 0.0
+    for start in range(0, p_BD.shape[0], block):
+        rows = slice(start, start + block)
+        p, z = (buffer[: x.shape[0]].copy_(x) for buffer, x in zip(buffers, (p_BD[rows], z_BD[rows]), strict=True))
+        part = of_rows(p, z)
+        if part is None:
+            return None
+        grad_BD[rows] = part[0]
+        total += part[1]
+    return grad_BD, total
 
 
 def _normalized_mse_rows(p: Tensor, z: Tensor, norms: Tensor, eps: float, factor: float) -> tuple[Tensor, float] | None:
