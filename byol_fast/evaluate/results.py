@@ -126,15 +126,15 @@ def write(evaluation: Evaluation, folder: Path) -> list[Path]:
     Raises:
         ConfigError: the folder cannot be written.
     """
-    record = folder / f"{evaluation.protocol}.json"
+    record, text = folder / f"{evaluation.protocol}.json", as_json(evaluation.to_dict())
     pictures = {folder / f"{evaluation.protocol}{part}.svg": svg for part, svg in charts(evaluation).items()}
     possible = {folder / f"{evaluation.protocol}{part}.svg" for part in ("", "_classes", "_confusion", "_curve")}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        kept = _keep_earlier(record, evaluation.to_dict())
+        kept = _keep_earlier(record, text)
         for path, svg in pictures.items():
             atomic_write(path, svg + "\n")
-        atomic_write(record, as_json(evaluation.to_dict()))
+        atomic_write(record, text)
         for path in possible - pictures.keys():
             path.unlink(missing_ok=True)
     except OSError as error:
@@ -142,14 +142,14 @@ def write(evaluation: Evaluation, folder: Path) -> list[Path]:
     return [record, *pictures, *kept]
 
 
-def _keep_earlier(record: Path, new: dict[str, Any]) -> list[Path]:
+def _keep_earlier(record: Path, text: str) -> list[Path]:
     """Copy the record that is about to be replaced, where it says something else than a repetition would."""
     if not record.exists():
         return []
     content = record.read_bytes()
     try:
-        old = json.loads(content)
-        same = all(old.get(field) == json.loads(json.dumps(new[field])) for field in _JUDGED)
+        old, new = json.loads(content), json.loads(text)
+        same = all(old.get(field) == new[field] for field in _JUDGED)
     except (ValueError, AttributeError):  # not one of ours
         same = False
     if same:
