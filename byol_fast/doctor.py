@@ -174,9 +174,13 @@ def _judge_kernels(f: Facts) -> Iterator[Check]:
         if f.gpus:
             yield Check("C compiler", "broken", "none: Triton needs one on a GPU", advice)
         else:
-            yield Check("C compiler", "note", "none: --mode compile is not possible", advice)
+            yield Check("C compiler", "note", "none: --mode compile is not possible, and LARS is slower", advice)
     else:
         yield Check("C compiler", "ok", f.compiler)
+    compiled = f.probes.get("compiled LARS", "ok")
+    if compiled != "ok" and f.compiler is not None:
+        advice = "only speed is lost; CC=gcc names another compiler, XDG_CACHE_HOME another folder for what it makes"
+        yield Check("compiled LARS", "note", f"not in use, its operators are slower: {compiled}", advice)
 
 
 def _judge_cpu(f: Facts) -> Iterator[Check]:
@@ -315,7 +319,8 @@ def probe() -> None:
         return
     attempt("torchvision", lambda: _probe_torchvision(tell))
     has_gpu = attempt("cuda", lambda: _probe_cuda(tell))
-    attempt("kernels", lambda: _probe_kernels("cuda" if has_gpu else "cpu"))
+    if attempt("kernels", lambda: _probe_kernels("cuda" if has_gpu else "cpu")) and not has_gpu:
+        attempt("compiled LARS", _probe_compiled)
     if any(version(name) for name in DRIVERS):
         attempt("dali", lambda: _probe_dali("cpu"))
         if has_gpu:
@@ -332,6 +337,14 @@ def _probe_torch(tell: Callable[[str, str | None], None]) -> None:
         tell("torch cuda", torch.version.cuda)
     tell("torch threads", str(torch.get_num_threads()))
     tell("cpu", str(describe(torch.device("cpu"))["cpu"]))
+
+
+def _probe_compiled() -> None:
+    from byol_kernels import _cpu
+
+    found = _cpu.compiled()
+    if found.library is None:
+        raise RuntimeError(found.note)
 
 
 def _probe_torchvision(tell: Callable[[str, str | None], None]) -> None:
@@ -403,8 +416,8 @@ def _driver() -> str | None:
 
 
 def _compiler() -> str | None:
-    names = [os.environ.get("CC", ""), "gcc", "cc", "clang"]
-    return next((path for name in names if name and (path := shutil.which(name))), None)
+    names = [*os.environ.get("CC", "").split()[:1], "gcc", "cc", "clang"]
+    return next((path for name in names if (path := shutil.which(name))), None)
 
 
 def _cpu_quota() -> float | None:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from byol_fast.bench.counting import Case, Suite, agree, is_installed
 from byol_fast.methods import BYOL
-from byol_kernels import LARS, byol_loss, ema_update_
+from byol_kernels import LARS, _cpu, byol_loss, ema_update_
 
 TAU, LR, DECAY, ETA, MOMENTUM = 0.99, 0.1, 1e-6, 1e-3, 0.9
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -146,6 +146,13 @@ def optimizer_suite(device: str) -> Suite:
         "ours: LARS.step(ema=..., copies=...), bfloat16": lambda: fused.step(ema=(target_of, TAU), copies=low),
     }
     tolerances = {}
+    if device == "cpu" and _cpu.compiled().library is not None:
+
+        def run_without_compiler() -> None:
+            with _cpu.left_out():
+                fused.step(ema=(target_of, TAU))
+
+        cases["ours, where there is no C compiler"] = run_without_compiler
     if is_installed("lightly"):
         from lightly.models.utils import update_momentum
         from lightly.utils.lars import LARS as LightlyLARS  # noqa: N811

@@ -22,6 +22,9 @@ from byol_fast.step import TrainStep
 
 ROUNDS = 5
 """Interleaved rounds of an experiment, of which the fastest of each side counts: everything else only slows it down."""
+SETTLED = 3, 0.02
+"""More follow until so many in a row were not this much faster than those before, on either side."""
+MOST_ROUNDS = 20
 BUDGET = 20.0
 """Seconds after which an experiment begins no further round."""
 CPU_BATCH = 128
@@ -193,14 +196,18 @@ def _interleaved(cases: list[Callable[[], object]], device: torch.device) -> lis
     if not cuda:
         torch.set_num_threads(1)
     try:
-        for number in range(ROUNDS):
+        calm, (enough, faster) = 0, SETTLED
+        for number in range(MOST_ROUNDS):
+            before = list(best)
             for place, case in enumerate(cases):
                 begin = clock()
                 case()
                 if cuda:
                     torch.cuda.synchronize(device)
                 best[place] = min(best[place], clock() - begin)
-            if number and time.perf_counter() - began > BUDGET:
+            improved = any(now < (1 - faster) * then for now, then in zip(best, before, strict=True))
+            calm = 0 if improved else calm + 1
+            if (number + 1 >= ROUNDS and calm >= enough) or (number and time.perf_counter() - began > BUDGET):
                 break
     finally:
         torch.set_num_threads(threads)

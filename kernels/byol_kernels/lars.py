@@ -22,8 +22,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from byol_kernels import reference
-from byol_kernels._multi_tensor import CHUNK, NUM_WARPS, Column, plan_for, same_layout
+from byol_kernels import _cpu, reference
+from byol_kernels._multi_tensor import CHUNK, NUM_WARPS, Column, MultiTensorPlan, plan_for, same_layout
 from byol_kernels._triton import device_guard, jit, tl, tl_dtype
 from byol_kernels.ema import check_tau, lerp
 
@@ -308,13 +308,50 @@ class _Arguments(NamedTuple):
         ]
 
 
+def _plan(a: _Arguments, columns: Sequence[Column]) -> MultiTensorPlan:
+    with_grad = set(a.grad_rows)
+    return plan_for(
+        "LARS.step",
+        columns,
+        front=[adapt and row in with_grad for row, adapt in enumerate(a.adapt)],
+        tags=[2 * group + adapt for group, adapt in zip(a.group, a.adapt, strict=True)],
+    )
+
+
 def _lars_step_cpu(*arguments: Any) -> None:
     a = _Arguments(*arguments)
-    plan_for("LARS.step", a.columns())
-    if a.found_inf is not None and float(a.found_inf) != 0.0:
+    columns = a.columns()
+    plan = _plan(a, columns)
+    if not plan.num_chunks or (a.found_inf is not None and float(a.found_inf) != 0.0):
         return
     lr = [value if tensor is None else float(tensor) for tensor, value in zip(a.lr_tensors, a.lr, strict=True)]
+    scale = 1.0 if a.grad_scale is None else float(a.grad_scale)
+    tau = a.tau if a.tau_tensor is None else float(a.tau_tensor)
+    library = _cpu.library_for(plan.kinds)
+    if library is None:
+        _lars_step_by_operators(a, lr, scale, tau)
+        return
+    device, front = a.params[0].device, plan.num_front_chunks
+    low = [int(dtype == torch.bfloat16) for kind in plan.kinds for dtype in kind]
+    hyper = [x for g, rate in enumerate(lr) for x in (a.momentum[g], a.weight_decay[g], a.eta[g], rate)]
+    tables = plan.tables(columns)
+    _cpu.lars_step(
+        library,
+        tables.addresses,
+        tables.rows,
+        tables.chunks,
+        plan.constant("low", "q", low, device),
+        plan.constant("groups", "d", hyper, device),
+        num_adapted=front,
+        scale=1.0 / scale,
+        weight=1.0 - tau,
+        partials=plan.workspace("partials", 2 * front, torch.float64, device),
+        ratios=plan.workspace("ratios", len(a.params), torch.float64, device),
+    )
+    _increment_versions(a)
 
+
+def _lars_step_by_operators(a: _Arguments, lr: Sequence[float], scale: float, tau: float) -> None:
     def by_row(rows: Sequence[int], tensors: Sequence[Tensor]) -> list[Tensor | None]:
         entries: list[Tensor | None] = [None] * len(a.params)
         for row, tensor in zip(rows, tensors, strict=True):
@@ -331,8 +368,8 @@ def _lars_step_cpu(*arguments: Any) -> None:
         weight_decay=[a.weight_decay[g] for g in a.group],
         eta=[a.eta[g] for g in a.group],
         adapt=a.adapt,
-        grad_scale=1.0 if a.grad_scale is None else float(a.grad_scale),
-        tau=a.tau if a.tau_tensor is None else float(a.tau_tensor),
+        grad_scale=scale,
+        tau=tau,
     )
     if a.param_copies:
         torch._foreach_copy_(list(a.param_copies), [a.params[row] for row in a.param_copy_rows])
@@ -341,16 +378,17 @@ def _lars_step_cpu(*arguments: Any) -> None:
         torch._foreach_copy_(list(a.target_copies), [target_of[row] for row in a.target_copy_rows])
 
 
+def _increment_versions(a: _Arguments) -> None:
+    """Tells autograd what a kernel has written."""
+    torch.autograd.graph.increment_version(
+        [*(a.params[row] for row in a.grad_rows), *a.momentum_buffers, *a.targets, *a.param_copies, *a.target_copies]
+    )
+
+
 def _lars_step_cuda(*arguments: Any) -> None:
     a = _Arguments(*arguments)
     columns = a.columns()
-    with_grad = set(a.grad_rows)
-    plan = plan_for(
-        "LARS.step",
-        columns,
-        front=[a.adapt[row] and row in with_grad for row in range(len(a.params))],
-        tags=[2 * group + adapt for group, adapt in zip(a.group, a.adapt, strict=True)],
-    )
+    plan = _plan(a, columns)
     if not plan.num_chunks:
         return
     device = a.params[0].device
@@ -388,9 +426,7 @@ def _lars_step_cuda(*arguments: Any) -> None:
             KINDS=kinds, HAS=(bool(a.targets), bool(a.param_copies), bool(a.target_copies)), CHUNK=CHUNK,
             num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
-    torch.autograd.graph.increment_version(
-        [*(a.params[row] for row in a.grad_rows), *a.momentum_buffers, *a.targets, *a.param_copies, *a.target_copies]
-    )
+    _increment_versions(a)
 
 
 torch.library.define(
@@ -530,16 +566,26 @@ class LARS(torch.optim.Optimizer):
             tau_tensor, tau = check_tau("LARS.step", ema[1])
         copy_of = _by_partner("copies", copies, params, [*params, *target_of.values()]) if copies is not None else {}
 
-        grad_rows = [row for row, p in enumerate(params) if p.grad is not None]
-        target_rows, targets = _present(target_of.get(id(p)) for p in params)
-        param_copy_rows, param_copies = _present(copy_of.get(id(p)) for p in params)
-        target_copy_rows, target_copies = _present(copy_of.get(id(target_of.get(id(p)))) for p in params)
+        # Each look at a tensor that fell out of the cache counts, so what is not asked for is not looked for.
+        names = [*map(id, params)]
+        grad_rows, grads = _present([p.grad for p in params])
+        target_rows, targets = _present([target_of.get(name) for name in names])
+        param_copy_rows, param_copies = _present([copy_of.get(name) for name in names] if copy_of else ())
+        target_copy_rows, target_copies = _present(
+            [copy_of.get(id(target_of.get(name))) for name in names] if copy_of else ()
+        )
+        for row, grad in zip(grad_rows, grads, strict=True):
+            if grad.layout != torch.strided:
+                raise ValueError(
+                    f"LARS.step: the gradient of params[{row}] must be dense, got {grad.layout}; "
+                    "make the embedding with sparse=False"
+                )
         groups = self.param_groups
         group_of = [g for g, group in enumerate(groups) for _ in group["params"]]
         step = _lars_step_cpu if reference.is_plain(params[0]) else torch.ops.byol_kernels.lars_step_.default
         step(
             params,
-            [_dense_grad(params[row], row) for row in grad_rows],
+            grads,
             [self._momentum_buffer(params[row]) for row in grad_rows],
             grad_rows,
             targets,
@@ -573,17 +619,6 @@ class LARS(torch.optim.Optimizer):
             laid_out = torch.zeros_like(param, memory_format=torch.preserve_format)
             buffer = state["momentum_buffer"] = laid_out if buffer is None else laid_out.copy_(buffer)
         return buffer
-
-
-def _dense_grad(param: Tensor, row: int) -> Tensor:
-    grad = param.grad
-    assert grad is not None
-    if grad.layout != torch.strided:
-        raise ValueError(
-            f"LARS.step: the gradient of params[{row}] must be dense, got {grad.layout}; "
-            "make the embedding with sparse=False"
-        )
-    return grad
 
 
 def _by_partner(

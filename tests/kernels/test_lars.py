@@ -1,7 +1,7 @@
 """LARS: the reference's rule against float64, its checkpoints, its loss scaling, and the fused average and copies."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,13 +11,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from byol_kernels import LARS, ema_update_
+from byol_kernels import LARS, _cpu, ema_update_
 from byol_kernels._multi_tensor import same_layout
+from tests.gpu import DEVICE
 from tests.kernels.conftest import INTERPRETED, not_interpreted
 from tests.kernels.restatement import Array, close, error, f64, lars, make
 from tests.kernels.test_ema import laid_out, small_resnet
 
 HYPER = {"lr": 0.2, "momentum": 0.9, "weight_decay": 1e-2, "eta": 1e-3}
+
+
+@pytest.fixture(params=["cpu", "operators", pytest.param(DEVICE, marks=pytest.mark.gpu("kernels"), id="gpu")])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """On a CPU with the kernel of its C compiler, and without."""
+    if request.param == "operators":
+        if INTERPRETED:
+            pytest.skip("the interpreter's kernels stand where the CPU's are")
+        with _cpu.left_out():
+            yield "cpu"
+    else:
+        yield str(request.param)
 
 
 def set_gradients(params: list[nn.Parameter], seed: int) -> None:
@@ -179,10 +192,10 @@ def fused_and_separate(device: str) -> tuple[tuple[list[nn.Parameter], list[Tens
     return tuple(made)
 
 
-def test_fused_step_is_the_separate_steps_bit_for_bit(device: str) -> None:
+def test_fused_step_is_the_separate_steps(device: str) -> None:
     (params, targets), (params2, targets2) = fused_and_separate(device)
-    copies = [torch.empty_like(p, dtype=torch.float16) for p in params]
-    target_copies = [torch.empty_like(t, dtype=torch.float16) for t in targets]
+    copies = [torch.empty_like(p, dtype=torch.bfloat16) for p in params]
+    target_copies = [torch.empty_like(t, dtype=torch.bfloat16) for t in targets]
     fused, separate = LARS(params, 0.3, weight_decay=1e-4), LARS(params2, 0.3, weight_decay=1e-4)
     for step in range(2):
         set_gradients(params, step)
@@ -192,10 +205,12 @@ def test_fused_step_is_the_separate_steps_bit_for_bit(device: str) -> None:
         fused.step(ema=(mapping, 0.97), copies=to_copy)
         separate.step()
         ema_update_(targets2, [p.detach() for p in params2[:3]], 0.97)
-    for a, b in zip([*params, *targets], [*params2, *targets2], strict=True):
-        assert torch.equal(a, b)
+    assert all(torch.equal(a, b) for a, b in zip(params, params2, strict=True))
+    for a, b in zip(targets, targets2, strict=True):
+        # torch's lerp rounds the last elements of a tensor on a CPU twice where the kernel rounds once.
+        np.testing.assert_array_max_ulp(a.cpu().numpy(), b.cpu().numpy(), 1 if device == "cpu" else 0)
     for a, c in to_copy.items():
-        assert torch.equal(c, a.detach().half())
+        assert torch.equal(c, a.detach().bfloat16())
 
 
 def test_targets_as_a_list_with_gaps(device: str) -> None:

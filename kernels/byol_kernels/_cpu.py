@@ -1,0 +1,165 @@
+"""The CPU kernel in C: compiled at its first call by the machine's C compiler, as Triton does for its launchers.
+
+Where there is no compiler, or another kind of CPU, the operators of `reference.py` do the same in more passes.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from byol_kernels._multi_tensor import CHUNK
+
+_SOURCE = Path(__file__).with_name("lars_cpu.c")
+# No -ffast-math: some compilers would then flush small numbers to zero in the whole process.
+_FLAGS = ("-std=c11", "-O3", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared", f"-DCHUNK={CHUNK}")
+_FLAGS_OF = {
+    "AVX512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512",
+    "AVX2": "-mavx2 -mfma",
+}
+_SECONDS = 120
+
+
+class Compiled(NamedTuple):
+    """The compiled kernel, or why there is none."""
+
+    library: ctypes.CDLL | None
+    note: str
+    """Compiler and instruction set, or the reason."""
+
+
+@functools.cache
+def compiled() -> Compiled:
+    """Compiles the kernel, or finds what an earlier process compiled; at most once a process.
+
+    The library is kept in `$XDG_CACHE_HOME/byol_kernels` (`~/.cache/byol_kernels`), or nowhere if that cannot be
+    written. `CC` names another compiler than gcc, cc or clang.
+    """
+    capability = torch.backends.cpu.get_cpu_capability()
+    if platform.machine() not in {"aarch64", "arm64"} and capability not in _FLAGS_OF:
+        return Compiled(None, f"the kernel is for CPUs with AVX2 or AVX-512, or 64-bit ARM, got {capability}")
+    compiler = c_compiler()
+    if compiler is None:
+        return Compiled(None, "no C compiler")
+    try:
+        source = _SOURCE.read_bytes()
+        command = [*compiler, *_FLAGS, *shlex.split(_FLAGS_OF.get(capability, ""))]
+        key = repr((source, command, platform.machine(), platform.libc_ver()))
+        name = f"lars_{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
+        try:
+            library = _load(_cache_folder() / name, command)
+        except (OSError, RuntimeError):  # no home, full, read-only, or one from which nothing may be executed
+            with tempfile.TemporaryDirectory() as folder:
+                library = _load(Path(folder) / name, command)
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {error.returncode}"]
+        return Compiled(None, f"{compiler[0]} did not compile it: {lines[0]}")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Compiled(None, f"{type(error).__name__}: {error}")
+    return Compiled(library, f"{compiler[0]}, {capability}")
+
+
+def c_compiler() -> list[str] | None:
+    """The command of the C compiler: `CC`, gcc, cc or clang; None if there is none."""
+    for command in (os.environ.get("CC", ""), "gcc", "cc", "clang"):
+        words = shlex.split(command)
+        if words and (path := shutil.which(words[0])):
+            return [path, *words[1:]]
+    return None
+
+
+def _cache_folder() -> Path:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "byol_kernels"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _load(path: Path, command: Sequence[str]) -> ctypes.CDLL:
+    if not path.exists():
+        made = path.with_name(f"{path.name}.{os.getpid()}.{platform.node()}")
+        try:
+            subprocess.run(
+                [*command, str(_SOURCE), "-o", str(made), "-lm"], check=True, capture_output=True, timeout=_SECONDS
+            )
+            made.replace(path)  # other processes see all of it or nothing
+        finally:
+            made.unlink(missing_ok=True)
+    library = ctypes.CDLL(str(path))
+    pointer, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+    library.lars_step.argtypes = [
+        *[pointer] * 5, integer, integer, integer, number, number, ctypes.c_int, pointer, pointer,
+    ]  # fmt: skip
+    library.lars_step.restype = None
+    return library
+
+
+_left_out = False
+
+
+@contextmanager
+def left_out() -> Iterator[None]:
+    """Do without the kernel, as where there is no compiler: for tests and benchmarks."""
+    global _left_out  # noqa: PLW0603 - a switch of the process
+    before, _left_out = _left_out, True
+    try:
+        yield
+    finally:
+        _left_out = before
+
+
+def library_for(kinds: Sequence[Sequence[torch.dtype]]) -> ctypes.CDLL | None:
+    """The compiled kernel if it takes rows of these dtypes.
+
+    Args:
+        kinds: of parameter, gradient, momentum, target, copy of the parameter, copy of the target.
+    """
+    low = {torch.float32, torch.bfloat16}
+    fits = all({kind[0], *kind[2:4]} == {torch.float32} and low.issuperset({kind[1], *kind[4:]}) for kind in kinds)
+    return compiled().library if fits and not _left_out else None
+
+
+def lars_step(
+    library: ctypes.CDLL,
+    addresses: Tensor,
+    rows: Tensor,
+    chunks: Tensor,
+    low: Tensor,
+    groups: Tensor,
+    num_adapted: int,
+    scale: float,
+    weight: float,
+    partials: Tensor,
+    ratios: Tensor,
+) -> None:
+    """One step on as many threads as torch uses; see `lars_cpu.c`.
+
+    Args:
+        library: of `compiled`.
+        addresses: int64 [6, R].
+        rows: int64 [R, 4].
+        chunks: int64 [C, 2].
+        low: int64 [kinds, 6], 1 for bfloat16.
+        groups: float64 [groups, 4]: momentum, weight decay, eta, lr.
+        num_adapted: chunks of adapted rows.
+        scale: what gradients are multiplied by.
+        weight: of the parameter in its target's average.
+        partials: float64 [num_adapted, 2], to work with.
+        ratios: float64 [R], out.
+    """
+    library.lars_step(
+        addresses.data_ptr(), rows.data_ptr(), chunks.data_ptr(), low.data_ptr(), groups.data_ptr(),
+        len(rows), len(chunks), num_adapted, scale, weight, torch.get_num_threads(),
+        partials.data_ptr(), ratios.data_ptr(),
+    )  # fmt: skip

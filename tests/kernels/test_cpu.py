@@ -1,0 +1,194 @@
+"""LARS as the machine's C compiler makes it: against float64, and what happens where it cannot be made."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from byol_kernels import LARS, _cpu, reference
+from tests.kernels.conftest import INTERPRETED
+from tests.kernels.restatement import close, ema, error, f64, lars, make
+
+pytestmark = [
+    pytest.mark.skipif(INTERPRETED, reason="the interpreter's kernels stand where the CPU's are"),
+    pytest.mark.skipif(_cpu.c_compiler() is None, reason="no C compiler"),
+]
+
+HYPER: dict[str, Any] = {"lr": 0.2, "momentum": 0.9, "weight_decay": 0.05, "eta": 1e-2}
+# Around a vector, a block of sums, a chunk, and the chunks that a thread takes at a time.
+SIZES = [1, 31, 32, 33, 1023, 1025, 4095, 4096, 4097, 65536 + 3, 5]
+
+
+@pytest.fixture(autouse=True)
+def _no_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no test passes because the operators did the work."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the kernel was left out")
+
+    monkeypatch.setattr(reference, "lars_step_", refuse)
+
+
+def test_it_compiles_here() -> None:
+    found = _cpu.compiled()
+    assert found.library is not None, found.note
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.3, 0.996, 1.0])
+@pytest.mark.parametrize("low_gradient", [False, True])
+@pytest.mark.parametrize("copies", ["none", "of both", "of parameters", "of targets", "in float32"])
+def test_every_path_matches_float64(tau: float, low_gradient: bool, copies: str) -> None:
+    """Adapted and not, with a gradient and without, with a target and without: each size has its turn at all."""
+    params, targets = [], []
+    for i, size in enumerate(SIZES):
+        shape = (1, size) if i % 2 else (size,)
+        params.append(nn.Parameter(make(shape, i)))
+        targets.append(make(shape, 100 + i) if i % 3 else None)
+    to_copy: dict[Tensor, Tensor] = {}
+    dtype = torch.float32 if copies == "in float32" else torch.bfloat16
+    if copies != "none":
+        of_params = [] if copies == "of targets" else params
+        of_targets = [] if copies == "of parameters" else [t for t in targets if t is not None]
+        to_copy = {x: torch.full_like(x, torch.nan, dtype=dtype) for x in (*of_params, *of_targets)}
+    optimizer = LARS(params, **HYPER)
+    state = [np.zeros(tuple(p.shape)) for p in params]
+    p64, t64 = [f64(p) for p in params], [None if t is None else f64(t) for t in targets]
+    for step in range(2):
+        for i, p in enumerate(params):
+            p.grad = None
+            if i % 5 != 4:
+                if low_gradient:
+                    p.grad_dtype = torch.bfloat16
+                p.grad = make(tuple(p.shape), 1000 * step + i, torch.bfloat16 if low_gradient else torch.float32)
+                p64[i], state[i] = lars(p64[i], f64(p.grad), state[i], **HYPER, excluded=p.ndim <= 1)
+            if (t := t64[i]) is not None:
+                t64[i] = tau * t + (1 - tau) * p64[i]
+        optimizer.step(ema=(targets, tau), copies=to_copy)
+    for i, p in enumerate(params):
+        assert error(p, p64[i]) <= 1e-6, i
+        assert p.grad is None or error(optimizer.state[p]["momentum_buffer"], state[i]) <= 1e-6, i
+        if (target := targets[i]) is not None:
+            assert error(target, t64[i]) <= 1e-6, i  # type: ignore[arg-type]
+            assert tau != 1.0 or torch.equal(target, make(tuple(p.shape), 100 + i))
+            assert tau != 0.0 or torch.equal(target, p)
+    for x, copy in to_copy.items():
+        assert torch.equal(copy, x.detach().to(dtype))
+
+
+def test_bfloat16_is_rounded_as_torch_rounds() -> None:
+    """Every pattern of the upper half of a float32, lower halves around the tie; without a gradient and with."""
+    upper, lower = torch.arange(2**16, dtype=torch.int32), torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    p = nn.Parameter((upper[:, None] << 16 | lower.to(torch.int32)).view(torch.float32).flatten())
+    for grad in (None, torch.zeros_like(p)):
+        copy, p.grad = torch.zeros_like(p, dtype=torch.bfloat16), grad
+        LARS([p], 0.1).step(copies=[copy])
+        torch.testing.assert_close(copy, p.detach().bfloat16(), rtol=0.0, atol=0.0, equal_nan=True)
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads_change_no_bit(threads: int) -> None:
+    """More elements than the cache is given at a time, in one tensor and in several."""
+    results = []
+    for number in (1, threads):
+        torch.set_num_threads(number)
+        params = [nn.Parameter(make((size, 3), size)) for size in (7, 5000, 400_000, 12)]
+        targets = [torch.zeros_like(p) for p in params]
+        optimizer = LARS(params, **HYPER)
+        for step in range(3):
+            for i, p in enumerate(params):
+                p.grad = make(tuple(p.shape), 10 * step + i)
+            optimizer.step(ema=(targets, 0.9))
+        results.append([*params, *targets])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_bad_gradient_is_seen_in_the_weights(bad: float) -> None:
+    """As with any optimizer: nothing hides it."""
+    p = nn.Parameter(make((40, 50), 0))
+    p.grad = make((40, 50), 1)
+    p.grad[3, 4] = bad
+    LARS([p], **HYPER).step()
+    assert not bool(p[3, 4].isfinite())
+
+
+def test_tables_follow_gradients_and_layouts() -> None:
+    """A gradient of another layout is brought into the parameter's, at every step anew."""
+    p = nn.Parameter(make((30, 7), 0))
+    optimizer, expected, v = LARS([p], **HYPER), f64(p), np.zeros((30, 7))
+    for step in range(3):
+        grad = make((7, 30), step).mT
+        p.grad = grad if step != 1 else grad.contiguous()
+        expected, v = lars(expected, f64(grad), v, **HYPER, excluded=False)
+        optimizer.step()
+        assert close(p, expected)
+
+
+def test_autograd_is_told() -> None:
+    p, target = nn.Parameter(make((4, 4), 0)), make((4, 4), 1).requires_grad_()
+    p.grad = make((4, 4), 2)
+    losses = [p.square().sum(), (target * target).sum()]
+    before = f64(target)
+    LARS([p], 0.1).step(ema=([target.detach()], 0.5))
+    assert close(target, ema(torch.from_numpy(before), p, 0.5))
+    for loss in losses:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()  # type: ignore[no-untyped-call]
+
+
+# ---- where it cannot be made ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a compiled kernel is kept: nothing there yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "byol_kernels"
+
+
+def compiled_anew() -> _cpu.Compiled:
+    """As in a process of its own."""
+    return _cpu.compiled.__wrapped__()
+
+
+def test_it_is_compiled_once_for_all_processes(folder: Path) -> None:
+    assert compiled_anew().library is not None
+    (made,) = folder.iterdir()  # nothing else is left behind
+    first = made.stat().st_mtime_ns
+    assert compiled_anew().library is not None
+    assert [path.stat().st_mtime_ns for path in folder.iterdir()] == [first]
+
+
+def test_without_a_place_to_keep_it(folder: Path) -> None:
+    folder.touch()
+    assert compiled_anew().library is not None
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"PATH": "", "CC": ""}, "no C compiler"),
+        ({"CC": f"{sys.executable} -c 'raise SystemExit(3)'"}, "did not compile it: exit status 3"),
+        ({"CC": f"{sys.executable} -c 'raise SystemExit(\"no OpenMP\")'"}, "did not compile it: no OpenMP"),
+        ({"CC": f"{sys.executable} -c pass"}, "FileNotFoundError"),
+    ],
+    ids=["no compiler", "broken compiler", "compiler with a message", "compiler that makes nothing"],
+)
+def test_a_reason_is_given(
+    environment: dict[str, str], said: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    found = compiled_anew()
+    assert found.library is None and said in found.note
+    assert not folder.exists() or not list(folder.iterdir())
+
+
+def test_old_cpus_take_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert compiled_anew() == (None, "the kernel is for CPUs with AVX2 or AVX-512, or 64-bit ARM, got DEFAULT")
