@@ -1,4 +1,7 @@
-"""Fused Triton kernels for BYOL: the loss, the moving average, LARS, views of images. Plain PyTorch on a CPU."""
+"""Fused Triton kernels for BYOL: the loss, the moving average, LARS, views of images.
+
+On a CPU plain PyTorch, and LARS in C where there is a compiler.
+"""
 
 from byol_kernels.blur import gaussian_blur
 from byol_kernels.crop import resized_crop
