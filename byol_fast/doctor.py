@@ -174,13 +174,13 @@ def _judge_kernels(f: Facts) -> Iterator[Check]:
         if f.gpus:
             yield Check("C compiler", "broken", "none: Triton needs one on a GPU", advice)
         else:
-            yield Check("C compiler", "note", "none: --mode compile is not possible, and LARS is slower", advice)
+            yield Check("C compiler", "note", "none: no --mode compile, and slower loss and LARS", advice)
     else:
         yield Check("C compiler", "ok", f.compiler)
-    compiled = f.probes.get("compiled LARS", "ok")
+    compiled = f.probes.get("CPU kernels", "ok")
     if compiled != "ok" and f.compiler is not None:
         advice = "only speed is lost; CC=gcc names another compiler, XDG_CACHE_HOME another folder for what it makes"
-        yield Check("compiled LARS", "note", f"not in use, its operators are slower: {compiled}", advice)
+        yield Check("CPU kernels", "note", f"loss and LARS take slower operators: {compiled}", advice)
 
 
 def _judge_cpu(f: Facts) -> Iterator[Check]:
@@ -320,7 +320,7 @@ def probe() -> None:
     attempt("torchvision", lambda: _probe_torchvision(tell))
     has_gpu = attempt("cuda", lambda: _probe_cuda(tell))
     if attempt("kernels", lambda: _probe_kernels("cuda" if has_gpu else "cpu")) and not has_gpu:
-        attempt("compiled LARS", _probe_compiled)
+        attempt("CPU kernels", _probe_compiled)
     if any(version(name) for name in DRIVERS):
         attempt("dali", lambda: _probe_dali("cpu"))
         if has_gpu:

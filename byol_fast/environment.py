@@ -68,7 +68,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     if device.type == "cpu":
         from byol_kernels import _cpu
 
-        record["compiled_lars"] = _cpu.compiled().note
+        record["cpu_kernels"] = _cpu.compiled().note
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         record["gpu"] = properties.name
@@ -116,7 +116,7 @@ def _output(*command: str) -> str:
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Fields that decide whether a run continues bit for bit, where they differ: `"name: then -> now"`."""
-    fields = ("cpu", "torch_threads", "device", "gpu", "precision", "mode", "compiled_lars")
+    fields = ("cpu", "torch_threads", "device", "gpu", "precision", "mode", "cpu_kernels")
     found = [f"{name}: {then.get(name)} -> {now.get(name)}" for name in fields if then.get(name) != now.get(name)]
     old, new = then.get("packages", {}), now.get("packages", {})
     return found + [f"{name}: {old.get(name)} -> {new.get(name)}" for name in new if old.get(name) != new.get(name)]

@@ -1,4 +1,4 @@
-"""The CPU kernel in C: compiled at its first call by the machine's C compiler, as Triton does for its launchers.
+"""The kernels for CPUs, in C: compiled at the first call by the machine's C compiler, as Triton does for its launchers.
 
 Where there is no compiler, or another kind of CPU, the operators of `reference.py` do the same in more passes.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from byol_kernels._multi_tensor import CHUNK
 
-_SOURCE = Path(__file__).with_name("lars_cpu.c")
+_SOURCE = Path(__file__).with_name("cpu.c")
 # No -ffast-math: some compilers would then flush small numbers to zero in the whole process.
 _FLAGS = ("-std=c11", "-O3", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared", f"-DCHUNK={CHUNK}")
 _FLAGS_OF = {
@@ -33,7 +33,7 @@ _SECONDS = 120
 
 
 class Compiled(NamedTuple):
-    """The compiled kernel, or why there is none."""
+    """The compiled kernels, or why there are none."""
 
     library: ctypes.CDLL | None
     note: str
@@ -42,14 +42,14 @@ class Compiled(NamedTuple):
 
 @functools.cache
 def compiled() -> Compiled:
-    """Compiles the kernel, or finds what an earlier process compiled; at most once a process.
+    """Compiles the kernels, or finds what an earlier process compiled; at most once a process.
 
     The library is kept in `$XDG_CACHE_HOME/byol_kernels` (`~/.cache/byol_kernels`), or nowhere if that cannot be
     written. `CC` names another compiler than gcc, cc or clang.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     if platform.machine() not in {"aarch64", "arm64"} and capability not in _FLAGS_OF:
-        return Compiled(None, f"the kernel is for CPUs with AVX2 or AVX-512, or 64-bit ARM, got {capability}")
+        return Compiled(None, f"the kernels are for CPUs with AVX2 or AVX-512, or 64-bit ARM, got {capability}")
     compiler = c_compiler()
     if compiler is None:
         return Compiled(None, "no C compiler")
@@ -57,7 +57,7 @@ def compiled() -> Compiled:
         source = _SOURCE.read_bytes()
         command = [*compiler, *_FLAGS, *shlex.split(_FLAGS_OF.get(capability, ""))]
         key = repr((source, command, platform.machine(), platform.libc_ver()))
-        name = f"lars_{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
+        name = f"cpu_{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
         try:
             library = _load(_cache_folder() / name, command)
         except (OSError, RuntimeError):  # no home, full, read-only, or one from which nothing may be executed
@@ -65,7 +65,7 @@ def compiled() -> Compiled:
                 library = _load(Path(folder) / name, command)
     except subprocess.CalledProcessError as error:
         lines = error.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {error.returncode}"]
-        return Compiled(None, f"{compiler[0]} did not compile it: {lines[0]}")
+        return Compiled(None, f"{compiler[0]} did not compile them: {lines[0]}")
     except (OSError, subprocess.TimeoutExpired) as error:
         return Compiled(None, f"{type(error).__name__}: {error}")
     return Compiled(library, f"{compiler[0]}, {capability}")
@@ -97,20 +97,28 @@ def _load(path: Path, command: Sequence[str]) -> ctypes.CDLL:
         finally:
             made.unlink(missing_ok=True)
     library = ctypes.CDLL(str(path))
-    pointer, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+    pointer, integer, number, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
     library.lars_step.argtypes = [
-        *[pointer] * 5, integer, integer, integer, number, number, ctypes.c_int, pointer, pointer,
+        pointer, pointer, pointer, pointer, pointer, integer, integer, integer, number, number, small, pointer, pointer,
     ]  # fmt: skip
     library.lars_step.restype = None
+    library.normalized_mse.argtypes = [
+        pointer, pointer, integer, integer, pointer, pointer, pointer, integer, integer, pointer, integer, integer,
+        number, number, small, small,
+    ]  # fmt: skip
+    library.normalized_mse.restype = number
     return library
 
 
+_LOW = {torch.float32, torch.bfloat16}
+_SMALL = 1 << 15
+"""Elements of a prediction up to which a second thread costs more than it brings."""
 _left_out = False
 
 
 @contextmanager
 def left_out() -> Iterator[None]:
-    """Do without the kernel, as where there is no compiler: for tests and benchmarks."""
+    """Do without the kernels, as where there is no compiler: for tests and benchmarks."""
     global _left_out  # noqa: PLW0603 - a switch of the process
     before, _left_out = _left_out, True
     try:
@@ -119,15 +127,49 @@ def left_out() -> Iterator[None]:
         _left_out = before
 
 
-def library_for(kinds: Sequence[Sequence[torch.dtype]]) -> ctypes.CDLL | None:
-    """The compiled kernel if it takes rows of these dtypes.
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, unless they are left out."""
+    return None if _left_out else compiled().library
+
+
+def takes_lars_of(kinds: Sequence[Sequence[torch.dtype]]) -> bool:
+    """Whether `lars_step` is for rows of these dtypes.
 
     Args:
         kinds: of parameter, gradient, momentum, target, copy of the parameter, copy of the target.
     """
-    low = {torch.float32, torch.bfloat16}
-    fits = all({kind[0], *kind[2:4]} == {torch.float32} and low.issuperset({kind[1], *kind[4:]}) for kind in kinds)
-    return compiled().library if fits and not _left_out else None
+    return all({kind[0], *kind[2:4]} == {torch.float32} and _LOW.issuperset({kind[1], *kind[4:]}) for kind in kinds)
+
+
+def normalized_mse(
+    library: ctypes.CDLL,
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    grads: Sequence[Tensor],
+    shortest: float,
+    factor: float,
+) -> float:
+    """The sum of the cosines of all rows; NaN where a row is too short, too long or NaN for it, see `cpu.c`.
+
+    Args:
+        library: of `compiled`.
+        pairs: one or two of prediction and target projection [B, D], float32 or bfloat16, with elements side by side.
+        grads: out, `factor` times the derivative of that sum by each prediction [B, D]; or none.
+        shortest: norm.
+        factor: of the gradients.
+    """
+    batch, dim = pairs[0][0].shape
+    described: list[int] = []
+    for index in range(2):
+        if index < len(pairs):
+            p, z = pairs[index]
+            described += [p.data_ptr(), z.data_ptr(), p.stride(0), z.stride(0)]
+            described.append(grads[index].data_ptr() if grads else 0)
+        else:
+            described += [0] * 5
+    threads = 1 if batch * dim <= _SMALL else torch.get_num_threads()
+    low = pairs[0][0].dtype == torch.bfloat16
+    total: float = library.normalized_mse(*described, batch, dim, shortest, factor, low, threads)
+    return total
 
 
 def lars_step(
@@ -143,7 +185,7 @@ def lars_step(
     partials: Tensor,
     ratios: Tensor,
 ) -> None:
-    """One step on as many threads as torch uses; see `lars_cpu.c`.
+    """One step on as many threads as torch uses; see `cpu.c`.
 
     Args:
         library: of `compiled`.

@@ -327,7 +327,7 @@ def _lars_step_cpu(*arguments: Any) -> None:
     lr = [value if tensor is None else float(tensor) for tensor, value in zip(a.lr_tensors, a.lr, strict=True)]
     scale = 1.0 if a.grad_scale is None else float(a.grad_scale)
     tau = a.tau if a.tau_tensor is None else float(a.tau_tensor)
-    library = _cpu.library_for(plan.kinds)
+    library = _cpu.library() if _cpu.takes_lars_of(plan.kinds) else None
     if library is None:
         _lars_step_by_operators(a, lr, scale, tau)
         return

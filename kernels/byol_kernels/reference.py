@@ -1,4 +1,4 @@
-"""Every operator in plain PyTorch: what runs on the CPU (LARS where there is no compiler), and the kernels' oracle.
+"""Every operator in plain PyTorch: what runs on a CPU without a C compiler, and the kernels' oracle.
 
 Run on float64 tensors they are the oracle of the tests; run on float32 tensors they are the CPU implementation, so
 they are written to be fast as well as clear.
@@ -21,6 +21,10 @@ _SMALL = 1 << 16
 """Elements of a prediction up to which every operator costs more than its arithmetic."""
 _ROW = 256
 """A float32 sum over many elements, one after the other, loses digits: squares are summed in rows, rows in float64."""
+
+
+SHORTEST, LONGEST = 1e-15, 1e15
+"""Norms between which squares in float32 neither overflow nor lose their digits."""
 
 
 def is_plain(x: Tensor) -> bool:
@@ -118,7 +122,7 @@ def _normalized_mse_rows(p: Tensor, z: Tensor, norms: Tensor, eps: float, factor
     with g = factor / |z| here. It knows neither eps nor overflow.
     """
     shortest, longest = torch.aminmax(norms)
-    if not (shortest.item() >= max(eps, 1e-15) and longest.item() <= 1e15):  # or one is NaN
+    if not (shortest.item() >= max(eps, SHORTEST) and longest.item() <= LONGEST):  # or one is NaN
         return None
     p_norm, z_norm = norms.chunk(2)
     z_scale = z_norm.reciprocal().mul_(factor)

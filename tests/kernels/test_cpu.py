@@ -1,4 +1,4 @@
-"""LARS as the machine's C compiler makes it: against float64, and what happens where it cannot be made."""
+"""Loss and LARS as the machine's C compiler makes them: against float64, and what happens where it cannot."""
 
 import sys
 from pathlib import Path
@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from byol_kernels import LARS, _cpu, reference
+from byol_kernels import LARS, _cpu, byol_loss, reference
 from tests.kernels.conftest import INTERPRETED
-from tests.kernels.restatement import close, ema, error, f64, lars, make
+from tests.kernels.restatement import byol, close, ema, error, f64, lars, make
 
 pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="the interpreter's kernels stand where the CPU's are"),
@@ -31,11 +31,29 @@ def _no_operators(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the kernel was left out")
 
     monkeypatch.setattr(reference, "lars_step_", refuse)
+    monkeypatch.setattr(reference, "normalized_mse_fwd", refuse)
 
 
 def test_it_compiles_here() -> None:
     found = _cpu.compiled()
     assert found.library is not None, found.note
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [1, 31, 32, 33, 256, 1023, 1024, 1025, 8192])
+def test_loss_matches_float64(dim: int, dtype: torch.dtype) -> None:
+    """Around a vector and a block of sums; rows that lie apart, and rows that are one."""
+    wide = make((5, dim + 3), 0, dtype)
+    p1, p2 = wide[:, :dim].requires_grad_(), make((dim, 5), 1, dtype).t().requires_grad_()
+    z1, z2 = make((1, dim), 2, dtype).expand(5, dim), make((5, dim), 3, dtype)
+    loss = byol_loss(p1, p2, z1, z2)
+    grads = torch.autograd.grad(loss, [p1, p2])
+    expected, grad1, grad2 = byol(p1, p2, z1, z2)
+    assert loss.item() == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    for p, grad, exact in ((p1, grads[0], grad1), (p2, grads[1], grad2)):
+        # With one column the gradient is 0, and what is left over is the difference of two numbers of size 1 / |p|.
+        norm = float(np.linalg.norm(exact)) if dim > 1 else float(np.linalg.norm(1 / f64(p))) / 5
+        assert float(np.linalg.norm(f64(grad) - exact)) <= (1e-6 if dtype == torch.float32 else 2.0**-8) * norm
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.3, 0.996, 1.0])
@@ -103,6 +121,9 @@ def test_threads_change_no_bit(threads: int) -> None:
                 p.grad = make(tuple(p.shape), 10 * step + i)
             optimizer.step(ema=(targets, 0.9))
         results.append([*params, *targets])
+        p1, p2, z1, z2 = (make((999, 77), seed) for seed in range(4))
+        loss = byol_loss(p1.requires_grad_(), p2.requires_grad_(), z1, z2)
+        results[-1] += [loss, *torch.autograd.grad(loss, [p1, p2])]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -172,8 +193,8 @@ def test_without_a_place_to_keep_it(folder: Path) -> None:
     ("environment", "said"),
     [
         ({"PATH": "", "CC": ""}, "no C compiler"),
-        ({"CC": f"{sys.executable} -c 'raise SystemExit(3)'"}, "did not compile it: exit status 3"),
-        ({"CC": f"{sys.executable} -c 'raise SystemExit(\"no OpenMP\")'"}, "did not compile it: no OpenMP"),
+        ({"CC": f"{sys.executable} -c 'raise SystemExit(3)'"}, "did not compile them: exit status 3"),
+        ({"CC": f"{sys.executable} -c 'raise SystemExit(\"no OpenMP\")'"}, "did not compile them: no OpenMP"),
         ({"CC": f"{sys.executable} -c pass"}, "FileNotFoundError"),
     ],
     ids=["no compiler", "broken compiler", "compiler with a message", "compiler that makes nothing"],
@@ -191,4 +212,4 @@ def test_a_reason_is_given(
 def test_old_cpus_take_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    assert compiled_anew() == (None, "the kernel is for CPUs with AVX2 or AVX-512, or 64-bit ARM, got DEFAULT")
+    assert compiled_anew() == (None, "the kernels are for CPUs with AVX2 or AVX-512, or 64-bit ARM, got DEFAULT")

@@ -1,7 +1,7 @@
 """LARS: the reference's rule against float64, its checkpoints, its loss scaling, and the fused average and copies."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from byol_kernels import LARS, _cpu, ema_update_
+from byol_kernels import LARS, ema_update_
 from byol_kernels._multi_tensor import same_layout
-from tests.gpu import DEVICE
 from tests.kernels.conftest import INTERPRETED, not_interpreted
 from tests.kernels.restatement import Array, close, error, f64, lars, make
 from tests.kernels.test_ema import laid_out, small_resnet
@@ -21,16 +20,9 @@ from tests.kernels.test_ema import laid_out, small_resnet
 HYPER = {"lr": 0.2, "momentum": 0.9, "weight_decay": 1e-2, "eta": 1e-3}
 
 
-@pytest.fixture(params=["cpu", "operators", pytest.param(DEVICE, marks=pytest.mark.gpu("kernels"), id="gpu")])
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """On a CPU with the kernel of its C compiler, and without."""
-    if request.param == "operators":
-        if INTERPRETED:
-            pytest.skip("the interpreter's kernels stand where the CPU's are")
-        with _cpu.left_out():
-            yield "cpu"
-    else:
-        yield str(request.param)
+@pytest.fixture
+def device(device_or_operators: str) -> str:
+    return device_or_operators
 
 
 def set_gradients(params: list[nn.Parameter], seed: int) -> None:

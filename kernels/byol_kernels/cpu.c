@@ -1,23 +1,14 @@
-/* LARS, the target's moving average and bfloat16 copies on a CPU: the rule of lars.py for float32 parameters.
+/* Kernels for CPUs: the loss of normalized_mse.py and the optimizer of lars.py, for float32 and bfloat16.
 
-The tables are those of a MultiTensorPlan. Tensors are taken in groups whose parameters and gradients fit into the
-cache: first all norms of a group, then its update, for which only momentum and target come from memory. Partial sums
-are added in a fixed order, so the number of threads changes nothing.
+Sums are taken in an order that the number of threads does not change.
 */
 
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
-enum { PARAM, GRAD, MOMENTUM, TARGET, PARAM_COPY, TARGET_COPY, NUM_COLUMNS };
-enum { NUMEL, KIND, FIRST_CHUNK, TAG, ROW };                                /* tag = 2 * group + adapt */
-enum { GROUP_MOMENTUM, GROUP_DECAY, GROUP_ETA, GROUP_LR, GROUP };
-enum { BLOCK = 1024, LANES = 32 };             /* float32 sums of a block, side by side; then float64 */
-enum { GRAIN = 16, CACHED = (1 << 20) / CHUNK }; /* chunks a thread takes at a time; chunks of a group */
-
-typedef struct {
-    float lr, momentum, decay, ratio, scale, weight;
-} Rule;
+enum { BLOCK = 1024, LANES = 32 }; /* float32 sums of a block, side by side; then float64 */
 
 static inline float widen(uint16_t x) {
     uint32_t bits = (uint32_t)x << 16;
@@ -43,6 +34,95 @@ static inline const void *offset(const void *x, int64_t first, int low) {
 
 /* What is always inlined is compiled once for each combination of its last arguments, which are constants. */
 #define SPECIALISED static inline __attribute__((always_inline))
+
+/* ---- the loss ---------------------------------------------------------------------------------------------------- */
+
+static inline double sum(float lanes[LANES]) {
+    for (int width = LANES / 2; width; width /= 2)
+        for (int lane = 0; lane < width; lane++) lanes[lane] += lanes[lane + width];
+    return lanes[0];
+}
+
+/* The cosine of two rows, and `factor` times its gradient by p; NaN, and nothing is written, where a norm is not from
+`shortest` to 1e15: the rules for such rows are the caller's. */
+SPECIALISED double row(const void *restrict p, const void *restrict z, void *restrict grad, int64_t n, double shortest,
+                       double factor, int low) {
+    double pp = 0.0, zz = 0.0, pz = 0.0;
+    for (int64_t first = 0; first < n; first += BLOCK) {
+        int64_t stop = n - first < BLOCK ? n : first + BLOCK, i = first;
+        float p_part[LANES] = {0}, z_part[LANES] = {0}, pz_part[LANES] = {0};
+        for (; i + LANES <= stop; i += LANES)
+            for (int lane = 0; lane < LANES; lane++) {
+                float x = load(p, i + lane, low), y = load(z, i + lane, low);
+                p_part[lane] += x * x;
+                z_part[lane] += y * y;
+                pz_part[lane] += x * y;
+            }
+        for (int lane = 0; i < stop; i++, lane++) {
+            float x = load(p, i, low), y = load(z, i, low);
+            p_part[lane] += x * x;
+            z_part[lane] += y * y;
+            pz_part[lane] += x * y;
+        }
+        pp += sum(p_part);
+        zz += sum(z_part);
+        pz += sum(pz_part);
+    }
+    double p_norm = sqrt(pp), z_norm = sqrt(zz), cosine = pz / (p_norm * z_norm);
+    if (!(p_norm >= shortest && z_norm >= shortest && p_norm <= 1e15 && z_norm <= 1e15)) return NAN;
+    if (grad) {
+        float of_z = (float)(factor / (p_norm * z_norm)), of_p = (float)(-factor * cosine / pp);
+        for (int64_t i = 0; i < n; i++) {
+            float g = of_z * load(z, i, low) + of_p * load(p, i, low);
+            if (low) ((uint16_t *)grad)[i] = narrow(g);
+            else ((float *)grad)[i] = g;
+        }
+    }
+    return cosine;
+}
+
+typedef struct {
+    const void *p, *z;
+    int64_t p_stride, z_stride; /* of rows, in elements */
+    void *grad;                 /* [batch, dim], or 0 */
+} Pair;
+
+/* The sum of the cosines of all rows, and the gradients of `row`; NaN if any row is for the caller. */
+double normalized_mse(const void *pa, const void *za, int64_t pa_stride, int64_t za_stride, void *grad_a, const void *pb,
+                      const void *zb, int64_t pb_stride, int64_t zb_stride, void *grad_b, int64_t batch, int64_t dim,
+                      double shortest, double factor, int low, int threads) {
+    Pair pairs[2] = {{pa, za, pa_stride, za_stride, grad_a}, {pb, zb, pb_stride, zb_stride, grad_b}};
+    int64_t num_rows = pb ? 2 * batch : batch;
+    double total = 0.0, *cosines = malloc(num_rows * sizeof *cosines);
+    if (!cosines) return NAN;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t i = 0; i < num_rows; i++) {
+        const Pair *pair = pairs + (i >= batch);
+        int64_t b = i < batch ? i : i - batch;
+        const void *p = offset(pair->p, b * pair->p_stride, low), *z = offset(pair->z, b * pair->z_stride, low);
+        void *grad = (void *)offset(pair->grad, b * dim, low);
+        cosines[i] = low ? row(p, z, grad, dim, shortest, factor, 1) : row(p, z, grad, dim, shortest, factor, 0);
+    }
+    for (int64_t i = 0; i < num_rows; i++) total += cosines[i];
+    free(cosines);
+    return total;
+}
+
+/* ---- LARS, the target's moving average and bfloat16 copies --------------------------------------------------------
+
+For float32 parameters. The tables are those of a MultiTensorPlan. Tensors are taken in groups whose parameters and
+gradients fit into the cache: first all norms of a group, then its update, for which only momentum and target come from
+memory.
+*/
+
+enum { PARAM, GRAD, MOMENTUM, TARGET, PARAM_COPY, TARGET_COPY, NUM_COLUMNS };
+enum { NUMEL, KIND, FIRST_CHUNK, TAG, ROW };                                /* tag = 2 * group + adapt */
+enum { GROUP_MOMENTUM, GROUP_DECAY, GROUP_ETA, GROUP_LR, GROUP };
+enum { GRAIN = 16, CACHED = (1 << 20) / CHUNK }; /* chunks a thread takes at a time; chunks of a group */
+
+typedef struct {
+    float lr, momentum, decay, ratio, scale, weight;
+} Rule;
 
 /* out = |p|^2, |scale g + decay p|^2 */
 SPECIALISED void squares(const float *p, const void *g, int64_t n, float decay, float scale, double *out, int g_low) {
