@@ -8,7 +8,6 @@ import functools
 import hashlib
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import tempfile
@@ -55,7 +54,7 @@ def compiled() -> Compiled:
         return Compiled(None, "no C compiler")
     try:
         source = _SOURCE.read_bytes()
-        command = [*compiler, *_FLAGS, *shlex.split(_FLAGS_OF.get(capability, ""))]
+        command = [*compiler, *_FLAGS, *_FLAGS_OF.get(capability, "").split()]
         key = repr((source, command, platform.machine(), platform.libc_ver()))
         name = f"cpu_{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
         try:
@@ -74,7 +73,7 @@ def compiled() -> Compiled:
 def c_compiler() -> list[str] | None:
     """The command of the C compiler: `CC`, gcc, cc or clang; None if there is none."""
     for command in (os.environ.get("CC", ""), "gcc", "cc", "clang"):
-        words = shlex.split(command)
+        words = command.split()
         if words and (path := shutil.which(words[0])):
             return [path, *words[1:]]
     return None
