@@ -106,6 +106,8 @@ def _load(path: Path, command: Sequence[str]) -> ctypes.CDLL:
         number, number, small, small,
     ]  # fmt: skip
     library.normalized_mse.restype = number
+    library.gaussian_blur.argtypes = [pointer, pointer, integer, integer, integer, integer, pointer, small]
+    library.gaussian_blur.restype = small
     return library
 
 
@@ -204,3 +206,21 @@ def lars_step(
         len(rows), len(chunks), num_adapted, scale, weight, torch.get_num_threads(),
         partials.data_ptr(), ratios.data_ptr(),
     )  # fmt: skip
+
+
+def gaussian_blur(library: ctypes.CDLL, rows: Tensor, out: Tensor, channels: int, weights: Sequence[float]) -> bool:
+    """Blurs an image; False if there was no memory for that, and then nothing is written.
+
+    Args:
+        library: of `compiled`.
+        rows: float32 [H, W * channels], dense, the channels of a pixel side by side.
+        out: the same.
+        channels: of a pixel.
+        weights: of the middle and of the pixels 1, 2, ... away.
+    """
+    height, width = rows.shape[0], rows.shape[1] // channels
+    taps = (ctypes.c_float * len(weights))(*weights)
+    done: int = library.gaussian_blur(
+        rows.data_ptr(), out.data_ptr(), height, width, channels, len(weights) - 1, taps, torch.get_num_threads()
+    )
+    return bool(done)

@@ -1,9 +1,10 @@
-/* Kernels for CPUs: the loss of normalized_mse.py and the optimizer of lars.py, for float32 and bfloat16.
+/* Kernels for CPUs: the loss of normalized_mse.py, the optimizer of lars.py, the blur of blur.py.
 
 Sums are taken in an order that the number of threads does not change.
 */
 
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -256,4 +257,77 @@ void lars_step(const int64_t *addresses, /* [NUM_COLUMNS, num_rows]; 0 where a r
                 apply(at, low, row[NUMEL] - first < CHUNK ? row[NUMEL] - first : CHUNK, rule);
             }
     }
+}
+
+/* ---- Gaussian blur ------------------------------------------------------------------------------------------------ */
+
+typedef float Vector __attribute__((vector_size(64), aligned(4), may_alias));
+enum { WIDTH = sizeof(Vector) / sizeof(float), SUMS = 4 }; /* as many vectors as stay in registers */
+
+/* out[i] = weights[0] before[0][i] + the sum over k of weights[k] (before[k][i] + after[k][i]) */
+static void weighted(float *out, const float *const *before, const float *const *after, const float *weights,
+                     int64_t radius, int64_t n) {
+    int64_t i = 0;
+    for (; i + SUMS * WIDTH <= n; i += SUMS * WIDTH) {
+        Vector sums[SUMS];
+        for (int s = 0; s < SUMS; s++) sums[s] = weights[0] * *(const Vector *)(before[0] + i + s * WIDTH);
+        for (int64_t k = 1; k <= radius; k++)
+            for (int s = 0; s < SUMS; s++)
+                sums[s] += weights[k] * (*(const Vector *)(before[k] + i + s * WIDTH) +
+                                         *(const Vector *)(after[k] + i + s * WIDTH));
+        for (int s = 0; s < SUMS; s++) *(Vector *)(out + i + s * WIDTH) = sums[s];
+    }
+    for (; i + WIDTH <= n; i += WIDTH) {
+        Vector sum = weights[0] * *(const Vector *)(before[0] + i);
+        for (int64_t k = 1; k <= radius; k++)
+            sum += weights[k] * (*(const Vector *)(before[k] + i) + *(const Vector *)(after[k] + i));
+        *(Vector *)(out + i) = sum;
+    }
+    for (; i < n; i++) {
+        float sum = weights[0] * before[0][i];
+        for (int64_t k = 1; k <= radius; k++) sum += weights[k] * (before[k][i] + after[k][i]);
+        out[i] = sum;
+    }
+}
+
+static int64_t reflect(int64_t index, int64_t length) {
+    int64_t period = length > 1 ? 2 * (length - 1) : 1;
+    index = (index < 0 ? -index : index) % period;
+    return index < period - index ? index : period - index;
+}
+
+/* Blurs an image of interleaved pixels; 0 where there is no memory for it, and then nothing is written. */
+int gaussian_blur(const float *in, float *out, int64_t height, int64_t width, int64_t channels, int64_t radius,
+                  const float *weights, int threads) {
+    int64_t row = width * channels, beside = radius * channels;
+    size_t each = ((row + 2 * beside) * sizeof(float) + 2 * (radius + 1) * sizeof(float *) + 63) / 64 * 64;
+    char *memory = malloc(each * threads);
+    if (!memory) return 0;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        char *mine = memory + each * omp_get_thread_num();
+        const float **before = (const float **)mine, **after = before + radius + 1;
+        float *padded = (float *)(after + radius + 1);
+#pragma omp for schedule(static)
+        for (int64_t y = 0; y < height; y++) {
+            for (int64_t k = 0; k <= radius; k++) {
+                before[k] = in + reflect(y - k, height) * row;
+                after[k] = in + reflect(y + k, height) * row;
+            }
+            weighted(padded + beside, before, after, weights, radius, row);
+            for (int64_t k = 1; k <= radius; k++)
+                for (int64_t c = 0; c < channels; c++) {
+                    padded[beside - k * channels + c] = padded[beside + reflect(-k, width) * channels + c];
+                    padded[beside + (width - 1 + k) * channels + c] =
+                        padded[beside + reflect(width - 1 + k, width) * channels + c];
+                }
+            for (int64_t k = 0; k <= radius; k++) {
+                before[k] = padded + beside - k * channels;
+                after[k] = padded + beside + k * channels;
+            }
+            weighted(out + y * row, before, after, weights, radius, row);
+        }
+    }
+    free(memory);
+    return 1;
 }

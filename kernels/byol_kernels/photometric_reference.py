@@ -1,4 +1,4 @@
-"""The photometric operators in plain PyTorch: what runs on the CPU.
+"""The photometric operators in plain PyTorch: what runs on the CPU, but for the blur where there is a C compiler.
 
 One image at a time, so that its planes stay in the second-level cache, by operations that write into scratch made
 once a batch: a fresh tensor of this size costs more in page faults than in arithmetic. Channels are planes only where
@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from byol_kernels import _cpu
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 """The numbers of the jitter's parts in `order`."""
@@ -74,7 +76,7 @@ def photometric(
         if to_blur[i]:
             if colour and not truncate:
                 rows.round_()  # a blurred sample passes between the two launches of the kernels as uint8
-            _blur_rows_(rows, scratch, sigmas[i], radii[i])
+            rows = _blur_rows(rows, scratch, sigmas[i], radii[i])
             if truncate:
                 rows.round_()
         if to_solarize[i]:
@@ -98,7 +100,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor, window: Tensor, blur: Tensor | 
             out_NHWC[i] = image_HWC
             continue
         rows = scratch.pixels.copy_(image_HWC).view(height, -1)
-        _blur_rows_(rows, scratch, sigmas[i], radii[i])
+        rows = _blur_rows(rows, scratch, sigmas[i], radii[i])
         out_NHWC[i].view(height, -1).copy_(_to_levels(rows) if images.dtype == torch.uint8 else rows)
     return out_NHWC.permute(0, 3, 1, 2)
 
@@ -174,12 +176,14 @@ def split_turns(turns: float) -> tuple[int, float]:
 # -------------------------------------------------------------------------------- blur
 
 
-def _blur_rows_(rows: Tensor, scratch: _Scratch, sigma: float, radius: int) -> None:
-    """Blurs interleaved rows [H, 3W] in place: columns first, then rows, the taps of equal weight one by one."""
+def _blur_rows(rows: Tensor, scratch: _Scratch, sigma: float, radius: int) -> Tensor:
+    """Blurs interleaved rows [H, 3W], which it overwrites: columns first, then rows, taps of equal weight together."""
     if radius == 0:
-        return
+        return rows
     height, width = rows.shape[0], rows.shape[1] // 3
-    weights = gaussian_weights(sigma, radius)
+    weights, library = gaussian_weights(sigma, radius), _cpu.library()
+    if library is not None and _cpu.gaussian_blur(library, rows, scratch.above[:height], 3, weights):
+        return scratch.above[:height]
     above = scratch.above
     beside = scratch.beside[: height * (width + 2 * radius) * 3].view(height, -1, 3)
     above[radius : radius + height] = rows
@@ -196,6 +200,7 @@ def _blur_rows_(rows: Tensor, scratch: _Scratch, sigma: float, radius: int) -> N
     for k in range(1, radius + 1):
         for start in (3 * (radius - k), 3 * (radius + k)):
             rows.add_(flat[:, start : start + 3 * width], alpha=weights[k])
+    return rows
 
 
 def gaussian_weights(sigma: float, radius: int) -> list[float]:
