@@ -19,6 +19,7 @@ from byol_fast.environment import version
 Case = Callable[[], object]
 COPIED = 128 << 20  # bytes: beyond every cache
 COPY = "copy"
+NO_COMPILER = "ours, where there is no C compiler"
 
 
 class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
