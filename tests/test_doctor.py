@@ -78,7 +78,7 @@ def test_a_machine_where_all_is_well(facts: Facts) -> None:
         (GPU, {"probes": {"kernels": "ok", "dali": "ok", "dali on the GPU": "no"}}, "DALI on the GPU", "broken", "no"),
         (GPU, {"probes": {"kernels": "CompilationError: gcc"}}, "kernels", "broken", "CompilationError: gcc"),
         (GPU, {"compiler": None}, "C compiler", "broken", "apt install gcc"),
-        (CPU, {"compiler": None}, "C compiler", "note", "no --mode compile, and slower loss and LARS"),
+        (CPU, {"compiler": None}, "C compiler", "note", "no --mode compile, and slower loss, LARS and blur"),
         (CPU, {"probes": {"kernels": "ok", "CPU kernels": "no -fopenmp"}}, "CPU kernels", "note", "slower operators"),
         (CPU, {"torch": None, "probes": {"torch": "OSError: libtorch"}}, "torch", "broken", "OSError: libtorch"),
         (CPU, {"torch": "2.9.1"}, "torch", "broken", "pip install 'torch>=2.11'"),
