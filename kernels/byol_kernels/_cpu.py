@@ -64,10 +64,10 @@ def compiled() -> Compiled:
                 library = _load(Path(folder) / name, command)
     except subprocess.CalledProcessError as error:
         lines = error.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {error.returncode}"]
-        return Compiled(None, f"{compiler[0]} did not compile them: {lines[0]}")
+        return Compiled(None, f"{Path(compiler[0]).name} did not compile them: {lines[0]}")
     except (OSError, subprocess.TimeoutExpired) as error:
         return Compiled(None, f"{type(error).__name__}: {error}")
-    return Compiled(library, f"{compiler[0]}, {capability}")
+    return Compiled(library, f"{Path(compiler[0]).name}, {capability}")
 
 
 def c_compiler() -> list[str] | None:
@@ -113,7 +113,7 @@ def _load(path: Path, command: Sequence[str]) -> ctypes.CDLL:
 
 _LOW = {torch.float32, torch.bfloat16}
 _SMALL = 1 << 15
-"""Elements of a prediction up to which a second thread costs more than it brings."""
+"""Elements of a prediction or an image up to which a second thread costs more than it brings."""
 _left_out = False
 
 
@@ -131,6 +131,10 @@ def left_out() -> Iterator[None]:
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, unless they are left out."""
     return None if _left_out else compiled().library
+
+
+def _threads_for(numel: int) -> int:
+    return 1 if numel <= _SMALL else torch.get_num_threads()
 
 
 def takes_lars_of(kinds: Sequence[Sequence[torch.dtype]]) -> bool:
@@ -167,7 +171,7 @@ def normalized_mse(
             described.append(grads[index].data_ptr() if grads else 0)
         else:
             described += [0] * 5
-    threads = 1 if batch * dim <= _SMALL else torch.get_num_threads()
+    threads = _threads_for(batch * dim)
     low = pairs[0][0].dtype == torch.bfloat16
     total: float = library.normalized_mse(*described, batch, dim, shortest, factor, low, threads)
     return total
@@ -221,6 +225,6 @@ def gaussian_blur(library: ctypes.CDLL, rows: Tensor, out: Tensor, channels: int
     height, width = rows.shape[0], rows.shape[1] // channels
     taps = (ctypes.c_float * len(weights))(*weights)
     done: int = library.gaussian_blur(
-        rows.data_ptr(), out.data_ptr(), height, width, channels, len(weights) - 1, taps, torch.get_num_threads()
+        rows.data_ptr(), out.data_ptr(), height, width, channels, len(weights) - 1, taps, _threads_for(rows.numel())
     )
     return bool(done)

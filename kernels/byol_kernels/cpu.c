@@ -207,7 +207,7 @@ void lars_step(const int64_t *addresses, /* [NUM_COLUMNS, num_rows]; 0 where a r
                int64_t num_rows, int64_t num_chunks, int64_t num_adapted, double scale, double weight, int threads,
                double *partials,         /* [num_adapted, 2] */
                double *ratios) {         /* [num_rows] */
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads) if (threads > 1)
     for (int64_t begin = 0, end; begin < num_chunks; begin = end) {
         end = num_chunks;
         if (begin < num_adapted) {

@@ -1,6 +1,8 @@
 """Loss and LARS as the machine's C compiler makes them: against float64, and what happens where it cannot."""
 
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,24 @@ from byol_kernels import LARS, _cpu, byol_loss, reference
 from tests.kernels.conftest import INTERPRETED
 from tests.kernels.restatement import byol, close, ema, error, f64, lars, make
 
-pytestmark = [
-    pytest.mark.skipif(INTERPRETED, reason="the interpreter's kernels stand where the CPU's are"),
-    pytest.mark.skipif(_cpu.c_compiler() is None, reason="no C compiler"),
-]
+
+def reason_to_skip() -> str:
+    """Why this machine cannot have the kernels, whatever is in them."""
+    compiler = _cpu.c_compiler()
+    if compiler is None:
+        return "no C compiler"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "openmp.c"
+        source.write_text("#include <omp.h>\nint threads(void) { return omp_get_max_threads(); }\n")
+        command = [*compiler, "-fopenmp", "-fPIC", "-shared", str(source), "-o", str(source.with_suffix(".so"))]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            return "the C compiler has no OpenMP"
+    note = _cpu.compiled().note
+    return note if note.startswith("the kernels are for CPUs with") else ""
+
+
+NOT_HERE = "the interpreter's kernels stand where the CPU's are" if INTERPRETED else reason_to_skip()
+pytestmark = pytest.mark.skipif(bool(NOT_HERE), reason=NOT_HERE)
 
 HYPER: dict[str, Any] = {"lr": 0.2, "momentum": 0.9, "weight_decay": 0.05, "eta": 1e-2}
 # Around a vector, a block of sums, a chunk, and the chunks that a thread takes at a time.
