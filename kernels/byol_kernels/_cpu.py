@@ -4,13 +4,13 @@ Where there is no compiler, or another kind of CPU, the operators of `reference.
 """
 
 import ctypes
-import functools
 import hashlib
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,35 +39,48 @@ class Compiled(NamedTuple):
     """Compiler and instruction set, or the reason."""
 
 
-@functools.cache
+_first_call = threading.Lock()
+_compiled: Compiled | None = None
+
+
 def compiled() -> Compiled:
-    """Compiles the kernels, or finds what an earlier process compiled; at most once a process.
+    """Compiles the kernels, or finds what an earlier process compiled; once a process.
 
     The library is kept in `$XDG_CACHE_HOME/byol_kernels` (`~/.cache/byol_kernels`), or nowhere if that cannot be
     written. `CC` names another compiler than gcc, cc or clang.
     """
+    global _compiled  # noqa: PLW0603 - one a process
+    if _compiled is None:
+        with _first_call:  # threads that load images may come first, all at once
+            _compiled = _compiled or compile_or_find()
+    return _compiled
+
+
+def compile_or_find() -> Compiled:
+    """What `compiled` does at its first call."""
     capability = torch.backends.cpu.get_cpu_capability()
     if platform.machine() not in {"aarch64", "arm64"} and capability not in _FLAGS_OF:
         return Compiled(None, f"the kernels are for CPUs with AVX2 or AVX-512, or 64-bit ARM, got {capability}")
     compiler = c_compiler()
     if compiler is None:
         return Compiled(None, "no C compiler")
+    name = Path(compiler[0]).name
     try:
         source = _SOURCE.read_bytes()
         command = [*compiler, *_FLAGS, *_FLAGS_OF.get(capability, "").split()]
         key = repr((source, command, platform.machine(), platform.libc_ver()))
-        name = f"cpu_{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
+        file = f"cpu_{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
         try:
-            library = _load(_cache_folder() / name, command)
+            library = _load(_cache_folder() / file, command)
         except (OSError, RuntimeError):  # no home, full, read-only, or one from which nothing may be executed
             with tempfile.TemporaryDirectory() as folder:
-                library = _load(Path(folder) / name, command)
+                library = _load(Path(folder) / file, command)
     except subprocess.CalledProcessError as error:
         lines = error.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {error.returncode}"]
-        return Compiled(None, f"{Path(compiler[0]).name} did not compile them: {lines[0]}")
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return Compiled(None, f"{type(error).__name__}: {error}")
-    return Compiled(library, f"{Path(compiler[0]).name}, {capability}")
+        return Compiled(None, f"{name} did not compile them: {lines[0]}")
+    except (OSError, subprocess.TimeoutExpired) as error:  # without names of temporary files: this is compared
+        return Compiled(None, f"{name}: {type(error).__name__} {getattr(error, 'strerror', None) or ''}".rstrip())
+    return Compiled(library, f"{name}, {capability}")
 
 
 def c_compiler() -> list[str] | None:
@@ -86,15 +99,20 @@ def _cache_folder() -> Path:
 
 
 def _load(path: Path, command: Sequence[str]) -> ctypes.CDLL:
-    if not path.exists():
-        made = path.with_name(f"{path.name}.{os.getpid()}.{platform.node()}")
+    if path.exists():
         try:
-            subprocess.run(
-                [*command, str(_SOURCE), "-o", str(made), "-lm"], check=True, capture_output=True, timeout=_SECONDS
-            )
-            made.replace(path)  # other processes see all of it or nothing
-        finally:
-            made.unlink(missing_ok=True)
+            return _open(path)
+        except OSError:  # damaged
+            path.unlink()
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        command = [*command, str(_SOURCE), "-o", str(made), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS)
+        made.replace(path)  # other processes see all of it or nothing
+    return _open(path)
+
+
+def _open(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     pointer, integer, number, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
     library.lars_step.argtypes = [

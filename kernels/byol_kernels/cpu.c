@@ -196,7 +196,7 @@ static void apply(void *const at[NUM_COLUMNS], const int64_t *low, int64_t n, Ru
         }
     if (t && !one_t) average(t, p, n, rule.weight);
     if (p_copy && !one_copy) copy(p_copy, p, n, (int)low[PARAM_COPY]);
-    if (t_copy && !(one_copy && one_t)) copy(t_copy, t, n, (int)low[TARGET_COPY]);
+    if (t && t_copy && !(one_copy && one_t)) copy(t_copy, t, n, (int)low[TARGET_COPY]);
 }
 
 void lars_step(const int64_t *addresses, /* [NUM_COLUMNS, num_rows]; 0 where a row lacks it */

@@ -364,6 +364,7 @@ def _fwd_on_cpu(
     if library is not None:
         dense = [x if x is None or x.stride(1) == 1 else x.contiguous() for x in (pa_BD, za_BD, pb_BD, zb_BD)]
         pairs = [(p, z) for p, z in (dense[:2], dense[2:]) if p is not None and z is not None]
+        assert all(x.dtype == pa_BD.dtype and x.shape == pa_BD.shape for pair in pairs for x in pair)
         grads = [pa_BD.new_empty(pa_BD.shape) for _ in pairs] if with_grad else []
         factor, _ = reference.factors(pa_BD)
         cosines = _cpu.normalized_mse(library, pairs, grads, max(eps, reference.SHORTEST), factor)

@@ -39,7 +39,7 @@ def photometric(
 ) -> Tensor:
     """Flip, jitter, grayscale, blur, solarize, normalise and cast; see `photometric.py`."""
     batch, _, height, width = images.shape
-    out_NHWC = torch.empty((batch, height, width, 3), dtype=dtype)
+    out_NHWC = images.new_empty((batch, height, width, 3), dtype=dtype)
     to_flip, to_gray, to_solarize = (_coins(coin, batch, False) for coin in (flip, grayscale, solarize))
     to_jitter, to_blur = _coins(jitter, batch, factors is not None), _coins(blur, batch, sigma is not None)
     factor_rows = [] if factors is None else factors.tolist()
@@ -91,7 +91,7 @@ def photometric(
 def gaussian_blur(images: Tensor, sigma: Tensor, window: Tensor, blur: Tensor | None) -> Tensor:
     """Separable Gaussian blur with the sigma and window of each image; see `blur.py`."""
     batch, _, height, width = images.shape
-    out_NHWC = torch.empty((batch, height, width, 3), dtype=images.dtype)
+    out_NHWC = images.new_empty((batch, height, width, 3))
     to_blur, sigmas, radii = _coins(blur, batch, True), sigma.tolist(), _radii(window)
     scratch = _Scratch(height, width, max(radii, default=0))
     for i in range(batch):
@@ -109,12 +109,15 @@ class _Scratch:
     """Memory for one float32 image in all the forms it takes, used again for the next."""
 
     def __init__(self, height: int, width: int, radius: int) -> None:
-        self.pixels = torch.empty(height, width, 3)
-        self.planes, self.other_planes = torch.empty(2, 3, height * width).unbind()
-        self.plane, self.high, self.low, self.upper, self.lower = torch.empty(5, height * width).unbind()
+        def new(*shape: int) -> Tensor:  # whatever torch makes by default
+            return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+        self.pixels = new(height, width, 3)
+        self.planes, self.other_planes = new(2, 3, height * width).unbind()
+        self.plane, self.high, self.low, self.upper, self.lower = new(5, height * width).unbind()
         # With a border above and below, and with one to the left and right.
-        self.above = torch.empty(height + 2 * radius, width * 3)
-        self.beside = torch.empty(height * (width + 2 * radius) * 3)
+        self.above = new(height + 2 * radius, width * 3)
+        self.beside = new(height * (width + 2 * radius) * 3)
 
 
 # -------------------------------------------------------------------------------- colour
@@ -235,8 +238,9 @@ def _solarize_(rows: Tensor, scratch: _Scratch, threshold: int) -> None:
 def _normalisation(mean: Sequence[float], std: Sequence[float], width: int) -> tuple[Tensor, Tensor]:
     """Scale and bias of a row of pixels; without a mean, to the range 0 ... 1."""
     std = std or (1.0, 1.0, 1.0)
-    scale = torch.tensor([1.0 / (255.0 * s) for s in std])
-    bias = torch.tensor([-m / s for m, s in zip(mean or (0.0, 0.0, 0.0), std, strict=True)])
+    scale = torch.tensor([1.0 / (255.0 * s) for s in std], dtype=torch.float32, device="cpu")
+    shift = [-m / s for m, s in zip(mean or (0.0, 0.0, 0.0), std, strict=True)]
+    bias = torch.tensor(shift, dtype=torch.float32, device="cpu")
     return scale.repeat(width), bias.repeat(width)
 
 

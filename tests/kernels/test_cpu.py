@@ -1,4 +1,4 @@
-"""Loss and LARS as the machine's C compiler makes them: against float64, and what happens where it cannot."""
+"""Loss, LARS and blur as the machine's C compiler makes them: against float64, and what happens where it cannot."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from byol_kernels import LARS, _cpu, byol_loss, reference
+from byol_kernels import LARS, _cpu, byol_loss, gaussian_blur, reference
 from tests.kernels.conftest import INTERPRETED
 from tests.kernels.restatement import byol, close, ema, error, f64, lars, make
 
@@ -143,6 +143,40 @@ def test_threads_change_no_bit(threads: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_blur_on_any_number_of_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large enough to be shared; the operators are the other implementation, and may round to the next level."""
+    images = torch.randint(0, 256, (3, 3, 150, 161), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    sigma, window = torch.tensor([0.4, 1.3, 2.0]), torch.tensor([3, 9, 23])
+    with _cpu.left_out():
+        expected = gaussian_blur(images, sigma, window)
+    done, kernel = [], _cpu.gaussian_blur
+
+    def watched(*arguments: Any) -> bool:
+        done.append(kernel(*arguments))
+        return done[-1]
+
+    monkeypatch.setattr(_cpu, "gaussian_blur", watched)
+    torch.set_num_threads(threads)
+    out = gaussian_blur(images, sigma, window)
+    assert done == [True] * 3
+    difference = (out.int() - expected.int()).abs()
+    assert int(difference.max()) <= 1 and float(difference.float().mean()) < 1e-4
+    torch.set_num_threads(1)
+    assert torch.equal(out, gaussian_blur(images, sigma, window))
+
+
+def test_blur_whatever_torch_makes_by_default() -> None:
+    images = torch.randint(0, 256, (2, 3, 40, 50), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    sigma, window = torch.tensor([0.4, 2.0]), torch.tensor([3, 13])
+    expected = gaussian_blur(images, sigma, window)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(gaussian_blur(images, sigma, window), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_a_bad_gradient_is_seen_in_the_weights(bad: float) -> None:
     """As with any optimizer: nothing hides it."""
@@ -189,7 +223,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def compiled_anew() -> _cpu.Compiled:
     """As in a process of its own."""
-    return _cpu.compiled.__wrapped__()
+    return _cpu.compile_or_find()
 
 
 def test_it_is_compiled_once_for_all_processes(folder: Path) -> None:
@@ -198,6 +232,18 @@ def test_it_is_compiled_once_for_all_processes(folder: Path) -> None:
     first = made.stat().st_mtime_ns
     assert compiled_anew().library is not None
     assert [path.stat().st_mtime_ns for path in folder.iterdir()] == [first]
+
+
+def test_a_damaged_library_is_made_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compiled_anew().library is not None
+    (good,) = folder.iterdir()
+    elsewhere = folder.parent / "elsewhere"
+    made = elsewhere / "byol_kernels" / good.name
+    made.parent.mkdir(parents=True)
+    made.write_bytes(good.read_bytes()[:1000])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(elsewhere))
+    assert compiled_anew().library is not None
+    assert made.stat().st_size > 1000 and list(made.parent.iterdir()) == [made]
 
 
 def test_without_a_place_to_keep_it(folder: Path) -> None:
@@ -217,7 +263,7 @@ def test_without_a_compiler_it_says_so(folder: Path, monkeypatch: pytest.MonkeyP
     [
         ("raise SystemExit(3)", "did not compile them: exit status 3"),
         ("raise SystemExit('no OpenMP')", "did not compile them: no OpenMP"),
-        ("", "FileNotFoundError"),
+        ("", "FileNotFoundError No such file or directory"),
     ],
     ids=["fails", "says why", "makes nothing"],
 )
