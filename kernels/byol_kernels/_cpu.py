@@ -108,6 +108,8 @@ def _load(path: Path, command: Sequence[str]) -> ctypes.CDLL:
         made = Path(folder) / path.name
         command = [*command, str(_SOURCE), "-o", str(made), "-lm"]
         subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS)
+        with made.open("rb") as file:
+            os.fsync(file.fileno())  # opening half a library ends the process
         made.replace(path)  # other processes see all of it or nothing
     return _open(path)
 

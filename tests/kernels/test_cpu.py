@@ -240,7 +240,7 @@ def test_a_damaged_library_is_made_again(folder: Path, monkeypatch: pytest.Monke
     elsewhere = folder.parent / "elsewhere"
     made = elsewhere / "byol_kernels" / good.name
     made.parent.mkdir(parents=True)
-    made.write_bytes(good.read_bytes()[:1000])
+    made.write_bytes(b"no library")
     monkeypatch.setenv("XDG_CACHE_HOME", str(elsewhere))
     assert compiled_anew().library is not None
     assert made.stat().st_size > 1000 and list(made.parent.iterdir()) == [made]
