@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from byol_fast.config import Config, ConfigError, DataConfig, KNNConfig
-from byol_fast.environment import cpu_has_bf16, num_cpus, version
+from byol_fast.environment import cpu_has_bf16, cpu_name, num_cpus, version
 
 PYTHONS = ((3, 11), (3, 12))
 DRIVERS = {"nvidia-dali-cuda130": 580, "nvidia-dali-cuda120": 525}
@@ -246,6 +246,7 @@ def gather() -> Facts:
         dali=next((f"{name}=={found}" for name in DRIVERS if (found := version(name)) is not None), None),
         driver=_driver(),
         compiler=_compiler(),
+        cpu=cpu_name(),
         cpus=num_cpus(),
         cpu_quota=_cpu_quota(),
         bf16=cpu_has_bf16(),
@@ -260,7 +261,6 @@ def gather() -> Facts:
     f.torch_cuda = f.probes.pop("torch cuda", None)
     f.torchvision = f.probes.pop("torchvision version", None)
     f.torch_threads = int(f.probes.pop("torch threads", "1"))
-    f.cpu = f.probes.pop("cpu", "CPU")
     f.gpus = [f.probes.pop(name) for name in sorted(f.probes) if name.startswith("gpu ")]
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
@@ -330,13 +330,10 @@ def probe() -> None:
 def _probe_torch(tell: Callable[[str, str | None], None]) -> None:
     import torch
 
-    from byol_fast.environment import describe
-
     tell("torch version", torch.__version__)
     if torch.version.cuda is not None:
         tell("torch cuda", torch.version.cuda)
     tell("torch threads", str(torch.get_num_threads()))
-    tell("cpu", str(describe(torch.device("cpu"))["cpu"]))
 
 
 def _probe_compiled() -> None:

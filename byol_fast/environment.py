@@ -51,6 +51,11 @@ def cpu_has_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
+def cpu_name() -> str:
+    """What the CPU calls itself."""
+    return _cpuinfo().get("model name", platform.processor())
+
+
 def describe(device: torch.device) -> dict[str, Any]:
     """Machine, versions and threads as plain JSON values."""
     import torch  # here: `byol-fast doctor` asks for the CPU where torch may be broken
@@ -58,7 +63,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     record: dict[str, Any] = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpu": _cpuinfo().get("model name", platform.processor()),
+        "cpu": cpu_name(),
         "cpus": num_cpus(),
         "torch_threads": torch.get_num_threads(),
         "cpu_bf16": cpu_has_bf16(),

@@ -123,7 +123,7 @@ def _open(path: Path) -> ctypes.CDLL:
     library.lars_step.restype = None
     library.normalized_mse.argtypes = [
         pointer, pointer, integer, integer, pointer, pointer, pointer, integer, integer, pointer, integer, integer,
-        number, number, small, small,
+        number, number, number, small, small,
     ]  # fmt: skip
     library.normalized_mse.restype = number
     library.gaussian_blur.argtypes = [pointer, pointer, integer, integer, integer, integer, pointer, small]
@@ -171,6 +171,7 @@ def normalized_mse(
     pairs: Sequence[tuple[Tensor, Tensor]],
     grads: Sequence[Tensor],
     shortest: float,
+    longest: float,
     factor: float,
 ) -> float:
     """The sum of the cosines of all rows; NaN where a row is too short, too long or NaN for it, see `cpu.c`.
@@ -179,21 +180,18 @@ def normalized_mse(
         library: of `compiled`.
         pairs: one or two of prediction and target projection [B, D], float32 or bfloat16, with elements side by side.
         grads: out, `factor` times the derivative of that sum by each prediction [B, D]; or none.
-        shortest: norm.
+        shortest: norm that it takes.
+        longest: norm that it takes.
         factor: of the gradients.
     """
     batch, dim = pairs[0][0].shape
     described: list[int] = []
-    for index in range(2):
-        if index < len(pairs):
-            p, z = pairs[index]
-            described += [p.data_ptr(), z.data_ptr(), p.stride(0), z.stride(0)]
-            described.append(grads[index].data_ptr() if grads else 0)
-        else:
-            described += [0] * 5
+    for index, (p, z) in enumerate(pairs):
+        described += [p.data_ptr(), z.data_ptr(), p.stride(0), z.stride(0), grads[index].data_ptr() if grads else 0]
+    described += [0] * (10 - len(described))  # a second pair that is not there
     threads = _threads_for(batch * dim)
     low = pairs[0][0].dtype == torch.bfloat16
-    total: float = library.normalized_mse(*described, batch, dim, shortest, factor, low, threads)
+    total: float = library.normalized_mse(*described, batch, dim, shortest, longest, factor, low, threads)
     return total
 
 

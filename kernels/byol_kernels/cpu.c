@@ -45,9 +45,9 @@ static inline double sum(float lanes[LANES]) {
 }
 
 /* The cosine of two rows, and `factor` times its gradient by p; NaN, and nothing is written, where a norm is not from
-`shortest` to 1e15: the rules for such rows are the caller's. */
+`shortest` to `longest`: the rules for such rows are the caller's. */
 SPECIALISED double row(const void *restrict p, const void *restrict z, void *restrict grad, int64_t n, double shortest,
-                       double factor, int low) {
+                       double longest, double factor, int low) {
     double pp = 0.0, zz = 0.0, pz = 0.0;
     for (int64_t first = 0; first < n; first += BLOCK) {
         int64_t stop = n - first < BLOCK ? n : first + BLOCK, i = first;
@@ -70,7 +70,7 @@ SPECIALISED double row(const void *restrict p, const void *restrict z, void *res
         pz += sum(pz_part);
     }
     double p_norm = sqrt(pp), z_norm = sqrt(zz), cosine = pz / (p_norm * z_norm);
-    if (!(p_norm >= shortest && z_norm >= shortest && p_norm <= 1e15 && z_norm <= 1e15)) return NAN;
+    if (!(p_norm >= shortest && z_norm >= shortest && p_norm <= longest && z_norm <= longest)) return NAN;
     if (grad) {
         float of_z = (float)(factor / (p_norm * z_norm)), of_p = (float)(-factor * cosine / pp);
         for (int64_t i = 0; i < n; i++) {
@@ -91,7 +91,7 @@ typedef struct {
 /* The sum of the cosines of all rows, and the gradients of `row`; NaN if any row is for the caller. */
 double normalized_mse(const void *pa, const void *za, int64_t pa_stride, int64_t za_stride, void *grad_a, const void *pb,
                       const void *zb, int64_t pb_stride, int64_t zb_stride, void *grad_b, int64_t batch, int64_t dim,
-                      double shortest, double factor, int low, int threads) {
+                      double shortest, double longest, double factor, int low, int threads) {
     Pair pairs[2] = {{pa, za, pa_stride, za_stride, grad_a}, {pb, zb, pb_stride, zb_stride, grad_b}};
     int64_t num_rows = pb ? 2 * batch : batch;
     double total = 0.0, *cosines = malloc(num_rows * sizeof *cosines);
@@ -102,7 +102,8 @@ double normalized_mse(const void *pa, const void *za, int64_t pa_stride, int64_t
         int64_t b = i < batch ? i : i - batch;
         const void *p = offset(pair->p, b * pair->p_stride, low), *z = offset(pair->z, b * pair->z_stride, low);
         void *grad = (void *)offset(pair->grad, b * dim, low);
-        cosines[i] = low ? row(p, z, grad, dim, shortest, factor, 1) : row(p, z, grad, dim, shortest, factor, 0);
+        cosines[i] = low ? row(p, z, grad, dim, shortest, longest, factor, 1)
+                         : row(p, z, grad, dim, shortest, longest, factor, 0);
     }
     for (int64_t i = 0; i < num_rows; i++) total += cosines[i];
     free(cosines);

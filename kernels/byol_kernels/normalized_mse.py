@@ -367,7 +367,8 @@ def _fwd_on_cpu(
         assert all(x.dtype == pa_BD.dtype and x.shape == pa_BD.shape for pair in pairs for x in pair)
         grads = [pa_BD.new_empty(pa_BD.shape) for _ in pairs] if with_grad else []
         factor, _ = reference.factors(pa_BD)
-        cosines = _cpu.normalized_mse(library, pairs, grads, max(eps, reference.SHORTEST), factor)
+        shortest, longest = max(eps, reference.SHORTEST), reference.LONGEST
+        cosines = _cpu.normalized_mse(library, pairs, grads, shortest, longest, factor)
         if not math.isnan(cosines):
             loss = min(max(2.0 * (len(pairs) - cosines / pa_BD.shape[0]), 0.0), 4.0 * len(pairs))
             grads += [pa_BD.new_empty(0) for _ in range(2 - len(grads))]

@@ -21,8 +21,6 @@ _SMALL = 1 << 16
 """Elements of a prediction up to which every operator costs more than its arithmetic."""
 _ROW = 256
 """A float32 sum over many elements, one after the other, loses digits: squares are summed in rows, rows in float64."""
-
-
 SHORTEST, LONGEST = 1e-15, 1e15
 """Norms between which squares in float32 neither overflow nor lose their digits."""
 
