@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
-
-from byol_fast import batchnorm
 
 
 def checkpoint_blocks(encoder: nn.Module) -> int:
@@ -59,32 +55,4 @@ class _Recomputed:
         forward: Callable[..., Any] = type(block).forward
         if not block.training:
             return forward(block, *inputs)
-        views = batchnorm.views_now(block)
-
-        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return _nothing(), _second_time(block, views)
-
-        return checkpoint(forward, block, *inputs, use_reentrant=False, context_fn=contexts)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-@contextmanager
-def _second_time(block: nn.Module, views: int) -> Iterator[None]:
-    """As the first time, but without counting the batch twice in the running statistics.
-
-    The norms go on writing them (with weight 0): what autograd saves has to be the same both times.
-    """
-    norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        with batchnorm.views_stacked(block, views):
-            yield
-    finally:
-        for norm, (momentum, count) in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, count
+        return checkpoint(forward, block, *inputs, use_reentrant=False)

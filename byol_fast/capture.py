@@ -32,6 +32,16 @@ def choose_mode(config: Config, device: torch.device, precision: Precision, worl
     """
     against_graph = _against_graph(config, device, precision, world_size)
     against_compile = "activation checkpointing is not compiled" if config.activation_checkpointing else None
+    mode = _choose(config, device, against_graph, against_compile)
+    if config.max_autotune and mode.name == "eager":
+        raise ConfigError(
+            f"config: max_autotune must be off in mode 'eager' ({mode.why}): nothing is compiled; set max_autotune to "
+            "false, or mode to 'compile'"
+        )
+    return mode
+
+
+def _choose(config: Config, device: torch.device, against_graph: str | None, against_compile: str | None) -> Mode:
     if config.mode == "graph" and against_graph:
         raise ConfigError(f"config: mode 'graph' cannot serve this run: {against_graph}; set mode to 'auto'")
     if config.mode == "compile" and against_compile:
@@ -61,18 +71,19 @@ def _against_graph(config: Config, device: torch.device, precision: Precision, w
     return None
 
 
-def compiled(task: SelfSupervisedTask, mode: Mode, *, alone: bool = True) -> Forward:
+def compiled(task: SelfSupervisedTask, mode: Mode, *, alone: bool = True, max_autotune: bool = False) -> Forward:
     """The task's forward pass as the mode asks; what is compiled compiles at its first call.
 
     Args:
         task: the networks and the loss.
         mode: of the run.
         alone: one process. With several the networks are compiled one by one, because DDP goes between them.
+        max_autotune: let inductor time several variants of each kernel, see `Config.max_autotune`.
     """
     if mode.name == "eager":
         return task.training_output
-    # A graph of ours goes around everything, so inductor must not make its own.
-    tuning = "max-autotune-no-cudagraphs" if mode.name == "graph" else None
+    # Without inductor's own CUDA graphs: in mode graph ours goes around the whole step.
+    tuning = "max-autotune-no-cudagraphs" if max_autotune else None
     if not alone:
         for network in task.networks():
             network.compile(dynamic=False, mode=tuning)
@@ -125,9 +136,22 @@ class CapturedStep:
         self._views = [(view1.clone(), view2.clone()) for view1, view2 in views]
         device = self.step.device
         leave_no_trace(self.step, lambda: self._warm_up(device))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._values = self.step.body(self._views)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+        failure: Exception | None = None
+        try:
+            # Other threads (DALI's) may allocate and query events meanwhile; only this thread's calls are checked.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                try:
+                    self._values = self.step.body(self._views)
+                except Exception as error:  # the end of a broken capture raises, too, and would hide it
+                    failure = error
+        except RuntimeError:
+            torch.cuda.set_stream(stream)
+            if failure is None:
+                raise
+        if failure is not None:
+            self._views, self._values = [], None
+            raise failure
         self.graph = graph
 
     def _warm_up(self, device: torch.device) -> None:

@@ -331,6 +331,12 @@ class Config:
     mode: Literal["auto", "eager", "compile", "graph"] = "auto"
     """How a step runs: eager, compiled by torch.compile, or compiled and captured whole into a CUDA graph. auto picks,
     and the run says which and why."""
+    max_autotune: bool = False
+    """Where the step is compiled: let inductor time several variants of each kernel (max-autotune). For a ResNet-50
+    these are hundreds, tuned one after the other: expect 25 to 60 minutes before the first step, without output."""
+    cudnn_benchmark: bool = False
+    """On a GPU: let cuDNN time its algorithms for each convolution in the first steps and keep the fastest
+    (torch.backends.cudnn.benchmark). Shapes never change within a run."""
     activation_checkpointing: bool = False
     """Keep only the encoder's block boundaries for the backward pass and compute the rest again: less memory, about a
     third more time."""

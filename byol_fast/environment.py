@@ -121,7 +121,9 @@ def _output(*command: str) -> str:
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Fields that decide whether a run continues bit for bit, where they differ: `"name: then -> now"`."""
-    fields = ("cpu", "torch_threads", "device", "gpu", "precision", "mode", "cpu_kernels")
+    fields = (
+        "cpu", "torch_threads", "device", "gpu", "precision", "mode", "max_autotune", "cudnn_benchmark", "cpu_kernels"
+    )  # fmt: skip
     found = [f"{name}: {then.get(name)} -> {now.get(name)}" for name in fields if then.get(name) != now.get(name)]
     old, new = then.get("packages", {}), now.get("packages", {})
     return found + [f"{name}: {old.get(name)} -> {new.get(name)}" for name in new if old.get(name) != new.get(name)]

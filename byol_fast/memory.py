@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+from byol_fast import batchnorm
 from byol_fast.config import Config
 from byol_fast.data.batch import Batch
 from byol_fast.step import TrainStep
@@ -23,11 +24,14 @@ def peak_gib(device: torch.device) -> float:
 def largest_that_fits(step: TrainStep, batch: Batch) -> int:
     """Images of the largest half, quarter, ... of a batch that passes forward and backward; 0 when not even two do.
 
-    The step's networks are used up by that: their running statistics move.
+    The step's networks are not connected to other processes any more after that.
     """
+    step.task.call_online_through(lambda network: network)
+    for network in step.task.networks():
+        batchnorm.keep_to_itself(network)
     size = len(batch.index) // 2
     while size >= 2:
-        step.optimizer.zero_grad(set_to_none=True)
+        step.drop_gradients()
         if step.device.type == "cuda":
             torch.cuda.empty_cache()
         if _passes(step, batch, size):
@@ -38,7 +42,8 @@ def largest_that_fits(step: TrainStep, batch: Batch) -> int:
 
 def _passes(step: TrainStep, batch: Batch, size: int) -> bool:
     try:
-        step.forward_backward(batch.view1[:size], batch.view2[:size])
+        with torch.compiler.set_stance("force_eager"):  # a compiled pass would be compiled anew for each size
+            step.forward_backward(batch.view1[:size], batch.view2[:size])
     except torch.OutOfMemoryError:
         return False
     return True

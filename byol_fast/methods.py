@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from byol_fast import batchnorm
+from byol_fast.batchnorm import BatchStats
 from byol_fast.config import Config
 from byol_fast.networks import MLPHead, Normalize, build_encoder, feature_dim, simsiam_predictor, simsiam_projector
 from byol_fast.phases import phase
@@ -42,6 +43,9 @@ class TaskOutput(NamedTuple):
     """Scalar, no gradient: see `collapse_std`."""
     features: Tensor | None = None
     """Features of the online encoder, no gradient, `[2B, D]`: those of the first views, then those of the second."""
+    batch_stats: tuple[BatchStats, ...] | None = None
+    """Statistics of the batch norms, where the running ones are still to be moved by them; see
+    `SelfSupervisedTask.collects_statistics`."""
 
 
 def collapse_std(projection_BD: Tensor) -> Tensor:
@@ -89,6 +93,9 @@ class SelfSupervisedTask(nn.Module, ABC):
     """Size of the encoder's features."""
     views: Views
     """How views pass the networks; `separate` where `batched` was asked for and cannot be, see `views_note`."""
+    collects_statistics: bool = False
+    """Whether `training_output` returns the statistics of batch norms instead of moving the running ones: for a step
+    that may yet be skipped. Only `TrainStep` sets it, for the length of a call."""
     _online_call: list[nn.Module]
     views_note: str | None
     """Why the views pass separately although batching was asked for."""
@@ -153,9 +160,13 @@ class SelfSupervisedTask(nn.Module, ABC):
                 return [self.normalize(view1), self.normalize(view2)]
             return [self.normalize(torch.cat([view1, view2]))]
 
-    def _pass_online(self, inputs: Sequence[Tensor]) -> tuple[Pair, Pair, Tensor]:
+    def _views_stacked(self, network: nn.Module, collected: list[BatchStats] | None) -> AbstractContextManager[None]:
+        """Tell a network's batch norms how many views are in a batch, and where its statistics go."""
+        return batchnorm.views_stacked(network, 2 if self.views == "batched" else 1, collected)
+
+    def _pass_online(self, inputs: Sequence[Tensor], collected: list[BatchStats] | None) -> tuple[Pair, Pair, Tensor]:
         """Projections and predictions of the two views, and their features as `TaskOutput.features`."""
-        with phase("online forward"), batchnorm.views_stacked(self.online, 2 if self.views == "batched" else 1):
+        with phase("online forward"), self._views_stacked(self.online, collected):
             projections, predictions, features = self._online_call[0](*inputs)
         both = features[0] if len(features) == 1 else torch.cat(list(features))
         return _by_view(projections), _by_view(predictions), both
@@ -300,15 +311,14 @@ class BYOL(SelfSupervisedTask):
         Raises:
             ValueError: the views are no images of these shapes and dtypes.
         """
-        return self._outputs(view1, view2)[0]
+        return self._outputs(view1, view2, None)[0]
 
-    def _outputs(self, view1: Tensor, view2: Tensor) -> tuple[Outputs, Tensor]:
+    def _outputs(self, view1: Tensor, view2: Tensor, collected: list[BatchStats] | None) -> tuple[Outputs, Tensor]:
         """What `forward` returns, and the online encoder's features."""
         inputs = self._inputs(view1, view2)
-        stacked = batchnorm.views_stacked(self.target, 2 if self.views == "batched" else 1)
-        with phase("target forward"), torch.no_grad(), stacked:
+        with phase("target forward"), torch.no_grad(), self._views_stacked(self.target, collected):
             z1, z2 = _by_view(self.target(*inputs))  # no_grad, not inference_mode: that breaks later compiled training
-        _, (p1, p2), features = self._pass_online(inputs)
+        _, (p1, p2), features = self._pass_online(inputs, collected)
         return (p1, p2, z1, z2), features
 
     def loss(self, predictions: Sequence[Tensor], projections: Sequence[Tensor]) -> Tensor:
@@ -323,8 +333,9 @@ class BYOL(SelfSupervisedTask):
 
     def training_output(self, view1: Tensor, view2: Tensor) -> TaskOutput:
         """See `SelfSupervisedTask.training_output`; the collapse meter is of the target's projections."""
-        outputs, features = self._outputs(view1, view2)
-        return TaskOutput(*_loss_and_meter(*outputs), features)
+        collected: list[BatchStats] | None = [] if self.collects_statistics else None
+        outputs, features = self._outputs(view1, view2, collected)
+        return TaskOutput(*_loss_and_meter(*outputs), features, None if collected is None else tuple(collected))
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Parameters of the online encoder, projector and predictor, in this order."""
@@ -429,11 +440,11 @@ class SimSiam(SelfSupervisedTask):
         Raises:
             ValueError: the views are no images of these shapes and dtypes.
         """
-        return self._outputs(view1, view2)[0]
+        return self._outputs(view1, view2, None)[0]
 
-    def _outputs(self, view1: Tensor, view2: Tensor) -> tuple[Outputs, Tensor]:
+    def _outputs(self, view1: Tensor, view2: Tensor, collected: list[BatchStats] | None) -> tuple[Outputs, Tensor]:
         """What `forward` returns, and the encoder's features."""
-        (z1, z2), (p1, p2), features = self._pass_online(self._inputs(view1, view2))
+        (z1, z2), (p1, p2), features = self._pass_online(self._inputs(view1, view2), collected)
         return (p1, p2, z1.detach(), z2.detach()), features
 
     def loss(self, predictions: Sequence[Tensor], projections: Sequence[Tensor]) -> Tensor:
@@ -448,9 +459,10 @@ class SimSiam(SelfSupervisedTask):
 
     def training_output(self, view1: Tensor, view2: Tensor) -> TaskOutput:
         """See `SelfSupervisedTask.training_output`; the collapse meter is of the projections."""
-        outputs, features = self._outputs(view1, view2)
+        collected: list[BatchStats] | None = [] if self.collects_statistics else None
+        outputs, features = self._outputs(view1, view2, collected)
         loss, meter = _loss_and_meter(*outputs)
-        return TaskOutput(_from_byol(loss), meter, features)
+        return TaskOutput(_from_byol(loss), meter, features, None if collected is None else tuple(collected))
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Parameters of the encoder, the projector and the predictor, in this order."""

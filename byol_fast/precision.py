@@ -60,10 +60,6 @@ class LossScale:
         self.scale = torch.full((), self.INITIAL, device=device)
         self._good_steps = torch.zeros((), dtype=torch.int32, device=device)
 
-    def inverse(self) -> Tensor:
-        """Factor that takes the scale out of a gradient, fp32 scalar."""
-        return self.scale.double().reciprocal().float()
-
     def update(self, bad: Tensor) -> None:
         """Adapt the scale after a step.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from byol_fast.methods import SelfSupervisedTask, TaskOutput
 from byol_fast.optim import CONSTANT
 from byol_fast.phases import phase
 from byol_fast.precision import LossScale, Precision
+from byol_fast.running_statistics import RunningStatistics
 from byol_fast.schedules import RunSchedule
 from byol_fast.weight_copies import WeightCopies
 from byol_kernels import LARS, ema_update_
@@ -51,49 +53,6 @@ class StepMetrics:
         return self.values[2]
 
 
-class BufferGuard:
-    """Takes batch normalisation's running statistics back where a step must not have happened.
-
-    One batch with a NaN makes them NaN for ever; not updating the weights is not enough.
-    """
-
-    def __init__(self, task: SelfSupervisedTask) -> None:
-        self._live = [b for network in task.networks() for b in network.buffers()]
-        self._saved = [torch.empty_like(b) for b in self._live]
-
-    @torch.no_grad()
-    def save(self) -> None:
-        """Remember the buffers."""
-        if self._live:
-            torch._foreach_copy_(self._saved, self._live)
-
-    @torch.no_grad()
-    def restore_if(self, flag: Tensor) -> None:
-        """Put back what was remembered where the flag is 1, without asking the host.
-
-        Args:
-            flag: scalar on the buffers' device, 0 or 1.
-        """
-        if flag.device.type == "cpu":
-            if flag:
-                torch._foreach_copy_(self._live, self._saved)
-            return
-        # Products of integers select bits whatever they mean; of floats, 0 * NaN would be NaN.
-        for integer in (torch.int16, torch.int32, torch.int64):
-            size = integer.itemsize
-            live = [_as(b, integer) for b in self._live if b.element_size() == size]
-            if live:
-                saved = [_as(b, integer) for b in self._saved if b.element_size() == size]
-                take_saved = flag.to(integer)
-                torch._foreach_mul_(live, 1 - take_saved)
-                torch._foreach_add_(live, torch._foreach_mul(saved, take_saved))
-
-
-def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same memory as integers; a 0-dim tensor keeps its number of dimensions."""
-    return tensor if tensor.dtype == dtype else tensor.view(dtype)
-
-
 class TrainStep:
     """One optimizer step on one batch, or on several whose gradients are averaged.
 
@@ -109,7 +68,7 @@ class TrainStep:
         accumulate: batches a step.
         channels_last: bring the views into NHWC memory (a no-op for DALI's).
         weight_copies: let LARS write the weights in the networks' precision, instead of casting them in every step,
-            where it can: one batch a step, one process. Recomputed activations would not see the copies.
+            where it can: one batch a step, one process.
         agree: with several processes, makes a flag on the device 1 on all where it is 1 on any.
     """
 
@@ -136,7 +95,7 @@ class TrainStep:
         self.device = next(task.parameters()).device
         self.parameters = task.trainable_parameters()
         self.target_of: dict[Tensor, Tensor] = dict(zip(self.parameters, task.target_parameters(), strict=False))
-        self.buffers = BufferGuard(task)
+        self.running_statistics = RunningStatistics(task.networks(), collected=task.views_note is None)
         self.bad = torch.zeros((), device=self.device)
         """1 while the step under way has met something that is not finite."""
         self.loss_scale = LossScale(self.device) if precision.scales_loss else None
@@ -174,8 +133,7 @@ class TrainStep:
         Returns:
             `StepMetrics.values`.
         """
-        with phase("optimizer + average"):
-            self.buffers.save()
+        self.running_statistics.save_others()
         outputs: list[TaskOutput] = []
         for view1, view2 in views:
             last = len(outputs) == len(views) - 1
@@ -186,12 +144,13 @@ class TrainStep:
         with phase("optimizer + average"):
             if self.copies is not None:
                 self.copies.hand_over_gradients()
-            self._look_for_what_is_not_finite(loss)
+            self._look_at_the_loss(loss)
             self._update()
-            self.buffers.restore_if(self.bad)
+            statistics = [entry for output in outputs for entry in output.batch_stats or ()]
+            self.running_statistics.update(statistics, self.bad)
             if self.loss_scale is not None:
                 self.loss_scale.update(self.bad)
-            self.optimizer.zero_grad(set_to_none=True)
+            self.drop_gradients()
         return torch.stack([loss.double(), outputs[-1].collapse_std.double(), self.bad.double()])
 
     def changing(self) -> list[Tensor]:
@@ -206,6 +165,12 @@ class TrainStep:
         if self.copies is not None:
             self.copies.refresh()
 
+    def drop_gradients(self) -> None:
+        """Free all gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.copies is not None:
+            self.copies.drop_gradients()
+
     def forward_backward(self, view1: Tensor, view2: Tensor) -> TaskOutput:
         """Add a batch's gradients to what is there.
 
@@ -217,38 +182,46 @@ class TrainStep:
 
     def _backward(self, view1: Tensor, view2: Tensor) -> TaskOutput:
         dtype = self.precision.autocast
-        with (
-            self.copies.in_place() if self.copies is not None else nullcontext(),
-            torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None),
-        ):
-            output = self.forward(view1, view2)
-        loss = output.loss / self.accumulate if self.accumulate > 1 else output.loss
-        with phase("backward"):
-            (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()  # type: ignore[no-untyped-call]
+        # The copies stay in place during the backward pass, which may compute activations again.
+        with self.copies.in_place() if self.copies is not None else nullcontext():
+            self.task.collects_statistics = True
+            try:
+                with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+                    output = self.forward(view1, view2)
+            finally:
+                self.task.collects_statistics = False
+            loss = output.loss / self.accumulate if self.accumulate > 1 else output.loss
+            with phase("backward"):
+                (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()  # type: ignore[no-untyped-call]
         return output
 
-    def _look_for_what_is_not_finite(self, loss: Tensor) -> None:
-        """Set the flag, and take the loss scale out of the gradients."""
+    def _look_at_the_loss(self, loss: Tensor) -> None:
+        """Begin the flag: with several processes it is that of any loss. Gradients are the same on all of them."""
         self.bad.copy_(~torch.isfinite(loss))
-        factor = torch.ones((), device=self.device) if self.loss_scale is None else self.loss_scale.inverse()
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for p in self.parameters:
-            if p.grad is not None:
-                by_dtype.setdefault(p.grad.dtype, []).append(p.grad)
-        for gradients in by_dtype.values():
-            torch._amp_foreach_non_finite_check_and_unscale_(gradients, self.bad, factor)
         if self._agree is not None:
             self._agree(self.bad)
+
+    def _look_at_gradients(self) -> None:
+        """Set the flag where a gradient is not finite; LARS does that in its own pass over them."""
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for p in self.parameters:
+            if p.grad is not None and p.grad.numel():
+                by_dtype.setdefault(p.grad.dtype, []).append(p.grad)
+        for gradients in by_dtype.values():
+            # The largest magnitude: it exists for every dtype on every device, and an inf or NaN stays one in it.
+            largest = torch.stack(torch._foreach_norm(gradients, math.inf))
+            torch.maximum(self.bad, (~torch.isfinite(largest)).any().to(self.bad.dtype), out=self.bad)
 
     def _update(self) -> None:
         """The optimizer's step, then the target follows; our LARS does both in the same pass over the weights."""
         optimizer, tau = self.optimizer, self._tau
         optimizer.found_inf = self.bad  # type: ignore[attr-defined]
-        optimizer.grad_scale = None  # type: ignore[attr-defined]
+        optimizer.grad_scale = None if self.loss_scale is None else self.loss_scale.scale  # type: ignore[attr-defined]
         if isinstance(optimizer, LARS):
             copies = None if self.copies is None else self.copies.of
             optimizer.step(ema=(self.target_of, tau) if self.target_of else None, copies=copies)
             return
+        self._look_at_gradients()
         optimizer.step()
         if self.target_of:
             on_cpu = self.device.type == "cpu"

@@ -47,7 +47,8 @@ log = logging.getLogger(__name__)
 # rounded, of which the run warns).
 RESUMABLE_CHANGES = frozenset(
     {"name", "out", "log_every", "checkpoint_every", "keep_checkpoints", "data.root", "data.cache", "data.prefetch"}
-    | {"data.threads", "knn.val_root", "mode", "tensorboard", "timeout_minutes", "max_bad_steps"}
+    | {"data.threads", "knn.val_root", "mode", "max_autotune", "cudnn_benchmark", "tensorboard"}
+    | {"timeout_minutes", "max_bad_steps"}
     | {"activation_checkpointing", "data.on_bad", "data.max_bad", "data.accept_changed", "probe.enabled", "probe.lr"}
 )
 
@@ -156,6 +157,7 @@ class Trainer:
         self.device = resolve_device(config.device)
         self.precision = resolve_precision(config.precision, self.device)
         self.precision.apply_to_backends()
+        torch.backends.cudnn.benchmark = config.cudnn_benchmark
         self.mode = choose_mode(config, self.device, self.precision, world.size)
         self.run_dir = world.share(
             resume or config.out / (config.name or f"{config.recipe}-{datetime.now():%Y%m%d-%H%M%S}")
@@ -169,6 +171,8 @@ class Trainer:
             self.task = make_task(config, pretrained=payload is None)
         if self.task.views_note is not None:
             self.notes.append(f"the views pass the networks one by one: {self.task.views_note}")
+        if config.max_autotune:
+            self.notes.append("max_autotune: kernels are tuned before the first step, for a ResNet-50 25-60 minutes")
         self.task.to(self.device)
         if config.channels_last:
             self.task.to(memory_format=torch.channels_last)
@@ -193,10 +197,9 @@ class Trainer:
             optimizer,
             self._schedule(loader.steps_per_epoch),
             precision=self.precision,
-            forward=compiled(self.task, self.mode, alone=world.alone),
+            forward=compiled(self.task, self.mode, alone=world.alone, max_autotune=config.max_autotune),
             accumulate=config.accumulate,
             channels_last=config.channels_last,
-            weight_copies=not config.activation_checkpointing,
             agree=None if world.alone else distributed.agree,
         )
         if self.mode.name == "graph":
@@ -638,6 +641,8 @@ class Trainer:
         return environment.describe(self.device) | {
             "precision": self.precision.name,
             "mode": self.mode.name,
+            "max_autotune": self.config.max_autotune,
+            "cudnn_benchmark": self.config.cudnn_benchmark,
             "processes": self.world.size,
         }
 

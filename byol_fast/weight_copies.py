@@ -67,3 +67,8 @@ class WeightCopies:
         for weight, copy in self.of.items():
             if copy.grad is not None:
                 weight.grad, copy.grad = copy.grad, None
+
+    def drop_gradients(self) -> None:
+        """Free gradients that were not handed over: of a backward pass that did not come to its end."""
+        for copy in self.of.values():
+            copy.grad = None

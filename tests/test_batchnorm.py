@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from byol_fast.batchnorm import convert, synchronise, views_now, views_stacked
+from byol_fast.batchnorm import BatchStats, convert, synchronise, views_stacked
+from byol_fast.running_statistics import RunningStatistics
 
 # Equal in exact arithmetic; roundings of sums in another order, a few layers deep. float64 has 2.2e-16.
 CLOSE: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
@@ -228,13 +230,83 @@ def test_views_are_stacked_within_only_and_for_this_network_only() -> None:
     network = made(Residual)
     convert(network)
     other = copy.deepcopy(network)
+
+    def views(network: nn.Module) -> int:
+        return cast("Any", network.get_submodule("bn1")).views  # type: ignore[no-any-return]
+
     with pytest.raises(RuntimeError, match="stop"), views_stacked(network, 2):
-        assert (views_now(network), views_now(other)) == (2, 1)
+        assert (views(network), views(other)) == (2, 1)
         with views_stacked(network, 3):
-            assert views_now(network) == 3
-        assert views_now(network) == 2
+            assert views(network) == 3
+        assert views(network) == 2
         raise RuntimeError("stop")
-    assert views_now(network) == views_now(nn.Linear(1, 1)) == 1
+    assert views(network) == 1
+
+
+@pytest.mark.parametrize("momentum", [0.1, None], ids=["momentum", "cumulative"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "aot_eager"])
+def test_collected_statistics_move_the_running_ones_afterwards(compiled: bool, momentum: float | None) -> None:
+    """The same outputs and gradients, and in the end the running statistics that torch moves in its forward pass."""
+    network = made(partial(Residual, momentum=momentum))
+    deferred = copy.deepcopy(network)
+    convert(deferred)
+    statistics = RunningStatistics([deferred])
+    x = torch.randn(8, 3, 9, 7, dtype=torch.float64)
+    collected: list[BatchStats] = []
+
+    def run(network: nn.Module, x: Tensor) -> Tensor:
+        with views_stacked(network, 2, collected):
+            y: Tensor = network(x)
+        return y
+
+    before = {name: b.clone() for name, b in deferred.named_buffers()}
+    found = everything(deferred, x, torch.compile(run, backend="aot_eager") if compiled else run)
+    assert all(torch.equal(found[name], b) for name, b in before.items())
+    statistics.update(collected, torch.ones((), dtype=torch.float64))
+    assert all(torch.equal(found[name], b) for name, b in before.items())
+    statistics.update(collected, torch.zeros(()))
+    found |= {name: b.clone() for name, b in deferred.named_buffers()}
+    equal(found, everything(network, x, lambda n, x: separately(n, x, 2)))
+
+
+class Checkpointed(nn.Module):
+    """A residual block that keeps no activations, as users and timm write it."""
+
+    def __init__(self, block: nn.Module, *, reentrant: bool) -> None:
+        super().__init__()
+        self.block, self.reentrant = block, reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(self.block, x, use_reentrant=self.reentrant)
+        return y
+
+
+@pytest.mark.parametrize("collect", [False, True], ids=["in forward", "collected"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
+@pytest.mark.parametrize("views", [1, 2])
+def test_recomputed_activations_have_their_views_and_are_counted_once(
+    views: int, reentrant: bool, collect: bool
+) -> None:
+    """By somebody else's checkpoint, whose backward pass runs when nobody says how many views there are."""
+    network = made(Residual)
+    recomputed = copy.deepcopy(network)
+    convert(recomputed)
+    statistics = RunningStatistics([recomputed])
+    wrapped = Checkpointed(recomputed, reentrant=reentrant)
+    x = torch.randn(8, 3, 9, 7, dtype=torch.float64)
+
+    def run(network: nn.Module, x: Tensor) -> Tensor:
+        collected: list[BatchStats] | None = [] if collect else None
+        with views_stacked(network, views, collected):
+            y: Tensor = network(x)
+        if collected is not None:
+            assert len(collected) == 3
+            statistics.update(collected, torch.zeros(()))
+        return y
+
+    found = everything(wrapped, x, run)
+    found = {name.replace("block.", ""): value for name, value in found.items()}
+    equal(found, everything(network, x, lambda n, x: separately(n, x, views)))
 
 
 def test_errors_say_what_to_do() -> None:

@@ -203,3 +203,22 @@ def test_mode_is_chosen_with_a_reason_and_refused_with_one() -> None:
         choose_mode(Config(activation_checkpointing=True, mode="compile"), gpu, bf16)
     with pytest.raises(ConfigError, match="there is no GPU"):
         choose_mode(Config(mode="graph"), cpu, bf16)
+    with pytest.raises(ConfigError, match="max_autotune must be off in mode 'eager'"):
+        choose_mode(Config(max_autotune=True), cpu, bf16)
+    assert choose_mode(Config(max_autotune=True), gpu, bf16).name == "graph"
+
+
+def test_kernels_are_tuned_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tuning takes the better part of an hour; it once came with mode graph."""
+    import torch
+
+    from byol_fast import capture
+    from byol_fast.methods import BYOL
+
+    asked: list[dict[str, object]] = []
+    monkeypatch.setattr(torch, "compile", lambda model, **options: asked.append(options) or model)
+    task = BYOL("resnet18_narrow", hidden_dim=8, projection_dim=8, image_size=32)
+    for mode in ("compile", "graph"):
+        for max_autotune in (False, True):
+            capture.compiled(task, capture.Mode(mode, "as asked"), max_autotune=max_autotune)  # type: ignore[arg-type]
+    assert [options["mode"] for options in asked] == [None, "max-autotune-no-cudagraphs"] * 2

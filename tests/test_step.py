@@ -15,6 +15,7 @@ from byol_fast.activations import checkpoint_blocks
 from byol_fast.capture import leave_no_trace
 from byol_fast.config import OptimConfig
 from byol_fast.data import Batch
+from byol_fast.memory import largest_that_fits
 from byol_fast.methods import BYOL, SelfSupervisedTask, SimSiam
 from byol_fast.optim import make_optimizer
 from byol_fast.precision import Precision
@@ -241,6 +242,23 @@ def test_recomputation_keeps_less_for_the_backward_pass() -> None:
 def test_an_encoder_without_blocks_cannot_be_recomputed() -> None:
     with pytest.raises(ValueError, match=r"activation_checkpointing: the encoder must have blocks"):
         checkpoint_blocks(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
+
+
+def test_the_largest_batch_that_fits_is_found_without_compiling() -> None:
+    """Each size would be compiled anew, which takes longer than the run has left to live."""
+    (batch,) = batches(1)
+    task = small_byol()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    step = train_step(task, forward=torch.compile(task.training_output, backend=backend))
+    assert largest_that_fits(step, batch) == 4
+    assert not graphs
+    step.forward_backward(batch.view1, batch.view2)
+    assert graphs
 
 
 def test_warm_up_leaves_no_trace() -> None:

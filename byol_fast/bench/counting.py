@@ -144,7 +144,7 @@ def as_graph(case: Case) -> Case:
             case()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         case()
     return graph.replay
 

@@ -16,6 +16,7 @@ from byol_kernels.normalized_mse import (
     normalized_mse_loss_with_stats,
 )
 from byol_kernels.photometric import photometric
+from byol_kernels.running_stats import update_running_stats_
 
 __all__ = [
     "LARS",
@@ -30,4 +31,5 @@ __all__ = [
     "normalized_mse_loss_with_stats",
     "photometric",
     "resized_crop",
+    "update_running_stats_",
 ]

@@ -26,7 +26,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import chain, pairwise
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +48,8 @@ class Column(NamedTuple):
     rows: Sequence[int] | None = None
     """The row of each tensor, each at most once; None: tensor i is in row i, and every row has one."""
     written: bool = False
+    shape: Literal["row", "stacked", "counter"] = "row"
+    """Of each tensor: that of its row; contiguous `[V, *row]`, for a column that is read; or an int64 scalar."""
 
     def row(self, index: int) -> int:
         """The row that tensor `index` is in."""
@@ -385,6 +387,13 @@ def _check_match(what: str, columns: Sequence[Column]) -> None:
         for index, t in enumerate(column.tensors):
             name, partner = f"{column.name}[{index}]", first.tensors[column.row(index)]
             partner_name = f"{first.name}[{column.row(index)}]"
+            if column.shape == "counter":
+                if t.dtype != torch.int64 or t.dim() or t.device != device:
+                    raise ValueError(
+                        f"{what}: {name} must be an int64 scalar on {device}, got {t.dtype} of shape {tuple(t.shape)} "
+                        f"on {t.device}; make it with torch.tensor(0, device='{device}')"
+                    )
+                continue
             if t.dtype not in _DTYPES:
                 raise ValueError(
                     f"{what}: {name} must be floating point, got {t.dtype}; leave integer buffers out of the list"
@@ -394,7 +403,14 @@ def _check_match(what: str, columns: Sequence[Column]) -> None:
                     f"{what}: {name} must be on the device of {first.name}[0], {device}, got {t.device}; "
                     f"move it with .to('{device}')"
                 )
-            if t.shape != partner.shape:
+            if column.shape == "stacked":
+                if t.shape[1:] != partner.shape or not t.dim() or not t.is_contiguous():
+                    raise ValueError(
+                        f"{what}: {name} must be contiguous and [V, C] for {partner_name} of shape "
+                        f"{tuple(partner.shape)}, got {tuple(t.shape)} with strides {t.stride()}; pass both lists in "
+                        "the same order"
+                    )
+            elif t.shape != partner.shape:
                 raise ValueError(
                     f"{what}: {name} must have the shape of {partner_name}, {tuple(partner.shape)}, "
                     f"got {tuple(t.shape)}; pass both lists in the same order"
@@ -412,6 +428,8 @@ def _other_layouts(what: str, columns: Sequence[Column]) -> list[tuple[int, int]
             )
     others = []
     for k, column in enumerate(columns[1:], 1):
+        if column.shape != "row":
+            continue
         for index, t in enumerate(column.tensors):
             partner = first.tensors[column.row(index)]
             if t.numel() == 0 or same_layout(t, partner):

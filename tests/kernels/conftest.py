@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from byol_kernels import _cpu, ema, lars, normalized_mse, reference
+from byol_kernels import _cpu, ema, lars, normalized_mse, reference, running_stats
 from tests.gpu import DEVICE
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -28,6 +28,7 @@ if INTERPRETED:
         "normalized_mse_bwd": normalized_mse._normalized_mse_bwd_cuda,
         "ema_update_": ema._ema_update_cuda,
         "lars_step_": lars._lars_step_cuda,
+        "update_running_stats_": running_stats._update_running_stats_cuda,
     }.items():
         partial(_override.impl, allow_override=True)(_name, _launcher, "CPU")
     reference.is_plain = lambda x: False  # or the CPU functions would be called past the operators

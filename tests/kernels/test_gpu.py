@@ -124,7 +124,10 @@ def test_first_step_within_a_capture_is_refused() -> None:
     p.grad = torch.zeros_like(p)
     if REHEARSING:
         pytest.skip("rehearsal: nothing is captured on a CPU")
-    with pytest.raises(RuntimeError, match="momentum must exist"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+    with (
+        pytest.raises(RuntimeError, match="momentum must exist"),
+        torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"),
+    ):
         LARS([p], 0.1).step()
 
 

@@ -1,0 +1,187 @@
+"""Batch normalization of stacked views as functions with a gradient: by torch's kernels, and by its formula.
+
+See `batchnorm.py` for what is computed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.autograd.function import once_differentiable
+
+
+class SplitByKernels(torch.autograd.Function):
+    """Eager: torch's kernels for each view, whose outputs lie side by side from the start."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        views: int,
+        momentum: float,
+        eps: float,
+        collect: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Output, and the statistics `[V, C]` of each view if they are to be collected; else running ones are moved."""
+        x = _dense(x)
+        y = torch.empty_like(x)
+        means_VC = torch.empty(views, x.shape[1], dtype=_statistics_dtype(x, weight, running_mean), device=x.device)
+        invstds_VC = torch.empty_like(means_VC)
+        # Running statistics that begin at 0 and are moved with momentum 1 are those of the batch; the kernels return
+        # 1 / sqrt(variance + eps), in which a small variance is lost.
+        batch_2VC = torch.zeros(2, *means_VC.shape, dtype=means_VC.dtype, device=x.device) if collect else None
+        views_of_x = zip(x.chunk(views), y.chunk(views), means_VC, invstds_VC, strict=True)
+        for v, (view, out, mean, invstd) in enumerate(views_of_x):
+            running = (running_mean, running_var) if batch_2VC is None else (batch_2VC[0, v], batch_2VC[1, v])
+            factor = momentum if batch_2VC is None else 1.0
+            torch.native_batch_norm(view, weight, bias, *running, True, factor, eps, out=(out, mean, invstd))
+        ctx.save_for_backward(x, weight, means_VC, invstds_VC)
+        ctx.views, ctx.eps = views, eps
+        if batch_2VC is None:
+            return y, None, None
+        mean_VC, var_VC = batch_2VC
+        ctx.mark_non_differentiable(mean_VC, var_VC)
+        return y, mean_VC, var_VC
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients with respect to input, weight and bias."""
+        x, weight, means_VC, invstds_VC = ctx.saved_tensors
+        needed = list(ctx.needs_input_grad[:3])
+        dy = dy.contiguous(memory_format=_memory_format(x))
+        dx = torch.empty_like(x) if needed[0] else None
+        dweight: Tensor | None = None
+        dbias: Tensor | None = None
+        views = zip(dy.chunk(ctx.views), x.chunk(ctx.views), means_VC, invstds_VC, strict=True)
+        for v, (dy_view, view, mean, invstd) in enumerate(views):
+            dx_view, dw, db = torch.ops.aten.native_batch_norm_backward(
+                dy_view, view, weight, None, None, mean, invstd, True, ctx.eps, needed
+            )
+            if dx is not None:
+                dx.chunk(ctx.views)[v].copy_(dx_view)
+            if needed[1]:
+                dweight = dw if dweight is None else dweight.add_(dw)
+            if needed[2]:
+                dbias = db if dbias is None else dbias.add_(db)
+        return dx, dweight, dbias, None, None, None, None, None, None
+
+
+def _statistics_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype:
+    """Dtype in which torch's kernels return the statistics of a batch."""
+    if x.is_cuda:
+        return torch.float64 if x.dtype == torch.float64 else torch.float32
+    return next((p.dtype for p in parameters if p is not None), x.dtype)
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    for channels_last in (torch.channels_last, torch.channels_last_3d):
+        rank = 4 if channels_last is torch.channels_last else 5
+        if x.ndim == rank and x.is_contiguous(memory_format=channels_last):
+            return channels_last
+    return torch.contiguous_format
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=_memory_format(x))
+
+
+class SplitByFormula(torch.autograd.Function):
+    """All views in one expression, for torch.compile to fuse, and with statistics of all processes if asked for.
+
+    One collective forward, of `[V, 2 C + 1]` numbers (mean, variance, count), and one backward, of `[V, 2 C]`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, input_VB: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, synchronised: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Output `[V, B, C, ...]`, and `[V, C]` means and unbiased variances."""
+        x_VB = _accumulated(input_VB)
+        over = _over(x_VB)
+        var_VC, mean_VC = torch.var_mean(x_VB, over, correction=0)
+        count_V1 = torch.full_like(mean_VC[:, :1], x_VB.numel() // mean_VC.numel())
+        if synchronised:
+            mean_VC, var_VC, count_V1 = _gathered(mean_VC, var_VC, count_V1)
+        invstd_VC = torch.rsqrt(var_VC + eps)
+        y = (x_VB - _per_channel(mean_VC, x_VB)) * _per_channel(invstd_VC, x_VB)
+        if weight is not None:
+            y = y * _per_channel(weight, x_VB)
+        if bias is not None:
+            y = y + _per_channel(bias, x_VB)
+        unbiased_VC = var_VC * (count_V1 / (count_V1 - 1))
+        ctx.save_for_backward(input_VB, weight, mean_VC, invstd_VC, count_V1)
+        ctx.synchronised = synchronised
+        ctx.mark_non_differentiable(mean_VC, unbiased_VC)
+        return _in(input_VB.dtype, y), mean_VC, unbiased_VC
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream_VB: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients with respect to input, weight and bias.
+
+        With xhat = (x - mean) invstd: dbias = sum dy, dweight = sum dy xhat, and as mean and variance depend on every
+        x, dx = weight invstd (dy - mean(dy) - xhat mean(dy xhat)), the means over all processes.
+        """
+        input_VB, weight, mean_VC, invstd_VC, count_V1 = ctx.saved_tensors
+        x_VB, dy_VB = _accumulated(input_VB), _accumulated(upstream_VB)
+        over = _over(x_VB)
+        xhat_VB = (x_VB - _per_channel(mean_VC, x_VB)) * _per_channel(invstd_VC, x_VB)
+        sums_V2C = torch.cat([dy_VB.sum(over), (dy_VB * xhat_VB).sum(over)], dim=1)
+        dbias, dweight = sums_V2C.sum(0).chunk(2)
+        if ctx.synchronised:
+            sums_V2C = sums_V2C.clone()
+            distributed.all_reduce(sums_V2C)
+        mean_dy_VC, mean_dy_xhat_VC = (sums_V2C / count_V1).chunk(2, dim=1)
+        dx = dy_VB - _per_channel(mean_dy_VC, x_VB) - xhat_VB * _per_channel(mean_dy_xhat_VC, x_VB)
+        dx = dx * _per_channel(invstd_VC if weight is None else invstd_VC * weight, x_VB)
+        needed = ctx.needs_input_grad
+        return (
+            _in(input_VB.dtype, dx) if needed[0] else None,
+            _in(weight.dtype, dweight) if needed[1] else None,
+            _in(weight.dtype if weight is not None else dbias.dtype, dbias) if needed[2] else None,
+            None,
+            None,
+        )
+
+
+def _accumulated(x: Tensor) -> Tensor:
+    """In the dtype that sums are taken in."""
+    return x if x.dtype == torch.float64 else _in(torch.float32, x)
+
+
+def _in(dtype: torch.dtype, x: Tensor) -> Tensor:
+    """In a dtype. torch 2.11 compiles a `to` that changes nothing, of what a function returns, to a zero gradient."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def _over(x_VB: Tensor) -> list[int]:
+    """All dimensions but views and channels."""
+    return [1, *range(3, x_VB.ndim)]
+
+
+def _per_channel(values: Tensor, x_VB: Tensor) -> Tensor:
+    """`[V, C]` or `[C]` shaped to go with `[V, B, C, ...]`."""
+    return values.reshape(-1, 1, values.shape[-1], *(1 for _ in x_VB.shape[3:]))
+
+
+def _gathered(mean_VC: Tensor, var_VC: Tensor, count_V1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and count over all processes.
+
+    Variances are combined about the common mean (Chan, Golub, LeVeque 1979): sums of squares would cancel.
+    """
+    own = torch.cat([mean_VC, var_VC, count_V1], dim=1)
+    world, channels = distributed.get_world_size(), mean_VC.shape[1]
+    every = torch.empty(world * own.shape[0], own.shape[1], dtype=own.dtype, device=own.device)
+    distributed.all_gather_into_tensor(every, own)
+    every = every.view(world, *own.shape)
+    means, variances, counts = every[..., :channels], every[..., channels:-1], every[..., -1:]
+    total_V1 = counts.sum(0)
+    mean = (means * counts).sum(0) / total_V1
+    return mean, ((variances + (means - mean).square()) * counts).sum(0) / total_V1, total_V1
