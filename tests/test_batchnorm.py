@@ -281,11 +281,12 @@ class Checkpointed(nn.Module):
         return y
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "aot_eager"])
 @pytest.mark.parametrize("collect", [False, True], ids=["in forward", "collected"])
 @pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
 @pytest.mark.parametrize("views", [1, 2])
 def test_recomputed_activations_have_their_views_and_are_counted_once(
-    views: int, reentrant: bool, collect: bool
+    views: int, reentrant: bool, collect: bool, compiled: bool
 ) -> None:
     """By somebody else's checkpoint, whose backward pass runs when nobody says how many views there are."""
     network = made(Residual)
@@ -295,10 +296,16 @@ def test_recomputed_activations_have_their_views_and_are_counted_once(
     wrapped = Checkpointed(recomputed, reentrant=reentrant)
     x = torch.randn(8, 3, 9, 7, dtype=torch.float64)
 
-    def run(network: nn.Module, x: Tensor) -> Tensor:
+    def forward(network: nn.Module, x: Tensor) -> tuple[Tensor, list[BatchStats] | None]:
         collected: list[BatchStats] | None = [] if collect else None
         with views_stacked(network, views, collected):
             y: Tensor = network(x)
+        return y, collected
+
+    called = torch.compile(forward, backend="aot_eager") if compiled else forward
+
+    def run(network: nn.Module, x: Tensor) -> Tensor:
+        y, collected = called(network, x)
         if collected is not None:
             assert len(collected) == 3
             statistics.update(collected, torch.zeros(()))

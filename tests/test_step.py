@@ -202,14 +202,15 @@ def test_the_loss_scale_grows_after_2000_good_steps() -> None:
 @pytest.mark.parametrize("views", ["batched", "separate"])
 @pytest.mark.parametrize("precision", [FP32, BF16], ids=["fp32", "bf16"])
 def test_recomputed_activations_change_nothing(views: str, precision: Precision) -> None:
-    """Weights and running statistics: nothing is counted twice."""
+    """Weights and running statistics: nothing is counted twice, and blocks are computed again with the same weights."""
     data = batches(3)
     states = []
     for recompute in (False, True):
         task = small_byol(views)
         if recompute:
             assert checkpoint_blocks(task.encoder) == 8  # residual blocks of a ResNet-18
-        step = train_step(task, precision=precision, weight_copies=False)
+        step = train_step(task, precision=precision)
+        assert (step.copies is not None) == (precision is BF16)
         losses = [float(step(batch, k).loss) for k, batch in enumerate(data)]
         states.append((losses, task.state_dict()))
     (losses_a, a), (losses_b, b) = states
