@@ -22,13 +22,22 @@ class Item:
     question: str
     """What it answers, in one line."""
     run: str
-    """`"module:function"`; the function takes a `Context` and records figures."""
+    """`"module:function"`; the function takes a `Context` and records figures.
+
+    It returns None, or in a text what is missing: the result is then partial, and the item runs again the next time.
+    """
     seconds: float
     """Predicted time on an H100, with the start of a process."""
     first_figure: float | None = None
-    """Predicted time until the first record, for an item that records as it goes: it begins if that much time is left."""
+    """Predicted time until the first record, for an item that records as it goes: it begins if that much time is left.
+
+    With the start of a process, as `seconds`.
+    """
     depends_on: tuple[str, ...]
-    """Files and folders of the repository that decide its figures; their digest is stored with the result."""
+    """Files and folders of the repository that decide its figures; their digest is stored with the result.
+
+    Caches, hidden files inside folders, and benchmarks/results do not count.
+    """
     modules: tuple[str, ...] = ()
     """Packages that must be importable, such as `nvidia.dali`."""
     files: tuple[str, ...] = ()

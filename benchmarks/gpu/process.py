@@ -1,0 +1,140 @@
+"""The queue's side of a worker process: start it, ask it, end it with everything that it has started."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.results import ROOT
+
+MARK = "BYOL_FAST_GPU_WORKER"
+"""Environment variable that names the worker in all processes that it starts, whatever group or session they are in."""
+
+_numbers = itertools.count()
+
+
+def end_marked(mark: str) -> None:
+    """Kill every process but this one that a worker has started, however deep.
+
+    Args:
+        mark: the worker's.
+    """
+    needle = f"{MARK}={mark}".encode()
+    for _ in range(10):  # again, for what was started meanwhile
+        ended = False
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                marked = needle in (folder / "environ").read_bytes().split(b"\0")
+                if marked and int(folder.name) != os.getpid():
+                    os.kill(int(folder.name), signal.SIGKILL)
+                    ended = True
+            except OSError:  # gone, or another user's
+                continue
+        if not ended:
+            return
+        time.sleep(0.02)
+
+
+class Worker:
+    """A process that runs items one after the other.
+
+    Args:
+        items: module that holds ITEMS.
+        folder: of the results.
+        rehearsal: on the CPU.
+    """
+
+    def __init__(self, *, items: str, log: Path, rehearsal: bool) -> None:
+        self.mark, self.log = f"{os.getpid()}-{next(_numbers)}", log
+        self.free_gib: float | None = None
+        self.environment: dict[str, Any] = {}
+        self._received = b""
+        self._replies, replies = os.pipe()
+        paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), MARK: self.mark}
+        if rehearsal:
+            environment["BYOL_FAST_REHEARSE"] = "1"  # what tests/gpu.py asks for
+        command = [sys.executable, "-m", "benchmarks.gpu.worker", "--items", items, "--replies", str(replies)]
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command + (["--rehearse"] if rehearsal else []),
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=(replies,),
+                start_new_session=True,
+            )
+        os.close(replies)
+
+    def ask(self, **request: Any) -> None:
+        """Send a request; that the process has ended is found out by `receive`."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.flush()
+
+    def receive(self, deadline: float, give_up: Callable[[], bool]) -> dict[str, Any] | None:
+        """The next reply; None where the process has ended, or is still silent at the deadline or when giving up.
+
+        Args:
+            deadline: by `time.monotonic()`.
+            give_up: asked about ten times a second.
+        """
+        while b"\n" not in self._received:
+            running = self.process.poll() is None
+            ready = select.select([self._replies], [], [], 0.1 if running else 0)[0]
+            data = os.read(self._replies, 1 << 16) if ready else b""
+            self._received += data
+            if ready and not data:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(5)
+            if not data and (ready or not running or time.monotonic() >= deadline or give_up()):
+                return None
+        line, _, self._received = self._received.partition(b"\n")
+        reply: dict[str, Any] = json.loads(line)
+        self.free_gib = reply.get("free_gib")
+        return reply
+
+    def death(self) -> str:
+        """How the process has ended; empty while it runs."""
+        code = self.process.poll()
+        if code is None:
+            return ""
+        return (
+            f"its process was ended by {signal.Signals(-code).name}"
+            if code < 0
+            else f"its process ended, exit code {code}"
+        )
+
+    def end(self) -> None:
+        """Kill the process and everything that it has started."""
+        with contextlib.suppress(OSError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(5)
+        end_marked(self.mark)
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        with contextlib.suppress(OSError):
+            os.close(self._replies)
+
+
+def last_lines(log: Path) -> str:
+    """The end of what a process has printed; of one that has crashed, the beginning of what Python says about it."""
+    text = log.read_text(errors="replace") if log.exists() else ""
+    _, fatal, after = text.rpartition("Fatal Python error")
+    lines = [line for line in (fatal + after).splitlines() if line.strip()]
+    return "\n".join(lines[:5] if fatal else lines[-12:])

@@ -1,0 +1,304 @@
+"""GPU queue: what only a GPU can show, in order of value, within the minutes there are (`make gpu`).
+
+An item is skipped if it was answered before with the same files and versions, if something that it needs is not there,
+or if its predicted time does not fit the time left; then the next one that fits runs. Results go to
+benchmarks/results/GPU as they come, and to results.tgz in the folder --out, which is written anew as items end. The
+summary comes last, whatever happens. With --rehearse the same code runs on the CPU with tiny sizes; no figure of it
+means anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from benchmarks.gpu import plan, results
+from benchmarks.gpu.item import Item
+from benchmarks.gpu.process import Worker, last_lines
+from benchmarks.gpu.results import ARCHIVE, RESULTS, Status
+from benchmarks.gpu.summary import STATES, Outcome, summary
+
+MINUTES, MINUTES_OF_A_REHEARSAL = 6.3, 60.0
+OVERRUN, OVERRUN_OF_A_REHEARSAL = 3.0, 10.0
+"""Times the predicted seconds after which an item is ended: one that hangs must not take the time of all others."""
+LONGEST_START = 120.0
+"""Seconds after which a process that has not started is given up."""
+REPACK_SECONDS = 10.0
+"""Least time between two archives while an item runs."""
+
+
+class Queue:
+    """A call of the queue.
+
+    Args:
+        options: of the command line.
+        items: to run, in their order.
+        begin: `time.monotonic()` at which the time began.
+    """
+
+    def __init__(self, options: argparse.Namespace, items: Sequence[Item], begin: float) -> None:
+        self.options, self.items, self.begin = options, items, begin
+        self.rehearsal: bool = options.rehearse
+        self.seconds = 60.0 * options.minutes
+        self.deadline = begin + self.seconds - plan.MARGIN
+        self.outcomes: list[Outcome] = []
+        self.shared: Worker | None = None
+        self.stop = ""
+        """Why nothing more begins: the name of a signal, or that no process starts any more."""
+        self.environment: dict[str, Any] = {}
+        self.folder = self.out = Path()
+        self.startup_log = Path()
+        self._packed = 0.0
+
+    def run(self) -> int:
+        """Run the items; the exit code."""
+        with tempfile.TemporaryDirectory(prefix="byol-fast-gpu-") as temporary, self._signals():
+            self.startup_log = Path(temporary) / "startup.log"
+            self.shared, problem = self._start()
+            if self.shared is None:
+                print(f"python -m benchmarks.gpu: {problem}", file=sys.stderr)
+                return 2
+            device = "cpu" if self.rehearsal else str(self.shared.environment.get("gpu"))
+            scratch = "gpu-rehearsal-" if self.rehearsal else "gpu-results-"
+            self.out = self.options.out or Path(tempfile.mkdtemp(prefix=scratch))
+            parent = self.options.results or (Path(tempfile.mkdtemp(prefix=scratch)) if self.rehearsal else RESULTS)
+            self.folder = parent.resolve() / results.slug(device)
+            internal_error = False
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.out.mkdir(parents=True, exist_ok=True)
+                self._pack()
+                for item in self.items:
+                    self._run(item)
+            except Exception:
+                traceback.print_exc()
+                internal_error = True
+            finally:
+                if self.shared is not None:
+                    self.shared.end()
+            too_large = self._pack()
+            self._summarize(device, too_large)
+        failed = internal_error or any(outcome.state == "failed" for outcome in self.outcomes)
+        return 1 if failed or self.stop else 0
+
+    # ------------------------------------------------------------------------------------------ items
+
+    def _run(self, item: Item) -> None:
+        """Run an item, or say why not."""
+        if self.shared is not None and self.shared.death():  # killed while it waited
+            self.shared.end()
+            self.shared = None
+        warm = self.shared is not None and not item.own_process
+        predicted = plan.seconds_of(item, warm=warm)
+        reason = self._reason_to_skip(item, warm=warm)
+        if reason:
+            self._ended(Outcome(name=item.name, state="skipped", predicted=predicted, why=reason))
+            return
+        left = self.deadline - time.monotonic()
+        say(f"\n==== {item.name}: {item.question} ({predicted:.0f} s predicted, {left:.0f} s left)")
+        begin = time.monotonic()
+        worker, problem = (self.shared, "") if warm else self._start()
+        if worker is None:
+            over = time.monotonic() >= self.deadline
+            self.stop = self.stop or ("no time is left" if over else "no process starts any more")
+            state: Literal["skipped", "failed"] = "skipped" if over else "failed"
+            self._ended(Outcome(name=item.name, state=state, predicted=predicted, why=problem))
+            return
+        if not item.own_process:
+            self.shared = worker
+        usable = False
+        try:
+            status, why, usable = self._ask(worker, item, predicted, begin)
+        finally:
+            if item.own_process or not usable:
+                worker.end()
+                self.shared = None if worker is self.shared else self.shared
+        seconds = time.monotonic() - begin
+        why = why.replace(f"{results.ROOT}/", "")  # results are committed
+        path = results.path_of(self.folder, item)
+        results.finish(path, item, status, seconds, why)
+        result = results.read(path)
+        figures = result.figures if result is not None else []
+        self._ended(
+            Outcome(name=item.name, state=status, predicted=predicted, seconds=seconds, why=why, figures=figures)
+        )
+        self._pack()
+
+    def _reason_to_skip(self, item: Item, *, warm: bool) -> str:
+        if self.stop:
+            return f"not begun: {self.stop}"
+        old = "" if self.options.again else plan.answered(item, self.folder, results.versions())
+        free = None if self.shared is None else self.shared.free_gib
+        reason = old or plan.lacking(item, rehearsal=self.rehearsal, free_gib=free)
+        least, left = plan.least_seconds(item, warm=warm), self.deadline - time.monotonic()
+        return reason or (f"needs {least:.0f} s, {max(left, 0):.0f} are left" if least > left or left < 0 else "")
+
+    def _ask(self, worker: Worker, item: Item, predicted: float, begin: float) -> tuple[Status, str, bool]:
+        """Have a worker run an item: how complete its result is, why not, and whether the worker may run another."""
+        records, folder = results.path_of(self.folder, item), self.folder / item.name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        results.begin(records, item, worker.environment, predicted)
+        allowed = (OVERRUN_OF_A_REHEARSAL if self.rehearsal else OVERRUN) * item.seconds
+        deadline = min(self.deadline, time.monotonic() + allowed)
+        worker.ask(item=item.name, records=str(records), folder=str(folder), deadline=deadline)
+        self._packed = time.monotonic()
+        with Tail(folder / "log.txt") as tail:
+            reply = worker.receive(deadline, lambda: self._watch(tail))
+        if reply is not None:
+            return reply["status"], reply["why"], reply["usable"]
+        death = worker.death()
+        if death:
+            return "failed", f"{last_lines(folder / 'log.txt')}\n{death}".strip()[-3000:], False
+        worker.end()  # before its records are read
+        result = results.read(records)
+        status: Status = "partial" if result is not None and result.figures else "failed"
+        if self.stop:
+            return status, f"ended by {self.stop}", False
+        over = "the time was over" if deadline == self.deadline else f"more than {allowed:.0f} s, as it was allowed"
+        return status, f"ended after {time.monotonic() - begin:.0f} s: {over}", False
+
+    def _start(self) -> tuple[Worker | None, str]:
+        """A process that has started, or why there is none."""
+        worker = Worker(items=self.options.items, log=self.startup_log, rehearsal=self.rehearsal)
+        limit = min(self.deadline, time.monotonic() + LONGEST_START)
+        hello = worker.receive(limit, lambda: bool(self.stop))
+        if hello is not None and "error" not in hello:
+            worker.environment = self.environment = hello["environment"]
+            return worker, ""
+        death = worker.death()
+        worker.end()
+        if hello is not None:
+            return None, str(hello["error"])
+        if self.stop:
+            return None, f"ended by {self.stop}"
+        return None, f"{last_lines(self.startup_log)}\n{death or 'a process did not start in time'}".strip()
+
+    # ------------------------------------------------------------------------------------------ around them
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """A signal ends the item that runs; the summary and the archive still come."""
+
+        def note(signum: int, _frame: FrameType | None) -> None:
+            self.stop = self.stop or signal.Signals(signum).name
+
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, note) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _watch(self, tail: Tail) -> bool:
+        """While an item runs: show what it prints, archive what it records; whether to give up."""
+        tail.show()
+        if time.monotonic() - self._packed > REPACK_SECONDS:
+            self._pack()
+        return bool(self.stop)
+
+    def _pack(self) -> list[str]:
+        """Archive what there is; what was too large. A full disk must not end the queue."""
+        self._packed = time.monotonic()
+        try:
+            return results.pack(self.folder, self.out / ARCHIVE)
+        except OSError as error:
+            say(f"{self.out / ARCHIVE} could not be written: {error}")
+            return []
+
+    def _ended(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+        took = "" if outcome.state == "skipped" else f" after {outcome.seconds:.1f} s"
+        why = f": {outcome.why.splitlines()[-1]}" if outcome.why else ""
+        say(f"---- {outcome.name}: {STATES.get(outcome.state, outcome.state)}{took}{why}")
+
+    def _summarize(self, device: str, too_large: Sequence[str]) -> None:
+        states = [STATES.get(outcome.state, outcome.state) for outcome in self.outcomes]
+        counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+        packages = self.environment.get("packages", {})
+        where = f"{device}, torch {packages.get('torch')}, commit {str(self.environment.get('commit'))[:9]}"
+        used = f"{time.monotonic() - self.begin:.0f} of {self.seconds:.0f} s"
+        what = "Rehearsal, no figure means anything" if self.rehearsal else "GPU queue"
+        head = f"{what}: {where}, {self.environment.get('date')}: {counts or 'no items'}; {used}"
+        large = f"; too large for it: {', '.join(too_large)}" if too_large else ""
+        foot = f"Results: {self.folder}; {self.out / ARCHIVE}{large}"
+        say("\n" + summary(head, self.outcomes, foot)[:-1])
+
+
+class Tail:
+    """What a growing file has beyond what was shown, to standard output.
+
+    Args:
+        path: of the file, which need not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.position = path, 0
+
+    def __enter__(self) -> Tail:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.show()
+
+    def show(self) -> None:
+        """Print what is new."""
+        with contextlib.suppress(OSError), self.path.open("rb") as file:
+            file.seek(self.position)
+            new = file.read()
+            self.position += len(new)
+            if new:
+                say(new.decode(errors="replace"), end="")
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print at once. That nobody reads it any more is no reason to stop."""
+    with contextlib.suppress(OSError):
+        print(text, end=end, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the queue, or list it; 0 if nothing failed."""
+    begin = time.monotonic()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    minutes = f"for everything; {MINUTES:g} by default, {MINUTES_OF_A_REHEARSAL:g} in a rehearsal"
+    parser.add_argument("--minutes", type=float, help=minutes)
+    parser.add_argument("--out", type=Path, help=f"folder of {ARCHIVE}; one for temporary files by default")
+    parser.add_argument("--list", action="store_true", help="show the plan; needs no GPU")
+    parser.add_argument("--only", type=lambda text: text.split(","), help="some items: NAME,NAME")
+    parser.add_argument("--again", action="store_true", help="run what was answered before, too")
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument("--results", type=Path, help="folder of the folders of results, for tests and dry runs")
+    parser.add_argument("--items", default="benchmarks.gpu.items", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.minutes is None:
+        options.minutes = MINUTES_OF_A_REHEARSAL if options.rehearse else MINUTES
+    items: tuple[Item, ...] = importlib.import_module(options.items).ITEMS
+    if unknown := set(options.only or ()) - {item.name for item in items}:
+        parser.error(f"--only must name some of {', '.join(item.name for item in items)}, got {', '.join(unknown)}")
+    items = tuple(item for item in items if not options.only or item.name in options.only)
+    if options.out and options.out.resolve().is_relative_to(RESULTS):
+        parser.error(f"--out must be a folder outside benchmarks/results, which it archives, got {options.out}")
+    if options.rehearse and options.results and options.results.resolve().is_relative_to(RESULTS):
+        parser.error(f"--results: a rehearsal must stay out of benchmarks/results, got {options.results}; leave it out")
+    if options.list:
+        parent = options.results or RESULTS
+        seconds = 60 * options.minutes
+        print(plan.listing(items, seconds=seconds, parent=parent, rehearsal=options.rehearse, again=options.again))
+        return 0
+    return Queue(options, items, begin).run()

@@ -1,0 +1,86 @@
+"""The last words of the queue: what became of each item, and as many figures as fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+LIMIT = 8000
+"""Characters of a summary: what a GPU host hands back of an output may be cut at its beginning."""
+WIDTH = 180
+"""Characters of a line."""
+STATES = {"complete": "done"}
+"""States that are shown by another word."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of an item."""
+
+    name: str
+    state: Literal["complete", "partial", "failed", "skipped"]
+    predicted: float
+    seconds: float = 0.0
+    why: str = ""
+    figures: list[dict[str, Any]] = field(default_factory=list)
+
+
+def summary(head: str, outcomes: Sequence[Outcome], foot: str) -> str:
+    """A line an item; figures; the last lines of failures; at most `LIMIT` characters.
+
+    Args:
+        head: first line.
+        outcomes: of the items, in their order.
+        foot: last line.
+    """
+    top = [head, *(_line(outcome) for outcome in outcomes)]
+    failures: list[str] = []
+    for outcome in outcomes:
+        if outcome.state == "failed":
+            failures += [f"{outcome.name} failed:", *(f"  {line}" for line in outcome.why.splitlines()[-4:])]
+    bottom = [*failures, foot]
+    top, bottom = [_clip(line) for line in top], [_clip(line) for line in bottom]
+    room = LIMIT - sum(len(line) + 1 for line in [*top, *bottom])
+    figures = _figures([outcome for outcome in outcomes if outcome.figures], room)
+    return "\n".join([*top, *figures, *bottom])[: LIMIT - 1] + "\n"
+
+
+def _line(outcome: Outcome) -> str:
+    text = f"{STATES.get(outcome.state, outcome.state):<9}{outcome.name:<16}"
+    if outcome.state == "skipped":
+        return text + outcome.why
+    text += f"{outcome.seconds:6.1f} s (predicted {outcome.predicted:.0f})"
+    return text + (f": {outcome.why.splitlines()[-1]}" if outcome.why and outcome.state != "failed" else "")
+
+
+def _figures(outcomes: Sequence[Outcome], room: int) -> list[str]:
+    """Figures item by item: each gets an equal share of the room, and what the ones before it have left of theirs."""
+    lines: list[str] = []
+    for position, outcome in enumerate(outcomes):
+        texts = [f"{outcome.name}:", *(f"  {_clip(_figure(values))}" for values in outcome.figures)]
+        share = (room - sum(len(line) + 1 for line in lines)) // (len(outcomes) - position)
+        if sum(len(text) + 1 for text in texts) > share:
+            fit = 0
+            size = 40  # of the line that says how many are left out
+            while size + len(texts[fit]) + 1 <= share:
+                size += len(texts[fit]) + 1
+                fit += 1
+            if fit < 2:
+                continue
+            texts = [*texts[:fit], f"  and {len(texts) - fit} more in its file"]
+        lines += texts
+    return lines
+
+
+def _figure(values: dict[str, Any]) -> str:
+    parts = [f"{name} {_short(value)}" for name, value in values.items() if name not in {"item", "figure"}]
+    return f"{values['figure']}: {', '.join(parts)}"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _clip(line: str) -> str:
+    return line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}..."
