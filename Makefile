@@ -19,7 +19,7 @@ endif
 comma := ,
 SOURCES := byol_fast kernels tests benchmarks
 
-.PHONY: demo test test-oldest test-peers check bench format gpu-test gpu-bench clean
+.PHONY: demo test test-oldest test-peers check bench format gpu clean
 .DELETE_ON_ERROR:
 
 define install # folder, constraints, extras
@@ -65,13 +65,11 @@ format: $(READY)
 	$(PY) -m ruff check --fix $(SOURCES)
 	$(PY) -m ruff format $(SOURCES)
 
-# Every test of a GPU, a line for each capability, in at most 6 minutes. REHEARSE=1: the same code on the CPU.
-gpu-test: $(READY)
-	$(PY) -m tests.gpu_report $(if $(REHEARSE),--rehearse)
-
-# Everything that only a GPU can measure, in at most 8 minutes. Results: benchmarks/results/GPU.
-gpu-bench: $(PEERS_READY)
-	$(PEERS) -m benchmarks.gpu_bench $(if $(REHEARSE),--rehearse)
+# What only a GPU can show, in order of value, within MINUTES (6.3): results in benchmarks/results/GPU and OUT/results.tgz.
+# LIST=1 shows the plan; ONLY=NAME,NAME some items; AGAIN=1 what was answered, too; REHEARSE=1 tiny sizes on the CPU.
+gpu: $(READY)
+	$(PY) -m benchmarks.gpu $(if $(MINUTES),--minutes $(MINUTES)) $(if $(OUT),--out $(OUT)) $(if $(ONLY),--only $(ONLY)) \
+	  $(if $(LIST),--list) $(if $(AGAIN),--again) $(if $(REHEARSE),--rehearse)
 
 clean:
 	rm -rf .venv .venv-oldest .venv-peers dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
