@@ -1,8 +1,8 @@
 """What the tests marked `gpu` share: the device, what each shows, and stand-ins for what a CPU has not.
 
-`@pytest.mark.gpu("kernels")` names the capability that a test belongs to; `python -m tests.gpu_report` prints a line
-for each. With BYOL_FAST_REHEARSE=1 the same tests run on the CPU: the same code, so that no minute on a GPU is spent on
-a typo. What has no counterpart there is replaced by what comes nearest, or skipped with a reason that says so.
+`@pytest.mark.gpu("kernels")` names the capability that a test belongs to. With BYOL_FAST_REHEARSE=1 the same tests run
+on the CPU: the same code, so that no minute on a GPU is spent on a typo. What has no counterpart there is replaced by
+what comes nearest, or skipped with a reason that says so.
 """
 
 from __future__ import annotations
