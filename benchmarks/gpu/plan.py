@@ -1,4 +1,4 @@
-"""What the queue would do: which items can run here, which were answered, which fit the time."""
+"""The plan of the queue: which items can run here, which were answered, which fit the time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def least_seconds(item: Item, *, warm: bool) -> float:
 
 
 def lacking(item: Item, *, rehearsal: bool, free_gib: float | None = None) -> str:
-    """Why an item cannot run here; empty where it can.
+    """Reason why an item cannot run here; empty where it can.
 
     Args:
         item: that would run.
@@ -52,7 +52,7 @@ def lacking(item: Item, *, rehearsal: bool, free_gib: float | None = None) -> st
 
 
 def importable(module: str) -> bool:
-    """Whether a module is found, without importing it or the packages around it."""
+    """Look for a module without importing it or the packages around it."""
     path: Sequence[str] | None = None
     names = module.split(".")
     for depth in range(1, len(names) + 1):
@@ -66,7 +66,7 @@ def importable(module: str) -> bool:
 
 
 def answered(item: Item, folder: Path, installed: dict[str, str | None] | None) -> str:
-    """Where and when an item was answered, if it need not run again; otherwise empty."""
+    """Place, day and commit of an item's complete result, if it need not run again; otherwise empty."""
     result = results.read(results.path_of(folder, item))
     if result is None or not result.answers(item, installed):
         return ""

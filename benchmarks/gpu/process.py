@@ -50,7 +50,7 @@ class Worker:
 
     Args:
         items: module that holds ITEMS.
-        folder: of the results.
+        log: file for what it prints until its first item runs.
         rehearsal: on the CPU.
     """
 
@@ -108,7 +108,7 @@ class Worker:
         return reply
 
     def death(self) -> str:
-        """How the process has ended; empty while it runs."""
+        """Text on how the process has ended; empty while it runs."""
         code = self.process.poll()
         if code is None:
             return ""

@@ -63,7 +63,7 @@ class Queue:
         self._packed = 0.0
 
     def run(self) -> int:
-        """Run the items; the exit code."""
+        """Run the items and return the exit code."""
         with tempfile.TemporaryDirectory(prefix="byol-fast-gpu-") as temporary, self._signals():
             self.startup_log = Path(temporary) / "startup.log"
             self.shared, problem = self._start()
@@ -146,7 +146,7 @@ class Queue:
         return reason or (f"needs {least:.0f} s, {max(left, 0):.0f} are left" if least > left or left < 0 else "")
 
     def _ask(self, worker: Worker, item: Item, predicted: float, begin: float) -> tuple[Status, str, bool]:
-        """Have a worker run an item: how complete its result is, why not, and whether the worker may run another."""
+        """Have a worker run an item; return the status, why it is not complete, and if the worker may run another."""
         records, folder = results.path_of(self.folder, item), self.folder / item.name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -171,7 +171,7 @@ class Queue:
         return status, f"ended after {time.monotonic() - begin:.0f} s: {over}", False
 
     def _start(self) -> tuple[Worker | None, str]:
-        """A process that has started, or why there is none."""
+        """Start a process; return it, or None and the reason."""
         worker = Worker(items=self.options.items, log=self.startup_log, rehearsal=self.rehearsal)
         limit = min(self.deadline, time.monotonic() + LONGEST_START)
         hello = worker.receive(limit, lambda: bool(self.stop))
@@ -206,14 +206,14 @@ class Queue:
                 signal.signal(number, handler)
 
     def _watch(self, tail: Tail) -> bool:
-        """While an item runs: show what it prints, archive what it records; whether to give up."""
+        """Show what the running item prints and archive what it records; return True to give up."""
         tail.show()
         if time.monotonic() - self._packed > REPACK_SECONDS:
             self._pack()
         return bool(self.stop)
 
     def _pack(self) -> list[str]:
-        """Archive what there is; what was too large. A full disk must not end the queue."""
+        """Archive the results and return the files that were too large. A full disk must not end the queue."""
         self._packed = time.monotonic()
         try:
             return results.pack(self.folder, self.out / ARCHIVE)
@@ -241,7 +241,7 @@ class Queue:
 
 
 class Tail:
-    """What a growing file has beyond what was shown, to standard output.
+    """Prints what is appended to a file.
 
     Args:
         path: of the file, which need not exist yet.
@@ -267,7 +267,7 @@ class Tail:
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Print at once. That nobody reads it any more is no reason to stop."""
+    """Print at once; a closed output is ignored."""
     with contextlib.suppress(OSError):
         print(text, end=end, flush=True)
 

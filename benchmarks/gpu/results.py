@@ -79,12 +79,12 @@ class Result:
 
     @property
     def status(self) -> Status:
-        """How complete it is."""
+        """Status in its last line; of an item that was cut off, by its figures."""
         status: Status = self.end.get("status", "partial" if self.figures else "failed")
         return status
 
     def answers(self, item: Item, installed: dict[str, str | None] | None) -> bool:
-        """Whether the item need not run again.
+        """True if the item need not run again.
 
         Args:
             item: whose result it is.
@@ -164,7 +164,7 @@ def finish(path: Path, item: Item, status: Status, seconds: float, why: str) -> 
 
 
 def pack(folder: Path, archive: Path) -> list[str]:
-    """Write the archive of a folder of results, whole or not at all; what was too large for it.
+    """Write the archive of a folder of results, whole or not at all; return the files that were too large for it.
 
     It unpacks in the root of a checkout to benchmarks/results/GPU; results that lie elsewhere, as those of a rehearsal
     do, to a folder that is named as theirs.

@@ -1,4 +1,4 @@
-"""The last words of the queue: what became of each item, and as many figures as fit."""
+"""Summary of a call of the queue: the outcome of each item, and as many figures as fit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STATES = {"complete": "done"}
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of an item."""
+    """Outcome of an item."""
 
     name: str
     state: Literal["complete", "partial", "failed", "skipped"]
