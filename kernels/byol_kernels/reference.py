@@ -272,7 +272,8 @@ def lars_step_(
             p, g, v = param_blocks[index], grad_blocks[index], buffer_blocks[index]
             if grad_scale != 1.0:
                 g = g.to(accumulation_dtype(p.dtype)) * (1.0 / grad_scale)
-            update = _fused_sgd_ if fused else _sgd_
+            # A dampening of 1 - ratio has no digits left of a small ratio.
+            update = _fused_sgd_ if fused and ratio >= 1e-8 else _sgd_
             update([p], [g], [v], lr=lr[row], momentum=momentum[row], decay=decay, ratio=ratio)
             if target_blocks is not None:
                 t = target_blocks[index]

@@ -109,6 +109,17 @@ def test_ratio_is_one_where_a_norm_is_zero(zero: str, device: str) -> None:
     assert close(p, expected)
 
 
+@pytest.mark.parametrize("size", [1e9, 1e15])
+def test_small_ratio_keeps_its_digits(size: float, device: str) -> None:
+    """1 - ratio is 1 in float64 for a gradient of 1e15, which must still move the parameter by eta |p|."""
+    p = nn.Parameter(make((30, 40), 0).to(device))
+    p.grad = size * make((30, 40), 1).to(device)
+    optimizer = LARS([p], HYPER["lr"], weight_decay=HYPER["weight_decay"])
+    _, v = lars(f64(p), f64(p.grad), np.zeros((30, 40)), **HYPER, excluded=False)
+    optimizer.step()
+    assert close(optimizer.state[p]["momentum_buffer"], v)
+
+
 def test_it_is_not_the_rule_of_larc(device: str) -> None:
     """r = eta |p| / |g + wd p|, and not eta |p| / (|g| + wd |p|), which agrees only where g and p are parallel."""
     p = nn.Parameter(torch.tensor([[3.0, 0.0]], device=device))
