@@ -13,6 +13,10 @@ PyTorch packages: the ratio is of |p| to |d|, not to |g| + weight_decay |p|, and
 Launch 1 takes the partial norms of each tensor; the program that draws a tensor's last ticket adds them up in a fixed
 order, so runs repeat bit for bit. Launch 2 applies the rule and, while the parameter is in registers, updates its
 target and writes the copies. It moves 40 bytes a float32 parameter with target and two bfloat16 copies.
+
+With a `found_inf` flag, launch 1 sets it to 1 if any gradient has an infinity or a NaN, and launch 2 writes nothing
+where it is not 0, so the gradients need no separate finite check. Adapted tensors are not read again for it, because a
+finite sum of squares has finite terms; the gradients of the others (biases and norm parameters) are read once more.
 """
 
 import math
@@ -81,14 +85,36 @@ def _norms_chunk(
 
 
 @jit
+def _has_non_finite(
+    g_address: tl.tensor,
+    count: tl.tensor,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> tl.tensor:
+    """True if any of the first `count` elements of a gradient is an infinity or a NaN."""
+    # Compared in the gradient's own precision: a finite float64 may be infinite in float32.
+    WIDE: tl.constexpr = tl.float64 if KIND[1] == tl.float64 else tl.float32
+    offsets = tl.arange(0, BLOCK)
+    non_finite = tl.zeros((BLOCK,), tl.int1)
+    # In blocks: all at once would take more registers than the norms do.
+    start = 0
+    while start < count:
+        g = _load(g_address, start + offsets, count, KIND[1], False).to(WIDE)
+        non_finite |= ~(tl.abs(g) < float("inf"))  # a NaN is not less than anything
+        start += BLOCK
+    return tl.max(non_finite.to(tl.int32), axis=0) != 0
+
+
+@jit
 def _lars_norms_kernel(
     addresses_ptr: tl.tensor,  # [K, R] int64: parameter, gradient, ...
     rows_ptr: tl.tensor,  # [R, 4] int64: elements, kind, first chunk, tag = 2 * group + adapt
-    chunks_ptr: tl.tensor,  # [C, 2] int64: row, chunk within the row; the adapted rows come first
+    chunks_ptr: tl.tensor,  # [C, 2] int64: row, chunk within the row; the adapted rows with a gradient come first
     groups_ptr: tl.tensor,  # [groups, 4]: momentum, weight decay, eta, lr
     num_rows: tl.tensor,
-    num_chunks: tl.tensor,  # of the adapted rows
+    num_chunks: tl.tensor,  # of the adapted rows; the grid has as many programs, or those of all rows with found_inf
     grad_scale_ptr: tl.tensor,  # [] or None
+    found_inf_ptr: tl.tensor,  # [] out, or None: set to 1 if any gradient has an infinity or a NaN
     partials_ptr: tl.tensor,  # [2, C] squares of parameter and update
     tickets_ptr: tl.tensor,  # [R] int32: 0 before, 0 after
     ratios_ptr: tl.tensor,  # [R] out
@@ -111,10 +137,13 @@ def _lars_norms_kernel(
         inv_scale = tl.div_rn(1.0, tl.load(grad_scale_ptr).to(tl.float32))
     numel = row_numel - first
     full = (numel >= CHUNK) & ((p_address | g_address) % 16 == 0)
+    kind_of_norms = kind
+    if found_inf_ptr is not None:
+        kind_of_norms = tl.where(chunk < num_chunks, kind, -1)  # rows that are not adapted have none
     p_square = 0.0
-    d_square = 0.0
+    d_square = float("inf")
     for k in tl.static_range(len(KINDS)):
-        if kind == k:
+        if kind_of_norms == k:
             p = p_address + first * (KINDS[k][0].primitive_bitwidth // 8)
             g = g_address + first * (KINDS[k][1].primitive_bitwidth // 8)
             if full:
@@ -122,6 +151,19 @@ def _lars_norms_kernel(
                 p_square, d_square = _norms_chunk(p, g, CHUNK, decay, inv_scale, KINDS[k], True, CHUNK)
             else:
                 p_square, d_square = _norms_chunk(p, g, numel, decay, inv_scale, KINDS[k], False, CHUNK)
+    if found_inf_ptr is not None:
+        # Any non-finite gradient makes the sum of squares non-finite, whatever scale and decay are, so a finite sum
+        # clears the chunk. The reverse does not hold: squares overflow, and the parameter may be the non-finite one.
+        # In that case, and for rows without norms, the gradient itself is checked.
+        if (g_address != 0) & ~(d_square < float("inf")):
+            for k in tl.static_range(len(KINDS)):
+                if kind == k:
+                    g = g_address + first * (KINDS[k][1].primitive_bitwidth // 8)
+                    if _has_non_finite(g, tl.minimum(numel, CHUNK), KINDS[k], CHUNK // 4):
+                        # No atomic: all programs store the same value, and none of this launch reads it.
+                        tl.store(found_inf_ptr, 1.0)
+        if chunk >= num_chunks:
+            return
     tl.store(partials_ptr + chunk, p_square)
     tl.store(partials_ptr + num_chunks + chunk, d_square)
 
@@ -322,8 +364,13 @@ def _lars_step_cpu(*arguments: Any) -> None:
     a = _Arguments(*arguments)
     columns = a.columns()
     plan = _plan(a, columns)
-    if not plan.num_chunks or (a.found_inf is not None and float(a.found_inf) != 0.0):
+    if not plan.num_chunks:
         return
+    if a.found_inf is not None:
+        if not reference.all_finite(a.grads):
+            a.found_inf.fill_(1.0)
+        if float(a.found_inf) != 0.0:
+            return
     lr = [value if tensor is None else float(tensor) for tensor, value in zip(a.lr_tensors, a.lr, strict=True)]
     scale = 1.0 if a.grad_scale is None else float(a.grad_scale)
     tau = a.tau if a.tau_tensor is None else float(a.tau_tensor)
@@ -381,7 +428,14 @@ def _lars_step_by_operators(a: _Arguments, lr: Sequence[float], scale: float, ta
 def _increment_versions(a: _Arguments) -> None:
     """Tells autograd what a kernel has written."""
     torch.autograd.graph.increment_version(
-        [*(a.params[row] for row in a.grad_rows), *a.momentum_buffers, *a.targets, *a.param_copies, *a.target_copies]
+        [
+            *(a.params[row] for row in a.grad_rows),
+            *a.momentum_buffers,
+            *a.targets,
+            *a.param_copies,
+            *a.target_copies,
+            *(() if a.found_inf is None else (a.found_inf,)),
+        ]
     )
 
 
@@ -409,11 +463,12 @@ def _lars_step_cuda(*arguments: Any) -> None:
     tables = plan.tables(columns)
     kinds = tuple(tuple(map(tl_dtype, kind)) for kind in plan.kinds)
     num_rows, front = len(a.params), plan.num_front_chunks
+    num_programs = front if a.found_inf is None else plan.num_chunks
     ratios = plan.workspace("ratios", num_rows, torch.float32, device)
     with device_guard(a.params[0]):
-        if front:
-            _lars_norms_kernel[(front,)](
-                tables.addresses, tables.rows, tables.chunks, groups, num_rows, front, a.grad_scale,
+        if num_programs:
+            _lars_norms_kernel[(num_programs,)](
+                tables.addresses, tables.rows, tables.chunks, groups, num_rows, front, a.grad_scale, a.found_inf,
                 plan.workspace("partials", 2 * front, torch.float32, device),
                 plan.workspace("tickets", num_rows, torch.int32, device),
                 ratios,
@@ -435,7 +490,7 @@ torch.library.define(
     " Tensor(c!)[] targets, int[] target_rows, Tensor(d!)[] param_copies, int[] param_copy_rows,"
     " Tensor(e!)[] target_copies, int[] target_copy_rows, int[] group, bool[] adapt,"
     " Tensor?[] lr_tensors, float[] lr, float[] momentum, float[] weight_decay, float[] eta,"
-    " Tensor? tau_tensor, float tau, Tensor? grad_scale, Tensor? found_inf) -> ()",
+    " Tensor? tau_tensor, float tau, Tensor? grad_scale, Tensor(f!)? found_inf) -> ()",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 torch.library.impl("byol_kernels::lars_step_", "CPU", _lars_step_cpu)
@@ -463,6 +518,11 @@ class LARS(torch.optim.Optimizer):
     `step` can also update the target network and write low-precision copies in the same two launches. It can be
     captured into a CUDA graph once one step has run; lr and tau as 0-dim tensors on the device are then read at every
     replay. With `torch.amp.GradScaler` the unscaling and the skipping of a step happen on the device.
+
+    The attribute `found_inf` (set by `GradScaler` or by the training loop) is None or a float32 flag on the device of
+    the parameters, an input and an output. A step sets it to 1 if any gradient, before unscaling, has an infinity or a
+    NaN; the launch that computes the norms finds them, so no separate pass over the gradients is needed. If the flag
+    is not 0 then or was not on entry, the step writes nothing else. It is never reset to 0. None: no check.
 
     Args:
         params: parameters, or groups of them with their own lr, momentum, weight_decay, eta or exclude_1d. They are
@@ -533,8 +593,9 @@ class LARS(torch.optim.Optimizer):
     ) -> Any:
         """One step; optionally the target's moving average and low-precision copies in the same two launches.
 
-        Parameters without a gradient stay as they are; their targets and copies are written all the same. Where
-        `GradScaler` found an infinity or a NaN nothing at all is written, targets and copies included.
+        Parameters without a gradient stay as they are; their targets and copies are written all the same. With a
+        `found_inf` flag (see the class) that is not 0, or that an infinity or a NaN in a gradient sets to 1, nothing
+        else is written, targets and copies included.
 
         Args:
             closure: evaluates the model again and returns the loss.
@@ -549,7 +610,8 @@ class LARS(torch.optim.Optimizer):
 
         Raises:
             ValueError: on targets or copies that do not fit their parameters, or that share memory with anything
-                else of the step. Nothing has been written then.
+                else of the step; on a `found_inf` that is not one float32 number on their device. Nothing has been
+                written then.
             RuntimeError: if the first step is being captured into a CUDA graph.
         """
         loss = None
@@ -580,6 +642,9 @@ class LARS(torch.optim.Optimizer):
                     f"LARS.step: the gradient of params[{row}] must be dense, got {grad.layout}; "
                     "make the embedding with sparse=False"
                 )
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None:
+            _check_found_inf(found_inf, params[0].device)
         groups = self.param_groups
         group_of = [g for g, group in enumerate(groups) for _ in group["params"]]
         step = _lars_step_cpu if reference.is_plain(params[0]) else torch.ops.byol_kernels.lars_step_.default
@@ -602,7 +667,7 @@ class LARS(torch.optim.Optimizer):
             tau_tensor,
             tau,
             getattr(self, "grad_scale", None),
-            getattr(self, "found_inf", None),
+            found_inf,
         )
         return loss
 
@@ -619,6 +684,15 @@ class LARS(torch.optim.Optimizer):
             laid_out = torch.zeros_like(param, memory_format=torch.preserve_format)
             buffer = state["momentum_buffer"] = laid_out if buffer is None else laid_out.copy_(buffer)
         return buffer
+
+
+def _check_found_inf(found_inf: Tensor, device: torch.device) -> None:
+    if found_inf.numel() != 1 or found_inf.dtype != torch.float32 or found_inf.device != device:
+        raise ValueError(
+            f"LARS.step: found_inf must be one float32 number on {device}, where the parameters are, got shape "
+            f"{tuple(found_inf.shape)} of {found_inf.dtype} on {found_inf.device}; make it with "
+            f"torch.zeros((), device='{device}')"
+        )
 
 
 def _by_partner(

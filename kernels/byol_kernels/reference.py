@@ -228,6 +228,13 @@ def update_running_stats_(
         counter.add_(len(batch_mean[row]))
 
 
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """True if no element of any tensor is an infinity or a NaN."""
+    # A finite sum has finite terms and takes a tenth of the time of isfinite; it may overflow, so a non-finite one
+    # decides nothing.
+    return all(math.isfinite(t.sum().item()) or bool(t.isfinite().all()) for t in tensors)
+
+
 def lars_step_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor | None],

@@ -191,6 +191,8 @@ CASES: dict[str, Case] = {
     "ema_two_kinds": _multi(_EMA, 96, 14, 8, KINDS=((F32, F32, F32), (F32, BF16, F32)), HAS_COPY=False),
     "lars_norms_fp32": _multi(_NORMS, 64, 8, 0, KINDS=((F32, F32),)),
     "lars_norms_bf16_grad": _multi(_NORMS, 64, 6, 0, KINDS=((F32, BF16),)),
+    "lars_norms_two_kinds": _multi(_NORMS, 64, 14, 0, KINDS=((F32, BF16), (F32, F32))),
+    "lars_norms_fp32_no_flag": _multi(_NORMS, 64, 8, 0, KINDS=((F32, F32),), found_inf_ptr=None),
     "lars_apply": _multi(_APPLY, 128, 12, 8, KINDS=(_ALL_F32,), HAS=(False, False, False)),
     "lars_apply_ema": _multi(_APPLY, 128, 16, 12, KINDS=(_ALL_F32,), HAS=(True, False, False)),
     "lars_apply_ema_copies": _multi(

@@ -30,6 +30,18 @@ def test_aot_loss_takes_tickets_in_order(capability: int) -> None:
     assert code.count(r"(RED|REDG)\..*") == 0  # sums by atomics would depend on the order of programs
 
 
+@pytest.mark.parametrize("capability", sass.CAPABILITIES)
+def test_aot_lars_norms_use_one_atomic(capability: int) -> None:
+    """The ticket's; the flag of what is not finite is a plain store, which a kernel without a flag has not."""
+    code, without_flag = (
+        sass.compile_for(sass.CASES[name], capability) for name in ("lars_norms_fp32", "lars_norms_fp32_no_flag")
+    )
+    for c in (code, without_flag):
+        assert c.count(r"(ATOMG|ATOM)\.E\.ADD\.STRONG\.GPU(\..*)?") == 1
+        assert c.count(r"(RED|REDG|ATOM|ATOMG)\..*") == 1
+    assert code.count(r"STG\..*") == without_flag.count(r"STG\..*") + 1
+
+
 def test_aot_rounds_to_nearest() -> None:
     """The interpreter truncates float32 to bfloat16, so only the machine code shows how a GPU rounds."""
     code = sass.compile_for(sass.CASES["ema_fp32_copy_bf16"], 90)

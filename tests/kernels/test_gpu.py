@@ -44,14 +44,17 @@ def test_ema_is_one_launch_and_lars_two() -> None:
     set_gradients(params, 0)
     optimizer = LARS(params, torch.tensor(0.1, device=DEVICE))
     copies = [torch.empty_like(p, dtype=torch.bfloat16) for p in params]
-    names = launches(lambda: optimizer.step(ema=(targets, tau), copies=copies))
-    assert names in (["_lars_norms_kernel", "_lars_apply_kernel"], NOT_HERE)
+    for found_inf in (None, torch.zeros((), device=DEVICE)):
+        optimizer.found_inf = found_inf
+        names = launches(lambda: optimizer.step(ema=(targets, tau), copies=copies))
+        assert names in (["_lars_norms_kernel", "_lars_apply_kernel"], NOT_HERE)
 
 
 def test_nothing_waits_for_the_device(quartet: list[Tensor]) -> None:
     params, targets = network()
     lr, tau = torch.tensor(0.1, device=DEVICE), torch.tensor(0.9, device=DEVICE)
     optimizer = LARS(params, lr)
+    optimizer.found_inf = torch.zeros((), device=DEVICE)
 
     def step(seed: int) -> None:
         gradients = [make(tuple(p.shape), seed + i, device=DEVICE) for i, p in enumerate(params)]
@@ -117,6 +120,31 @@ def test_a_captured_step_follows_lr_and_tau(quartet: list[Tensor]) -> None:
         assert torch.equal(loss, expected)
         assert all(torch.equal(a, b) for a, b in zip(stats, expected_stats, strict=True))
         assert all(torch.equal(a, b) for a, b in zip(grads, torch.autograd.grad(expected, quartet[:2]), strict=True))
+
+
+def test_a_captured_step_finds_nonfinite_gradients() -> None:
+    """A replay that finds one writes nothing but the flag; the next one goes on."""
+    params, targets = network()
+    set_gradients(params, 0)
+    optimizer = LARS(params, torch.tensor(0.1, device=DEVICE))
+    found_inf = optimizer.found_inf = torch.zeros((), device=DEVICE)
+    with aside():
+        optimizer.step(ema=(targets, 0.9))
+    graph = Captured(lambda: optimizer.step(ema=(targets, 0.9)))
+    written = [*params, *targets, *(optimizer.state[p]["momentum_buffer"] for p in params)]
+    for index in (0, 1, -1):  # a convolution, a batch norm's weight, a bias
+        grad = params[index].grad
+        assert grad is not None
+        finite, before = grad.clone(), [x.detach().clone() for x in written]
+        grad[(-1,) * grad.dim()] = torch.nan
+        graph.replay()
+        assert found_inf.item() == 1.0
+        assert all(torch.equal(x, b) for x, b in zip(written, before, strict=True))
+        grad.copy_(finite)
+        found_inf.zero_()
+        graph.replay()
+        assert found_inf.item() == 0.0
+        assert not any(torch.equal(x, b) for x, b in zip(written, before, strict=True))
 
 
 def test_first_step_within_a_capture_is_refused() -> None:

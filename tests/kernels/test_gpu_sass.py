@@ -68,6 +68,7 @@ def _lars(*, ema: bool, copies: bool) -> Callable[[], object]:
             p.grad = g
         low = {t: torch.empty_like(t, dtype=torch.bfloat16) for t in (*params, *targets)} if copies else None
         optimizer = LARS(params, torch.tensor(0.1, device=DEVICE))
+        optimizer.found_inf = torch.zeros((), device=DEVICE)
         target_of = dict(zip(params, targets, strict=True))
         optimizer.step(ema=(target_of, torch.tensor(0.9, device=DEVICE)) if ema else None, copies=low)
 
