@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from byol_kernels import _multi_tensor, ema, lars, normalized_mse
+from byol_kernels import _multi_tensor, ema, lars, normalized_mse, running_stats
 
 CAPABILITIES = (80, 90, 100)
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -170,6 +170,19 @@ def _multi(kernel: Any, registers: int, wide_loads: int, wide_stores: int, **con
     return Case(kernel, arguments, _multi_tensor.NUM_WARPS, registers, wide_loads, wide_stores)
 
 
+def _statistics(*kinds: tuple[Any, ...]) -> Case:
+    arguments: dict[str, str | Constant] = {
+        **dict.fromkeys(("addresses_ptr", "rows_ptr"), "*i64!"),
+        "momentum_ptr": "*fp64!",
+        "num_rows": "i32",
+        "found_inf_ptr": "*fp32!",
+        "KINDS": Constant(kinds),
+        "BLOCK_C": Constant(running_stats.BLOCK_C),
+    }
+    # A layer has a few thousand numbers: what counts is that nothing is spilled, not how wide it is read.
+    return Case(running_stats._update_running_stats_kernel, arguments, running_stats.NUM_WARPS, 80, 0, 0)
+
+
 _ALL_F32 = (F32,) * 6
 _EMA, _NORMS, _APPLY = ema._ema_update_kernel, lars._lars_norms_kernel, lars._lars_apply_kernel
 
@@ -189,6 +202,7 @@ CASES: dict[str, Case] = {
     "ema_fp32_copy_bf16": _multi(_EMA, 96, 8, 6, KINDS=((F32, F32, BF16),), HAS_COPY=True),
     "ema_fp32_from_bf16": _multi(_EMA, 80, 6, 4, KINDS=((F32, BF16, F32),), HAS_COPY=False),
     "ema_two_kinds": _multi(_EMA, 96, 14, 8, KINDS=((F32, F32, F32), (F32, BF16, F32)), HAS_COPY=False),
+    "running_stats_fp32": _statistics((F32, F32, F32, F32)),
     "lars_norms_fp32": _multi(_NORMS, 64, 8, 0, KINDS=((F32, F32),)),
     "lars_norms_bf16_grad": _multi(_NORMS, 64, 6, 0, KINDS=((F32, BF16),)),
     "lars_norms_two_kinds": _multi(_NORMS, 64, 14, 0, KINDS=((F32, BF16), (F32, F32))),
