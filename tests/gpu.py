@@ -139,7 +139,7 @@ class Captured(Generic[T]):
         self._result: T | None = None
         if not REHEARSING:
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._result = work()
 
     def replay(self) -> T:
