@@ -70,11 +70,16 @@ def textbook_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
 
 
 class Weights:
-    """A ResNet-50 BYOL model's parameters with gradients, its target, and momentum for whoever needs it."""
+    """A BYOL model's parameters with gradients, its target, and momentum for whoever needs it.
 
-    def __init__(self, device: str) -> None:
+    Args:
+        device: where they are.
+        encoder: of the model, a torchvision model's name.
+    """
+
+    def __init__(self, device: str, encoder: str = "resnet50") -> None:
         torch.manual_seed(0)
-        model = BYOL("resnet50")
+        model = BYOL(encoder)
         self.online: list[nn.Parameter] = [nn.Parameter(p.detach().to(device)) for p in model.trainable_parameters()]
         for i, p in enumerate(self.online):
             noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(i))

@@ -1,7 +1,145 @@
-"""The items of the queue, in the order in which they run."""
+"""The items of the queue, in the order in which they run; predictions are for one H100 with 16 CPU cores."""
 
 from __future__ import annotations
 
-from benchmarks.gpu.item import Item
+from benchmarks.gpu.item import START_SECONDS, Item
 
-ITEMS: tuple[Item, ...] = ()
+HERE = "benchmarks.gpu.items"
+FOLDER = "benchmarks/gpu/items"
+KERNELS, PACKAGE = "kernels/byol_kernels", "byol_fast"
+SHARED = (KERNELS, PACKAGE, f"{FOLDER}/common.py", f"{FOLDER}/timing.py")
+
+ITEMS: tuple[Item, ...] = (
+    Item(
+        name="ceilings",
+        question="Which machine is this, how fast does it copy memory and multiply matrices?",
+        run=f"{HERE}.ceilings:run",
+        # Six sizes in three dtypes, 0.15 s each, and making the operands.
+        seconds=START_SECONDS + 7,
+        depends_on=(f"{PACKAGE}/profiling/ceilings.py", f"{FOLDER}/ceilings.py"),
+        memory_gib=6,
+    ),
+    Item(
+        name="smoke",
+        question="Are the kernels right, and the step in all modes?",
+        run=f"{HERE}.smoke:run",
+        # Some 25 Triton kernels of 1 s, and a small network compiled four times, the first time in 15 s.
+        seconds=START_SECONDS + 55,
+        depends_on=(*SHARED, f"{FOLDER}/smoke.py", f"{FOLDER}/smoke_step.py", "tests/kernels/restatement.py",
+                    "tests/kernels/photometric_restatement.py"),
+        memory_gib=2,
+    ),
+    Item(
+        name="resnet50_eager",
+        question="How fast is an eager step of ResNet-50 beside the baseline, and what does cudnn.benchmark give?",
+        run=f"{HERE}.resnet50:eager",
+        # About 100 steps of 0.1 s and 100 of 0.2 s, and cuDNN trying its algorithms twice.
+        seconds=START_SECONDS + 40,
+        depends_on=(*SHARED, f"{FOLDER}/resnet50.py"),
+        memory_gib=40,
+    ),
+    Item(
+        name="kernels",
+        question="How close to a copy's bandwidth are the kernels, and how much faster than other libraries'?",
+        run=f"{HERE}.kernels:run",
+        # Timing takes 3 s; making parameters and images on the CPU 10 s; torch.compile of the baseline's loss 8 s.
+        seconds=START_SECONDS + 35,
+        depends_on=(*SHARED, f"{FOLDER}/kernels.py"),
+        memory_gib=8,
+    ),
+    Item(
+        name="resnet50_compiled",
+        question="How fast is a compiled and captured step of ResNet-50, and where does its time go?",
+        run=f"{HERE}.resnet50:compiled",
+        # 265 generated kernels, compiled by 16 processes: 90 s, a guess; three times of steps and a trace: 40 s.
+        seconds=START_SECONDS + 170,
+        first_figure=START_SECONDS + 102,
+        depends_on=(*SHARED, f"{FOLDER}/resnet50.py"),
+        memory_gib=60,
+    ),
+    Item(
+        name="gpu_tests",
+        question="Do the tests marked gpu pass?",
+        run=f"{HERE}.gpu_tests:run",
+        # 19 processes, four at a time, each with 10 s of imports and collecting; the kernels' compile 330 cases.
+        seconds=START_SECONDS + 190,
+        first_figure=START_SECONDS + 40,
+        depends_on=(KERNELS, PACKAGE, "tests", f"{FOLDER}/gpu_tests.py", f"{FOLDER}/pytest_records.py"),
+        memory_gib=30,
+        own_process=True,
+    ),
+    Item(
+        name="resnet18_cifar",
+        question="How fast is a step of ResNet-18 on 32 px, ready views and through the resident loader?",
+        run=f"{HERE}.cifar:speed",
+        # Two networks compiled, 30 s each; 7 rounds of 0.3 s for each of ten cases.
+        seconds=START_SECONDS + 95,
+        first_figure=START_SECONDS + 15,
+        depends_on=(*SHARED, f"{FOLDER}/cifar.py"),
+        memory_gib=10,
+    ),
+    Item(
+        name="cifar10_recipe",
+        question="Which kNN accuracy does CIFAR-10's recipe reach in the time that is left?",
+        run=f"{HERE}.cifar:recipe",
+        # 5 s to decode, 30 s to compile (cached by the item before: 10 s), 3 s an epoch, 15 s at the end.
+        seconds=START_SECONDS + 150,
+        first_figure=START_SECONDS + 80,
+        depends_on=(*SHARED, f"{FOLDER}/cifar.py"),
+        files=(".gpu/cifar10_jpeg.tar.xz",),
+        memory_gib=10,
+    ),
+    Item(
+        name="dali",
+        question="With DALI: are the views right, also under load, and does loading keep up with the step?",
+        run=f"{HERE}.dali:run",
+        # Parity on 16 images 25 s (torchvision on the CPU), loaders 20 s, the step from inductor's cache 30 s.
+        seconds=START_SECONDS + 100,
+        first_figure=START_SECONDS + 30,
+        depends_on=(*SHARED, f"{FOLDER}/dali.py"),
+        modules=("nvidia.dali",),
+        memory_gib=60,
+        own_process=True,
+        not_rehearsed="it is about DALI's decoder and operators on a GPU",
+    ),
+    Item(
+        name="baseline_compiled",
+        question="How fast are the baseline under torch.compile, and lightly's loop?",
+        run=f"{HERE}.resnet50:baseline_compiled",
+        # lightly's steps 5 s; the baseline passes the encoder four times, twice the graph of byol_fast's: 150 s.
+        seconds=START_SECONDS + 180,
+        first_figure=START_SECONDS + 165,
+        depends_on=(*SHARED, f"{FOLDER}/resnet50.py"),
+        memory_gib=60,
+    ),
+    Item(
+        name="profile",
+        question="Where does the time of a run from JPEG files go?",
+        run=f"{HERE}.observe:profile",
+        # Some 60 steps of 0.1 s, ceilings, experiments and a page.
+        seconds=START_SECONDS + 50,
+        depends_on=(*SHARED, f"{FOLDER}/observe.py"),
+        memory_gib=40,
+    ),
+    Item(
+        name="ncu",
+        question="How much memory do the heaviest kernels move, and at which bandwidth?",
+        run=f"{HERE}.observe:ncu",
+        # The step from inductor's cache in a new process 40 s; 300 launches of 0.15 s.
+        seconds=START_SECONDS + 90,
+        depends_on=(*SHARED, f"{FOLDER}/observe.py"),
+        programs=("ncu",),
+        memory_gib=40,
+        not_rehearsed="ncu counts what a GPU's kernels do",
+    ),
+    Item(
+        name="power",
+        question="What do power and clocks do while captured steps run without a pause?",
+        run=f"{HERE}.observe:power",
+        # The step from inductor's cache 30 s, 10 s of steps.
+        seconds=START_SECONDS + 45,
+        depends_on=(*SHARED, f"{FOLDER}/observe.py"),
+        memory_gib=60,
+        not_rehearsed="there is no power meter but a GPU's",
+    ),
+)  # fmt: skip

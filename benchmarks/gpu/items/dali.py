@@ -1,0 +1,166 @@
+"""Item: with DALI: views beside torchvision's, decoding under load, images a second, and from JPEG to weights."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.item import Context
+from benchmarks.gpu.items.common import backend_flags, byol_fast_step, check, free, is_small, resnet50
+from benchmarks.gpu.items.timing import rounded
+from byol_fast import config as configs
+from byol_fast import recipes
+from byol_fast.bench.photographs import write_photographs
+from byol_fast.bench.timing import Timing
+from byol_fast.config import Config
+from byol_fast.data import ImageSource, ViewLoader, make_loader, open_source, parity
+
+BATCH = 256
+"""As of the compiled step, so that its code lies in the cache already."""
+LOADERS: dict[str, dict[str, Any]] = {
+    "dali, kernels": {"loader": "dali", "augment": "kernels"},
+    "dali, its operators": {"loader": "dali", "augment": "library"},
+    "torchvision, kernels": {"loader": "torchvision", "augment": "kernels"},
+}
+ROUNDS = 5
+COMPILATION = 60.0
+
+
+def run(context: Context) -> str | None:
+    """All four, on computed photographs."""
+    small = is_small(context)
+    with tempfile.TemporaryDirectory() as folder:
+        photographs = write_photographs(Path(folder), 8 if small else 64)
+        compare(context, open_source(photographs), num_images=4 if small else 16)
+        for path in sorted(photographs.glob("*.jpg")):  # the same files under more names: a batch needs as many
+            for number in range(0 if small else 15):
+                os.link(path, photographs / f"{path.stem}-{number}.jpg")
+        source = open_source(photographs)
+        under_load(context, source)
+        for name, data in LOADERS.items():
+            throughput(context, name, source, data)
+        if context.seconds_left() < COMPILATION and not small:
+            return "no time was left to compile the step of end to end"
+        end_to_end(context, source)
+    return None
+
+
+def _config(context: Context, batch: int, data: dict[str, Any]) -> Config:
+    changes: dict[str, Any] = {"batch_size": 4 if is_small(context) else batch, "data": data}
+    if is_small(context):
+        changes |= {"view1.size": 32, "view2.size": 32}
+    return configs.replace(recipes.imagenet_resnet50(), changes)
+
+
+def compare(context: Context, source: ImageSource, *, num_images: int) -> None:
+    """Operators and views of all back ends beside torchvision's: the parity table."""
+    config, device = _config(context, BATCH, {}), torch.device(context.device)
+    rows = list(parity.measure(source, config, parity.backends(source, config, device), num_images=num_images))
+    (context.folder / "parity.txt").write_text("\n".join(parity.lines(rows)) + "\n")
+    failed = [row for row in rows if not row.ok]
+    judged = sum(row.limit is not None for row in rows)
+    check(context, "parity: rows beyond their limit", len(failed), 0, judged=judged)
+    for row in failed:
+        name = f"parity: {row.operator}, {row.backend}, against torchvision's {row.against}"
+        context.record(name, max=row.error.max, p999=row.error.p999, mean=rounded(row.error.mean), limit=str(row.limit))
+
+
+# ------------------------------------------------------------------------------------------------ under load
+
+
+def under_load(context: Context, source: ImageSource) -> None:
+    """Views that are made while the device is busy are those of a quiet one, bit for bit."""
+    for name, data in LOADERS.items():
+        config = _config(context, 64, data)
+        quiet = _views(context, source, config)
+        with _busy(context):
+            loaded = _views(context, source, config)
+        different = sum(not torch.equal(a, b) for a, b in zip(quiet, loaded, strict=True))
+        check(context, f"under load: {name}, views that differ of {len(quiet)}", different, 0)
+
+
+def _views(context: Context, source: ImageSource, config: Config) -> list[Tensor]:
+    loader = make_loader(source, config, device=torch.device(context.device))
+    batches = [next(loader) for _ in range(2 if is_small(context) else 8)]
+    views = [view.cpu() for batch in batches for view in (batch.view1, batch.view2)]
+    loader.close()
+    return views
+
+
+@contextmanager
+def _busy(context: Context) -> Iterator[None]:
+    """Keep arithmetic units and memory occupied, on a stream of its own and on the current one."""
+    if context.device != "cuda":
+        yield
+        return
+    a, other = torch.randn(4096, 4096, device="cuda"), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    other.wait_stream(torch.cuda.current_stream())
+    for stream in (other, torch.cuda.current_stream()):
+        with torch.cuda.stream(stream):
+            for _ in range(100):
+                a = a @ a.clamp(-1, 1)
+    yield
+    torch.cuda.synchronize()
+
+
+# ------------------------------------------------------------------------------------------------ speed
+
+
+def _rounds(context: Context, loader: ViewLoader, work: Any, batches: int) -> tuple[Timing, float]:
+    """Seconds of a batch, round by round, and the share of the time that was spent waiting for the next one."""
+    seconds, waited = [], 0.0
+    for number in range(1 + (1 if is_small(context) else ROUNDS)):
+        began = time.perf_counter()
+        for _ in range(batches):
+            before = time.perf_counter()
+            batch = next(loader)
+            waited += (time.perf_counter() - before) * (number > 0)
+            work(batch)
+        if context.device == "cuda":
+            torch.cuda.synchronize()
+        if number:
+            seconds.append((time.perf_counter() - began) / batches)
+    return Timing(tuple(seconds)), waited / (sum(seconds) * batches)
+
+
+def _record(context: Context, name: str, config: Config, timing: Timing, **values: Any) -> None:
+    quantiles = {"": timing.median, "_p20": timing.quantile(0.8), "_p80": timing.quantile(0.2)}
+    rates = {f"images_per_second{q}": rounded(config.batch_size / seconds) for q, seconds in quantiles.items()}
+    context.record(name, **rates, batch=config.batch_size, rounds=len(timing.seconds), **values)
+
+
+def throughput(context: Context, name: str, source: ImageSource, data: dict[str, Any]) -> None:
+    """Two 224 px views from JPEG by one loader, and nothing done with them.
+
+    Args:
+        context: of the item.
+        name: of the loader.
+        source: of the images.
+        data: options of the loader.
+    """
+    config = _config(context, BATCH, data)
+    loader = make_loader(source, config, device=torch.device(context.device))
+    timing, _ = _rounds(context, loader, lambda batch: None, 1 if is_small(context) else 4)
+    loader.close()
+    _record(context, f"views from JPEG: {name}", config, timing)
+
+
+def end_to_end(context: Context, source: ImageSource) -> None:
+    """From JPEG to trained weights: DALI, and the compiled and captured step."""
+    free(context)
+    config = _config(context, BATCH, LOADERS["dali, kernels"])
+    step = byol_fast_step(context, resnet50(context, BATCH), "graph")
+    flags = backend_flags()
+    loader = make_loader(source, config, device=torch.device(context.device))
+    step.step(next(loader), 0)
+    timing, waited = _rounds(context, loader, lambda batch: step.step(batch, 0), 1 if is_small(context) else 8)
+    loader.close()
+    _record(context, "from JPEG to trained weights: byol_fast", config, timing, data_wait=rounded(waited), **flags)

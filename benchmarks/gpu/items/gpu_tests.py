@@ -1,0 +1,203 @@
+"""Item: the tests marked gpu, a process for each group of them, four at a time.
+
+A group is a capability (`tests/gpu.py`), and of the kernels, which have the most tests, each file of them. So an error
+that ends one group's CUDA context is not taken for another's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.item import Context
+from benchmarks.gpu.items.common import ROOT, is_small
+from benchmarks.gpu.items.pytest_records import VARIABLE
+from tests.gpu import CAPABILITIES
+
+AT_A_TIME = 4
+RESERVE = 6.0
+"""Seconds before the deadline at which what still runs is ended, so that the logs are packed."""
+LONGEST = ("training", "step", "kernels", "parity", "decode", "export")
+"""What takes long begins first, so that none of it is left running alone."""
+ARCHIVE = "gpu_tests.tgz"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tests that share a process."""
+
+    name: str
+    capability: str
+    paths: tuple[str, ...]
+    options: tuple[str, ...] = ()
+
+
+@dataclass
+class Outcome:
+    """What became of a group's tests."""
+
+    passed: int = 0
+    skips: Counter[str] = field(default_factory=Counter)
+    failures: dict[str, str] = field(default_factory=dict)
+    """Test and message."""
+    seconds: float = 0.0
+
+
+def run(context: Context) -> str | None:
+    """Run all groups until they are done or the time is over; logs and records of each test go into one archive."""
+    waiting = groups(small=is_small(context))
+    total, unfinished = Counter[str](), []
+    deadline = time.monotonic() + context.seconds_left() - RESERVE
+    with tempfile.TemporaryDirectory() as folder:
+        running: list[Process] = []
+        try:
+            while (waiting and time.monotonic() < deadline) or running:
+                while waiting and len(running) < AT_A_TIME and time.monotonic() < deadline:
+                    running.append(Process(waiting.pop(0), Path(folder)))
+                over = time.monotonic() >= deadline
+                for process in [p for p in running if over or p.is_done()]:
+                    running.remove(process)
+                    timed_out = not process.is_done()
+                    process.end()
+                    if timed_out:
+                        unfinished.append(process.group.name)
+                    total += _record(context, process.group, process.outcome(timed_out=timed_out))
+                time.sleep(0.1)
+        finally:
+            for process in running:
+                process.end()
+            with tarfile.open(context.folder / ARCHIVE, "w:gz") as archive:
+                archive.add(folder, arcname="gpu_tests")
+    counts = {name: total[name] for name in ("passed", "failed", "skipped")}
+    context.record("all tests", **counts, not_begun=[group.name for group in waiting], cut_off=unfinished)
+    missing = [group.name for group in waiting] + unfinished
+    return f"no time for {', '.join(missing)}" if missing else None
+
+
+def groups(*, small: bool) -> list[Group]:
+    """Groups in the order in which they begin.
+
+    Args:
+        small: a few fast tests only.
+    """
+    if small:
+        # Where the processes run on the CPU: BYOL_FAST_REHEARSE.
+        return [Group("knn", "knn", ("tests/test_gpu.py",), ("-k", "neighbours_are"))]
+    texts = {path: path.read_text() for path in sorted((ROOT / "tests").rglob("test_*.py"))}
+    # The fixtures `device...` of the kernels' tests are marked, too.
+    marked = tuple(str(path.relative_to(ROOT)) for path, text in texts.items() if re.search(r"\bgpu\b|\bdevice", text))
+    names = [*LONGEST, *(name for name in CAPABILITIES if name not in LONGEST)]
+    found: list[Group] = []
+    for name in [name for name in names if name in CAPABILITIES]:
+        if name == "kernels":
+            kernels = [path for path in marked if path.startswith("tests/kernels/")]
+            found += [Group(f"kernels, {Path(path).stem.removeprefix('test_')}", name, (path,)) for path in kernels]
+        else:
+            # Files that do not mention the capability cost a second of collecting each.
+            mentioning = tuple(path for path in marked if f'"{name}"' in texts[ROOT / path])
+            found.append(Group(name, name, mentioning or marked))
+    return found
+
+
+class Process:
+    """A process that runs a group's tests.
+
+    Args:
+        group: of tests.
+        folder: for its log and records.
+    """
+
+    def __init__(self, group: Group, folder: Path) -> None:
+        self.group, self._began = group, time.monotonic()
+        name = re.sub(r"\W+", "_", group.name)
+        self._records, self._log = folder / f"{name}.jsonl", folder / f"{name}.log"
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--capability", group.capability]
+        command += ["-p", "benchmarks.gpu.items.pytest_records", "-p", "no:cacheprovider", "--show-capture=no"]
+        paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [*command, "--continue-on-collection-errors", "--durations=5", *group.options, *group.paths],
+                cwd=ROOT,
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+                    VARIABLE: str(self._records),
+                },
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # what tests have started ends with them
+            )
+
+    def is_done(self) -> bool:
+        """Whether it has ended."""
+        return self._process.poll() is not None
+
+    def end(self) -> None:
+        """Kill it and all that its tests have started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def outcome(self, *, timed_out: bool) -> Outcome:
+        """What its tests have written down, and how it ended.
+
+        Args:
+            timed_out: it was ended because the time was over.
+        """
+        found = Outcome(seconds=time.monotonic() - self._began)
+        current = ""
+        lines = self._records.read_text().splitlines() if self._records.exists() else []
+        for record in map(json.loads, lines):
+            if record["kind"] == "start":
+                current = record["test"]
+                continue
+            _count(found, record)
+            current = "" if record["when"] == "teardown" else current
+        code = self._process.returncode
+        if timed_out:
+            found.failures[current or "(collecting)"] = "had not ended when the time was over"
+        elif code < 0 or code > 5:
+            how = f"signal {-code}" if code < 0 else f"exit code {code}"
+            found.failures[current or "(collecting)"] = f"its process ended: {how}"
+        elif code not in {0, 5} and not found.failures:
+            found.failures["(pytest)"] = f"exit code {code}: {last_line(self._log)}"
+        return found
+
+
+def _count(found: Outcome, record: dict[str, Any]) -> None:
+    if record["outcome"] == "failed":
+        found.failures[record["test"]] = record["why"]
+    elif record["outcome"] == "skipped":
+        found.skips[record["why"]] += 1
+    elif record["when"] == "call":
+        found.passed += 1
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that is not empty."""
+    lines = log.read_text(errors="replace").splitlines()
+    return next((line for line in reversed(lines) if line.strip()), "nothing printed")
+
+
+def _record(context: Context, group: Group, outcome: Outcome) -> Counter[str]:
+    """Record a group, and each of its failures; the counts."""
+    counts = {"passed": outcome.passed, "failed": len(outcome.failures), "skipped": outcome.skips.total()}
+    reasons = [f"{why[:150]} ({number})" for why, number in outcome.skips.most_common(3)]
+    values = {"skips": reasons} if reasons else {}
+    context.record(f"tests: {group.name}", **counts, seconds=round(outcome.seconds, 1), **values)
+    for test, message in outcome.failures.items():
+        where = CAPABILITIES[group.capability].look_at
+        context.record(f"failed: {test}", message=message.strip()[:500], look_at=where)
+    return Counter(counts)

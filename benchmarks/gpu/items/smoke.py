@@ -1,0 +1,239 @@
+"""Item: every Triton kernel against float64, then a small network's training step in all modes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.gpu.item import Context
+from benchmarks.gpu.items import smoke_step
+from benchmarks.gpu.items.common import check
+from byol_fast.config import ViewConfig
+from byol_fast.data.resident import table
+from byol_fast.data.views import draw, stream_key
+from byol_kernels import (
+    LARS,
+    byol_loss,
+    byol_loss_with_stats,
+    draw_view,
+    ema_update_,
+    gaussian_blur,
+    photometric,
+    resized_crop,
+)
+from tests.kernels import photometric_restatement as views
+from tests.kernels import restatement
+from tests.kernels.restatement import TOLERANCES, f64, make
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SHAPES: tuple[tuple[int, ...], ...] = ((64, 32, 3, 3), (300, 500), (4096,), (37,), (1,))
+"""Several chunks, one, and a part of one; in NHWC where there are four dimensions."""
+
+
+def run(context: Context) -> None:
+    """All checks; an error at the end where one failed."""
+    failed = []
+    for checks in (loss, ema, lars, lars_with_found_inf, draws_and_crop, colors, blur, smoke_step.run):
+        failed += checks(context)
+    if failed:
+        raise AssertionError(f"{len(failed)} checks failed: {'; '.join(failed)}")
+
+
+class Checks(list[str]):
+    """The checks that failed.
+
+    Args:
+        context: of the item.
+    """
+
+    def __init__(self, context: Context) -> None:
+        super().__init__()
+        self._context = context
+
+    def __call__(self, what: str, error: float, bound: float) -> None:
+        """Record an error beside its bound."""
+        if not check(self._context, what, error, bound):
+            self.append(f"{what}: error {error:.3g}, allowed {bound:.3g}")
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ------------------------------------------------------------------------------------------------ loss, EMA, LARS
+
+
+def loss(context: Context) -> Checks:
+    """Loss, its gradients and statistics."""
+    checks = Checks(context)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for shape in ((256, 256), (37, 100)):
+            p1, p2, z1, z2 = (make(shape, seed, dtype, device=context.device) for seed in range(4))
+            inputs = [p1.requires_grad_(), p2.requires_grad_()]
+            value = byol_loss(p1, p2, z1, z2)
+            gradients = torch.autograd.grad(value * 1.5, inputs)
+            expected, *expected_gradients = restatement.byol(p1, p2, z1, z2)
+            name = f"{shape[0]} x {shape[1]} {_dtype(dtype)}"
+            checks(f"loss, {name}", abs(float(value.detach()) - expected) / expected, TOLERANCES[torch.float32])
+            errors = [restatement.error(g, 1.5 * e) for g, e in zip(gradients, expected_gradients, strict=True)]
+            checks(f"loss gradients, {name}", max(errors), TOLERANCES[dtype])
+            _, stats = byol_loss_with_stats(p1, p2, z1, z2)
+            unit = [f64(z) / np.linalg.norm(f64(z), axis=1, keepdims=True) for z in (z2, z1)]
+            deviation = np.stack([u.std(axis=0) for u in unit])
+            checks(
+                f"loss statistics, {name}", restatement.error(stats.z_std, deviation), 10 * TOLERANCES[torch.float32]
+            )
+    return checks
+
+
+def _parameters(context: Context, seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    made = [make(shape, seed + i, dtype, device=context.device) for i, shape in enumerate(SHAPES)]
+    return [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in made]
+
+
+def ema(context: Context) -> Checks:
+    """The average of a list of tensors, with tau on the device."""
+    checks = Checks(context)
+    tau = torch.tensor(0.97, device=context.device)
+    for dtype in (torch.float32, torch.bfloat16):
+        target, online = _parameters(context, 0, dtype), _parameters(context, 10, dtype)
+        copies = [torch.zeros_like(t, dtype=torch.bfloat16) for t in target]
+        expected = [restatement.ema(t, o, float(np.float32(0.97))) for t, o in zip(target, online, strict=True)]
+        ema_update_(target, online, tau, copies=copies)
+        errors = [restatement.error(t, e) for t, e in zip(target, expected, strict=True)]
+        checks(f"EMA, {_dtype(dtype)}", max(errors), TOLERANCES[dtype])
+        errors = [restatement.error(c, f64(t.bfloat16())) for c, t in zip(copies, target, strict=True)]
+        checks(f"EMA, bf16 copies of {_dtype(dtype)}", max(errors), 0.0)
+    return checks
+
+
+class _LARS:
+    """Parameters with bf16 gradients, targets for all but the last, and bf16 copies of both."""
+
+    def __init__(self, context: Context) -> None:
+        self.params = [nn.Parameter(p) for p in _parameters(context, 0)]
+        self.targets = _parameters(context, 10)[:-1]
+        self.pairs = dict(zip(self.params, self.targets, strict=False))
+        self.copies = {t: torch.zeros_like(t, dtype=torch.bfloat16) for t in (*self.params, *self.targets)}
+        self.lr, self.tau = (torch.tensor(value, device=context.device) for value in (0.3, 0.97))
+        self.optimizer = LARS(self.params, self.lr, momentum=0.9, weight_decay=1e-3, eta=0.02)
+        for p in self.params:
+            p.grad_dtype = torch.bfloat16
+
+    def step(self, context: Context, seed: int) -> None:
+        for p, gradient in zip(self.params, _parameters(context, seed, torch.bfloat16), strict=True):
+            p.grad = gradient
+        self.optimizer.step(ema=(self.pairs, self.tau), copies=self.copies)
+
+    def state(self) -> list[Tensor]:
+        momentum = [self.optimizer.state[p]["momentum_buffer"] for p in self.params]
+        return [*(p.detach() for p in self.params), *momentum, *self.targets, *self.copies.values()]
+
+
+def lars(context: Context) -> Checks:
+    """Two steps of LARS with the average and copies; vectors neither decay nor adapt."""
+    checks, made = Checks(context), _LARS(context)
+    rate, tau = float(np.float32(0.3)), float(np.float32(0.97))
+    params, targets = [f64(p) for p in made.params], [f64(t) for t in made.targets]
+    momentum = [np.zeros_like(p) for p in params]
+    for seed in (20, 30):
+        made.step(context, seed)
+        for i, p in enumerate(made.params):
+            assert p.grad is not None
+            options: dict[str, Any] = {"lr": rate, "momentum": 0.9, "weight_decay": 1e-3, "eta": 0.02}
+            params[i], momentum[i] = restatement.lars(
+                params[i], f64(p.grad), momentum[i], **options, excluded=p.dim() < 2
+            )
+        targets = [tau * t + (1 - tau) * p for t, p in zip(targets, params, strict=False)]
+    found = made.state()
+    expected = [*params, *momentum, *targets]
+    errors = [restatement.error(a, b) for a, b in zip(found, expected, strict=False)]
+    # Twice as much as for one step: the second begins with what the first one rounded.
+    checks("LARS, EMA: parameters, momentum, targets after 2 steps", max(errors), 2 * TOLERANCES[torch.float32])
+    errors = [restatement.error(copy, f64(t.detach().bfloat16())) for t, copy in made.copies.items()]
+    checks("LARS, bf16 copies", max(errors), 0.0)
+    return checks
+
+
+def lars_with_found_inf(context: Context) -> Checks:
+    """With found_inf nothing is written."""
+    checks, made = Checks(context), _LARS(context)
+    made.step(context, 20)
+    before = [t.clone() for t in made.state()]
+    made.optimizer.found_inf = torch.ones((), device=context.device)
+    made.step(context, 30)
+    changed = sum(not torch.equal(a, b) for a, b in zip(before, made.state(), strict=True))
+    checks("LARS with found_inf, tensors that changed", changed, 0)
+    return checks
+
+
+# ------------------------------------------------------------------------------------------------ images
+
+
+def draws_and_crop(context: Context) -> Checks:
+    """Augmentation parameters, bit for bit as numpy draws them, and crops."""
+    checks = Checks(context)
+    view, index = ViewConfig(size=28, blur=0.5, solarize=0.2), np.arange(2000)
+    numbers = torch.from_numpy(table(view, 40, 36)).to(context.device)
+    key = torch.tensor(stream_key(7, 3, 1), device=context.device)
+    drawn = draw_view(torch.from_numpy(index).to(context.device), key, numbers, blur_kernel=view.blur_kernel)
+    expected = draw(view, index, seed=7, epoch=3, view=1)
+    names = [name for name in drawn._fields if name != "crop"]
+    unequal = [n for n in names if not np.array_equal(getattr(drawn, n).cpu().numpy(), getattr(expected, n))]
+    checks("augmentation parameters that are not numpy's", len(unequal), 0)
+
+    images = views.images(5, 40, 36)
+    window = torch.tensor([[0, 0, 40, 36], [3, 5, 20, 11], [39, 35, 1, 1], [2, 0, 30, 36]])
+    rows = torch.tensor([4, 0, 2, 1])
+    out = resized_crop(images.to(context.device), window.to(context.device), 28, index=rows.to(context.device)).cpu()
+    exact = []
+    for i, (top, left, height, width) in zip(rows.tolist(), window.tolist(), strict=True):
+        crop = images[i : i + 1, :, top : top + height, left : left + width].double()
+        exact.append(torch.nn.functional.interpolate(crop, (28, 28), mode="bicubic", antialias=True))
+    difference = (out.double() - torch.cat(exact).clamp(0, 255)).abs()
+    if context.device == "cuda":
+        checks("crop, levels", float(difference.max()), 0.5 + views.FLOAT32_LEVELS)
+    else:  # rounds between the passes, too
+        checks("crop, mean of levels", float(difference.mean()), 0.4)
+    return checks
+
+
+def colors(context: Context) -> Checks:
+    """Flip, jitter, grayscale and solarize, and normalized bf16; without a blur."""
+    checks = Checks(context)
+    names = ("flip", "jitter", "factors", "order", "grayscale", "solarize")
+    for height, width in ((64, 64), (33, 47)):
+        x, d = views.images(24, height, width, seed=2), views.draws(24, seed=5)
+        arguments = {name: getattr(d, name).to(context.device) for name in names}
+        expected = np.stack([views.view(f64(image), d, i) for i, image in enumerate(x)])
+        levels = f64(photometric(x.to(context.device), **arguments, dtype=torch.float32)) * 255.0
+        name = f"{height} x {width}"
+        checks(f"color, {name}, levels", float(np.abs(levels - expected).max()), views.FLOAT32_LEVELS)
+        out = photometric(x.to(context.device), **arguments, dtype=torch.bfloat16, mean=MEAN, std=STD)
+        mean, std = (np.array(values)[:, None, None] for values in (MEAN, STD))
+        normalized = (expected / 255.0 - mean) / std
+        allowed = views.FLOAT32_LEVELS / 255 / min(STD) + 2.0**-8 * np.abs(normalized)
+        checks(
+            f"color, {name}, bf16, share of what is allowed", float((np.abs(f64(out) - normalized) / allowed).max()), 1
+        )
+    return checks
+
+
+def blur(context: Context) -> Checks:
+    """The blur alone, and as the second launch of the whole augmentation."""
+    checks = Checks(context)
+    # Two products of float16 factors on a GPU, each rounded to the nearest level at the end.
+    bound = views.FLOAT16_FACTORS if context.device == "cuda" else views.FLOAT32_LEVELS
+    for height, width in ((64, 64), (33, 47)):
+        x, d = views.images(8, height, width), views.draws(8, seed=1)
+        sigma, window = d.sigma.to(context.device), d.window.to(context.device)
+        exact = np.stack([views.blur(f64(image), float(d.sigma[i]), int(d.window[i])) for i, image in enumerate(x)])
+        out = gaussian_blur(x.to(context.device), sigma, window)
+        checks(f"blur, {height} x {width}, levels", float(np.abs(f64(out) - exact).max()), 0.5 + bound)
+        out = photometric(x.to(context.device), sigma=sigma, window=window, dtype=torch.float32)
+        error = float(np.abs(f64(out) * 255.0 - exact).max())
+        checks(f"blur to float32, {height} x {width}, levels", error, bound + views.FLOAT32_LEVELS)
+    return checks

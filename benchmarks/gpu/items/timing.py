@@ -1,0 +1,125 @@
+"""Timing on a device: CUDA events after a warm-up, candidates in drawn orders, small launches as one CUDA graph."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+from benchmarks.gpu.item import Context
+from benchmarks.gpu.items.common import is_small
+from byol_fast.bench.timing import Timing
+
+Case = Callable[[], object]
+
+KERNELS, STEPS = 5e-3, 0.3
+"""Seconds of a sample of kernels (an event resolves half a microsecond) and of training steps (the first of them waits
+for the host, those behind it do not)."""
+MOST_CALLS = 200
+RESERVE = 5.0
+"""Seconds before the deadline at which no further round begins."""
+
+
+def seconds_of(case: Case, device: str, calls: int = 1) -> float:
+    """Seconds of a call, of some in a row, until the device is done.
+
+    Args:
+        case: what to call.
+        device: "cuda" or "cpu".
+        calls: how often.
+    """
+    if device != "cuda":
+        began = time.perf_counter()
+        for _ in range(calls):
+            case()
+        return (time.perf_counter() - began) / calls
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(calls):
+        case()
+    end.record()
+    end.synchronize()
+    milliseconds: float = start.elapsed_time(end)
+    return milliseconds / 1e3 / calls
+
+
+def interleaved(
+    context: Context, cases: Mapping[str, Case], *, rounds: int = 11, warmup: int = 2, sample: float = KERNELS
+) -> dict[str, Timing]:
+    """Time all cases once a round, in an order that is drawn anew each round.
+
+    So whatever slows the device down slows all of them. Three rounds are always made; more only while there is time.
+
+    Args:
+        context: of the item.
+        cases: name and what to call.
+        rounds: that count; 1 with tiny sizes.
+        warmup: calls of each case before, not counted.
+        sample: seconds of a sample; short calls are repeated to fill it.
+    """
+    small = is_small(context)
+    calls = dict.fromkeys(cases, 1)
+    for name, case in cases.items():
+        for _ in range(0 if small else warmup):
+            case()
+        once = seconds_of(case, context.device)
+        if once > 0 and not small:
+            calls[name] = max(1, min(MOST_CALLS, round(sample / once)))
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    order, draw = list(cases.items()), random.Random(0)
+    for number in range(1 if small else rounds):
+        if number >= 3 and context.seconds_left() < RESERVE:
+            break
+        draw.shuffle(order)
+        for name, case in order:
+            seconds[name].append(seconds_of(case, context.device, calls[name]))
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def captured(case: Case, device: str) -> Case:
+    """Work as one CUDA graph, so that what is timed is the kernels and not the host; on a CPU the work itself.
+
+    Args:
+        case: what to capture; it is called three times before, on a stream of its own.
+        device: "cuda" or "cpu".
+    """
+    if device != "cuda":
+        return case
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            case()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # Of a thread: what other threads allocate or ask meanwhile would end a global capture.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        case()
+    return graph.replay
+
+
+def figures(timing: Timing, *, images: float | None = None, repeats: int = 1) -> dict[str, float]:
+    """Median, p20 and p80 in milliseconds, rounds, and images a second.
+
+    Args:
+        timing: of a call.
+        images: that a call processes.
+        repeats: how often the call does its work; the milliseconds are of once.
+    """
+    values = {
+        "ms": rounded(1e3 * timing.median / repeats),
+        "ms_p20": rounded(1e3 * timing.quantile(0.2) / repeats),
+        "ms_p80": rounded(1e3 * timing.quantile(0.8) / repeats),
+        "rounds": len(timing.seconds),
+    }
+    if images is not None:
+        values["images_per_second"] = rounded(images / timing.median) if timing.median > 0 else float("nan")
+    return values
+
+
+def rounded(value: float) -> float:
+    """A float with five significant digits: no measurement here has more."""
+    return float(f"{value:.5g}")

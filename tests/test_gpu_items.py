@@ -1,0 +1,229 @@
+"""The items of the GPU queue, rehearsed on the CPU: some in every test run, slow: all of them."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.gpu.item import Context, Item
+from benchmarks.gpu.items import ITEMS, cifar, common, gpu_tests, observe
+from benchmarks.gpu.items.timing import figures, interleaved
+from byol_fast.bench.timing import Timing
+from byol_fast.profiling import inductor
+
+ROOT = Path(__file__).parents[1]
+BY_NAME = {item.name: item for item in ITEMS}
+
+
+@pytest.fixture(autouse=True)
+def _backend_flags_come_back() -> Iterator[None]:
+    """Items set flags for the whole process; the queue's worker puts them back, here it is done so."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32
+    yield
+    cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+def context_of(item: Item, folder: Path, *, seconds: float = 600) -> Context:
+    return Context(
+        item,
+        folder / "records.jsonl",
+        folder,
+        device="cpu",
+        rehearsal=True,
+        deadline=time.monotonic() + seconds,
+    )
+
+
+def rehearse(item: Item, folder: Path) -> dict[str, dict[str, Any]]:
+    """Run an item on the CPU; its figures by name. No check may have failed."""
+    context = context_of(item, folder)
+    module, _, function = item.run.partition(":")
+    assert getattr(importlib.import_module(module), function)(context) is None
+    found = figures_in(context)
+    failed = [name for name, figure in found.items() if not figure.get("ok", True)]
+    assert found and not failed
+    return found
+
+
+def figures_in(context: Context) -> dict[str, dict[str, Any]]:
+    records = [json.loads(line) for line in context.records.read_text().splitlines()]
+    found = {record["figure"]: record for record in records}
+    assert len(found) == len(records), "a figure has a name of its own"
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ the list
+
+
+def test_items_are_well_formed() -> None:
+    assert len(BY_NAME) == len(ITEMS) == 13
+    for item in ITEMS:
+        assert re.fullmatch(r"\w+", item.name) and item.question.endswith("?")
+        module, _, function = item.run.partition(":")
+        assert callable(getattr(importlib.import_module(module), function))
+        assert [path for path in item.depends_on if not (ROOT / path).exists()] == []
+        assert 8 < (item.first_figure or item.seconds) <= item.seconds
+
+
+def test_importing_items_imports_neither_torch_nor_the_package() -> None:
+    code = "import sys, benchmarks.gpu.items; print({'torch', 'numpy', 'byol_fast', 'byol_kernels'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+# ------------------------------------------------------------------------------------------------ rehearsals
+
+
+def test_eager_step_is_rehearsed(tmp_path: Path) -> None:
+    found = rehearse(BY_NAME["resnet50_eager"], tmp_path)
+    names = [
+        f"{candidate}, eager, batch 4, cudnn.benchmark {state}"
+        for candidate in ("baseline", "byol_fast")
+        for state in ("off", "on")
+    ]
+    assert all(found[name]["images_per_second"] > 0 for name in names)
+    flags = [{k: v for k, v in found[name].items() if "allow_tf32" in k} for name in names]
+    assert len(flags[0]) == 2 and all(f == flags[0] for f in flags)  # the same for all
+
+
+def test_cifar_speed_is_rehearsed(tmp_path: Path) -> None:
+    found = rehearse(BY_NAME["resnet18_cifar"], tmp_path)
+    for mode in ("eager", "graph"):
+        for views in ("ready views", "resident loader"):
+            assert found[f"byol_fast, {mode}, {views}, batch 4"]["images_per_second"] > 0
+
+
+@pytest.fixture
+def archive(tmp_path: Path, photos: np.ndarray) -> Path:
+    """Sixty JPEG files of three classes, in the folders that CIFAR-10's have."""
+    path = tmp_path / "images.tar.xz"
+    with tarfile.open(path, "w:xz") as tar:
+        for number, image in enumerate(photos):
+            file = io.BytesIO()
+            Image.fromarray(image).save(file, format="JPEG")
+            part = "train" if number % 4 else "test"
+            member = tarfile.TarInfo(f"{part}/{'abc'[number % 3]}/{number:04d}.jpg")
+            member.size = len(file.getvalue())
+            tar.addfile(member, io.BytesIO(file.getvalue()))
+    return path
+
+
+def test_images_of_an_archive(archive: Path, photos: np.ndarray) -> None:
+    train, test = cifar.read_images(archive)
+    assert (len(train), len(test)) == (45, 15) and train.classes == test.classes == ("a", "b", "c")
+    assert train.labels is not None and train.labels.tolist() == sorted(train.labels.tolist())
+    numbers = sorted((n for n in range(60) if n % 4), key=lambda n: (n % 3, n))
+    errors = np.abs(train.images.astype(float) - photos[numbers]).mean(axis=(1, 2, 3))
+    others = np.abs(train.images.astype(float) - photos[numbers[::-1]]).mean(axis=(1, 2, 3))
+    assert errors.max() < 10 < np.median(others)  # JPEG's loss, and what other images would differ by
+
+
+def test_cifar_recipe_is_rehearsed(archive: Path, tmp_path: Path) -> None:
+    found = rehearse(replace(BY_NAME["cifar10_recipe"], files=(str(archive),)), tmp_path)
+    assert (found["images"]["train"], found["images"]["test"]) == (45, 15)
+    assert found["training"]["steps"] == 4 and math.isfinite(found["training"]["loss"])
+    accuracies = found["kNN top-1 on the test images"]
+    assert all(0 <= accuracies[f"knn_{k}_top1"] <= 1 for k in (20, 200))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]  # those that were measured left no trace
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [item.name for item in ITEMS if not item.not_rehearsed and not item.files])
+def test_all_items_are_rehearsed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BYOL_FAST_REHEARSE", "1")
+    rehearse(BY_NAME[name], tmp_path)
+
+
+@pytest.mark.slow
+def test_every_gpu_test_belongs_to_a_group(tmp_path: Path) -> None:
+    """pytest's own collection is the judge of the search for files by their text."""
+    (tmp_path / "listing.py").write_text(
+        "import json, os\n"
+        "def pytest_collection_finish(session):\n"
+        "    found = [(i.nodeid.split('::')[0], i.get_closest_marker('gpu').args[0]) for i in session.items]\n"
+        "    open(os.environ['LISTING'], 'w').write(json.dumps(found))\n"
+    )
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(tmp_path)])
+    environment = {**os.environ, "PYTHONPATH": paths, "LISTING": str(tmp_path / "listing.json")}
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "-p", "listing", "tests"]
+    subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=True)
+    listed = {tuple(entry) for entry in json.loads((tmp_path / "listing.json").read_text())}
+    covered = {(path, group.capability) for group in gpu_tests.groups(small=False) for path in group.paths}
+    assert listed and not listed - covered
+
+
+# ------------------------------------------------------------------------------------------------ what they share
+
+
+def test_nan_fails_a_check_and_a_dry_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = context_of(BY_NAME["smoke"], tmp_path)
+    assert common.check(context, "equal", 0.0, 0.0) and not common.check(context, "NaN", math.nan, 1.0)
+    monkeypatch.setattr(common, "DRY", True)
+    assert common.check(context, "NaN in a dry run", math.nan, 1.0)
+    with common.values_matter(context, "a value"):
+        raise ValueError("garbage")
+    assert [figure["ok"] for figure in figures_in(context).values()] == [True, False, False, False]
+
+
+def test_rounds_end_with_the_time(tmp_path: Path) -> None:
+    context = context_of(BY_NAME["kernels"], tmp_path, seconds=0)
+    context.rehearsal = False
+    timings = interleaved(context, {"a": lambda: None, "b": lambda: sum(range(10_000))}, rounds=100)
+    assert {len(timing.seconds) for timing in timings.values()} == {3}
+
+
+def test_figures_are_of_one_piece_of_work() -> None:
+    found = figures(Timing((0.1, 0.2, 0.4)), images=100, repeats=10)
+    assert found == {"ms": 20.0, "ms_p20": 14.0, "ms_p80": 32.0, "rounds": 3, "images_per_second": 500.0}
+
+
+def test_ncu_is_asked_for_the_heaviest_kernels(tmp_path: Path) -> None:
+    assert re.match(observe.chosen_kernels(tmp_path / "none.json"), "triton_poi_fused_relu_5")
+    kernels = [
+        "Memcpy DtoD",
+        "void cudnn::bn_fw_tr<float, int>(cudnnTensor)",
+        "triton_red_fused_mul_7",
+        "nvjet_hsh_64x8",
+    ]
+    (tmp_path / "kernels.json").write_text(json.dumps([{"kernel": name} for name in kernels]))
+    pattern = observe.chosen_kernels(tmp_path / "kernels.json")
+    names = ["bn_fw_tr", "triton_red_fused_mul_7", "nvjet_hsh_64x8", "_lars_apply_kernel"]
+    assert all(re.match(pattern, name) for name in names)
+    assert not re.match(pattern, "triton_red_fused_mul_71") and not re.match(pattern, "Memcpy")
+
+
+def test_what_ncu_prints_is_recorded(tmp_path: Path) -> None:
+    metrics = (*inductor.NCU_METRICS, observe.OCCUPANCY)
+    header = '"ID","Process ID","Kernel Name",' + ",".join(f'"{metric}"' for metric in metrics)
+    rows = [
+        header,
+        '"","","","byte","byte","ns","%"',
+        '"0","7","triton_poi_5","3,000,000","1,000,000","2,000","40"',
+        '"1","7","triton_poi_5","3,000,000","1,000,000","2,000","60"',
+    ]
+    context = context_of(BY_NAME["ncu"], tmp_path)
+    observe.record_kernels(context, "\n".join(["==PROF== Connected", *rows]), "")
+    kernel = figures_in(context)["ncu: triton_poi_5"]
+    assert (kernel["launches"], kernel["read_gb"], kernel["written_gb"]) == (2, 0.006, 0.002)
+    assert (kernel["gb_per_s"], kernel["occupancy_percent"]) == (2000, 50)
+    with pytest.raises(RuntimeError, match="no table"):
+        observe.record_kernels(context, "==ERROR==", "exit code 1")
