@@ -19,7 +19,7 @@ endif
 comma := ,
 SOURCES := byol_fast kernels tests benchmarks
 
-.PHONY: demo test test-oldest test-peers check bench format gpu clean
+.PHONY: demo test test-oldest test-peers check bench format dry gpu clean
 .DELETE_ON_ERROR:
 
 define install # folder, constraints, extras
@@ -44,9 +44,9 @@ demo: $(READY)
 test: $(READY)
 	$(PY) -m pytest -q -n auto --dist worksteal --durations=25 -m "not slow and not peers and not browser"
 
-# The kernels, the numbers and what is compiled, on the oldest supported torch and triton.
+# The kernels, the numbers, what is compiled, and what a step asks of CUDA, on the oldest supported torch and triton.
 test-oldest: .venv-oldest/.ready
-	$(OLDEST) -m pytest -q -n auto --dist worksteal --durations=25 -m "not slow and not peers and not browser" tests/kernels tests/test_numbers.py tests/test_compiled.py
+	$(OLDEST) -m pytest -q -n auto --dist worksteal --durations=25 -m "not slow and not peers and not browser" tests/kernels tests/test_numbers.py tests/test_compiled.py tests/test_cuda_operators.py
 
 # Beside the other packages, in at most ten minutes on two CPU cores. Results go to bench/DATE-TIME.
 bench: $(PEERS_READY)
@@ -70,6 +70,15 @@ format: $(READY)
 gpu: $(READY)
 	$(PY) -m benchmarks.gpu $(if $(MINUTES),--minutes $(MINUTES)) $(if $(OUT),--out $(OUT)) $(if $(ONLY),--only $(ONLY)) \
 	  $(if $(LIST),--list) $(if $(AGAIN),--again) $(if $(REHEARSE),--rehearse)
+
+# The GPU code without a GPU, in at most 12 minutes on two CPU cores; renews tests/cuda_operators.json. Not in CI.
+dry:
+ifdef SHIM
+	$(SHIM)/run python -m tests.dry
+else
+	@echo 'make dry: SHIM must be a folder with a launcher `run`, got nothing, so nothing was tried. The launcher runs a program'
+	@echo 'of a Python environment with a CUDA runtime that does nothing; tests/dry/__init__.py says what that takes.'
+endif
 
 clean:
 	rm -rf .venv .venv-oldest .venv-peers dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks

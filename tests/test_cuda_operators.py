@@ -1,0 +1,39 @@
+"""What a training step asks of CUDA, compared on the CPU with what torch's CUDA operators have executed.
+
+The CPU has operators for dtypes that CUDA lacks, so a step that runs here may fail in its first second on a GPU.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.dry import operators
+from tests.dry.operators import OperatorRecorder
+from tests.dry.small_steps import STEPS, Combination, batch, build_step, combinations
+
+VERSION, KNOWN = operators.read()
+
+pytestmark = pytest.mark.skipif(
+    operators.torch_version() != VERSION,
+    reason=f"{operators.FILE.name} was made with torch {VERSION}, other versions may call other operators",
+)
+
+
+# A CUDA graph holds what the same step calls when it is compiled only, and a CPU has no graphs.
+@pytest.mark.parametrize("combination", [c for c in combinations() if c.mode != "graph"], ids=str)
+def test_step_calls_only_operators_that_cuda_has(combination: Combination) -> None:
+    recorder = OperatorRecorder()
+    step = build_step(combination, torch.device("cpu"), recorder.note_parameters)
+    views = batch()
+    with recorder:
+        for k in range(STEPS):
+            step(views, k)
+    unknown = operators.missing(recorder.calls, KNOWN)
+    assert not unknown, (
+        f"the step calls what torch {VERSION} has not executed on CUDA in a dry run (operator: dtypes of parameters, "
+        "gradients, optimizer state, buffers):\n  "
+        + "\n  ".join(unknown)
+        + "\nWhere CUDA has no kernel for the dtype, "
+        f"every such step fails on a GPU. To find out, and to renew tests/{operators.FILE.name}: make dry SHIM=FOLDER"
+    )
