@@ -29,11 +29,10 @@ def test_step_calls_only_operators_that_cuda_has(combination: Combination) -> No
     with recorder:
         for k in range(STEPS):
             step(views, k)
-    unknown = operators.missing(recorder.calls, KNOWN)
+    unknown = "\n  ".join(operators.missing(recorder.calls, KNOWN))
     assert not unknown, (
-        f"the step calls what torch {VERSION} has not executed on CUDA in a dry run (operator: dtypes of parameters, "
-        "gradients, optimizer state, buffers):\n  "
-        + "\n  ".join(unknown)
-        + "\nWhere CUDA has no kernel for the dtype, "
-        f"every such step fails on a GPU. To find out, and to renew tests/{operators.FILE.name}: make dry SHIM=FOLDER"
+        f"torch {VERSION} on CUDA has not executed these calls of the step in a dry run (operator: dtypes of "
+        f"parameters, gradients, optimizer state and buffers):\n  {unknown}\n"
+        "Where CUDA has no kernel for a dtype, every such step fails on a GPU. To find out, and to renew "
+        f"tests/{operators.FILE.name}: make dry SHIM=FOLDER"
     )

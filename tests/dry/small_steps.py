@@ -104,10 +104,10 @@ def build_step(
         forward = compiled(model, Mode(combination.mode, "as asked"))
     step: TrainStep
 
-    def observed(view1: Tensor, view2: Tensor) -> Any:
+    def observed(*views: Tensor, **options: Any) -> Any:
         if on_forward is not None:
             on_forward(step)
-        return forward(view1, view2)
+        return forward(*views, **options)
 
     step = TrainStep(
         model, optimizer, SCHEDULE, precision=resolve_precision(combination.precision, device), forward=observed
