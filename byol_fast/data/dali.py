@@ -76,8 +76,9 @@ class DaliLoader(PlannedLoader):
         self._names = tuple(needed(view, flip=False) for view in self._views)  # the graph mirrors for free
         self._side_stream = SideStream(device, ahead=config.data.prefetch + 1)
         self._in_flight: deque[Plan] = deque()
+        self._on_threads = self._kernels and device.type == "cpu"  # our kernels, beside the graph
         self._pool: ThreadPoolExecutor | None = None
-        self._finishing: deque[tuple[torch.Tensor, list[Future[Views]]]] = deque()
+        self._finishing: deque[tuple[Plan, list[Future[Views]]]] = deque()
 
     def _made_by(self) -> str:
         kernels = ", kernels" if self._kernels else ""
@@ -98,38 +99,51 @@ class DaliLoader(PlannedLoader):
                 self.bad.add(_find_bad(error, self.source, in_flight, self.bad, self.device), self._step)
 
     def _next(self, pipe: Pipeline) -> Batch:
-        if not self._kernels:
-            return self._crops(pipe)[1]
-        if self.device.type == "cpu":
+        """The next batch. Whatever makes it, all that describes it comes from the plan that left the queue with it."""
+        if self._on_threads:
             while len(self._finishing) < 2:  # the one before it is finished while the graph makes the next
                 self._finishing.append(self._finish_on_threads(*self._crops(pipe)))
-            index, work = self._finishing.popleft()
-            return Batch(*joined(work), index)
-        index = torch.from_numpy(self._in_flight[0].index.copy())
-        view1, view2 = self._side_stream(lambda: self._finished(*self._crops(pipe), slice(None)))
-        return Batch(view1, view2, index)
+            plan, work = self._finishing.popleft()
+            views = joined(work)
+        elif self._kernels:
+            plan, views = self._finish_on_side_stream(pipe)
+        else:
+            plan, views = self._crops(pipe)
+        return Batch(*views, torch.from_numpy(plan.index.copy()))
 
-    def _crops(self, pipe: Pipeline) -> tuple[Plan, Batch]:
-        """What the graph makes next, and the plan that it follows."""
-        view1, view2, index = _run(pipe, self.device)
-        return self._in_flight.popleft(), Batch(view1.permute(0, 3, 1, 2), view2.permute(0, 3, 1, 2), index)
+    def _crops(self, pipe: Pipeline) -> tuple[Plan, Views]:
+        """Run the graph: the plan of the next batch and its crops `[B, 3, S, S]`.
 
-    def _finished(self, plan: Plan, crops: Batch, rows: slice) -> Views:
+        The queue of plans is empty until the first run feeds the graph, so it is only read afterwards.
+        """
+        view1, view2 = _run(pipe, self.device)
+        return self._in_flight.popleft(), (view1.permute(0, 3, 1, 2), view2.permute(0, 3, 1, 2))
+
+    def _finished(self, plan: Plan, crops: Views, rows: slice) -> Views:
         """Colours, blur and solarization of some rows."""
         first, second = (
             finish(view[rows], chosen(d, names, rows), config)
-            for view, d, names, config in zip(
-                (crops.view1, crops.view2), plan.draws, self._names, self._views, strict=True
-            )
+            for view, d, names, config in zip(crops, plan.draws, self._names, self._views, strict=True)
         )
         return first, second
 
-    def _finish_on_threads(self, plan: Plan, crops: Batch) -> tuple[torch.Tensor, list[Future[Views]]]:
+    def _finish_on_side_stream(self, pipe: Pipeline) -> tuple[Plan, Views]:
+        plans: list[Plan] = []
+
+        def make() -> Views:
+            plan, crops = self._crops(pipe)
+            plans.append(plan)
+            return self._finished(plan, crops, slice(None))
+
+        views = self._side_stream(make)
+        return plans[0], views
+
+    def _finish_on_threads(self, plan: Plan, crops: Views) -> tuple[Plan, list[Future[Views]]]:
         threads = thread_count(self.config.data.threads)
         if self._pool is None:
             self._pool = single_core_threads(threads, "byol-fast-views")
         pieces = parts(self.batch_size, self._views[0].size, threads)
-        return crops.index, [self._pool.submit(self._finished, plan, crops, rows) for rows in pieces]
+        return plan, [self._pool.submit(self._finished, plan, crops, rows) for rows in pieces]
 
     def _restart(self) -> None:
         self._pipe = None
@@ -158,7 +172,7 @@ class DaliLoader(PlannedLoader):
             first, second = (
                 _inputs(d, v, self.config.data.color, size) for d, v in zip(plan.draws, views, strict=True)
             )
-            return [images, plan.index, *first.values(), *second.values()]
+            return [images, *first.values(), *second.values()]
 
         example = self.planner(self._step).draws
         return _two_views(
@@ -216,12 +230,12 @@ def _centres(
     numbers = iter(range(len(chunks)))
     in_flight: deque[NDArray[np.int64]] = deque()
 
-    def feed() -> list[Any]:
+    def feed() -> Any:
         for number in numbers:
             chunk, images = read(number, last=len(chunks) - 1)
             if len(chunk.index):
                 in_flight.append(chunk.index)
-                return [images, chunk.index]
+                return images
         raise StopIteration
 
     pipe = _centre(
@@ -235,11 +249,10 @@ def _centres(
     try:
         while True:
             try:
-                images, index = _run(pipe, device)
+                (images,) = _run(pipe, device)
             except StopIteration:
                 return
-            in_flight.popleft()
-            yield images, index
+            yield images, torch.from_numpy(in_flight.popleft())
     except RuntimeError as error:
         bad.add(_find_bad(error, source, list(in_flight), bad, device), 0)
     finally:
@@ -373,17 +386,16 @@ def _two_views(
     color: str,
     hw_decoder_load: float,
 ) -> Any:
-    data, index, *inputs = fn.external_source(source=feed, num_outputs=2 + len(names[0]) + len(names[1]), batch=True)
+    data, *inputs = fn.external_source(source=feed, num_outputs=1 + len(names[0]) + len(names[1]), batch=True)
     image = _image(data, encoding, gpu, hw_decoder_load=hw_decoder_load)
     first = {name: inputs[i] for i, name in enumerate(names[0])}
     second = {name: inputs[len(names[0]) + i] for i, name in enumerate(names[1])}
-    return augment(image, first, views[0], color, gpu), augment(image, second, views[1], color, gpu), index
+    return augment(image, first, views[0], color, gpu), augment(image, second, views[1], color, gpu)
 
 
 @pipeline_def
-def _centre(feed: Feed, *, encoding: Encoding, gpu: bool, size: int, interpolation: str) -> Any:
-    data, index = fn.external_source(source=feed, num_outputs=2, batch=True)
-    image = _image(data, encoding, gpu)
+def _centre(feed: Callable[[], Any], *, encoding: Encoding, gpu: bool, size: int, interpolation: str) -> Any:
+    image = _image(fn.external_source(source=feed, batch=True), encoding, gpu)
     shape = image.shape()
     height, width = fn.cast(shape[0], dtype=types.FLOAT64), fn.cast(shape[1], dtype=types.FLOAT64)
     shorter, larger = dm.min(height, width), float(round(size * 256 / 224))
@@ -393,7 +405,7 @@ def _centre(feed: Feed, *, encoding: Encoding, gpu: bool, size: int, interpolati
         image, size=fn.cast(resized, dtype=types.FLOAT), interp_type=_INTERPOLATION[interpolation], antialias=True
     )
     start = fn.cast(dm.floor((resized - float(size)) * 0.5), dtype=types.INT32)
-    return fn.slice(image, start, (size, size), axes=(0, 1)), index
+    return fn.slice(image, start, (size, size), axes=(0, 1))
 
 
 @pipeline_def

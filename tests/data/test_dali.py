@@ -1,0 +1,112 @@
+"""DALI's batches are what their index says, from the first one on, on each of the ways that lead to a batch.
+
+On a GPU our kernels work on a stream beside the step, on a CPU on threads. The way of a GPU runs here on the CPU, all
+but the stream itself: what it does in which order is the same.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from byol_fast.config import replace
+from byol_fast.data import Batch, ImageSource, open_source
+from byol_fast.data.loader import dali_installed
+from byol_fast.data.sources import ArraySource
+from tests.data.helpers import config_of, loader_of, pixels, plain, same
+
+if not dali_installed():
+    pytest.skip("DALI is not installed", allow_module_level=True)
+
+from byol_fast.data.dali import DaliLoader
+
+SIZE, COUNT, BATCH = 8, 24, 8  # 3 batches an epoch
+LEVELS = 10 * np.arange(COUNT, dtype=np.uint8)
+"""Image i has this level everywhere: a view of it shows which image it is of, and whether it was solarized."""
+
+Make = Callable[[ImageSource], DaliLoader]
+
+
+@pytest.fixture(params=["library", "kernels on threads", "kernels beside the step"])
+def make(request: pytest.FixtureRequest) -> Make:
+    """Makes a loader that takes one of the three ways."""
+
+    def loader(source: ImageSource) -> DaliLoader:
+        backend = "dali" if request.param == "library" else "dali+kernels"
+        config = config_of(backend, plain(SIZE, solarize=0.5), plain(SIZE, solarize=0.2), batch_size=BATCH)
+        made = loader_of(source, replace(config, {"data.on_bad": "skip"}))
+        assert isinstance(made, DaliLoader)
+        if request.param == "kernels beside the step":
+            made._on_threads = False
+        return made
+
+    return loader
+
+
+def flat_images() -> NDArray[np.uint8]:
+    return np.broadcast_to(LEVELS[:, None, None, None], (COUNT, SIZE, SIZE, 3)).copy()
+
+
+@pytest.fixture
+def source() -> ImageSource:
+    return ArraySource(flat_images())
+
+
+def assert_views_match_index(loader: DaliLoader, batch: Batch, step: int) -> None:
+    plan = loader.planner(step)
+    assert np.array_equal(batch.index.numpy(), plan.index)
+    levels = LEVELS[batch.index.numpy()]
+    for view, draws in zip((batch.view1, batch.view2), plan.draws, strict=True):
+        expected = np.where(draws.solarize & (levels >= 128), 255 - levels, levels)
+        assert np.array_equal(pixels(view), np.broadcast_to(expected[:, None, None, None], (BATCH, SIZE, SIZE, 3)))
+
+
+def test_views_match_the_index_from_the_first_batch_on(make: Make, source: ImageSource) -> None:
+    loader = make(source)
+    for step in range(7):  # three epochs
+        assert_views_match_index(loader, next(loader), step)
+
+
+@pytest.mark.parametrize("step", [0, 1, 3, 6], ids=["start", "mid-epoch", "second epoch", "third epoch"])
+def test_views_match_the_index_after_a_resume(make: Make, source: ImageSource, step: int) -> None:
+    first, resumed = make(source), make(source)
+    for _ in range(step):
+        next(first)
+    resumed.load_state_dict(first.state_dict())
+    for following in range(step, step + 4):
+        batch = next(resumed)
+        assert_views_match_index(resumed, batch, following)
+        assert same(batch, next(first))
+
+
+def test_views_match_the_index_after_a_corrupt_image(make: Make, tmp_path: Path) -> None:
+    """The pipeline is built anew in the batch that holds the image, and once more after `close`."""
+    for i, image in enumerate(flat_images()):
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "PNG")
+        (tmp_path / f"{i:02d}.png").write_bytes(buffer.getvalue()[: 60 if i == 5 else None])
+    loader = make(open_source(tmp_path))
+    for step in range(3):
+        assert_views_match_index(loader, next(loader), step)
+    assert list(loader.bad.found) == [5]
+    loader.close()
+    for step in range(3, 6):
+        assert_views_match_index(loader, next(loader), step)
+
+
+def test_index_is_not_the_planners_memory(make: Make, source: ImageSource) -> None:
+    """A user may write into a batch: the epoch's order stays as it is."""
+    loader, other = make(source), make(source)
+    for _ in range(3):
+        next(loader).index.zero_()
+    for _ in range(3):
+        next(other)
+    assert torch.equal(next(loader).index, next(other).index)
+    assert np.array_equal(loader.planner.order(0), other.planner.order(0))
