@@ -23,6 +23,7 @@ BLOCK = re.compile(r"<!-- results (.+?) -->\n.*?<!-- end results -->", re.DOTALL
 TITLES = {
     "peak_gib": "peak memory, GiB", "ops": "operators a call", "host_syncs": "host syncs", "gb_per_s": "GB/s",
     "share_of_copy": "share of a copy's bandwidth", "data_wait": "waits for data", "note": "what it does",
+    "flags": "process-wide flags",
 }  # fmt: skip
 
 

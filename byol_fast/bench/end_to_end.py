@@ -19,7 +19,7 @@ from torchvision import transforms as v1
 
 from byol_fast.bench import networks
 from byol_fast.bench.data import CheapBlur, settle, torchvision_transform
-from byol_fast.bench.networks import Lightly, Problem, Textbook
+from byol_fast.bench.networks import Problem
 from byol_fast.bench.processes import Job
 from byol_fast.config import Config, DataConfig, ViewConfig
 from byol_fast.data import ImageSource, make_loader, open_source
@@ -110,7 +110,7 @@ def ours(problem: Problem, images: str, steps: int, precision: str, mode: str) -
     data = DataConfig(threads=1 if device.type == "cpu" else 0)
     config = Config(batch_size=problem.batch_size, data=data, view1=view1, view2=view2)
     loader = make_loader(open_source(Path(images)), config, device=device)
-    network = networks.Ours(problem, precision=precision, mode=mode)
+    network = networks.make("Ours", problem, {"precision": precision, "mode": mode})
     return Loop(iter(loader), lambda batch: network.step(batch, 0), steps, device, waits=True)
 
 
@@ -132,12 +132,13 @@ def textbook(problem: Problem, images: str, steps: int, precision: str, kind: st
 
         sizes = (BYOLView1Transform(input_size=views[0].size), BYOLView2Transform(input_size=views[1].size))
         transforms = list(BYOLTransform(*sizes).transforms)
-        network: Any = Lightly(problem)
+        network = networks.make("Lightly", problem, {})
     else:
         last = [v1.ToTensor(), v1.Normalize(MEAN, STD)]
         blur = CheapBlur(views[0].blur_sigma)
         transforms = [torchvision_transform(v1, view, blur, [], last) for view in views]
-        network = Textbook(problem, precision=precision, channels_last=precision != "fp32")
+        options = {"precision": precision, "channels_last": precision != "fp32"}
+        network = networks.make("Textbook", problem, options)
     workers = 0 if device.type == "cpu" else num_cpus()
     loader = DataLoader(
         Pairs(source, transforms),

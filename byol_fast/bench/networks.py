@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from byol_fast import environment
+from byol_fast.bench.flags import EXACT, BackendFlags
 from byol_fast.bench.processes import Job
 from byol_fast.capture import CapturedStep, Mode, compiled
 from byol_fast.config import OptimConfig
@@ -45,6 +46,8 @@ class Problem:
     hidden_dim: int = 4096
     projection_dim: int = 256
     device: str = "cpu"
+    cudnn_benchmark: bool = False
+    """Whether cuDNN times its algorithms and takes the fastest, for every candidate."""
 
     def new_encoder(self) -> nn.Module:
         """The encoder, with weights that only depend on torch's seed."""
@@ -178,7 +181,7 @@ class Textbook:
 
 
 class Ours:
-    """byol_fast's step as its trainer runs it.
+    """byol_fast's step as its trainer runs it, but for process-wide flags: `make` sets those of a comparison.
 
     Args:
         problem: what to do.
@@ -206,7 +209,6 @@ class Ours:
         channels_last: bool = True,
     ) -> None:
         arithmetic = Precision(precision, DTYPES[precision])  # type: ignore[arg-type]
-        arithmetic.apply_to_backends()
         device = torch.device(problem.device)
         self.task = our_task(problem, "batched" if batched else "separate").to(device, dtype)
         if channels_last:
@@ -404,10 +406,18 @@ class Contender:
         return Job(maker=f"{__name__}:make", arguments={"kind": self.kind, "problem": problem, "options": self.options})
 
 
-def make(kind: str, problem: Problem, options: dict[str, Any]) -> Callable[[], Tensor]:
-    """A contender by the name of its class."""
-    contender: Callable[[], Tensor] = globals()[kind](problem, **options)
-    return contender
+def make(kind: str, problem: Problem, options: dict[str, Any]) -> Any:
+    """A contender by the name of its class, under the process-wide flags of its precision.
+
+    This is the only place where a comparison sets flags, so they are the same for all contenders of a precision.
+    """
+    precision = options.get("precision", "fp32")
+    BackendFlags.of(precision, cudnn_benchmark=problem.cudnn_benchmark).apply()
+    return _build(kind, problem, options)
+
+
+def _build(kind: str, problem: Problem, options: dict[str, Any]) -> Any:
+    return globals()[kind](problem, **options)
 
 
 ALONE = "four passes, a view at a time"
@@ -501,11 +511,12 @@ def check(problem: Problem) -> list[str]:
     """What shows that those who should compute the same thing do.
 
     In float64 ours ends at the textbook's weights; the packages' losses are the textbook's. On four images: what is
-    computed does not depend on how many there are.
+    computed does not depend on how many there are. TF32 is off: it would differ by more than is allowed here.
 
     Raises:
         AssertionError: they do not.
     """
+    EXACT.apply()
     small = dataclasses.replace(problem, batch_size=4, hidden_dim=64)
     plain, fused = Textbook(small, dtype=torch.float64), Ours(small, dtype=torch.float64, optimizer="sgd")
     told = [_agree("ours, float64", fused(), plain(), 1e-11) for _ in range(2)]
@@ -530,7 +541,7 @@ def check(problem: Problem) -> list[str]:
     for name, contender in peers(torch.device(problem.device)).items():
         if name in scales and contender.is_installed:
             factor, constant, loss = scales[name]
-            theirs = make(contender.kind, small, contender.options)()
+            theirs = _build(contender.kind, small, contender.options)()
             told.append(_agree(name, factor * theirs + constant, loss, 1e-4))
     return told
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from byol_fast.bench.flags import BackendFlags
 from byol_fast.bench.timing import Timing
 
 Maker = str
@@ -39,7 +40,7 @@ class Measured:
     """Seconds of all its process's threads."""
     wall: list[float] = field(default_factory=list)
     extras: dict[str, Any] = field(default_factory=dict)
-    """`peak_gib`, and what the contender says of itself in an attribute `extras`."""
+    """`peak_gib`, the `flags` in force after its last call, and what it says of itself in an attribute `extras`."""
     failure: str = ""
     """Why it was left out."""
 
@@ -161,7 +162,8 @@ def _serve(pipe: Connection, job: Job, threads: int, device_name: str) -> None:
         pipe.send(("ready", None))
         while pipe.recv():
             pipe.send(("done", _timed(call, device)))
-        pipe.send(("over", {"peak_gib": _peak_gib(device), **getattr(call, "extras", {})}))
+        known = {"peak_gib": _peak_gib(device), "flags": str(BackendFlags.in_force())}
+        pipe.send(("over", known | getattr(call, "extras", {})))
     except (EOFError, ConnectionError):  # nobody listens any more
         return
     except Exception as error:

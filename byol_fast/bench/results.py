@@ -20,6 +20,8 @@ from byol_fast.bench.timing import Timing, ratio
 from byol_fast.files import atomic_path, atomic_write
 
 FORMAT = 1
+_IN_WORDS = {"note", "version", "flags"}
+"""Extras that `lines` has below the figures."""
 COLUMNS = ("suite", "provider", "unit", "p50", "p20", "p80", "ratio", "ratio_p20", "ratio_p80", "rounds")
 
 
@@ -31,7 +33,7 @@ class Contender:
     seconds: tuple[float, ...]
     """Of one call, round by round."""
     extras: dict[str, Any] = field(default_factory=dict)
-    """More that was measured or has to be known: `ops`, `gb_per_s`, `peak_gib`, `version`, `note` ..."""
+    """More that was measured or has to be known: `ops`, `gb_per_s`, `peak_gib`, `version`, `note`, `flags` ..."""
 
     @property
     def timing(self) -> Timing:
@@ -177,13 +179,17 @@ def lines(suite: SuiteResult) -> Sequence[str]:
     text = [f"{suite.name} ({suite.unit}: median [p20 - p80]; time over the first's)"]
     for contender in suite.contenders:
         (p20, p50, p80), (middle, low, high) = suite.shown(contender.timing), suite.over_first(contender)
-        extras = "  ".join(f"{_short(v)} {k}" for k, v in contender.extras.items() if k not in {"note", "version"})
+        extras = "  ".join(f"{_short(v)} {k}" for k, v in contender.extras.items() if k not in _IN_WORDS)
         spread = f"[{p20:.4g} - {p80:.4g}]  {middle:.2f}x [{low:.2f} - {high:.2f}]"
         text.append(f"  {contender.name:52s}{p50:9.4g} {spread}  {extras}")
     for c in suite.contenders:
         if "note" in c.extras:
             who = f"{c.name} {c.extras.get('version', '')}".strip()
             text.append(f"    {who}: {c.extras['note']}")
+    flags = [c.extras["flags"] for c in suite.contenders if "flags" in c.extras]
+    for each in dict.fromkeys(flags):
+        names = [c.name for c in suite.contenders if c.extras.get("flags") == each]
+        text.append(f"    {'all' if len(names) == len(suite.contenders) else ', '.join(names)}: {each}")
     return text
 
 

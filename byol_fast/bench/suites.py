@@ -203,8 +203,8 @@ class Bench:
         return self.device.type != "cpu" or self.threads != 1
 
 
-def _rounded(measured: Measured) -> dict[str, float]:
-    return {name: round(float(value), 4) for name, value in measured.extras.items()}
+def _rounded(measured: Measured) -> dict[str, float | str]:
+    return {n: value if isinstance(value, str) else round(float(value), 4) for n, value in measured.extras.items()}
 
 
 def _problem(options: Options, config: Config | None, device: torch.device) -> Problem:
