@@ -51,11 +51,6 @@ CAPABILITIES = {
         "byol_fast/capture.py; with TORCH_LOGS=recompiles,graph_breaks; mode compile without graph tells whether "
         "inductor or the capture is to blame",
     ),
-    "tuned": Capability(
-        "the step as a run has it: max-autotune, captured",
-        "if step is ok, inductor's choice of kernels: TORCH_LOGS=+inductor; where the time was over, its cache goes on "
-        "from there the next time",
-    ),
     "training": Capability(
         "training: precisions, loaders, undone steps, out of memory", "byol_fast/step.py and trainer.py; metrics.jsonl"
     ),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from byol_fast import checkpoint as checkpoints
 from byol_fast import config as configs
+from byol_fast import networks
 from byol_fast.bench.networks import Ours, Problem
 from byol_fast.config import Config
 from byol_fast.data import Batch
@@ -22,9 +25,12 @@ from byol_fast.metrics import read
 from byol_fast.schedules import RunSchedule
 from byol_fast.trainer import Trainer, TrainingError
 from tests.gpu import DEVICE, REHEARSING, host_syncs_are_errors, only_on_a_gpu
+from tests.networks import SmallResidualNetwork
 from tests.test_distributed import finished, torchrun
 
 pytestmark = pytest.mark.gpu("training")
+
+SMALL = "small_residual_network"
 
 
 @pytest.fixture
@@ -32,20 +38,28 @@ def gpu(tiny: Config) -> Config:
     return configs.replace(tiny, {"device": DEVICE, "mode": "eager"})
 
 
+@pytest.fixture
+def small(gpu: Config) -> Config:
+    """A run of a network that is compiled in seconds: what is compiled and captured in a step is all there."""
+    return configs.replace(gpu, {"model.encoder": SMALL})
+
+
 @pytest.fixture(autouse=True)
-def _compiling_is_quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inductor as it is, without minutes of tuning, but for one test. In a rehearsal dynamo and autograd trace as on a
-    GPU, and nothing is generated.
+def _small_network_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(networks.OWN_ENCODERS, SMALL, lambda **_: SmallResidualNetwork())
+
+
+@pytest.fixture(autouse=True)
+def _compiled_is_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """After some variants of a function dynamo runs it eagerly and only warns: a test would compare eager with eager.
+
+    In a rehearsal dynamo and autograd trace as on a GPU, and no code is generated.
     """
-    compile_ = torch.compile
-
-    def quick(model: Any, **options: Any) -> Any:
-        if REHEARSING:
-            options["backend"] = "aot_eager"
-        return compile_(model, **{**options, "mode": None})
-
-    if REHEARSING or "tuned" not in request.node.name:
-        monkeypatch.setattr(torch, "compile", quick)
+    if REHEARSING:
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
 
 
 def mode_here(mode: str) -> str:
@@ -63,7 +77,7 @@ def losses(config: Config, **changes: object) -> list[float]:
 
 # ------------------------------------------------------------------------------------------------ compiled, captured
 
-TINY = Problem(encoder="resnet18_narrow", image_size=32, batch_size=8, hidden_dim=32, projection_dim=16, device=DEVICE)
+TINY = Problem(encoder=SMALL, image_size=32, batch_size=8, hidden_dim=32, projection_dim=16, device=DEVICE)
 
 
 def distance(found: list[Tensor], expected: list[Tensor]) -> float:
@@ -120,11 +134,11 @@ def test_weights_after_steps_of_every_mode_are_the_eager_ones(mode: str, optimiz
 @pytest.mark.gpu("step")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("mode", ["compile", "graph"])
-def test_every_mode_takes_the_steps_of_the_eager_one(gpu: Config, mode: str, precision: str) -> None:
+def test_every_mode_takes_the_steps_of_the_eager_one(small: Config, mode: str, precision: str) -> None:
     """Losses of six steps of a real run: rates, momentum and statistics move in a replay as they should."""
-    short = {"steps": 6, "data.loader": "torchvision", "optim.warmup_steps": 2, "optim.lr": 0.2, "precision": precision}
-    eager = losses(gpu, **short, name="eager", log_every=1)
-    other = losses(gpu, **short, name=mode, mode=mode_here(mode), log_every=1)
+    short = {"steps": 6, "data.loader": "torchvision", "optim.warmup_steps": 2, "optim.lr": 2.0, "precision": precision}
+    eager = losses(small, **short, name="eager", log_every=1)
+    other = losses(small, **short, name=mode, mode=mode_here(mode), log_every=1)
     assert_alike(other, eager, precision)
 
 
@@ -132,7 +146,8 @@ def assert_alike(found: list[float], expected: list[float], precision: str) -> N
     """Losses of six steps as other sums of the same terms give them; float64 shows the rest (above)."""
     assert len(found) == len(expected) == 6
     # One step: half a unit of the sums' last digit for each of some thousand terms, in bf16 half a percent for what
-    # inductor does not round between two operations. Six: what these steps amplify, a factor of ten.
+    # inductor does not round between two operations. Six: what these steps amplify, a factor of ten and more. With
+    # weights that stand still the last loss would differ by 14 %, with rates of the step before by 1 %.
     first = 1e-5 if precision == "fp32" else 5e-3
     assert found[0] == pytest.approx(expected[0], rel=first)
     assert found == pytest.approx(expected, rel=1e-3 if precision == "fp32" else 5e-2)
@@ -143,11 +158,11 @@ def test_weight_copies_follow_in_a_graph() -> None:
     """LARS writes the weights in bf16 in the same pass; the next step's forward pass reads only those."""
     ours = Ours(TINY, precision="bf16", mode=mode_here("graph"))
     assert ours.step.copies is not None
-    before = [c.clone() for c in ours.step.copies.of.values()]
+    # Detached: a living autograd graph ties its leaves to the stream it was made on, which a capture must not wait for.
+    before = [c.detach().clone() for c in ours.step.copies.of.values()]
     for _ in range(3):
         ours()
-    for weight, copy in ours.step.copies.of.items():
-        assert torch.equal(copy, weight.to(copy.dtype))
+    assert all(torch.equal(copy, weight.to(copy.dtype)) for weight, copy in ours.step.copies.of.items())
     assert any(not torch.equal(a, b) for a, b in zip(before, ours.step.copies.of.values(), strict=True))
 
 
@@ -160,9 +175,9 @@ def test_gpu_and_cpu_take_the_same_first_step(gpu: Config) -> None:
 
 
 @pytest.mark.gpu("step")
-def test_a_captured_step_costs_no_synchronisation(gpu: Config) -> None:
+def test_a_captured_step_costs_no_synchronisation(small: Config) -> None:
     config = {"mode": mode_here("graph"), "precision": "bf16", "data.loader": "torchvision"}
-    trainer = Trainer(configs.replace(gpu, config))
+    trainer = Trainer(configs.replace(small, config))
     batch = next(trainer.state.loader)
     for k in range(3):
         trainer.train_step(batch, k)
@@ -188,9 +203,9 @@ def test_training_lowers_the_loss(gpu: Config, loader: str, precision: str) -> N
 
 
 @pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
-def test_a_captured_step_that_is_not_finite_is_undone(gpu: Config, optimizer: str) -> None:
+def test_a_captured_step_that_is_not_finite_is_undone(small: Config, optimizer: str) -> None:
     config = configs.replace(
-        gpu, {"mode": mode_here("graph"), "optim.name": optimizer, "data.loader": "torchvision", "precision": "fp32"}
+        small, {"mode": mode_here("graph"), "optim.name": optimizer, "data.loader": "torchvision", "precision": "fp32"}
     )
     trainer = Trainer(config)
     step, loader = trainer.train_step, trainer.state.loader
@@ -245,10 +260,10 @@ def test_a_batch_that_does_not_fit_says_which_one_would(gpu: Config) -> None:
 
 @pytest.mark.gpu("resume")
 @pytest.mark.parametrize("mode", ["eager", "graph"])
-def test_resumed_run_goes_on_where_it_stopped(gpu: Config, mode: str) -> None:
-    gpu = configs.replace(gpu, {"mode": mode_here(mode), "precision": "fp32", "data.loader": "torchvision"})
-    whole = losses(gpu, name="whole")
-    half = configs.replace(gpu, {"name": "half", "checkpoint_every": 6})
+def test_resumed_run_goes_on_where_it_stopped(small: Config, mode: str) -> None:
+    small = configs.replace(small, {"mode": mode_here(mode), "precision": "fp32", "data.loader": "torchvision"})
+    whole = losses(small, name="whole")
+    half = configs.replace(small, {"name": "half", "checkpoint_every": 6})
     trainer = Trainer(half)
     trainer.total_steps = 6  # as if killed there: the schedules still count to 12
     run = trainer.fit().run_dir
@@ -347,14 +362,6 @@ def test_programs_of_an_encoder_that_a_gpu_trained(gpu: Config, tmp_path: Path, 
     encoder, about = load_encoder(run)
     made = export_as(encoder, about, kind, tmp_path)
     assert made.difference is not None and made.difference <= LIMIT * made.largest
-
-
-@pytest.mark.gpu("tuned")
-def test_the_tuned_step_is_the_eager_one(gpu: Config) -> None:
-    """What a run does by default: max-autotune, then a graph."""
-    short = {"steps": 6, "data.loader": "torchvision", "optim.warmup_steps": 2, "optim.lr": 0.2, "precision": "bf16"}
-    eager = losses(gpu, **short, name="eager", log_every=1)
-    assert_alike(losses(gpu, **short, name="tuned", mode=mode_here("graph"), log_every=1), eager, "bf16")
 
 
 def features(encoder: nn.Module, x: Tensor) -> Tensor:
