@@ -5,10 +5,17 @@ Runs on the oldest supported torch, too, whose tracer has other faults than the 
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
+from torch import Tensor, distributed
+from torch.multiprocessing.spawn import spawn
 
+from byol_fast.batchnorm import convert, synchronise, views_stacked
 from byol_fast.methods import BYOL, SelfSupervisedTask, SimSiam
+from tests.networks import SmallResidualNetwork
 
 
 @pytest.mark.parametrize("method", [BYOL, SimSiam])
@@ -40,3 +47,57 @@ def test_gradients_of_a_compiled_pass_are_the_eager_ones(method: type[SelfSuperv
         # Sums of some hundred terms in another order, and through a norm whose variance they decide; biases in front of
         # a norm have no gradient but rounding, so it is all of it that counts. A lost gradient is a third of it.
         assert (a.double() - b.double()).norm() <= (1e-12 if dtype == torch.float64 else 1e-4) * size
+
+
+def float64_network() -> SmallResidualNetwork:
+    torch.manual_seed(0)
+    return SmallResidualNetwork().double().to(memory_format=torch.channels_last)
+
+
+def two_views() -> Tensor:
+    """Two views of six images."""
+    return torch.randn(2, 6, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def on_one_of_two(rank: int, folder: str) -> None:
+    """Process of the test below: half of the images of each view."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    network = float64_network()
+    assert convert(network) is None
+    synchronise(network)
+    network.compile(backend="aot_eager", fullgraph=True, dynamic=False)  # as a run with several processes does
+    x = two_views().chunk(2, dim=1)[rank].flatten(0, 1).requires_grad_()
+    with views_stacked(network, 2):
+        y = network(x)
+    y.square().sum().backward()
+    assert x.grad is not None
+    found: dict[str, Tensor] = {"y": y.detach(), "dx": x.grad}
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None
+        distributed.all_reduce(parameter.grad)
+        found[f"d {name}"] = parameter.grad
+    torch.save(found | dict(network.named_buffers()), Path(folder) / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_compiled_synchronized_batch_norm_on_two_processes_is_torchs_on_the_whole_batch(tmp_path: Path) -> None:
+    spawn(on_one_of_two, args=(str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    network = float64_network()  # nn.BatchNorm2d, eager, one view after the other
+    views = two_views().requires_grad_()
+    y = torch.stack([network(view) for view in views])
+    y.square().sum().backward()  # type: ignore[no-untyped-call]
+    assert views.grad is not None
+    assert network.bn1.num_batches_tracked == 2
+    for rank in range(2):
+        halves = {"y": y.detach(), "dx": views.grad}
+        expected = {name: whole.chunk(2, dim=1)[rank].flatten(0, 1) for name, whole in halves.items()}
+        expected |= {f"d {name}": p.grad for name, p in network.named_parameters() if p.grad is not None}
+        expected |= dict(network.named_buffers())
+        assert found[rank].keys() == expected.keys()
+        for name, tensor in expected.items():
+            # Sums in another order, six layers deep; statistics of half a batch would differ by tenths.
+            torch.testing.assert_close(
+                found[rank][name], tensor, rtol=1e-10, atol=1e-12, msg=partial("{}: {}".format, name)
+            )
