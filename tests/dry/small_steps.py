@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from byol_fast.capture import CapturedStep, Mode, choose_mode, compiled
 from byol_fast.config import Config, ConfigError, OptimConfig
@@ -19,6 +19,7 @@ from byol_fast.optim import make_optimizer
 from byol_fast.precision import resolve_precision
 from byol_fast.schedules import RunSchedule
 from byol_fast.step import TrainStep
+from tests.networks import SmallResidualNetwork
 
 ModeName = Literal["eager", "compile", "graph"]
 PrecisionName = Literal["bf16", "fp16", "fp32"]
@@ -64,24 +65,6 @@ def _accepted(combination: Combination) -> bool:
     except ConfigError:
         return False
     return True
-
-
-class SmallResidualNetwork(nn.Module):
-    """Three convolutions with batch norm, a residual connection, and average pooling: `[B, 3, H, W]` to `[B, 8]`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(8)
-        self.conv2 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(8)
-        self.conv3 = nn.Conv2d(8, 8, 3, stride=2, padding=1, bias=False)
-        self.norm3 = nn.BatchNorm2d(8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.norm1(self.conv1(x)))
-        x = torch.relu(x + self.norm2(self.conv2(x)))
-        return torch.relu(self.norm3(self.conv3(x))).mean(dim=(2, 3))
 
 
 def build_step(
