@@ -23,6 +23,7 @@ from byol_kernels import (
     gaussian_blur,
     photometric,
     resized_crop,
+    update_running_stats_,
 )
 from tests.kernels import photometric_restatement as views
 from tests.kernels import restatement
@@ -36,7 +37,8 @@ SHAPES: tuple[tuple[int, ...], ...] = ((64, 32, 3, 3), (300, 500), (4096,), (37,
 def run(context: Context) -> None:
     """All checks; an error at the end where one failed."""
     failed = []
-    for checks in (loss, ema, lars, lars_with_found_inf, draws_and_crop, colors, blur, smoke_step.run):
+    of_the_step = (loss, ema, lars, lars_with_found_inf, running_statistics)
+    for checks in (*of_the_step, draws_and_crop, colors, blur, smoke_step.run):
         failed += checks(context)
     if failed:
         raise AssertionError(f"{len(failed)} checks failed: {'; '.join(failed)}")
@@ -63,7 +65,7 @@ def _dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# ------------------------------------------------------------------------------------------------ loss, EMA, LARS
+# ------------------------------------------------------------------------------------------------ the step's kernels
 
 
 def loss(context: Context) -> Checks:
@@ -123,9 +125,14 @@ class _LARS:
         for p in self.params:
             p.grad_dtype = torch.bfloat16
 
-    def step(self, context: Context, seed: int) -> None:
+    def step(self, context: Context, seed: int, poisoned: int | None = None) -> None:
+        """Take a step with gradients by a seed; the last element of one of them may be a NaN."""
         for p, gradient in zip(self.params, _parameters(context, seed, torch.bfloat16), strict=True):
             p.grad = gradient
+        if poisoned is not None:
+            grad = self.params[poisoned].grad
+            assert grad is not None
+            grad[(-1,) * grad.dim()] = torch.nan
         self.optimizer.step(ema=(self.pairs, self.tau), copies=self.copies)
 
     def state(self) -> list[Tensor]:
@@ -159,14 +166,56 @@ def lars(context: Context) -> Checks:
 
 
 def lars_with_found_inf(context: Context) -> Checks:
-    """With found_inf nothing is written."""
+    """With found_inf nothing is written; a NaN in any gradient, of a matrix or a vector, sets it."""
     checks, made = Checks(context), _LARS(context)
     made.step(context, 20)
     before = [t.clone() for t in made.state()]
-    made.optimizer.found_inf = torch.ones((), device=context.device)
-    made.step(context, 30)
-    changed = sum(not torch.equal(a, b) for a, b in zip(before, made.state(), strict=True))
-    checks("LARS with found_inf, tensors that changed", changed, 0)
+    for poisoned in (None, *range(len(SHAPES))):
+        found_inf = torch.full((), float(poisoned is None), device=context.device)
+        made.optimizer.found_inf = found_inf
+        made.step(context, 30, poisoned)
+        changed = sum(not torch.equal(a, b) for a, b in zip(before, made.state(), strict=True))
+        case = "set before" if poisoned is None else f"found in gradient {poisoned}"
+        checks(f"LARS, found_inf {case}: tensors that changed", changed, 0)
+        checks(f"LARS, found_inf {case}: distance from 1", abs(float(found_inf) - 1), 0)
+    return checks
+
+
+def running_statistics(context: Context) -> Checks:
+    """Two steps of two views each against torch's batch norm in float64, and a step that is skipped."""
+    checks = Checks(context)
+    channels = (1, 67, 2048)
+    for dtype in (torch.float32, torch.float64):
+        found = [nn.BatchNorm1d(c).to(context.device, dtype) for c in channels]
+        exact = [nn.BatchNorm1d(c).double() for c in channels]
+
+        def update(batches: list[Tensor], flag: float, norms: list[nn.BatchNorm1d] = found) -> None:
+            both = [torch.var_mean(x.to(context.device, norms[0].weight.dtype), 1) for x in batches]
+            update_running_stats_(
+                [norm.get_buffer("running_mean") for norm in norms],
+                [norm.get_buffer("running_var") for norm in norms],
+                [mean for _, mean in both],
+                [var for var, _ in both],
+                [norm.num_batches_tracked for norm in norms],
+                [norm.momentum for norm in norms],
+                found_inf=torch.full((), flag, device=context.device),
+            )
+
+        for step in range(2):
+            batches = [make((2, 8, c), 10 * step + i, torch.float64) for i, c in enumerate(channels)]
+            update(batches, 0.0)
+            for norm, views_of in zip(exact, batches, strict=True):
+                for view in views_of:
+                    norm(view)
+        pairs = [
+            (a, b) for x, y in zip(found, exact, strict=True) for a, b in zip(x.buffers(), y.buffers(), strict=True)
+        ]
+        errors = [restatement.error(a, f64(b)) for a, b in pairs]
+        checks(f"running statistics, {_dtype(dtype)}", max(errors), 10 * TOLERANCES[torch.float32])
+        before = [a.clone() for a, _ in pairs]
+        update([torch.full((2, 8, c), torch.nan) for c in channels], 1.0)
+        changed = sum(not torch.equal(a, b) for a, (b, _) in zip(before, pairs, strict=True))
+        checks(f"running statistics, {_dtype(dtype)}: tensors that a skipped step changed", changed, 0)
     return checks
 
 
