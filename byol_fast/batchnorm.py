@@ -338,6 +338,8 @@ def _adopt(module: _BatchNorm) -> _ViewsBase:
         module.__class__ = _class_for(module)
         adopted = cast("_ViewsBase", module)
         adopted.views, adopted.synchronised, adopted.last_calls = 1, synchronised, {}
+        # Attributes of the object from the start: one that appears later makes torch.compile compile anew.
+        adopted.collected, adopted.index = None, -1
     return cast("_ViewsBase", module)
 
 

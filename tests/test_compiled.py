@@ -14,7 +14,12 @@ from torch import Tensor, distributed
 from torch.multiprocessing.spawn import spawn
 
 from byol_fast.batchnorm import convert, synchronise, views_stacked
+from byol_fast.config import OptimConfig
+from byol_fast.data import Batch
 from byol_fast.methods import BYOL, SelfSupervisedTask, SimSiam
+from byol_fast.optim import make_optimizer
+from byol_fast.schedules import RunSchedule
+from byol_fast.step import TrainStep
 from tests.networks import SmallResidualNetwork
 
 
@@ -101,3 +106,28 @@ def test_compiled_synchronized_batch_norm_on_two_processes_is_torchs_on_the_whol
             torch.testing.assert_close(
                 found[rank][name], tensor, rtol=1e-10, atol=1e-12, msg=partial("{}: {}".format, name)
             )
+
+
+def test_training_pass_is_compiled_once() -> None:
+    """A second variant would cost a run its compile time again, in its second step."""
+    torch.manual_seed(0)
+    task = BYOL(SmallResidualNetwork(), hidden_dim=16, projection_dim=8, image_size=16)
+    step = TrainStep(
+        task,
+        make_optimizer(OptimConfig(), task.trainable_parameters()),
+        RunSchedule(
+            total_steps=3,
+            warmup_steps=1,
+            base_lr=0.2,
+            batch_size=8,
+            lr_schedule="cosine",
+            tau_base=0.9,
+            tau_schedule="cosine",
+        ),
+        forward=torch.compile(task.training_output, dynamic=False, backend="aot_eager"),
+    )
+    view1, view2 = torch.randint(0, 256, (2, 8, 3, 16, 16), dtype=torch.uint8)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for k in range(3):
+            assert step(Batch(view1, view2, torch.arange(8)), k).undone == 0
