@@ -45,22 +45,24 @@ class RunningStatistics:
         """
         for saved, buffer in zip(self._saved, self._others, strict=True):
             buffer.copy_(torch.where(found_inf > 0, saved, buffer))
-        # A layer that was called several times takes its turns one after the other.
-        turns: list[list[batchnorm.BatchStats]] = []
-        calls = [0] * len(self._layers)
+        calls: dict[int, list[batchnorm.BatchStats]] = {}
         for entry in collected:
-            if calls[entry.layer] == len(turns):
-                turns.append([])
-            turns[calls[entry.layer]].append(entry)
-            calls[entry.layer] += 1
-        for turn in turns:
-            layers = [self._layers[entry.layer] for entry in turn]
-            update_running_stats_(
-                [cast("Tensor", layer.running_mean) for layer in layers],
-                [cast("Tensor", layer.running_var) for layer in layers],
-                [entry.mean for entry in turn],
-                [entry.var for entry in turn],
-                [layer.num_batches_tracked for layer in layers],
-                [layer.momentum for layer in layers],
-                found_inf=found_inf,
-            )
+            calls.setdefault(entry.layer, []).append(entry)
+        if not calls:
+            return
+        layers = [self._layers[layer] for layer in calls]
+        # Always one launch: a second one with lists that look the same could not be captured.
+        update_running_stats_(
+            [cast("Tensor", layer.running_mean) for layer in layers],
+            [cast("Tensor", layer.running_var) for layer in layers],
+            [_stacked([entry.mean for entry in entries]) for entries in calls.values()],
+            [_stacked([entry.var for entry in entries]) for entries in calls.values()],
+            [layer.num_batches_tracked for layer in layers],
+            [layer.momentum for layer in layers],
+            found_inf=found_inf,
+        )
+
+
+def _stacked(statistics: Sequence[Tensor]) -> Tensor:
+    """The statistics of all calls of a layer, one behind the other."""
+    return statistics[0] if len(statistics) == 1 else torch.cat(list(statistics))
