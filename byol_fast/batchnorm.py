@@ -169,7 +169,7 @@ class _ViewsBase(_BatchNorm):
 
     def _call(self, x: Tensor, *, recomputed: bool) -> tuple[int, bool]:
         """Number of views that are stacked in a batch, and whether its statistics are collected."""
-        collects = self.collected is not None and self.index >= 0
+        collects = self.collected is not None and self.index >= 0 and self.track_running_stats
         views = self.views
         if not torch.compiler.is_compiling():
             if recomputed:
@@ -235,13 +235,12 @@ class _Views(_ViewsBase):
             if moves and not recomputed:
                 self._track(mean_VC, var_VC)
         else:
-            running: tuple[Tensor | None, Tensor | None] = (None, None)
-            if moves and not recomputed:
-                running = (self.running_mean, self.running_var)
-                if self.num_batches_tracked is not None:
-                    self.num_batches_tracked.add_(views)
+            now = moves and not recomputed
+            if now and self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(views)
+            running = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
             y, mean_VC, var_VC = SplitByKernels.apply(
-                x, self.weight, self.bias, *running, views, self.momentum or 0.0, self.eps, collects
+                x, self.weight, self.bias, *running, views, self.momentum or 0.0, self.eps, now
             )
         if self.collected is not None and collects and not recomputed:
             self.collected.append(BatchStats(self.index, mean_VC.detach(), var_VC.detach()))

@@ -26,16 +26,18 @@ class SplitByKernels(torch.autograd.Function):
         views: int,
         momentum: float,
         eps: float,
-        collect: bool,
+        move: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Output, and the statistics `[V, C]` of each view if they are to be collected; else running ones are moved."""
+        """Output; where running statistics are not to be moved also those of the batch, `[V, C]`."""
         x = _dense(x)
         y = torch.empty_like(x)
         means_VC = torch.empty(views, x.shape[1], dtype=_statistics_dtype(x, weight, running_mean), device=x.device)
         invstds_VC = torch.empty_like(means_VC)
         # Running statistics that begin at 0 and are moved with momentum 1 are those of the batch; the kernels return
         # 1 / sqrt(variance + eps), in which a small variance is lost.
-        batch_2VC = torch.zeros(2, *means_VC.shape, dtype=means_VC.dtype, device=x.device) if collect else None
+        batch_2VC: Tensor | None = None
+        if running_mean is not None and not move:
+            batch_2VC = torch.zeros(2, *means_VC.shape, dtype=means_VC.dtype, device=x.device)
         views_of_x = zip(x.chunk(views), y.chunk(views), means_VC, invstds_VC, strict=True)
         for v, (view, out, mean, invstd) in enumerate(views_of_x):
             running = (running_mean, running_var) if batch_2VC is None else (batch_2VC[0, v], batch_2VC[1, v])
@@ -70,7 +72,7 @@ class SplitByKernels(torch.autograd.Function):
                 dweight = dw if dweight is None else dweight.add_(dw)
             if needed[2]:
                 dbias = db if dbias is None else dbias.add_(db)
-        return dx, dweight, dbias, None, None, None, None, None, None
+        return dx, dweight, dbias, *(None,) * 6
 
 
 def _statistics_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype:

@@ -150,6 +150,27 @@ def test_one_layer_is_bit_for_bit_torchs(shape: tuple[int, ...], dtype: torch.dt
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("views", [1, 2])
+def test_a_layer_without_weights_keeps_its_statistics_in_float32(views: int) -> None:
+    """SimSiam's last norm: nothing but the running statistics says that those of a bf16 batch are more than bf16."""
+    plain = nn.BatchNorm1d(5, affine=False)
+    stacked, recomputed = copy.deepcopy(plain), nn.Sequential(copy.deepcopy(plain))
+    statistics = RunningStatistics([stacked])
+    convert(recomputed)
+    x = (3 * torch.randn(32, 5) + 10).bfloat16()
+    expected = separately(plain, x, views)
+    collected: list[BatchStats] = []
+    with views_stacked(stacked, views, collected):
+        assert torch.equal(stacked(x), expected)
+    statistics.update(collected, torch.zeros(()))
+    with views_stacked(recomputed, views):
+        y = checkpoint(recomputed, x.requires_grad_(), use_reentrant=False)
+    assert torch.equal(y, expected)
+    y.float().square().sum().backward()
+    for layer in (stacked, recomputed[0]):
+        torch.testing.assert_close(list(layer.buffers()), list(plain.buffers()))
+
+
 @pytest.mark.parametrize("shape", [(6, 5), (6, 5, 7), (6, 5, 4, 3), (6, 5, 2, 3, 4)], ids=str)
 def test_any_memory_layout(shape: tuple[int, ...]) -> None:
     plain = one_layer(shape).double()
