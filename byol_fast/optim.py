@@ -47,7 +47,11 @@ def make_optimizer(
         )
     # The fused forms take `found_inf`: a step that must not happen is skipped without asking the host.
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, fused=True)
+        sgd = torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, fused=True)
+        # Left to itself it makes momentum in its first step, and leaves it uninitialized where that step is skipped.
+        for p in parameters if config.momentum else ():
+            sgd.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        return sgd
     cuda = any(p.is_cuda for p in parameters)
     adam = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
     return adam(groups, lr=0.0, fused=True, capturable=cuda)
