@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.step_ops import outside_forward_and_backward
 from byol_fast.activations import checkpoint_blocks
@@ -88,6 +90,26 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_goes_on(opti
     clean(good, 0)
     assert torch.equal(step(also_good, 2).values, clean(also_good, 2).values)
     for a, b in zip(everything(step), everything(clean), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "sgd", "adam", "adamw"])
+def test_a_first_step_that_is_not_finite_leaves_the_optimizer_fresh(optimizer: str) -> None:
+    """fp16's first step is one, as a rule: its scale is found by overflowing."""
+    good, bad = batches(2)
+    states = []
+    for first in (poisoned(bad), None):
+        step = train_step(small_byol(), optimizer=optimizer)
+        if first is not None:
+            # What an optimizer leaves uninitialized shows with certainty.
+            torch.use_deterministic_algorithms(True)
+            try:
+                assert step(first, 0).undone == 1
+            finally:
+                torch.use_deterministic_algorithms(False)
+        step(good, 0)
+        states.append(everything(step))
+    for a, b in zip(*states, strict=True):
         assert torch.equal(a, b)
 
 
@@ -218,6 +240,51 @@ def test_recomputed_activations_change_nothing(views: str, precision: Precision)
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+class Norm(nn.BatchNorm2d):
+    """A batch norm with a forward of its own: no step collects its statistics."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = super().forward(x)
+        return 1.5 * y
+
+
+class Block(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(8, 8, 3, padding=1), norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.norm(self.conv(x)))
+
+
+@pytest.mark.parametrize(
+    ("views", "norm"),
+    [
+        ("batched", lambda: nn.InstanceNorm2d(8, track_running_stats=True)),  # stacked views are not for it
+        ("separate", lambda: Norm(8)),
+        ("concat", lambda: Norm(8)),
+    ],
+    ids=["instance norm", "own forward", "own forward, concat"],
+)
+def test_norms_that_stay_torchs_are_counted_once_where_activations_are_computed_again(
+    views: Any, norm: Callable[[], nn.Module]
+) -> None:
+    (batch,) = batches(1)
+    states = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        blocks = nn.Sequential(Block(norm()), Block(nn.BatchNorm2d(8)))
+        encoder = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), blocks, nn.AdaptiveAvgPool2d(1))
+        task = BYOL(encoder, hidden_dim=16, projection_dim=8, image_size=32, views=views)
+        assert (task.views_note is not None) == (views == "batched")
+        if recompute:
+            assert checkpoint_blocks(task.encoder) == 2
+        train_step(task)(batch, 0)
+        states.append(task.state_dict())
+    for name, a in states[0].items():
+        assert torch.equal(a, states[1][name]), name
+
+
 def test_recomputation_keeps_less_for_the_backward_pass() -> None:
     """Bytes that autograd holds on to, counted as it packs them."""
     (batch,) = batches(1)
@@ -238,6 +305,23 @@ def test_recomputation_keeps_less_for_the_backward_pass() -> None:
         return sum(seen.values()) - sum(p.untyped_storage().nbytes() for p in task.parameters())
 
     assert kept(True) < 0.7 * kept(False)
+
+
+@pytest.mark.parametrize("views", ["batched", "separate"])
+def test_running_statistics_are_moved_by_one_launch(views: str) -> None:
+    """A CUDA graph can hold one of lists that look the same."""
+    moves: list[str] = []
+
+    class Moves(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "update_running_stats_" in str(func):
+                moves.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    step = train_step(small_byol(views), accumulate=2)
+    with Moves():  # type: ignore[no-untyped-call]
+        step(batches(2), 0)
+    assert len(moves) == 1
 
 
 def test_an_encoder_without_blocks_cannot_be_recomputed() -> None:
