@@ -100,10 +100,16 @@ def state_of(ours: Ours) -> dict[str, list[Tensor]]:
 
 
 @pytest.mark.gpu("step")
-@pytest.mark.parametrize(("mode", "optimizer"), [("compile", "lars"), ("graph", "lars"), ("graph", "sgd")])
-def test_weights_after_steps_of_every_mode_are_the_eager_ones(mode: str, optimizer: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "optimizer", "batched"),
+    [("compile", "lars", True), ("graph", "lars", True), ("graph", "lars", False), ("graph", "sgd", True)],
+)
+def test_weights_after_steps_of_every_mode_are_the_eager_ones(mode: str, optimizer: str, batched: bool) -> None:
     """In float64, where nothing hides behind rounding, with rates that move: all that four steps change."""
-    eager, other = (Ours(TINY, dtype=torch.float64, optimizer=optimizer, mode=m) for m in ("eager", mode_here(mode)))
+    eager, other = (
+        Ours(TINY, dtype=torch.float64, optimizer=optimizer, mode=m, batched=batched)
+        for m in ("eager", mode_here(mode))
+    )
     for ours in (eager, other):
         ours.step.schedule = RunSchedule(
             total_steps=6,
