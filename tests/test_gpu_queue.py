@@ -278,6 +278,13 @@ def test_packages_are_found_without_being_imported() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+def test_summary_counts_checks_that_passed() -> None:
+    figures = [{"figure": f"check {n}", "ok": n != 1, "error": 0.5} for n in range(3)]
+    figures.append({"figure": "step", "ms": 2.0})
+    text = summary("", [Outcome(name="a", state="complete", predicted=1, figures=figures)], "")
+    assert "a: 2 checks passed\n  check 1: ok False, error 0.5\n  step: ms 2\n" in text
+
+
 def test_summary_of_very_much_is_short() -> None:
     figures = [{"item": "x", "figure": "f" * 300, "value": 1.0}] * 50
     outcomes = [

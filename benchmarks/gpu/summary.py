@@ -58,7 +58,10 @@ def _figures(outcomes: Sequence[Outcome], room: int) -> list[str]:
     """Figures item by item: each gets an equal share of the room, and what the ones before it have left of theirs."""
     lines: list[str] = []
     for position, outcome in enumerate(outcomes):
-        texts = [f"{outcome.name}:", *(f"  {_clip(_figure(values))}" for values in outcome.figures)]
+        shown = [values for values in outcome.figures if values.get("ok") is not True]
+        num_passed = len(outcome.figures) - len(shown)
+        head = f"{outcome.name}:" + (f" {num_passed} checks passed" if num_passed else "")
+        texts = [head, *(f"  {_clip(_figure(values))}" for values in shown)]
         share = (room - sum(len(line) + 1 for line in lines)) // (len(outcomes) - position)
         if sum(len(text) + 1 for text in texts) > share:
             fit = 0
