@@ -12,13 +12,16 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from benchmarks.gpu.item import Context
+from byol_fast.bench.flags import BackendFlags
 from byol_fast.bench.networks import Ours, Problem
 from byol_fast.capture import CapturedStep, Mode, compiled
-from byol_fast.methods import SelfSupervisedTask
+from byol_fast.data import Batch
+from byol_fast.methods import IMAGENET_MEAN, IMAGENET_STD, SelfSupervisedTask
+from byol_fast.networks import Normalize
 from byol_fast.step import Forward
+from tests.networks import SmallResidualNetwork
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -35,22 +38,39 @@ def is_small(context: Context) -> bool:
     return context.rehearsal or DRY
 
 
-def check(context: Context, what: str, error: float, bound: float, **values: Any) -> bool:
-    """Record an error beside its bound.
+class Checks(list[str]):
+    """Comparisons of values, recorded as they are made; a list of those that failed.
 
     Args:
         context: of the item.
-        what: was compared with what.
-        error: that was found; NaN is too large.
-        bound: that it must not exceed.
-        **values: to be recorded besides.
-
-    Returns:
-        Whether the error is within the bound; in a dry run, True.
     """
-    ok = bool(error <= bound)
-    context.record(f"check: {what}", ok=ok, error=float(f"{error:.3g}"), bound=float(f"{bound:.3g}"), **values)
-    return ok or DRY
+
+    def __init__(self, context: Context) -> None:
+        super().__init__()
+        self._context = context
+
+    def __call__(self, what: str, error: float, bound: float, **values: Any) -> bool:
+        """Record an error beside its bound.
+
+        Args:
+            what: was compared with what.
+            error: that was found; NaN is too large.
+            bound: that it must not exceed.
+            **values: to be recorded besides.
+
+        Returns:
+            Whether the error is within the bound; in a dry run, True.
+        """
+        ok = bool(error <= bound)
+        figure = {"ok": ok, "error": float(f"{error:.3g}"), "bound": float(f"{bound:.3g}"), **values}
+        self._context.record(f"check: {what}", **figure)
+        if not (ok or DRY):
+            self.append(f"{what}: error {error:.3g}, allowed {bound:.3g}")
+        return ok or DRY
+
+    def problem(self) -> str | None:
+        """The checks that failed, in words; None where none did."""
+        return f"failed checks: {'; '.join(self)}" if self else None
 
 
 @contextmanager
@@ -69,43 +89,19 @@ def values_matter(context: Context, what: str) -> Iterator[None]:
         context.record(f"check: {what}", ok=False, error=f"{type(error).__name__}: {error}"[:200])
 
 
-def backend_flags(*, cudnn_benchmark: bool = False, deterministic: bool = False) -> dict[str, bool]:
-    """Set torch's backend flags, the same for every candidate, and say what they are now.
-
-    TF32 is allowed for matrix products and convolutions. To be called after candidates were made: some set flags.
+def same_flags(*, cudnn_benchmark: bool = False, deterministic: bool = False) -> dict[str, str]:
+    """Set the backends' flags for all candidates, and say what they are: a value to be recorded.
 
     Args:
         cudnn_benchmark: let cuDNN try its algorithms.
         deterministic: let cuDNN take only algorithms that repeat bit for bit.
     """
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = cudnn_benchmark
+    BackendFlags.of("bf16", cudnn_benchmark=cudnn_benchmark).apply()
     torch.backends.cudnn.deterministic = deterministic
-    return {
-        "matmul_allow_tf32": torch.backends.cuda.matmul.allow_tf32,
-        "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
-        "cudnn_benchmark": torch.backends.cudnn.benchmark,
-    }
+    return {"flags": str(BackendFlags.in_force())}
 
 
 # ------------------------------------------------------------------------------------------------ problems
-
-
-class SmallResidualNetwork(nn.Module):
-    """Three convolutions with batch norm, the last two around a residual: `[B, 3, S, S]` to `[B, 32]`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32)
-        self.conv2, self.bn2 = nn.Conv2d(32, 32, 3, 1, 1, bias=False), nn.BatchNorm2d(32)
-        self.conv3, self.bn3 = nn.Conv2d(32, 32, 3, 1, 1, bias=False), nn.BatchNorm2d(32)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Features."""
-        x = F.relu(self.bn1(self.conv1(x)))
-        y = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(x)))))
-        return F.relu(x + y).mean((2, 3))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +114,12 @@ class SmallProblem(Problem):
     projection_dim: int = 16
 
     def new_encoder(self) -> nn.Module:
-        """The small network."""
-        return SmallResidualNetwork()
+        """The small network, without its classifier."""
+        network = SmallResidualNetwork()
+        network.add_module("fc", nn.Identity())
+        # Its gradient is added up in no fixed order on a GPU, and steps are compared bit for bit.
+        network.add_module("maxpool", nn.Identity())
+        return network
 
 
 def resnet50(context: Context, batch_size: int) -> Problem:
@@ -136,11 +136,29 @@ def resnet18(context: Context, batch_size: int) -> Problem:
     return Problem(encoder="resnet18", cifar_stem=True, image_size=32, batch_size=batch_size, device=context.device)
 
 
+def raw_views(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Two views `[B, 3, S, S]` as loaders hand them over: uint8, NHWC memory, on the device.
+
+    Args:
+        problem: of it batch and image size are used.
+    """
+    shape = (2, problem.batch_size, problem.image_size, problem.image_size, 3)
+    views = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    view1, view2 = views.to(problem.device).permute(0, 1, 4, 2, 3)
+    return view1, view2
+
+
+def normalized_views(problem: Problem) -> tuple[Tensor, ...]:
+    """The same as fp32, normalized: what the loops of guides and of other libraries get."""
+    normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD).to(problem.device)
+    return tuple(normalize(view) for view in raw_views(problem))
+
+
 # ------------------------------------------------------------------------------------------------ byol_fast's step
 
 
 def byol_fast_step(context: Context, problem: Problem, mode: StepMode = "eager", **options: Any) -> Ours:
-    """byol_fast's step in bf16; what is compiled compiles at the first call.
+    """byol_fast's step in bf16, on uint8 views, which it normalizes; what is compiled compiles at the first call.
 
     Args:
         context: of the item.
@@ -149,6 +167,7 @@ def byol_fast_step(context: Context, problem: Problem, mode: StepMode = "eager",
         **options: of `Ours`.
     """
     step = Ours(problem, **{"precision": "bf16", "memory": False, "small_maps": False, **options})
+    step.batch = Batch(*raw_views(problem), torch.arange(problem.batch_size))
     if mode != "eager":
         step.step.forward = compiled_forward(context, step.task)
     if mode == "graph":

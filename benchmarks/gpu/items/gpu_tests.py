@@ -65,7 +65,7 @@ def run(context: Context) -> str | None:
         try:
             while (waiting and time.monotonic() < deadline) or running:
                 while waiting and len(running) < AT_A_TIME and time.monotonic() < deadline:
-                    running.append(Process(waiting.pop(0), Path(folder)))
+                    running.append(Process(waiting.pop(0), Path(folder), on_cpu=context.device == "cpu"))
                 over = time.monotonic() >= deadline
                 for process in [p for p in running if over or p.is_done()]:
                     running.remove(process)
@@ -93,7 +93,6 @@ def groups(*, small: bool) -> list[Group]:
         small: a few fast tests only.
     """
     if small:
-        # Where the processes run on the CPU: BYOL_FAST_REHEARSE.
         return [Group("knn", "knn", ("tests/test_gpu.py",), ("-k", "neighbours_are"))]
     texts = {path: path.read_text() for path in sorted((ROOT / "tests").rglob("test_*.py"))}
     # The fixtures `device...` of the kernels' tests are marked, too.
@@ -117,9 +116,10 @@ class Process:
     Args:
         group: of tests.
         folder: for its log and records.
+        on_cpu: rehearse the tests there; see `tests/gpu.py`.
     """
 
-    def __init__(self, group: Group, folder: Path) -> None:
+    def __init__(self, group: Group, folder: Path, *, on_cpu: bool) -> None:
         self.group, self._began = group, time.monotonic()
         name = re.sub(r"\W+", "_", group.name)
         self._records, self._log = folder / f"{name}.jsonl", folder / f"{name}.log"
@@ -134,6 +134,7 @@ class Process:
                     **os.environ,
                     "PYTHONPATH": os.pathsep.join(filter(None, paths)),
                     VARIABLE: str(self._records),
+                    **({"BYOL_FAST_REHEARSE": "1"} if on_cpu else {}),
                 },
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -199,5 +200,5 @@ def _record(context: Context, group: Group, outcome: Outcome) -> Counter[str]:
     context.record(f"tests: {group.name}", **counts, seconds=round(outcome.seconds, 1), **values)
     for test, message in outcome.failures.items():
         where = CAPABILITIES[group.capability].look_at
-        context.record(f"failed: {test}", message=message.strip()[:500], look_at=where)
+        context.record(f"failed: {test}", message=" ".join(message.split())[:400], look_at=where)
     return Counter(counts)

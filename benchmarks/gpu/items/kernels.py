@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.item import Context
-from benchmarks.gpu.items.common import backend_flags, check, compiled_function, free, is_small, relative_error
+from benchmarks.gpu.items.common import Checks, compiled_function, free, is_small, relative_error, same_flags
 from benchmarks.gpu.items.timing import Case, captured, figures, interleaved, rounded
 from byol_fast.bench import photometric as bench_photometric
 from byol_fast.bench.kernels import (
@@ -53,10 +53,10 @@ class Group(NamedTuple):
     """That a call processes."""
 
 
-def run(context: Context) -> None:
+def run(context: Context) -> str | None:
     """Each group beside a copy in the same rounds."""
-    flags = backend_flags()
-    makers: dict[str, Callable[[Context], Group]] = {
+    flags, checks = same_flags(), Checks(context)
+    makers: dict[str, Callable[[Context, Checks], Group]] = {
         "LARS and EMA": optimizer_group,
         "EMA": ema_group,
         "loss": loss_group,
@@ -65,10 +65,11 @@ def run(context: Context) -> None:
     }
     for name, make in makers.items():
         free(context)
-        measure(context, name, make(context), flags)
+        measure(context, name, make(context, checks), flags)
+    return checks.problem()
 
 
-def measure(context: Context, name: str, group: Group, flags: dict[str, bool]) -> None:
+def measure(context: Context, name: str, group: Group, flags: dict[str, str]) -> None:
     """Time a group, captured where it can be, and a copy.
 
     Args:
@@ -108,18 +109,18 @@ def measure(context: Context, name: str, group: Group, flags: dict[str, bool]) -
 
 
 def agreeing(
-    context: Context, name: str, cases: Mapping[str, Case], errors: Mapping[str, float], bounds: Mapping[str, float]
+    checks: Checks, name: str, cases: Mapping[str, Case], errors: Mapping[str, float], bounds: Mapping[str, float]
 ) -> dict[str, Case]:
     """The candidates whose error is within its bound: no time is reported of the others.
 
     Args:
-        context: of the item.
+        checks: where they are compared.
         name: of the group.
         cases: candidates.
         errors: of each that was compared.
         bounds: of each.
     """
-    bad = {c for c in errors if not check(context, f"{name}: {c}", errors[c], bounds[c])}
+    bad = {c for c in errors if not checks(f"{name}: {c}", errors[c], bounds[c])}
     return {candidate: case for candidate, case in cases.items() if candidate not in bad}
 
 
@@ -130,7 +131,7 @@ def _weights(context: Context) -> Weights:
     return Weights(context.device, "resnet18_narrow" if is_small(context) else "resnet50")
 
 
-def optimizer_group(context: Context) -> Group:
+def optimizer_group(context: Context, checks: Checks) -> Group:
     """LARS and the average of the target; by timm and lightly too. The judge is LARS as a loop of torch's operators."""
     w = _weights(context)
     fused = LARS(w.online, lr=LR, momentum=MOMENTUM, weight_decay=DECAY, eta=ETA)
@@ -172,7 +173,7 @@ def optimizer_group(context: Context) -> Group:
             errors["bf16 copies"] = relative_error(list(copies.values()), originals)
     # timm's and lightly's ratio is of |p| to |g| + decay |p| and not to |g + decay p|.
     bounds = {name: 1e-5 if name.startswith("byol_fast") else 1e-4 for name in cases}
-    cases = agreeing(context, "LARS and EMA", cases, errors, bounds | {"bf16 copies": 0.0})
+    cases = agreeing(checks, "LARS and EMA", cases, errors, bounds | {"bf16 copies": 0.0})
     num_online, num_target = (sum(t.numel() for t in tensors) for tensors in (w.online, w.target))
     moved = dict.fromkeys(cases, 20.0 * num_online + 8.0 * num_target)
     if "byol_fast, with bf16 copies" in cases:
@@ -189,7 +190,7 @@ def _timm(kind: Any, w: Weights) -> torch.optim.Optimizer:
     return optimizer
 
 
-def ema_group(context: Context) -> Group:
+def ema_group(context: Context, checks: Checks) -> Group:
     """The average alone. The judge is `torch._foreach_lerp_`."""
     w = _weights(context)
     online: list[Tensor] = list(w.followed)
@@ -207,14 +208,14 @@ def ema_group(context: Context) -> Group:
         cases["lightly"] = functools.partial(update_momentum, *w.modules(), TAU)
     expected = w.after(cases[judge])
     errors = {name: relative_error(w.after(case), expected) for name, case in cases.items() if name != judge}
-    cases = agreeing(context, "EMA", cases, errors, dict.fromkeys(errors, 1e-6))
+    cases = agreeing(checks, "EMA", cases, errors, dict.fromkeys(errors, 1e-6))
     return Group(cases, dict.fromkeys(cases, 12.0 * sum(t.numel() for t in w.target)))
 
 
 # ------------------------------------------------------------------------------------------------ loss
 
 
-def loss_group(context: Context) -> Group:
+def loss_group(context: Context, checks: Checks) -> Group:
     """Loss of both directions and its gradients, 256 x 256 in bf16. The judge is the formula in float64."""
     num_sets, batch = (2, 8) if is_small(context) else (LOSS_SETS, 256)
     generator = torch.Generator().manual_seed(0)
@@ -248,7 +249,7 @@ def loss_group(context: Context) -> Group:
         return call
 
     cases: dict[str, Case] = {name: through_all(loss) for name, loss in losses.items()}
-    cases = agreeing(context, "loss", cases, errors, dict.fromkeys(errors, 2e-2))
+    cases = agreeing(checks, "loss", cases, errors, dict.fromkeys(errors, 2e-2))
     return Group(cases, dict.fromkeys(cases, 6.0 * batch * 256 * 2), repeats=num_sets)
 
 
@@ -259,7 +260,7 @@ def _images(context: Context) -> bench_photometric.Problem:
     return bench_photometric.Problem(2 if is_small(context) else IMAGES, context.device)
 
 
-def color_group(context: Context) -> Group:
+def color_group(context: Context, checks: Checks) -> Group:
     """Flip, color, grayscale, solarize and normalize from uint8 to bf16. The judge is torchvision, on eight images."""
     p = _images(context)
     names = ("flip", "jitter", "factors", "order", "grayscale", "solarize")
@@ -270,19 +271,19 @@ def color_group(context: Context) -> Group:
         "byol_fast, to uint8": lambda: photometric(p.images, **draws),
     }
     few = range(min(8, p.batch))
-    ours = photometric(
+    found = photometric(
         p.images[: len(few)], **{n: d[: len(few)] for n, d in p.only(*names[1:5]).items()}, truncate=True
     )
-    theirs = torch.stack([p.colour(p.planar[i], i) for i in few])
+    expected = torch.stack([p.colour(p.planar[i], i) for i in few])
     # Whole levels after each step: a value differs where one of its sums is next to a whole number.
-    error = float((ours != theirs).float().mean())
-    if not check(context, "color: share of values that are not torchvision's", error, 2e-3):
+    error = float((found != expected).float().mean())
+    if not checks("color: share of values that are not torchvision's", error, 2e-3):
         return Group({}, {})
     pixels = float(p.images.numel())
     return Group(cases, {"byol_fast, to bf16": 3 * pixels, "byol_fast, to uint8": 2 * pixels}, images=p.batch)
 
 
-def blur_group(context: Context) -> Group:
+def blur_group(context: Context, checks: Checks) -> Group:
     """Gaussian blur of uint8 images. The judge is torchvision, on eight images."""
     p = _images(context)
     sigma, window = p.draws["sigma"], p.draws["window"]
@@ -292,10 +293,10 @@ def blur_group(context: Context) -> Group:
         "byol_fast, window of 23": lambda: gaussian_blur(p.images, sigma, wide),
     }
     few = min(8, p.batch)
-    ours = gaussian_blur(p.images[:few], sigma[:few], wide[:few])
-    theirs = torch.stack([p.blur(p.planar[i], i) for i in range(few)])
-    error = float((ours.float() - theirs.float()).abs().mean())
+    found = gaussian_blur(p.images[:few], sigma[:few], wide[:few])
+    expected = torch.stack([p.blur(p.planar[i], i) for i in range(few)])
+    error = float((found.float() - expected.float()).abs().mean())
     # Factors of float16: the next level where a sum is near a half, for one value in thirty.
-    if not check(context, "blur: byol_fast and torchvision, mean difference in levels", error, 1 / 30):
+    if not checks("blur: byol_fast and torchvision, mean difference in levels", error, 1 / 30):
         return Group({}, {})
     return Group(cases, dict.fromkeys(cases, 2.0 * p.images.numel()), images=p.batch)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.item import Context, Item
-from benchmarks.gpu.items.common import ROOT, backend_flags, byol_fast_step, free, is_small, resnet50
+from benchmarks.gpu.items.common import ROOT, byol_fast_step, free, is_small, resnet50, same_flags
 from benchmarks.gpu.items.timing import rounded
 from byol_fast import config as configs
 from byol_fast import recipes
@@ -61,6 +61,7 @@ def profile(context: Context) -> None:
             view = {"size": 32, "blur": 0.1}
             model = {"encoder": "resnet18_narrow", "hidden_dim": 32, "projection_dim": 16}
             changes |= {"batch_size": 4, "view1": view, "view2": view, "model": model, "max_bad_steps": 1000}
+            changes |= {"data.loader": "torchvision"}  # no DALI on a GPU that is none
         found, folder = profile_run(configs.replace(recipes.imagenet_resnet50(), changes), steps=2 if small else 20)
         for kind in ("json", "html"):
             shutil.copy(folder / f"profile.{kind}", context.folder / f"profile.{kind}")
@@ -72,9 +73,11 @@ def profile(context: Context) -> None:
         loader=found["backend"],
     )
     for phase in found["phases"]:
-        context.record(f"phase: {phase['phase']}", **{k: v for k, v in phase.items() if isinstance(v, float | int)})
-    for finding in found["findings"]:
-        context.record("finding", **{k: str(v)[:300] for k, v in finding.items()})
+        seconds, floor = phase["seconds"], phase["floor_seconds"]
+        values = {"ms": rounded(1e3 * seconds), "floor_ms": None if floor is None else rounded(1e3 * floor)}
+        context.record(f"phase: {phase['phase']}", **values)
+    for number, finding in enumerate(found["findings"], 1):
+        context.record(f"finding {number}", text=finding["text"][:300], change=finding["change"][:300])
 
 
 # ------------------------------------------------------------------------------------------------ ncu
@@ -162,7 +165,7 @@ def one_step(context: Context) -> None:
         context: of the item.
     """
     step = byol_fast_step(context, resnet50(context, BATCH), "compile")
-    backend_flags()
+    same_flags()
     for _ in range(2):
         step()
     if context.device != "cuda":
@@ -181,7 +184,7 @@ def one_step(context: Context) -> None:
 def power(context: Context) -> None:
     """Power, clocks and energy an image of a captured step that runs without a pause."""
     step = byol_fast_step(context, resnet50(context, BATCH), "graph")
-    flags = backend_flags()
+    flags = same_flags()
     step()
     least = 0.1 if is_small(context) else POWER_SECONDS
     calls = 0

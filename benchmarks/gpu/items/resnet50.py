@@ -13,18 +13,19 @@ from torch._dynamo.utils import counters
 
 from benchmarks.gpu.item import Context
 from benchmarks.gpu.items.common import (
+    Checks,
     allocated,
-    backend_flags,
     byol_fast_step,
     capture,
-    check,
     compiled_forward,
     compiled_function,
     free,
     is_small,
+    normalized_views,
     peak_gib,
     relative_error,
     resnet50,
+    same_flags,
 )
 from benchmarks.gpu.items.timing import STEPS, figures, interleaved, rounded
 from byol_fast.bench.networks import Lightly, Ours, Problem, Textbook
@@ -43,8 +44,9 @@ TOP = 40
 """Kernels that are listed."""
 
 
-def eager(context: Context) -> None:
+def eager(context: Context) -> str | None:
     """The baseline and byol_fast, eager, with cuDNN's benchmark off and on, at two batch sizes."""
+    checks = Checks(context)
     for batch in (4,) if is_small(context) else (128, 256):
         problem = resnet50(context, batch)
         candidates: dict[str, Callable[[], Tensor]] = {}
@@ -54,13 +56,13 @@ def eager(context: Context) -> None:
             free(context)
             before = allocated(context)
             candidates[name] = make(problem)
-            backend_flags()
+            same_flags()
             losses[name] = candidates[name]()
             peaks[name] = peak_gib(context, candidates[name], before)
         error = relative_error([losses["byol_fast"]], [losses["baseline"]])
-        check(context, f"loss of the first step, byol_fast and baseline, batch {batch}", error, BF16_LOSS)
+        checks(f"loss of the first step, byol_fast and baseline, batch {batch}", error, BF16_LOSS)
         for benchmark in (False, True):
-            flags = backend_flags(cudnn_benchmark=benchmark)
+            flags = same_flags(cudnn_benchmark=benchmark)
             for name, timing in interleaved(context, candidates, rounds=ROUNDS, warmup=3, sample=STEPS).items():
                 context.record(
                     f"{name}, eager, batch {batch}, cudnn.benchmark {'on' if benchmark else 'off'}",
@@ -69,31 +71,34 @@ def eager(context: Context) -> None:
                     **flags,
                 )
         candidates.clear()
+    return checks.problem()
 
 
 def _baseline(problem: Problem) -> Textbook:
-    """The loop that guides print, with NHWC memory and bf16 autocast."""
-    return Textbook(problem, channels_last=True, precision="bf16")
+    """The loop that guides print, with NHWC memory and bf16 autocast, on normalized views."""
+    baseline = Textbook(problem, channels_last=True, precision="bf16")
+    baseline.views = normalized_views(problem)
+    return baseline
 
 
-def compiled(context: Context) -> None:
+def compiled(context: Context) -> str | None:
     """byol_fast under plain inductor, then the same compiled forward pass captured, and its kernels by time."""
-    problem = resnet50(context, BATCH)
+    checks, problem = Checks(context), resnet50(context, BATCH)
     expected = byol_fast_step(context, problem)()
     free(context)
     step = byol_fast_step(context, problem)
     step.step.forward = compiled_forward(context, step.task)
-    flags = backend_flags()
+    flags = same_flags()
     loss = _compile(context, "byol_fast", step, problem)
-    check(context, "loss of the first step, compiled and eager", relative_error([loss], [expected]), BF16_LOSS)
-    _steps(context, "byol_fast, compiled", step, problem, flags, peak_gib(context, step))
+    checks("loss of the first step, compiled and eager", relative_error([loss], [expected]), BF16_LOSS)
+    _steps(context, "byol_fast, compiled", step, problem, flags)
 
     free(context)
     step.step.run = step.step.body
     compilations = counters["stats"]["unique_graphs"]
     capture(context, step)
     began = time.perf_counter()
-    peak = peak_gib(context, step)  # with that of the warm-up; a replay takes memory that is set aside already
+    peak = peak_gib(context, step)  # a replay allocates nothing
     context.record(
         "byol_fast, capture",
         seconds=rounded(time.perf_counter() - began),
@@ -101,6 +106,7 @@ def compiled(context: Context) -> None:
     )
     _steps(context, "byol_fast, captured", step, problem, flags, peak)
     _kernels(context, step)
+    return checks.problem()
 
 
 def _compile(context: Context, name: str, step: Callable[[], Tensor], problem: Problem) -> Tensor:
@@ -131,9 +137,10 @@ def _steps(
     name: str,
     step: Callable[[], Tensor],
     problem: Problem,
-    flags: dict[str, bool],
-    peak: float | None,
+    flags: dict[str, str],
+    peak: float | None = None,
 ) -> None:
+    peak = peak_gib(context, step) if peak is None else peak
     timing = interleaved(context, {name: step}, rounds=ROUNDS, sample=STEPS)[name]
     context.record(
         f"{name}, batch {problem.batch_size}", **figures(timing, images=problem.batch_size), peak_gib=peak, **flags
@@ -182,22 +189,22 @@ def kernel_times(context: Context, step: Callable[[], object]) -> list[dict[str,
     return sorted(found.values(), key=lambda entry: -entry["ms"])
 
 
-def baseline_compiled(context: Context) -> None:
+def baseline_compiled(context: Context) -> str | None:
     """lightly's loop as it is, then the baseline under torch.compile."""
-    problem = resnet50(context, BATCH)
+    checks, problem = Checks(context), resnet50(context, BATCH)
     if version("lightly") is None:
         context.record("lightly", skipped="not installed")
     else:
         lightly = Lightly(problem)
-        flags = backend_flags()
-        _steps(context, "lightly, eager", lightly, problem, flags, peak_gib(context, lightly))
+        _steps(context, "lightly, eager", lightly, problem, same_flags())
         del lightly
     free(context)
     expected = _baseline(problem)()
     free(context)
     baseline = _baseline(problem)
     baseline.forward = compiled_function(context, baseline.loss)
-    flags = backend_flags()
+    flags = same_flags()
     loss = _compile(context, "baseline", baseline, problem)
-    check(context, "loss of the first step, compiled and eager", relative_error([loss], [expected]), BF16_LOSS)
-    _steps(context, "baseline, torch.compile", baseline, problem, flags, peak_gib(context, baseline))
+    checks("loss of the first step, compiled and eager", relative_error([loss], [expected]), BF16_LOSS)
+    _steps(context, "baseline, torch.compile", baseline, problem, flags)
+    return checks.problem()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.gpu.item import Context
 from benchmarks.gpu.items import smoke_step
-from benchmarks.gpu.items.common import check
+from benchmarks.gpu.items.common import Checks
 from byol_fast.config import ViewConfig
 from byol_fast.data.resident import table
 from byol_fast.data.views import draw, stream_key
@@ -36,29 +36,12 @@ SHAPES: tuple[tuple[int, ...], ...] = ((64, 32, 3, 3), (300, 500), (4096,), (37,
 
 def run(context: Context) -> None:
     """All checks; an error at the end where one failed."""
-    failed = []
+    checks = Checks(context)
     of_the_step = (loss, ema, lars, lars_with_found_inf, running_statistics)
-    for checks in (*of_the_step, draws_and_crop, colors, blur, smoke_step.run):
-        failed += checks(context)
-    if failed:
-        raise AssertionError(f"{len(failed)} checks failed: {'; '.join(failed)}")
-
-
-class Checks(list[str]):
-    """The checks that failed.
-
-    Args:
-        context: of the item.
-    """
-
-    def __init__(self, context: Context) -> None:
-        super().__init__()
-        self._context = context
-
-    def __call__(self, what: str, error: float, bound: float) -> None:
-        """Record an error beside its bound."""
-        if not check(self._context, what, error, bound):
-            self.append(f"{what}: error {error:.3g}, allowed {bound:.3g}")
+    for part in (*of_the_step, draws_and_crop, colors, blur, smoke_step.run):
+        part(context, checks)
+    if checks:
+        raise AssertionError(checks.problem())
 
 
 def _dtype(dtype: torch.dtype) -> str:
@@ -68,9 +51,8 @@ def _dtype(dtype: torch.dtype) -> str:
 # ------------------------------------------------------------------------------------------------ the step's kernels
 
 
-def loss(context: Context) -> Checks:
+def loss(context: Context, checks: Checks) -> None:
     """Loss, its gradients and statistics."""
-    checks = Checks(context)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for shape in ((256, 256), (37, 100)):
             p1, p2, z1, z2 = (make(shape, seed, dtype, device=context.device) for seed in range(4))
@@ -88,7 +70,6 @@ def loss(context: Context) -> Checks:
             checks(
                 f"loss statistics, {name}", restatement.error(stats.z_std, deviation), 10 * TOLERANCES[torch.float32]
             )
-    return checks
 
 
 def _parameters(context: Context, seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -96,9 +77,8 @@ def _parameters(context: Context, seed: int, dtype: torch.dtype = torch.float32)
     return [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in made]
 
 
-def ema(context: Context) -> Checks:
+def ema(context: Context, checks: Checks) -> None:
     """The average of a list of tensors, with tau on the device."""
-    checks = Checks(context)
     tau = torch.tensor(0.97, device=context.device)
     for dtype in (torch.float32, torch.bfloat16):
         target, online = _parameters(context, 0, dtype), _parameters(context, 10, dtype)
@@ -109,7 +89,6 @@ def ema(context: Context) -> Checks:
         checks(f"EMA, {_dtype(dtype)}", max(errors), TOLERANCES[dtype])
         errors = [restatement.error(c, f64(t.bfloat16())) for c, t in zip(copies, target, strict=True)]
         checks(f"EMA, bf16 copies of {_dtype(dtype)}", max(errors), 0.0)
-    return checks
 
 
 class _LARS:
@@ -140,9 +119,9 @@ class _LARS:
         return [*(p.detach() for p in self.params), *momentum, *self.targets, *self.copies.values()]
 
 
-def lars(context: Context) -> Checks:
+def lars(context: Context, checks: Checks) -> None:
     """Two steps of LARS with the average and copies; vectors neither decay nor adapt."""
-    checks, made = Checks(context), _LARS(context)
+    made = _LARS(context)
     rate, tau = float(np.float32(0.3)), float(np.float32(0.97))
     params, targets = [f64(p) for p in made.params], [f64(t) for t in made.targets]
     momentum = [np.zeros_like(p) for p in params]
@@ -162,12 +141,11 @@ def lars(context: Context) -> Checks:
     checks("LARS, EMA: parameters, momentum, targets after 2 steps", max(errors), 2 * TOLERANCES[torch.float32])
     errors = [restatement.error(copy, f64(t.detach().bfloat16())) for t, copy in made.copies.items()]
     checks("LARS, bf16 copies", max(errors), 0.0)
-    return checks
 
 
-def lars_with_found_inf(context: Context) -> Checks:
+def lars_with_found_inf(context: Context, checks: Checks) -> None:
     """With found_inf nothing is written; a NaN in any gradient, of a matrix or a vector, sets it."""
-    checks, made = Checks(context), _LARS(context)
+    made = _LARS(context)
     made.step(context, 20)
     before = [t.clone() for t in made.state()]
     for poisoned in (None, *range(len(SHAPES))):
@@ -178,12 +156,10 @@ def lars_with_found_inf(context: Context) -> Checks:
         case = "set before" if poisoned is None else f"found in gradient {poisoned}"
         checks(f"LARS, found_inf {case}: tensors that changed", changed, 0)
         checks(f"LARS, found_inf {case}: distance from 1", abs(float(found_inf) - 1), 0)
-    return checks
 
 
-def running_statistics(context: Context) -> Checks:
+def running_statistics(context: Context, checks: Checks) -> None:
     """Two steps of two views each against torch's batch norm in float64, and a step that is skipped."""
-    checks = Checks(context)
     channels = (1, 67, 2048)
     for dtype in (torch.float32, torch.float64):
         found = [nn.BatchNorm1d(c).to(context.device, dtype) for c in channels]
@@ -216,15 +192,13 @@ def running_statistics(context: Context) -> Checks:
         update([torch.full((2, 8, c), torch.nan) for c in channels], 1.0)
         changed = sum(not torch.equal(a, b) for a, (b, _) in zip(before, pairs, strict=True))
         checks(f"running statistics, {_dtype(dtype)}: tensors that a skipped step changed", changed, 0)
-    return checks
 
 
 # ------------------------------------------------------------------------------------------------ images
 
 
-def draws_and_crop(context: Context) -> Checks:
+def draws_and_crop(context: Context, checks: Checks) -> None:
     """Augmentation parameters, bit for bit as numpy draws them, and crops."""
-    checks = Checks(context)
     view, index = ViewConfig(size=28, blur=0.5, solarize=0.2), np.arange(2000)
     numbers = torch.from_numpy(table(view, 40, 36)).to(context.device)
     key = torch.tensor(stream_key(7, 3, 1), device=context.device)
@@ -247,12 +221,10 @@ def draws_and_crop(context: Context) -> Checks:
         checks("crop, levels", float(difference.max()), 0.5 + views.FLOAT32_LEVELS)
     else:  # rounds between the passes, too
         checks("crop, mean of levels", float(difference.mean()), 0.4)
-    return checks
 
 
-def colors(context: Context) -> Checks:
+def colors(context: Context, checks: Checks) -> None:
     """Flip, jitter, grayscale and solarize, and normalized bf16; without a blur."""
-    checks = Checks(context)
     names = ("flip", "jitter", "factors", "order", "grayscale", "solarize")
     for height, width in ((64, 64), (33, 47)):
         x, d = views.images(24, height, width, seed=2), views.draws(24, seed=5)
@@ -268,12 +240,10 @@ def colors(context: Context) -> Checks:
         checks(
             f"color, {name}, bf16, share of what is allowed", float((np.abs(f64(out) - normalized) / allowed).max()), 1
         )
-    return checks
 
 
-def blur(context: Context) -> Checks:
+def blur(context: Context, checks: Checks) -> None:
     """The blur alone, and as the second launch of the whole augmentation."""
-    checks = Checks(context)
     # Two products of float16 factors on a GPU, each rounded to the nearest level at the end.
     bound = views.FLOAT16_FACTORS if context.device == "cuda" else views.FLOAT32_LEVELS
     for height, width in ((64, 64), (33, 47)):
@@ -285,4 +255,3 @@ def blur(context: Context) -> Checks:
         out = photometric(x.to(context.device), sigma=sigma, window=window, dtype=torch.float32)
         error = float(np.abs(f64(out) * 255.0 - exact).max())
         checks(f"blur to float32, {height} x {width}, levels", error, bound + views.FLOAT32_LEVELS)
-    return checks

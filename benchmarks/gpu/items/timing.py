@@ -102,22 +102,19 @@ def captured(case: Case, device: str) -> Case:
 
 
 def figures(timing: Timing, *, images: float | None = None, repeats: int = 1) -> dict[str, float]:
-    """Median, p20 and p80 in milliseconds, rounds, and images a second.
+    """Images a second; median, p20 and p80 in milliseconds; rounds.
 
     Args:
         timing: of a call.
         images: that a call processes.
         repeats: how often the call does its work; the milliseconds are of once.
     """
-    values = {
-        "ms": rounded(1e3 * timing.median / repeats),
-        "ms_p20": rounded(1e3 * timing.quantile(0.2) / repeats),
-        "ms_p80": rounded(1e3 * timing.quantile(0.8) / repeats),
-        "rounds": len(timing.seconds),
-    }
+    values = {}
     if images is not None:
         values["images_per_second"] = rounded(images / timing.median) if timing.median > 0 else float("nan")
-    return values
+    quantiles = {"ms": 0.5, "ms_p20": 0.2, "ms_p80": 0.8}
+    values |= {name: rounded(1e3 * timing.quantile(q) / repeats) for name, q in quantiles.items()}
+    return values | {"rounds": len(timing.seconds)}
 
 
 def rounded(value: float) -> float:
