@@ -29,6 +29,11 @@ class RunningStatistics:
         self._others = [b for network in networks for b in network.buffers() if id(b) not in moved]
         self._saved = [torch.empty_like(b) for b in self._others]
 
+    @property
+    def num_layers(self) -> int:
+        """Batch norms whose statistics are collected."""
+        return len(self._layers)
+
     @torch.no_grad()
     def save_others(self) -> None:
         """Remember the buffers that a forward pass changes by itself; a ResNet has none."""

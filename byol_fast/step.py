@@ -190,6 +190,11 @@ class TrainStep:
                     output = self.forward(view1, view2)
             finally:
                 self.task.collects_statistics = False
+            if output.batch_stats is None and self.running_statistics.num_layers:
+                raise ValueError(
+                    f"TrainStep: {type(self.task).__name__}.training_output must return batch_stats where "
+                    "collects_statistics is set, got None; pass a list to views_stacked as BYOL.training_output does"
+                )
             loss = output.loss / self.accumulate if self.accumulate > 1 else output.loss
             with phase("backward"):
                 (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()  # type: ignore[no-untyped-call]
@@ -220,10 +225,12 @@ class TrainStep:
         if isinstance(optimizer, LARS):
             copies = None if self.copies is None else self.copies.of
             optimizer.step(ema=(self.target_of, tau) if self.target_of else None, copies=copies)
-            return
-        self._look_at_gradients()
-        optimizer.step()
-        if self.target_of:
+        else:
+            self._look_at_gradients()
+            optimizer.step()
+        # A step that somebody else takes with this optimizer has a flag and a scale of its own.
+        optimizer.found_inf = optimizer.grad_scale = None  # type: ignore[attr-defined]
+        if self.target_of and not isinstance(optimizer, LARS):
             on_cpu = self.device.type == "cpu"
             # The average with tau 1 leaves the target as it is, bit for bit.
             tau = (1.0 if self.bad else tau) if on_cpu else torch.where(self.bad > 0, 1.0, tau)

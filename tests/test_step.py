@@ -18,7 +18,7 @@ from byol_fast.capture import leave_no_trace
 from byol_fast.config import OptimConfig
 from byol_fast.data import Batch
 from byol_fast.memory import largest_that_fits
-from byol_fast.methods import BYOL, SelfSupervisedTask, SimSiam
+from byol_fast.methods import BYOL, SelfSupervisedTask, SimSiam, TaskOutput
 from byol_fast.optim import make_optimizer
 from byol_fast.precision import Precision
 from byol_fast.schedules import RunSchedule
@@ -327,6 +327,33 @@ def test_running_statistics_are_moved_by_one_launch(views: str) -> None:
 def test_an_encoder_without_blocks_cannot_be_recomputed() -> None:
     with pytest.raises(ValueError, match=r"activation_checkpointing: the encoder must have blocks"):
         checkpoint_blocks(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
+
+
+def test_a_task_that_keeps_its_statistics_to_itself_is_refused() -> None:
+    """Its running statistics would move in steps that are skipped."""
+
+    class Careless(BYOL):
+        def training_output(self, view1: torch.Tensor, view2: torch.Tensor) -> TaskOutput:
+            p1, p2, z1, z2 = self(view1, view2)
+            return TaskOutput(self.loss((p1, p2), (z1, z2)), torch.zeros(()))
+
+    (batch,) = batches(1)
+    step = train_step(Careless("resnet18_narrow", hidden_dim=16, projection_dim=8, image_size=32))
+    with pytest.raises(ValueError, match=r"Careless.training_output must return batch_stats"):
+        step(batch, 0)
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "sgd"])
+def test_a_step_leaves_no_flag_behind(optimizer: str) -> None:
+    """The optimizer of a run can be stepped by its owner, also after a step that was skipped."""
+    (bad,) = batches(1)
+    step = train_step(small_byol(), optimizer=optimizer)
+    assert step(poisoned(bad), 0).undone == 1
+    weight = step.parameters[0]
+    before = weight.detach().clone()
+    weight.grad = torch.ones_like(weight)
+    step.optimizer.step()
+    assert not torch.equal(weight, before)
 
 
 def test_the_largest_batch_that_fits_is_found_without_compiling() -> None:
