@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
-from byol_fast.batchnorm import _ViewsBase
+from byol_fast.batchnorm import is_converted
 
 
 def checkpoint_blocks(encoder: nn.Module) -> int:
@@ -73,7 +73,7 @@ def _not_counted(block: nn.Module) -> Iterator[None]:
     Those that take stacked views see to that themselves; networks that cannot take them keep torch's. With momentum 0
     and not without running statistics: what autograd saves has to be the same both times.
     """
-    norms = [m for m in block.modules() if isinstance(m, _NormBase) and not isinstance(m, _ViewsBase)]
+    norms = [m for m in block.modules() if isinstance(m, _NormBase) and not is_converted(m)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None

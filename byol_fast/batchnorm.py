@@ -92,6 +92,11 @@ def keep_to_itself(network: nn.Module) -> None:
             module.synchronised = False
 
 
+def is_converted(module: nn.Module) -> bool:
+    """Whether a module is a batch norm that tells stacked views apart."""
+    return isinstance(module, _ViewsBase)
+
+
 class BatchStats(NamedTuple):
     """Statistics that one call of a batch norm took of its batch."""
 
