@@ -144,6 +144,7 @@ def as_graph(case: Case) -> Case:
             case()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
+    # What other threads allocate or query meanwhile would end a capture in the default mode.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         case()
     return graph.replay

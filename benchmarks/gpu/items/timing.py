@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.gpu.item import Context
 from benchmarks.gpu.items.common import is_small
+from byol_fast.bench.counting import as_graph
 from byol_fast.bench.timing import Timing
 
 Case = Callable[[], object]
@@ -86,19 +87,7 @@ def captured(case: Case, device: str) -> Case:
         case: what to capture; it is called three times before, on a stream of its own.
         device: "cuda" or "cpu".
     """
-    if device != "cuda":
-        return case
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            case()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # Of a thread: what other threads allocate or ask meanwhile would end a global capture.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        case()
-    return graph.replay
+    return as_graph(case) if device == "cuda" else case
 
 
 def figures(timing: Timing, *, images: float | None = None, repeats: int = 1) -> dict[str, float]:
