@@ -31,7 +31,7 @@ class Item:
     first_figure: float | None = None
     """Predicted time until the first record, for an item that records as it goes: it begins if that much time is left.
 
-    With the start of a process, as `seconds`.
+    Includes the start of a process, like `seconds`.
     """
     depends_on: tuple[str, ...]
     """Files and folders of the repository that decide its figures; their digest is stored with the result.
@@ -56,7 +56,7 @@ class Context:
     """What an item's function gets.
 
     Args:
-        item: that runs.
+        item: the item that is running.
         records: JSON-lines file that figures are appended to.
         folder: for files that belong to the result (logs, generated code); small ones, they are packed.
         device: "cuda", or "cpu" in a rehearsal.
