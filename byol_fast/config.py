@@ -333,7 +333,7 @@ class Config:
     and the run says which and why."""
     max_autotune: bool = False
     """Where the step is compiled: let inductor time several variants of each kernel (max-autotune). For a ResNet-50
-    these are hundreds, tuned one after the other: 25 to 60 minutes (an estimate) without output before the first step."""
+    these are hundreds, tuned one after the other: an estimated 25 to 60 minutes of silence before the first step."""
     cudnn_benchmark: bool = False
     """On a GPU: let cuDNN time its algorithms for each convolution in the first steps and keep the fastest
     (torch.backends.cudnn.benchmark). Shapes never change within a run."""
