@@ -417,7 +417,8 @@ def _image(data: Node, encoding: Encoding, gpu: bool, **on_gpu: float) -> Node:
     """RGB images `[H, W, 3]` from names of files, their contents, or arrays."""
     if encoding != "array":
         return fn.decoders.image(
-            fn.io.file.read(data) if encoding == "file" else data,
+            # Not mapped: a file that another program cuts short meanwhile would end the process (SIGBUS).
+            fn.io.file.read(data, dont_use_mmap=True) if encoding == "file" else data,
             device="mixed" if gpu else "cpu",
             output_type=types.RGB,
             adjust_orientation=False,
