@@ -13,12 +13,13 @@ because 0 * NaN is NaN.
 """
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from byol_kernels import reference
-from byol_kernels._multi_tensor import Column, plan_for
+from byol_kernels._multi_tensor import Column, MultiTensorPlan, plan_for
 from byol_kernels._triton import device_guard, jit, tl, tl_dtype
 
 BLOCK_C = 1024
@@ -101,57 +102,54 @@ def _update_running_stats_kernel(
 Lists = Sequence[Tensor]
 
 
-def _columns(
-    running_mean: Lists, running_var: Lists, batch_mean: Lists, batch_var: Lists, counters: Lists, rows: Sequence[int]
-) -> list[Column]:
-    return [
-        Column("running_mean", running_mean, written=True),
-        Column("running_var", running_var, written=True),
-        Column("batch_mean", batch_mean, shape="stacked"),
-        Column("batch_var", batch_var, shape="stacked"),
-        Column("num_batches_tracked", counters, tuple(rows), written=True, shape="counter"),
-    ]
+class _Arguments(NamedTuple):
+    """What the operator is called with; `counters` has one for each of `counter_rows`."""
+
+    running_mean: Lists
+    running_var: Lists
+    batch_mean: Lists
+    batch_var: Lists
+    counters: Lists
+    counter_rows: Sequence[int]
+    momentum: Sequence[float]
+    found_inf: Tensor | None
+
+    def columns(self) -> list[Column]:
+        """The lists of tensors as a plan takes them."""
+        return [
+            Column("running_mean", self.running_mean, written=True),
+            Column("running_var", self.running_var, written=True),
+            Column("batch_mean", self.batch_mean, shape="stacked"),
+            Column("batch_var", self.batch_var, shape="stacked"),
+            Column("num_batches_tracked", self.counters, tuple(self.counter_rows), written=True, shape="counter"),
+        ]
 
 
-def _update_running_stats_cpu(
-    running_mean: Lists,
-    running_var: Lists,
-    batch_mean: Lists,
-    batch_var: Lists,
-    counters: Lists,
-    counter_rows: Sequence[int],
-    momentum: Sequence[float],
-    found_inf: Tensor | None,
-) -> None:
-    columns = _columns(running_mean, running_var, batch_mean, batch_var, counters, counter_rows)
-    plan_for("update_running_stats_", columns, tags=[len(means) for means in batch_mean])
-    if found_inf is not None and float(found_inf) != 0.0:
-        return
-    reference.update_running_stats_(running_mean, running_var, batch_mean, batch_var, counters, counter_rows, momentum)
+def _plan(a: _Arguments, columns: Sequence[Column]) -> MultiTensorPlan:
+    return plan_for("update_running_stats_", columns, tags=[len(means) for means in a.batch_mean])
 
 
-def _update_running_stats_cuda(
-    running_mean: Lists,
-    running_var: Lists,
-    batch_mean: Lists,
-    batch_var: Lists,
-    counters: Lists,
-    counter_rows: Sequence[int],
-    momentum: Sequence[float],
-    found_inf: Tensor | None,
-) -> None:
-    columns = _columns(running_mean, running_var, batch_mean, batch_var, counters, counter_rows)
-    plan = plan_for("update_running_stats_", columns, tags=[len(means) for means in batch_mean])
-    device = running_mean[0].device
+def _update_running_stats_cpu(*arguments: Any) -> None:
+    a = _Arguments(*arguments)
+    _plan(a, a.columns())
+    if a.found_inf is None or float(a.found_inf) == 0.0:
+        reference.update_running_stats_(*a[:-1])
+
+
+def _update_running_stats_cuda(*arguments: Any) -> None:
+    a = _Arguments(*arguments)
+    columns = a.columns()
+    plan = _plan(a, columns)
     tables = plan.tables(columns)
-    momentum_table = plan.constant("momentum", "d", momentum, device)
-    with device_guard(running_mean[0]):
-        _update_running_stats_kernel[(len(running_mean),)](
-            tables.addresses, tables.rows, momentum_table, len(running_mean), found_inf,
+    first, num_rows = a.running_mean[0], len(a.running_mean)
+    momentum = plan.constant("momentum", "d", a.momentum, first.device)
+    with device_guard(first):
+        _update_running_stats_kernel[(num_rows,)](
+            tables.addresses, tables.rows, momentum, num_rows, a.found_inf,
             KINDS=tuple(tuple(map(tl_dtype, kind[:4])) for kind in plan.kinds), BLOCK_C=BLOCK_C,
             num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
-    torch.autograd.graph.increment_version([*running_mean, *running_var, *counters])
+    torch.autograd.graph.increment_version([*a.running_mean, *a.running_var, *a.counters])
 
 
 torch.library.define(
@@ -164,7 +162,7 @@ torch.library.impl("byol_kernels::update_running_stats_", "CPU", _update_running
 torch.library.impl("byol_kernels::update_running_stats_", "CUDA", _update_running_stats_cuda)
 
 
-def _update_running_stats_fake(*args: object) -> None:
+def _update_running_stats_fake(*args: Any) -> None:
     return None
 
 
