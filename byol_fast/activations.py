@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
-from byol_fast.batchnorm import is_converted
+from byol_fast.batchnorm import is_converted, not_counted
 
 
 def checkpoint_blocks(encoder: nn.Module) -> int:
@@ -60,25 +60,10 @@ class _Recomputed:
         if not block.training:
             return forward(block, *inputs)
 
+        # Converted norms see to it themselves that nothing is counted twice; some networks keep torch's.
+        plain = [m for m in block.modules() if isinstance(m, _NormBase) and not is_converted(m)]
+
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), _not_counted(block)
+            return nullcontext(), not_counted(plain)
 
         return checkpoint(forward, block, *inputs, use_reentrant=False, context_fn=contexts)
-
-
-@contextmanager
-def _not_counted(block: nn.Module) -> Iterator[None]:
-    """Keep the running statistics that a block's norms would move a second time.
-
-    Those that take stacked views see to that themselves; networks that cannot take them keep torch's. With momentum 0
-    and not without running statistics: what autograd saves has to be the same both times.
-    """
-    norms = [m for m in block.modules() if isinstance(m, _NormBase) and not is_converted(m)]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, count

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import _pytree as pytree
 
@@ -93,7 +93,7 @@ def keep_to_itself(network: nn.Module) -> None:
 
 
 def is_converted(module: nn.Module) -> bool:
-    """Whether a module is a batch norm that tells stacked views apart."""
+    """True for a batch norm that tells stacked views apart."""
     return isinstance(module, _ViewsBase)
 
 
@@ -134,6 +134,25 @@ def views_stacked(network: nn.Module, views: int, collected: list[BatchStats] | 
     finally:
         for norm, previous in zip(norms, before, strict=True):
             norm.views, norm.collected = previous
+
+
+@contextmanager
+def not_counted(norms: Sequence[_NormBase]) -> Iterator[None]:
+    """Within this, norms keep their running statistics: of a batch that has been counted already.
+
+    With momentum 0 and not without running statistics: what autograd saves has to be the same both times.
+
+    Args:
+        norms: batch or instance norms.
+    """
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, previous in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = previous
 
 
 def number_layers(networks: Sequence[nn.Module]) -> list[_ViewsBase]:
@@ -187,25 +206,9 @@ class _ViewsBase(_BatchNorm):
             )
         return views, collects
 
-    @contextmanager
-    def _not_counted(self, recomputed: bool) -> Iterator[None]:
-        """Keep running statistics as they are where a batch has been counted already.
-
-        With momentum 0 and not without running statistics: what autograd saves has to be the same both times.
-        """
-        if not recomputed:
-            yield
-            return
-        before = self.momentum, self.num_batches_tracked
-        self.momentum, self.num_batches_tracked = 0.0, None
-        try:
-            yield
-        finally:
-            self.momentum, self.num_batches_tracked = before
-
 
 def _is_recomputed() -> bool:
-    """Whether a forward pass is part of a backward pass: activations that were not kept are computed again."""
+    """True within a backward pass: a forward pass there computes activations again that were not kept."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -223,7 +226,7 @@ class _Views(_ViewsBase):
         views, collects = self._call(x, recomputed=recomputed)
         synchronised = self.synchronised and distributed.is_available() and distributed.is_initialized()
         if views == 1 and not synchronised and not collects:
-            with self._not_counted(recomputed):
+            with not_counted([self] if recomputed else []):
                 return _BatchNorm.forward(self, x)
         self._check_input_dim(x)  # type: ignore[no-untyped-call]
         if x.numel() == views * x.shape[1] and not synchronised:
@@ -276,7 +279,7 @@ class _Apart(_ViewsBase):
             return forward(x)
         recomputed = _is_recomputed()
         views, _ = self._call(x, recomputed=recomputed)
-        with self._not_counted(recomputed):
+        with not_counted([self] if recomputed else []):
             return forward(x) if views == 1 else torch.cat([forward(view) for view in x.chunk(views)])
 
 

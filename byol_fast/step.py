@@ -219,21 +219,24 @@ class TrainStep:
 
     def _update(self) -> None:
         """The optimizer's step, then the target follows; our LARS does both in the same pass over the weights."""
-        optimizer, tau = self.optimizer, self._tau
+        optimizer = self.optimizer
         optimizer.found_inf = self.bad  # type: ignore[attr-defined]
         optimizer.grad_scale = None if self.loss_scale is None else self.loss_scale.scale  # type: ignore[attr-defined]
         if isinstance(optimizer, LARS):
             copies = None if self.copies is None else self.copies.of
-            optimizer.step(ema=(self.target_of, tau) if self.target_of else None, copies=copies)
+            optimizer.step(ema=(self.target_of, self._tau) if self.target_of else None, copies=copies)
         else:
             self._look_at_gradients()
             optimizer.step()
+            self._move_target()
         # A step that somebody else takes with this optimizer has a flag and a scale of its own.
         optimizer.found_inf = optimizer.grad_scale = None  # type: ignore[attr-defined]
-        if self.target_of and not isinstance(optimizer, LARS):
+
+    def _move_target(self) -> None:
+        """The target's moving average in a launch of its own; with tau 1 it stays as it is, bit for bit."""
+        if self.target_of:
             on_cpu = self.device.type == "cpu"
-            # The average with tau 1 leaves the target as it is, bit for bit.
-            tau = (1.0 if self.bad else tau) if on_cpu else torch.where(self.bad > 0, 1.0, tau)
+            tau = (1.0 if self.bad else self._tau) if on_cpu else torch.where(self.bad > 0, 1.0, self._tau)
             ema_update_(list(self.target_of.values()), list(self.target_of), tau)
 
     def _set_rates(self, lr: float, constant_lr: float, tau: float) -> None:
