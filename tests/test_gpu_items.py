@@ -214,7 +214,7 @@ def test_ncu_is_asked_for_the_heaviest_kernels(tmp_path: Path) -> None:
 
 
 def test_what_ncu_prints_is_recorded(tmp_path: Path) -> None:
-    metrics = (*inductor.NCU_METRICS, observe.OCCUPANCY)
+    metrics = inductor.NCU_METRICS
     header = '"ID","Process ID","Kernel Name",' + ",".join(f'"{metric}"' for metric in metrics)
     rows = [
         header,

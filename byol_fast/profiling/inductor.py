@@ -17,7 +17,10 @@ from typing import Any
 
 from byol_fast.profiling.kernels import family_of
 
-NCU_METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum", "gpu__time_duration.sum")
+NCU_METRICS = (
+    "dram__bytes_read.sum", "dram__bytes_write.sum", "gpu__time_duration.sum",
+    "sm__warps_active.avg.pct_of_peak_sustained_active",
+)  # fmt: skip
 
 _KERNEL = re.compile(r"(?:^def |async_compile\.(?:triton|cpp_pybinding)\(')(\w+)", re.MULTILINE)
 _DEFINITION = re.compile(r"^(\w+) = async_compile\.triton\('(\w+)', '''(.*?)'''", re.MULTILINE | re.DOTALL)
@@ -120,8 +123,8 @@ def read_ncu(text: str) -> list[dict[str, Any]]:
         text: what ncu has printed, its messages included.
 
     Returns:
-        `kernel`, `family`, `launches`, `read_bytes`, `written_bytes`, `seconds`, `gb_per_s`; empty where there is no
-        table.
+        `kernel`, `family`, `launches`, `read_bytes`, `written_bytes`, `seconds`, `gb_per_s`, `occupancy_percent`
+        (mean of the launches, of the warps that fit); empty where there is no table.
     """
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
@@ -132,7 +135,7 @@ def read_ncu(text: str) -> list[dict[str, Any]]:
         name = row.get("Kernel Name") or ""
         if not name:  # the row of units
             continue
-        read, written, nanoseconds = (_number(row.get(metric)) for metric in NCU_METRICS)
+        read, written, nanoseconds, occupancy = (_number(row.get(metric)) for metric in NCU_METRICS)
         entry = found.setdefault(
             name,
             {
@@ -142,15 +145,18 @@ def read_ncu(text: str) -> list[dict[str, Any]]:
                 "read_bytes": 0.0,
                 "written_bytes": 0.0,
                 "seconds": 0.0,
+                "occupancy_percent": 0.0,
             },
         )
         entry["launches"] += 1
         entry["read_bytes"] += read
         entry["written_bytes"] += written
         entry["seconds"] += nanoseconds * 1e-9
+        entry["occupancy_percent"] += occupancy
     for entry in found.values():
         moved = entry["read_bytes"] + entry["written_bytes"]
         entry["gb_per_s"] = moved / entry["seconds"] / 1e9 if entry["seconds"] else 0.0
+        entry["occupancy_percent"] /= entry["launches"]
     return sorted(found.values(), key=lambda e: -(e["read_bytes"] + e["written_bytes"]))
 
 

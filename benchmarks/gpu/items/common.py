@@ -1,4 +1,4 @@
-"""What items share: sizes, checks of values, equal backend flags, and byol_fast's step in its modes."""
+"""Shared by the items: sizes, checks of values, equal backend flags, and byol_fast's step in its modes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DRY = os.environ.get("BYOL_FAST_DRY") == "1"
 
 
 def is_small(context: Context) -> bool:
-    """Whether tiny sizes are wanted."""
+    """True in a rehearsal and in a dry run: tiny sizes."""
     return context.rehearsal or DRY
 
 
@@ -154,19 +154,30 @@ def normalized_views(problem: Problem) -> tuple[Tensor, ...]:
     return tuple(normalize(view) for view in raw_views(problem))
 
 
+def link_copies(context: Context, photographs: Path) -> None:
+    """Give each image of a folder fifteen more names: a batch needs as many. With tiny sizes a few images do.
+
+    Args:
+        context: of the item.
+        photographs: folder of JPEG files.
+    """
+    for path in [] if is_small(context) else sorted(photographs.glob("*.jpg")):
+        for number in range(15):
+            os.link(path, photographs / f"{path.stem}-{number}.jpg")
+
+
 # ------------------------------------------------------------------------------------------------ byol_fast's step
 
 
-def byol_fast_step(context: Context, problem: Problem, mode: StepMode = "eager", **options: Any) -> Ours:
+def byol_fast_step(context: Context, problem: Problem, mode: StepMode = "eager") -> Ours:
     """byol_fast's step in bf16, on uint8 views, which it normalizes; what is compiled compiles at the first call.
 
     Args:
         context: of the item.
         problem: what to do.
         mode: of the step.
-        **options: of `Ours`.
     """
-    step = Ours(problem, **{"precision": "bf16", "memory": False, "small_maps": False, **options})
+    step = Ours(problem, precision="bf16", memory=False, small_maps=False)
     step.batch = Batch(*raw_views(problem), torch.arange(problem.batch_size))
     if mode != "eager":
         step.step.forward = compiled_forward(context, step.task)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.item import Context
-from benchmarks.gpu.items.common import Checks, byol_fast_step, free, is_small, resnet50, same_flags
+from benchmarks.gpu.items.common import Checks, byol_fast_step, free, is_small, link_copies, resnet50, same_flags
 from benchmarks.gpu.items.timing import rounded
 from byol_fast import config as configs
 from byol_fast import recipes
@@ -42,9 +41,7 @@ def run(context: Context) -> str | None:
     with tempfile.TemporaryDirectory() as folder:
         photographs = write_photographs(Path(folder), 8 if small else 64)
         compare(context, checks, open_source(photographs), num_images=4 if small else parity.NUM_IMAGES)
-        for path in sorted(photographs.glob("*.jpg")):  # the same files under more names: a batch needs as many
-            for number in range(0 if small else 15):
-                os.link(path, photographs / f"{path.stem}-{number}.jpg")
+        link_copies(context, photographs)
         source = open_source(photographs)
         under_load(context, checks, source)
         for name, data in LOADERS.items():

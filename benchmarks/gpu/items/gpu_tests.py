@@ -30,7 +30,7 @@ AT_A_TIME = 4
 RESERVE = 6.0
 """Seconds before the deadline at which what still runs is ended, so that the logs are packed."""
 LONGEST = ("training", "step", "kernels", "parity", "decode", "export")
-"""What takes long begins first, so that none of it is left running alone."""
+"""Capabilities whose tests take longest; they begin first, so that none is left running alone."""
 ARCHIVE = "gpu_tests.tgz"
 
 
@@ -46,7 +46,7 @@ class Group:
 
 @dataclass
 class Outcome:
-    """What became of a group's tests."""
+    """Outcome of a group's tests."""
 
     passed: int = 0
     skips: Counter[str] = field(default_factory=Counter)
@@ -125,14 +125,12 @@ class Process:
         self._records, self._log = folder / f"{name}.jsonl", folder / f"{name}.log"
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--capability", group.capability]
         command += ["-p", "benchmarks.gpu.items.pytest_records", "-p", "no:cacheprovider", "--show-capture=no"]
-        paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 [*command, "--continue-on-collection-errors", "--durations=5", *group.options, *group.paths],
                 cwd=ROOT,
                 env={
                     **os.environ,
-                    "PYTHONPATH": os.pathsep.join(filter(None, paths)),
                     VARIABLE: str(self._records),
                     **({"BYOL_FAST_REHEARSE": "1"} if on_cpu else {}),
                 },
@@ -142,7 +140,7 @@ class Process:
             )
 
     def is_done(self) -> bool:
-        """Whether it has ended."""
+        """True once the process has ended."""
         return self._process.poll() is not None
 
     def end(self) -> None:
@@ -152,7 +150,7 @@ class Process:
         self._process.wait()
 
     def outcome(self, *, timed_out: bool) -> Outcome:
-        """What its tests have written down, and how it ended.
+        """Outcome of its tests, from the records that they wrote and its exit code.
 
         Args:
             timed_out: it was ended because the time was over.
@@ -199,6 +197,6 @@ def _record(context: Context, group: Group, outcome: Outcome) -> Counter[str]:
     values = {"skips": reasons} if reasons else {}
     context.record(f"tests: {group.name}", **counts, seconds=round(outcome.seconds, 1), **values)
     for test, message in outcome.failures.items():
-        where = CAPABILITIES[group.capability].look_at
+        where = CAPABILITIES[group.capability]
         context.record(f"failed: {test}", message=" ".join(message.split())[:400], look_at=where)
     return Counter(counts)

@@ -48,7 +48,7 @@ class Group(NamedTuple):
     eager: tuple[str, ...] = ()
     """Candidates that no graph can hold: they wait for the device."""
     repeats: int = 1
-    """How often a call does its work."""
+    """Times that a call does its work."""
     images: int | None = None
     """That a call processes."""
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -18,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.item import Context, Item
-from benchmarks.gpu.items.common import ROOT, byol_fast_step, free, is_small, resnet50, same_flags
+from benchmarks.gpu.items.common import ROOT, byol_fast_step, free, is_small, link_copies, resnet50, same_flags
 from benchmarks.gpu.items.timing import rounded
 from byol_fast import config as configs
 from byol_fast import recipes
@@ -36,7 +33,6 @@ OURS = (
     *("_lars_norms_kernel", "_lars_apply_kernel", "_ema_update_kernel"),
     *("_normalized_mse_fwd_kernel", "_normalized_mse_bwd_kernel"),
 )
-OCCUPANCY = "sm__warps_active.avg.pct_of_peak_sustained_active"
 
 
 def profile(context: Context) -> None:
@@ -44,9 +40,7 @@ def profile(context: Context) -> None:
     small = is_small(context)
     with tempfile.TemporaryDirectory() as temporary:
         photographs = write_photographs(Path(temporary) / "photographs", 8 if small else 64)
-        for path in [] if small else sorted(photographs.glob("???.jpg")):
-            for number in range(15):
-                os.link(path, photographs / f"{path.stem}-{number}.jpg")
+        link_copies(context, photographs)
         changes: dict[str, Any] = {
             "data.root": photographs,
             "device": context.device,
@@ -88,7 +82,7 @@ def ncu(context: Context) -> None:
     pattern = chosen_kernels(context.folder.parent / "resnet50_compiled" / "kernels.json")
     command = ["ncu", "--csv", "--page", "raw", "--print-units", "base", "--profile-from-start", "off"]
     command += ["--clock-control", "none", "--target-processes", "application-only"]
-    command += ["--metrics", ",".join((*inductor.NCU_METRICS, OCCUPANCY))]
+    command += ["--metrics", ",".join(inductor.NCU_METRICS)]
     command += ["--kernel-name", f"regex:{pattern}", "--launch-count", str(LAUNCHES)]
     command += [sys.executable, "-m", __name__, context.device, str(int(context.rehearsal)), str(context.folder)]
     free(context)
@@ -127,7 +121,6 @@ def record_kernels(context: Context, table: str, problem: str) -> None:
     kernels = inductor.read_ncu(table)
     if not kernels:
         raise RuntimeError(f"ncu: no table in {context.folder / 'ncu.csv'}; {problem}")
-    occupancies = occupancy(table)
     for kernel in kernels:
         context.record(
             f"ncu: {kernel['kernel'][:100]}",
@@ -136,26 +129,11 @@ def record_kernels(context: Context, table: str, problem: str) -> None:
             written_gb=rounded(kernel["written_bytes"] / 1e9),
             ms=rounded(kernel["seconds"] * 1e3),
             gb_per_s=rounded(kernel["gb_per_s"]),
-            occupancy_percent=rounded(occupancies[kernel["kernel"]]),
+            occupancy_percent=rounded(kernel["occupancy_percent"]),
         )
     for family in inductor.by_family(kernels):
         values = {name: rounded(family[name]) for name in ("gb", "ms")}
         context.record(f"ncu, family: {family['family']}", launches=family["launches"], **values)
-
-
-def occupancy(table: str) -> dict[str, float]:
-    """Mean occupancy of each kernel's launches, in percent of the warps that fit.
-
-    Args:
-        table: what ncu has printed.
-    """
-    lines = table.splitlines()
-    start = next(number for number, line in enumerate(lines) if line.startswith('"ID"'))
-    found: dict[str, list[float]] = {}
-    for row in csv.DictReader(io.StringIO("\n".join(lines[start:]))):
-        if row.get("Kernel Name"):  # not the row of units
-            found.setdefault(row["Kernel Name"], []).append(float((row.get(OCCUPANCY) or "nan").replace(",", "")))
-    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def one_step(context: Context) -> None:

@@ -27,7 +27,7 @@ TIMES = 2.0
 
 
 def problem(context: Context) -> SmallProblem:
-    """What all have to do."""
+    """The training problem of all candidates."""
     return SmallProblem(batch_size=32, hidden_dim=128, projection_dim=64, device=context.device)
 
 
@@ -60,7 +60,7 @@ def views(small: Problem, step: int) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class State:
-    """What steps change, by kind, and their losses."""
+    """Tensors that steps change, by kind, and the losses."""
 
     losses: list[Tensor]
     kinds: dict[str, list[Tensor]]
