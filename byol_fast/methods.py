@@ -94,7 +94,7 @@ class SelfSupervisedTask(nn.Module, ABC):
     views: Views
     """How views pass the networks; `separate` where `batched` was asked for and cannot be, see `views_note`."""
     collects_statistics: bool = False
-    """Whether `training_output` returns the statistics of batch norms instead of moving the running ones: for a step
+    """Let `training_output` return the statistics of batch norms instead of moving the running ones: for a step
     that may yet be skipped. Only `TrainStep` sets it, for the length of a call."""
     _online_call: list[nn.Module]
     views_note: str | None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import pytest
 import torch
@@ -23,52 +23,35 @@ NOT_HERE = None
 """What `launches` says on a CPU."""
 
 
-class Capability(NamedTuple):
-    """What a group of tests shows."""
-
-    shows: str
-    look_at: str
-    """Where to begin when it fails."""
-
-
 CAPABILITIES = {
-    "kernels": Capability(
-        "kernels against float64, all dtypes",
-        "kernels/byol_kernels/NAME.py of the test's file name; compute-sanitizer python3 -m pytest -m gpu TEST for a "
-        "wrong address; a moving error is a race",
-    ),
-    "sass": Capability(
-        "machine code of what really ran",
-        "registers, spills and widths in the message; python -m tests.kernels.sass prints what was expected; num_warps "
-        "and maxnreg where the kernel is launched",
-    ),
-    "launches": Capability(
-        "launches, host syncs, CUDA graphs of the kernels",
-        "the launcher of the kernel that is named; MultiTensorPlan.tables where a graph reads old addresses",
-    ),
-    "step": Capability(
-        "compiled and captured step equal to eager",
-        "byol_fast/capture.py; with TORCH_LOGS=recompiles,graph_breaks; mode compile without graph tells whether "
-        "inductor or the capture is to blame",
-    ),
-    "training": Capability(
-        "training: precisions, loaders, undone steps, out of memory", "byol_fast/step.py and trainer.py; metrics.jsonl"
-    ),
-    "resume": Capability("resume", "byol_fast/state.py; losses before and after the break in the message"),
-    "parity": Capability(
-        "DALI's GPU pipeline and our kernels beside torchvision",
-        "the row of the parity table in the message: operator, backend, error; byol_fast/data/dali.py",
-    ),
-    "decode": Capability(
-        "decoding under load",
-        "byol_fast/data/dali.py: a decoder that writes after its stream was said to be done; try hw_decoder_load 0, "
-        "then fancy upsampling",
-    ),
-    "resident": Capability("data that lies on the GPU", "byol_fast/data/resident.py; byol_kernels/crop.py, draws.py"),
-    "ddp": Capability("DDP with one rank, NCCL", "byol_fast/distributed.py; NCCL_DEBUG=INFO; free space in /dev/shm"),
-    "knn": Capability("kNN on the GPU", "byol_fast/evaluate/knn.py; allow_tf32 changes similarities"),
-    "export": Capability("export of what a GPU has trained", "byol_fast/export.py, export_formats.py"),
+    # kernels against float64, all dtypes
+    "kernels": "kernels/byol_kernels/NAME.py of the test's file name; compute-sanitizer python3 -m pytest -m gpu TEST "
+    "for a wrong address; a moving error is a race",
+    # machine code of what really ran
+    "sass": "registers, spills and widths in the message; python -m tests.kernels.sass prints what was expected; "
+    "num_warps and maxnreg where the kernel is launched",
+    # launches, host syncs, CUDA graphs of the kernels
+    "launches": "the launcher of the kernel that is named; MultiTensorPlan.tables where a graph reads old addresses",
+    # compiled and captured step equal to eager
+    "step": "byol_fast/capture.py; with TORCH_LOGS=recompiles,graph_breaks; mode compile without graph tells whether "
+    "inductor or the capture is to blame",
+    # precisions, loaders, skipped steps, out of memory
+    "training": "byol_fast/step.py and trainer.py; metrics.jsonl",
+    "resume": "byol_fast/state.py; losses before and after the break in the message",
+    # DALI's GPU pipeline and our kernels beside torchvision
+    "parity": "the row of the parity table in the message: operator, backend, error; byol_fast/data/dali.py",
+    # decoding under load
+    "decode": "byol_fast/data/dali.py: a decoder that writes after its stream was said to be done; try hw_decoder_load "
+    "0, then fancy upsampling",
+    # data that lies on the GPU
+    "resident": "byol_fast/data/resident.py; byol_kernels/crop.py, draws.py",
+    # one rank, NCCL
+    "ddp": "byol_fast/distributed.py; NCCL_DEBUG=INFO; free space in /dev/shm",
+    "knn": "byol_fast/evaluate/knn.py; allow_tf32 changes similarities",
+    # of what a GPU has trained
+    "export": "byol_fast/export.py, export_formats.py",
 }
+"""Capabilities that tests marked gpu belong to, each with the place to begin when its tests fail."""
 
 
 @contextmanager

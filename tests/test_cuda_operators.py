@@ -1,4 +1,4 @@
-"""What a training step asks of CUDA, compared on the CPU with what torch's CUDA operators have executed.
+"""Operators and dtypes that a training step calls, compared with those that torch's CUDA dispatch accepted.
 
 The CPU has operators for dtypes that CUDA lacks, so a step that runs here may fail in its first second on a GPU.
 """

@@ -1,4 +1,4 @@
-"""What a compiled step is made of: inductor's generated code and ncu's table, read back."""
+"""Readers of inductor's generated code and of ncu's table."""
 
 from __future__ import annotations
 

@@ -15,12 +15,12 @@ START_SECONDS = 8.0
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """What to run, what for, and what it takes. Importing items imports neither torch nor byol_fast."""
+    """A measurement or check of the queue. Importing items imports neither torch nor byol_fast."""
 
     name: str
     """Letters, digits and underscores; the name of its result file."""
     question: str
-    """What it answers, in one line."""
+    """The question that it answers, in one line."""
     run: str
     """`"module:function"`; the function takes a `Context` and records figures.
 
@@ -53,7 +53,7 @@ class Item:
 
 
 class Context:
-    """What an item's function gets.
+    """The argument of an item's function: where figures go, and how much time is left.
 
     Args:
         item: the item that is running.

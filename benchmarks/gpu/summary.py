@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 LIMIT = 8000
-"""Characters of a summary: what a GPU host hands back of an output may be cut at its beginning."""
+"""Characters of a summary: long output may arrive with its beginning cut off."""
 WIDTH = 180
 """Characters of a line."""
 STATES = {"complete": "done"}

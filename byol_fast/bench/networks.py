@@ -47,7 +47,7 @@ class Problem:
     projection_dim: int = 256
     device: str = "cpu"
     cudnn_benchmark: bool = False
-    """Whether cuDNN times its algorithms and takes the fastest, for every candidate."""
+    """Let cuDNN time its algorithms and take the fastest, for every candidate."""
 
     def new_encoder(self) -> nn.Module:
         """The encoder, with weights that only depend on torch's seed."""

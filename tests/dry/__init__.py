@@ -19,4 +19,4 @@ compares on the CPU with what a step asks for.
 """
 
 OK, FAILED = "ok  ", "FAIL"
-"""How the line of a result begins; whatever else a section prints is its log."""
+"""First characters of the line of a result; whatever else a section prints is its log."""

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from byol_fast.step import TrainStep
 
 FILE = Path(__file__).parents[1] / "cuda_operators.json"
-"""What torch's CUDA operators have executed in a dry run; `make dry` writes it."""
+"""Calls that torch's CUDA dispatch accepted in a dry run; `make dry` writes it."""
 NAMESPACES = ("aten::", "byol_kernels::")
 
 Calls = dict[str, set[str]]

@@ -1,4 +1,4 @@
-"""What a dry run tries. Each section runs in a process of its own: `python -m tests.dry.sections NAME`.
+"""Sections of a dry run. Each runs in a process of its own: `python -m tests.dry.sections NAME`.
 
 Numbers mean nothing here, because no kernel runs: only exceptions are failures.
 """

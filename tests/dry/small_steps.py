@@ -41,7 +41,7 @@ SCHEDULE = RunSchedule(
 
 
 class Combination(NamedTuple):
-    """How a step is run."""
+    """Mode, precision and optimizer of a step."""
 
     mode: ModeName
     precision: PrecisionName

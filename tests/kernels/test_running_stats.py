@@ -29,7 +29,7 @@ class Layers:
         return [mean.contiguous() for _, mean in both], [var.contiguous() for var, _ in both]
 
     def by_torch(self) -> None:
-        """What torch does in its forward pass, call by call."""
+        """Move the running statistics in torch's forward pass, call by call."""
         for norm, x in zip(self.norms, self.inputs, strict=True):
             for split in x:
                 norm(split)
