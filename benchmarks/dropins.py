@@ -1,4 +1,4 @@
-"""The drop-ins of `byol_fast.dropins` beside what they stand in for: how far apart the numbers are, and how fast.
+"""The drop-ins of `byol_fast.compat` beside what they stand in for: how far apart the numbers are, and how fast.
 
     python -m benchmarks.dropins [--rounds N] [--device cuda] [--only TEXT] [--photographs FOLDER] [--save FOLDER]
 
@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import swa_utils
 
-from byol_fast import dropins
 from byol_fast.bench.counting import Case, Suite, is_installed, measure, peer_versions
 from byol_fast.bench.kernels import DECAY, LR, MOMENTUM, TAU, Weights
 from byol_fast.bench.results import Results
 from byol_fast.bench.timing import interleaved
+from byol_fast.compat import lightly, timm
+from byol_fast.compat import torch as swa
 from byol_fast.data import open_source
 from byol_kernels import LARS
 
@@ -63,7 +64,7 @@ def loss(device: str, batch: int) -> tuple[Suite, dict[str, float]]:
 
         return run
 
-    ours, theirs = gradients(dropins.NegativeCosineSimilarity()), gradients(NegativeCosineSimilarity())
+    ours, theirs = gradients(lightly.NegativeCosineSimilarity()), gradients(NegativeCosineSimilarity())
     off = {"ours": difference(ours(), theirs())}
     repeats = max(1, 2048 // batch)
 
@@ -93,7 +94,7 @@ def momentum(device: str) -> tuple[Suite, dict[str, float]]:
     w = Weights(device)
     online, target = w.modules()
     cases: dict[str, Case] = {
-        "ours": lambda: dropins.update_momentum(online, target, TAU),
+        "ours": lambda: lightly.update_momentum(online, target, TAU),
         "lightly": lambda: update_momentum(online, target, TAU),
     }
     off = {"ours": difference(after(STEPS, cases["ours"], w), after(STEPS, cases["lightly"], w))}
@@ -135,7 +136,7 @@ def timm_average(device: str) -> tuple[Suite, dict[str, float]]:
     from timm.utils.model_ema import ModelEmaV3
 
     def make(model: nn.Module) -> dict[str, Any]:
-        ours, theirs = dropins.ModelEmaV3(model, decay=TAU), ModelEmaV3(model, decay=TAU)
+        ours, theirs = timm.ModelEmaV3(model, decay=TAU), ModelEmaV3(model, decay=TAU)
         return {"ours": (ours, ours.update), "timm": (theirs, theirs.update)}
 
     return averages(device, make, "timm")
@@ -144,8 +145,8 @@ def timm_average(device: str) -> tuple[Suite, dict[str, float]]:
 def torch_average(device: str) -> tuple[Suite, dict[str, float]]:
     def make(model: nn.Module) -> dict[str, Any]:
         found = {}
-        for name, function in (("ours", dropins.get_ema_multi_avg_fn), ("torch", swa_utils.get_ema_multi_avg_fn)):
-            kind = dropins.AveragedModel if name == "ours" else swa_utils.AveragedModel
+        for name, function in (("ours", swa.get_ema_multi_avg_fn), ("torch", swa_utils.get_ema_multi_avg_fn)):
+            kind = swa.AveragedModel if name == "ours" else swa_utils.AveragedModel
             average = kind(model, multi_avg_fn=function(TAU))
             average.update_parameters(model)  # the first call copies
             found[name] = (average, average.update_parameters)
@@ -162,7 +163,7 @@ def lars(device: str) -> tuple[Suite, dict[str, float]]:
 
     w = Weights(device)
     optimizers: dict[str, torch.optim.Optimizer] = {
-        "ours": dropins.LARS(w.groups(), lr=LR, momentum=MOMENTUM),
+        "ours": lightly.LARS(w.groups(), lr=LR, momentum=MOMENTUM),
         "lightly": LightlyLARS(w.groups(), lr=LR, momentum=MOMENTUM),
         "byol_kernels.LARS, the reference's rule": LARS(w.online, lr=LR, momentum=MOMENTUM, weight_decay=DECAY),
     }
@@ -185,7 +186,7 @@ def views(results: Results, folder: Path, rounds: int) -> None:
 
     source = open_source(folder)
     pictures = [source.load(i) for i in range(min(16, len(source)))]
-    kinds = {"ours": dropins.BYOLTransform(), "lightly": peer.BYOLTransform()}
+    kinds = {"ours": lightly.BYOLTransform(), "lightly": peer.BYOLTransform()}
     levels = {
         name: torch.stack([torch.stack(pair(picture.resize((256, 256)))) for picture in pictures])
         for name, pair in {
@@ -193,7 +194,7 @@ def views(results: Results, folder: Path, rounds: int) -> None:
             name: module.BYOLTransform(*(kind(min_scale=1.0, cj_prob=0, random_gray_scale=1, gaussian_blur=0,
                                               solarization_prob=0, hf_prob=0, normalize=None)
                                          for kind in (module.BYOLView1Transform, module.BYOLView2Transform)))
-            for name, module in (("ours", dropins), ("lightly", peer))
+            for name, module in (("ours", lightly), ("lightly", peer))
         }.items()
     }  # fmt: skip
     off = float((levels["ours"] - levels["lightly"]).abs().max())

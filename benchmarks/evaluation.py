@@ -24,20 +24,13 @@ import torch
 from rich.console import Console
 from torch.nn import functional as F
 
-from byol_fast import environment
-from byol_fast.evaluate import (
-    Evaluation,
-    evaluate_finetune,
-    evaluate_knn,
-    evaluate_linear,
-    knn_predict,
-    load_subject,
-)
-from byol_fast.evaluate.inputs import Workplace, open_images
+from byol_fast.config.evaluation import EvalSettings
+from byol_fast.evaluate import Evaluation, evaluate_finetune, evaluate_knn, evaluate_linear, knn_predict, load_subject
+from byol_fast.evaluate.encoder import Workplace, open_images
 from byol_fast.evaluate.linear import LogisticProblem
 from byol_fast.evaluate.progress import Progress
-from byol_fast.files import atomic_path, atomic_write
-from byol_fast.protocols import EvalSettings
+from byol_fast.utils import env
+from byol_fast.utils.files import atomic_path, atomic_write
 
 COLUMNS = ("protocol", "contender", "top1", "low95", "high95", "top5", "num_train", "num_test", "chosen", "cpu_seconds")
 AGREEMENT_COLUMNS = ("what", "peer", "version", "same_class", "images", "top1_ours", "top1_theirs")
@@ -67,7 +60,7 @@ def agreement(run: Path, train: Path | None, test: Path | None, sizes: EvalSetti
     def compare(what: str, peer: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
         same = (ours == theirs).double().mean().item()
         right = [(guess == test_y).double().mean().item() for guess in (ours, theirs)]
-        rows.append([what, peer, environment.version(peer), same, len(ours), *right])
+        rows.append([what, peer, env.version(peer), same, len(ours), *right])
         print(
             f"{what}, {peer}: {same:.2%} of {len(ours)} images get the same class; top-1 {right[0]:.2%}, {right[1]:.2%}"
         )
@@ -173,7 +166,7 @@ def save(folder: Path | None, name: str, columns: tuple[str, ...], rows: list[li
         writer.writerow(columns)
         writer.writerows([[round(v, 6) if isinstance(v, float) else v for v in row] for row in rows])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    record = environment.describe(device) | {"date": time.strftime("%Y-%m-%d")}
+    record = env.describe(device) | {"date": time.strftime("%Y-%m-%d")}
     atomic_write(folder / "environment.json", json.dumps(record, indent=2) + "\n")
 
 

@@ -25,15 +25,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import guide_original
-from byol_fast import compat
 from byol_fast.bench.processes import Job, measure
 from byol_fast.bench.results import Results
+from byol_fast.compat import guide
 from byol_fast.data import open_source
-from byol_fast.data.torchvision_loader import decoded
-from byol_fast.networks import Normalize
+from byol_fast.data.loaders.threaded import decoded
+from byol_fast.models.layers import Normalize
 
 OURS, GUIDE = "ours: byol_fast.compat", "the guide's own code, restated"
-MODULES: dict[str, Any] = {OURS: compat, GUIDE: guide_original}
+MODULES: dict[str, Any] = {OURS: guide, GUIDE: guide_original}
 
 
 def model_of(module: Any, seed: int = 0) -> Any:
@@ -50,7 +50,7 @@ def images_of(data: str, batch_size: int) -> Tensor:
     source = open_source(data)
     numbers = np.linspace(0, len(source) - 1, batch_size).astype(int).tolist()
     levels = torch.cat([decoded(source, i) for i in numbers]).contiguous()
-    images: Tensor = Normalize(compat.CIFAR10_MEAN, compat.CIFAR10_STD)(levels)
+    images: Tensor = Normalize(guide.CIFAR10_MEAN, guide.CIFAR10_STD)(levels)
     return images
 
 
@@ -67,7 +67,7 @@ def make(who: str, what: str, data: str, batch_size: int, device: str) -> Callab
 def check() -> str:
     """What shows that both compute the same from the same views; raises where they do not."""
     theirs = model_of(guide_original).double()
-    ours = model_of(compat).double()
+    ours = model_of(guide).double()
     pairs = (
         (ours.online_encoder.feature_extractor, theirs.online_encoder[0]),
         (ours.online_encoder.projector, theirs.online_encoder[2]),
@@ -89,7 +89,7 @@ def check() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default=os.environ.get(compat.FOLDER), help="folder of CIFAR-10's training images")
+    parser.add_argument("--data", default=os.environ.get(guide.FOLDER), help="folder of CIFAR-10's training images")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="folder for the results")
     arguments = parser.parse_args()
     if not arguments.data:
-        parser.error(f"--data must name a folder of images; or set {compat.FOLDER}")
+        parser.error(f"--data must name a folder of images; or set {guide.FOLDER}")
     print(check())
     device = torch.device(arguments.device)
     settings = {"batch_size": arguments.batch_size, "threads": arguments.threads, "view": 224, "encoder": "resnet18"}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from byol_fast.bench.results import SuiteResult, load
-from byol_fast.files import atomic_write
+from byol_fast.utils.files import atomic_write
 
 ROOT = Path(__file__).parents[1]
 FROM_IMAGES = {"data", "end-to-end"}

@@ -16,16 +16,17 @@ from typing import NamedTuple
 
 import torch
 
-from byol_fast import environment
 from byol_fast.bench.counting import Case, Count
 from byol_fast.bench.kernels import optimizer_suite
 from byol_fast.config import OptimConfig
 from byol_fast.data import Batch
-from byol_fast.files import atomic_path, atomic_write
-from byol_fast.methods import BYOL, SelfSupervisedTask
-from byol_fast.optim import make_optimizer
-from byol_fast.schedules import RunSchedule
-from byol_fast.step import TrainStep
+from byol_fast.models.base import SelfSupervisedTask
+from byol_fast.models.byol import BYOL
+from byol_fast.optim.optimizers import make_optimizer
+from byol_fast.optim.schedules import RunSchedule
+from byol_fast.training.train_step import TrainStep
+from byol_fast.utils import env
+from byol_fast.utils.files import atomic_path, atomic_write
 
 SCHEDULE = RunSchedule(
     total_steps=100, warmup_steps=0, base_lr=0.2, batch_size=256, lr_schedule="cosine", tau_base=0.99,
@@ -87,7 +88,7 @@ def rows() -> list[tuple[str, Asked]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--save", type=Path, help="folder for step_ops.csv and environment.json")
+    parser.add_argument("--save", type=Path, help="folder for step_ops.csv and env.json")
     arguments = parser.parse_args()
     found = rows()
     for name, asked in found:
@@ -98,7 +99,7 @@ def main() -> None:
             writer = csv.writer(file)
             writer.writerow(("provider", "ops", "host_syncs"))
             writer.writerows((name, *asked) for name, asked in found)
-        record = environment.measured_on(torch.device("cpu"))
+        record = env.measured_on(torch.device("cpu"))
         atomic_write(arguments.save / "environment.json", json.dumps(record, indent=2) + "\n")
 
 

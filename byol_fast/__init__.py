@@ -12,28 +12,29 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from byol_fast.api import pretrain
-    from byol_fast.callbacks import Callback
     from byol_fast.config import Config
     from byol_fast.evaluate import knn_predict
-    from byol_fast.export import load_encoder
-    from byol_fast.methods import BYOL, SimSiam
-    from byol_fast.trainer import RunResult, Trainer
+    from byol_fast.export.encoder import load_encoder
+    from byol_fast.models.byol import BYOL
+    from byol_fast.models.simsiam import SimSiam
+    from byol_fast.training.callbacks import Callback
+    from byol_fast.training.trainer import RunResult, Trainer
 
 __all__ = ["BYOL", "Callback", "Config", "RunResult", "SimSiam", "Trainer", "knn_predict", "load_encoder", "pretrain"]
 __version__ = "0.1.0"
 
 _HOME = {
-    "BYOL": "methods",
-    "Callback": "callbacks",
+    "BYOL": "models",
+    "Callback": "training.callbacks",
     "Config": "config",
-    "RunResult": "trainer",
-    "SimSiam": "methods",
-    "Trainer": "trainer",
+    "RunResult": "training.trainer",
+    "SimSiam": "models",
+    "Trainer": "training.trainer",
     "knn_predict": "evaluate",
     "load_encoder": "export",
     "pretrain": "api",
 }
-_SUBMODULES = {"config", "data", "environment", "evaluate", "export", "methods", "networks", "recipes", "schedules"}
+_SUBMODULES = {"compat", "config", "data", "evaluate", "export", "models", "optim"}
 
 
 def __dir__() -> list[str]:

@@ -1,6 +1,6 @@
 """`python -m byol_fast` is `byol-fast`."""
 
-from byol_fast.cli import main
+from byol_fast.cli.main import main
 
 if __name__ == "__main__":
     main()

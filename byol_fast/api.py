@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from byol_fast import config as configs
-from byol_fast import recipes
-from byol_fast.callbacks import Callback
-from byol_fast.checkpoint import steps_in
-from byol_fast.config import Config, ConfigError
-from byol_fast.trainer import RESUMABLE_CHANGES, RunResult, Trainer
+from byol_fast.config import Config, ConfigError, recipes
+from byol_fast.training.callbacks import Callback
+from byol_fast.training.trainer import RESUMABLE_CHANGES, RunResult, Trainer
+from byol_fast.utils.checkpoint import steps_in
 
 
 def pretrain(
@@ -28,7 +27,7 @@ def pretrain(
         data: folder or list of images, tar or Parquet shards, `.npz` file, uint8 array `[N, H, W, 3]` or `[N, H, W]`,
             or a dataset (torchvision's, Hugging Face's, any indexable one of images): see
             `byol_fast.data.open_source`. None: the recipe's own data set.
-        recipe: name of a recipe (`byol_fast.recipes.RECIPES`), or a `Config`.
+        recipe: name of a recipe (`byol_fast.config.recipes.RECIPES`), or a `Config`.
         resume: run folder to continue, with the configuration it was started with; `recipe` then plays no part.
         callbacks: hooks into the run, see `byol_fast.Callback`.
         **overrides: fields of the configuration, nested ones as mappings: `epochs=100, optim={"lr": 0.3}`.

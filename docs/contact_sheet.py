@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from byol_fast import config as configs
-from byol_fast import recipes
-from byol_fast.data import open_source, preview
+from byol_fast.config import recipes
+from byol_fast.data import open_source
+from byol_fast.report import preview
 
 SEED = 239  # of the views: one that shows all operators in four images
 HEIGHT, WIDTH = 720, 960  # rendered at twice the size of the pictures

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 from byol_fast.data.sources.arrays import open_demo
-from byol_fast.evaluate import embed_folder, neighbour_sheet
-from byol_fast.evaluate.neighbours import save_sheet
-from byol_fast.export import load_encoder
+from byol_fast.evaluate import embed_folder
+from byol_fast.export.encoder import load_encoder
+from byol_fast.report.neighbor_sheet import neighbour_sheet, save_sheet
 
 
 def main() -> None:

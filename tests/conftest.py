@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from byol_fast import config as configs
-from byol_fast import recipes
-from byol_fast.config import Config
+from byol_fast.config import Config, recipes
 from tests.gpu import CAPABILITIES, REHEARSING
 
 # The tests' networks are tiny: a second thread gains nothing, and waiting for it costs much on a busy machine.

@@ -18,14 +18,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from byol_fast import batchnorm, distributed
-from byol_fast.capture import Mode, compiled
 from byol_fast.config import OptimConfig
 from byol_fast.data import Batch
-from byol_fast.methods import BYOL
-from byol_fast.optim import make_optimizer
-from byol_fast.schedules import RunSchedule
-from byol_fast.step import TrainStep
+from byol_fast.models import split_batchnorm
+from byol_fast.models.byol import BYOL
+from byol_fast.optim.optimizers import make_optimizer
+from byol_fast.optim.schedules import RunSchedule
+from byol_fast.training import distributed
+from byol_fast.training.cuda_graph import Mode, compiled
+from byol_fast.training.train_step import TrainStep
 
 STEPS, BATCH = 5, 16
 SCHEDULE = RunSchedule(
@@ -79,7 +80,7 @@ def one_of_several(dtype: torch.dtype, result: Path) -> None:
     world = distributed.join("cpu", 5)
     task = model("batched").to(dtype)
     for network in task.networks():
-        batchnorm.synchronise(network)
+        split_batchnorm.synchronise(network)
     task.call_online_through(lambda network: distributed.wrapped(network, torch.device("cpu")))
     optimizer = make_optimizer(OptimConfig(weight_decay=1e-4, eta=0.02), task.trainable_parameters())
     step = TrainStep(task, optimizer, SCHEDULE, agree=distributed.agree)

@@ -21,12 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from byol_fast import checkpoint as checkpoints
 from byol_fast import config as configs
-from byol_fast import recipes
-from byol_fast.config import Config
+from byol_fast.config import Config, recipes
 from byol_fast.data import Batch
-from byol_fast.trainer import Trainer
+from byol_fast.training.trainer import Trainer
+from byol_fast.utils import checkpoint as checkpoints
 
 
 def small_run(folder: Path) -> Config:

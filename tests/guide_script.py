@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torchvision import models
 
-from byol_fast.compat import (
+from byol_fast.compat.guide import (
     BYOL,
     CIFAR10_MEAN,
     CIFAR10_STD,

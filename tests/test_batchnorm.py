@@ -17,8 +17,8 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from byol_fast.batchnorm import BatchStats, convert, synchronise, views_stacked
-from byol_fast.running_statistics import RunningStatistics
+from byol_fast.models.running_stats import RunningStatistics
+from byol_fast.models.split_batchnorm import BatchStats, convert, synchronise, views_stacked
 
 # Equal in exact arithmetic; roundings of sums in another order, a few layers deep. float64 has 2.2e-16.
 CLOSE: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}

@@ -23,7 +23,7 @@ from byol_fast.bench.processes import Job, measure
 from byol_fast.bench.results import Results, load
 from byol_fast.bench.suites import Bench
 from byol_fast.bench.timing import Timing, interleaved, ratio
-from byol_fast.commands import bench as command
+from byol_fast.cli import bench as command
 from byol_fast.config import ConfigError
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from byol_fast import checkpoint as checkpoints
-from byol_fast.checkpoint import CheckpointError
-from byol_fast.files import atomic_path, atomic_write
+from byol_fast.utils import checkpoint as checkpoints
+from byol_fast.utils.checkpoint import CheckpointError
+from byol_fast.utils.files import atomic_path, atomic_write
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from byol_fast import checkpoint as checkpoints
-from byol_fast import cli
 from byol_fast import config as configs
-from byol_fast.commands import options, train
+from byol_fast.cli import main, options, train
+from byol_fast.utils import checkpoint as checkpoints
 
 
 def byol_fast(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -84,14 +83,14 @@ def test_mistakes_are_explained_without_a_traceback(
 
 def test_unknown_option_is_refused_with_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["train", "cifar10_resnet18", "--optim.weight-decy", "1"])
+        main.main(["train", "cifar10_resnet18", "--optim.weight-decy", "1"])
     assert stopped.value.code == 2
     assert "--optim.weight-decay" in capsys.readouterr().err
 
 
 def test_help_shows_every_field_with_the_recipes_value(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["train", "cifar10_resnet18", "--help"])
+        main.main(["train", "cifar10_resnet18", "--help"])
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
     for option in ("--data.root", "--view2.solarize", "--optim.warmup-steps", "--knn.temperature"):
@@ -108,7 +107,7 @@ def test_resume_is_taken_out_of_the_options(form: str, value: str) -> None:
 
 
 def test_an_option_reaches_its_field() -> None:
-    from byol_fast import recipes
+    from byol_fast.config import recipes
 
     config = options.parse(recipes.demo(), ["--optim.warmup_steps", "6", "--view1.area", "0.5", "1"], "x")
     assert config == configs.replace(recipes.demo(), {"optim.warmup_steps": 6, "view1.area": (0.5, 1.0)})

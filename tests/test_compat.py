@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 from benchmarks import guide_original as original
-from byol_fast import compat
+from byol_fast.compat import guide
 from byol_fast.config import ViewConfig
-from byol_fast.networks import build_encoder
+from byol_fast.models.encoders import build_encoder
 from tests import guide_script
 
 SMALL = ViewConfig(size=16, area=(0.2, 1.0), interpolation="bilinear", blur=0.5, blur_kernel=3)
@@ -59,16 +59,14 @@ def tiny_net() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
 
 
-def tiny() -> compat.BYOL:
+def tiny() -> guide.BYOL:
     torch.manual_seed(0)
     net = tiny_net()
-    return compat.BYOL(net, net, 8, view=SMALL)
+    return guide.BYOL(net, net, 8, view=SMALL)
 
 
 def normalised(photos: np.ndarray) -> Tensor:
-    to_float = transforms.Compose(
-        [transforms.ToTensor(), transforms.Normalize(compat.CIFAR10_MEAN, compat.CIFAR10_STD)]
-    )
+    to_float = transforms.Compose([transforms.ToTensor(), transforms.Normalize(guide.CIFAR10_MEAN, guide.CIFAR10_STD)])
     return torch.stack([to_float(image) for image in photos])
 
 
@@ -79,7 +77,7 @@ def test_the_guides_script_runs(cifar: Path, monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setenv("BYOL_FAST_DATA", str(cifar))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     torch.manual_seed(0)
-    with caplog.at_level(logging.INFO, compat.logger.name):
+    with caplog.at_level(logging.INFO, guide.logger.name):
         model = guide_script.main(batch_size=6, num_workers=2, num_epochs=1)
     assert any("step 0: loss" in message for message in caplog.messages)
     assert "loss after training" in caplog.messages[-1]
@@ -108,9 +106,9 @@ def test_entrypoint_is_the_whole_run(
     stored = tmp_path / "hub" / "checkpoints" / Path(ResNet18_Weights.DEFAULT.url).name
     stored.parent.mkdir(parents=True)
     torch.save(resnet18().state_dict(), stored)
-    monkeypatch.setattr(compat, "recipes", SmallGuide)  # 224 px take minutes
-    with caplog.at_level(logging.INFO, compat.logger.name):
-        model = compat.entrypoint()
+    monkeypatch.setattr(guide, "recipes", SmallGuide)  # 224 px take minutes
+    with caplog.at_level(logging.INFO, guide.logger.name):
+        model = guide.entrypoint()
     assert caplog.messages[0].startswith("epoch 1 of 10, step 0: loss")
     began = torch.load(stored)["conv1.weight"]
     trained = model.get_parameter("model.conv1.weight").detach()
@@ -123,7 +121,8 @@ class SmallGuide:
 
     @staticmethod
     def seed_guide() -> Any:
-        from byol_fast import config, recipes
+        from byol_fast import config
+        from byol_fast.config import recipes
 
         return config.replace(recipes.seed_guide(), {"view1": {"size": 32}, "view2": {"size": 32}})
 
@@ -131,7 +130,7 @@ class SmallGuide:
 # ------------------------------------------------------------------------------------------------ the same numbers
 
 
-class Given(compat.BYOL):
+class Given(guide.BYOL):
     """Takes two views for an image: its first three channels and its last."""
 
     def transform(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,7 +197,7 @@ def test_training_is_the_guides() -> None:
     theirs.register_forward_hook(lambda _, __, out: losses.append(theirs.loss(out[:2], out[2:]).item()))
     loader = views(2)
     original.train_byol(theirs, loader, num_epochs=2)  # type: ignore[arg-type]
-    found = compat.train_byol(ours, loader, num_epochs=2)
+    found = guide.train_byol(ours, loader, num_epochs=2)
     assert len(losses) == 4
     assert found == pytest.approx(losses, rel=1e-9)
     for name in ("online_encoder", "target_encoder", "predictor"):
@@ -234,7 +233,7 @@ def test_a_network_that_mixes_images_passes_its_views_apart() -> None:
 
     torch.manual_seed(0)
     net = Mixing()
-    model = compat.BYOL(net, net, 8, view=SMALL)
+    model = guide.BYOL(net, net, 8, view=SMALL)
     apart = copy.deepcopy(model)
     x1, x2 = torch.randn(2, 4, 3, 16, 16)
     p1, p2, *_ = model(x1, x2)
@@ -248,9 +247,9 @@ def test_a_network_that_mixes_images_passes_its_views_apart() -> None:
 
 def test_the_normalisation_is_undone_to_the_byte() -> None:
     levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(3, 16, 16).contiguous()
-    normalise = transforms.Normalize(compat.CIFAR10_MEAN, compat.CIFAR10_STD)
+    normalise = transforms.Normalize(guide.CIFAR10_MEAN, guide.CIFAR10_STD)
     x = normalise(levels / 255)[None]
-    assert torch.equal(compat.to_bytes(x, compat.CIFAR10_MEAN, compat.CIFAR10_STD)[0], levels)
+    assert torch.equal(guide.to_bytes(x, guide.CIFAR10_MEAN, guide.CIFAR10_STD)[0], levels)
     # What the guide's own code makes of them.
     wrapped = np.asarray(transforms.ToPILImage()(x[0]))
     assert (wrapped != levels.permute(1, 2, 0).numpy()).mean() > 0.9
@@ -280,19 +279,19 @@ def test_every_image_of_a_batch_has_its_own_draws(photos: np.ndarray) -> None:
     model = tiny()
     same = normalised(photos[:1]).expand(8, -1, -1, -1)
     torch.manual_seed(3)
-    x1, x2 = compat.transform_image(same, model)
+    x1, x2 = guide.transform_image(same, model)
     flat = torch.cat([x1, x2]).flatten(1)
     distances = torch.cdist(flat, flat) + torch.eye(16) * 1e3
     assert float(distances.min()) > 0.1
     torch.manual_seed(3)
-    again = compat.transform_image(list(same), model)
+    again = guide.transform_image(list(same), model)
     assert torch.equal(again[0], x1)
     assert torch.equal(again[1], x2)
 
 
 def test_images_of_different_sizes_become_one_batch(photos: np.ndarray) -> None:
     pictures = [Image.fromarray(photos[i]).resize((20 + 7 * i, 30)) for i in range(3)]
-    x1, x2 = compat.transform_image(pictures, tiny())
+    x1, x2 = guide.transform_image(pictures, tiny())
     assert x1.shape == x2.shape == (3, 3, 16, 16)
     assert len({float(x.sum()) for x in x1}) == 3
 
@@ -316,13 +315,13 @@ def test_what_is_no_image_is_refused(image: Any, message: str) -> None:
 
 
 def test_loaded_images_are_crops_of_the_images(folder: Path, photos: np.ndarray) -> None:
-    loader = compat.load_data(batch_size=5, num_workers=0, root=folder)
+    loader = guide.load_data(batch_size=5, num_workers=0, root=folder)
     assert len(loader) == 3
     batches = list(loader)
     assert [len(labels) for _, labels in batches] == [5, 5, 2]
     seen = []
     for images, labels in batches:
-        for x, label in zip(compat.to_bytes(images, compat.CIFAR10_MEAN, compat.CIFAR10_STD), labels, strict=True):
+        for x, label in zip(guide.to_bytes(images, guide.CIFAR10_MEAN, guide.CIFAR10_STD), labels, strict=True):
             (found,) = [i for i in range(12) if is_crop(x.permute(1, 2, 0).numpy(), photos[i])]
             assert found % 3 == int(label)
             seen.append(found)
@@ -337,7 +336,7 @@ def is_crop(x: np.ndarray, image: np.ndarray) -> bool:
 
 
 def test_workers_change_nothing(folder: Path) -> None:
-    loaders = [compat.load_data(5, workers, root=folder) for workers in (0, 2)]
+    loaders = [guide.load_data(5, workers, root=folder) for workers in (0, 2)]
     epochs = []
     for loader in loaders:
         torch.manual_seed(0)
@@ -351,9 +350,9 @@ def test_workers_change_nothing(folder: Path) -> None:
 def test_load_data_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BYOL_FAST_DATA", raising=False)
     with pytest.raises(ValueError, match=r"load_data: .*does not exist.*load_data\(root=FOLDER\), or BYOL_FAST_DATA"):
-        compat.load_data(root=tmp_path / "nothing")
+        guide.load_data(root=tmp_path / "nothing")
     with pytest.raises(ValueError, match="batch_size must be 1 or more"):
-        compat.load_data(0)
+        guide.load_data(0)
 
     def offline(*_: Any, **__: Any) -> None:
         raise OSError("no route to host")
@@ -361,10 +360,10 @@ def test_load_data_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("torchvision.datasets.CIFAR10.download", offline)
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(ValueError, match=r"could not be fetched \(no route to host\).*BYOL_FAST_DATA=FOLDER"):
-        compat.load_data()
+        guide.load_data()
     Image.new("RGB", (40, 32)).save(tmp_path / "wide.png")
     with pytest.raises(ValueError, match=r"32 x 32 pixels as CIFAR-10's, got 32 x 40 in .*wide.png"):
-        compat.load_data(root=tmp_path)
+        guide.load_data(root=tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -375,14 +374,14 @@ def test_train_byol_takes_any_iterable_and_logs_every_hundred_steps(
 ) -> None:
     model = tiny()
     batches = [(normalised(photos[:4]), torch.zeros(4)), (torch.from_numpy(photos[4:8]).permute(0, 3, 1, 2), None)]
-    with caplog.at_level(logging.INFO, compat.logger.name):
-        losses = compat.train_byol(model, (batches[i % 2] for i in range(201)), num_epochs=1)
+    with caplog.at_level(logging.INFO, guide.logger.name):
+        losses = guide.train_byol(model, (batches[i % 2] for i in range(201)), num_epochs=1)
     assert [message.split(":")[0] for message in caplog.messages] == [f"epoch 1 of 1, step {k}" for k in (0, 100, 200)]
     assert f"loss {losses[200]:.4f}" in caplog.messages[2]
     assert len(losses) == 201
     assert np.mean(losses[-20:]) < np.mean(losses[:20])
     model.eval()
-    compat.train_byol(model, [[list(batches[0][0]), None]], num_epochs=2)  # type: ignore[list-item]
+    guide.train_byol(model, [[list(batches[0][0]), None]], num_epochs=2)  # type: ignore[list-item]
     assert model.training
 
 
@@ -390,21 +389,21 @@ def test_errors_are_raised_and_not_swallowed(photos: np.ndarray) -> None:
     images = normalised(photos[:4])
     generator = ((images, None) for _ in range(2))
     with pytest.raises(ValueError, match="got none in epoch 2; a generator is used up after one pass"):
-        compat.train_byol(tiny(), generator, num_epochs=2)
+        guide.train_byol(tiny(), generator, num_epochs=2)
     with pytest.raises(ValueError, match=r"must give \(images, labels\), got Tensor \[4, 3, 32, 32\]"):
-        compat.train_byol(tiny(), [images])  # type: ignore[list-item]
+        guide.train_byol(tiny(), [images])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="images must be one or more, got none"):
-        compat.train_byol(tiny(), [([], None)])
+        guide.train_byol(tiny(), [([], None)])
     with pytest.raises(ValueError, match="loss must be finite, got nan in step"):
-        compat.train_byol(tiny(), [(images, None)], lr=1e30)
+        guide.train_byol(tiny(), [(images, None)], lr=1e30)
 
-    class Failing(compat.BYOL):
+    class Failing(guide.BYOL):
         def transform(self, image: Tensor) -> tuple[Tensor, Tensor]:
             raise RuntimeError("a worker's own error")
 
     net = tiny_net()
     with pytest.raises(RuntimeError, match="a worker's own error"):
-        compat.train_byol(Failing(net, net, 8), [(images, None)])
+        guide.train_byol(Failing(net, net, 8), [(images, None)])
 
 
 @pytest.mark.parametrize(
@@ -418,7 +417,7 @@ def test_errors_are_raised_and_not_swallowed(photos: np.ndarray) -> None:
 def test_byol_says_what_does_not_fit(arguments: Any, message: str) -> None:
     net = tiny_net()
     with pytest.raises(ValueError, match=message):
-        compat.BYOL(net, net, *arguments)(*torch.randn(2, 4, 3, 16, 16))
+        guide.BYOL(net, net, *arguments)(*torch.randn(2, 4, 3, 16, 16))
 
 
 def test_feature_extractors_of_all_kinds_are_the_same() -> None:
@@ -434,15 +433,15 @@ def test_feature_extractors_of_all_kinds_are_the_same() -> None:
     x = torch.randn(2, 3, 32, 32)
     features = []
     for kind in kinds:
-        model = compat.BYOL(base, kind, 512).eval()
+        model = guide.BYOL(base, kind, 512).eval()
         assert any(p is base.conv1.weight for p in model.online_encoder.parameters())
         features.append(model.online_encoder.feature_extractor(x).flatten(1))  # type: ignore[operator]
     assert torch.equal(features[0], features[1])
     assert torch.equal(features[0], features[2])
     with pytest.raises(ValueError, match="must name a layer of ResNet, got 'pool'; it has .*avgpool, "):
-        compat.BYOL(base, "pool", 512)
+        guide.BYOL(base, "pool", 512)
     with pytest.raises(ValueError, match="returns a module, got int"):
-        compat.BYOL(base, lambda _: 3, 512)  # type: ignore[arg-type, return-value]
+        guide.BYOL(base, lambda _: 3, 512)  # type: ignore[arg-type, return-value]
 
 
 def test_state_survives_saving_and_changes_of_mode_and_dtype(tmp_path: Path) -> None:
@@ -453,7 +452,7 @@ def test_state_survives_saving_and_changes_of_mode_and_dtype(tmp_path: Path) -> 
     assert model.state_dict().keys() == untouched
     torch.save(model.state_dict(), tmp_path / "model.pt")
     net = tiny_net()
-    other = compat.BYOL(net, net, 8)
+    other = guide.BYOL(net, net, 8)
     other.load_state_dict(torch.load(tmp_path / "model.pt"))
     a, b = model.eval()(x1, x2), other.eval()(x1, x2)
     assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
@@ -463,7 +462,7 @@ def test_state_survives_saving_and_changes_of_mode_and_dtype(tmp_path: Path) -> 
 
 
 def test_a_task_of_ones_own() -> None:
-    task = compat.SelfSupervisedTask(nn.Linear(2, 3))
+    task = guide.SelfSupervisedTask(nn.Linear(2, 3))
     x = torch.randn(4, 2)
     assert torch.equal(task(x), task.model(x))
     with pytest.raises(NotImplementedError, match="SelfSupervisedTask: loss must be defined"):
@@ -475,4 +474,4 @@ def test_a_task_of_ones_own() -> None:
 def test_device_is_found_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     for found, kind in ((True, "cuda"), (False, "cpu")):
         monkeypatch.setattr("torch.cuda.is_available", lambda found=found: found)
-        assert compat.device == torch.device(kind)
+        assert guide.device == torch.device(kind)

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, distributed
 from torch.multiprocessing.spawn import spawn
 
-from byol_fast.batchnorm import convert, synchronise, views_stacked
 from byol_fast.config import OptimConfig
 from byol_fast.data import Batch
-from byol_fast.methods import BYOL, SelfSupervisedTask, SimSiam
-from byol_fast.optim import make_optimizer
-from byol_fast.schedules import RunSchedule
-from byol_fast.step import TrainStep
+from byol_fast.models.base import SelfSupervisedTask
+from byol_fast.models.byol import BYOL
+from byol_fast.models.simsiam import SimSiam
+from byol_fast.models.split_batchnorm import convert, synchronise, views_stacked
+from byol_fast.optim.optimizers import make_optimizer
+from byol_fast.optim.schedules import RunSchedule
+from byol_fast.training.train_step import TrainStep
 from tests.networks import SmallResidualNetwork
 
 

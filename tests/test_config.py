@@ -6,8 +6,17 @@ from pathlib import Path
 import pytest
 
 from byol_fast import config as configs
-from byol_fast import recipes
-from byol_fast.config import Config, ConfigError, DataConfig, KNNConfig, ModelConfig, OptimConfig, TauConfig, ViewConfig
+from byol_fast.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    KNNConfig,
+    ModelConfig,
+    OptimConfig,
+    TauConfig,
+    ViewConfig,
+    recipes,
+)
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
@@ -181,8 +190,8 @@ def test_simsiam_recipes_are_the_papers() -> None:
 def test_mode_is_chosen_with_a_reason_and_refused_with_one() -> None:
     import torch
 
-    from byol_fast.capture import choose_mode
-    from byol_fast.precision import Precision
+    from byol_fast.training.cuda_graph import choose_mode
+    from byol_fast.utils.precision import Precision
 
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     bf16, fp16 = Precision("bf16", torch.bfloat16), Precision("fp16", torch.float16)
@@ -212,8 +221,8 @@ def test_kernels_are_tuned_only_where_it_is_asked_for(monkeypatch: pytest.Monkey
     """Tuning takes the better part of an hour; it once came with mode graph."""
     import torch
 
-    from byol_fast import capture
-    from byol_fast.methods import BYOL
+    from byol_fast.models.byol import BYOL
+    from byol_fast.training import cuda_graph
 
     asked: list[dict[str, object]] = []
 
@@ -223,7 +232,7 @@ def test_kernels_are_tuned_only_where_it_is_asked_for(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(torch, "compile", compile_nothing)
     task = BYOL("resnet18_narrow", hidden_dim=8, projection_dim=8, image_size=32)
-    for mode in (capture.Mode("compile", "as asked"), capture.Mode("graph", "as asked")):
+    for mode in (cuda_graph.Mode("compile", "as asked"), cuda_graph.Mode("graph", "as asked")):
         for max_autotune in (False, True):
-            capture.compiled(task, mode, max_autotune=max_autotune)
+            cuda_graph.compiled(task, mode, max_autotune=max_autotune)
     assert [options["mode"] for options in asked] == [None, "max-autotune-no-cudagraphs"] * 2

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from byol_fast.cpu import SmallMapConv2d, keep_freed_memory, use_small_map_convolutions
+from byol_fast.utils.cpu_tuning import SmallMapConv2d, keep_freed_memory, use_small_map_convolutions
 
 NHWC = torch.channels_last
 # Height, width; kernel; stride; padding.

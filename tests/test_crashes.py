@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from byol_fast import checkpoint as checkpoints
 from byol_fast import config as configs
 from byol_fast.config import Config
-from byol_fast.metrics import read
+from byol_fast.training.metrics import read
+from byol_fast.utils import checkpoint as checkpoints
 
 KILLS = 30
 CODE = """

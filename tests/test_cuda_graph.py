@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from byol_fast.capture import CapturedStep
 from byol_fast.config import OptimConfig
 from byol_fast.data import Batch
-from byol_fast.methods import BYOL, TaskOutput
-from byol_fast.optim import make_optimizer
-from byol_fast.schedules import RunSchedule
-from byol_fast.step import TrainStep
+from byol_fast.models.base import TaskOutput
+from byol_fast.models.byol import BYOL
+from byol_fast.optim.optimizers import make_optimizer
+from byol_fast.optim.schedules import RunSchedule
+from byol_fast.training.cuda_graph import CapturedStep
+from byol_fast.training.train_step import TrainStep
 from tests.gpu import DEVICE, only_on_a_gpu
 
 ROOT = Path(__file__).parents[1]

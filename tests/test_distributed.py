@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from byol_fast import checkpoint as checkpoints
 from byol_fast import config as configs
 from byol_fast.config import Config
-from byol_fast.metrics import read
-from byol_fast.trainer import Trainer
+from byol_fast.training.metrics import read
+from byol_fast.training.trainer import Trainer
+from byol_fast.utils import checkpoint as checkpoints
 
 CODE = """
 import sys

@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from byol_fast import cli
+from byol_fast.cli import main
 from byol_fast.data import open_source
-from byol_fast.data.scan import scan
-from byol_fast.doctor import Check, Facts, Options, ScanData, _probe_elsewhere, examine, judge, scan_data
-from byol_fast.environment import version
+from byol_fast.doctor.checks import Check, judge
+from byol_fast.doctor.main import Options, ScanData, examine, scan_data
+from byol_fast.doctor.scan import scan
+from byol_fast.doctor.system_info import Facts, _probe_elsewhere
+from byol_fast.utils.env import version
 from tests.data.bad_files import BAD, JPEG, fill
 from tests.data.kinds import available, make
 from tests.data.test_resume import pictures, with_one_bad
@@ -128,7 +130,7 @@ def test_this_machine(monkeypatch: Any, tmp_path: Path) -> None:
 
 def test_a_probe_that_dies_or_hangs_is_reported(monkeypatch: Any, tmp_path: Path) -> None:
     """As a broken driver does; the probes before it count."""
-    import byol_fast.doctor as module
+    import byol_fast.doctor.system_info as module
 
     real = subprocess.run
     begin = "import json, os, time; print(json.dumps(['a', None])); print(json.dumps(['a', 'ok']));"
@@ -196,7 +198,7 @@ def test_the_report_of_images(tmp_path: Path, capsys: Any) -> None:
 
 
 def test_exit_codes_and_json(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    import byol_fast.doctor as module
+    import byol_fast.doctor.main as module
 
     fill(tmp_path, 3)
     for facts, bad, code in ((CPU, False, 0), (CPU, True, 1), (replace(CPU, torchvision=None), False, 1)):
@@ -216,9 +218,9 @@ def test_exit_codes_and_json(tmp_path: Path, monkeypatch: Any, capsys: Any) -> N
 
 
 def test_images_that_are_not_there(monkeypatch: Any, capsys: Any) -> None:
-    import byol_fast.doctor as module
+    import byol_fast.doctor.main as module
 
     monkeypatch.setattr(module, "gather", lambda: CPU)
-    assert cli._run(["doctor", "--data.root", "nowhere"]) == 2
+    assert main._run(["doctor", "--data.root", "nowhere"]) == 2
     shown = capsys.readouterr()
     assert "nowhere does not exist; give a folder" in shown.err and "torchvision" in shown.out

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import swa_utils
 
-from byol_fast import dropins
+from byol_fast.compat import lightly, timm
+from byol_fast.compat import torch as swa
 from byol_fast.config import ViewConfig
-from byol_fast.schedules import tau_at
+from byol_fast.optim.schedules import tau_at
 from byol_kernels import byol_loss, ema_update_
 
 REASON = "pip install byol_fast[peers]"
@@ -64,7 +65,7 @@ def lightly_loss(peer: bool, **options: Any) -> Callable[[Tensor, Tensor], Tenso
 @pytest.mark.parametrize("target_learns", [False, True], ids=["target fixed", "target learns"])
 def test_negative_cosine_is_lightlys(peer: bool, shape: tuple[int, ...], options: Any, target_learns: bool) -> None:
     """In float64; an upstream gradient of 3. One row is short, one zero."""
-    theirs, ours = lightly_loss(peer, **options), dropins.NegativeCosineSimilarity(**options)
+    theirs, ours = lightly_loss(peer, **options), lightly.NegativeCosineSimilarity(**options)
     generator = torch.Generator().manual_seed(0)
     x0, x1 = torch.randn(2, *shape, dtype=torch.float64, generator=generator)
     x0[0] *= 0.01
@@ -84,7 +85,7 @@ def test_negative_cosine_in_low_precision(dtype: torch.dtype) -> None:
     """No further from float64 than twice what torch's own is."""
     x0, x1 = torch.randn(2, 64, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
     exact = lightly_loss(False)(x0.double(), x1.double())
-    theirs, ours = lightly_loss(False)(x0, x1), dropins.NegativeCosineSimilarity()(x0, x1)
+    theirs, ours = lightly_loss(False)(x0, x1), lightly.NegativeCosineSimilarity()(x0, x1)
     assert abs(ours.double() - exact) <= 2 * abs(theirs.double() - exact) + torch.finfo(torch.float32).eps
 
 
@@ -108,7 +109,7 @@ def test_update_momentum_is_lightlys(peer: bool) -> None:
             for p in model.parameters():
                 p.add_(torch.randn_like(p), alpha=0.1)
             update(model, other, 0.9 + 0.02 * step)
-            dropins.update_momentum(model, mine, 0.9 + 0.02 * step)
+            lightly.update_momentum(model, mine, 0.9 + 0.02 * step)
     for a, b in zip(mine.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)  # five roundings of fp32
     assert all(torch.equal(a, b) for a, b in zip(mine.buffers(), network(seed=1).buffers(), strict=True))
@@ -188,7 +189,7 @@ def test_lars_is_lightlys(peer: bool, rule: dict[str, Any], dtype: torch.dtype) 
     mine, other = problem(dtype), problem(dtype)
     start = [p.detach().clone() for p in mine]
     optimizers: list[Any] = []
-    for kind, params in ((dropins.LARS, mine), (lightly_lars(peer), other)):
+    for kind, params in ((lightly.LARS, mine), (lightly_lars(peer), other)):
         some = [{"params": params[:4]}, {"params": params[4:6], "weight_decay": 0}, {"params": params[6:]}]
         optimizers.append(kind(some, lr=0.5, **rule))
     for step in range(5):
@@ -209,7 +210,7 @@ def test_lars_in_lists_is_lars_in_one_pass(rule: dict[str, Any], monkeypatch: py
     """The way that GPUs take, on a CPU, beside the CPU's own."""
     fast, lists = problem(torch.float64), problem(torch.float64)
     for params, in_lists in ((fast, False), (lists, True)):
-        optimizer = dropins.LARS(params, lr=0.5, **rule)
+        optimizer = lightly.LARS(params, lr=0.5, **rule)
         if in_lists:
             monkeypatch.setattr(optimizer, "_in_one_pass", optimizer._step)
         for step in range(4):
@@ -222,7 +223,7 @@ def test_lars_in_lists_is_lars_in_one_pass(rule: dict[str, Any], monkeypatch: py
 def test_lars_takes_any_layout_and_dtype() -> None:
     plain, nhwc, low = problem(torch.float32), problem(torch.float32, channels_last=True), problem(torch.bfloat16)
     for params in (plain, nhwc, low):
-        optimizer = dropins.LARS(params, lr=0.5, **RULES[0])
+        optimizer = lightly.LARS(params, lr=0.5, **RULES[0])
         for step in range(3):
             give_gradients(params, step)  # gradients in NCHW, parameters in NHWC: the pass over memory cannot pair them
             optimizer.step()
@@ -240,7 +241,7 @@ def test_lars_continues_lightlys_checkpoint() -> None:
         for params, optimizer in ((other, first), (mine, second)):
             give_gradients(params, step)
             optimizer.step()
-    ours = dropins.LARS(mine, lr=0.1)
+    ours = lightly.LARS(mine, lr=0.1)
     ours.load_state_dict(copy.deepcopy(second.state_dict()))
     for params, optimizer in ((other, first), (mine, ours)):
         give_gradients(params, 2)
@@ -258,13 +259,13 @@ def test_lars_calls_its_closure_and_says_what_is_out_of_range() -> None:
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
-    assert dropins.LARS([p], lr=0.1).step(closure).item() == 3
+    assert lightly.LARS([p], lr=0.1).step(closure).item() == 3
     torch.testing.assert_close(p.detach(), torch.full((3,), 0.8))
     for lr, momentum, decay in ((-1.0, 0.9, 0.0), (1.0, -0.1, 0.0), (1.0, 0.9, float("nan"))):
         with pytest.raises(ValueError, match="must be 0 or more, got"):
-            dropins.LARS([p], lr=lr, momentum=momentum, weight_decay=decay)
+            lightly.LARS([p], lr=lr, momentum=momentum, weight_decay=decay)
     with pytest.raises(ValueError, match="nesterov must go with a momentum"):
-        dropins.LARS([p], lr=1.0, nesterov=True)
+        lightly.LARS([p], lr=1.0, nesterov=True)
 
 
 # ------------------------------------------------------------------------------------------------ lightly: views
@@ -297,7 +298,7 @@ def test_views_without_chance_are_lightlys(options: dict[str, Any], levels: floa
     """Whole images, resized: one level of 255 apart. PIL's blur is three boxes: some levels."""
     peers = pytest.importorskip("lightly.transforms.byol_transform", reason=REASON)
     for name in ("BYOLView1Transform", "BYOLView2Transform"):
-        mine = getattr(dropins, name)(**OFF | options)
+        mine = getattr(lightly, name)(**OFF | options)
         other = getattr(peers, name)(**OFF | options)
         for image in photos[:4]:
             a, b = mine(Image.fromarray(image)), other(Image.fromarray(image))
@@ -333,7 +334,7 @@ def test_views_with_chance_are_distributed_as_lightlys(name: str, part: str, pho
     count, image = 600, photos[7]
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002  (lightly's)
-    mine = getattr(dropins, name)(**options)(torch.from_numpy(image).permute(2, 0, 1).expand(count, -1, -1, -1))
+    mine = getattr(lightly, name)(**options)(torch.from_numpy(image).permute(2, 0, 1).expand(count, -1, -1, -1))
     transform, picture = getattr(peers, name)(**options), Image.fromarray(image)
     other = torch.stack([transform(picture) for _ in range(count)])
     slack = (3 if part in {"cj_hue", "all"} else 1) / 255
@@ -366,14 +367,14 @@ def detail(views: Tensor) -> Tensor:
 
 
 def test_view_parameters_become_ours(photos: np.ndarray) -> None:
-    plain, strong = dropins.BYOLView1Transform(), dropins.BYOLView2Transform(cj_prob=0.3, cj_strength=0.5, hf_prob=0.1)
+    plain, strong = lightly.BYOLView1Transform(), lightly.BYOLView2Transform(cj_prob=0.3, cj_strength=0.5, hf_prob=0.1)
     paper = ViewConfig(interpolation="bilinear", blur_kernel=0)
     assert plain.config == paper
     assert (strong.config.brightness, strong.config.hue, strong.config.flip) == (0.2, 0.05, 0.1)
     assert strong.config.jitter == 0.3
     assert (strong.config.blur, strong.config.solarize) == (0.1, 0.2)
-    assert dropins.BYOLView2Transform(gaussian_blur=1.0).config.blur == 1.0
-    pair = dropins.BYOLTransform(dropins.BYOLView1Transform(input_size=16), dropins.BYOLView2Transform(input_size=16))
+    assert lightly.BYOLView2Transform(gaussian_blur=1.0).config.blur == 1.0
+    pair = lightly.BYOLTransform(lightly.BYOLView1Transform(input_size=16), lightly.BYOLView2Transform(input_size=16))
     batch = torch.from_numpy(photos[:3]).permute(0, 3, 1, 2)
     torch.manual_seed(0)
     first, second = pair(batch)
@@ -384,9 +385,9 @@ def test_view_parameters_become_ours(photos: np.ndarray) -> None:
     assert torch.equal(second, again[1])
     for options in ({"vf_prob": 0.1}, {"rr_prob": 0.5}, {"rr_degrees": 90.0}):
         with pytest.raises(ValueError, match=r"must be (0|None), got .*no vertical flips and rotations here"):
-            dropins.BYOLView1Transform(**options)  # type: ignore[arg-type]
+            lightly.BYOLView1Transform(**options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="mean must be three numbers"):
-        dropins.BYOLView1Transform(normalize={"mean": [0.5], "std": [0.5]})
+        lightly.BYOLView1Transform(normalize={"mean": [0.5], "std": [0.5]})
     with pytest.raises(ValueError, match="image must be uint8 or floating point"):
         plain(batch.long())
 
@@ -408,7 +409,7 @@ V3: list[dict[str, Any]] = [
 def test_model_ema_v3_is_timms(options: dict[str, Any]) -> None:
     peer = pytest.importorskip("timm.utils.model_ema", reason=REASON)
     model = network()
-    mine, other = dropins.ModelEmaV3(model, **options), peer.ModelEmaV3(model, **options)
+    mine, other = timm.ModelEmaV3(model, **options), peer.ModelEmaV3(model, **options)
     x = torch.randn(8, 3, 8, 8)
     for step in range(6):
         with torch.no_grad():
@@ -433,7 +434,7 @@ def test_model_ema_v3_is_timms(options: dict[str, Any]) -> None:
 
 def test_model_ema_v3_follows_its_formula() -> None:
     model = network()
-    average = dropins.ModelEmaV3(model, decay=0.75)
+    average = timm.ModelEmaV3(model, decay=0.75)
     start = [p.detach().clone() for p in model.parameters()]
     with torch.no_grad():
         for p in model.parameters():
@@ -454,8 +455,8 @@ def test_model_ema_v3_follows_its_formula() -> None:
 def test_model_ema_v3_refuses_an_average_that_would_stand_still() -> None:
     model = network(torch.bfloat16)
     with pytest.raises(ValueError, match=r"dtype must be torch.float32 for a model in bfloat16"):
-        dropins.ModelEmaV3(model)
-    average = dropins.ModelEmaV3(model, decay=0.999, dtype=torch.float32)
+        timm.ModelEmaV3(model)
+    average = timm.ModelEmaV3(model, decay=0.999, dtype=torch.float32)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1)
@@ -469,12 +470,12 @@ def test_model_ema_v3_refuses_an_average_that_would_stand_still() -> None:
 
 
 @pytest.mark.parametrize("use_buffers", [False, True])
-@pytest.mark.parametrize("kind", [dropins.AveragedModel, swa_utils.AveragedModel], ids=["ours", "torch's"])
+@pytest.mark.parametrize("kind", [swa.AveragedModel, swa_utils.AveragedModel], ids=["ours", "torch's"])
 @pytest.mark.parametrize("rule", ["ema", "equal weights"])
 def test_averaged_model_is_torchs(use_buffers: bool, kind: type[swa_utils.AveragedModel], rule: str) -> None:
     model = network()
     torchs: Any = swa_utils.get_ema_multi_avg_fn
-    functions: list[Any] = [dropins.get_ema_multi_avg_fn(0.9), torchs(0.9)]
+    functions: list[Any] = [swa.get_ema_multi_avg_fn(0.9), torchs(0.9)]
     if rule == "equal weights":
         functions = [None, None]
     mine = kind(model, multi_avg_fn=functions[0], use_buffers=use_buffers)
@@ -491,7 +492,7 @@ def test_averaged_model_is_torchs(use_buffers: bool, kind: type[swa_utils.Averag
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7, msg=name)
     assert int(mine.n_averaged) == 4
     with pytest.raises(ValueError, match="decay must be from 0 to 1, got 1.5"):
-        dropins.get_ema_multi_avg_fn(1.5)
+        swa.get_ema_multi_avg_fn(1.5)
 
 
 # ------------------------------------------------------------------------------------------------ solo-learn

@@ -13,15 +13,16 @@ import pytest
 import torch
 from PIL import Image
 
-from byol_fast.commands import embed as command
+from byol_fast.cli import embed as command
 from byol_fast.config import Config, ConfigError
 from byol_fast.data import BadImageError, open_source
-from byol_fast.data.preview import INK
 from byol_fast.data.sources import ArraySource
-from byol_fast.evaluate import Features, embed_folder, load_features, nearest, neighbour_sheet, rankme, save_features
-from byol_fast.evaluate.neighbours import FRAME, GAP, LINE, MARGIN, OTHER, SAME, TILE, TITLE, choose_queries
-from byol_fast.export import export_encoder, load_encoder
-from byol_fast.networks import build_encoder, feature_dim
+from byol_fast.evaluate import Features, embed_folder, load_features, nearest, rankme, save_features
+from byol_fast.evaluate.neighbors import choose_queries
+from byol_fast.export.encoder import export_encoder, load_encoder
+from byol_fast.models.encoders import build_encoder, feature_dim
+from byol_fast.report.neighbor_sheet import FRAME, GAP, LINE, MARGIN, OTHER, SAME, TILE, TITLE, neighbour_sheet
+from byol_fast.report.preview import INK
 
 
 @pytest.fixture

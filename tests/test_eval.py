@@ -17,16 +17,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from byol_fast import Trainer, cli
+from byol_fast import Trainer
 from byol_fast import config as configs
+from byol_fast.cli import main
 from byol_fast.config import Config, ConfigError
+from byol_fast.config.evaluation import LinearSettings
 from byol_fast.data import ImageSource
 from byol_fast.data.sources import array_source
 from byol_fast.evaluate import Subject, evaluate_finetune, evaluate_knn, evaluate_linear
 from byol_fast.evaluate.finetune import DivergedError
 from byol_fast.evaluate.progress import Progress
-from byol_fast.evaluate.subsets import balanced_subset
-from byol_fast.protocols import LinearSettings
+from byol_fast.evaluate.splits import balanced_subset
 
 SIZE = 12
 CLASSES = ("red", "green", "blue")
@@ -319,7 +320,7 @@ def test_the_command_judges_a_run_on_its_own_images(
     options = ["--device", "cpu", "--precision", "fp32", "--threads", "1", "--baselines"]
     options += ["--labels", "0.5", "--epochs", "1", "--batch-size", "16"] if protocol == "finetune" else []
     with pytest.raises(SystemExit) as ended:
-        cli.main(["eval", protocol, str(trained), *options])
+        main.main(["eval", protocol, str(trained), *options])
     assert ended.value.code == 0
     name = "finetune_50pct" if protocol == "finetune" else protocol
     record = json.loads((trained / "eval" / f"{name}.json").read_text())
@@ -356,13 +357,13 @@ def test_the_command_takes_other_images_and_an_exported_encoder(
     folders = ["--train", str(images / "train"), "--test", str(images / "val")]
     for encoder, chosen in ((tmp_path, folders), (tmp_path / "encoder.safetensors", ["--train", str(images)])):
         with pytest.raises(SystemExit) as ended:
-            cli.main(["eval", "knn", str(encoder), *chosen, *common])
+            main.main(["eval", "knn", str(encoder), *chosen, *common])
         assert ended.value.code == 0
         found = json.loads((tmp_path / "eval" / "knn.json").read_text())
         own = json.loads((trained / "eval" / "knn.json").read_text()) if (trained / "eval").exists() else found
         assert found["confusion"] == own["confusion"]
     with pytest.raises(SystemExit) as ended:
-        cli.main(["eval", "knn", str(tmp_path)])
+        main.main(["eval", "knn", str(tmp_path)])
     assert ended.value.code == 2
     assert "give --train FOLDER and --test FOLDER" in " ".join(capsys.readouterr().err.split())
 
@@ -378,14 +379,14 @@ def test_the_command_takes_other_images_and_an_exported_encoder(
 )
 def test_mistakes_on_the_command_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main(["eval", *arguments])
+        main.main(["eval", *arguments])
     assert ended.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_help_needs_no_torch() -> None:
     code = (
-        "import sys\nfrom byol_fast.commands import eval\n"
+        "import sys\nfrom byol_fast.cli import eval\n"
         "try:\n    eval.main(['finetune', '--help'])\nfinally:\n    print('torch' in sys.modules)"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False).stdout

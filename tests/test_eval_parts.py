@@ -13,8 +13,8 @@ from torch import Tensor
 
 from byol_fast.evaluate.knn import knn_predict, knn_rankings
 from byol_fast.evaluate.linear import Heads, LogisticProblem, sweep_logistic
-from byol_fast.evaluate.scores import Z95, ranked, score, wilson
-from byol_fast.evaluate.subsets import balanced_subset, hold_out
+from byol_fast.evaluate.metrics import Z95, ranked, score, wilson
+from byol_fast.evaluate.splits import balanced_subset, hold_out
 
 
 @given(count=st.integers(1, 100_000), share=st.floats(0, 1))

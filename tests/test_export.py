@@ -11,12 +11,12 @@ import torchvision
 from safetensors.torch import load_file
 
 from byol_fast import config as configs
-from byol_fast.commands import export as command
+from byol_fast.cli import export as command
 from byol_fast.config import Config, ConfigError
-from byol_fast.export import export_run, load_encoder
-from byol_fast.export_formats import LIMIT, ExportError, export_as
-from byol_fast.networks import build_encoder, feature_dim
-from byol_fast.trainer import Trainer
+from byol_fast.export.encoder import export_run, load_encoder
+from byol_fast.export.formats import LIMIT, ExportError, export_as
+from byol_fast.models.encoders import build_encoder, feature_dim
+from byol_fast.training.trainer import Trainer
 
 
 @pytest.mark.parametrize("cifar_stem", [False, True])

@@ -13,17 +13,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from byol_fast import checkpoint as checkpoints
 from byol_fast import config as configs
-from byol_fast import networks
 from byol_fast.bench.networks import Ours, Problem
 from byol_fast.config import Config
 from byol_fast.data import Batch
 from byol_fast.evaluate import knn_predict
-from byol_fast.export import export_run, load_encoder
-from byol_fast.metrics import read
-from byol_fast.schedules import RunSchedule
-from byol_fast.trainer import Trainer, TrainingError
+from byol_fast.export.encoder import export_run, load_encoder
+from byol_fast.models import encoders
+from byol_fast.optim.schedules import RunSchedule
+from byol_fast.training.metrics import read
+from byol_fast.training.trainer import Trainer, TrainingError
+from byol_fast.utils import checkpoint as checkpoints
 from tests.gpu import DEVICE, REHEARSING, host_syncs_are_errors, only_on_a_gpu
 from tests.networks import SmallResidualNetwork
 from tests.test_distributed import finished, torchrun
@@ -46,7 +46,7 @@ def small(gpu: Config) -> Config:
 
 @pytest.fixture(autouse=True)
 def _small_network_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(networks.OWN_ENCODERS, SMALL, lambda **_: SmallResidualNetwork())
+    monkeypatch.setitem(encoders.OWN_ENCODERS, SMALL, lambda **_: SmallResidualNetwork())
 
 
 @pytest.fixture(autouse=True)
@@ -362,7 +362,7 @@ def test_programs_of_an_encoder_that_a_gpu_trained(gpu: Config, tmp_path: Path, 
     if kind == "onnx":
         for name in ("onnx", "onnxscript", "onnxruntime"):
             pytest.importorskip(name, reason=f"{name} is not installed")
-    from byol_fast.export_formats import LIMIT, export_as
+    from byol_fast.export.formats import LIMIT, export_as
 
     run = Trainer(configs.replace(gpu, {"steps": 2})).fit().run_dir
     encoder, about = load_encoder(run)

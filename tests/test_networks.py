@@ -8,8 +8,10 @@ import torch
 import torchvision
 from torch import nn
 
-from byol_fast.methods import BYOL, collapse_std
-from byol_fast.networks import Normalize, build_encoder, feature_dim
+from byol_fast.models.base import collapse_std
+from byol_fast.models.byol import BYOL
+from byol_fast.models.encoders import build_encoder, feature_dim
+from byol_fast.models.layers import Normalize
 
 
 @pytest.mark.parametrize(

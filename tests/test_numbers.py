@@ -27,10 +27,10 @@ from torch.nn import functional as F
 import byol_kernels
 from byol_fast.config import OptimConfig
 from byol_fast.data.batch import Batch
-from byol_fast.methods import BYOL
-from byol_fast.optim import make_optimizer
-from byol_fast.schedules import RunSchedule, lr_at, tau_at
-from byol_fast.step import TrainStep
+from byol_fast.models.byol import BYOL
+from byol_fast.optim.optimizers import make_optimizer
+from byol_fast.optim.schedules import RunSchedule, lr_at, tau_at
+from byol_fast.training.train_step import TrainStep
 from tests import oracle
 from tests.oracle import Array, Network
 

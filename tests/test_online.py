@@ -12,13 +12,14 @@ import torch
 from torch.nn import functional as F
 
 from byol_fast import Callback
-from byol_fast import checkpoint as checkpoints
 from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError
-from byol_fast.evaluate.online import EPS, OnlineProbe
-from byol_fast.methods import BYOL, SimSiam
-from byol_fast.metrics import read
-from byol_fast.trainer import Trainer
+from byol_fast.models.byol import BYOL
+from byol_fast.models.simsiam import SimSiam
+from byol_fast.training.metrics import read
+from byol_fast.training.online_probe import EPS, OnlineProbe
+from byol_fast.training.trainer import Trainer
+from byol_fast.utils import checkpoint as checkpoints
 
 CPU = torch.device("cpu")
 GOOD, BAD = torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)

@@ -33,7 +33,7 @@ def test_dependencies_point_one_way() -> None:
 
 def test_importing_touches_neither_cuda_nor_dali() -> None:
     code = (
-        "import sys, torch, byol_kernels, byol_fast, byol_fast.trainer, byol_fast.data, byol_fast.cli;"
+        "import sys, torch, byol_kernels, byol_fast, byol_fast.training.trainer, byol_fast.data, byol_fast.cli.main;"
         "assert not torch.cuda.is_initialized(); assert not any(m.startswith('nvidia.dali') for m in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -41,7 +41,7 @@ def test_importing_touches_neither_cuda_nor_dali() -> None:
 
 def test_help_does_not_wait_for_torch() -> None:
     code = (
-        "import sys, byol_fast.cli as c\n"
+        "import sys, byol_fast.cli.main as c\n"
         "try: c.main(['train', 'demo', '--help'])\n"
         "except SystemExit: pass\n"
         "assert 'torch' not in sys.modules"

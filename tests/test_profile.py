@@ -15,20 +15,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from byol_fast import Callback, environment, networks
+from byol_fast import Callback
 from byol_fast import config as configs
-from byol_fast.cli import main
+from byol_fast.cli.main import main
 from byol_fast.config import Config, ConfigError
+from byol_fast.models import encoders
 from byol_fast.profiling import Ceilings, profile
 from byol_fast.profiling.kernels import family_of
 from byol_fast.profiling.page import sections
 from byol_fast.profiling.trace import pauses
+from byol_fast.utils import env
 
 PLANTED = {"slow data", "one thread", "tiny batch", "precision", "host sync"}
 CEILINGS = Ceilings(
     name="this machine", dtype="fp32", bytes_per_s=1e10, flops_per_s=1e11, peak_flops_per_s=1e11, source="assumed"
 )
-CORES = environment.num_cpus()
+CORES = env.num_cpus()
 
 
 @pytest.fixture
@@ -106,7 +108,7 @@ def test_a_tiny_batch_is_named(run: Config) -> None:
     assert "raise batch_size to 4 or more" in finding(found, "tiny batch")["change"]
 
 
-@pytest.mark.skipif(not environment.cpu_has_bf16(), reason="bf16 is not fast on this CPU")
+@pytest.mark.skipif(not env.cpu_has_bf16(), reason="bf16 is not fast on this CPU")
 def test_fp32_is_named_where_bf16_is_fast(run: Config) -> None:
     found = profiled(configs.replace(run, {"precision": "fp32", "batch_size": 6, "model.cifar_stem": True}))
     assert found["precision"] == "fp32"
@@ -118,7 +120,7 @@ class Waits(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.network = networks.build_encoder("resnet18_narrow")
+        self.network = encoders.build_encoder("resnet18_narrow")
         self.network.fc = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,8 +134,8 @@ class Looks(Callback):
 
 
 def test_a_host_sync_is_named_with_its_place(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(networks.OWN_ENCODERS, "waits", lambda **_: Waits())
-    monkeypatch.setattr(networks, "_remove_classifier", lambda *_: None)
+    monkeypatch.setitem(encoders.OWN_ENCODERS, "waits", lambda **_: Waits())
+    monkeypatch.setattr(encoders, "_remove_classifier", lambda *_: None)
     found = profiled(configs.replace(run, {"model.encoder": "waits", "batch_size": 8}), callbacks=[Looks()])
     places = {sync["place"]: sync["a_step"] for sync in found["probes"]["host_syncs"]}
     assert [place.partition(":")[0] for place in places] == [__file__] * 2

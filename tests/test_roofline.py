@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from byol_fast import config as configs
-from byol_fast import recipes
-from byol_fast.cli import main
-from byol_fast.methods import BYOL
+from byol_fast.cli.main import main
+from byol_fast.config import recipes
+from byol_fast.models.byol import BYOL
 from byol_fast.profiling import Ceilings, Roofline, measure, mfu, roofline, stated
 from byol_fast.profiling.layers import trace
 from byol_fast.profiling.traffic import LEVELS, Kernel, Level, Traffic

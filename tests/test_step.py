@@ -13,17 +13,19 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.step_ops import outside_forward_and_backward
-from byol_fast.activations import checkpoint_blocks
-from byol_fast.capture import leave_no_trace
 from byol_fast.config import OptimConfig
 from byol_fast.data import Batch
-from byol_fast.memory import largest_that_fits
-from byol_fast.methods import BYOL, SelfSupervisedTask, SimSiam, TaskOutput
-from byol_fast.optim import make_optimizer
-from byol_fast.precision import Precision
-from byol_fast.schedules import RunSchedule
-from byol_fast.step import TrainStep
-from byol_fast.weight_copies import WeightCopies
+from byol_fast.models.activation_checkpoint import checkpoint_blocks
+from byol_fast.models.base import SelfSupervisedTask, TaskOutput
+from byol_fast.models.byol import BYOL
+from byol_fast.models.simsiam import SimSiam
+from byol_fast.optim.optimizers import make_optimizer
+from byol_fast.optim.schedules import RunSchedule
+from byol_fast.training.cuda_graph import leave_no_trace
+from byol_fast.training.lowp_weights import WeightCopies
+from byol_fast.training.memory import largest_that_fits
+from byol_fast.training.train_step import TrainStep
+from byol_fast.utils.precision import Precision
 
 SCHEDULE = RunSchedule(
     total_steps=8,

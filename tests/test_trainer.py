@@ -19,18 +19,18 @@ import pytest
 import torch
 
 import byol_fast
-from byol_fast import checkpoint as checkpoints
 from byol_fast import config as configs
 from byol_fast.api import find_resumable
-from byol_fast.capture import Mode, compiled
 from byol_fast.config import Config, ConfigError, OptimConfig
 from byol_fast.data import Batch
-from byol_fast.methods import BYOL
-from byol_fast.metrics import MetricsLog, read
-from byol_fast.optim import make_optimizer
-from byol_fast.schedules import RunSchedule
-from byol_fast.step import TrainStep
-from byol_fast.trainer import Interrupted, Trainer, TrainingError
+from byol_fast.models.byol import BYOL
+from byol_fast.optim.optimizers import make_optimizer
+from byol_fast.optim.schedules import RunSchedule
+from byol_fast.training.cuda_graph import Mode, compiled
+from byol_fast.training.metrics import MetricsLog, read
+from byol_fast.training.train_step import TrainStep
+from byol_fast.training.trainer import Interrupted, Trainer, TrainingError
+from byol_fast.utils import checkpoint as checkpoints
 
 # What differs between two equal runs.
 CLOCK = {"images_per_s", "data_wait", "peak_memory_gib"}

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.gpu.item import Item
-from byol_fast import environment
-from byol_fast.files import atomic_path, atomic_write
+from byol_fast.utils import env
+from byol_fast.utils.files import atomic_path, atomic_write
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -37,7 +37,7 @@ def slug(device: str) -> str:
 
 def versions() -> dict[str, str | None]:
     """Versions that decide figures, from the installed metadata: nothing is imported."""
-    return {name: environment.version(name) for name in ("torch", "triton")}
+    return {name: env.version(name) for name in ("torch", "triton")}
 
 
 # ---------------------------------------------------------------------------------------------- digest

@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.gpu.item import Context, Item
 from benchmarks.gpu.process import MARK, end_marked
-from byol_fast import environment
+from byol_fast.utils import env
 
 GIB = 2**30
 MOST_LEFT = GIB
@@ -47,7 +47,7 @@ def main() -> None:
         _reply(replies, error="there is no CUDA device here; REHEARSE=1 (--rehearse) runs the same on the CPU")
         return
     items: dict[str, Item] = {item.name: item for item in importlib.import_module(options.items).ITEMS}
-    about = environment.measured_on(torch.device(device))
+    about = env.measured_on(torch.device(device))
     _reply(replies, environment=about, free_gib=_free_gib(device))
     reset = _torch_state()
     while True:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from byol_fast.bench.results import Results
 from byol_fast.bench.timing import Timing, interleaved
-from byol_fast.environment import version
+from byol_fast.utils.env import version
 
 Case = Callable[[], object]
 COPIED = 128 << 20  # bytes: beyond every cache

@@ -26,12 +26,12 @@ from byol_fast.bench.results import Results
 from byol_fast.bench.timing import interleaved
 from byol_fast.config import Config, DataConfig, ViewConfig
 from byol_fast.data import ImageSource, ViewLoader, make_loader
-from byol_fast.data.kernels_views import chosen, finish, needed
-from byol_fast.data.loader import dali_installed
+from byol_fast.data.augment import chosen, finish, needed
+from byol_fast.data.augment_params import crop_windows, draw
+from byol_fast.data.loaders.factory import dali_installed
+from byol_fast.data.loaders.threaded import decoded
 from byol_fast.data.sources import ArraySource, EncodedSource
-from byol_fast.data.torchvision_loader import decoded
-from byol_fast.data.views import crop_windows, draw
-from byol_fast.environment import version
+from byol_fast.utils.env import version
 from byol_kernels import resized_crop
 
 JPEG_VIEWS = (ViewConfig(), ViewConfig(blur=0.1, solarize=0.2))

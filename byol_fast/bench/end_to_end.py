@@ -23,7 +23,7 @@ from byol_fast.bench.networks import Problem
 from byol_fast.bench.processes import Job
 from byol_fast.config import Config, DataConfig, ViewConfig
 from byol_fast.data import ImageSource, make_loader, open_source
-from byol_fast.environment import num_cpus
+from byol_fast.utils.env import num_cpus
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from byol_fast.bench.counting import NO_COMPILER, Case, Suite, agree, is_installed
-from byol_fast.methods import BYOL
+from byol_fast.models.byol import BYOL
 from byol_kernels import LARS, _cpu, byol_loss, ema_update_
 
 TAU, LR, DECAY, ETA, MOMENTUM = 0.99, 0.1, 1e-6, 1e-3, 0.9

@@ -16,19 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from byol_fast import environment
 from byol_fast.bench.flags import EXACT, BackendFlags
 from byol_fast.bench.processes import Job
-from byol_fast.capture import CapturedStep, Mode, compiled
 from byol_fast.config import OptimConfig
-from byol_fast.cpu import keep_freed_memory, use_small_map_convolutions
 from byol_fast.data import Batch
-from byol_fast.methods import BYOL
-from byol_fast.networks import build_encoder, feature_dim
-from byol_fast.optim import make_optimizer
-from byol_fast.precision import Precision
-from byol_fast.schedules import RunSchedule
-from byol_fast.step import TrainStep
+from byol_fast.models.byol import BYOL
+from byol_fast.models.encoders import build_encoder, feature_dim
+from byol_fast.optim.optimizers import make_optimizer
+from byol_fast.optim.schedules import RunSchedule
+from byol_fast.training.cuda_graph import CapturedStep, Mode, compiled
+from byol_fast.training.train_step import TrainStep
+from byol_fast.utils import env
+from byol_fast.utils.cpu_tuning import keep_freed_memory, use_small_map_convolutions
+from byol_fast.utils.precision import Precision
 
 TAU, LR, MOMENTUM = 0.99, 0.05, 0.9
 DTYPES = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -394,7 +394,7 @@ class Contender:
     @property
     def version(self) -> str:
         """Of that distribution; nothing where it is missing or none is needed."""
-        return (environment.version(self.needs) or "") if self.needs else ""
+        return (env.version(self.needs) or "") if self.needs else ""
 
     @property
     def is_installed(self) -> bool:

@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as F
 
 from byol_fast.bench.counting import NO_COMPILER, Case, Suite, is_installed
 from byol_fast.config import ViewConfig
-from byol_fast.data.views import draw
+from byol_fast.data.augment_params import draw
 from byol_kernels import _cpu, gaussian_blur, photometric
 
 SIZE, KERNEL = 224, 23

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from byol_fast import environment
 from byol_fast.bench.timing import Timing, ratio
-from byol_fast.files import atomic_path, atomic_write
+from byol_fast.utils import env
+from byol_fast.utils.files import atomic_path, atomic_write
 
 FORMAT = 1
 _IN_WORDS = {"note", "version", "flags"}
@@ -126,7 +126,7 @@ class Results:
         from byol_fast.bench.plot import bars
 
         folder.mkdir(parents=True, exist_ok=True)
-        record = environment.measured_on(self.device)
+        record = env.measured_on(self.device)
         content = {
             "format": FORMAT,
             "name": self.name,

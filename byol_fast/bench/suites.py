@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from byol_fast import recipes
 from byol_fast.bench import data, end_to_end, kernels, networks, photometric
 from byol_fast.bench.counting import measure as measure_operators
 from byol_fast.bench.counting import peer_versions
@@ -24,11 +23,11 @@ from byol_fast.bench.photographs import write_photographs
 from byol_fast.bench.processes import Job, Measured
 from byol_fast.bench.processes import measure as measure_processes
 from byol_fast.bench.results import Results
-from byol_fast.capture import choose_mode
-from byol_fast.config import Config, ConfigError
+from byol_fast.config import Config, ConfigError, recipes
 from byol_fast.data import ImageSource, open_source
-from byol_fast.precision import resolve_precision
-from byol_fast.trainer import resolve_device
+from byol_fast.training.cuda_graph import choose_mode
+from byol_fast.training.trainer import resolve_device
+from byol_fast.utils.precision import resolve_precision
 
 ROUNDS = {"peers": 7, "kernels": 11, "data": 5, "stages": 5, "step": 5, "end-to-end": 5}
 WARMUP = 2

@@ -2,7 +2,8 @@
 
 from byol_fast.data.batch import Batch, ViewLoader
 from byol_fast.data.integrity import BadImageError
-from byol_fast.data.loader import eval_batches, make_loader
+from byol_fast.data.loaders.eval import eval_batches
+from byol_fast.data.loaders.factory import make_loader
 from byol_fast.data.sources import ImageSource, SourceError, open_source, split
 
 __all__ = [

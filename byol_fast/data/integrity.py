@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from byol_fast.files import atomic_write
+from byol_fast.utils.files import atomic_write
 
 log = logging.getLogger(__name__)
 

@@ -23,12 +23,13 @@ from torchvision.transforms.v2 import functional as F
 
 from byol_fast import config as configs
 from byol_fast.config import Config, ViewConfig
+from byol_fast.data.augment_params import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewDraws, crop_windows, draw
 from byol_fast.data.integrity import BadImageError
-from byol_fast.data.loader import dali_installed, eval_batches, make_loader, resolve
+from byol_fast.data.loaders.eval import eval_batches
+from byol_fast.data.loaders.factory import dali_installed, make_loader, resolve
+from byol_fast.data.loaders.threaded import centre, decoded
 from byol_fast.data.sources import ArraySource, ImageSource, SourceError
-from byol_fast.data.torchvision_loader import centre, decoded
-from byol_fast.data.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewDraws, crop_windows, draw
-from byol_fast.networks import Normalize
+from byol_fast.models.layers import Normalize
 
 NUM_IMAGES = 64
 """Images that are compared."""

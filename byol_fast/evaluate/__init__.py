@@ -1,13 +1,13 @@
 """What the representation is worth."""
 
-from byol_fast.evaluate.embed import calibrated, embed
+from byol_fast.evaluate.encoder import Subject, load_subject
+from byol_fast.evaluate.extract import calibrated, embed
 from byol_fast.evaluate.features import Features, embed_folder, load_features, save_features
-from byol_fast.evaluate.inputs import Subject, load_subject
-from byol_fast.evaluate.judge import evaluate_finetune, evaluate_knn, evaluate_linear
 from byol_fast.evaluate.knn import KNNResult, knn_accuracy, knn_predict
-from byol_fast.evaluate.neighbours import nearest, neighbour_sheet
-from byol_fast.evaluate.rank import rankme
+from byol_fast.evaluate.neighbors import nearest
+from byol_fast.evaluate.rankme import rankme
 from byol_fast.evaluate.results import Evaluation
+from byol_fast.evaluate.runner import evaluate_finetune, evaluate_knn, evaluate_linear
 
 __all__ = [
     "Evaluation",
@@ -25,7 +25,6 @@ __all__ = [
     "load_features",
     "load_subject",
     "nearest",
-    "neighbour_sheet",
     "rankme",
     "save_features",
 ]

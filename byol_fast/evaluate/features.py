@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from byol_fast.config import ConfigError, DataConfig
 from byol_fast.data import ImageSource, eval_batches, open_source
 from byol_fast.data.sources import FileSource
-from byol_fast.evaluate.embed import embed
-from byol_fast.evaluate.rank import rankme, spread_rows
-from byol_fast.export import load_encoder
-from byol_fast.files import atomic_path
-from byol_fast.networks import Normalize
-from byol_fast.precision import resolve_precision
+from byol_fast.evaluate.extract import embed
+from byol_fast.evaluate.rankme import rankme, spread_rows
+from byol_fast.export.encoder import load_encoder
+from byol_fast.models.layers import Normalize
+from byol_fast.utils.files import atomic_path
+from byol_fast.utils.precision import resolve_precision
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def embed_folder(
         >>> found = byol_fast.evaluate.embed_folder("runs/first", "photos")
         >>> found.features.shape, found.paths[0]
     """
-    from byol_fast.trainer import resolve_device
+    from byol_fast.training.trainer import resolve_device
 
     where = resolve_device(device)
     numbers = resolve_precision(precision, where)

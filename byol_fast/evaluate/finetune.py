@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from byol_fast.data import ImageSource
-from byol_fast.evaluate.crops import Crops, generator
-from byol_fast.evaluate.inputs import Subject, Workplace
+from byol_fast.evaluate.encoder import Subject, Workplace
 from byol_fast.evaluate.linear import nesterov, truncated_normal
-from byol_fast.evaluate.scores import accuracy
-from byol_fast.networks import feature_dim
-from byol_fast.schedules import lr_at
+from byol_fast.evaluate.metrics import accuracy
+from byol_fast.evaluate.supervised_loader import Crops, generator
+from byol_fast.models.encoders import feature_dim
+from byol_fast.optim.schedules import lr_at
 
 MIN_STEPS_PER_EPOCH = 12
 """The paper's fine-tuning on 1 % of ImageNet makes 12 steps an epoch; fewer images are taken in smaller batches."""

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from byol_fast.evaluate.scores import accuracy
-from byol_fast.evaluate.subsets import hold_out
-from byol_fast.schedules import lr_at
+from byol_fast.evaluate.metrics import accuracy
+from byol_fast.evaluate.splits import hold_out
+from byol_fast.optim.schedules import lr_at
 
 log = logging.getLogger(__name__)
 

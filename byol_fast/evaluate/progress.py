@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from torch import Tensor
 
-from byol_fast.display import SECONDS_BETWEEN_LINES
+from byol_fast.utils.progress import SECONDS_BETWEEN_LINES
 
 T = TypeVar("T")
 

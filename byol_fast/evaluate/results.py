@@ -12,9 +12,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from byol_fast.config import ConfigError
-from byol_fast.evaluate.scores import Interval, Scores
-from byol_fast.files import atomic_path, atomic_write
+from byol_fast.evaluate.metrics import Interval, Scores
 from byol_fast.report.charts import Series, bar_chart, heat_map, line_chart
+from byol_fast.utils.files import atomic_path, atomic_write
 
 # With more classes a matrix shows nothing, and a picture of it is megabytes.
 MATRIX_CLASSES = 60

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from byol_fast import environment
-from byol_fast.precision import Precision
 from byol_fast.profiling.telemetry import Telemetry, others
-from byol_fast.step import TrainStep
+from byol_fast.training.train_step import TrainStep
+from byol_fast.utils import env
+from byol_fast.utils.precision import Precision
 
 ROUNDS = 5
 """Interleaved rounds of an experiment, of which the fastest of each side counts: everything else only slows it down."""
@@ -114,10 +114,8 @@ def in_bf16(step: TrainStep, view1: Tensor, view2: Tensor, *, images: int) -> fl
         view2: likewise.
         images: how many of the batch to take.
     """
-    if step.device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = environment.cpu_has_bf16()
+    on_gpu = step.device.type == "cuda"
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else env.cpu_has_bf16()
     if not fast or step.precision.name in {"bf16", "fp16"}:
         return None
     before, views = step.precision, (step._placed(view1[:images]), step._placed(view2[:images]))
@@ -153,7 +151,7 @@ def on_all_cores(step: TrainStep, view1: Tensor, view2: Tensor, *, images: int) 
         `gain`, least time now over that on all cores, and `others`, cores that other processes kept busy meanwhile:
         with these the gain says little.
     """
-    threads, cores = torch.get_num_threads(), environment.num_cpus()
+    threads, cores = torch.get_num_threads(), env.num_cpus()
     if step.device.type != "cpu" or not (threads == 1 < cores or 2 * threads < cores):
         return None
     views = step._placed(view1[:images]), step._placed(view2[:images])

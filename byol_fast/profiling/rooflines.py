@@ -16,7 +16,9 @@ from torch.nn import functional as F
 
 from byol_fast import config as configs
 from byol_fast.config import Config
-from byol_fast.methods import BYOL, SelfSupervisedTask, make_task
+from byol_fast.models.base import SelfSupervisedTask
+from byol_fast.models.builder import make_task
+from byol_fast.models.byol import BYOL
 from byol_fast.profiling.ceilings import Ceilings, Dtype
 from byol_fast.profiling.layers import trace
 from byol_fast.profiling.traffic import GRADIENT_WIDTH, LEVEL_NAMES, LEVELS, Kernel, Level, Traffic

@@ -15,10 +15,7 @@ import numpy as np
 import torch
 
 from byol_fast import config as configs
-from byol_fast.callbacks import Callback
 from byol_fast.config import Config, ConfigError
-from byol_fast.files import atomic_path, atomic_write
-from byol_fast.phases import Phase, phase
 from byol_fast.profiling import findings as judged
 from byol_fast.profiling import probes
 from byol_fast.profiling.ceilings import Ceilings, measure
@@ -27,7 +24,10 @@ from byol_fast.profiling.rooflines import PHASES, Roofline, roofline
 from byol_fast.profiling.telemetry import Telemetry, others
 from byol_fast.profiling.trace import PhaseClock, StepTimes, Trace, median_step, phase_rows, traced
 from byol_fast.profiling.traffic import LEVELS, Level
-from byol_fast.trainer import Trainer
+from byol_fast.training.callbacks import Callback
+from byol_fast.training.trainer import Trainer
+from byol_fast.utils.files import atomic_path, atomic_write
+from byol_fast.utils.profiler_ranges import Phase, phase
 
 FORMAT = 1
 WARMUP = 3

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from byol_fast import environment
+from byol_fast.utils import env
 
 PERIOD = 0.05
 """Seconds between two samples; NVML renews its power reading about as often."""
@@ -58,7 +58,7 @@ class Telemetry:
         """
         spent = {name: self._end[name] - value for name, value in self._begin.items()}
         seconds = spent["wall"]
-        cores = environment.num_cpus()
+        cores = env.num_cpus()
         found: dict[str, Any] = {
             "seconds": seconds,
             "cpu_seconds": spent["cpu"],

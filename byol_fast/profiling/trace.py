@@ -16,10 +16,10 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from byol_fast.files import atomic_path
-from byol_fast.phases import Phase, marked
 from byol_fast.profiling.kernels import family_of
 from byol_fast.profiling.telemetry import memory_now
+from byol_fast.utils.files import atomic_path
+from byol_fast.utils.profiler_ranges import Phase, marked
 
 MARK = "phase: "
 """Begins the names of our ranges in a trace."""

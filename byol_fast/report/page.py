@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from byol_fast.files import atomic_write
 from byol_fast.report.charts import DARK_COLOURS, escape, palette
+from byol_fast.utils.files import atomic_write
 
 if TYPE_CHECKING:
     from PIL.Image import Image

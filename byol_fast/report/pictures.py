@@ -15,15 +15,16 @@ from torch.nn import functional as F
 
 from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError
-from byol_fast.data import BadImageError, ImageSource, eval_batches, preview, split
-from byol_fast.evaluate.embed import embed
-from byol_fast.evaluate.neighbours import neighbour_sheet
-from byol_fast.export import load_encoder
-from byol_fast.networks import Normalize
-from byol_fast.precision import resolve_precision
+from byol_fast.data import BadImageError, ImageSource, eval_batches, split
+from byol_fast.evaluate.extract import embed
+from byol_fast.export.encoder import load_encoder
+from byol_fast.models.layers import Normalize
+from byol_fast.report import preview
 from byol_fast.report.charts import Series, scatter
+from byol_fast.report.neighbor_sheet import neighbour_sheet
 from byol_fast.report.page import Section, chart_grid, figure, paragraph
 from byol_fast.report.reading import RunFiles
+from byol_fast.utils.precision import resolve_precision
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from byol_fast import config as configs
-from byol_fast import recipes
+from byol_fast.config import recipes
 from byol_fast.report.charts import WIDTH, Series, bar_chart, heat_map, line_chart
 from byol_fast.report.page import Section, chart_grid, details, facts, paragraph, table
 from byol_fast.report.reading import RunFiles

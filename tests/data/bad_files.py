@@ -20,7 +20,7 @@ from PIL import Image
 
 from byol_fast.config import Config, replace
 from byol_fast.data import BadImageError, open_source
-from byol_fast.data.loader import dali_installed
+from byol_fast.data.loaders.factory import dali_installed
 from tests.data.conftest import photo_like
 from tests.data.helpers import config_of, loader_of, pixels, plain
 

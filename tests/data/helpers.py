@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from byol_fast.config import Config, DataConfig, ViewConfig
 from byol_fast.data.batch import Batch, ViewLoader
-from byol_fast.data.loader import make_loader
+from byol_fast.data.loaders.factory import make_loader
 from byol_fast.data.sources import ImageSource
 
 CPU = torch.device("cpu")

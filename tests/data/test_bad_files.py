@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from byol_fast import Trainer, recipes
-from byol_fast import checkpoint as checkpoints
+from byol_fast import Trainer
 from byol_fast import config as configs
-from byol_fast.config import Config, replace
+from byol_fast.config import Config, recipes, replace
 from byol_fast.data import BadImageError, eval_batches, open_source
 from byol_fast.data.integrity import BadImages, TooManyBadImagesError
 from byol_fast.data.sources import FileSource
+from byol_fast.utils import checkpoint as checkpoints
 from tests.data.bad_files import BAD, BECOMES_BAD, GOOD, JPEG, SIZE, config, fill, outcome
 from tests.data.helpers import error, loader_of, pixels, same
 from tests.data.kinds import available, make

@@ -18,14 +18,14 @@ from PIL import Image
 
 from byol_fast.config import replace
 from byol_fast.data import Batch, ImageSource, open_source
-from byol_fast.data.loader import dali_installed
+from byol_fast.data.loaders.factory import dali_installed
 from byol_fast.data.sources import ArraySource
 from tests.data.helpers import config_of, loader_of, pixels, plain, same
 
 if not dali_installed():
     pytest.skip("DALI is not installed", allow_module_level=True)
 
-from byol_fast.data.dali import DaliLoader
+from byol_fast.data.loaders.dali import DaliLoader
 
 SIZE, COUNT, BATCH = 8, 24, 8  # 3 batches an epoch
 LEVELS = 10 * np.arange(COUNT, dtype=np.uint8)

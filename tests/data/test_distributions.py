@@ -18,9 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torchvision.transforms import RandomResizedCrop
 
-from byol_fast import recipes
-from byol_fast.config import ViewConfig
-from byol_fast.data.views import ViewDraws, crop_windows, draw, permutation
+from byol_fast.config import ViewConfig, recipes
+from byol_fast.data.augment_params import ViewDraws, crop_windows, draw, permutation
 
 N = 20_000
 COMPARISONS = 10_000  # more than are made here: Bonferroni

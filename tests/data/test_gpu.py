@@ -15,8 +15,8 @@ import torch
 
 from byol_fast.config import Config, ViewConfig, replace
 from byol_fast.data import Batch, ImageSource, ViewLoader, make_loader
-from byol_fast.data.loader import dali_installed
-from byol_fast.data.resident import ResidentLoader
+from byol_fast.data.loaders.device_cache import ResidentLoader
+from byol_fast.data.loaders.factory import dali_installed
 from byol_fast.data.sources import ArraySource, FileSource
 from tests.data.helpers import CPU, config_of, error, pixels, same
 from tests.gpu import DEVICE, REHEARSING, Captured, host_syncs_are_errors, launches, only_on_a_gpu

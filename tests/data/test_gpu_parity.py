@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from byol_fast import config as configs
-from byol_fast import recipes
+from byol_fast.config import recipes
 from byol_fast.data import parity
-from byol_fast.data.loader import dali_installed
+from byol_fast.data.loaders.factory import dali_installed
+from byol_fast.data.loaders.threaded import centre
 from byol_fast.data.sources import ArraySource, FileSource, ImageSource
-from byol_fast.data.torchvision_loader import centre
 from tests.gpu import DEVICE
 
 pytestmark = pytest.mark.gpu("parity")

@@ -15,20 +15,13 @@ import pytest
 import torch
 
 from byol_fast.config import ConfigError, DataConfig, ViewConfig, replace
-from byol_fast.data import (
-    BadImageError,
-    Batch,
-    ImageSource,
-    SourceError,
-    ViewLoader,
-    eval_batches,
-    open_source,
-    torchvision_loader,
-)
-from byol_fast.data.kernels_views import single_core_threads
-from byol_fast.data.loader import Backend, Planner, choose_backend, dali_installed, resolve
+from byol_fast.data import BadImageError, Batch, ImageSource, SourceError, ViewLoader, eval_batches, open_source
+from byol_fast.data.loaders import threaded
+from byol_fast.data.loaders.factory import Backend, choose_backend, dali_installed, resolve
+from byol_fast.data.loaders.prefetch import single_core_threads
+from byol_fast.data.loaders.threaded import decoded, is_ordinary_jpeg
+from byol_fast.data.sampler import Planner
 from byol_fast.data.sources import ArraySource, FileSource
-from byol_fast.data.torchvision_loader import decoded, is_ordinary_jpeg
 from tests.data.helpers import CPU, config_of, error, loader_of, pixels, plain, same
 
 VIEW1 = ViewConfig(size=16)
@@ -335,7 +328,7 @@ def test_eval_hands_out_arrays_of_the_right_size_untouched(arrays: ArraySource) 
 
 
 def test_without_dali_torchvision_takes_over_and_says_so_once(monkeypatch: Any, caplog: Any, files: Any) -> None:
-    from byol_fast.data import loader as module
+    from byol_fast.data.loaders import factory as module
 
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     monkeypatch.setattr(module, "_said", set())
@@ -436,7 +429,7 @@ def test_ordinary_jpegs_decode_to_the_bytes_of_pil(files: FileSource, photograph
 def test_without_torchvisions_decoder_pil_decodes(files: FileSource, monkeypatch: Any) -> None:
     config = config_of("torchvision+kernels", VIEW1, VIEW2)
     expected = take(loader_of(files, config), 2)
-    monkeypatch.setattr(torchvision_loader, "_decode_jpeg", None)
+    monkeypatch.setattr(threaded, "_decode_jpeg", None)
     assert all(same(a, b) for a, b in zip(expected, take(loader_of(files, config), 2), strict=True))
 
 

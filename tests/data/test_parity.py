@@ -15,12 +15,11 @@ from PIL import Image
 from torchvision.transforms import v2 as T
 
 from byol_fast import config as configs
-from byol_fast import recipes
-from byol_fast.config import Config, ViewConfig
+from byol_fast.config import Config, ViewConfig, recipes
 from byol_fast.data import parity
-from byol_fast.data.loader import dali_installed
+from byol_fast.data.augment_params import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewDraws, crop_windows, draw
+from byol_fast.data.loaders.factory import dali_installed
 from byol_fast.data.sources import ArraySource, FileSource, ImageSource, open_source
-from byol_fast.data.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewDraws, crop_windows, draw
 from tests.data.helpers import CPU, config_of, error, loader_of, pixels, plain
 
 COLOURS = ["flip", "brightness", "contrast", "saturation", "hue", "jitter", "grayscale", "blur", "solarize"]

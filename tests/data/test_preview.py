@@ -12,13 +12,14 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageColor
 
-from byol_fast import cli, recipes
 from byol_fast import config as configs
-from byol_fast.config import Config, ConfigError, ViewConfig
-from byol_fast.data import BadImageError, SourceError, preview, split
-from byol_fast.data.loader import dali_installed
+from byol_fast.cli import main
+from byol_fast.config import Config, ConfigError, ViewConfig, recipes
+from byol_fast.data import BadImageError, SourceError, split
+from byol_fast.data.augment_params import BRIGHTNESS, CONTRAST, HUE, SATURATION, draw
+from byol_fast.data.loaders.factory import dali_installed
 from byol_fast.data.sources import ArraySource, FileSource, open_source
-from byol_fast.data.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, draw
+from byol_fast.report import preview
 from tests.data.helpers import CPU, config_of, loader_of, pixels, plain
 
 VIEW1 = ViewConfig(size=56, blur=0.5)
@@ -199,7 +200,7 @@ def test_the_command_fails_where_an_error_is_too_large(npz: Path, tmp_path: Path
     options += ["--data.root", str(npz), "--data.loader", "dali", "--data.color", "hsv", "--data.threads", "1"]
     to = tmp_path / "sheet.png"
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["preview", "cifar10_resnet18", *options, "--check", "--to", str(to)])
+        main.main(["preview", "cifar10_resnet18", *options, "--check", "--to", str(to)])
     assert stopped.value.code == 1
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("jitter") and line.endswith("FAIL") for line in lines)
@@ -224,7 +225,7 @@ def test_mistakes_are_explained(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["preview", *arguments])
+        main.main(["preview", *arguments])
     assert stopped.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not list(tmp_path.iterdir())

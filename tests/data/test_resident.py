@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from byol_fast.config import ViewConfig
-from byol_fast.data.loader import Planner
-from byol_fast.data.resident import ResidentLoader, table
+from byol_fast.data.augment_params import crop_windows, stream_key
+from byol_fast.data.loaders.device_cache import ResidentLoader, table
+from byol_fast.data.sampler import Planner
 from byol_fast.data.sources import ArraySource
-from byol_fast.data.views import crop_windows, stream_key
 from byol_kernels import draw_view
 from tests.data.conftest import photo_like
 from tests.data.helpers import config_of, error, loader_of, pixels, plain, same

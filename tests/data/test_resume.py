@@ -19,9 +19,9 @@ import torch
 
 from byol_fast.config import ViewConfig, replace
 from byol_fast.data import ImageSource, ViewLoader
-from byol_fast.data.loader import dali_installed
+from byol_fast.data.loaders.factory import dali_installed
 from byol_fast.data.sources import FileSource
-from byol_fast.files import atomic_path
+from byol_fast.utils.files import atomic_path
 from tests.data.conftest import photo_like
 from tests.data.helpers import config_of, loader_of
 from tests.data.kinds import KINDS, available, encoded, make

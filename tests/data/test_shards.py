@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from byol_fast.config import ViewConfig
-from byol_fast.data.loader import Planner
-from byol_fast.data.views import permutation
+from byol_fast.data.augment_params import permutation
+from byol_fast.data.sampler import Planner
 
 VIEW = ViewConfig(size=8)
 

@@ -14,7 +14,7 @@ from PIL import Image
 from byol_fast.config import Config, ConfigError, DataConfig, KNNConfig
 from byol_fast.data import BadImageError, SourceError, open_source, split
 from byol_fast.data.sources import ArraySource, DatasetSource, FileSource
-from byol_fast.evaluate.during import knn_problem
+from byol_fast.training.knn_monitor import knn_problem
 
 
 def put(root: Path, *names: str) -> Path:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from byol_fast.config import ViewConfig
+from byol_fast.data.augment_params import ViewDraws, crop_window, crop_windows, draw
 from byol_fast.data.sources import ArraySource
-from byol_fast.data.views import ViewDraws, crop_window, crop_windows, draw
 from tests.data.helpers import config_of, loader_of, pixels, plain
 
 N = 20_000

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from byol_fast.step import TrainStep
+from byol_fast.training.train_step import TrainStep
 
 FILE = Path(__file__).parents[1] / "cuda_operators.json"
 """Calls that torch's CUDA dispatch accepted in a dry run; `make dry` writes it."""

@@ -25,12 +25,11 @@ from PIL import Image
 
 from benchmarks.gpu.items import ITEMS
 from byol_fast import config as configs
-from byol_fast import recipes
-from byol_fast.callbacks import Callback
-from byol_fast.commands import profile as profile_command
-from byol_fast.config import Config
-from byol_fast.step import StepMetrics
-from byol_fast.trainer import Trainer
+from byol_fast.cli import profile as profile_command
+from byol_fast.config import Config, recipes
+from byol_fast.training.callbacks import Callback
+from byol_fast.training.train_step import StepMetrics
+from byol_fast.training.trainer import Trainer
 from tests.dry import FAILED, OK, operators
 from tests.dry.small_steps import STEPS, Combination, aot_eager, batch, build_step, combinations
 

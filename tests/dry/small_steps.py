@@ -11,14 +11,14 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from byol_fast.capture import CapturedStep, Mode, choose_mode, compiled
 from byol_fast.config import Config, ConfigError, OptimConfig
 from byol_fast.data import Batch
-from byol_fast.methods import BYOL
-from byol_fast.optim import make_optimizer
-from byol_fast.precision import resolve_precision
-from byol_fast.schedules import RunSchedule
-from byol_fast.step import TrainStep
+from byol_fast.models.byol import BYOL
+from byol_fast.optim.optimizers import make_optimizer
+from byol_fast.optim.schedules import RunSchedule
+from byol_fast.training.cuda_graph import CapturedStep, Mode, choose_mode, compiled
+from byol_fast.training.train_step import TrainStep
+from byol_fast.utils.precision import resolve_precision
 from tests.networks import SmallResidualNetwork
 
 ModeName = Literal["eager", "compile", "graph"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from byol_fast.config import ViewConfig
-from byol_fast.data import views
+from byol_fast.data import augment_params
 from byol_kernels import draw_view, draws
 from tests.kernels.conftest import INTERPRETED, not_interpreted
 
@@ -30,8 +30,8 @@ SIZES = [(17, 400)] if INTERPRETED else [(32, 32), (17, 400), (1, 1)]
 
 def table(view: ViewConfig, height: int, width: int) -> Tensor:
     """Column by column from the configuration, by the names that the operator gives them."""
-    lowest, spread = views.factor_ranges(view)
-    centre = views.centred_crop(height, width, view.aspect)
+    lowest, spread = augment_params.factor_ranges(view)
+    centre = augment_params.centred_crop(height, width, view.aspect)
     values = {
         "area": view.area[0],
         "area_spread": view.area[1] - view.area[0],
@@ -57,29 +57,29 @@ def test_draws_what_numpy_draws(name: str, size: tuple[int, int], device: str) -
     view, n = VIEWS[name], 150 if INTERPRETED else 20_000
     for seed, epoch, number in ((0, 0, 0), (2**63 + 11, 977, 1)):
         index = np.random.default_rng(seed % 997).integers(0, 2**40, n)
-        drawn: Any = views.draw(view, index, seed=seed, epoch=epoch, view=number)
-        key = torch.tensor(views.stream_key(seed, epoch, number))
+        drawn: Any = augment_params.draw(view, index, seed=seed, epoch=epoch, view=number)
+        key = torch.tensor(augment_params.stream_key(seed, epoch, number))
         ours = draw_view(
             torch.from_numpy(index).to(device),
             key.to(device),
             table(view, *size).to(device),
             blur_kernel=view.blur_kernel,
         )
-        assert np.array_equal(ours.crop.cpu(), views.crop_windows(drawn.crop, *size, view.aspect))
+        assert np.array_equal(ours.crop.cpu(), augment_params.crop_windows(drawn.crop, *size, view.aspect))
         for field in ours._fields[1:]:
             mine, theirs = getattr(ours, field).cpu().numpy(), getattr(drawn, field)
             assert mine.dtype == theirs.dtype and np.array_equal(mine, theirs), field
 
 
 def test_views_tries_as_many_crops() -> None:
-    assert views.ATTEMPTS == draws.ATTEMPTS
+    assert augment_params.ATTEMPTS == draws.ATTEMPTS
 
 
 def test_exponential_function() -> None:
     """Fourteen terms at a sixteenth: what is left of the series is below one rounding, taken to the 16th power."""
     x = np.linspace(-4, 4, 999)
-    assert np.abs(views._exp(x) / np.exp(x) - 1).max() <= 32 * 2.0**-52
-    assert np.array_equal(views._exp(x), draws._exp_float64(torch.from_numpy(x)))
+    assert np.abs(augment_params._exp(x) / np.exp(x) - 1).max() <= 32 * 2.0**-52
+    assert np.array_equal(augment_params._exp(x), draws._exp_float64(torch.from_numpy(x)))
 
 
 @not_interpreted

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from byol_fast.config import ViewConfig
-from byol_fast.data.views import draw
+from byol_fast.data.augment_params import draw
 from byol_kernels import LARS, byol_loss, byol_loss_with_stats, ema_update_, gaussian_blur, photometric, resized_crop
 from tests.gpu import DEVICE, REHEARSING
 from tests.kernels.conftest import not_interpreted

@@ -14,13 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from byol_fast import cli, recipes
 from byol_fast import config as configs
-from byol_fast.config import Config, ConfigError
+from byol_fast.cli import main
+from byol_fast.config import Config, ConfigError, recipes
 from byol_fast.report.build import report
 from byol_fast.report.page import Section, figure, paragraph, table, write_page
 from byol_fast.report.reading import read_run
-from byol_fast.trainer import Trainer
+from byol_fast.training.trainer import Trainer
 from tests.report.parsing import HOSTILE, Page, read, svg, texts
 
 Record = dict[str, Any]
@@ -256,7 +256,7 @@ def test_mistakes_are_explained(tmp_path: Path, capsys: pytest.CaptureFixture[st
     with pytest.raises(ConfigError, match="can be written"):
         report([folder], tmp_path / "file" / "x.html", pictures=False)
     with pytest.raises(SystemExit) as ended:
-        cli.main(["report", str(folder), "--open-nothing", "--to", str(tmp_path / "deep" / "page.html")])
+        main.main(["report", str(folder), "--open-nothing", "--to", str(tmp_path / "deep" / "page.html")])
     assert ended.value.code == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "deep" / "page.html")
 

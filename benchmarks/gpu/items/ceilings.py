@@ -9,9 +9,9 @@ import torch
 from benchmarks.gpu.item import Context
 from benchmarks.gpu.items.common import free, is_small, values_matter
 from benchmarks.gpu.items.timing import rounded
-from byol_fast import environment
 from byol_fast.profiling.ceilings import Dtype, measure
 from byol_fast.profiling.telemetry import Telemetry
+from byol_fast.utils import env
 
 DTYPES: tuple[Dtype, ...] = ("bf16", "tf32", "fp32")
 
@@ -19,7 +19,7 @@ DTYPES: tuple[Dtype, ...] = ("bf16", "tf32", "fp32")
 def run(context: Context) -> None:
     """Versions and clocks; copy bandwidth and matrix products."""
     device = torch.device(context.device)
-    record = environment.measured_on(device)
+    record = env.measured_on(device)
     packages = record.pop("packages")
     context.record("environment", **record, **packages, cudnn=torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
     for dtype in DTYPES[:1] if is_small(context) else DTYPES:

@@ -34,18 +34,17 @@ from benchmarks.gpu.items.common import (
 )
 from benchmarks.gpu.items.timing import STEPS, Case, figures, interleaved, rounded, seconds_of
 from byol_fast import config as configs
-from byol_fast import recipes
 from byol_fast.bench.networks import Ours
-from byol_fast.callbacks import Callback
-from byol_fast.capture import leave_no_trace
-from byol_fast.config import Config
+from byol_fast.config import Config, recipes
 from byol_fast.data import ViewLoader, make_loader
 from byol_fast.data.sources import ArraySource
 from byol_fast.data.sources.arrays import array_source
-from byol_fast.environment import num_cpus
-from byol_fast.evaluate.embed import embed
+from byol_fast.evaluate.extract import embed
 from byol_fast.evaluate.knn import knn_rankings
-from byol_fast.trainer import Trainer
+from byol_fast.training.callbacks import Callback
+from byol_fast.training.cuda_graph import leave_no_trace
+from byol_fast.training.trainer import Trainer
+from byol_fast.utils.env import num_cpus
 
 COMPILATION = 60.0
 """Seconds that must be left for a compiled step to begin."""

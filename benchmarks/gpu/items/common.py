@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from benchmarks.gpu.item import Context
 from byol_fast.bench.flags import BackendFlags
 from byol_fast.bench.networks import Ours, Problem
-from byol_fast.capture import CapturedStep, Mode, compiled
 from byol_fast.data import Batch
-from byol_fast.methods import IMAGENET_MEAN, IMAGENET_STD, SelfSupervisedTask
-from byol_fast.networks import Normalize
-from byol_fast.step import Forward
+from byol_fast.models.base import IMAGENET_MEAN, IMAGENET_STD, SelfSupervisedTask
+from byol_fast.models.layers import Normalize
+from byol_fast.training.cuda_graph import CapturedStep, Mode, compiled
+from byol_fast.training.train_step import Forward
 from tests.networks import SmallResidualNetwork
 
 P = ParamSpec("P")

@@ -16,10 +16,9 @@ from benchmarks.gpu.item import Context
 from benchmarks.gpu.items.common import Checks, byol_fast_step, free, is_small, link_copies, resnet50, same_flags
 from benchmarks.gpu.items.timing import rounded
 from byol_fast import config as configs
-from byol_fast import recipes
 from byol_fast.bench.photographs import write_photographs
 from byol_fast.bench.timing import Timing
-from byol_fast.config import Config
+from byol_fast.config import Config, recipes
 from byol_fast.data import ImageSource, ViewLoader, make_loader, open_source, parity
 
 BATCH = 256

@@ -29,7 +29,7 @@ from byol_fast.bench.kernels import (
     textbook_loss,
     timm_average,
 )
-from byol_fast.environment import version
+from byol_fast.utils.env import version
 from byol_kernels import LARS, byol_loss, ema_update_, gaussian_blur, photometric
 
 COPY_BYTES = 1 << 28

@@ -18,12 +18,12 @@ from benchmarks.gpu.item import Context, Item
 from benchmarks.gpu.items.common import ROOT, byol_fast_step, free, is_small, link_copies, resnet50, same_flags
 from benchmarks.gpu.items.timing import rounded
 from byol_fast import config as configs
-from byol_fast import recipes
 from byol_fast.bench.photographs import write_photographs
-from byol_fast.files import atomic_write
+from byol_fast.config import recipes
 from byol_fast.profiling import inductor
 from byol_fast.profiling.run import profile as profile_run
 from byol_fast.profiling.telemetry import Telemetry
+from byol_fast.utils.files import atomic_write
 
 BATCH = 256
 POWER_SECONDS = 10.0

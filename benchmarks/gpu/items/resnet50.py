@@ -29,10 +29,10 @@ from benchmarks.gpu.items.common import (
 )
 from benchmarks.gpu.items.timing import STEPS, figures, interleaved, rounded
 from byol_fast.bench.networks import Lightly, Ours, Problem, Textbook
-from byol_fast.environment import version
-from byol_fast.files import atomic_write
 from byol_fast.profiling import inductor
 from byol_fast.profiling.kernels import family_of
+from byol_fast.utils.env import version
+from byol_fast.utils.files import atomic_write
 
 BATCH = 256
 """Images of the compiled step: what the rooflines are computed for."""

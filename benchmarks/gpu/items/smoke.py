@@ -12,8 +12,8 @@ from benchmarks.gpu.item import Context
 from benchmarks.gpu.items import smoke_step
 from benchmarks.gpu.items.common import Checks
 from byol_fast.config import ViewConfig
-from byol_fast.data.resident import table
-from byol_fast.data.views import draw, stream_key
+from byol_fast.data.augment_params import draw, stream_key
+from byol_fast.data.loaders.device_cache import table
 from byol_kernels import (
     LARS,
     byol_loss,

@@ -15,7 +15,7 @@ from benchmarks.gpu.item import Context
 from benchmarks.gpu.items.common import Checks, SmallProblem, StepMode, byol_fast_step, relative_error, same_flags
 from byol_fast.bench.networks import MOMENTUM, Ours, Problem, Textbook
 from byol_fast.data import Batch
-from byol_fast.schedules import RunSchedule
+from byol_fast.optim.schedules import RunSchedule
 from tests.kernels import restatement
 from tests.kernels.restatement import f64
 

@@ -7,10 +7,10 @@ from byol_fast.data.sources.arrays import ArraySource, array_source
 from byol_fast.data.sources.base import EXTENSIONS, EncodedSource, ImageSource, SourceError
 from byol_fast.data.sources.datasets import DatasetSource, HuggingFaceSource
 from byol_fast.data.sources.files import FileSource
-from byol_fast.data.sources.opening import open_source, split
+from byol_fast.data.sources.open import open_source, split
 from byol_fast.data.sources.parquet import ParquetSource
 from byol_fast.data.sources.shards import ShardSource
-from byol_fast.data.sources.webdataset import TarSource
+from byol_fast.data.sources.tar import TarSource
 
 __all__ = [
     "EXTENSIONS",

@@ -14,14 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from byol_fast.data.integrity import read_file, suspicious
-from byol_fast.data.sources.base import (
-    EXTENSIONS,
-    EncodedSource,
-    SourceError,
-    digest,
-    labels_from_folders,
-    sampled,
-)
+from byol_fast.data.sources.base import EXTENSIONS, EncodedSource, SourceError, digest, labels_from_folders, sampled
 
 log = logging.getLogger(__name__)
 

@@ -33,7 +33,7 @@ from byol_fast.data.sources.shards import (
     stamp_of,
     unpack_texts,
 )
-from byol_fast.files import atomic_path
+from byol_fast.utils.files import atomic_path
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from byol_fast.data.integrity import BadImageError
 from byol_fast.data.sources.base import EncodedSource, SourceError, sampled
-from byol_fast.files import atomic_path
+from byol_fast.utils.files import atomic_path
 
 log = logging.getLogger(__name__)
 

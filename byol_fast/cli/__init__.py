@@ -1,0 +1,1 @@
+"""The commands of `byol-fast`: `main` finds them, each other module is one."""

@@ -1,0 +1,65 @@
+"""`byol-fast preview`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from byol_fast import config as configs
+from byol_fast.cli.options import complain
+from byol_fast.config import Config, recipes
+
+USAGE = """\
+usage: byol-fast preview RECIPE [--data.root FOLDER] [--num N] [--to FILE.png] [--epoch E] [--check] [--option ...]
+
+Draws originals, both views as training would see them, and their parameters, into preview.png. With --check it also
+compares every operator with torchvision on your images, and exits with 1 where the error is too large.
+`byol-fast preview RECIPE --help` lists every option with the recipe's value.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Run it; return the exit code."""
+    name = argv.pop(0) if argv and not argv[0].startswith("-") else None
+    if name is None:
+        print(USAGE, end="")
+        return 0 if argv and argv[0] in {"-h", "--help"} else complain("byol-fast preview: a recipe is missing", 2)
+    recipe = recipes.get(name)
+
+    def options(
+        config: Annotated[Config, tyro.conf.arg(name="")] = recipe,
+        num: int = 8,
+        to: Path = Path("preview.png"),
+        epoch: int = 0,
+        check: bool = False,
+        check_all: bool = False,
+    ) -> tuple[Config, int, Path, int, bool, bool]:
+        """Draw a contact sheet of the views that training sees.
+
+        Args:
+            config: of the run.
+            num: images on the sheet: the first ones of the epoch.
+            to: the PNG file to write.
+            epoch: pass over the data, from 0; each has its own views.
+            check: compare every operator with torchvision on these images, and exit with 1 if an error is too large.
+            check_all: the same for every loader that works here, not only for the run's own.
+        """
+        return config, num, to, epoch, check, check_all
+
+    config, num, to, epoch, check, check_all = tyro.cli(options, args=argv, prog=f"byol-fast preview {name}")
+
+    from byol_fast.data import parity, split
+    from byol_fast.report import preview
+    from byol_fast.training.trainer import resolve_device
+
+    preview.check_path(to)
+    device = resolve_device(config.device)
+    source, _ = split(configs.replace(config, {"knn.enabled": "off"}))
+    preview.write(preview.contact_sheet(source, config, device=device, num=num, epoch=epoch), to)
+    print(to)
+    if not check and not check_all:
+        return 0
+    backends = parity.backends(source, config, device) if check_all else [parity.Backend(source, config, device)]
+    return 0 if parity.show(parity.measure(source, config, backends)) else 1

@@ -1,0 +1,76 @@
+"""`byol-fast roofline`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from byol_fast.cli.options import complain
+from byol_fast.config import Config, recipes
+
+USAGE = """\
+usage: byol-fast roofline RECIPE [--gpu H100 ...] [--measure] [--to FILE.json] [--plot FILE.svg] [--option ...]
+
+Counts the FLOPs and the least memory traffic of a training step, at four levels of fusion, and says how many images a
+second GPUs could do at most: A100, H100, H200, RTX 4090, none of which is needed; or, with --measure, this machine.
+`byol-fast roofline RECIPE --help` lists every option with the recipe's value.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Run it; return the exit code."""
+    name = argv.pop(0) if argv and not argv[0].startswith("-") else None
+    if name is None:
+        print(USAGE, end="")
+        return 0 if argv and argv[0] in {"-h", "--help"} else complain("byol-fast roofline: a recipe is missing", 2)
+    recipe = recipes.get(name)
+
+    def options(
+        config: Annotated[Config, tyro.conf.arg(name="")] = recipe,
+        gpu: tuple[str, ...] = (),
+        measure: bool = False,
+        level: str = "B",
+        to: Path | None = None,
+        plot: Path | None = None,
+    ) -> tuple[Config, tuple[str, ...], bool, str, Path | None, Path | None]:
+        """Count the work of a training step, and how fast devices could do it at most.
+
+        Args:
+            config: of the run.
+            gpu: A100, H100, H200, RTX 4090; by default all of them.
+            measure: measure the ceilings of this machine, and predict for it.
+            level: of the plot: A eager, B as torch.compile fuses, D batch norm within convolutions, E bound.
+            to: JSON file to write, with a row for each layer, phase and family.
+            plot: SVG file to write: the roofline of the first device with each layer on it.
+        """
+        return config, gpu, measure, level, to, plot
+
+    config, gpu, measured, level, to, plot = tyro.cli(options, args=argv, prog=f"byol-fast roofline {name}")
+
+    from byol_fast.profiling import GPUS, measure, roofline, stated
+    from byol_fast.profiling.traffic import LEVELS
+    from byol_fast.training.trainer import resolve_device
+    from byol_fast.utils.files import atomic_write
+    from byol_fast.utils.precision import resolve_precision
+
+    if level not in LEVELS:
+        return complain(f"byol-fast roofline: level must be one of {', '.join(LEVELS)}, got {level!r}", 2)
+    device = resolve_device(config.device)
+    if measured:
+        dtype = resolve_precision(config.precision, device).name
+    else:
+        dtype = "bf16" if config.precision == "auto" else config.precision
+    ceilings = [measure(device, dtype)] if measured else []
+    ceilings += [stated(one, dtype) for one in gpu or (() if measured else GPUS)]
+    result = roofline(config, dtype=dtype)
+    result.show(ceilings)
+    if to is not None:
+        atomic_write(to, json.dumps(result.to_json(ceilings), indent=1) + "\n")
+        print(to)
+    if plot is not None:
+        atomic_write(plot, result.chart(ceilings[0], level))
+        print(plot)
+    return 0

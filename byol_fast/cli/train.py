@@ -1,0 +1,104 @@
+"""`byol-fast train`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from byol_fast import config as configs
+from byol_fast.cli.options import complain, parse
+from byol_fast.config import Config, ConfigError, recipes
+
+if TYPE_CHECKING:
+    from byol_fast.training.trainer import RunResult
+
+USAGE = """\
+usage: byol-fast train RECIPE [--data.root FOLDER] [--option value ...]
+       byol-fast train --resume RUN
+       byol-fast train RECIPE --resume auto [--option value ...]
+
+  --data.root FOLDER   images: nested, flat or class-per-folder; or a list (.txt, .csv), tar or Parquet shards, a .npz
+  --resume RUN         continue the run in this folder, with its own options
+  --resume auto        continue OUT/NAME, or without a name the newest unfinished run like this; if none, start it
+
+`byol-fast train RECIPE --help` lists every option with the recipe's value.
+
+recipes:
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Run it; return the exit code."""
+    resume, argv = take_resume(argv)
+    name = argv.pop(0) if argv and not argv[0].startswith("-") else None
+    if name is None and (resume is None or resume == "auto"):
+        print(USAGE, end="")
+        for recipe, make in recipes.RECIPES.items():
+            print(f"  {recipe:24s}{summary(make)}")
+        if argv and argv[0] in {"-h", "--help"}:
+            return 0
+        named = [word for word in argv if word in recipes.RECIPES]
+        hint = f"; it comes first: byol-fast train {named[0]} ..." if named else ""
+        return complain(f"byol-fast train: a recipe is missing{hint}", 2)
+    if name is not None and Path(name).exists() and name not in recipes.RECIPES:
+        raise ConfigError(f"byol-fast train: {name} is no recipe; images are given as --data.root {name}")
+
+    folder: Path | None = None
+    if resume is None or resume == "auto":
+        assert name is not None
+        config = parse(recipes.get(name), argv, f"byol-fast train {name}")
+    else:
+        folder = Path(resume)
+        stored = configs.load(folder / "config.json")
+        if name not in {None, stored.recipe}:
+            raise ConfigError(
+                f"resume: {folder} is a run of {stored.recipe!r}, got recipe {name!r}; leave the recipe out"
+            )
+        config = parse(stored, argv, f"byol-fast train --resume {resume}")
+
+    from byol_fast.api import find_resumable
+    from byol_fast.training import distributed  # torch takes seconds to import: only once the options are right
+    from byol_fast.training.trainer import Trainer
+
+    world = distributed.join(config.device, config.timeout_minutes)
+    try:
+        if resume == "auto":
+            folder = world.from_leader(lambda: find_resumable(config))
+        result = Trainer(config, resume=folder).fit()
+    finally:
+        distributed.leave()
+    if world.leads:
+        summarise(result)
+    return 0
+
+
+def take_resume(argv: list[str]) -> tuple[str | None, list[str]]:
+    """Split `--resume X` off; the rest belongs to the configuration."""
+    rest: list[str] = []
+    resume = None
+    words = iter(argv)
+    for word in words:
+        if word == "--resume" or word.startswith("--resume="):
+            resume = word.partition("=")[2] or next(words, "")
+            if not resume or resume.startswith("-"):
+                raise ConfigError("byol-fast train: --resume must be followed by a run folder or 'auto'")
+        else:
+            rest.append(word)
+    return resume, rest
+
+
+def summary(make: Callable[[], Config]) -> str:
+    """First line of a recipe's docstring; what is known of one without."""
+    if make.__doc__:
+        return make.__doc__.splitlines()[0]
+    config = make()
+    return f"{config.model.encoder}, {config.epochs} epochs, base lr {config.optim.lr}, tau {config.tau.base}"
+
+
+def summarise(result: RunResult) -> None:
+    """Where a run's results lie."""
+    print(f"encoder: {result.encoder}\nmetrics: {result.run_dir / 'metrics.jsonl'}")
+    if (result.run_dir / "report.html").exists():
+        print(f"report: {result.run_dir / 'report.html'}")
+    print(f"run folder: {result.run_dir}")

@@ -1,1 +1,0 @@
-"""One module for each command; each has `main(argv)`, which returns the exit code."""

@@ -1,0 +1,1 @@
+"""Other packages' names, signatures and numbers: a practical guide's script, lightly, timm, torch."""

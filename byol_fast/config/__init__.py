@@ -1,0 +1,31 @@
+"""The configuration of a run: documented and validated frozen dataclasses, recipes, reading and changing."""
+
+from byol_fast.config.io import differences, from_dict, load, replace, to_dict
+from byol_fast.config.schema import (
+    Config,
+    ConfigError,
+    DataConfig,
+    KNNConfig,
+    ModelConfig,
+    OptimConfig,
+    ProbeConfig,
+    TauConfig,
+    ViewConfig,
+)
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "KNNConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ProbeConfig",
+    "TauConfig",
+    "ViewConfig",
+    "differences",
+    "from_dict",
+    "load",
+    "replace",
+    "to_dict",
+]

@@ -1,0 +1,126 @@
+"""Configurations from and to dictionaries and JSON files, changed by dotted names, compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from byol_fast.config.schema import Config, ConfigError
+
+T = TypeVar("T")
+
+
+def replace(config: T, changes: Mapping[str, object]) -> T:
+    """Return a copy of a config with some fields changed.
+
+    Args:
+        config: any of this module's dataclasses.
+        changes: field name to value. A name may be dotted (`"optim.lr"`); the value of a nested config may be
+            a mapping of its fields (`{"optim": {"lr": 0.1}}`).
+
+    Raises:
+        ConfigError: unknown field (the nearest name is suggested), wrong type, value out of contract.
+    """
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        raise TypeError(f"config: replace needs a config object, got {type(config).__name__}")
+    nested: dict[str, dict[str, object]] = {}
+    flat: dict[str, object] = {}
+    for name, value in changes.items():
+        head, _, rest = name.partition(".")
+        if rest:
+            nested.setdefault(head, {})[rest] = value
+        elif isinstance(value, Mapping):
+            nested.setdefault(head, {}).update(value)
+        else:
+            flat[head] = value
+    names = [f.name for f in dataclasses.fields(config)]
+    for name in (*flat, *nested):
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"fields are {', '.join(names)}"
+            raise ConfigError(f"config: {type(config).__name__} has no field {name!r}; {hint}")
+    hints = get_type_hints(type(config))
+    values = {name: _typed(name, hints[name], value) for name, value in flat.items()}
+    for name, inner in nested.items():
+        if not dataclasses.is_dataclass(getattr(config, name)):
+            raise ConfigError(f"config: {name} is a single value, got fields {', '.join(inner)} for it")
+        values[name] = replace(getattr(config, name), inner)
+    return dataclasses.replace(config, **values)
+
+
+def _typed(name: str, hint: Any, value: Any) -> Any:
+    """Accept what JSON and Python callers write for a field of this type; refuse anything else."""
+    if get_origin(hint) in {Union, types.UnionType}:
+        if value is None:
+            return None
+        hint = next(a for a in get_args(hint) if a is not type(None))
+    if get_origin(hint) is tuple:
+        kinds = get_args(hint)
+        if kinds[-1] is Ellipsis and isinstance(value, list | tuple):
+            kinds = (kinds[0],) * len(value)
+        if isinstance(value, list | tuple) and len(value) == len(kinds):
+            return tuple(_typed(name, kind, v) for kind, v in zip(kinds, value, strict=True))
+    elif hint is Path and isinstance(value, str | Path):
+        return Path(value)
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif get_origin(hint) is Literal and isinstance(value, str):
+        return value  # __post_init__ names the choices
+    elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    shown = getattr(hint, "__name__", str(hint))
+    raise ConfigError(f"config: {name} must be of type {shown}, got {value!r}")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain JSON values."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, tuple | list):
+            return [plain(v) for v in value]
+        return str(value) if isinstance(value, Path) else value
+
+    result: dict[str, Any] = plain(dataclasses.asdict(config))
+    return result
+
+
+def from_dict(values: Mapping[str, object]) -> Config:
+    """The inverse of `to_dict`; fields that are missing take their defaults, unknown ones are refused."""
+    return replace(Config(), values)
+
+
+def load(path: Path) -> Config:
+    """Read a `config.json`.
+
+    Raises:
+        ConfigError: the file is missing, is not JSON, or holds an unknown or invalid field.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"config: {path} does not exist; give a run folder made by `byol-fast train`") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"config: {path} is not valid JSON ({error}); restore it or start a new run") from None
+    return from_dict(values)
+
+
+def differences(a: Config, b: Config) -> dict[str, tuple[object, object]]:
+    """Dotted names of the fields in which two configurations differ, with both values."""
+    found: dict[str, tuple[object, object]] = {}
+
+    def walk(x: Mapping[str, Any], y: Mapping[str, Any], prefix: str) -> None:
+        for name, value in x.items():
+            if isinstance(value, dict):
+                walk(value, y[name], f"{prefix}{name}.")
+            elif value != y[name]:
+                found[prefix + name] = (value, y[name])
+
+    walk(to_dict(a), to_dict(b), "")
+    return found

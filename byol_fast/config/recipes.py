@@ -1,0 +1,221 @@
+"""Recipes: complete, published settings by name. Each is a function that returns a `Config`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+
+from byol_fast.config.schema import (
+    Config,
+    ConfigError,
+    DataConfig,
+    KNNConfig,
+    ModelConfig,
+    OptimConfig,
+    TauConfig,
+    ViewConfig,
+)
+
+CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR_STD = (0.2470, 0.2435, 0.2616)
+
+
+# Epochs that fit the demo's minutes on a GPU.
+DEMO_GPU_EPOCHS = 40
+
+
+def demo() -> Config:
+    """Packaged Fashion-MNIST, a ResNet-18 of half the width: learns within minutes on two CPU cores."""
+    view = ViewConfig(
+        size=28,
+        area=(0.3, 1.0),
+        saturation=0.0,
+        hue=0.0,
+        grayscale=0.0,
+        blur=0.5,
+        blur_sigma=(0.1, 1.0),
+    )
+    return Config(
+        recipe="demo",
+        epochs=5,
+        batch_size=64,
+        data=DataConfig(builtin="demo"),
+        view1=view,
+        view2=view,
+        model=ModelConfig(
+            encoder="resnet18_narrow", hidden_dim=512, projection_dim=128, mean=(0.286,) * 3, std=(0.353,) * 3
+        ),
+        optim=OptimConfig(name="sgd", lr=0.1, weight_decay=5e-4, warmup_epochs=0.2),
+        tau=TauConfig(base=0.97),
+        knn=KNNConfig(every_epochs=1),
+    )
+
+
+def cifar10_resnet18() -> Config:
+    """CIFAR-10, ResNet-18 with the 3x3 stem, 1000 epochs: solo-learn's settings (92.6 % linear there).
+
+    solo-learn's LARS clips the adaptation at the learning rate; ours is the reference's rule, which does not.
+    """
+    view = ViewConfig(size=32, blur=0.0)
+    return Config(
+        recipe="cifar10_resnet18",
+        epochs=1000,
+        batch_size=256,
+        data=DataConfig(builtin="cifar10"),
+        view1=view,
+        view2=ViewConfig(size=32, blur=0.0, solarize=0.2),
+        model=ModelConfig(encoder="resnet18", cifar_stem=True, mean=CIFAR_MEAN, std=CIFAR_STD),
+        optim=OptimConfig(name="lars", lr=1.0, weight_decay=1e-5, eta=0.02),
+        tau=TauConfig(base=0.99),
+        knn=KNNConfig(k=200, temperature=0.1),
+    )
+
+
+# Epochs: base learning rate, weight decay, first tau (deepmind-research `byol/configs/byol.py`).
+IMAGENET_PRESETS = {
+    40: (0.45, 1e-6, 0.97),
+    100: (0.45, 1e-6, 0.99),
+    300: (0.3, 1e-6, 0.99),
+    1000: (0.2, 1.5e-6, 0.996),
+}
+
+
+def imagenet_resnet50(epochs: int = 1000) -> Config:
+    """ImageNet, ResNet-50: the reference's settings (1000 epochs: 74.3 % linear at batch 4096).
+
+    Args:
+        epochs: 40, 100, 300 or 1000; each has its own learning rate, weight decay and tau.
+
+    Raises:
+        ConfigError: the reference has no settings for that many epochs.
+    """
+    if epochs not in IMAGENET_PRESETS:
+        raise ConfigError(
+            f"imagenet_resnet50: epochs must be one of {', '.join(map(str, IMAGENET_PRESETS))}, got {epochs}; "
+            "start from the nearest and override `epochs`"
+        )
+    lr, weight_decay, tau = IMAGENET_PRESETS[epochs]
+    return Config(
+        recipe="imagenet_resnet50" if epochs == 1000 else f"imagenet_resnet50_{epochs}",
+        epochs=epochs,
+        batch_size=256,
+        model=ModelConfig(encoder="resnet50", zero_init_residual=True),
+        optim=OptimConfig(name="lars", lr=lr, weight_decay=weight_decay),
+        tau=TauConfig(base=tau),
+        knn=KNNConfig(max_train=100_000),
+    )
+
+
+def seed_guide() -> Config:
+    """A practical guide's settings: CIFAR-10 at 224 px, ResNet-18, small heads, Adam, constant tau."""
+    view = ViewConfig(
+        area=(0.2, 1.0), interpolation="bilinear", jitter=1.0, saturation=0.4, blur=1.0, blur_kernel=3, solarize=0.0
+    )
+    return Config(
+        recipe="seed_guide",
+        epochs=10,
+        batch_size=256,
+        data=DataConfig(builtin="cifar10"),
+        view1=view,
+        view2=view,
+        model=ModelConfig(
+            encoder="resnet18", hidden_dim=256, projection_dim=256, last_bias=True, mean=(0.5,) * 3, std=(0.5,) * 3
+        ),
+        optim=OptimConfig(name="adam", lr=1e-3, scale_lr=False, schedule="constant", warmup_epochs=0, weight_decay=0.0),
+        tau=TauConfig(base=0.996, schedule="constant"),
+    )
+
+
+def five_steps() -> Config:
+    """Large views of few images: ResNet-50 at 512 px, mild crops, no blur."""
+    view = ViewConfig(size=512, area=(0.3, 1.0), saturation=0.4, blur=0.0)
+    return Config(
+        recipe="five_steps",
+        epochs=100,
+        batch_size=32,
+        view1=view,
+        view2=view,
+        model=ModelConfig(encoder="resnet50"),
+        optim=OptimConfig(name="lars", lr=0.45, weight_decay=1e-6),
+        tau=TauConfig(base=0.99),
+    )
+
+
+def simsiam_imagenet() -> Config:
+    """SimSiam, ImageNet, ResNet-50, 100 epochs: the paper's settings (68.1 % linear at batch 512)."""
+    view = ViewConfig(area=(0.2, 1.0), interpolation="bilinear", saturation=0.4, blur=0.5, solarize=0.0)
+    return Config(
+        recipe="simsiam_imagenet",
+        method="simsiam",
+        epochs=100,
+        batch_size=256,
+        view1=view,
+        view2=view,
+        model=ModelConfig(
+            encoder="resnet50",
+            zero_init_residual=True,
+            hidden_dim=2048,
+            projection_dim=2048,
+            projector_layers=3,
+            predictor_hidden_dim=512,
+        ),
+        optim=OptimConfig(
+            name="sgd", lr=0.05, weight_decay=1e-4, warmup_epochs=0, decay_1d=True, constant_predictor_lr=True
+        ),
+        knn=KNNConfig(max_train=100_000),
+    )
+
+
+def simsiam_cifar10() -> Config:
+    """SimSiam, CIFAR-10, ResNet-18 with the 3x3 stem, 800 epochs: the paper's settings (91.8 % linear there)."""
+    view = ViewConfig(size=32, area=(0.2, 1.0), interpolation="bilinear", saturation=0.4, blur=0.0, solarize=0.0)
+    return Config(
+        recipe="simsiam_cifar10",
+        method="simsiam",
+        epochs=800,
+        batch_size=512,
+        data=DataConfig(builtin="cifar10"),
+        view1=view,
+        view2=view,
+        model=ModelConfig(
+            encoder="resnet18",
+            cifar_stem=True,
+            hidden_dim=2048,
+            projection_dim=2048,
+            projector_layers=2,
+            predictor_hidden_dim=512,
+            mean=CIFAR_MEAN,
+            std=CIFAR_STD,
+        ),
+        optim=OptimConfig(
+            name="sgd", lr=0.03, weight_decay=5e-4, warmup_epochs=0, decay_1d=True, constant_predictor_lr=True
+        ),
+        knn=KNNConfig(k=200, temperature=0.1),
+    )
+
+
+RECIPES: dict[str, Callable[[], Config]] = {
+    "demo": demo,
+    "cifar10_resnet18": cifar10_resnet18,
+    "imagenet_resnet50": imagenet_resnet50,
+    "imagenet_resnet50_300": lambda: imagenet_resnet50(300),
+    "imagenet_resnet50_100": lambda: imagenet_resnet50(100),
+    "imagenet_resnet50_40": lambda: imagenet_resnet50(40),
+    "seed_guide": seed_guide,
+    "five_steps": five_steps,
+    "simsiam_imagenet": simsiam_imagenet,
+    "simsiam_cifar10": simsiam_cifar10,
+}
+
+
+def get(name: str) -> Config:
+    """The recipe of this name.
+
+    Raises:
+        ConfigError: unknown name; the nearest is suggested.
+    """
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"recipe: must be one of {', '.join(RECIPES)}, got {name!r}; {hint}".rstrip("; "))
+    return RECIPES[name]()

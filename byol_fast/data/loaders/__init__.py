@@ -1,0 +1,1 @@
+"""Loaders: batches of augmented views, or of center crops for evaluation."""

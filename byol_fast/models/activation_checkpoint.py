@@ -1,0 +1,69 @@
+"""Activation checkpointing: keep the borders of an encoder's blocks, compute the inside again for the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.checkpoint import checkpoint
+
+from byol_fast.models.split_batchnorm import is_converted, not_counted
+
+
+def checkpoint_blocks(encoder: nn.Module) -> int:
+    """Let each block of an encoder forget what is inside it until the backward pass.
+
+    Blocks are the modules within the encoder's `nn.Sequential`s that have layers of their own: a ResNet's residual
+    blocks, a transformer's layers. Gradients and running statistics are what they are without.
+
+    Args:
+        encoder: changed in place.
+
+    Returns:
+        Number of blocks.
+
+    Raises:
+        ValueError: the encoder has no such blocks.
+    """
+    blocks = list(_blocks(encoder))
+    for block in blocks:
+        object.__setattr__(block, "forward", _Recomputed(block))
+    if not blocks:
+        raise ValueError(
+            f"activation_checkpointing: the encoder must have blocks within nn.Sequential, {type(encoder).__name__} "
+            "has none; turn it off, or use a ResNet, ConvNeXt or vision transformer"
+        )
+    return len(blocks)
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        is_block = isinstance(module, nn.Sequential) and not isinstance(child, nn.Sequential) and any(child.children())
+        if is_block and any(True for _ in child.parameters()):
+            yield child
+        else:
+            yield from _blocks(child)
+
+
+class _Recomputed:
+    """A block's forward pass that runs again in the backward pass."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self._block = block
+
+    def __call__(self, *inputs: Any) -> Any:
+        block = self._block
+        forward: Callable[..., Any] = type(block).forward
+        if not block.training:
+            return forward(block, *inputs)
+
+        # Converted norms see to it themselves that nothing is counted twice; some networks keep torch's.
+        plain = [m for m in block.modules() if isinstance(m, _NormBase) and not is_converted(m)]
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), not_counted(plain)
+
+        return checkpoint(forward, block, *inputs, use_reentrant=False, context_fn=contexts)

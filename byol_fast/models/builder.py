@@ -1,0 +1,35 @@
+"""The model of a configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from byol_fast.config import Config
+from byol_fast.models.base import SelfSupervisedTask
+from byol_fast.models.byol import BYOL
+from byol_fast.models.simsiam import SimSiam
+
+
+def make_task(config: Config, *, pretrained: bool) -> SelfSupervisedTask:
+    """The task of a configuration.
+
+    Args:
+        config: of it `method`, `model` and `view1.size` are used.
+        pretrained: whether `model.pretrained` is obeyed; weights that are about to be loaded need not be fetched.
+    """
+    model = config.model
+    common: dict[str, Any] = {
+        "hidden_dim": model.hidden_dim,
+        "projection_dim": model.projection_dim,
+        "projector_layers": model.projector_layers,
+        "image_size": config.view1.size,
+        "cifar_stem": model.cifar_stem,
+        "zero_init_residual": model.zero_init_residual,
+        "pretrained": model.pretrained and pretrained,
+        "mean": model.mean,
+        "std": model.std,
+        "views": model.views,
+    }
+    if config.method == "simsiam":
+        return SimSiam(model.encoder, predictor_hidden_dim=model.predictor_hidden_dim, **common)
+    return BYOL(model.encoder, last_bias=model.last_bias, **common)

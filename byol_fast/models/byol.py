@@ -1,0 +1,162 @@
+"""BYOL: Bootstrap Your Own Latent (arXiv 2006.07733)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from byol_fast.models.base import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    OnlineNetwork,
+    Outputs,
+    SelfSupervisedTask,
+    TargetNetwork,
+    TaskOutput,
+    Views,
+    _by_view,
+    _check_sizes,
+    _loss_and_meter,
+    _parameter_like,
+)
+from byol_fast.models.encoders import build_encoder, feature_dim
+from byol_fast.models.layers import MLPHead, Normalize
+from byol_fast.models.split_batchnorm import BatchStats
+from byol_fast.utils.profiler_ranges import phase
+from byol_kernels import byol_loss, ema_update_
+
+
+class BYOL(SelfSupervisedTask):
+    """Bootstrap Your Own Latent: the online network predicts the target's projection of the other view.
+
+    Batch normalisation sees one view at a time. The target runs in train mode with running statistics of its own; only
+    its parameters follow the online network's.
+
+    Args:
+        encoder: a torchvision model's name, `timm/NAME`, or a module that maps `[B, 3, H, W]` to features.
+        hidden_dim: width of the hidden layer of projector and predictor.
+        projection_dim: size of projections and predictions.
+        projector_layers: linear layers of the projector (the reference's has two).
+        last_bias: whether the heads' last layers have a bias (the reference's have none).
+        image_size: height and width of the views, in pixels.
+        cifar_stem: see `build_encoder`.
+        zero_init_residual: see `build_encoder`.
+        pretrained: see `build_encoder`.
+        mean: channel means that uint8 input is normalised with.
+        std: channel standard deviations that uint8 input is normalised with.
+        views: how views pass the networks. `batched` (both at once, batch-norm statistics for each) becomes
+            `separate` for a network it cannot serve; `views_note` then says why.
+
+    Raises:
+        ValueError: unknown encoder, or one that does not accept images of this size.
+
+    Example:
+        >>> model = BYOL("resnet18", image_size=32)
+        >>> p1, p2, z1, z2 = model(view1, view2)
+        >>> model.loss((p1, p2), (z1, z2)).backward()
+        >>> optimizer.step()
+        >>> model.update_target(tau=0.996)
+    """
+
+    def __init__(
+        self,
+        encoder: str | nn.Module,
+        *,
+        hidden_dim: int = 4096,
+        projection_dim: int = 256,
+        projector_layers: int = 2,
+        last_bias: bool = False,
+        image_size: int = 224,
+        cifar_stem: bool = False,
+        zero_init_residual: bool = False,
+        pretrained: bool = False,
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
+        views: Views = "batched",
+    ) -> None:
+        super().__init__()
+        _check_sizes("BYOL", hidden_dim=hidden_dim, projection_dim=projection_dim, image_size=image_size)
+        network = build_encoder(
+            encoder,
+            image_size=image_size,
+            cifar_stem=cifar_stem,
+            zero_init_residual=zero_init_residual,
+            pretrained=pretrained,
+        )
+        features = feature_dim(network, image_size)
+        like = _parameter_like("BYOL", network)
+        projector = MLPHead(features, hidden_dim, projection_dim, num_layers=projector_layers, last_bias=last_bias).to(
+            like
+        )
+        predictor = MLPHead(projection_dim, hidden_dim, projection_dim, last_bias=last_bias).to(like)
+        self.normalize = Normalize(mean, std)
+        self.online = OnlineNetwork(network, projector, predictor)
+        self.target = TargetNetwork(copy.deepcopy(network), copy.deepcopy(projector))
+        self.feature_dim = features
+        self._prepare_views(views, encoder, image_size)
+
+    def networks(self) -> list[nn.Module]:
+        """The online network and the target."""
+        return [self.online, self.target]
+
+    def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Predictions of the online network and projections of the target.
+
+        Args:
+            view1: first view `[B, 3, H, W]`, uint8 or normalised floating point.
+            view2: second view, likewise.
+
+        Returns:
+            `p1, p2, z1, z2`, each `[B, projection_dim]`; no gradient reaches z1 and z2.
+
+        Raises:
+            ValueError: the views are no images of these shapes and dtypes.
+        """
+        return self._outputs(view1, view2, None)[0]
+
+    def _outputs(self, view1: Tensor, view2: Tensor, collected: list[BatchStats] | None) -> tuple[Outputs, Tensor]:
+        """What `forward` returns, and the online encoder's features."""
+        inputs = self._inputs(view1, view2)
+        with phase("target forward"), torch.no_grad(), self._views_stacked(self.target, collected):
+            z1, z2 = _by_view(self.target(*inputs))  # no_grad, not inference_mode: that breaks later compiled training
+        _, (p1, p2), features = self._pass_online(inputs, collected)
+        return (p1, p2, z1, z2), features
+
+    def loss(self, predictions: Sequence[Tensor], projections: Sequence[Tensor]) -> Tensor:
+        """`mean over the batch of l(p1, z2) + l(p2, z1)` with `l = 2 - 2 cos`, from 0 to 8.
+
+        Args:
+            predictions: the online network's `(p1, p2)`, each `[B, D]`.
+            projections: the target network's `(z1, z2)`, each `[B, D]`.
+        """
+        (p1, p2), (z1, z2) = predictions, projections
+        return byol_loss(p1, p2, z1, z2)
+
+    def training_output(self, view1: Tensor, view2: Tensor) -> TaskOutput:
+        """See `SelfSupervisedTask.training_output`; the collapse meter is of the target's projections."""
+        collected: list[BatchStats] | None = [] if self.collects_statistics else None
+        outputs, features = self._outputs(view1, view2, collected)
+        return TaskOutput(*_loss_and_meter(*outputs), features, None if collected is None else tuple(collected))
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the online encoder, projector and predictor, in this order."""
+        return [*self._followed_parameters(), *self.online.predictor.parameters()]
+
+    def _followed_parameters(self) -> list[nn.Parameter]:
+        return [*self.online.encoder.parameters(), *self.online.projector.parameters()]
+
+    def target_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the target encoder and projector, in the order of the online ones."""
+        return list(self.target.parameters())
+
+    @torch.no_grad()
+    def update_target(self, tau: float | Tensor) -> None:
+        """`target = tau * target + (1 - tau) * online`, parameters only; call it after the optimizer's step.
+
+        Args:
+            tau: decay from 0 to 1, a number or a scalar tensor on the model's device.
+        """
+        ema_update_(self.target_parameters(), self._followed_parameters(), tau)

@@ -1,0 +1,133 @@
+"""SimSiam: Exploring Simple Siamese Representation Learning (arXiv 2011.10566)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from byol_fast.models.base import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    OnlineNetwork,
+    Outputs,
+    SelfSupervisedTask,
+    TaskOutput,
+    Views,
+    _check_sizes,
+    _loss_and_meter,
+    _parameter_like,
+)
+from byol_fast.models.encoders import build_encoder, feature_dim
+from byol_fast.models.layers import Normalize, simsiam_predictor, simsiam_projector
+from byol_fast.models.split_batchnorm import BatchStats
+from byol_kernels import byol_loss
+
+
+class SimSiam(SelfSupervisedTask):
+    """SimSiam: the predictor's output for one view is drawn to the other view's projection, which gets no gradient.
+
+    The loss is `-(cos(p1, z2) + cos(p2, z1)) / 2`, from -1 to 1 (arXiv 2011.10566, equation 4).
+
+    Args:
+        encoder: as `BYOL`.
+        hidden_dim: width of the projector's hidden layers.
+        projection_dim: size of projections and predictions.
+        projector_layers: linear layers of the projector (ImageNet 3, CIFAR-10 2).
+        predictor_hidden_dim: width of the predictor's hidden layer, the bottleneck.
+        image_size: height and width of the views, in pixels.
+        cifar_stem: see `build_encoder`.
+        zero_init_residual: see `build_encoder`.
+        pretrained: see `build_encoder`.
+        mean: channel means that uint8 input is normalised with.
+        std: channel standard deviations that uint8 input is normalised with.
+        views: as `BYOL`.
+
+    Raises:
+        ValueError: unknown encoder, or one that does not accept images of this size.
+    """
+
+    def __init__(
+        self,
+        encoder: str | nn.Module,
+        *,
+        hidden_dim: int = 2048,
+        projection_dim: int = 2048,
+        projector_layers: int = 3,
+        predictor_hidden_dim: int = 512,
+        image_size: int = 224,
+        cifar_stem: bool = False,
+        zero_init_residual: bool = False,
+        pretrained: bool = False,
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
+        views: Views = "batched",
+    ) -> None:
+        super().__init__()
+        _check_sizes(
+            "SimSiam",
+            hidden_dim=hidden_dim,
+            projection_dim=projection_dim,
+            predictor_hidden_dim=predictor_hidden_dim,
+            image_size=image_size,
+        )
+        network = build_encoder(
+            encoder,
+            image_size=image_size,
+            cifar_stem=cifar_stem,
+            zero_init_residual=zero_init_residual,
+            pretrained=pretrained,
+        )
+        self.feature_dim = feature_dim(network, image_size)
+        like = _parameter_like("SimSiam", network)
+        projector = simsiam_projector(self.feature_dim, hidden_dim, projection_dim, num_layers=projector_layers)
+        predictor = simsiam_predictor(projection_dim, predictor_hidden_dim)
+        self.normalize = Normalize(mean, std)
+        self.online = OnlineNetwork(network, projector.to(like), predictor.to(like))
+        self._prepare_views(views, encoder, image_size)
+
+    def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Predictions and projections.
+
+        Args:
+            view1: first view `[B, 3, H, W]`, uint8 or normalised floating point.
+            view2: second view, likewise.
+
+        Returns:
+            `p1, p2, z1, z2`, each `[B, projection_dim]`; z1 and z2 are detached.
+
+        Raises:
+            ValueError: the views are no images of these shapes and dtypes.
+        """
+        return self._outputs(view1, view2, None)[0]
+
+    def _outputs(self, view1: Tensor, view2: Tensor, collected: list[BatchStats] | None) -> tuple[Outputs, Tensor]:
+        """What `forward` returns, and the encoder's features."""
+        (z1, z2), (p1, p2), features = self._pass_online(self._inputs(view1, view2), collected)
+        return (p1, p2, z1.detach(), z2.detach()), features
+
+    def loss(self, predictions: Sequence[Tensor], projections: Sequence[Tensor]) -> Tensor:
+        """`-(cos(p1, z2) + cos(p2, z1)) / 2`, mean over the batch.
+
+        Args:
+            predictions: `(p1, p2)`, each `[B, D]`.
+            projections: `(z1, z2)`, each `[B, D]`.
+        """
+        (p1, p2), (z1, z2) = predictions, projections
+        return _from_byol(byol_loss(p1, p2, z1, z2))
+
+    def training_output(self, view1: Tensor, view2: Tensor) -> TaskOutput:
+        """See `SelfSupervisedTask.training_output`; the collapse meter is of the projections."""
+        collected: list[BatchStats] | None = [] if self.collects_statistics else None
+        outputs, features = self._outputs(view1, view2, collected)
+        loss, meter = _loss_and_meter(*outputs)
+        return TaskOutput(_from_byol(loss), meter, features, None if collected is None else tuple(collected))
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the encoder, the projector and the predictor, in this order."""
+        return list(self.online.parameters())
+
+
+def _from_byol(loss: Tensor) -> Tensor:
+    """SimSiam's loss: BYOL's is 4 - 2 (cos + cos)."""
+    return loss / 4 - 1

@@ -1,0 +1,1 @@
+"""Training: a step, the loop, and what belongs to a run."""

@@ -1,0 +1,43 @@
+"""Hooks into a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from byol_fast.training.train_step import StepMetrics
+    from byol_fast.training.trainer import RunResult, Trainer
+
+
+class Callback:
+    """What happens at points of a run; override what you need, the rest does nothing.
+
+    With several processes every process calls its callbacks; `trainer.world.leads` tells the one that writes files.
+    To end the run after the step under way, with everything saved, call `trainer.stop()`.
+
+    Example:
+        >>> class Patience(Callback):
+        ...     def on_evaluation(self, trainer, record):
+        ...         if record["step"] > 0 and record["knn_top1"] > 0.9:
+        ...             trainer.stop()
+        >>> Trainer(config, callbacks=[Patience()]).fit()
+    """
+
+    def on_run_begin(self, trainer: Trainer) -> None:
+        """Before the first step, and after a resume."""
+
+    def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        """After every optimizer step; reading `metrics.values` makes the host wait for the device."""
+
+    def on_log(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
+        """When records of steps have been written, every `log_every` steps."""
+
+    def on_evaluation(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        """After a kNN evaluation."""
+
+    def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
+        """After a checkpoint has been written."""
+
+    def on_run_end(self, trainer: Trainer, result: RunResult) -> None:
+        """After the encoder has been exported."""

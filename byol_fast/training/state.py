@@ -1,0 +1,92 @@
+"""Everything that makes a run what it is at one moment; what a checkpoint holds."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from byol_fast.data import ViewLoader
+from byol_fast.models.base import SelfSupervisedTask
+from byol_fast.training.distributed import World
+from byol_fast.training.online_probe import OnlineProbe
+from byol_fast.utils.precision import LossScale
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainState:
+    """The one step counter, and whatever changes with it."""
+
+    task: SelfSupervisedTask
+    optimizer: torch.optim.Optimizer
+    loader: ViewLoader
+    loss_scale: LossScale | None = None
+    world: World = field(default_factory=World)
+    accumulate: int = 1
+    """Batches of the loader that make a step."""
+    probe: OnlineProbe | None = None
+    step: int = 0
+    """Optimizer steps finished."""
+    evaluated_at: int = -1
+    """Step at which the encoder was evaluated last; -1 for never."""
+    best: float = -1.0
+    """Best kNN accuracy so far, 0..1; -1 before the first evaluation of a trained encoder."""
+
+    @property
+    def epoch(self) -> float:
+        """Epochs finished, with the fraction of the one under way."""
+        return self.step * self.accumulate / self.loader.steps_per_epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, buffers, momentum, and each process's position in the data and random number generators.
+
+        All processes must call it.
+        """
+        own: dict[str, Any] = {"loader": self.loader.state_dict(), "rng": torch.get_rng_state()}
+        if next(self.task.parameters()).is_cuda:
+            own["rng_cuda"] = torch.cuda.get_rng_state()
+        return {
+            "task": self.task.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "processes": self.world.gather(own),
+            "loss_scale": None if self.loss_scale is None else self.loss_scale.state_dict(),
+            "step": self.step,
+            "evaluated_at": self.evaluated_at,
+            "best": self.best,
+            "probe": None if self.probe is None else self.probe.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken.
+
+        Raises:
+            ValueError: it was taken of other data, settings, or another number of processes.
+        """
+        processes = state["processes"]
+        if len(processes) != self.world.size:
+            raise ValueError(
+                f"resume: the number of processes must be the run's, {len(processes)}, got {self.world.size}; start it "
+                f"with --nproc-per-node so that there are {len(processes)} in all (1 without torchrun), or "
+                "begin a new run"
+            )
+        own = processes[self.world.rank]
+        self.loader.load_state_dict(own["loader"])  # first: it refuses a state of other data
+        self.task.load_state_dict(state["task"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.loss_scale is not None and state["loss_scale"] is not None:
+            self.loss_scale.load_state_dict(state["loss_scale"])
+        self.step = state["step"]
+        self.evaluated_at = state["evaluated_at"]
+        self.best = state["best"]
+        if self.probe is not None and state.get("probe") is not None:
+            try:
+                self.probe.load_state_dict(state["probe"])
+            except ValueError as error:  # the images changed, and the run was told to go on
+                log.warning("%s", error)
+        torch.set_rng_state(own["rng"])
+        if "rng_cuda" in own and torch.cuda.is_available():
+            torch.cuda.set_rng_state(own["rng_cuda"])

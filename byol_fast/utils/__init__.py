@@ -1,0 +1,1 @@
+"""Files, devices, precision, environment, progress and signals."""
