@@ -20,9 +20,9 @@ from byol_fast.bench.counting import Case, Count
 from byol_fast.bench.kernels import optimizer_suite
 from byol_fast.config import OptimConfig
 from byol_fast.data import Batch
-from byol_fast.models.base import SelfSupervisedTask
+from byol_fast.models.base import SSLModel
 from byol_fast.models.byol import BYOL
-from byol_fast.optim.optimizers import make_optimizer
+from byol_fast.optim.optimizers import build_optimizer
 from byol_fast.optim.schedules import RunSchedule
 from byol_fast.training.train_step import TrainStep
 from byol_fast.utils import env
@@ -51,27 +51,27 @@ def asked_by(case: Case) -> Asked:
     return Asked(count.ops, count.syncs)
 
 
-def outside_forward_and_backward(task: SelfSupervisedTask, size: int) -> tuple[Asked, Asked]:
+def outside_forward_and_backward(model: SSLModel, size: int) -> tuple[Asked, Asked]:
     """What a trainer's step adds to forward and backward, and what LARS with the moving average have of that.
 
     Args:
-        task: networks and loss, on the CPU.
+        model: networks and loss, on the CPU.
         size: edge of the views in pixels.
     """
     config = OptimConfig(name="lars", weight_decay=1e-6)
-    step = TrainStep(task, make_optimizer(config, task.trainable_parameters()), SCHEDULE)
+    step = TrainStep(model, build_optimizer(config, model.trainable_parameters()), SCHEDULE)
     views = torch.randint(0, 256, (2, 4, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    batch = Batch(views[0], views[1], torch.arange(4))
+    batch = Batch((views[0], views[1]), None, torch.arange(4))
 
     def forward_backward() -> None:
-        step.forward_backward(batch.view1, batch.view2)
+        step.forward_backward(step.to_device(batch.views))
 
     step(batch, 0)
     whole = asked_by(lambda: step(batch, 1))
     forward_backward()
     step.optimizer.zero_grad(set_to_none=True)
     networks = asked_by(forward_backward)
-    return whole - networks, asked_by(step._update)
+    return whole - networks, asked_by(step.update_weights_and_target)
 
 
 def rows() -> list[tuple[str, Asked]]:

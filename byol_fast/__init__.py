@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from byol_fast.models.byol import BYOL
     from byol_fast.models.simsiam import SimSiam
     from byol_fast.training.callbacks import Callback
-    from byol_fast.training.trainer import RunResult, Trainer
+    from byol_fast.training.run_dir import RunResult
+    from byol_fast.training.trainer import Trainer
 
 __all__ = ["BYOL", "Callback", "Config", "RunResult", "SimSiam", "Trainer", "knn_predict", "load_encoder", "pretrain"]
 __version__ = "0.1.0"

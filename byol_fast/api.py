@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from byol_fast import config as configs
-from byol_fast.config import Config, ConfigError, recipes
+from byol_fast.config import Config, recipes
+from byol_fast.report.callback import ReportCallback
 from byol_fast.training.callbacks import Callback
-from byol_fast.training.trainer import RESUMABLE_CHANGES, RunResult, Trainer
-from byol_fast.utils.checkpoint import steps_in
+from byol_fast.training.run_dir import RunResult
+from byol_fast.training.trainer import Trainer
 
 
 def pretrain(
@@ -50,32 +51,6 @@ def pretrain(
     else:
         config = recipes.get(str(recipe))
     folder = None if resume is None else Path(resume)
-    return Trainer(configs.replace(config, overrides), data=data, resume=folder, callbacks=callbacks).fit()
-
-
-def find_resumable(config: Config) -> Path | None:
-    """The run folder that `--resume auto` continues: OUT/NAME, or without a name the newest unfinished run like this.
-
-    Returns:
-        A run folder with a checkpoint, or None where there is nothing to continue.
-    """
-    if config.name:
-        folders = [config.out / config.name]
-    elif config.out.is_dir():
-        folders = sorted((p for p in config.out.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True)
-    else:
-        folders = []
-    for folder in folders:
-        if not steps_in(folder / "checkpoints"):
-            continue
-        try:
-            found = configs.load(folder / "config.json")
-        except ConfigError:
-            continue
-        if config.name:
-            return folder
-        same_data = found.data.root == (config.data.root and config.data.root.expanduser().absolute())
-        finished = (folder / "encoder.safetensors").exists()
-        if same_data and not finished and set(configs.differences(found, config)) <= RESUMABLE_CHANGES:
-            return folder
-    return None
+    return Trainer(
+        configs.replace(config, overrides), data=data, resume=folder, callbacks=[*callbacks, ReportCallback()]
+    ).fit()

@@ -22,10 +22,10 @@ from byol_fast.config import OptimConfig
 from byol_fast.data import Batch
 from byol_fast.models import split_batchnorm
 from byol_fast.models.byol import BYOL
-from byol_fast.optim.optimizers import make_optimizer
+from byol_fast.optim.optimizers import build_optimizer
 from byol_fast.optim.schedules import RunSchedule
 from byol_fast.training import distributed
-from byol_fast.training.cuda_graph import Mode, compiled
+from byol_fast.training.mode import Mode, compile_forward
 from byol_fast.training.train_step import TrainStep
 
 STEPS, BATCH = 5, 16
@@ -41,7 +41,7 @@ SCHEDULE = RunSchedule(
 State = dict[str, Tensor]
 
 
-def model(views: str) -> BYOL:
+def small_model(views: str) -> BYOL:
     torch.manual_seed(0)
     return BYOL("resnet18", image_size=32, hidden_dim=512, projection_dim=64, views=views)  # type: ignore[arg-type]
 
@@ -50,18 +50,18 @@ def batches(dtype: torch.dtype) -> list[Batch]:
     """Floats of the network's dtype: bytes would be normalised in fp32."""
     generator = torch.Generator().manual_seed(1)
     views = torch.randn(STEPS, 2, BATCH, 3, 32, 32, generator=generator, dtype=torch.float64).to(dtype)
-    return [Batch(view1, view2, torch.arange(BATCH)) for view1, view2 in views]
+    return [Batch((view1, view2), None, torch.arange(BATCH)) for view1, view2 in views]
 
 
-def run(dtype: torch.dtype, *, views: str = "batched", mode: str = "eager", accumulate: int = 1) -> State:
-    task = model(views).to(dtype)
-    optimizer = make_optimizer(OptimConfig(weight_decay=1e-4, eta=0.02), task.trainable_parameters())
-    forward = compiled(task, Mode(mode, "for the table"))  # type: ignore[arg-type]
-    step = TrainStep(task, optimizer, SCHEDULE, forward=forward, accumulate=accumulate)
+def run(dtype: torch.dtype, *, views: str = "batched", mode: str = "eager", grad_accum_steps: int = 1) -> State:
+    model = small_model(views).to(dtype)
+    optimizer = build_optimizer(OptimConfig(weight_decay=1e-4, trust_coefficient=0.02), model.trainable_parameters())
+    forward = compile_forward(model, Mode(mode, "for the table"))  # type: ignore[arg-type]
+    step = TrainStep(model, optimizer, SCHEDULE, forward=forward, grad_accum_steps=grad_accum_steps)
     for k, batch in enumerate(batches(dtype)):
         # The same batch each time: batch norm sees the same images, and the mean of its gradients is one's.
-        step([batch] * accumulate, k)
-    return copy.deepcopy(task.state_dict())
+        step([batch] * grad_accum_steps, k)
+    return copy.deepcopy(model.state_dict())
 
 
 def processes(dtype: torch.dtype, count: int) -> State:
@@ -77,19 +77,19 @@ def processes(dtype: torch.dtype, count: int) -> State:
 
 def one_of_several(dtype: torch.dtype, result: Path) -> None:
     torch.set_num_threads(1)
-    world = distributed.join("cpu", 5)
-    task = model("batched").to(dtype)
-    for network in task.networks():
-        split_batchnorm.synchronise(network)
-    task.call_online_through(lambda network: distributed.wrapped(network, torch.device("cpu")))
-    optimizer = make_optimizer(OptimConfig(weight_decay=1e-4, eta=0.02), task.trainable_parameters())
-    step = TrainStep(task, optimizer, SCHEDULE, agree=distributed.agree)
+    world = distributed.init_process_group("cpu", 5)
+    model = small_model("batched").to(dtype)
+    for network in model.networks():
+        split_batchnorm.convert_sync_batchnorm(network)
+    model.wrap_online(lambda network: distributed.wrap_ddp(network, torch.device("cpu")))
+    optimizer = build_optimizer(OptimConfig(weight_decay=1e-4, trust_coefficient=0.02), model.trainable_parameters())
+    step = TrainStep(model, optimizer, SCHEDULE, all_reduce_found_inf=distributed.all_reduce_found_inf)
     for k, batch in enumerate(batches(dtype)):
         mine = slice(world.rank, None, world.size)
-        step(Batch(batch.view1[mine], batch.view2[mine], batch.index[mine]), k)
-    if world.leads:
-        torch.save(task.state_dict(), result)
-    distributed.leave()
+        step(Batch((batch.views[0][mine], batch.views[1][mine]), None, batch.index[mine]), k)
+    if world.is_main_process:
+        torch.save(model.state_dict(), result)
+    distributed.destroy_process_group()
 
 
 def distance(a: State, b: State, start: State) -> tuple[float, float]:
@@ -103,18 +103,18 @@ def distance(a: State, b: State, start: State) -> tuple[float, float]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    start = model("batched").state_dict()
+    start = small_model("batched").state_dict()
     cases: list[tuple[str, Callable[[torch.dtype], State], Callable[[torch.dtype], State]]] = [
         ("views separate / batched", lambda d: run(d, views="separate"), run),
         ("eager / compile", run, lambda d: run(d, mode="compile")),
-        ("accumulate 1 / 4", run, lambda d: run(d, accumulate=4)),
+        ("grad_accum_steps 1 / 4", run, lambda d: run(d, grad_accum_steps=4)),
         ("processes 1 / 2", run, lambda d: processes(d, 2)),
     ]
     print("| | dtype | largest difference | relative to the weights' movement |\n|---|---|---|---|")
     for name, first, second in cases:
         for dtype in (torch.float32, torch.float64):
             a, b = first(dtype), second(dtype)
-            if name.startswith("accumulate"):  # four times as many batches have moved the statistics, by design
+            if name.startswith("grad_accum_steps"):  # four times as many batches have moved the statistics, by design
                 a, b = ({n: t for n, t in s.items() if "running" not in n} for s in (a, b))
             largest, relative = distance(a, b, start)
             print(f"| {name} | {str(dtype).removeprefix('torch.')} | {largest:.1e} | {relative:.1e} |", flush=True)

@@ -43,7 +43,7 @@ def small_run(folder: Path) -> Config:
             "steps": 12,
             "log_every": 1,
             "checkpoint_every": 3,
-            "max_bad_steps": 3,
+            "max_skipped_steps": 3,
             "device": "cpu",
             "precision": "fp32",
             "tensorboard": False,
@@ -70,7 +70,7 @@ class Faults:
         self.rows: list[tuple[str, str, str]] = []
 
     def weights(self, run: Path) -> dict[str, torch.Tensor]:
-        found: dict[str, torch.Tensor] = checkpoints.load_latest(run / "checkpoints")["task"]
+        found: dict[str, torch.Tensor] = checkpoints.load_latest(run / "checkpoints")["model"]
         return found
 
     def add(
@@ -121,7 +121,7 @@ class Faults:
     def compare(self, run: Path) -> str:
         found = self.weights(run)
         equal = all(torch.equal(found[name], self.expected[name]) for name in found)
-        return "final weights equal" if equal else "final weights are of a run without the undone steps"
+        return "final weights equal" if equal else "final weights are of a run without the skipped steps"
 
     def table(self) -> str:
         lines = ["| fault | what the user sees | afterwards |", "|---|---|---|"]
@@ -145,8 +145,8 @@ def poison(trainer: Trainer, steps: range) -> None:
 
     def poisoned(batch: Any, number: int) -> Any:
         if number in steps:
-            view1 = batch.view1.float() * math.nan
-            batch = Batch(view1, batch.view2.float(), batch.index)
+            view1 = batch.views[0].float() * math.nan
+            batch = Batch((view1, batch.views[1].float()), batch.labels, batch.index)
         return plain(batch, number)
 
     trainer.train_step = poisoned  # type: ignore[assignment]

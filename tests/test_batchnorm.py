@@ -17,8 +17,8 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from byol_fast.models.running_stats import RunningStatistics
-from byol_fast.models.split_batchnorm import BatchStats, convert, synchronise, views_stacked
+from byol_fast.models.running_stats import RunningStats
+from byol_fast.models.split_batchnorm import BatchStats, convert_split_batchnorm, convert_sync_batchnorm, num_splits
 
 # Equal in exact arithmetic; roundings of sums in another order, a few layers deep. float64 has 2.2e-16.
 CLOSE: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
@@ -60,7 +60,7 @@ def separately(network: nn.Module, x: Tensor, views: int) -> Tensor:
 
 
 def at_once(network: nn.Module, x: Tensor, views: int) -> Tensor:
-    with views_stacked(network, views):
+    with num_splits(network, views):
         y: Tensor = network(x)
     return y
 
@@ -101,7 +101,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 def test_stacked_equals_separate(options: dict[str, Any], layout: torch.memory_format, views: int) -> None:
     network = made(lambda: Residual(**options)).to(memory_format=layout)
     stacked = copy.deepcopy(network)
-    assert convert(stacked) is None
+    assert convert_split_batchnorm(stacked) is None
     x = torch.randn(views * 4, 3, 9, 7, dtype=torch.float64).contiguous(memory_format=layout)
     expected = everything(network, x, lambda n, x: separately(n, x, views))
     equal(everything(stacked, x, lambda n, x: at_once(n, x, views)), expected)
@@ -113,7 +113,7 @@ def test_stacked_equals_separate(options: dict[str, Any], layout: torch.memory_f
 def test_compiled_equals_separate_without_breaks(options: dict[str, Any], views: int) -> None:
     network = made(lambda: Residual(**options)).to(memory_format=torch.channels_last)
     stacked = copy.deepcopy(network)
-    convert(stacked)
+    convert_split_batchnorm(stacked)
     torch._dynamo.reset()
     compiled: Any = torch.compile(at_once, backend="aot_eager_decomp_partition", fullgraph=True, dynamic=False)
     x = torch.randn(views * 4, 3, 9, 7, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
@@ -136,7 +136,7 @@ def test_compiled_equals_separate_without_breaks(options: dict[str, Any], views:
 def test_one_layer_is_bit_for_bit_torchs(shape: tuple[int, ...], dtype: torch.dtype, weights: torch.dtype) -> None:
     plain = one_layer(shape).to(weights)
     stacked = copy.deepcopy(plain)
-    convert(stacked)
+    convert_split_batchnorm(stacked)
     x, dy = (t.to(dtype) for t in torch.randn(2, *shape, dtype=torch.float64))
     if len(shape) == 4:
         x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
@@ -155,15 +155,15 @@ def test_a_layer_without_weights_keeps_its_statistics_in_float32(views: int) -> 
     """SimSiam's last norm: nothing but the running statistics says that those of a bf16 batch are more than bf16."""
     plain = nn.BatchNorm1d(5, affine=False)
     stacked, recomputed = copy.deepcopy(plain), nn.Sequential(copy.deepcopy(plain))
-    statistics = RunningStatistics([stacked])
-    convert(recomputed)
+    statistics = RunningStats([stacked])
+    convert_split_batchnorm(recomputed)
     x = (3 * torch.randn(32, 5) + 10).bfloat16()
     expected = separately(plain, x, views)
     collected: list[BatchStats] = []
-    with views_stacked(stacked, views, collected):
+    with num_splits(stacked, views, collected):
         assert torch.equal(stacked(x), expected)
     statistics.update(collected, torch.zeros(()))
-    with views_stacked(recomputed, views):
+    with num_splits(recomputed, views):
         y = checkpoint(recomputed, x.requires_grad_(), use_reentrant=False)
     assert torch.equal(y, expected)
     y.float().square().sum().backward()
@@ -175,7 +175,7 @@ def test_a_layer_without_weights_keeps_its_statistics_in_float32(views: int) -> 
 def test_any_memory_layout(shape: tuple[int, ...]) -> None:
     plain = one_layer(shape).double()
     stacked = copy.deepcopy(plain)
-    convert(stacked)
+    convert_split_batchnorm(stacked)
     x = torch.randn(*shape[:-1], 3 * shape[-1], dtype=torch.float64)[..., ::3]  # with gaps
     a, b = x.detach().requires_grad_(), x.detach().requires_grad_()
     expected, found = separately(plain, a, 2), at_once(stacked, b, 2)
@@ -198,7 +198,7 @@ def one_layer(shape: tuple[int, ...]) -> nn.Module:
 def test_autocast_is_that_of_torch() -> None:
     network = made(Residual).float().to(memory_format=torch.channels_last)
     stacked = copy.deepcopy(network)
-    convert(stacked)
+    convert_split_batchnorm(stacked)
     x = torch.randn(8, 3, 9, 7).contiguous(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16):
         expected, found = separately(network, x, 2), at_once(stacked, x, 2)
@@ -210,19 +210,19 @@ def test_autocast_is_that_of_torch() -> None:
 def test_outside_and_in_eval_it_is_plain_batch_norm() -> None:
     network = made(Residual)
     stacked = copy.deepcopy(network)
-    convert(stacked)
+    convert_split_batchnorm(stacked)
     x = torch.randn(5, 3, 9, 7, dtype=torch.float64)
     equal(everything(stacked, x, lambda n, x: n(x)), everything(network, x, lambda n, x: n(x)))
     network.eval()
     stacked.eval()
-    with views_stacked(stacked, 2):  # five images are no two views, but nobody looks at them together
+    with num_splits(stacked, 2):  # five images are no two views, but nobody looks at them together
         assert torch.equal(stacked(x), network(x))
 
 
 def test_a_frozen_norm_stays_frozen() -> None:
     network = made(Residual)
     stacked = copy.deepcopy(network)
-    convert(stacked)
+    convert_split_batchnorm(stacked)
     for n in (network, stacked):
         n.get_submodule("bn2").eval()
     x = torch.randn(8, 3, 9, 7, dtype=torch.float64)
@@ -235,8 +235,8 @@ def test_nothing_but_the_class_changes() -> None:
     network = made(Residual)
     before, modules = {k: v.clone() for k, v in network.state_dict().items()}, dict(network.named_modules())
     parameters = list(network.parameters())
-    assert convert(network) is None
-    assert convert(network) is None  # again
+    assert convert_split_batchnorm(network) is None
+    assert convert_split_batchnorm(network) is None  # again
     assert all(a is b for a, b in zip(parameters, network.parameters(), strict=True))
     assert all(m is modules[name] for name, m in network.named_modules())
     assert isinstance(network.get_submodule("bn1"), nn.BatchNorm2d)
@@ -249,15 +249,15 @@ def test_nothing_but_the_class_changes() -> None:
 
 def test_views_are_stacked_within_only_and_for_this_network_only() -> None:
     network = made(Residual)
-    convert(network)
+    convert_split_batchnorm(network)
     other = copy.deepcopy(network)
 
     def views(network: nn.Module) -> int:
         return cast("Any", network.get_submodule("bn1")).views  # type: ignore[no-any-return]
 
-    with pytest.raises(RuntimeError, match="stop"), views_stacked(network, 2):
+    with pytest.raises(RuntimeError, match="stop"), num_splits(network, 2):
         assert (views(network), views(other)) == (2, 1)
-        with views_stacked(network, 3):
+        with num_splits(network, 3):
             assert views(network) == 3
         assert views(network) == 2
         raise RuntimeError("stop")
@@ -270,13 +270,13 @@ def test_collected_statistics_move_the_running_ones_afterwards(compiled: bool, m
     """The same outputs and gradients, and in the end the running statistics that torch moves in its forward pass."""
     network = made(partial(Residual, momentum=momentum))
     deferred = copy.deepcopy(network)
-    convert(deferred)
-    statistics = RunningStatistics([deferred])
+    convert_split_batchnorm(deferred)
+    statistics = RunningStats([deferred])
     x = torch.randn(8, 3, 9, 7, dtype=torch.float64)
     collected: list[BatchStats] = []
 
     def run(network: nn.Module, x: Tensor) -> Tensor:
-        with views_stacked(network, 2, collected):
+        with num_splits(network, 2, collected):
             y: Tensor = network(x)
         return y
 
@@ -312,14 +312,14 @@ def test_recomputed_activations_have_their_views_and_are_counted_once(
     """By somebody else's checkpoint, whose backward pass runs when nobody says how many views there are."""
     network = made(Residual)
     recomputed = copy.deepcopy(network)
-    convert(recomputed)
-    statistics = RunningStatistics([recomputed])
+    convert_split_batchnorm(recomputed)
+    statistics = RunningStats([recomputed])
     wrapped = Checkpointed(recomputed, reentrant=reentrant)
     x = torch.randn(8, 3, 9, 7, dtype=torch.float64)
 
     def forward(network: nn.Module, x: Tensor) -> tuple[Tensor, list[BatchStats] | None]:
         collected: list[BatchStats] | None = [] if collect else None
-        with views_stacked(network, views, collected):
+        with num_splits(network, views, collected):
             y: Tensor = network(x)
         return y, collected
 
@@ -339,13 +339,13 @@ def test_recomputed_activations_have_their_views_and_are_counted_once(
 
 def test_errors_say_what_to_do() -> None:
     network = made(Residual)
-    convert(network)
+    convert_split_batchnorm(network)
     x = torch.randn(5, 3, 9, 7, dtype=torch.float64)
-    with pytest.raises(ValueError, match="must be 2 views of equal size, got 5 images"), views_stacked(network, 2):
+    with pytest.raises(ValueError, match="must be 2 views of equal size, got 5 images"), num_splits(network, 2):
         network(x)
-    with pytest.raises(ValueError, match="more than one value a channel"), views_stacked(network, 2):
+    with pytest.raises(ValueError, match="more than one value a channel"), num_splits(network, 2):
         network.get_submodule("norm")(torch.randn(2, 16, dtype=torch.float64))
-    with pytest.raises(ValueError, match="views must be 1 or more, got 0"), views_stacked(network, 0):
+    with pytest.raises(ValueError, match="views must be 1 or more, got 0"), num_splits(network, 0):
         pass
     pair = x[:4].clone().requires_grad_()
     (dx,) = torch.autograd.grad(at_once(network, pair, 2).square().sum(), pair, create_graph=True)
@@ -443,7 +443,7 @@ class Half(nn.Module):
 def test_networks_that_take_stacked_views(name: str) -> None:
     network = made(FINE[name])
     stacked = copy.deepcopy(network)
-    assert convert(stacked, torch.zeros(4, 3, 9, 7)) is None
+    assert convert_split_batchnorm(stacked, torch.zeros(4, 3, 9, 7)) is None
     assert all(torch.equal(a, b) for a, b in zip(stacked.buffers(), network.buffers(), strict=True))
     for n in (network, stacked):
         for dropout in (m for m in n.modules() if isinstance(m, nn.Dropout)):
@@ -462,7 +462,7 @@ def test_networks_that_do_not_say_why(name: str) -> None:
     network = make()
     kinds = [type(m) for m in network.modules()]
     with torch.no_grad():
-        found = convert(network, torch.zeros(4, 3, 7, 5))
+        found = convert_split_batchnorm(network, torch.zeros(4, 3, 7, 5))
     assert found is not None
     assert re.search(reason, found), found
     assert [type(m) for m in network.modules()] == kinds
@@ -475,7 +475,7 @@ def test_timm_models_take_stacked_views(name: str) -> None:
     network = made(lambda: timm.create_model(name, num_classes=0))
     stacked = copy.deepcopy(network)
     size = 224 if "vit" in name else 64
-    assert convert(stacked, torch.zeros(2, 3, size, size)) is None
+    assert convert_split_batchnorm(stacked, torch.zeros(2, 3, size, size)) is None
     x = torch.randn(4, 3, size, size, dtype=torch.float64)
     expected, found = separately(network, x, 2), at_once(stacked, x, 2)
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
@@ -503,9 +503,9 @@ def on_one_of_two(rank: int, port: int, folder: str) -> None:
     for kind in ("BatchNorm", "SyncBatchNorm"):
         for shares in SHARES:
             network, images = network_and_images(kind)
-            assert convert(network) is None
+            assert convert_split_batchnorm(network) is None
             if kind == "BatchNorm":
-                synchronise(network)
+                convert_sync_batchnorm(network)
             x = torch.split(images, shares, dim=1)[rank].flatten(0, 1).clone().requires_grad_()
             y = at_once(network, x, 2)
             y.square().sum().backward()  # type: ignore[no-untyped-call]
@@ -548,13 +548,13 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path: Path) -> None:
 def test_layers_with_a_forward_of_their_own_cannot_be_synchronised() -> None:
     network = with_norm(OwnForward(4))
     with pytest.raises(ValueError, match=r"1 must be a batch norm of torch\.nn or timm, got OwnForward"):
-        synchronise(network)
+        convert_sync_batchnorm(network)
 
 
 def test_synchronised_alone_is_plain() -> None:
     network = made(Residual)
     alone = copy.deepcopy(network)
-    synchronise(alone)
+    convert_sync_batchnorm(alone)
     x = torch.randn(6, 3, 9, 7, dtype=torch.float64)
     equal(everything(alone, x, lambda n, x: n(x)), everything(network, x, lambda n, x: n(x)))
 
@@ -562,8 +562,8 @@ def test_synchronised_alone_is_plain() -> None:
 def test_synchronised_and_compiled_without_breaks(tmp_path: Path) -> None:
     network = made(Residual).to(memory_format=torch.channels_last)
     stacked = copy.deepcopy(network)
-    convert(stacked)
-    synchronise(stacked)
+    convert_split_batchnorm(stacked)
+    convert_sync_batchnorm(stacked)
     torch._dynamo.reset()
     compiled: Any = torch.compile(at_once, backend="aot_eager", fullgraph=True, dynamic=False)
     x = torch.randn(8, 3, 9, 7, dtype=torch.float64).contiguous(memory_format=torch.channels_last)

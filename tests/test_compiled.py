@@ -15,11 +15,11 @@ from torch.multiprocessing.spawn import spawn
 
 from byol_fast.config import OptimConfig
 from byol_fast.data import Batch
-from byol_fast.models.base import SelfSupervisedTask
+from byol_fast.models.base import SSLModel
 from byol_fast.models.byol import BYOL
 from byol_fast.models.simsiam import SimSiam
-from byol_fast.models.split_batchnorm import convert, synchronise, views_stacked
-from byol_fast.optim.optimizers import make_optimizer
+from byol_fast.models.split_batchnorm import convert_split_batchnorm, convert_sync_batchnorm, num_splits
+from byol_fast.optim.optimizers import build_optimizer
 from byol_fast.optim.schedules import RunSchedule
 from byol_fast.training.train_step import TrainStep
 from tests.networks import SmallResidualNetwork
@@ -27,26 +27,26 @@ from tests.networks import SmallResidualNetwork
 
 @pytest.mark.parametrize("method", [BYOL, SimSiam])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_gradients_of_a_compiled_pass_are_the_eager_ones(method: type[SelfSupervisedTask], dtype: torch.dtype) -> None:
+def test_gradients_of_a_compiled_pass_are_the_eager_ones(method: type[SSLModel], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     encoder = torch.nn.Sequential(
         torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1)
     )
-    task = method(encoder, hidden_dim=16, projection_dim=8, image_size=16).to(dtype)
+    model = method(encoder, hidden_dim=16, projection_dim=8, image_size=16).to(dtype)
     view1, view2 = torch.randn(2, 6, 3, 16, 16, dtype=dtype)
-    start = {name: t.clone() for name, t in task.state_dict().items()}
+    start = {name: t.clone() for name, t in model.state_dict().items()}
     found = {}
     for name, forward in (
-        ("eager", task.training_output),
-        ("compiled", torch.compile(task.training_output, dynamic=False, backend="aot_eager")),
+        ("eager", model.forward_train),
+        ("compiled", torch.compile(model.forward_train, dynamic=False, backend="aot_eager")),
     ):
-        task.load_state_dict(start)
-        task.zero_grad(set_to_none=True)
+        model.load_state_dict(start)
+        model.zero_grad(set_to_none=True)
         output = forward(view1, view2)
         output.loss.backward()  # type: ignore[no-untyped-call]
-        gradients = [p.grad.clone() for p in task.parameters() if p.grad is not None]
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         assert output.features is not None
-        found[name] = [output.loss.detach(), output.collapse_std, output.features, *gradients, *task.buffers()]
+        found[name] = [output.loss.detach(), output.embedding_std, output.features, *gradients, *model.buffers()]
         found[name] = [t.detach().clone() for t in found[name]]
     assert len(found["eager"]) == len(found["compiled"]) > 20
     size = torch.cat([t.flatten().double() for t in found["eager"]]).norm()
@@ -71,11 +71,11 @@ def on_one_of_two(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     network = float64_network()
-    assert convert(network) is None
-    synchronise(network)
+    assert convert_split_batchnorm(network) is None
+    convert_sync_batchnorm(network)
     network.compile(backend="aot_eager", fullgraph=True, dynamic=False)  # as a run with several processes does
     x = two_views().chunk(2, dim=1)[rank].flatten(0, 1).requires_grad_()
-    with views_stacked(network, 2):
+    with num_splits(network, 2):
         y = network(x)
     y.square().sum().backward()
     assert x.grad is not None
@@ -113,10 +113,10 @@ def test_compiled_synchronized_batch_norm_on_two_processes_is_torchs_on_the_whol
 def test_training_pass_is_compiled_once() -> None:
     """A second variant would cost a run its compile time again, in its second step."""
     torch.manual_seed(0)
-    task = BYOL(SmallResidualNetwork(), hidden_dim=16, projection_dim=8, image_size=16)
+    model = BYOL(SmallResidualNetwork(), hidden_dim=16, projection_dim=8, image_size=16)
     step = TrainStep(
-        task,
-        make_optimizer(OptimConfig(), task.trainable_parameters()),
+        model,
+        build_optimizer(OptimConfig(), model.trainable_parameters()),
         RunSchedule(
             total_steps=3,
             warmup_steps=1,
@@ -126,10 +126,10 @@ def test_training_pass_is_compiled_once() -> None:
             tau_base=0.9,
             tau_schedule="cosine",
         ),
-        forward=torch.compile(task.training_output, dynamic=False, backend="aot_eager"),
+        forward=torch.compile(model.forward_train, dynamic=False, backend="aot_eager"),
     )
     view1, view2 = torch.randint(0, 256, (2, 8, 3, 16, 16), dtype=torch.uint8)
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         for k in range(3):
-            assert step(Batch(view1, view2, torch.arange(8)), k).undone == 0
+            assert step(Batch((view1, view2), None, torch.arange(8)), k).skipped == 0

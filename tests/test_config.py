@@ -57,8 +57,8 @@ def test_every_recipe_survives_json(name: str) -> None:
         (lambda: Config(method="moco"), "method"),  # type: ignore[arg-type]
         (lambda: Config(mode="fast"), "mode"),  # type: ignore[arg-type]
         (lambda: Config(precision="fp8"), "precision"),  # type: ignore[arg-type]
-        (lambda: Config(accumulate=0), "accumulate"),
-        (lambda: Config(max_bad_steps=0), "max_bad_steps"),
+        (lambda: Config(grad_accum_steps=0), "grad_accum_steps"),
+        (lambda: Config(max_skipped_steps=0), "max_skipped_steps"),
         (lambda: Config(timeout_minutes=0.0), "timeout_minutes"),
         (lambda: ModelConfig(views="stacked"), "model.views"),  # type: ignore[arg-type]
         (lambda: ModelConfig(projector_layers=1), "model.projector_layers"),
@@ -76,7 +76,7 @@ def test_replace_reaches_nested_fields_in_both_notations() -> None:
     nested = configs.replace(Config(), {"optim": {"lr": 0.5}, "view1": {"area": (0.2, 1.0)}, "batch_size": 8})
     assert dotted == nested
     assert dotted.view1.area == (0.2, 1.0)
-    assert dotted.optim.eta == Config().optim.eta
+    assert dotted.optim.trust_coefficient == Config().optim.trust_coefficient
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_differences_name_fields_with_both_values() -> None:
 def test_imagenet_recipes_are_the_references(epochs: int, lr: float, weight_decay: float, tau: float) -> None:
     config = recipes.imagenet_resnet50(epochs)
     assert (config.optim.lr, config.optim.weight_decay, config.tau.base) == (lr, weight_decay, tau)
-    assert (config.optim.name, config.optim.eta, config.optim.momentum) == ("lars", 1e-3, 0.9)
+    assert (config.optim.name, config.optim.trust_coefficient, config.optim.momentum) == ("lars", 1e-3, 0.9)
     assert (config.optim.warmup_epochs, config.epochs) == (10, epochs)
     assert (config.model.hidden_dim, config.model.projection_dim, config.model.last_bias) == (4096, 256, False)
     first, second = config.view1, config.view2
@@ -145,7 +145,13 @@ def test_cifar_recipe_is_solo_learns() -> None:
         True,
     )
     optim = config.optim
-    assert (optim.name, optim.lr, optim.weight_decay, optim.eta, config.tau.base) == ("lars", 1.0, 1e-5, 0.02, 0.99)
+    assert (optim.name, optim.lr, optim.weight_decay, optim.trust_coefficient, config.tau.base) == (
+        "lars",
+        1.0,
+        1e-5,
+        0.02,
+        0.99,
+    )
     assert (config.view1.blur, config.view2.blur, config.view1.solarize, config.view2.solarize) == (0, 0, 0, 0.2)
     assert (config.view1.size, config.view1.area) == (32, (0.08, 1.0))
 
@@ -190,31 +196,31 @@ def test_simsiam_recipes_are_the_papers() -> None:
 def test_mode_is_chosen_with_a_reason_and_refused_with_one() -> None:
     import torch
 
-    from byol_fast.training.cuda_graph import choose_mode
+    from byol_fast.training.mode import resolve_mode
     from byol_fast.utils.precision import Precision
 
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     bf16, fp16 = Precision("bf16", torch.bfloat16), Precision("fp16", torch.float16)
-    assert choose_mode(Config(), cpu, bf16).name == "eager"
-    assert choose_mode(Config(), gpu, bf16).name == "graph"
+    assert resolve_mode(Config(), cpu, bf16).name == "eager"
+    assert resolve_mode(Config(), gpu, bf16).name == "graph"
     for config, precision, processes, why in (
         (Config(), bf16, 8, "several processes"),
-        (Config(accumulate=2), bf16, 1, "accumulated"),
+        (Config(grad_accum_steps=2), bf16, 1, "accumulated"),
         (Config(), fp16, 1, "fp16"),
     ):
-        chosen = choose_mode(config, gpu, precision, processes)
+        chosen = resolve_mode(config, gpu, precision, processes)
         assert chosen.name == "compile"
-        assert why in chosen.why
+        assert why in chosen.reason
         with pytest.raises(ConfigError, match=f"mode 'graph' cannot serve this run: .*{why}"):
-            choose_mode(configs.replace(config, {"mode": "graph"}), gpu, precision, processes)
-    assert choose_mode(Config(activation_checkpointing=True), gpu, bf16).name == "eager"
+            resolve_mode(configs.replace(config, {"mode": "graph"}), gpu, precision, processes)
+    assert resolve_mode(Config(activation_checkpointing=True), gpu, bf16).name == "eager"
     with pytest.raises(ConfigError, match="mode 'compile' cannot serve this run"):
-        choose_mode(Config(activation_checkpointing=True, mode="compile"), gpu, bf16)
+        resolve_mode(Config(activation_checkpointing=True, mode="compile"), gpu, bf16)
     with pytest.raises(ConfigError, match="there is no GPU"):
-        choose_mode(Config(mode="graph"), cpu, bf16)
+        resolve_mode(Config(mode="graph"), cpu, bf16)
     with pytest.raises(ConfigError, match="max_autotune must be off in mode 'eager'"):
-        choose_mode(Config(max_autotune=True), cpu, bf16)
-    assert choose_mode(Config(max_autotune=True), gpu, bf16).name == "graph"
+        resolve_mode(Config(max_autotune=True), cpu, bf16)
+    assert resolve_mode(Config(max_autotune=True), gpu, bf16).name == "graph"
 
 
 def test_kernels_are_tuned_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +228,7 @@ def test_kernels_are_tuned_only_where_it_is_asked_for(monkeypatch: pytest.Monkey
     import torch
 
     from byol_fast.models.byol import BYOL
-    from byol_fast.training import cuda_graph
+    from byol_fast.training.mode import Mode, compile_forward
 
     asked: list[dict[str, object]] = []
 
@@ -231,8 +237,8 @@ def test_kernels_are_tuned_only_where_it_is_asked_for(monkeypatch: pytest.Monkey
         return model
 
     monkeypatch.setattr(torch, "compile", compile_nothing)
-    task = BYOL("resnet18_narrow", hidden_dim=8, projection_dim=8, image_size=32)
-    for mode in (cuda_graph.Mode("compile", "as asked"), cuda_graph.Mode("graph", "as asked")):
+    model = BYOL("resnet18_narrow", hidden_dim=8, projection_dim=8, image_size=32)
+    for mode in (Mode("compile", "as asked"), Mode("graph", "as asked")):
         for max_autotune in (False, True):
-            cuda_graph.compiled(task, mode, max_autotune=max_autotune)
+            compile_forward(model, mode, max_autotune=max_autotune)
     assert [options["mode"] for options in asked] == [None, "max-autotune-no-cudagraphs"] * 2

@@ -10,11 +10,10 @@ import torch
 
 from byol_fast.config import OptimConfig
 from byol_fast.data import Batch
-from byol_fast.models.base import TaskOutput
+from byol_fast.models.base import ModelOutput
 from byol_fast.models.byol import BYOL
-from byol_fast.optim.optimizers import make_optimizer
+from byol_fast.optim.optimizers import build_optimizer
 from byol_fast.optim.schedules import RunSchedule
-from byol_fast.training.cuda_graph import CapturedStep
 from byol_fast.training.train_step import TrainStep
 from tests.gpu import DEVICE, only_on_a_gpu
 
@@ -43,27 +42,27 @@ def test_an_error_within_a_capture_is_the_one_that_is_raised(error: type[Excepti
     encoder = torch.nn.Sequential(
         torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1)
     )
-    task = BYOL(encoder, hidden_dim=16, projection_dim=8, image_size=16).to(DEVICE)
+    model = BYOL(encoder, hidden_dim=16, projection_dim=8, image_size=16).to(DEVICE)
     schedule = RunSchedule(
         total_steps=8, warmup_steps=0, base_lr=0.1, batch_size=8, lr_schedule="cosine", tau_base=0.9,
         tau_schedule="cosine",
     )  # fmt: skip
 
-    def forward(view1: torch.Tensor, view2: torch.Tensor) -> TaskOutput:
+    def forward(view1: torch.Tensor, view2: torch.Tensor) -> ModelOutput:
         if torch.cuda.is_current_stream_capturing():
             if error is torch.OutOfMemoryError:
                 torch.empty(2**50, device=DEVICE)
             raise error("no")
-        return task.training_output(view1, view2)
+        return model.forward_train(view1, view2)
 
-    step = TrainStep(task, make_optimizer(OptimConfig(), task.trainable_parameters()), schedule, forward=forward)
-    step.run = CapturedStep(step)
+    step = TrainStep(model, build_optimizer(OptimConfig(), model.trainable_parameters()), schedule, forward=forward)
+    step.use_cuda_graph()
     views = torch.randint(0, 256, (2, 8, 3, 16, 16), dtype=torch.uint8)
-    batch = Batch(views[0], views[1], torch.arange(8))
+    batch = Batch((views[0], views[1]), None, torch.arange(8))
     stream = torch.cuda.current_stream()
     with pytest.raises(error):
         step(batch, 0)
     assert torch.cuda.current_stream() == stream and not torch.cuda.is_current_stream_capturing()
-    step.run = step.body
-    step(batch, 0)
+    with step.without_cuda_graph():
+        step(batch, 0)
     torch.cuda.synchronize()

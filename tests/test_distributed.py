@@ -23,9 +23,11 @@ from byol_fast.utils import checkpoint as checkpoints
 CODE = """
 import sys
 from pathlib import Path
-from byol_fast import cli, config, recipes
+from byol_fast import config
+from byol_fast.cli.main import main
+from byol_fast.config import recipes
 recipes.RECIPES["spec"] = lambda: config.load(Path(sys.argv[1]))
-cli.main(["train", *sys.argv[2:]])
+main(["train", *sys.argv[2:]])
 """
 
 
@@ -62,7 +64,7 @@ def losses(run: Path) -> list[float]:
 
 
 def payload(run: Path) -> dict[str, torch.Tensor]:
-    weights: dict[str, torch.Tensor] = checkpoints.load_latest(run / "checkpoints")["task"]
+    weights: dict[str, torch.Tensor] = checkpoints.load_latest(run / "checkpoints")["model"]
     return weights
 
 
@@ -88,7 +90,7 @@ def test_two_processes_are_one_with_the_doubled_batch(several: Config, photos: n
     assert len(knn[0]) == 2
     assert knn[0] == pytest.approx(knn[1], abs=2 / 30)
     a, b = payload(one.out / "one"), payload(two.out / "two")
-    start = Trainer(configs.replace(one, {"name": "start"})).task.state_dict()
+    start = Trainer(configs.replace(one, {"name": "start"})).model.state_dict()
     for part in ("online.", "target."):
         names = [name for name in a if name.startswith(part) and a[name].is_floating_point()]
         apart, moved = (

@@ -43,13 +43,13 @@ def test_the_loop_of_ones_own_trains() -> None:
 
 def test_the_callback_ends_a_run_early_and_exports(tiny: byol_fast.Config, photos: Any, tmp_path: Path) -> None:
     names: dict[str, Any] = {"byol_fast": byol_fast}
-    exec(code("class Patience").partition("byol_fast.pretrain")[0], names)
+    exec(code("class EarlyStopping").partition("byol_fast.pretrain")[0], names)
     import numpy as np
 
     np.savez(tmp_path / "val.npz", images=photos[:30], labels=np.arange(30) % 3)
     config = byol_fast.config.replace(tiny, {"knn": {"val_root": tmp_path / "val.npz", "every_epochs": 1, "k": 1}})
     # Every validation image is its own neighbour: accuracy 1 at every evaluation, the first that counts after an epoch.
-    result = byol_fast.Trainer(config, callbacks=[names["Patience"]()]).fit()
+    result = byol_fast.Trainer(config, callbacks=[names["EarlyStopping"]()]).fit()
     assert result.steps == 5
     assert result.encoder.exists()
 

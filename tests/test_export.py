@@ -32,7 +32,7 @@ def test_exported_resnet_loads_into_plain_torchvision(tiny: Config, cifar_stem: 
     encoder.load_state_dict(load_file(run / "encoder.safetensors"))
 
     x = torch.randn(4, 3, 32, 32)
-    trained = trainer.task.encoder
+    trained = trainer.model.encoder
     assert torch.equal(encoder.eval()(x), trained.to(memory_format=torch.contiguous_format).eval()(x))
     ours, about = load_encoder(run)
     assert torch.equal(ours(x), encoder(x))

@@ -21,8 +21,9 @@ from byol_fast.evaluate import knn_predict
 from byol_fast.export.encoder import export_run, load_encoder
 from byol_fast.models import encoders
 from byol_fast.optim.schedules import RunSchedule
+from byol_fast.training.errors import TrainingError
 from byol_fast.training.metrics import read
-from byol_fast.training.trainer import Trainer, TrainingError
+from byol_fast.training.trainer import Trainer
 from byol_fast.utils import checkpoint as checkpoints
 from tests.gpu import DEVICE, REHEARSING, host_syncs_are_errors, only_on_a_gpu
 from tests.networks import SmallResidualNetwork
@@ -88,13 +89,13 @@ def distance(found: list[Tensor], expected: list[Tensor]) -> float:
 
 def state_of(ours: Ours) -> dict[str, list[Tensor]]:
     """All that a step changes, by kind."""
-    task, optimizer = ours.task, ours.step.optimizer
+    model, optimizer = ours.model, ours.step.optimizer
     momentum = [v for entry in optimizer.state.values() for v in entry.values() if isinstance(v, Tensor)]
     return {
-        "online weights": list(task.online.parameters()),
-        "target weights": list(task.target.parameters()),
-        "statistics": [b for b in task.buffers() if b.is_floating_point()],
-        "counters": [b for b in task.buffers() if not b.is_floating_point()],
+        "online weights": list(model.online.parameters()),
+        "target weights": list(model.target.parameters()),
+        "statistics": [b for b in model.buffers() if b.is_floating_point()],
+        "counters": [b for b in model.buffers() if not b.is_floating_point()],
         "momentum": [v for v in momentum if v.dim()],
     }
 
@@ -120,16 +121,16 @@ def test_weights_after_steps_of_every_mode_are_the_eager_ones(mode: str, optimiz
             tau_base=0.9,
             tau_schedule="cosine",
         )
-    start = [p.detach().clone() for p in eager.task.online.parameters()]
+    start = [p.detach().clone() for p in eager.model.online.parameters()]
     for step in range(4):
         generator = torch.Generator().manual_seed(step)
         shape = (TINY.batch_size, 3, TINY.image_size, TINY.image_size)
         view1, view2 = torch.randn(2, *shape, generator=generator, dtype=torch.float64).to(DEVICE)
-        batch = Batch(view1, view2, torch.arange(TINY.batch_size))
+        batch = Batch((view1, view2), None, torch.arange(TINY.batch_size))
         expected, found = (ours.step(batch, step) for ours in (eager, other))
         assert float(found.loss) == pytest.approx(float(expected.loss), rel=1e-9)
         assert distance(list(found.features), list(expected.features)) < 1e-9  # what the probe learns from
-    moved = distance(start, list(eager.task.online.parameters()))
+    moved = distance(start, list(eager.model.online.parameters()))
     assert moved > 1e-3
     for kind, tensors in state_of(other).items():
         # Rounding of 1e-15, amplified by four steps (LARS has its rates in fp32 on a GPU, in both modes the same); a
@@ -163,13 +164,13 @@ def assert_alike(found: list[float], expected: list[float], precision: str) -> N
 def test_weight_copies_follow_in_a_graph() -> None:
     """LARS writes the weights in bf16 in the same pass; the next step's forward pass reads only those."""
     ours = Ours(TINY, precision="bf16", mode=mode_here("graph"))
-    assert ours.step.copies is not None
+    assert ours.step.lowp_weights is not None
     # Detached: a living autograd graph ties its leaves to the stream it was made on, which a capture must not wait for.
-    before = [c.detach().clone() for c in ours.step.copies.of.values()]
+    before = [c.detach().clone() for c in ours.step.lowp_weights.copies.values()]
     for _ in range(3):
         ours()
-    assert all(torch.equal(copy, weight.to(copy.dtype)) for weight, copy in ours.step.copies.of.items())
-    assert any(not torch.equal(a, b) for a, b in zip(before, ours.step.copies.of.values(), strict=True))
+    assert all(torch.equal(copy, weight.to(copy.dtype)) for weight, copy in ours.step.lowp_weights.copies.items())
+    assert any(not torch.equal(a, b) for a, b in zip(before, ours.step.lowp_weights.copies.values(), strict=True))
 
 
 @pytest.mark.gpu("step")
@@ -202,7 +203,7 @@ def test_training_lowers_the_loss(gpu: Config, loader: str, precision: str) -> N
         pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     config = configs.replace(gpu, {"data.loader": loader, "precision": precision, "optim.lr": 2.0, "steps": 40})
     trainer = Trainer(config)
-    assert next(trainer.task.parameters()).device.type == DEVICE
+    assert next(trainer.model.parameters()).device.type == DEVICE
     assert trainer.state.loader.backend.startswith(loader)
     found = losses_in(trainer.fit().run_dir)
     assert np.mean(found[-8:]) < 0.9 * np.mean(found[:8])
@@ -216,23 +217,23 @@ def test_a_captured_step_that_is_not_finite_is_undone(small: Config, optimizer: 
     trainer = Trainer(config)
     step, loader = trainer.train_step, trainer.state.loader
     first, second = (next(loader) for _ in range(2))
-    ready = [Batch(b.view1.float() / 255, b.view2.float() / 255, b.index) for b in (first, second)]
-    assert step(ready[0], 0).undone.item() == 0
-    before = [t.detach().clone() for t in step.changing() if t is not step.bad]
-    poisoned = ready[1].view1.clone()
+    ready = [Batch((b.views[0].float() / 255, b.views[1].float() / 255), b.labels, b.index) for b in (first, second)]
+    assert step(ready[0], 0).skipped.item() == 0
+    before = [t.detach().clone() for t in step.mutable_tensors() if t is not step.found_inf]
+    poisoned = ready[1].views[0].clone()
     poisoned[1, 2, 3, 4] = math.nan
-    assert step(Batch(poisoned, ready[1].view2, ready[1].index), 1).undone.item() == 1
-    for was, now in zip(before, (t for t in step.changing() if t is not step.bad), strict=True):
+    assert step(Batch((poisoned, ready[1].views[1]), ready[1].labels, ready[1].index), 1).skipped.item() == 1
+    for was, now in zip(before, (t for t in step.mutable_tensors() if t is not step.found_inf), strict=True):
         assert torch.equal(was, now)
-    assert step(ready[1], 2).undone.item() == 0
-    assert any(not torch.equal(a, b) for a, b in zip(before, step.changing(), strict=False))
+    assert step(ready[1], 2).skipped.item() == 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, step.mutable_tensors(), strict=False))
 
 
 def test_fp16_and_recomputation_train(gpu: Config) -> None:
     for name, changes in (
         ("fp16", {"precision": "fp16"}),
         ("recomputed", {"activation_checkpointing": True, "precision": "bf16"}),
-        ("accumulated", {"accumulate": 2, "precision": "bf16"}),
+        ("accumulated", {"grad_accum_steps": 2, "precision": "bf16"}),
     ):
         if REHEARSING and name == "fp16":
             continue  # CPUs have no fp16 training
@@ -255,7 +256,9 @@ def test_a_batch_that_does_not_fit_says_which_one_would(gpu: Config) -> None:
             "model.encoder": "resnet50",
             "data.loader": "torchvision",
         }
-        with pytest.raises(TrainingError, match=r"does not fit .*--batch-size \d+ --accumulate|not even 2 images fit"):
+        with pytest.raises(
+            TrainingError, match=r"does not fit .*--batch-size \d+ --grad-accum-steps|not even 2 images fit"
+        ):
             Trainer(configs.replace(gpu, big)).fit()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
@@ -276,8 +279,8 @@ def test_resumed_run_goes_on_where_it_stopped(small: Config, mode: str) -> None:
     saved = checkpoints.load_latest(run / "checkpoints")
     resumed = Trainer(half, resume=run)
     assert resumed.state.step == 6
-    for name, weight in resumed.task.state_dict().items():
-        assert torch.equal(weight.cpu(), saved["task"][name].cpu()), name
+    for name, weight in resumed.model.state_dict().items():
+        assert torch.equal(weight.cpu(), saved["model"][name].cpu()), name
     resumed.fit()
     # cuDNN's sums are not repeatable and training amplifies them; another batch or schedule would differ by tenths.
     assert losses_in(run) == pytest.approx(whole, rel=0.02)
@@ -289,7 +292,7 @@ ONE_OF_ONE = """
 from byol_fast import distributed
 # A world of one does all that several do: it joins a group, wraps the network, synchronises statistics, votes.
 distributed.started_by_torchrun = lambda: True
-distributed.World.alone = property(lambda self: False)
+distributed.World.is_single = property(lambda self: False)
 """
 
 
@@ -302,8 +305,8 @@ def test_one_rank_trains_as_a_process_alone(gpu: Config) -> None:
     assert "x 1 processes" in output
     run = Trainer(alone).fit().run_dir
     assert losses_in(ranked.out / "ranked") == pytest.approx(losses_in(run), rel=1e-4)
-    a, b = (checkpoints.load_latest(c.out / c.name / "checkpoints")["task"] for c in (alone, ranked))
-    start = Trainer(configs.replace(alone, {"name": "start"})).task.state_dict()
+    a, b = (checkpoints.load_latest(c.out / c.name / "checkpoints")["model"] for c in (alone, ranked))
+    start = Trainer(configs.replace(alone, {"name": "start"})).model.state_dict()
     names = [name for name in a if a[name].is_floating_point()]
     moved = distance([a[n].cpu() for n in names], [start[n].cpu() for n in names])
     # Rounding, amplified by five steps; one all-reduce too many or too few would be of the size of `moved`.
@@ -346,7 +349,7 @@ def test_the_exported_encoder_is_the_trained_one(gpu: Config, tmp_path: Path) ->
     run = trainer.fit().run_dir
     x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = features(trainer.task.encoder.cpu().to(memory_format=torch.contiguous_format), x)
+        expected = features(trainer.model.encoder.cpu().to(memory_format=torch.contiguous_format), x)
         for folder in (run, export_run(run, tmp_path / "again")[0].parent):
             encoder, about = load_encoder(folder)
             assert about["step"] == 4

@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from byol_fast.models.base import collapse_std
+from byol_fast.models.base import embedding_std
 from byol_fast.models.byol import BYOL
 from byol_fast.models.encoders import build_encoder, feature_dim
 from byol_fast.models.layers import Normalize
@@ -256,6 +256,6 @@ def test_any_module_can_be_the_encoder() -> None:
 
 def test_collapse_meter_reads_one_when_spread_and_zero_when_collapsed() -> None:
     torch.manual_seed(0)
-    spread = collapse_std(torch.randn(4096, 64))
+    spread = embedding_std(torch.randn(4096, 64))
     assert abs(float(spread) - 1) < 0.02  # sampling error of a std from 4096 values, 64 of them averaged: 0.002
-    assert float(collapse_std(torch.ones(16, 64) * torch.rand(16, 1))) < 1e-6
+    assert float(embedding_std(torch.ones(16, 64) * torch.rand(16, 1))) < 1e-6

@@ -28,7 +28,7 @@ import byol_kernels
 from byol_fast.config import OptimConfig
 from byol_fast.data.batch import Batch
 from byol_fast.models.byol import BYOL
-from byol_fast.optim.optimizers import make_optimizer
+from byol_fast.optim.optimizers import build_optimizer
 from byol_fast.optim.schedules import RunSchedule, lr_at, tau_at
 from byol_fast.training.train_step import TrainStep
 from tests import oracle
@@ -458,11 +458,11 @@ def training(dtype: torch.dtype = torch.float64) -> oracle.Training:
 class Driver:
     """Trains the package's BYOL, one step a call; `optimizer` is over the online parameters."""
 
-    def __init__(self, task: BYOL) -> None:
-        self.task = task
-        self.optimizer = self.make_optimizer()
+    def __init__(self, model: BYOL) -> None:
+        self.model = model
+        self.optimizer = self.build_optimizer()
 
-    def make_optimizer(self) -> torch.optim.Optimizer:
+    def build_optimizer(self) -> torch.optim.Optimizer:
         raise NotImplementedError
 
     def __call__(self, view1: Tensor, view2: Tensor, step: int) -> float:
@@ -472,10 +472,12 @@ class Driver:
 class RunDriver(Driver):
     """The code that a run goes through."""
 
-    def make_optimizer(self) -> torch.optim.Optimizer:
+    def build_optimizer(self) -> torch.optim.Optimizer:
         s = SETTINGS
-        config = OptimConfig(name="lars", lr=s.base_lr, momentum=s.momentum, weight_decay=s.weight_decay, eta=s.eta)
-        return make_optimizer(config, self.task.trainable_parameters())
+        config = OptimConfig(
+            name="lars", lr=s.base_lr, momentum=s.momentum, weight_decay=s.weight_decay, trust_coefficient=s.eta
+        )
+        return build_optimizer(config, self.model.trainable_parameters())
 
     def __call__(self, view1: Tensor, view2: Tensor, step: int) -> float:
         s = SETTINGS
@@ -488,8 +490,8 @@ class RunDriver(Driver):
             tau_base=s.tau_base,
             tau_schedule="cosine",
         )
-        train_step = TrainStep(self.task, self.optimizer, schedule)
-        return train_step(Batch(view1, view2, torch.arange(len(view1))), step).loss.item()
+        train_step = TrainStep(self.model, self.optimizer, schedule)
+        return train_step(Batch((view1, view2), None, torch.arange(len(view1))), step).loss.item()
 
 
 class PublicDriver(Driver):
@@ -497,18 +499,18 @@ class PublicDriver(Driver):
 
     gradients: Mapping[str, Array]
 
-    def make_optimizer(self) -> torch.optim.Optimizer:
+    def build_optimizer(self) -> torch.optim.Optimizer:
         s = SETTINGS
         lars: torch.optim.Optimizer = byol_kernels.LARS(
-            self.task.online.parameters(), lr=0.0, momentum=s.momentum, weight_decay=s.weight_decay, eta=s.eta
+            self.model.online.parameters(), lr=0.0, momentum=s.momentum, weight_decay=s.weight_decay, eta=s.eta
         )
         return lars
 
     def __call__(self, view1: Tensor, view2: Tensor, step: int) -> float:
         s = SETTINGS
-        p1, p2, z1, z2 = self.task(view1, view2)
-        loss = self.task.loss((p1, p2), (z1, z2))
-        names, parameters = zip(*self.task.online.named_parameters(), strict=True)
+        p1, p2, z1, z2 = self.model(view1, view2)
+        loss = self.model.loss((p1, p2), (z1, z2))
+        names, parameters = zip(*self.model.online.named_parameters(), strict=True)
         found = torch.autograd.grad(loss, parameters)
         self.gradients = dict(zip(names, map(as_array, found), strict=True))
         for parameter, gradient in zip(parameters, found, strict=True):
@@ -519,7 +521,7 @@ class PublicDriver(Driver):
 
     def update(self, tau: float) -> None:
         self.optimizer.step()
-        self.task.update_target(tau)
+        self.model.update_target(tau)
 
 
 class FusedDriver(PublicDriver):
@@ -527,7 +529,7 @@ class FusedDriver(PublicDriver):
 
     def update(self, tau: float) -> None:
         assert isinstance(self.optimizer, byol_kernels.LARS)
-        online, target = self.task.online, dict(self.task.target.named_parameters())
+        online, target = self.model.online, dict(self.model.target.named_parameters())
         self.optimizer.step(ema=([target.get(name) for name, _ in online.named_parameters()], tau))
 
 
@@ -537,21 +539,21 @@ class FusedDriver(PublicDriver):
 def test_training_steps(driver: type[Driver], layout: torch.memory_format, dtype: torch.dtype) -> None:
     """Three steps: every parameter, momentum buffer and batch statistic of both networks after each."""
     judge = training(dtype)
-    task = BYOL(Encoder(), hidden_dim=HIDDEN, projection_dim=PROJECTION)
-    load(task.online, judge.online)
-    load(task.target, judge.target)
-    task = task.to(dtype=dtype, memory_format=layout)  # type: ignore[call-overload]
-    load(task.online, judge.online)  # float64 weights would have been rounded on their way in
-    load(task.target, judge.target)
-    package = driver(task)
+    model = BYOL(Encoder(), hidden_dim=HIDDEN, projection_dim=PROJECTION)
+    load(model.online, judge.online)
+    load(model.target, judge.target)
+    model = model.to(dtype=dtype, memory_format=layout)  # type: ignore[call-overload]
+    load(model.online, judge.online)  # float64 weights would have been rounded on their way in
+    load(model.target, judge.target)
+    package = driver(model)
     tolerance = STEP_TOLERANCES[dtype]
     for step in STEPS:
         view1, view2 = views(step, dtype)
         loss = package(tensor(view1, dtype), tensor(view2, dtype), step)
         assert relative_error(loss, judge.step(step, view1, view2)) <= tolerance
-        named = dict(task.online.named_parameters())
-        found = {f"online {name}": error for name, error in errors(task.online.state_dict(), judge.online).items()}
-        found |= {f"target {name}": error for name, error in errors(task.target.state_dict(), judge.target).items()}
+        named = dict(model.online.named_parameters())
+        found = {f"online {name}": error for name, error in errors(model.online.state_dict(), judge.online).items()}
+        found |= {f"target {name}": error for name, error in errors(model.target.state_dict(), judge.target).items()}
         for name, buffer in judge.momentum_buffers.items():
             got = momentum_buffer(package.optimizer, named[module_name(name)])
             found[f"momentum {name}"] = relative_error(got, buffer)

@@ -95,16 +95,16 @@ def test_features_are_those_of_the_views_and_carry_no_gradient(method: Any) -> N
     views = [torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(i)) for i in (1, 2)]
     for form in ("batched", "separate"):
         torch.manual_seed(0)
-        task = method("resnet18_narrow", hidden_dim=8, projection_dim=8, image_size=32, views=form)
+        model = method("resnet18_narrow", hidden_dim=8, projection_dim=8, image_size=32, views=form)
         with torch.no_grad():
-            expected = torch.cat([task.encoder(view) for view in views])  # in train mode: statistics of each view
-        output = task.training_output(*views)
+            expected = torch.cat([model.encoder(view) for view in views])  # in train mode: statistics of each view
+        output = model.forward_train(*views)
         assert not output.features.requires_grad
         torch.testing.assert_close(output.features, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_training_is_the_same_bit_for_bit_with_the_probe_and_without(tiny: Config) -> None:
-    tiny = configs.replace(tiny, {"steps": 4, "accumulate": 2, "precision": "bf16"})
+    tiny = configs.replace(tiny, {"steps": 4, "grad_accum_steps": 2, "precision": "bf16"})
     trainers = {}
     for enabled in ("off", "on"):
         trainers[enabled] = Trainer(configs.replace(tiny, {"name": enabled, "probe.enabled": enabled}))
@@ -112,7 +112,7 @@ def test_training_is_the_same_bit_for_bit_with_the_probe_and_without(tiny: Confi
     states = {name: t.state.state_dict() for name, t in trainers.items()}
     probe = states["on"].pop("probe")
     assert states["off"].pop("probe") is None
-    for part in ("task", "optimizer"):
+    for part in ("model", "optimizer"):
         torch.testing.assert_close(states["on"][part], states["off"][part], rtol=0, atol=0)
     assert torch.equal(states["on"]["processes"][0]["rng"], states["off"]["processes"][0]["rng"])
     assert probe["steps"] == 4
@@ -143,12 +143,12 @@ def test_a_resumed_run_goes_on_with_its_probe_and_an_older_one_gets_one(tiny: Co
     Trainer(configs.replace(tiny, {"name": "whole"}), resume=whole.run_dir).fit()
     again = checkpoints.load(checkpoints.path_of(folder, 8))
     assert again["probe"]["steps"] == 3
-    torch.testing.assert_close(again["task"], end["task"], rtol=0, atol=0)
+    torch.testing.assert_close(again["model"], end["model"], rtol=0, atol=0)
 
 
 def test_without_labels_there_is_no_probe_unless_it_is_asked_for(tiny: Config, photos: np.ndarray) -> None:
     unlabelled = configs.replace(tiny, {"data.root": None})
-    assert Trainer(unlabelled, data=photos).probe is None
+    assert Trainer(unlabelled, data=photos).state.probe is None
     with pytest.raises(ConfigError, match="probe.enabled is 'on', but the training images have no labels"):
         Trainer(configs.replace(unlabelled, {"probe.enabled": "on", "name": "on"}), data=photos)
 
@@ -189,7 +189,7 @@ def test_each_checkpoint_is_written_once_and_a_crash_after_an_evaluation_does_no
         seen = Witness()
         Trainer(judged, resume=run, callbacks=[seen]).fit()
         assert seen.evaluated == [s for s in (10, 12) if s > step]
-        clock = {"images_per_s", "data_wait", "peak_memory_gib"}
+        clock = {"images_per_second", "data_wait", "peak_memory_gib"}
         assert [{k: v for k, v in r.items() if k not in clock} for r in read(run / "metrics.jsonl")] == [
             {k: v for k, v in r.items() if k not in clock} for r in records
         ]

@@ -171,7 +171,7 @@ def test_command_writes_a_page_and_learns_nothing(
     phases = {row["phase"]: row for row in record["phases"]}
     assert sum(row["share"] for row in phases.values()) == pytest.approx(1.0)
     assert phases["backward"]["seconds"] > phases["loss"]["seconds"] > 0
-    assert {"data wait", "views", "online forward", "target forward", "optimizer + average"} < set(phases)
+    assert {"data wait", "views", "online forward", "target forward", "optimizer + EMA"} < set(phases)
     families = {row["family"]: row["calls"] for row in record["families"]}
     # Each of two views has its own statistics in the 20 batch norms of both encoders, and its own backward pass.
     assert families["batch norm"] >= 2 * (20 + 20) + 2 * 20
@@ -192,7 +192,7 @@ def test_a_run_is_profiled_from_its_checkpoint_and_stays_as_it_was(run: Config) 
     before = {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
     found, written = profile(configs.load(folder / "config.json"), resume=folder, steps=1, ceilings=CEILINGS)
     assert written == folder / "profile"
-    assert found["step"]["images_per_s"] > 0
+    assert found["step"]["images_per_second"] > 0
     assert {p: p.read_bytes() for p in before} == before
 
 
@@ -233,8 +233,8 @@ def test_pauses_between_kernels() -> None:
         ("void at::native::batch_norm_collect_statistics_channels_last_kernel<float>", "batch norm"),
         ("triton_poi_fused_add_relu_3", "pointwise"),
         ("void at::native::vectorized_elementwise_kernel<4, at::native::threshold>", "pointwise"),
-        ("_lars_apply_kernel", "optimizer + average"),
-        ("void at::native::multi_tensor_apply_kernel<at::native::TensorListMetadata<2>>", "optimizer + average"),
+        ("_lars_apply_kernel", "optimizer + EMA"),
+        ("void at::native::multi_tensor_apply_kernel<at::native::TensorListMetadata<2>>", "optimizer + EMA"),
         ("_normalized_mse_fwd_kernel", "loss"),
         ("_photometric_kernel", "augmentation"),
         ("Memcpy HtoD (Pinned -> Device)", "copies"),

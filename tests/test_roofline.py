@@ -38,12 +38,12 @@ def total_bytes(network: nn.Module, level: Level) -> int:
 )
 def test_flops_of_a_step_are_torch_s(encoder: str, size: int, cifar_stem: bool) -> None:
     with torch.device("meta"):
-        task = BYOL(encoder, image_size=size, cifar_stem=cifar_stem, views="separate").train()
+        model = BYOL(encoder, image_size=size, cifar_stem=cifar_stem, views="separate").train()
         view1, view2 = torch.empty(2, 4, 3, size, size).unbind(0)
     with FlopCounterMode(display=False) as forward:
-        p1, p2, z1, z2 = task(view1, view2)
+        p1, p2, z1, z2 = model(view1, view2)
     with FlopCounterMode(display=False) as backward:
-        task.loss((p1, p2), (z1, z2)).backward()  # type: ignore[no-untyped-call]
+        model.loss((p1, p2), (z1, z2)).backward()  # type: ignore[no-untyped-call]
     changes = {"model.encoder": encoder, "model.cifar_stem": cifar_stem, "model.zero_init_residual": False}
     found = roofline(configs.replace(recipes.imagenet_resnet50(), changes), batch_size=4, image_size=size)
     for level in LEVELS:
@@ -165,7 +165,7 @@ def test_resnet50_is_what_was_computed_before() -> None:
     for level, gigabytes, tolerance in (("A", 341, 1.0), ("B", 250, 0.5), ("D", 155, 0.5), ("E", 122, 0.5)):
         assert found.total(level).bytes / 1e9 == pytest.approx(gigabytes, abs=tolerance)  # type: ignore[arg-type]
     for gpu, level, images in (("H100", "A", 2143), ("H100", "B", 2878), ("H100", "E", 5500), ("H200", "D", 6048)):
-        assert found.images_per_s(stated(gpu), level) == pytest.approx(images, rel=0.002)  # type: ignore[arg-type]
+        assert found.images_per_second(stated(gpu), level) == pytest.approx(images, rel=0.002)  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------ other networks
@@ -212,8 +212,8 @@ def test_every_level_of_fusion_saves_traffic(encoder: str) -> None:
 def test_a_step_has_its_optimizer_and_as_many_batches_as_it_takes() -> None:
     config = recipes.demo()
     once = roofline(config, dtype="fp32")
-    twice = roofline(configs.replace(config, {"accumulate": 2}), dtype="fp32")
-    update = once.total("E", phase="optimizer + average").bytes
+    twice = roofline(configs.replace(config, {"grad_accum_steps": 2}), dtype="fp32")
+    update = once.total("E", phase="optimizer + EMA").bytes
     # SGD reads and writes p and v and reads g; the target is read and written.
     assert update == 20 * once.optimised + 8 * once.averaged
     assert twice.total("B").bytes - update_of(twice) == 2 * (once.total("B").bytes - update_of(once))
@@ -222,7 +222,7 @@ def test_a_step_has_its_optimizer_and_as_many_batches_as_it_takes() -> None:
 
 
 def update_of(found: Roofline) -> int:
-    return found.total("B", phase="optimizer + average").bytes
+    return found.total("B", phase="optimizer + EMA").bytes
 
 
 # ------------------------------------------------------------------ floors
@@ -243,7 +243,7 @@ def test_floors_are_the_larger_of_both_ceilings() -> None:
         name="", dtype="bf16", bytes_per_s=1.0, flops_per_s=10.0, peak_flops_per_s=10.0, source="test"
     )  # the convolutions are bound by products, the rest by memory
     assert found.floor(mixed, "A") > found.floor(mixed, "A", how="overlap")
-    assert found.images_per_s(mixed, "A") == 4 / found.floor(mixed, "A")
+    assert found.images_per_second(mixed, "A") == 4 / found.floor(mixed, "A")
 
 
 def test_mfu_is_a_share_of_the_peak() -> None:

@@ -16,13 +16,13 @@ from benchmarks.step_ops import outside_forward_and_backward
 from byol_fast.config import OptimConfig
 from byol_fast.data import Batch
 from byol_fast.models.activation_checkpoint import checkpoint_blocks
-from byol_fast.models.base import SelfSupervisedTask, TaskOutput
+from byol_fast.models.base import ModelOutput, SSLModel
 from byol_fast.models.byol import BYOL
 from byol_fast.models.simsiam import SimSiam
-from byol_fast.optim.optimizers import make_optimizer
+from byol_fast.optim.optimizers import build_optimizer
 from byol_fast.optim.schedules import RunSchedule
-from byol_fast.training.cuda_graph import leave_no_trace
-from byol_fast.training.lowp_weights import WeightCopies
+from byol_fast.training.cuda_graph import restore_state_after
+from byol_fast.training.lowp_weights import LowPrecisionWeights
 from byol_fast.training.memory import largest_that_fits
 from byol_fast.training.train_step import TrainStep
 from byol_fast.utils.precision import Precision
@@ -51,38 +51,36 @@ def small_byol(views: str = "batched") -> BYOL:
 def batches(count: int, size: int = 8) -> list[Batch]:
     generator = torch.Generator().manual_seed(1)
     views = torch.randint(0, 256, (count, 2, size, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    return [Batch(v[0], v[1], torch.arange(size)) for v in views]
+    return [Batch((v[0], v[1]), None, torch.arange(size)) for v in views]
 
 
-def train_step(
-    task: SelfSupervisedTask, *, optimizer: str = "lars", precision: Precision = FP32, **options: Any
-) -> TrainStep:
-    config = OptimConfig(name=optimizer, weight_decay=0.01, eta=0.1)  # type: ignore[arg-type]
-    made = make_optimizer(config, task.trainable_parameters())
-    return TrainStep(task, made, SCHEDULE, precision=precision, **options)
+def train_step(model: SSLModel, *, optimizer: str = "lars", precision: Precision = FP32, **options: Any) -> TrainStep:
+    config = OptimConfig(name=optimizer, weight_decay=0.01, trust_coefficient=0.1)  # type: ignore[arg-type]
+    made = build_optimizer(config, model.trainable_parameters())
+    return TrainStep(model, made, SCHEDULE, precision=precision, **options)
 
 
 def everything(step: TrainStep) -> list[torch.Tensor]:
-    return [t.detach().clone() for t in step.changing() if t is not step.bad]
+    return [t.detach().clone() for t in step.mutable_tensors() if t is not step.found_inf]
 
 
 def poisoned(batch: Batch) -> Batch:
     """Normalised floats, one of them NaN."""
-    view1 = batch.view1.float() / 255
+    view1 = batch.views[0].float() / 255
     view1[3, 1, 2, 5] = math.nan
-    return Batch(view1, batch.view2.float() / 255, batch.index)
+    return Batch((view1, batch.views[1].float() / 255), batch.labels, batch.index)
 
 
 @pytest.mark.parametrize("optimizer", ["lars", "sgd", "adam", "adamw"])
 def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_goes_on(optimizer: str) -> None:
     """Weights, momentum, target and the running statistics of both networks are those from before the step."""
     good, also_good, bad = batches(3)
-    task = small_byol()
-    step = train_step(task, optimizer=optimizer)
-    assert step(good, 0).undone == 0
+    model = small_byol()
+    step = train_step(model, optimizer=optimizer)
+    assert step(good, 0).skipped == 0
     before = everything(step)
     metrics = step(poisoned(bad), 1)
-    assert metrics.undone == 1
+    assert metrics.skipped == 1
     assert not torch.isfinite(metrics.loss)
     for was, now in zip(before, everything(step), strict=True):
         assert torch.equal(was, now)
@@ -106,7 +104,7 @@ def test_a_first_step_that_is_not_finite_leaves_the_optimizer_fresh(optimizer: s
             # What an optimizer leaves uninitialized shows with certainty.
             torch.use_deterministic_algorithms(True)
             try:
-                assert step(first, 0).undone == 1
+                assert step(first, 0).skipped == 1
             finally:
                 torch.use_deterministic_algorithms(False)
         step(good, 0)
@@ -120,10 +118,10 @@ def test_a_gradient_that_overflows_behind_a_finite_loss_is_undone_too() -> None:
     step = train_step(small_byol())
     step(good, 0)
     before = everything(step)
-    hook = next(step.task.parameters()).register_hook(lambda grad: grad * math.inf)  # type: ignore[no-untyped-call]
+    hook = next(step.model.parameters()).register_hook(lambda grad: grad * math.inf)  # type: ignore[no-untyped-call]
     metrics = step(good, 1)
     assert torch.isfinite(metrics.loss)
-    assert metrics.undone == 1
+    assert metrics.skipped == 1
     hook.remove()
     for was, now in zip(before, everything(step), strict=True):
         assert torch.equal(was, now)
@@ -133,25 +131,25 @@ def test_four_batches_at_a_time_are_the_mean_of_their_gradients_and_one_average(
     """Against a loop written out: gradients averaged, one optimizer step, one move of the target, in float64."""
     four = batches(4)
     ours = small_byol().double()
-    step = train_step(ours, accumulate=4)
+    step = train_step(ours, grad_accum_steps=4)
     metrics = [step(four, k) for k in range(2)]
 
-    task = small_byol().double()
-    optimizer = make_optimizer(OptimConfig(weight_decay=0.01, eta=0.1), task.trainable_parameters())
+    model = small_byol().double()
+    optimizer = build_optimizer(OptimConfig(weight_decay=0.01, trust_coefficient=0.1), model.trainable_parameters())
     for k in range(2):
         total = torch.zeros((), dtype=torch.float64)
         for batch in four:
-            p1, p2, z1, z2 = task(batch.view1, batch.view2)
-            loss = task.loss((p1, p2), (z1, z2)) / 4
+            p1, p2, z1, z2 = model(batch.views[0], batch.views[1])
+            loss = model.loss((p1, p2), (z1, z2)) / 4
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         for group in optimizer.param_groups:
             group["lr"] = SCHEDULE.lr(k)
         optimizer.step()
         optimizer.zero_grad()
-        task.update_target(SCHEDULE.tau(k))
+        model.update_target(SCHEDULE.tau(k))
         assert metrics[k].loss == pytest.approx(float(total), rel=1e-12)
-    for (name, a), b in zip(ours.state_dict().items(), task.state_dict().values(), strict=True):
+    for (name, a), b in zip(ours.state_dict().items(), model.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=name)
     norm = next(m for m in ours.online.modules() if isinstance(m, nn.BatchNorm2d))
     assert norm.num_batches_tracked == 2 * 4 * 2  # steps, batches, views
@@ -163,64 +161,64 @@ def test_weight_copies_give_the_numbers_of_autocast() -> None:
     data = batches(1)
     states = []
     for with_copies in (True, False):
-        step = train_step(small_byol(), precision=BF16, weight_copies=with_copies)
-        assert (step.copies is not None) == with_copies
+        step = train_step(small_byol(), precision=BF16, lowp_weights=with_copies)
+        assert (step.lowp_weights is not None) == with_copies
         losses = [float(step(batch, k).loss) for k, batch in enumerate(data)]
-        states.append((losses, step.task.state_dict()))
+        states.append((losses, step.model.state_dict()))
     (losses_a, a), (losses_b, b) = states
     assert losses_a == losses_b
     start = small_byol().state_dict()
-    for name, weight in step.task.named_parameters():
+    for name, weight in step.model.named_parameters():
         if weight.ndim > 1 and name.startswith("online"):
             moved = (b[name] - start[name]).norm()
             assert (a[name] - b[name]).norm() < 2**-6 * moved, name
 
 
 def test_weight_copies_follow_weights_that_are_loaded() -> None:
-    task, other = small_byol(), small_byol()
+    model, other = small_byol(), small_byol()
     with torch.no_grad():
         for p in other.parameters():
             p.mul_(1.5)
-    step = train_step(task, precision=BF16)
-    task.load_state_dict(other.state_dict())
-    step.weights_changed()
-    assert isinstance(step.copies, WeightCopies)
-    for weight, low in step.copies.of.items():
+    step = train_step(model, precision=BF16)
+    model.load_state_dict(other.state_dict())
+    step.on_weights_loaded()
+    assert isinstance(step.lowp_weights, LowPrecisionWeights)
+    for weight, low in step.lowp_weights.copies.items():
         assert torch.equal(weight.to(torch.bfloat16), low)
-    with step.copies.in_place():
-        assert task.online.encoder.get_submodule("conv1").weight.dtype == torch.bfloat16
-    assert task.online.encoder.get_submodule("conv1").weight.dtype == torch.float32
+    with step.lowp_weights.swapped_in():
+        assert model.online.encoder.get_submodule("conv1").weight.dtype == torch.bfloat16
+    assert model.online.encoder.get_submodule("conv1").weight.dtype == torch.float32
 
 
 def test_fp16_scales_the_loss_backs_off_and_comes_close_to_fp32() -> None:
     data = batches(3)
     half = train_step(small_byol(), precision=FP16)
     full = train_step(small_byol())
-    assert half.loss_scale is not None
-    assert half(data[0], 0).undone == 1  # the first scale is found by overflowing
-    assert half.loss_scale.scale == 32768.0
-    half.loss_scale.scale.fill_(1024.0)
+    assert half.grad_scaler is not None
+    assert half(data[0], 0).skipped == 1  # the first scale is found by overflowing
+    assert half.grad_scaler.scale == 32768.0
+    half.grad_scaler.scale.fill_(1024.0)
     losses = [(float(half(b, k).loss), float(full(b, k).loss)) for k, b in enumerate(data)]
     assert losses[0][0] == pytest.approx(losses[0][1], rel=5e-3)  # fp16 keeps 11 bits
-    assert half.loss_scale.scale == 1024.0
+    assert half.grad_scaler.scale == 1024.0
     before = everything(half)
     half(poisoned(data[0]), 3)
-    assert half.loss_scale.scale == 512.0
-    for was, now in list(zip(before, everything(half), strict=True))[: len(list(half.task.parameters()))]:
+    assert half.grad_scaler.scale == 512.0
+    for was, now in list(zip(before, everything(half), strict=True))[: len(list(half.model.parameters()))]:
         assert torch.equal(was, now)
     again = train_step(small_byol(), precision=FP16)
-    assert again.loss_scale is not None
-    again.loss_scale.load_state_dict(half.loss_scale.state_dict())
-    assert again.loss_scale.scale == 512.0
+    assert again.grad_scaler is not None
+    again.grad_scaler.load_state_dict(half.grad_scaler.state_dict())
+    assert again.grad_scaler.scale == 512.0
 
 
 def test_the_loss_scale_grows_after_2000_good_steps() -> None:
     step = train_step(small_byol(), precision=FP16)
-    assert step.loss_scale is not None
+    assert step.grad_scaler is not None
     good = torch.zeros(())
     for _ in range(2000):
-        step.loss_scale.update(good)
-    assert step.loss_scale.scale == 2 * 65536.0
+        step.grad_scaler.update(good)
+    assert step.grad_scaler.scale == 2 * 65536.0
 
 
 @pytest.mark.parametrize("views", ["batched", "separate"])
@@ -230,13 +228,13 @@ def test_recomputed_activations_change_nothing(views: str, precision: Precision)
     data = batches(3)
     states = []
     for recompute in (False, True):
-        task = small_byol(views)
+        model = small_byol(views)
         if recompute:
-            assert checkpoint_blocks(task.encoder) == 8  # residual blocks of a ResNet-18
-        step = train_step(task, precision=precision)
-        assert (step.copies is not None) == (precision is BF16)
+            assert checkpoint_blocks(model.encoder) == 8  # residual blocks of a ResNet-18
+        step = train_step(model, precision=precision)
+        assert (step.lowp_weights is not None) == (precision is BF16)
         losses = [float(step(batch, k).loss) for k, batch in enumerate(data)]
-        states.append((losses, task.state_dict()))
+        states.append((losses, model.state_dict()))
     (losses_a, a), (losses_b, b) = states
     assert losses_a == losses_b
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -277,12 +275,12 @@ def test_norms_that_stay_torchs_are_counted_once_where_activations_are_computed_
         torch.manual_seed(0)
         blocks = nn.Sequential(Block(norm()), Block(nn.BatchNorm2d(8)))
         encoder = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), blocks, nn.AdaptiveAvgPool2d(1))
-        task = BYOL(encoder, hidden_dim=16, projection_dim=8, image_size=32, views=views)
-        assert (task.views_note is not None) == (views == "batched")
+        model = BYOL(encoder, hidden_dim=16, projection_dim=8, image_size=32, views=views)
+        assert (model.views_note is not None) == (views == "batched")
         if recompute:
-            assert checkpoint_blocks(task.encoder) == 2
-        train_step(task)(batch, 0)
-        states.append(task.state_dict())
+            assert checkpoint_blocks(model.encoder) == 2
+        train_step(model)(batch, 0)
+        states.append(model.state_dict())
     for name, a in states[0].items():
         assert torch.equal(a, states[1][name]), name
 
@@ -292,9 +290,9 @@ def test_recomputation_keeps_less_for_the_backward_pass() -> None:
     (batch,) = batches(1)
 
     def kept(recompute: bool) -> int:
-        task = small_byol()
+        model = small_byol()
         if recompute:
-            checkpoint_blocks(task.encoder)
+            checkpoint_blocks(model.encoder)
         seen: dict[int, int] = {}
 
         def pack(t: torch.Tensor) -> torch.Tensor:
@@ -302,9 +300,9 @@ def test_recomputation_keeps_less_for_the_backward_pass() -> None:
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            output = task.training_output(batch.view1, batch.view2)
+            output = model.forward_train(batch.views[0], batch.views[1])
         del output
-        return sum(seen.values()) - sum(p.untyped_storage().nbytes() for p in task.parameters())
+        return sum(seen.values()) - sum(p.untyped_storage().nbytes() for p in model.parameters())
 
     assert kept(True) < 0.7 * kept(False)
 
@@ -320,7 +318,7 @@ def test_running_statistics_are_moved_by_one_launch(views: str) -> None:
                 moves.append(str(func))
             return func(*args, **(kwargs or {}))
 
-    step = train_step(small_byol(views), accumulate=2)
+    step = train_step(small_byol(views), grad_accum_steps=2)
     with Moves():  # type: ignore[no-untyped-call]
         step(batches(2), 0)
     assert len(moves) == 1
@@ -335,13 +333,13 @@ def test_a_task_that_keeps_its_statistics_to_itself_is_refused() -> None:
     """Its running statistics would move in steps that are skipped."""
 
     class Careless(BYOL):
-        def training_output(self, view1: torch.Tensor, view2: torch.Tensor) -> TaskOutput:
-            p1, p2, z1, z2 = self(view1, view2)
-            return TaskOutput(self.loss((p1, p2), (z1, z2)), torch.zeros(()))
+        def forward_train(self, *views: torch.Tensor) -> ModelOutput:
+            p1, p2, z1, z2 = self(*views)
+            return ModelOutput(self.loss((p1, p2), (z1, z2)), torch.zeros(()))
 
     (batch,) = batches(1)
     step = train_step(Careless("resnet18_narrow", hidden_dim=16, projection_dim=8, image_size=32))
-    with pytest.raises(ValueError, match=r"Careless.training_output must return batch_stats"):
+    with pytest.raises(ValueError, match=r"Careless.forward_train must return batch_stats"):
         step(batch, 0)
 
 
@@ -350,7 +348,7 @@ def test_a_step_leaves_no_flag_behind(optimizer: str) -> None:
     """The optimizer of a run can be stepped by its owner, also after a step that was skipped."""
     (bad,) = batches(1)
     step = train_step(small_byol(), optimizer=optimizer)
-    assert step(poisoned(bad), 0).undone == 1
+    assert step(poisoned(bad), 0).skipped == 1
     weight = step.parameters[0]
     before = weight.detach().clone()
     weight.grad = torch.ones_like(weight)
@@ -361,33 +359,32 @@ def test_a_step_leaves_no_flag_behind(optimizer: str) -> None:
 def test_the_largest_batch_that_fits_is_found_without_compiling() -> None:
     """Each size would be compiled anew, which takes longer than the run has left to live."""
     (batch,) = batches(1)
-    task = small_byol()
+    model = small_byol()
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
         graphs.append(graph)
         return graph
 
-    step = train_step(task, forward=torch.compile(task.training_output, backend=backend))
+    step = train_step(model, forward=torch.compile(model.forward_train, backend=backend))
     assert largest_that_fits(step, batch) == 4
     assert not graphs
-    step.forward_backward(batch.view1, batch.view2)
+    step.forward_backward(batch.views)
     assert graphs
 
 
 def test_warm_up_leaves_no_trace() -> None:
     """What comes before the capture of a CUDA graph: steps whose results must not count."""
     first, second = batches(2)
-    task = small_byol()
-    step, clean = train_step(task), train_step(copy.deepcopy(task))
-    step._set_rates(0.5, 0.5, 0.9)
+    model = small_byol()
+    step, clean = train_step(model), train_step(copy.deepcopy(model))
     numbers = torch.get_rng_state()
 
     def warm_up() -> None:
         for _ in range(3):
-            step.body([(step._placed(second.view1), step._placed(second.view2))])
+            step(second, 3)
 
-    leave_no_trace(step, warm_up)
+    restore_state_after(warm_up, step.mutable_tensors, torch.device("cpu"))
     assert torch.equal(numbers, torch.get_rng_state())
     for k, batch in enumerate((first, second)):
         assert torch.equal(step(batch, k).values, clean(batch, k).values)
@@ -398,22 +395,22 @@ def test_warm_up_leaves_no_trace() -> None:
 def test_simsiam_is_its_formula() -> None:
     """-(cos(p1, z2) + cos(p2, z1)) / 2 with no gradient through z, in torch's own operators."""
     torch.manual_seed(0)
-    task = SimSiam("resnet18_narrow", hidden_dim=16, projection_dim=12, predictor_hidden_dim=6, image_size=32).double()
+    model = SimSiam("resnet18_narrow", hidden_dim=16, projection_dim=12, predictor_hidden_dim=6, image_size=32).double()
     (batch,) = batches(1)
-    assert not task.target_parameters()
-    output = task.training_output(batch.view1, batch.view2)
+    assert not model.target_parameters()
+    output = model.forward_train(batch.views[0], batch.views[1])
     output.loss.backward()  # type: ignore[no-untyped-call]
-    ours = [p.grad.clone() for p in task.online.parameters() if p.grad is not None]
-    assert len(ours) == len(list(task.online.parameters()))
+    ours = [p.grad.clone() for p in model.online.parameters() if p.grad is not None]
+    assert len(ours) == len(list(model.online.parameters()))
 
-    task.zero_grad()
-    x1, x2 = (task.normalize(v) for v in (batch.view1, batch.view2))
-    (z1, z2), (p1, p2), _ = task.online(x1, x2)
+    model.zero_grad()
+    x1, x2 = (model.normalize(v) for v in (batch.views[0], batch.views[1]))
+    (z1, z2), (p1, p2), _ = model.online(x1, x2)
     cosine = nn.functional.cosine_similarity
     loss = -(cosine(p1, z2.detach()).mean() + cosine(p2, z1.detach()).mean()) / 2
     loss.backward()  # type: ignore[no-untyped-call]
     assert output.loss.item() == pytest.approx(loss.item(), rel=1e-12)
-    for a, p in zip(ours, task.online.parameters(), strict=True):
+    for a, p in zip(ours, model.online.parameters(), strict=True):
         assert p.grad is not None
         torch.testing.assert_close(a, p.grad, rtol=1e-9, atol=1e-12)
 
@@ -421,9 +418,9 @@ def test_simsiam_is_its_formula() -> None:
 def test_what_a_step_adds_to_forward_and_backward_does_not_grow_with_the_network() -> None:
     small, large = small_byol(), BYOL("resnet34", hidden_dim=16, projection_dim=8, image_size=32)
     assert 1.5 * len(small.trainable_parameters()) < len(large.trainable_parameters())
-    counted = [outside_forward_and_backward(task, 32) for task in (small, large)]
+    counted = [outside_forward_and_backward(model, 32) for model in (small, large)]
     assert counted[0] == counted[1]
     everything, update = counted[0]
     assert update == (1, 0)  # LARS with the moving average
     assert everything.ops <= 18
-    assert everything.syncs <= 1  # the flag of a step to be undone, read by a CPU only
+    assert everything.syncs <= 1  # the flag of a step to be skipped, read by a CPU only

@@ -20,25 +20,27 @@ import torch
 
 import byol_fast
 from byol_fast import config as configs
-from byol_fast.api import find_resumable
 from byol_fast.config import Config, ConfigError, OptimConfig
 from byol_fast.data import Batch
 from byol_fast.models.byol import BYOL
-from byol_fast.optim.optimizers import make_optimizer
+from byol_fast.optim.optimizers import build_optimizer
 from byol_fast.optim.schedules import RunSchedule
-from byol_fast.training.cuda_graph import Mode, compiled
-from byol_fast.training.metrics import MetricsLog, read
+from byol_fast.training.errors import Interrupted, TrainingError
+from byol_fast.training.messages import startup_summary
+from byol_fast.training.metrics import MetricsLogger, read
+from byol_fast.training.mode import Mode, compile_forward
+from byol_fast.training.resume import find_resumable
 from byol_fast.training.train_step import TrainStep
-from byol_fast.training.trainer import Interrupted, Trainer, TrainingError
+from byol_fast.training.trainer import Trainer
 from byol_fast.utils import checkpoint as checkpoints
 
 # What differs between two equal runs.
-CLOCK = {"images_per_s", "data_wait", "peak_memory_gib"}
+CLOCK = {"images_per_second", "data_wait", "peak_memory_gib"}
 
 
 def final_weights(run: Path) -> dict[str, torch.Tensor]:
     payload = checkpoints.load_latest(run / "checkpoints")
-    weights: dict[str, torch.Tensor] = payload["task"]
+    weights: dict[str, torch.Tensor] = payload["model"]
     return weights
 
 
@@ -59,9 +61,10 @@ def run_in_process(config: Config, *arguments: str, wait_for_step: int | None = 
     spec.mkdir(parents=True, exist_ok=True)
     (spec / "config.json").write_text(json.dumps(configs.to_dict(config)))
     code = (
-        "import sys; from pathlib import Path; from byol_fast import cli, config, recipes\n"
+        "import sys; from pathlib import Path; from byol_fast import config\n"
+        "from byol_fast.cli.main import main; from byol_fast.config import recipes\n"
         "recipes.RECIPES['spec'] = lambda: config.load(Path(sys.argv[1]))\n"
-        "cli.main(['train', *sys.argv[2:]])"
+        "main(['train', *sys.argv[2:]])"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(spec / "config.json"), *(arguments or ("spec",))],
@@ -80,7 +83,7 @@ def run_in_process(config: Config, *arguments: str, wait_for_step: int | None = 
 
 
 def test_a_run_leaves_what_it_promises(tiny: Config) -> None:
-    result = Trainer(tiny).fit()
+    result = byol_fast.pretrain(recipe=tiny)
     run = tiny.out / "tiny"
     assert result.run_dir == run
     assert result.steps == 12
@@ -106,7 +109,7 @@ def test_a_run_leaves_what_it_promises(tiny: Config) -> None:
         assert math.isclose(record["lr"], lr, rel_tol=1e-12, abs_tol=1e-15)
         assert record["epoch"] == round(step / 5, 4)
         assert 0 < record["loss"] < 8
-        assert 0 < record["collapse_std"] < 1.5
+        assert 0 < record["embedding_std"] < 1.5
     assert checkpoints.steps_in(run / "checkpoints") == [5, 10, 12]
 
 
@@ -168,14 +171,14 @@ def test_stopped_during_the_first_evaluation_and_resumed(tiny: Config, npz: Path
     np.savez(val, images=photos[:30], labels=np.arange(30) % 3)
     tiny = configs.replace(tiny, {"knn": {"val_root": val, "every_epochs": 1, "k": 3, "max_train": 40}})
     trainer = Trainer(tiny)
-    raise_if_stopped = trainer._raise_if_stopped
+    check = trainer._stop_evaluation_on_signal
 
     def stop_at_once() -> None:
-        if not trainer.stop_request.signum:
+        if not trainer._shutdown.signum:
             os.kill(os.getpid(), signal.SIGTERM)
-        raise_if_stopped()
+        check()
 
-    trainer._raise_if_stopped = stop_at_once  # type: ignore[method-assign]
+    trainer._stop_evaluation_on_signal = stop_at_once  # type: ignore[method-assign]
     with pytest.raises(Interrupted, match="saved after step 0"):
         trainer.fit()
     Trainer(tiny, resume=tiny.out / "tiny").fit()
@@ -191,16 +194,16 @@ def test_a_run_that_died_before_its_first_checkpoint_is_begun_anew(tiny: Config)
     for resume in (None, tiny.out / "tiny"):
         trainer = Trainer(configs.replace(tiny, {"log_every": 1}))
 
-        def die(*_: Any) -> None:
+        def die() -> list[dict[str, Any]]:
             raise KeyboardInterrupt
 
-        trainer._record_steps = die  # type: ignore[method-assign]
+        trainer.read_records = die  # type: ignore[method-assign]
         with pytest.raises(KeyboardInterrupt):
             trainer.fit()
         assert (tiny.out / "tiny" / "config.json").exists()
         assert checkpoints.steps_in(tiny.out / "tiny" / "checkpoints") == []
         again = Trainer(tiny, resume=resume)
-        assert any("starting from the beginning" in note for note in again.notes)
+        assert any("starting from the beginning" in note for note in startup_summary(again._parts))
         assert list(by_step(again.fit().run_dir)) == list(range(1, 13))
         shutil.rmtree(tiny.out)
 
@@ -219,15 +222,15 @@ def test_auto_resume_takes_only_an_unfinished_run_of_the_same_data(tiny: Config,
 def test_weights_that_are_not_finite_are_not_saved(tiny: Config) -> None:
     """The update can spoil what the loss before it could not show."""
     trainer = Trainer(tiny)
-    update = trainer.train_step._update
+    update = trainer.train_step.update_weights_and_target
 
     def spoil() -> None:
         update()
         if trainer.state.step == 9:
             with torch.no_grad():
-                next(trainer.task.online.parameters()).fill_(math.inf)
+                next(trainer.model.online.parameters()).fill_(math.inf)
 
-    trainer.train_step._update = spoil  # type: ignore[method-assign]
+    trainer.train_step.update_weights_and_target = spoil  # type: ignore[method-assign]
     with pytest.raises(TrainingError, match=r"not finite after step 10; the last good checkpoint is of step 5"):
         trainer.fit()
     assert checkpoints.steps_in(trainer.run_dir / "checkpoints") == [5]
@@ -267,23 +270,24 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tiny: Config) ->
 
 
 def test_steps_that_are_not_finite_are_undone_counted_and_end_the_run_when_they_do_not_stop(tiny: Config) -> None:
-    trainer = Trainer(configs.replace(tiny, {"max_bad_steps": 3, "log_every": 1}))
+    trainer = Trainer(configs.replace(tiny, {"max_skipped_steps": 3, "log_every": 1}))
     step = trainer.train_step.__call__
 
-    def spoiled(batch: Batch, number: int) -> Any:
+    def spoiled(batches: list[Batch], number: int) -> Any:
+        (batch,) = batches
         bad = number == 1 or number >= 7
-        view1 = batch.view1.float() * (math.nan if bad else 1 / 255)
-        return step(Batch(view1, batch.view2.float() / 255, batch.index), number)
+        view1 = batch.views[0].float() * (math.nan if bad else 1 / 255)
+        return step(Batch((view1, batch.views[1].float() / 255), batch.labels, batch.index), number)
 
     trainer.train_step = spoiled  # type: ignore[assignment]
     with pytest.raises(TrainingError, match=r"3 steps in a row, to step 10, .*last good checkpoint is of step 5"):
         trainer.fit()
     records = by_step(trainer.run_dir)
-    assert [s for s in records if records[s].get("undone")] == [2, 8, 9, 10]
+    assert [s for s in records if records[s].get("skipped")] == [2, 8, 9, 10]
     assert [s for s in records if records[s]["loss"] is None] == [2, 8, 9, 10]
     assert [s for s in records if records[s]["probe_top1"] is None] == [2, 8, 9, 10]
     assert checkpoints.steps_in(trainer.run_dir / "checkpoints") == [5]
-    assert all(torch.isfinite(t).all() for t in trainer.task.state_dict().values())
+    assert all(torch.isfinite(t).all() for t in trainer.model.state_dict().values())
 
 
 def test_knn_runs_before_and_after_and_labels_do_not_touch_training(
@@ -365,15 +369,15 @@ def test_compiled_steps_equal_eager_ones() -> None:
     )
     losses: dict[str, list[float]] = {}
     features: dict[str, torch.Tensor] = {}
-    for mode, task in (("eager", eager), ("compile", other)):
-        forward = compiled(task, Mode(mode, "for the test"))  # type: ignore[arg-type]
-        optimizer = make_optimizer(OptimConfig(weight_decay=0.1, eta=0.1), task.trainable_parameters())
-        step = TrainStep(task, optimizer, schedule, forward=forward)
+    for mode, model in (("eager", eager), ("compile", other)):
+        forward = compile_forward(model, Mode(mode, "for the test"))  # type: ignore[arg-type]
+        optimizer = build_optimizer(OptimConfig(weight_decay=0.1, trust_coefficient=0.1), model.trainable_parameters())
+        step = TrainStep(model, optimizer, schedule, forward=forward)
         generator = torch.Generator().manual_seed(1)
         losses[mode] = []
         for k in range(3):
             views = torch.randn(2, 6, 3, 6, 6, generator=generator, dtype=torch.float64)
-            metrics = step(Batch(views[0], views[1], torch.arange(6)), k)
+            metrics = step(Batch((views[0], views[1]), None, torch.arange(6)), k)
             losses[mode].append(float(metrics.loss))
             (features[mode],) = metrics.features
     assert losses["compile"] == pytest.approx(losses["eager"], rel=1e-12)
@@ -387,7 +391,7 @@ def test_compiled_steps_equal_eager_ones() -> None:
 
 
 def test_metrics_rewind_forgets_what_will_be_done_again(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log = MetricsLogger(tmp_path / "metrics.jsonl")
     for record in (
         {"step": 0, "knn_top1": 0.1},
         {"step": 1, "loss": 1.0},
@@ -399,7 +403,7 @@ def test_metrics_rewind_forgets_what_will_be_done_again(tmp_path: Path) -> None:
     log.flush()
     with log.path.open("a") as file:
         file.write('{"step": 4, "lo')  # what a crash leaves
-    log.rewind(2, evaluated=True)
+    log.open(2, evaluated=True)
     assert [r["step"] for r in read(log.path)] == [0, 1, 2, 2]
-    log.rewind(2, evaluated=False)
+    log.open(2, evaluated=False)
     assert read(log.path)[-1] == {"step": 2, "loss": 2.0}

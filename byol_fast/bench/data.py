@@ -73,7 +73,7 @@ class Stream:
             settle()
         else:
             torch.cuda.synchronize(self.device)
-        return batch.view1, batch.view2
+        return batch.views[0], batch.views[1]
 
 
 def settle() -> None:

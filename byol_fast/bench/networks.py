@@ -22,9 +22,9 @@ from byol_fast.config import OptimConfig
 from byol_fast.data import Batch
 from byol_fast.models.byol import BYOL
 from byol_fast.models.encoders import build_encoder, feature_dim
-from byol_fast.optim.optimizers import make_optimizer
+from byol_fast.optim.optimizers import build_optimizer
 from byol_fast.optim.schedules import RunSchedule
-from byol_fast.training.cuda_graph import CapturedStep, Mode, compiled
+from byol_fast.training.mode import Mode, compile_forward
 from byol_fast.training.train_step import TrainStep
 from byol_fast.utils import env
 from byol_fast.utils.cpu_tuning import keep_freed_memory, use_small_map_convolutions
@@ -110,7 +110,7 @@ class Textbook:
         channels_last: NHWC memory.
         precision: "fp32", or what autocast computes with.
         concat: both views in one pass, so that batch norm mixes them (byol-pytorch's semantics).
-        compiled: networks and loss by torch.compile.
+        compile_forward: networks and loss by torch.compile.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Textbook:
         channels_last: bool = False,
         precision: str = "fp32",
         concat: bool = False,
-        compiled: bool = False,
+        compile_forward: bool = False,
     ) -> None:
         encoder, projector, self.predictor = (m.to(problem.device, dtype) for m in problem.weights())
         self.online = nn.Sequential(encoder, nn.Flatten(), projector)
@@ -140,7 +140,7 @@ class Textbook:
             else torch.optim.Adam(parameters, lr=1e-3)
         )
         self.device_type, self.autocast, self.concat = torch.device(problem.device).type, DTYPES[precision], concat
-        self.forward: Callable[[], Tensor] = torch.compile(self.loss, dynamic=False) if compiled else self.loss
+        self.forward: Callable[[], Tensor] = torch.compile(self.loss, dynamic=False) if compile_forward else self.loss
 
     def loss(self) -> Tensor:
         """Of both directions."""
@@ -210,38 +210,38 @@ class Ours:
     ) -> None:
         arithmetic = Precision(precision, DTYPES[precision])  # type: ignore[arg-type]
         device = torch.device(problem.device)
-        self.task = our_task(problem, "batched" if batched else "separate").to(device, dtype)
+        self.model = our_model(problem, "batched" if batched else "separate").to(device, dtype)
         if channels_last:
-            self.task.to(memory_format=torch.channels_last)
+            self.model.to(memory_format=torch.channels_last)
         if device.type == "cpu" and small_maps and mode == "eager":
-            use_small_map_convolutions(self.task)
+            use_small_map_convolutions(self.model)
         if device.type == "cpu" and memory:
             keep_freed_memory()
         config = OptimConfig(name=optimizer, momentum=MOMENTUM, weight_decay=0.0 if optimizer == "sgd" else 1e-6)  # type: ignore[arg-type]
         how = Mode(mode, "as asked")  # type: ignore[arg-type]
         self.step = TrainStep(
-            self.task,
-            make_optimizer(config, self.task.trainable_parameters()),
+            self.model,
+            build_optimizer(config, self.model.trainable_parameters()),
             constant_rates(),
             precision=arithmetic,
-            forward=compiled(self.task, how),
+            forward=compile_forward(self.model, how),
             channels_last=channels_last,
         )
         if mode == "graph":
-            self.step.run = CapturedStep(self.step)
+            self.step.use_cuda_graph()
         layout = torch.channels_last if channels_last else torch.contiguous_format
         view1, view2 = (v.to(dtype).contiguous(memory_format=layout) for v in problem.views())  # the loader's layout
-        self.batch = Batch(view1, view2, torch.arange(problem.batch_size))
+        self.batch = Batch((view1, view2), None, torch.arange(problem.batch_size))
 
     def __call__(self) -> Tensor:
         """Take one training step; its loss."""
         return self.step(self.batch, 0).loss
 
 
-def our_task(problem: Problem, views: str) -> BYOL:
+def our_model(problem: Problem, views: str) -> BYOL:
     """Our model with the weights that all begin with."""
     encoder, projector, predictor = problem.weights()
-    task = BYOL(
+    model = BYOL(
         encoder,
         hidden_dim=problem.hidden_dim,
         projection_dim=problem.projection_dim,
@@ -249,11 +249,11 @@ def our_task(problem: Problem, views: str) -> BYOL:
         image_size=problem.image_size,
         views=views,  # type: ignore[arg-type]
     )
-    for network, heads in ((task.online, (projector, predictor)), (task.target, (projector,))):
+    for network, heads in ((model.online, (projector, predictor)), (model.target, (projector,))):
         for mine, theirs in zip((network.projector, getattr(network, "predictor", None)), heads, strict=False):
             assert isinstance(mine, nn.Module)
             take(mine, theirs)
-    return task
+    return model
 
 
 def constant_rates() -> RunSchedule:
@@ -522,9 +522,9 @@ def check(problem: Problem) -> list[str]:
     told = [_agree("ours, float64", fused(), plain(), 1e-11) for _ in range(2)]
     online = [*plain.online.parameters(), *plain.predictor.parameters()]
     for what, found, expected in (
-        ("online weights", fused.task.online.parameters(), online),
-        ("target weights", fused.task.target.parameters(), plain.target.parameters()),
-        ("target statistics", fused.task.target.buffers(), plain.target.buffers()),
+        ("online weights", fused.model.online.parameters(), online),
+        ("target weights", fused.model.target.parameters(), plain.target.parameters()),
+        ("target statistics", fused.model.target.buffers(), plain.target.buffers()),
     ):
         worst = max(_difference(a, b) for a, b in zip(found, expected, strict=True))
         told.append(f"ours and the textbook after 2 steps in float64, {what}: relative difference {worst:.1e}")

@@ -25,8 +25,8 @@ from byol_fast.bench.processes import measure as measure_processes
 from byol_fast.bench.results import Results
 from byol_fast.config import Config, ConfigError, recipes
 from byol_fast.data import ImageSource, open_source
-from byol_fast.training.cuda_graph import choose_mode
-from byol_fast.training.trainer import resolve_device
+from byol_fast.training.mode import resolve_mode
+from byol_fast.utils.device import resolve_device
 from byol_fast.utils.precision import resolve_precision
 
 ROUNDS = {"peers": 7, "kernels": 11, "data": 5, "stages": 5, "step": 5, "end-to-end": 5}
@@ -51,7 +51,7 @@ class Bench:
         self.problem = _problem(options, config, self.device)
         self.precision = resolve_precision(options.precision, self.device)
         asked = Config(mode=options.mode, device=options.device)
-        self.mode = choose_mode(asked, self.device, self.precision).name
+        self.mode = resolve_mode(asked, self.device, self.precision).name
         self.threads = options.threads or (1 if on_cpu else 0)
         self.patience: float | None = None
         """Seconds after which a contender that does not answer is left out; None: it may compile for ever."""

@@ -36,7 +36,7 @@ def interleaved(
     The order is drawn anew each round: no case always pays for what the same other one left in caches and heap.
 
     Args:
-        cases: name and what to call. A call must be done when it returns (synchronise a GPU inside).
+        cases: name and what to call. A call must be done when it returns (synchronize a GPU inside).
         rounds: rounds that count.
         warmup: rounds before, thrown away.
         clock: `time.perf_counter`, or `time.process_time` for CPU time of all threads.

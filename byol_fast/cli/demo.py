@@ -19,12 +19,14 @@ def main(argv: list[str]) -> int:
     """Run it; return the exit code."""
     config = parse(recipes.demo(), argv, "byol-fast demo")
 
-    from byol_fast.training.trainer import Trainer, resolve_device
+    from byol_fast.report.callback import ReportCallback
+    from byol_fast.training.trainer import Trainer
+    from byol_fast.utils.device import resolve_device
 
     if resolve_device(config.device).type == "cuda" and not {"--epochs", "--steps"} & set(argv):
         config = configs.replace(config, {"epochs": recipes.DEMO_GPU_EPOCHS})
     began = time.monotonic()
-    result = Trainer(config).fit()
+    result = Trainer(config, callbacks=[ReportCallback()]).fit()
     table = Table(title="Fashion-MNIST, 10 classes: nearest-neighbour accuracy of the features")
     table.add_column("encoder")
     table.add_column(f"kNN-{config.knn.k} top-1", justify="right")

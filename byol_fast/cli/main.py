@@ -91,11 +91,11 @@ def _run(argv: list[str]) -> int:
 def _explain(error: Exception) -> int:
     """Show an error the user can act on without its traceback; let any other one through."""
     from byol_fast.data import BadImageError
-    from byol_fast.training.distributed import LeaderError
-    from byol_fast.training.trainer import Interrupted, TrainingError
+    from byol_fast.training.distributed import MainProcessError
+    from byol_fast.training.errors import Interrupted, TrainingError
     from byol_fast.utils.checkpoint import CheckpointError
 
-    if isinstance(error, LeaderError):
+    if isinstance(error, MainProcessError):
         return 1  # the leader has told it
     if isinstance(error, Interrupted):
         return complain(str(error), 128 + error.signum)

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
 
     from byol_fast.data import parity, split
     from byol_fast.report import preview
-    from byol_fast.training.trainer import resolve_device
+    from byol_fast.utils.device import resolve_device
 
     preview.check_path(to)
     device = resolve_device(config.device)

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
 
     from byol_fast.profiling import GPUS, measure, roofline, stated
     from byol_fast.profiling.traffic import LEVELS
-    from byol_fast.training.trainer import resolve_device
+    from byol_fast.utils.device import resolve_device
     from byol_fast.utils.files import atomic_write
     from byol_fast.utils.precision import resolve_precision
 

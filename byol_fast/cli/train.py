@@ -11,7 +11,7 @@ from byol_fast.cli.options import complain, parse
 from byol_fast.config import Config, ConfigError, recipes
 
 if TYPE_CHECKING:
-    from byol_fast.training.trainer import RunResult
+    from byol_fast.training.run_dir import RunResult
 
 USAGE = """\
 usage: byol-fast train RECIPE [--data.root FOLDER] [--option value ...]
@@ -57,18 +57,19 @@ def main(argv: list[str]) -> int:
             )
         config = parse(stored, argv, f"byol-fast train --resume {resume}")
 
-    from byol_fast.api import find_resumable
+    from byol_fast.report.callback import ReportCallback
     from byol_fast.training import distributed  # torch takes seconds to import: only once the options are right
+    from byol_fast.training.resume import find_resumable
     from byol_fast.training.trainer import Trainer
 
-    world = distributed.join(config.device, config.timeout_minutes)
+    world = distributed.init_process_group(config.device, config.timeout_minutes)
     try:
         if resume == "auto":
-            folder = world.from_leader(lambda: find_resumable(config))
-        result = Trainer(config, resume=folder).fit()
+            folder = world.run_on_main(lambda: find_resumable(config))
+        result = Trainer(config, resume=folder, callbacks=[ReportCallback()]).fit()
     finally:
-        distributed.leave()
-    if world.leads:
+        distributed.destroy_process_group()
+    if world.is_main_process:
         summarise(result)
     return 0
 

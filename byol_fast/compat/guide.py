@@ -11,7 +11,7 @@ The numbers are the guide's (recipe `seed_guide`): views of 224 px, heads 256 ->
 from the guide's own code: both views pass a network at once, with batch-norm statistics for each; views of a batch are
 drawn together, for each image apart, without PIL; errors are raised. And one thing that changes the pictures: the guide
 hands normalised floats to `ToPILImage`, which multiplies by 255 and drops all but the last eight bits, so that
-colours wrap around. Here the normalisation is undone first.
+colours wrap around. Here the normalization is undone first.
 """
 
 from __future__ import annotations
@@ -220,9 +220,9 @@ class BYOL(SelfSupervisedTask):
                 t1, t2 = self.target_encoder(x1), self.target_encoder(x2)
             return self.predictor(self.online_encoder(x1)), self.predictor(self.online_encoder(x2)), t1, t2
         both = torch.cat([x1, x2])
-        with torch.no_grad(), split_batchnorm.views_stacked(self.target_encoder, 2):
+        with torch.no_grad(), split_batchnorm.num_splits(self.target_encoder, 2):
             t1, t2 = self.target_encoder(both).chunk(2)
-        with split_batchnorm.views_stacked(self.online_encoder, 2), split_batchnorm.views_stacked(self.predictor, 2):
+        with split_batchnorm.num_splits(self.online_encoder, 2), split_batchnorm.num_splits(self.predictor, 2):
             p1, p2 = self.predictor(self.online_encoder(both)).chunk(2)
         return p1, p2, t1, t2
 
@@ -268,9 +268,11 @@ class BYOL(SelfSupervisedTask):
         parts = (self.online_encoder, self.target_encoder, self.predictor)
         if len(self._prepared) != len(parts) or any(a is not b for a, b in zip(self._prepared, parts, strict=True)):
             example = torch.zeros(2, *view.shape[1:], device=view.device)
-            self.views_note = split_batchnorm.convert(nn.Sequential(self.online_encoder, self.predictor), example)
+            self.views_note = split_batchnorm.convert_split_batchnorm(
+                nn.Sequential(self.online_encoder, self.predictor), example
+            )
             if self.views_note is None:
-                split_batchnorm.convert(self.target_encoder)
+                split_batchnorm.convert_split_batchnorm(self.target_encoder)
             else:
                 logger.warning("the two views pass the networks one after the other: %s", self.views_note)
             self._prepared = parts

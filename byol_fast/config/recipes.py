@@ -65,7 +65,7 @@ def cifar10_resnet18() -> Config:
         view1=view,
         view2=ViewConfig(size=32, blur=0.0, solarize=0.2),
         model=ModelConfig(encoder="resnet18", cifar_stem=True, mean=CIFAR_MEAN, std=CIFAR_STD),
-        optim=OptimConfig(name="lars", lr=1.0, weight_decay=1e-5, eta=0.02),
+        optim=OptimConfig(name="lars", lr=1.0, weight_decay=1e-5, trust_coefficient=0.02),
         tau=TauConfig(base=0.99),
         knn=KNNConfig(k=200, temperature=0.1),
     )

@@ -226,7 +226,7 @@ class OptimConfig:
     """Apply the weight decay (and LARS's adaptation) to biases and norms too; the reference does not, SimSiam does."""
     constant_predictor_lr: bool = False
     """Keep the predictor's learning rate at its peak after the warm-up, whatever the schedule (SimSiam)."""
-    eta: float = 1e-3
+    trust_coefficient: float = 1e-3
     """LARS trust coefficient."""
 
     def __post_init__(self) -> None:
@@ -238,7 +238,7 @@ class OptimConfig:
             _not_negative("optim.warmup_steps", self.warmup_steps)
         _require(0 <= self.momentum < 1, "optim.momentum", "be within [0, 1)", self.momentum)
         _not_negative("optim.weight_decay", self.weight_decay)
-        _positive("optim.eta", self.eta)
+        _positive("optim.trust_coefficient", self.trust_coefficient)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -314,9 +314,9 @@ class Config:
     """Optimizer steps in all; 0 means as the epochs say."""
     batch_size: int = 256
     """Images that a process takes at a time (each gives two views)."""
-    accumulate: int = 1
+    grad_accum_steps: int = 1
     """Batches whose gradients are averaged for one optimizer step; the target moves once. The learning rate scales
-    with batch_size * accumulate * processes."""
+    with batch_size * grad_accum_steps * processes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one."""
     precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = "auto"
@@ -336,8 +336,8 @@ class Config:
     third more time."""
     sync_batchnorm: bool = True
     """With several processes, take batch-norm statistics over all of them (the reference does)."""
-    max_bad_steps: int = 10
-    """Stop after so many steps in a row whose loss or gradient is not finite; each of them is undone and counted."""
+    max_skipped_steps: int = 10
+    """Stop after so many steps in a row whose loss or gradient is not finite; each of them is skipped and counted."""
     channels_last: bool = True
     """Keep images and filters in NHWC memory."""
     log_every: int = 10
@@ -375,10 +375,10 @@ class Config:
         _require(self.batch_size >= 2, "batch_size", "be 2 or more", self.batch_size, "batch normalisation needs 2")
         _one_of("device", self.device, Literal["auto", "cpu", "cuda"])
         _one_of("method", self.method, Literal["byol", "simsiam"])
-        _positive("accumulate", self.accumulate)
+        _positive("grad_accum_steps", self.grad_accum_steps)
         _one_of("precision", self.precision, Literal["auto", "bf16", "fp16", "tf32", "fp32"])
         _one_of("mode", self.mode, Literal["auto", "eager", "compile", "graph"])
-        _positive("max_bad_steps", self.max_bad_steps)
+        _positive("max_skipped_steps", self.max_skipped_steps)
         _positive("timeout_minutes", self.timeout_minutes)
         _positive("log_every", self.log_every)
         _not_negative("checkpoint_every", self.checkpoint_every)

@@ -1,4 +1,4 @@
-"""The one thing that passes from data to training, and the interface of whoever makes it."""
+"""The batch that passes from the loaders to training, and the interface of a loader."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Two views of the same images.
+    """Augmented views of the same images.
 
-    A batch is *raw* (uint8 in 0..255; the model normalises and casts) or *ready* (floating point, normalised).
-    Both are logically `[B, 3, H, W]` with the channels innermost in memory (`channels_last`).
+    Views are *raw* (uint8 in 0..255; the model normalizes and casts) or *ready* (floating point, normalized), logically
+    `[B, 3, H, W]` with the channels innermost in memory (`channels_last`). Views of one size are slices of one
+    `[V, B, 3, H, W]` buffer, so that a network takes them stacked without a copy.
     """
 
-    view1: Tensor
-    """First view, `[B, 3, H, W]`."""
-    view2: Tensor
-    """Second view, `[B, 3, H, W]`."""
+    views: tuple[Tensor, ...]
+    """Each `[B, 3, H, W]`."""
+    labels: Tensor | None
+    """Class of each image, int64 `[B]` on the CPU; None if the source has no labels."""
     index: Tensor
     """Position of each image in its source, int64 `[B]` on the CPU."""
 
     @property
-    def raw(self) -> bool:
-        """Whether the views still are bytes, for the model to normalise."""
-        return self.view1.dtype == torch.uint8
+    def is_raw(self) -> bool:
+        """True if the views are bytes, for the model to normalize."""
+        return self.views[0].dtype == torch.uint8
 
 
 class ViewLoader(Protocol):
@@ -43,7 +44,7 @@ class ViewLoader(Protocol):
     steps_per_epoch: int
     """Batches an epoch."""
     backend: str
-    """Who works here, for logs: "dali cpu", "dali cuda:0", "torchvision"."""
+    """Name of the loader, for logs: "dali cpu", "dali cuda:0", "torchvision"."""
 
     def __iter__(self) -> Iterator[Batch]: ...
 

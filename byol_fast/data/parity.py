@@ -153,7 +153,7 @@ class Backend:
         config = dataclasses.replace(self.config, view1=views[0], view2=views[1], batch_size=len(source))
         loader = make_loader(source, config, device=self.device)
         batch = next(loader)
-        made = [_array(view) for view in (batch.view1, batch.view2)]
+        made = [_array(view) for view in (batch.views[0], batch.views[1])]
         loader.close()
         return batch.index.numpy(), made
 

@@ -242,7 +242,7 @@ class Workplace:
     """
 
     def __init__(self, settings: EvalSettings, progress: Progress) -> None:
-        from byol_fast.training.trainer import resolve_device
+        from byol_fast.utils.device import resolve_device
 
         self.settings, self.progress = settings, progress
         self.device = resolve_device(settings.device)

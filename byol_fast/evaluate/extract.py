@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from byol_fast.models.split_batchnorm import keep_to_itself
+from byol_fast.models.split_batchnorm import disable_sync
 
 Images = Iterable[tuple[Tensor, Tensor]]
 
@@ -79,7 +79,7 @@ def calibrated(
         check: as for `embed`.
     """
     network = copy.deepcopy(encoder).eval()
-    keep_to_itself(network)
+    disable_sync(network)
     for module in network.modules():
         if isinstance(module, _BatchNorm):
             module.reset_running_stats()

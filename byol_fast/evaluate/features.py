@@ -100,7 +100,7 @@ def embed_folder(
         >>> found = byol_fast.evaluate.embed_folder("runs/first", "photos")
         >>> found.features.shape, found.paths[0]
     """
-    from byol_fast.training.trainer import resolve_device
+    from byol_fast.utils.device import resolve_device
 
     where = resolve_device(device)
     numbers = resolve_precision(precision, where)

@@ -49,7 +49,7 @@ class Crops:
         try:
             for _ in range(steps):
                 batch = next(self._loader)
-                yield batch.view1, self._labels[batch.index].to(self._device, non_blocking=True)
+                yield batch.views[0], self._labels[batch.index].to(self._device, non_blocking=True)
         finally:
             self._loader.close()
 

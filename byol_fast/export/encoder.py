@@ -99,7 +99,7 @@ def _from_checkpoint(run: Path) -> tuple[Config, nn.Module, dict[str, Any]]:
     config = configs.load(run / "config.json")
     payload = checkpoints.load_latest(run / "checkpoints")
     encoder = build_encoder(config.model.encoder, image_size=config.view1.size, cifar_stem=config.model.cifar_stem)
-    encoder.load_state_dict({k.removeprefix(PREFIX): v for k, v in payload["task"].items() if k.startswith(PREFIX)})
+    encoder.load_state_dict({k.removeprefix(PREFIX): v for k, v in payload["model"].items() if k.startswith(PREFIX)})
     return config, encoder.eval(), _description(config, step=payload["step"], feature_dim=payload["feature_dim"])
 
 

@@ -1,18 +1,18 @@
 """Self-supervised models, their encoders and layers."""
 
-from byol_fast.models.base import SelfSupervisedTask, TaskOutput
-from byol_fast.models.builder import make_task
+from byol_fast.models.base import ModelOutput, SSLModel
+from byol_fast.models.builder import build_model
 from byol_fast.models.byol import BYOL
 from byol_fast.models.encoders import build_encoder, encoder_names, feature_dim
 from byol_fast.models.simsiam import SimSiam
 
 __all__ = [
     "BYOL",
-    "SelfSupervisedTask",
+    "ModelOutput",
+    "SSLModel",
     "SimSiam",
-    "TaskOutput",
     "build_encoder",
+    "build_model",
     "encoder_names",
     "feature_dim",
-    "make_task",
 ]

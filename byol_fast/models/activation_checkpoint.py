@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
-from byol_fast.models.split_batchnorm import is_converted, not_counted
+from byol_fast.models.split_batchnorm import frozen_running_stats, is_split_batchnorm
 
 
 def checkpoint_blocks(encoder: nn.Module) -> int:
@@ -61,9 +61,9 @@ class _Recomputed:
             return forward(block, *inputs)
 
         # Converted norms see to it themselves that nothing is counted twice; some networks keep torch's.
-        plain = [m for m in block.modules() if isinstance(m, _NormBase) and not is_converted(m)]
+        plain = [m for m in block.modules() if isinstance(m, _NormBase) and not is_split_batchnorm(m)]
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), not_counted(plain)
+            return nullcontext(), frozen_running_stats(plain)
 
         return checkpoint(forward, block, *inputs, use_reentrant=False, context_fn=contexts)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,40 +16,33 @@ from torch.nn.parallel import DistributedDataParallel
 from byol_fast.models import split_batchnorm
 from byol_fast.models.layers import Normalize
 from byol_fast.models.split_batchnorm import BatchStats
-from byol_fast.utils.profiler_ranges import phase
+from byol_fast.utils.profiler_ranges import record_range
 from byol_kernels.normalized_mse import byol_loss_with_stats
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
-
-
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
 
 Views = Literal["batched", "separate", "concat"]
 """See `byol_fast.config.ModelConfig.views`."""
-
-
 Pair = tuple[Tensor, Tensor]
-
-
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-class TaskOutput(NamedTuple):
-    """What one forward pass of a task gives the step."""
+class ModelOutput(NamedTuple):
+    """Result of one training forward pass."""
 
     loss: Tensor
     """Scalar to descend, fp32 (float64 in a float64 network)."""
-    collapse_std: Tensor
-    """Scalar, no gradient: see `collapse_std`."""
+    embedding_std: Tensor
+    """Scalar, no gradient: see `embedding_std`."""
     features: Tensor | None = None
     """Features of the online encoder, no gradient, `[2B, D]`: those of the first views, then those of the second."""
     batch_stats: tuple[BatchStats, ...] | None = None
     """Statistics of the batch norms, where the running ones are still to be moved by them; see
-    `SelfSupervisedTask.collects_statistics`."""
+    `SSLModel.collect_batch_stats`."""
 
 
-def collapse_std(projection_BD: Tensor) -> Tensor:
+def embedding_std(projection_BD: Tensor) -> Tensor:
     """Collapse meter: std over the batch of the normalised projections, mean over dimensions, times sqrt(D).
 
     About 1 when the projections spread over the sphere, 0 when they have collapsed into one point
@@ -66,7 +59,11 @@ def collapse_std(projection_BD: Tensor) -> Tensor:
     return x.std(dim=0).mean() * math.sqrt(x.shape[1])
 
 
-def _check_views(what: str, view1: Tensor, view2: Tensor) -> None:
+def check_views(what: str, views: Sequence[Tensor]) -> None:
+    """Raise a ValueError unless the views are two batches of images of one shape and dtype."""
+    if len(views) != 2:
+        raise ValueError(f"{what}: views must be two, got {len(views)}")
+    view1, view2 = views
     for name, view in (("view1", view1), ("view2", view2)):
         if view.ndim != 4 or (view.dtype == torch.uint8 and view.shape[1] != 3) or view.shape[0] < 2:
             raise ValueError(
@@ -74,7 +71,7 @@ def _check_views(what: str, view1: Tensor, view2: Tensor) -> None:
                 "NHWC order become that by .permute(0, 3, 1, 2)"
             )
         if view.dtype != torch.uint8 and not view.is_floating_point():
-            raise ValueError(f"{what}: {name} must be uint8, or normalised floating point, got {view.dtype}")
+            raise ValueError(f"{what}: {name} must be uint8, or normalized floating point, got {view.dtype}")
     if view1.shape != view2.shape or view1.dtype != view2.dtype:
         raise ValueError(
             f"{what}: view2 must be {list(view1.shape)} as view1 (and {view1.dtype}), got {list(view2.shape)} of "
@@ -82,10 +79,30 @@ def _check_views(what: str, view1: Tensor, view2: Tensor) -> None:
         )
 
 
-class SelfSupervisedTask(nn.Module, ABC):
-    """A network and a loss over two views of the same images.
+def stack_views(views: Sequence[Tensor]) -> Tensor:
+    """Views stacked along the batch, `[V * B, C, H, W]`: no copy if they are consecutive slices of one buffer.
 
-    A subclass sets `online`, `normalize` and `feature_dim`, and says how views pass the networks (`views`).
+    Args:
+        views: of one shape, each `[B, C, H, W]`.
+    """
+    first = views[0]
+    # Under torch.compile the copy is fused with the normalization that follows.
+    if torch.compiler.is_compiling() or any(view.requires_grad for view in views):
+        return torch.cat(list(views))
+    memory, size = first.untyped_storage().data_ptr(), first.shape[0] * first.stride(0)
+    for i, view in enumerate(views):
+        if (view.untyped_storage().data_ptr(), view.stride()) != (memory, first.stride()):
+            return torch.cat(list(views))
+        if view.storage_offset() != first.storage_offset() + i * size:
+            return torch.cat(list(views))
+    return first.as_strided((len(views) * first.shape[0], *first.shape[1:]), first.stride())
+
+
+class SSLModel(nn.Module, ABC):
+    """Networks and a loss over augmented views of the same images.
+
+    A subclass sets `online`, `normalize` and `feature_dim`, calls `_prepare_views`, and defines `forward_train` and
+    `trainable_parameters`.
     """
 
     online: OnlineNetwork
@@ -93,10 +110,10 @@ class SelfSupervisedTask(nn.Module, ABC):
     feature_dim: int
     """Size of the encoder's features."""
     views: Views
-    """How views pass the networks; `separate` where `batched` was asked for and cannot be, see `views_note`."""
-    collects_statistics: bool = False
-    """Let `training_output` return the statistics of batch norms instead of moving the running ones: for a step
-    that may yet be skipped. Only `TrainStep` sets it, for the length of a call."""
+    """How views pass the networks; `separate` if `batched` was asked for and is impossible, see `views_note`."""
+    collect_batch_stats: bool = False
+    """Whether `forward_train` returns the statistics of batch norms instead of updating the running ones, because the
+    step may yet be skipped. Set it with `collecting_batch_stats`."""
     _online_call: list[nn.Module]
     views_note: str | None
     """Why the views pass separately although batching was asked for."""
@@ -107,17 +124,16 @@ class SelfSupervisedTask(nn.Module, ABC):
         return self.online.encoder
 
     @abstractmethod
-    def training_output(self, view1: Tensor, view2: Tensor) -> TaskOutput:
+    def forward_train(self, *views: Tensor) -> ModelOutput:
         """Loss and meters of a batch.
 
         Args:
-            view1: first view, `[B, 3, H, W]`, uint8 or normalised floating point.
-            view2: second view, likewise.
+            views: two, each `[B, 3, H, W]`, uint8 or normalized floating point.
         """
 
     @abstractmethod
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """What the optimizer updates; those with a partner in `target_parameters` come first, in its order."""
+        """Parameters that the optimizer updates; first those with a partner in `target_parameters`, in its order."""
 
     def target_parameters(self) -> list[nn.Parameter]:
         """Parameters that follow the first of `trainable_parameters` by an exponential moving average."""
@@ -127,53 +143,63 @@ class SelfSupervisedTask(nn.Module, ABC):
         """The networks that views pass."""
         return [self.online]
 
-    def call_online_through(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
-        """Let the online network be called through a wrapper (DDP), which does not become a part of the task."""
+    def wrap_online(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
+        """Call the online network through a wrapper (DDP), which does not become a part of the model."""
         self._online_call = [wrap(self.online)]
 
-    def more_to_come(self) -> AbstractContextManager[None]:
-        """Within this, gradients stay on this process: those of more batches are added before they are shared."""
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Within this, gradients are not reduced over the processes: those of further batches are added first."""
         call = self._online_call[0]
         return call.no_sync() if isinstance(call, DistributedDataParallel) else nullcontext()
 
+    @contextmanager
+    def collecting_batch_stats(self) -> Iterator[None]:
+        """Within this, `forward_train` returns `batch_stats` and leaves the running statistics as they are."""
+        self.collect_batch_stats = True
+        try:
+            yield
+        finally:
+            self.collect_batch_stats = False
+
     def _prepare_views(self, views: Views, encoder: str | nn.Module, image_size: int) -> None:
-        """Make the networks fit for the way the views pass them."""
+        """Convert the networks for the way in which the views pass them."""
         self.views, self.views_note = views, None
         self._online_call = [self.online]
         if views != "batched":
             return
-        # Torchvision's batch norms are modules; whether those of other encoders are is tried.
+        # Torchvision's batch norms are modules; other encoders are tried with an example.
         known = isinstance(encoder, str) and not encoder.startswith("timm/")
         like = next(self.online.parameters())
         example = None if known else torch.zeros(2, 3, image_size, image_size, device=like.device)
-        self.views_note = split_batchnorm.convert(self.online, example)
+        self.views_note = split_batchnorm.convert_split_batchnorm(self.online, example)
         if self.views_note is not None:
             self.views = "separate"
             return
         for network in self.networks():
-            split_batchnorm.convert(network)
+            split_batchnorm.convert_split_batchnorm(network)
 
-    def _inputs(self, view1: Tensor, view2: Tensor) -> list[Tensor]:
-        """What the networks are called with: each view, or both in one batch."""
-        _check_views(type(self).__name__, view1, view2)
-        with phase("views"):
+    def _inputs(self, views: Sequence[Tensor]) -> list[Tensor]:
+        """Normalized inputs of the networks: each view, or all in one batch."""
+        check_views(type(self).__name__, views)
+        with record_range("views"):
             if self.views == "separate":
-                return [self.normalize(view1), self.normalize(view2)]
-            return [self.normalize(torch.cat([view1, view2]))]
+                return [self.normalize(view) for view in views]
+            return [self.normalize(stack_views(views))]
 
-    def _views_stacked(self, network: nn.Module, collected: list[BatchStats] | None) -> AbstractContextManager[None]:
-        """Tell a network's batch norms how many views are in a batch, and where its statistics go."""
-        return split_batchnorm.views_stacked(network, 2 if self.views == "batched" else 1, collected)
+    def _num_splits(self, network: nn.Module, collected: list[BatchStats] | None) -> AbstractContextManager[None]:
+        """Set how many views are in a batch, and where its statistics go, on a network's batch norms."""
+        return split_batchnorm.num_splits(network, 2 if self.views == "batched" else 1, collected)
 
     def _pass_online(self, inputs: Sequence[Tensor], collected: list[BatchStats] | None) -> tuple[Pair, Pair, Tensor]:
-        """Projections and predictions of the two views, and their features as `TaskOutput.features`."""
-        with phase("online forward"), self._views_stacked(self.online, collected):
+        """Projections and predictions of the two views, and their features as `ModelOutput.features`."""
+        with record_range("online forward"), self._num_splits(self.online, collected):
             projections, predictions, features = self._online_call[0](*inputs)
         both = features[0] if len(features) == 1 else torch.cat(list(features))
-        return _by_view(projections), _by_view(predictions), both
+        return by_view(projections), by_view(predictions), both
 
 
-def _by_view(outputs: Sequence[Tensor]) -> Pair:
+def by_view(outputs: Sequence[Tensor]) -> Pair:
+    """Outputs of the first and the second view, from two outputs or from one with both views stacked."""
     if len(outputs) == 2:
         return outputs[0], outputs[1]
     first, second = outputs[0].chunk(2)
@@ -213,21 +239,23 @@ class TargetNetwork(nn.Module):
         return [self.projector(self.encoder(view).flatten(1)) for view in views]
 
 
-def _check_sizes(what: str, **sizes: int) -> None:
+def check_sizes(what: str, **sizes: int) -> None:
+    """Raise a ValueError unless all sizes are 1 or more."""
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{what}: {name} must be 1 or more, got {size}")
 
 
-def _parameter_like(what: str, network: nn.Module) -> Tensor:
+def parameter_like(what: str, network: nn.Module) -> Tensor:
+    """A parameter of an encoder, whose dtype and device the heads take; a ValueError if there is none."""
     like = next(network.parameters(), None)
     if like is None:
         raise ValueError(f"{what}: encoder must have parameters to train, {type(network).__name__} has none")
     return like
 
 
-def _loss_and_meter(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
+def loss_and_embedding_std(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
     """BYOL's loss, and the collapse meter over both views from the same pass over the data."""
-    with phase("loss"):
+    with record_range("loss"):
         loss, stats = byol_loss_with_stats(p1, p2, z1, z2)
     return loss, stats.z_std.mean() * math.sqrt(z1.shape[1])

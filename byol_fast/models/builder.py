@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from byol_fast.config import Config
-from byol_fast.models.base import SelfSupervisedTask
+from byol_fast.models.base import SSLModel
 from byol_fast.models.byol import BYOL
 from byol_fast.models.simsiam import SimSiam
 
 
-def make_task(config: Config, *, pretrained: bool) -> SelfSupervisedTask:
-    """The task of a configuration.
+def build_model(config: Config, *, pretrained: bool) -> SSLModel:
+    """The model of a configuration.
 
     Args:
         config: of it `method`, `model` and `view1.size` are used.

@@ -11,25 +11,25 @@ from torch import Tensor, nn
 from byol_fast.models.base import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    ModelOutput,
     OnlineNetwork,
     Outputs,
-    SelfSupervisedTask,
+    SSLModel,
     TargetNetwork,
-    TaskOutput,
     Views,
-    _by_view,
-    _check_sizes,
-    _loss_and_meter,
-    _parameter_like,
+    by_view,
+    check_sizes,
+    loss_and_embedding_std,
+    parameter_like,
 )
 from byol_fast.models.encoders import build_encoder, feature_dim
 from byol_fast.models.layers import MLPHead, Normalize
 from byol_fast.models.split_batchnorm import BatchStats
-from byol_fast.utils.profiler_ranges import phase
+from byol_fast.utils.profiler_ranges import record_range
 from byol_kernels import byol_loss, ema_update_
 
 
-class BYOL(SelfSupervisedTask):
+class BYOL(SSLModel):
     """Bootstrap Your Own Latent: the online network predicts the target's projection of the other view.
 
     Batch normalisation sees one view at a time. The target runs in train mode with running statistics of its own; only
@@ -45,8 +45,8 @@ class BYOL(SelfSupervisedTask):
         cifar_stem: see `build_encoder`.
         zero_init_residual: see `build_encoder`.
         pretrained: see `build_encoder`.
-        mean: channel means that uint8 input is normalised with.
-        std: channel standard deviations that uint8 input is normalised with.
+        mean: channel means that uint8 input is normalized with.
+        std: channel standard deviations that uint8 input is normalized with.
         views: how views pass the networks. `batched` (both at once, batch-norm statistics for each) becomes
             `separate` for a network it cannot serve; `views_note` then says why.
 
@@ -78,7 +78,7 @@ class BYOL(SelfSupervisedTask):
         views: Views = "batched",
     ) -> None:
         super().__init__()
-        _check_sizes("BYOL", hidden_dim=hidden_dim, projection_dim=projection_dim, image_size=image_size)
+        check_sizes("BYOL", hidden_dim=hidden_dim, projection_dim=projection_dim, image_size=image_size)
         network = build_encoder(
             encoder,
             image_size=image_size,
@@ -87,7 +87,7 @@ class BYOL(SelfSupervisedTask):
             pretrained=pretrained,
         )
         features = feature_dim(network, image_size)
-        like = _parameter_like("BYOL", network)
+        like = parameter_like("BYOL", network)
         projector = MLPHead(features, hidden_dim, projection_dim, num_layers=projector_layers, last_bias=last_bias).to(
             like
         )
@@ -106,7 +106,7 @@ class BYOL(SelfSupervisedTask):
         """Predictions of the online network and projections of the target.
 
         Args:
-            view1: first view `[B, 3, H, W]`, uint8 or normalised floating point.
+            view1: first view `[B, 3, H, W]`, uint8 or normalized floating point.
             view2: second view, likewise.
 
         Returns:
@@ -115,13 +115,13 @@ class BYOL(SelfSupervisedTask):
         Raises:
             ValueError: the views are no images of these shapes and dtypes.
         """
-        return self._outputs(view1, view2, None)[0]
+        return self._outputs((view1, view2), None)[0]
 
-    def _outputs(self, view1: Tensor, view2: Tensor, collected: list[BatchStats] | None) -> tuple[Outputs, Tensor]:
-        """What `forward` returns, and the online encoder's features."""
-        inputs = self._inputs(view1, view2)
-        with phase("target forward"), torch.no_grad(), self._views_stacked(self.target, collected):
-            z1, z2 = _by_view(self.target(*inputs))  # no_grad, not inference_mode: that breaks later compiled training
+    def _outputs(self, views: Sequence[Tensor], collected: list[BatchStats] | None) -> tuple[Outputs, Tensor]:
+        """The result of `forward`, and the online encoder's features."""
+        inputs = self._inputs(views)
+        with record_range("target forward"), torch.no_grad(), self._num_splits(self.target, collected):
+            z1, z2 = by_view(self.target(*inputs))  # no_grad, not inference_mode: that breaks later compiled training
         _, (p1, p2), features = self._pass_online(inputs, collected)
         return (p1, p2, z1, z2), features
 
@@ -135,11 +135,11 @@ class BYOL(SelfSupervisedTask):
         (p1, p2), (z1, z2) = predictions, projections
         return byol_loss(p1, p2, z1, z2)
 
-    def training_output(self, view1: Tensor, view2: Tensor) -> TaskOutput:
-        """See `SelfSupervisedTask.training_output`; the collapse meter is of the target's projections."""
-        collected: list[BatchStats] | None = [] if self.collects_statistics else None
-        outputs, features = self._outputs(view1, view2, collected)
-        return TaskOutput(*_loss_and_meter(*outputs), features, None if collected is None else tuple(collected))
+    def forward_train(self, *views: Tensor) -> ModelOutput:
+        """See `SSLModel.forward_train`; the collapse meter is of the target's projections."""
+        collected: list[BatchStats] | None = [] if self.collect_batch_stats else None
+        outputs, features = self._outputs(views, collected)
+        return ModelOutput(*loss_and_embedding_std(*outputs), features, None if collected is None else tuple(collected))
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Parameters of the online encoder, projector and predictor, in this order."""

@@ -12,19 +12,19 @@ from byol_fast.models import split_batchnorm
 from byol_kernels import update_running_stats_
 
 
-class RunningStatistics:
+class RunningStats:
     """The buffers of some networks, moved once a step, after it is known whether the step counts.
 
-    Statistics of batch norms are collected by the forward pass (`batchnorm.views_stacked`). Buffers that a layer
+    Statistics of batch norms are collected by the forward pass (`batchnorm.num_splits`). Buffers that a layer
     changes by itself are put back where the step is skipped.
 
     Args:
-        networks: changed in place, see `batchnorm.number_layers`.
+        networks: changed in place, see `batchnorm.index_layers`.
         collected: whether forward passes collect statistics; without it all buffers are put back.
     """
 
     def __init__(self, networks: Sequence[nn.Module], *, collected: bool = True) -> None:
-        self._layers = split_batchnorm.number_layers(networks) if collected else []
+        self._layers = split_batchnorm.index_layers(networks) if collected else []
         moved = {id(buffer) for layer in self._layers for buffer in layer.buffers()}
         self._others = [b for network in networks for b in network.buffers() if id(b) not in moved]
         self._saved = [torch.empty_like(b) for b in self._others]

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from byol_fast.models.base import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    ModelOutput,
     OnlineNetwork,
     Outputs,
-    SelfSupervisedTask,
-    TaskOutput,
+    SSLModel,
     Views,
-    _check_sizes,
-    _loss_and_meter,
-    _parameter_like,
+    check_sizes,
+    loss_and_embedding_std,
+    parameter_like,
 )
 from byol_fast.models.encoders import build_encoder, feature_dim
 from byol_fast.models.layers import Normalize, simsiam_predictor, simsiam_projector
@@ -24,7 +24,7 @@ from byol_fast.models.split_batchnorm import BatchStats
 from byol_kernels import byol_loss
 
 
-class SimSiam(SelfSupervisedTask):
+class SimSiam(SSLModel):
     """SimSiam: the predictor's output for one view is drawn to the other view's projection, which gets no gradient.
 
     The loss is `-(cos(p1, z2) + cos(p2, z1)) / 2`, from -1 to 1 (arXiv 2011.10566, equation 4).
@@ -39,8 +39,8 @@ class SimSiam(SelfSupervisedTask):
         cifar_stem: see `build_encoder`.
         zero_init_residual: see `build_encoder`.
         pretrained: see `build_encoder`.
-        mean: channel means that uint8 input is normalised with.
-        std: channel standard deviations that uint8 input is normalised with.
+        mean: channel means that uint8 input is normalized with.
+        std: channel standard deviations that uint8 input is normalized with.
         views: as `BYOL`.
 
     Raises:
@@ -64,7 +64,7 @@ class SimSiam(SelfSupervisedTask):
         views: Views = "batched",
     ) -> None:
         super().__init__()
-        _check_sizes(
+        check_sizes(
             "SimSiam",
             hidden_dim=hidden_dim,
             projection_dim=projection_dim,
@@ -79,7 +79,7 @@ class SimSiam(SelfSupervisedTask):
             pretrained=pretrained,
         )
         self.feature_dim = feature_dim(network, image_size)
-        like = _parameter_like("SimSiam", network)
+        like = parameter_like("SimSiam", network)
         projector = simsiam_projector(self.feature_dim, hidden_dim, projection_dim, num_layers=projector_layers)
         predictor = simsiam_predictor(projection_dim, predictor_hidden_dim)
         self.normalize = Normalize(mean, std)
@@ -90,7 +90,7 @@ class SimSiam(SelfSupervisedTask):
         """Predictions and projections.
 
         Args:
-            view1: first view `[B, 3, H, W]`, uint8 or normalised floating point.
+            view1: first view `[B, 3, H, W]`, uint8 or normalized floating point.
             view2: second view, likewise.
 
         Returns:
@@ -99,11 +99,11 @@ class SimSiam(SelfSupervisedTask):
         Raises:
             ValueError: the views are no images of these shapes and dtypes.
         """
-        return self._outputs(view1, view2, None)[0]
+        return self._outputs((view1, view2), None)[0]
 
-    def _outputs(self, view1: Tensor, view2: Tensor, collected: list[BatchStats] | None) -> tuple[Outputs, Tensor]:
-        """What `forward` returns, and the encoder's features."""
-        (z1, z2), (p1, p2), features = self._pass_online(self._inputs(view1, view2), collected)
+    def _outputs(self, views: Sequence[Tensor], collected: list[BatchStats] | None) -> tuple[Outputs, Tensor]:
+        """The result of `forward`, and the encoder's features."""
+        (z1, z2), (p1, p2), features = self._pass_online(self._inputs(views), collected)
         return (p1, p2, z1.detach(), z2.detach()), features
 
     def loss(self, predictions: Sequence[Tensor], projections: Sequence[Tensor]) -> Tensor:
@@ -116,12 +116,12 @@ class SimSiam(SelfSupervisedTask):
         (p1, p2), (z1, z2) = predictions, projections
         return _from_byol(byol_loss(p1, p2, z1, z2))
 
-    def training_output(self, view1: Tensor, view2: Tensor) -> TaskOutput:
-        """See `SelfSupervisedTask.training_output`; the collapse meter is of the projections."""
-        collected: list[BatchStats] | None = [] if self.collects_statistics else None
-        outputs, features = self._outputs(view1, view2, collected)
-        loss, meter = _loss_and_meter(*outputs)
-        return TaskOutput(_from_byol(loss), meter, features, None if collected is None else tuple(collected))
+    def forward_train(self, *views: Tensor) -> ModelOutput:
+        """See `SSLModel.forward_train`; the collapse meter is of the projections."""
+        collected: list[BatchStats] | None = [] if self.collect_batch_stats else None
+        outputs, features = self._outputs(views, collected)
+        loss, meter = loss_and_embedding_std(*outputs)
+        return ModelOutput(_from_byol(loss), meter, features, None if collected is None else tuple(collected))
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Parameters of the encoder, the projector and the predictor, in this order."""

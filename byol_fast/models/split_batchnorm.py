@@ -8,12 +8,12 @@ moves its running statistics once for each view, the first view first:
     y = (x - mean_v) / sqrt(var_v + eps) * gamma + beta
     running = (1 - momentum) running + momentum (mean_v, unbiased var_v)        for v = 1, 2, ...
 
-`convert` teaches a network's batch norms to do that, in place: parameters, buffers and their names stay. With
-`synchronise` the statistics are those of all processes, as `nn.SyncBatchNorm`'s, on CPUs too.
+`convert_split_batchnorm` makes a network's batch norms do that, in place: parameters, buffers and their names stay.
+With `convert_sync_batchnorm` the statistics are those of all processes, as `nn.SyncBatchNorm`'s, on CPUs too.
 
 A model used alone moves its running statistics in its forward pass, as `torch.nn` does. A training step may be skipped
-after it, so the step collects the statistics of the batch instead (`views_stacked(..., collected=[])`) and moves all
-running statistics at once when it knows that the step counts (`running_statistics.py`).
+after it, so the step collects the statistics of the batch instead (`num_splits(..., collected=[])`) and moves all
+running statistics at once when it knows that the step counts (`running_stats.py`).
 
 Activations that are computed again during the backward pass (activation checkpointing, whoever starts it) use the
 number of views of the first time, and their statistics are not counted again.
@@ -33,7 +33,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import _pytree as pytree
 
-from byol_fast.models.split_batchnorm_functions import SplitByFormula, SplitByKernels
+from byol_fast.models.split_batchnorm_functions import SplitBNEager, SplitBNTraceable
 
 # float64 roundings differ by 1e-13 and less even behind tens of layers; another function differs by far more.
 SAME = 1e-6
@@ -42,8 +42,8 @@ SAME = 1e-6
 # ------------------------------------------------------------------------------------------------ use
 
 
-def convert(network: nn.Module, example: Tensor | None = None) -> str | None:
-    """Let a network's batch norms tell stacked views apart, in place; call it within `views_stacked` then.
+def convert_split_batchnorm(network: nn.Module, example: Tensor | None = None) -> str | None:
+    """Let a network's batch norms tell stacked views apart, in place; call it within `num_splits` then.
 
     Args:
         network: any network; names, dtypes and values of its parameters and buffers stay what they are.
@@ -53,20 +53,20 @@ def convert(network: nn.Module, example: Tensor | None = None) -> str | None:
     Returns:
         None, or why the network cannot take stacked views; it is unchanged then.
     """
-    reason = _obstacle(network)
+    reason = _unsupported_reason(network)
     if reason is None and example is not None:
-        reason = _difference(network, example)
+        reason = _find_mismatch(network, example)
     if reason is None:
         for module in network.modules():
             if isinstance(module, _BatchNorm):
-                _adopt(module)
+                _convert_module(module)
     return reason
 
 
-def synchronise(network: nn.Module) -> None:
+def convert_sync_batchnorm(network: nn.Module) -> None:
     """Let a network's batch norms take their statistics over all processes, in place.
 
-    Works with or without `convert`. Has no effect until `torch.distributed` is initialised.
+    Works with or without `convert_split_batchnorm`. Has no effect until `torch.distributed` is initialised.
 
     Args:
         network: any network; names, dtypes and values of its parameters and buffers stay what they are.
@@ -76,32 +76,32 @@ def synchronise(network: nn.Module) -> None:
     """
     norms = [(name, m) for name, m in network.named_modules() if isinstance(m, _BatchNorm)]
     for name, module in norms:
-        if issubclass(_class_for(module), _Apart):
+        if issubclass(_class_for(module), _ChunkedBatchNorm):
             raise ValueError(
                 f"sync_batchnorm: {name or 'the network'} must be a batch norm of torch.nn or timm, got "
                 f"{type(module).__name__} with a forward of its own; turn sync_batchnorm off"
             )
     for _, module in norms:
-        _adopt(module).synchronised = True
+        _convert_module(module).synchronized = True
 
 
-def keep_to_itself(network: nn.Module) -> None:
-    """Undo `synchronise`: what one process does alone must not wait for the others."""
+def disable_sync(network: nn.Module) -> None:
+    """Undo `convert_sync_batchnorm`: what one process does alone must not wait for the others."""
     for module in network.modules():
-        if isinstance(module, _ViewsBase):
-            module.synchronised = False
+        if isinstance(module, _SplitBatchNormBase):
+            module.synchronized = False
 
 
-def is_converted(module: nn.Module) -> bool:
+def is_split_batchnorm(module: nn.Module) -> bool:
     """True for a batch norm that tells stacked views apart."""
-    return isinstance(module, _ViewsBase)
+    return isinstance(module, _SplitBatchNormBase)
 
 
 class BatchStats(NamedTuple):
     """Statistics that one call of a batch norm took of its batch."""
 
     layer: int
-    """Number of the layer, see `number_layers`."""
+    """Number of the layer, see `index_layers`."""
     mean: Tensor
     """Mean of each view, `[V, C]`, no gradient."""
     var: Tensor
@@ -109,23 +109,23 @@ class BatchStats(NamedTuple):
 
 
 @contextmanager
-def views_stacked(network: nn.Module, views: int, collected: list[BatchStats] | None = None) -> Iterator[None]:
+def num_splits(network: nn.Module, views: int, collected: list[BatchStats] | None = None) -> Iterator[None]:
     """Within this, batches in train mode are `views` equal parts, one view behind the other.
 
     Args:
         network: a converted network.
         views: parts of a batch; 1 is what batch norms do outside.
-        collected: takes the statistics of each call of a layer of `number_layers`, instead of the layer's running
+        collected: takes the statistics of each call of a layer of `index_layers`, instead of the layer's running
             statistics; None lets the layers move them.
 
     Example:
-        >>> convert(network)
-        >>> with views_stacked(network, 2):
+        >>> convert_split_batchnorm(network)
+        >>> with num_splits(network, 2):
         ...     y1, y2 = network(torch.cat([view1, view2])).chunk(2)
     """
     if views < 1:
-        raise ValueError(f"views_stacked: views must be 1 or more, got {views}")
-    norms = [m for m in network.modules() if isinstance(m, _ViewsBase)]
+        raise ValueError(f"num_splits: views must be 1 or more, got {views}")
+    norms = [m for m in network.modules() if isinstance(m, _SplitBatchNormBase)]
     before = [(norm.views, norm.collected) for norm in norms]
     for norm in norms:
         norm.views, norm.collected = views, collected
@@ -137,7 +137,7 @@ def views_stacked(network: nn.Module, views: int, collected: list[BatchStats] | 
 
 
 @contextmanager
-def not_counted(norms: Sequence[_NormBase]) -> Iterator[None]:
+def frozen_running_stats(norms: Sequence[_NormBase]) -> Iterator[None]:
     """Within this, norms keep their running statistics: of a batch that has been counted already.
 
     With momentum 0 and not without running statistics: what autograd saves has to be the same both times.
@@ -155,7 +155,7 @@ def not_counted(norms: Sequence[_NormBase]) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = previous
 
 
-def number_layers(networks: Sequence[nn.Module]) -> list[_ViewsBase]:
+def index_layers(networks: Sequence[nn.Module]) -> list[_SplitBatchNormBase]:
     """Batch norms whose statistics can be collected, each with its place in the list as `index`.
 
     They are those that keep running statistics and compute them as `torch.nn` does.
@@ -164,7 +164,7 @@ def number_layers(networks: Sequence[nn.Module]) -> list[_ViewsBase]:
         networks: changed in place: the class of these batch norms becomes one that hands out its statistics.
     """
     modules = {module: None for network in networks for module in network.modules()}  # each once, in order
-    layers = [_adopt(m) for m in modules if isinstance(m, _BatchNorm) and _hands_out_statistics(m)]
+    layers = [_convert_module(m) for m in modules if isinstance(m, _BatchNorm) and _hands_out_statistics(m)]
     for index, layer in enumerate(layers):
         layer.index = index
     return layers
@@ -173,20 +173,20 @@ def number_layers(networks: Sequence[nn.Module]) -> list[_ViewsBase]:
 def _hands_out_statistics(module: _BatchNorm) -> bool:
     if module.running_mean is None or not module.track_running_stats or nn.parameter.is_lazy(module.running_mean):
         return False
-    return not issubclass(_class_for(module), _Apart) and getattr(module, "process_group", None) is None
+    return not issubclass(_class_for(module), _ChunkedBatchNorm) and getattr(module, "process_group", None) is None
 
 
 # ------------------------------------------------------------------------------------------------ modules
 
 
-class _ViewsBase(_BatchNorm):
+class _SplitBatchNormBase(_BatchNorm):
     """A batch norm that knows how many views are stacked."""
 
     views: int
-    synchronised: bool
+    synchronized: bool
     collected: list[BatchStats] | None = None
     index: int = -1
-    """See `number_layers`; -1 for a layer whose statistics nobody collects."""
+    """See `index_layers`; -1 for a layer whose statistics nobody collects."""
     last_calls: dict[torch.Size, tuple[int, bool]]
     """For the last batch of each shape: its views, and whether its statistics were collected. Activations that are
     computed again come as a tensor of the same shape, when nobody says any more how many views are stacked in it."""
@@ -212,7 +212,7 @@ def _is_recomputed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-class _Views(_ViewsBase):
+class _SplitBatchNorm(_SplitBatchNormBase):
     """Statistics for each view, in one pass over all of them."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -224,21 +224,21 @@ class _Views(_ViewsBase):
             return _BatchNorm.forward(self, x)
         recomputed = _is_recomputed()
         views, collects = self._call(x, recomputed=recomputed)
-        synchronised = self.synchronised and distributed.is_available() and distributed.is_initialized()
-        if views == 1 and not synchronised and not collects:
-            with not_counted([self] if recomputed else []):
+        synchronized = self.synchronized and distributed.is_available() and distributed.is_initialized()
+        if views == 1 and not synchronized and not collects:
+            with frozen_running_stats([self] if recomputed else []):
                 return _BatchNorm.forward(self, x)
         self._check_input_dim(x)  # type: ignore[no-untyped-call]
-        if x.numel() == views * x.shape[1] and not synchronised:
+        if x.numel() == views * x.shape[1] and not synchronized:
             raise ValueError(
                 f"batch norm: each view must have more than one value a channel in train mode, got {list(x.shape)} for "
                 f"{views} views; use a larger batch"
             )
         moves = self.running_mean is not None and self.track_running_stats and not collects
         # The formula is what torch.compile can fuse, and what can wait for other processes.
-        if torch.compiler.is_compiling() or synchronised or (moves and self.momentum is None):
+        if torch.compiler.is_compiling() or synchronized or (moves and self.momentum is None):
             x_VB = x.view(views, -1, *x.shape[1:])
-            y_VB, mean_VC, var_VC = SplitByFormula.apply(x_VB, self.weight, self.bias, self.eps, synchronised)
+            y_VB, mean_VC, var_VC = SplitBNTraceable.apply(x_VB, self.weight, self.bias, self.eps, synchronized)
             y = y_VB.flatten(0, 1)
             if moves and not recomputed:
                 self._track(mean_VC, var_VC)
@@ -247,7 +247,7 @@ class _Views(_ViewsBase):
             if now and self.num_batches_tracked is not None:
                 self.num_batches_tracked.add_(views)
             running = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
-            y, mean_VC, var_VC = SplitByKernels.apply(
+            y, mean_VC, var_VC = SplitBNEager.apply(
                 x, self.weight, self.bias, *running, views, self.momentum or 0.0, self.eps, now
             )
         if self.collected is not None and collects and not recomputed:
@@ -269,7 +269,7 @@ class _Views(_ViewsBase):
                 running_C.mul_(1 - share).add_(new_C * share)  # type: ignore[operator]
 
 
-class _Apart(_ViewsBase):
+class _ChunkedBatchNorm(_SplitBatchNormBase):
     """A batch norm with a forward of its own: each view goes through it on its own."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -279,27 +279,27 @@ class _Apart(_ViewsBase):
             return forward(x)
         recomputed = _is_recomputed()
         views, _ = self._call(x, recomputed=recomputed)
-        with not_counted([self] if recomputed else []):
+        with frozen_running_stats([self] if recomputed else []):
             return forward(x) if views == 1 else torch.cat([forward(view) for view in x.chunk(views)])
 
 
-class ViewsBatchNorm1d(_Views, nn.BatchNorm1d):
+class SplitBatchNorm1d(_SplitBatchNorm, nn.BatchNorm1d):
     """`nn.BatchNorm1d` that takes stacked views."""
 
 
-class ViewsBatchNorm2d(_Views, nn.BatchNorm2d):
+class SplitBatchNorm2d(_SplitBatchNorm, nn.BatchNorm2d):
     """`nn.BatchNorm2d` that takes stacked views."""
 
 
-class ViewsBatchNorm3d(_Views, nn.BatchNorm3d):
+class SplitBatchNorm3d(_SplitBatchNorm, nn.BatchNorm3d):
     """`nn.BatchNorm3d` that takes stacked views."""
 
 
-class ViewsSyncBatchNorm(_Views, nn.SyncBatchNorm):
+class SplitSyncBatchNorm(_SplitBatchNorm, nn.SyncBatchNorm):
     """`nn.SyncBatchNorm` that takes stacked views, and works on CPUs."""
 
 
-class _ViewsAct(_Views):
+class _SplitBatchNormAct(_SplitBatchNorm):
     """timm's BatchNormAct2d: dropout and activation behind the batch norm."""
 
     drop: nn.Module
@@ -310,50 +310,50 @@ class _ViewsAct(_Views):
         return cast("Tensor", self.act(self.drop(self._normalise(x))))
 
 
-_CLASSES: dict[Any, type[_ViewsBase]] = {
-    nn.BatchNorm1d: ViewsBatchNorm1d,
-    nn.BatchNorm2d: ViewsBatchNorm2d,
-    nn.BatchNorm3d: ViewsBatchNorm3d,
-    nn.SyncBatchNorm: ViewsSyncBatchNorm,
+_CLASSES: dict[Any, type[_SplitBatchNormBase]] = {
+    nn.BatchNorm1d: SplitBatchNorm1d,
+    nn.BatchNorm2d: SplitBatchNorm2d,
+    nn.BatchNorm3d: SplitBatchNorm3d,
+    nn.SyncBatchNorm: SplitSyncBatchNorm,
 }
 
 
-def _class_for(module: _BatchNorm) -> type[_ViewsBase]:
+def _class_for(module: _BatchNorm) -> type[_SplitBatchNormBase]:
     """The class that a batch norm becomes."""
     kind: Any = type(module)
     return _made_of(kind)
 
 
 @functools.cache
-def _made_of(kind: Any) -> type[_ViewsBase]:
-    if issubclass(kind, _ViewsBase):
-        return cast("type[_ViewsBase]", kind)
+def _made_of(kind: Any) -> type[_SplitBatchNormBase]:
+    if issubclass(kind, _SplitBatchNormBase):
+        return cast("type[_SplitBatchNormBase]", kind)
     if kind in _CLASSES:
         return _CLASSES[kind]
     if kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm."):
-        base: type = _ViewsAct
+        base: type = _SplitBatchNormAct
     else:
         inherited = kind.forward in {_BatchNorm.forward, nn.SyncBatchNorm.forward}
-        base = _Views if inherited else _Apart
-    return type(f"Views{kind.__name__}", (base, kind), {})
+        base = _SplitBatchNorm if inherited else _ChunkedBatchNorm
+    return type(f"Split{kind.__name__}", (base, kind), {})
 
 
-def _adopt(module: _BatchNorm) -> _ViewsBase:
-    if not isinstance(module, _ViewsBase):
+def _convert_module(module: _BatchNorm) -> _SplitBatchNormBase:
+    if not isinstance(module, _SplitBatchNormBase):
         # The class changes and the object stays: whoever holds it, hooks and shared layers included, need not know.
-        synchronised = isinstance(module, nn.SyncBatchNorm)
+        synchronized = isinstance(module, nn.SyncBatchNorm)
         module.__class__ = _class_for(module)
-        adopted = cast("_ViewsBase", module)
-        adopted.views, adopted.synchronised, adopted.last_calls = 1, synchronised, {}
+        adopted = cast("_SplitBatchNormBase", module)
+        adopted.views, adopted.synchronized, adopted.last_calls = 1, synchronized, {}
         # Attributes of the object from the start: one that appears later makes torch.compile compile anew.
         adopted.collected, adopted.index = None, -1
-    return cast("_ViewsBase", module)
+    return cast("_SplitBatchNormBase", module)
 
 
 # ------------------------------------------------------------------------------------------------ what cannot be
 
 
-def _obstacle(network: nn.Module) -> str | None:
+def _unsupported_reason(network: nn.Module) -> str | None:
     """A layer of which it is known that stacked views are not for it."""
     for name, module in network.named_modules():
         what = f"{name or 'the network'} ({type(module).__name__})"
@@ -370,16 +370,16 @@ def _obstacle(network: nn.Module) -> str | None:
     return None
 
 
-def _difference(network: nn.Module, example: Tensor) -> str | None:
+def _find_mismatch(network: nn.Module, example: Tensor) -> str | None:
     """Compare stacked and separate views on copies, in float64 and train mode; how they differ, or None."""
     views = torch.randn(2, *example.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     views = views.to(example.device)
-    apart, stacked = (_without_chance(copy.deepcopy(network).double().train()) for _ in range(2))
-    convert(stacked)
+    apart, stacked = (_without_dropout(copy.deepcopy(network).double().train()) for _ in range(2))
+    convert_split_batchnorm(stacked)
     try:
         with torch.no_grad():
             expected = [_tensors(apart(view)) for view in views]
-            with views_stacked(stacked, 2):
+            with num_splits(stacked, 2):
                 found = [t.chunk(2) for t in _tensors(stacked(views.flatten(0, 1)))]
     except Exception as error:
         return f"it could not be tried in float64 ({type(error).__name__}: {str(error).splitlines()[0]})"
@@ -392,7 +392,7 @@ def _difference(network: nn.Module, example: Tensor) -> str | None:
     return None
 
 
-def _without_chance(network: nn.Module) -> nn.Module:
+def _without_dropout(network: nn.Module) -> nn.Module:
     """Stacked views draw other random numbers, from the same distribution: that is no difference."""
     for module in network.modules():
         for probability in ("p", "drop_prob"):

@@ -12,7 +12,7 @@ from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
 
-class SplitByKernels(torch.autograd.Function):
+class SplitBNEager(torch.autograd.Function):
     """Eager: torch's kernels for each view, whose outputs lie side by side from the start."""
 
     @staticmethod
@@ -94,7 +94,7 @@ def _dense(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=_memory_format(x))
 
 
-class SplitByFormula(torch.autograd.Function):
+class SplitBNTraceable(torch.autograd.Function):
     """All views in one expression, for torch.compile to fuse, and with statistics of all processes if asked for.
 
     One collective forward, of `[V, 2 C + 1]` numbers (mean, variance, count), and one backward, of `[V, 2 C]`.
@@ -102,14 +102,14 @@ class SplitByFormula(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input_VB: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, synchronised: bool
+        ctx: Any, input_VB: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, synchronized: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Output `[V, B, C, ...]`, and `[V, C]` means and unbiased variances."""
         x_VB = _accumulated(input_VB)
         over = _over(x_VB)
         var_VC, mean_VC = torch.var_mean(x_VB, over, correction=0)
         count_V1 = torch.full_like(mean_VC[:, :1], x_VB.numel() // mean_VC.numel())
-        if synchronised:
+        if synchronized:
             mean_VC, var_VC, count_V1 = _gathered(mean_VC, var_VC, count_V1)
         invstd_VC = torch.rsqrt(var_VC + eps)
         y = (x_VB - _per_channel(mean_VC, x_VB)) * _per_channel(invstd_VC, x_VB)
@@ -119,7 +119,7 @@ class SplitByFormula(torch.autograd.Function):
             y = y + _per_channel(bias, x_VB)
         unbiased_VC = var_VC * (count_V1 / (count_V1 - 1))
         ctx.save_for_backward(input_VB, weight, mean_VC, invstd_VC, count_V1)
-        ctx.synchronised = synchronised
+        ctx.synchronized = synchronized
         ctx.mark_non_differentiable(mean_VC, unbiased_VC)
         return _in(input_VB.dtype, y), mean_VC, unbiased_VC
 
@@ -137,7 +137,7 @@ class SplitByFormula(torch.autograd.Function):
         xhat_VB = (x_VB - _per_channel(mean_VC, x_VB)) * _per_channel(invstd_VC, x_VB)
         sums_V2C = torch.cat([dy_VB.sum(over), (dy_VB * xhat_VB).sum(over)], dim=1)
         dbias, dweight = sums_V2C.sum(0).chunk(2)
-        if ctx.synchronised:
+        if ctx.synchronized:
             sums_V2C = sums_V2C.clone()
             distributed.all_reduce(sums_V2C)
         mean_dy_VC, mean_dy_xhat_VC = (sums_V2C / count_V1).chunk(2, dim=1)

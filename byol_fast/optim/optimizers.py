@@ -15,7 +15,7 @@ CONSTANT = "constant_lr"
 """Key of a parameter group whose learning rate stays at its peak after the warm-up."""
 
 
-def make_optimizer(
+def build_optimizer(
     config: OptimConfig, parameters: Sequence[nn.Parameter], predictor: Sequence[nn.Parameter] = ()
 ) -> torch.optim.Optimizer:
     """LARS by the reference's rule, or one of torch's, each able to skip a step by a flag on the device.
@@ -42,7 +42,7 @@ def make_optimizer(
             lr=0.0,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
-            eta=config.eta,
+            eta=config.trust_coefficient,
             exclude_1d=not config.decay_1d,
         )
     # The fused forms take `found_inf`: a step that must not happen is skipped without asking the host.

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 FAMILIES = (
     "conv forward", "conv dgrad", "conv wgrad", "conv backward", "matmul", "attention", "batch norm", "norm",
-    "pointwise", "pool", "loss", "optimizer + average", "augmentation", "copies", "other",
+    "pointwise", "pool", "loss", "optimizer + EMA", "augmentation", "copies", "other",
 )  # fmt: skip
 
 # The first that fits decides. Names are cuDNN's, CUTLASS's, cuBLAS's, ATen's, inductor's (after the operations that it
@@ -15,7 +15,7 @@ FAMILIES = (
 _KERNELS = [
     ("copies", r"^memcpy|^memset|copy_kernel|direct_copy|CatArray|nchwToNhwc|nhwcToNchw|transpose_kernel"),
     ("loss", r"normalized_mse"),
-    ("optimizer + average", r"_lars_|_ema_update|multi_tensor_apply|foreach|_amp_|amp_update|fused_adam"),
+    ("optimizer + EMA", r"_lars_|_ema_update|multi_tensor_apply|foreach|_amp_|amp_update|fused_adam"),
     ("augmentation", r"_photometric|_gaussian_blur|_draw_view|_resized_crop|dali|nvjpeg|nvimgcodec|jpeg|huffman|idct"),
     ("conv dgrad", r"dgrad|bwd_data|backward_data"),
     ("conv wgrad", r"wgrad|bwd_filter|backward_filter|bwd_weight"),
@@ -36,7 +36,7 @@ _OPS = [
     ("matmul", r"::(addmm|mm|bmm|baddbmm|linear|mkldnn_linear)"),
     ("pool", r"pool|::mean|::sum"),
     ("loss", r"normalized_mse"),
-    ("optimizer + average", r"_foreach|_amp_|lars|ema_update|lerp"),
+    ("optimizer + EMA", r"_foreach|_amp_|lars|ema_update|lerp"),
     ("augmentation", r"photometric|gaussian_blur|draw_view|resized_crop|upsample|decode|image::"),
     ("copies", r"::(copy_|_to_copy|cat|contiguous|clone|index|stack)"),
     ("pointwise", r"aten::"),

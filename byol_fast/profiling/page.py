@@ -102,9 +102,9 @@ def roofline_chart(
 def _headline(profile: dict[str, Any]) -> str:
     step = profile["step"]
     return (
-        f"{profile['recipe']}: {profile['encoder']}, batch {profile['effective_batch']}, {profile['precision']}, "
+        f"{profile['recipe']}: {profile['encoder']}, batch {profile['global_batch_size']}, {profile['precision']}, "
         f"{profile['mode']}, {profile['device']}: {1e3 * step['seconds']:.4g} ms a step, "
-        f"{step['images_per_s']:.4g} images a second"
+        f"{step['images_per_second']:.4g} images a second"
     )
 
 
@@ -115,7 +115,7 @@ def _sentence(finding: dict[str, Any]) -> str:
 def _glance(profile: dict[str, Any]) -> str:
     step, against, machine = profile["step"], profile["roofline"], profile["machine"]
     shown = [
-        ("Images a second", f"{step['images_per_s']:.4g}", f"batch {profile['effective_batch']}"),
+        ("Images a second", f"{step['images_per_second']:.4g}", f"batch {profile['global_batch_size']}"),
         (
             "A step",
             f"{1e3 * step['seconds']:.4g} ms",
@@ -215,7 +215,7 @@ def _limit(profile: dict[str, Any]) -> str:
         f"{c['peak_flops_per_s'] / 1e12:.4g}."
     )
     rows = [
-        (level, _LEVELS[level], 1e3 * floor, profile["effective_batch"] / floor)
+        (level, _LEVELS[level], 1e3 * floor, profile["global_batch_size"] / floor)
         for level, floor in against["floor_seconds"].items()
     ]
     return paragraph(told) + chart_grid([chart]) + table(("level", "fusion", "at least, ms", "at most, images/s"), rows)

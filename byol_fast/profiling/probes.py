@@ -6,8 +6,8 @@ import math
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from byol_fast.data.batch import Batch
 from byol_fast.profiling.telemetry import Telemetry, others
 from byol_fast.training.train_step import TrainStep
 from byol_fast.utils import env
@@ -75,76 +76,74 @@ def host_syncs(step: TrainStep, one_step: Callable[[], None]) -> list[dict[str, 
         `place` (file, line, function) and how often `a_step`.
     """
     seen = _Syncs()
-    with _eagerly(step), seen:
+    with _eager(step), seen:
         one_step()
     on_cpu = step.device.type == "cpu"
     kept = {place: n for place, n in seen.places.items() if not (on_cpu and place.startswith(_OURS))}
     return [{"place": place, "a_step": n} for place, n in sorted(kept.items(), key=lambda item: -item[1])]
 
 
-def twice_the_batch(step: TrainStep, view1: Tensor, view2: Tensor) -> float | None:
+def twice_the_batch(step: TrainStep, views: Sequence[Tensor]) -> float | None:
     """Time an image takes in a batch over its time in one twice as large; None where that does not fit or is not known.
 
     Args:
         step: whose whole body is timed: forward, backward, update.
-        view1: a batch, `[B, 3, H, W]`.
-        view2: likewise.
+        views: of a batch, each `[B, 3, H, W]`.
     """
 
-    def body(times: int) -> Callable[[], object]:
-        views = [(step._placed(view1.repeat(times, 1, 1, 1)), step._placed(view2.repeat(times, 1, 1, 1)))]
-        return lambda: step.body(views * step.accumulate)
+    def with_batch(times: int) -> Callable[[], object]:
+        repeated = step.to_device([view.repeat(times, 1, 1, 1) for view in views])
+        batch = Batch(repeated, None, torch.arange(len(repeated[0])))
+        return lambda: step([batch] * step.grad_accum_steps, 0)
 
-    if step.device.type == "cpu" and len(view1) >= CPU_BATCH:
+    if step.device.type == "cpu" and len(views[0]) >= CPU_BATCH:
         return None
     try:
-        with _eagerly(step):
-            once, twice = _interleaved([body(1), body(2)], step.device)
+        with _eager(step):
+            once, twice = _interleaved([with_batch(1), with_batch(2)], step.device)
     except torch.OutOfMemoryError:
         return None
     return 2 * once / twice
 
 
-def in_bf16(step: TrainStep, view1: Tensor, view2: Tensor, *, images: int) -> float | None:
+def in_bf16(step: TrainStep, views: Sequence[Tensor], *, images: int) -> float | None:
     """Time of a forward and backward pass over its time in bf16; None where bf16 is used already, or is not fast here.
 
     Args:
         step: whose networks are timed.
-        view1: a batch, `[B, 3, H, W]`.
-        view2: likewise.
+        views: of a batch, each `[B, 3, H, W]`.
         images: how many of the batch to take.
     """
     on_gpu = step.device.type == "cuda"
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else env.cpu_has_bf16()
     if not fast or step.precision.name in {"bf16", "fp16"}:
         return None
-    before, views = step.precision, (step._placed(view1[:images]), step._placed(view2[:images]))
+    before, part = step.precision, step.to_device([view[:images] for view in views])
 
     def passes(precision: Precision) -> Callable[[], object]:
         def work() -> None:
             step.precision = precision
-            step.forward_backward(*views)
+            step.forward_backward(part)
             step.optimizer.zero_grad(set_to_none=True)
 
         return work
 
     try:
-        with _eagerly(step):
+        with _eager(step):
             now, then = _interleaved([passes(before), passes(Precision("bf16", torch.bfloat16))], step.device)
     finally:
         step.precision = before
     return now / then
 
 
-def on_all_cores(step: TrainStep, view1: Tensor, view2: Tensor, *, images: int) -> dict[str, float] | None:
+def on_all_cores(step: TrainStep, views: Sequence[Tensor], *, images: int) -> dict[str, float] | None:
     """What more threads of torch would bring on a CPU; None where there is none to spare, and on a GPU.
 
     Hyperthreads of one core gain little: half as many threads as cores, as torch takes by itself, are enough.
 
     Args:
         step: whose networks are timed, forward and backward.
-        view1: a batch, `[B, 3, H, W]`.
-        view2: likewise.
+        views: of a batch, each `[B, 3, H, W]`.
         images: how many of the batch to take.
 
     Returns:
@@ -154,15 +153,15 @@ def on_all_cores(step: TrainStep, view1: Tensor, view2: Tensor, *, images: int) 
     threads, cores = torch.get_num_threads(), env.num_cpus()
     if step.device.type != "cpu" or not (threads == 1 < cores or 2 * threads < cores):
         return None
-    views = step._placed(view1[:images]), step._placed(view2[:images])
+    part = step.to_device([view[:images] for view in views])
     best = {threads: math.inf, cores: math.inf}
-    with Telemetry(step.device) as telemetry, _eagerly(step):
+    with Telemetry(step.device) as telemetry, _eager(step):
         try:
             for _ in range(ROUNDS):
                 for number in (threads, cores):
                     torch.set_num_threads(number)
                     begin = time.perf_counter()
-                    step.forward_backward(*views)
+                    step.forward_backward(part)
                     best[number] = min(best[number], time.perf_counter() - begin)
                     step.optimizer.zero_grad(set_to_none=True)
         finally:
@@ -170,15 +169,9 @@ def on_all_cores(step: TrainStep, view1: Tensor, view2: Tensor, *, images: int) 
     return {"gain": best[threads] / best[cores], "others": others(telemetry.record(1))}
 
 
-@contextmanager
-def _eagerly(step: TrainStep) -> Iterator[None]:
-    """Run the step's plain mathematics: compiling it for an experiment would take minutes."""
-    forward, run = step.forward, step.run
-    step.forward, step.run = step.task.training_output, step.body
-    try:
-        yield
-    finally:
-        step.forward, step.run = forward, run
+def _eager(step: TrainStep) -> AbstractContextManager[None]:
+    """Within this, the step runs uncompiled: compiling it for an experiment would take minutes."""
+    return step.without_cuda_graph(forward=step.model.forward_train)
 
 
 def _interleaved(cases: list[Callable[[], object]], device: torch.device) -> list[float]:

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from byol_fast import config as configs
 from byol_fast.config import Config
-from byol_fast.models.base import SelfSupervisedTask
-from byol_fast.models.builder import make_task
+from byol_fast.models.base import SSLModel
+from byol_fast.models.builder import build_model
 from byol_fast.models.byol import BYOL
 from byol_fast.profiling.ceilings import Ceilings, Dtype
 from byol_fast.profiling.layers import trace
@@ -25,7 +25,7 @@ from byol_fast.profiling.traffic import GRADIENT_WIDTH, LEVEL_NAMES, LEVELS, Ker
 
 WIDTHS: dict[Dtype, int] = {"bf16": 2, "fp16": 2, "tf32": 4, "fp32": 4}
 """Bytes of an activation."""
-PHASES = ("online forward", "backward", "target forward", "loss", "optimizer + average")
+PHASES = ("online forward", "backward", "target forward", "loss", "optimizer + EMA")
 
 
 class Totals(NamedTuple):
@@ -116,7 +116,7 @@ class Roofline:
             )
         return sum(max(k.flops / ceilings.flops_per_s, k.bytes / ceilings.bytes_per_s) for k in kernels)
 
-    def images_per_s(self, ceilings: Ceilings, level: Level, *, how: Literal["sum", "overlap"] = "sum") -> float:
+    def images_per_second(self, ceilings: Ceilings, level: Level, *, how: Literal["sum", "overlap"] = "sum") -> float:
         """Most images a second: `batch_size / floor`."""
         return self.batch_size / self.floor(ceilings, level, how=how)
 
@@ -147,7 +147,7 @@ class Roofline:
                         level: {
                             "seconds": self.floor(c, level),
                             "seconds_overlap": self.floor(c, level, how="overlap"),
-                            "images_per_s": self.images_per_s(c, level),
+                            "images_per_second": self.images_per_second(c, level),
                         }
                         for level in LEVELS
                     }
@@ -251,7 +251,7 @@ def roofline(
 
     Example:
         >>> r = roofline("resnet50", batch_size=256, image_size=224)
-        >>> r.total("B").bytes, r.images_per_s(stated("H100"), "B")
+        >>> r.total("B").bytes, r.images_per_second(stated("H100"), "B")
     """
     config = encoder if isinstance(encoder, Config) else Config()
     changes: dict[str, object] = {"model.views": "separate", "model.pretrained": False}
@@ -268,28 +268,28 @@ def roofline(
         raise ValueError(f"roofline: dtype must be one of {', '.join(WIDTHS)}, got {dtype!r}")
     name = type(encoder).__name__ if isinstance(encoder, nn.Module) else config.model.encoder
     with torch.device("meta"):
-        task = _on_meta(encoder, config) if isinstance(encoder, nn.Module) else make_task(config, pretrained=False)
+        model = _on_meta(encoder, config) if isinstance(encoder, nn.Module) else build_model(config, pretrained=False)
         images = torch.empty(config.batch_size * views, 3, config.view1.size, config.view1.size)
     width = WIDTHS[dtype]
-    graph = trace(task.online, [images])
+    graph = trace(model.online, [images])
     passes = [Traffic(graph, width=width, phase="online forward", backward=True)]
     graphs = [graph]
-    for network in task.networks():
-        if network is not task.online:
+    for network in model.networks():
+        if network is not model.online:
             graphs.append(trace(network, [images]))
             passes.append(Traffic(graphs[-1], width=width, phase="target forward", backward=False))
     rows, size = config.batch_size * max(views // 2, 1), config.model.projection_dim
-    optimised = sum(p.numel() for p in task.trainable_parameters() if p.requires_grad)
-    averaged = sum(p.numel() for p in task.target_parameters())
+    optimised = sum(p.numel() for p in model.trainable_parameters() if p.requires_grad)
+    averaged = sum(p.numel() for p in model.target_parameters())
     kernels: dict[Level, list[Kernel]] = {}
     for level in LEVELS:
-        work = config.accumulate * [kernel for one in passes for kernel in one.kernels(level)]
-        work += config.accumulate * _loss(rows, size, width, level)
+        work = config.grad_accum_steps * [kernel for one in passes for kernel in one.kernels(level)]
+        work += config.grad_accum_steps * _loss(rows, size, width, level)
         work.append(_update(config.optim.name, optimised, averaged, width, level))
         kernels[level] = work
     return Roofline(
         encoder=name,
-        batch_size=config.batch_size * config.accumulate,
+        batch_size=config.batch_size * config.grad_accum_steps,
         views=views,
         image_size=config.view1.size,
         dtype=dtype,
@@ -301,7 +301,7 @@ def roofline(
     )
 
 
-def _on_meta(encoder: nn.Module, config: Config) -> SelfSupervisedTask:
+def _on_meta(encoder: nn.Module, config: Config) -> SSLModel:
     module = copy.deepcopy(encoder).to("meta")
     return BYOL(module, image_size=config.view1.size, views="separate")
 
@@ -342,4 +342,4 @@ def _update(optimizer: str, optimised: int, averaged: int, width: int, level: Le
         num_bytes = optimised * (_OPTIMIZERS[optimizer] + norms + cast) + averaged * (12 + cast)
     else:
         num_bytes = optimised * (_OPTIMIZERS[optimizer] + norms + low) + averaged * (8 + low)
-    return Kernel("", "optimizer + average", "optimizer + average", 0, num_bytes)
+    return Kernel("", "optimizer + EMA", "optimizer + EMA", 0, num_bytes)

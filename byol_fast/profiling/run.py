@@ -6,8 +6,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,7 +26,7 @@ from byol_fast.profiling.traffic import LEVELS, Level
 from byol_fast.training.callbacks import Callback
 from byol_fast.training.trainer import Trainer
 from byol_fast.utils.files import atomic_path, atomic_write
-from byol_fast.utils.profiler_ranges import Phase, phase
+from byol_fast.utils.profiler_ranges import Phase, record_range
 
 FORMAT = 1
 WARMUP = 3
@@ -78,7 +77,7 @@ def profile(
     if steps < 1:
         raise ConfigError(f"profile: steps must be 1 or more, got {steps}")
     trainer = Trainer(config, data=data, resume=resume, callbacks=callbacks)
-    if not trainer.world.alone:
+    if not trainer.world.is_single:
         raise ConfigError("profile: must be one process, got several; start it without torchrun")
     folder = trainer.run_dir / "profile"
     try:
@@ -101,7 +100,7 @@ def _measured(trainer: Trainer, steps: int, folder: Path, ceilings: Ceilings | N
     device, step = trainer.device, trainer.train_step
     on_gpu = device.type == "cuda"
     one_step = _one_step(trainer)
-    trainer._tell("on_run_begin")
+    trainer.call_hooks("on_run_begin")
     for _ in range(WARMUP):
         one_step()
     if on_gpu:
@@ -109,7 +108,7 @@ def _measured(trainer: Trainer, steps: int, folder: Path, ceilings: Ceilings | N
         torch.cuda.reset_peak_memory_stats(device)
 
     clock = PhaseClock(device)
-    trainer.stopwatch.lap()
+    trainer.throughput.read()
     with Telemetry(device) as telemetry:
         begin = time.perf_counter()
         if on_gpu:
@@ -120,18 +119,18 @@ def _measured(trainer: Trainer, steps: int, folder: Path, ceilings: Ceilings | N
             seconds = (time.perf_counter() - begin) / steps
         else:
             timed = clock.steps(steps, one_step)
-    waited = trainer.stopwatch.lap().data_wait
+    waited = trainer.throughput.read().data_wait
     if on_gpu:
         peak_bytes = torch.cuda.max_memory_allocated(device)
-        with _uncaptured(trainer):
+        with trainer.train_step.without_cuda_graph():  # within a graph there are no ranges
             timed = clock.steps(min(steps, 2 * TRACED), one_step)
         found_waits = waited
     else:
         peak_bytes = 0
         seconds = sum(s.milliseconds for s in timed) / 1e3 / len(timed)
-        # The trainer's stopwatch starts anew whenever it logs, the clock does not.
+        # The trainer's throughput starts anew whenever it logs, the clock does not.
         found_waits = _sum(timed, "data wait") / sum(s.milliseconds for s in timed)
-    record = telemetry.record(steps * trainer.effective_batch)
+    record = telemetry.record(steps * trainer.global_batch_size)
     if on_gpu:
         _memory_snapshot(one_step, folder / "memory.pickle")
     trace = traced(device, min(steps, TRACED), one_step, folder / "trace.json.gz")
@@ -140,9 +139,9 @@ def _measured(trainer: Trainer, steps: int, folder: Path, ceilings: Ceilings | N
     images = min(len(batch.index), max(8, int(len(batch.index) * EXPERIMENT / alone)))
     experiments = {
         "host_syncs": probes.host_syncs(step, one_step),
-        "twice_the_batch": probes.twice_the_batch(step, batch.view1, batch.view2),
-        "all_cores": probes.on_all_cores(step, batch.view1, batch.view2, images=images),
-        "bf16": probes.in_bf16(step, batch.view1, batch.view2, images=images),
+        "twice_the_batch": probes.twice_the_batch(step, batch.views),
+        "all_cores": probes.on_all_cores(step, batch.views, images=images),
+        "bf16": probes.in_bf16(step, batch.views, images=images),
     }
     work, no_roofline = _work(trainer)
     ceilings = ceilings or measure(device, trainer.precision.name)
@@ -158,17 +157,17 @@ def _measured(trainer: Trainer, steps: int, folder: Path, ceilings: Ceilings | N
         "precision": trainer.precision.name,
         "backend": trainer.state.loader.backend,
         "batch_size": trainer.config.batch_size,
-        "effective_batch": trainer.effective_batch,
-        "views_note": trainer.task.views_note,
+        "global_batch_size": trainer.global_batch_size,
+        "views_note": trainer.model.views_note,
         "config": configs.to_dict(trainer.config),
-        "environment": trainer._environment(),
+        "environment": trainer.environment,
         "date": time.strftime("%Y-%m-%d"),
         "step": {
             "steps": steps,
             "seconds": seconds,
             "seconds_p20": float(quantiles[0]),
             "seconds_p80": float(quantiles[1]),
-            "images_per_s": trainer.effective_batch / seconds,
+            "images_per_second": trainer.global_batch_size / seconds,
             "data_wait": float(found_waits),
             "traced_seconds": trace.seconds,
         },
@@ -195,11 +194,11 @@ def _one_step(trainer: Trainer) -> Callable[[], None]:
     def one_step() -> None:
         # A finished run has no further step, but its last one can be repeated.
         trainer.state.step = min(trainer.state.step, trainer.total_steps - 1)
-        trainer._train_one_step()
+        trainer.train_one_step()
         if trainer.state.step % trainer.config.log_every == 0:
-            with phase("metrics"):
-                trainer._record_steps()
-            trainer.metrics.forget()
+            with record_range("metrics"):
+                trainer.read_records()
+            trainer.metrics.discard()
 
     return one_step
 
@@ -208,20 +207,7 @@ def _device_name(trainer: Trainer) -> str:
     """What the device is called."""
     if trainer.device.type == "cuda":
         return torch.cuda.get_device_name(trainer.device)
-    return str(trainer._environment()["cpu"])
-
-
-@contextmanager
-def _uncaptured(trainer: Trainer) -> Iterator[None]:
-    """Within a CUDA graph there are no phases: run what it holds."""
-    step = trainer.train_step
-    run = step.run
-    if trainer.mode.name == "graph":
-        step.run = step.body
-    try:
-        yield
-    finally:
-        step.run = run
+    return str(trainer.environment["cpu"])
 
 
 def _level(trainer: Trainer) -> Level:

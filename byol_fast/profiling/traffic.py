@@ -50,7 +50,7 @@ class Kernel:
     layer: str
     """Dotted name of the module."""
     phase: str
-    """`online forward`, `backward`, `target forward`, `loss`, `optimizer + average`."""
+    """`online forward`, `backward`, `target forward`, `loss`, `optimizer + EMA`."""
     family: str
     """`conv forward`, `batch norm`, ..."""
     flops: int

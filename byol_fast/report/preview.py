@@ -114,9 +114,9 @@ def samples(source: ImageSource, config: Config, *, device: torch.device, num: i
 def _levels(batch: Batch, config: Config) -> list[NDArray[np.uint8]]:
     """Both views as uint8 `[B, S, S, 3]`."""
     found = []
-    for view in (batch.view1, batch.view2):
+    for view in batch.views:
         x = view.permute(0, 2, 3, 1).cpu()
-        if not batch.raw:
+        if not batch.is_raw:
             x = x.float() * torch.tensor(config.model.std) + torch.tensor(config.model.mean)
             x = (x * 255).round().clamp(0, 255).to(torch.uint8)
         found.append(x.numpy())

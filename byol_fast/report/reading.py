@@ -78,17 +78,17 @@ class RunFiles:
         return self.total_steps is not None and self.last_step >= self.total_steps
 
     @property
-    def effective_batch(self) -> int | None:
+    def global_batch_size(self) -> int | None:
         """Images of an optimizer step, where they are known."""
         if self.config is None:
             return None
-        return self.config.batch_size * self.config.accumulate * int(self.environment.get("processes", 1))
+        return self.config.batch_size * self.config.grad_accum_steps * int(self.environment.get("processes", 1))
 
     @property
     def seconds(self) -> float | None:
         """Time that the steps took, by the throughput that was recorded; evaluations and pauses not counted."""
-        speeds = [r.get("images_per_s") for r in self.steps]
-        batch = self.effective_batch
+        speeds = [r.get("images_per_second") for r in self.steps]
+        batch = self.global_batch_size
         if batch is None or not speeds or any(not speed for speed in speeds):
             return None
         return sum(batch / float(speed) for speed in speeds if speed)

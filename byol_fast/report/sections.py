@@ -23,19 +23,19 @@ Curve = tuple[str, str, tuple[float, float] | None]
 
 CURVES: dict[str, Curve] = {
     "loss": ("Loss (0 to 8)", "loss", None),
-    "collapse_std": ("Spread of the projections (1 healthy, 0 collapsed)", "std", (0.0, 1.2)),
+    "embedding_std": ("Spread of the projections (1 healthy, 0 collapsed)", "std", (0.0, 1.2)),
     "knn_top1": ("Nearest-neighbour accuracy", "top-1", None),
     "probe_top1": ("Linear probe, on the training views", "top-1", None),
     "probe_val_top1": ("Linear probe, on the validation images", "top-1", None),
     "rankme": ("Effective rank of the features (RankMe)", "rank", None),
     "lr": ("Learning rate", "lr", None),
     "tau": ("Decay of the target network", "tau", None),
-    "images_per_s": ("Throughput", "images / s", None),
+    "images_per_second": ("Throughput", "images / s", None),
     "data_wait": ("Share of the time spent waiting for data", "share", None),
     "peak_memory_gib": ("Peak memory", "GiB", None),
 }
-LEARNING = ("loss", "knn_top1", "probe_val_top1", "probe_top1", "collapse_std", "rankme", "lr", "tau")
-SPEED = ("images_per_s", "data_wait", "peak_memory_gib")
+LEARNING = ("loss", "knn_top1", "probe_val_top1", "probe_top1", "embedding_std", "rankme", "lr", "tau")
+SPEED = ("images_per_second", "data_wait", "peak_memory_gib")
 RARE = {"knn_top1", "probe_val_top1", "rankme"}
 """Recorded at evaluations only: each value gets a mark."""
 NOT_CURVES = {"step", "epoch", "knn_k", "knn_top5"}
@@ -47,11 +47,11 @@ NOT_CURVES = {"step", "epoch", "knn_k", "knn_top5"}
 def health(run: RunFiles) -> list[tuple[str, str]]:
     """What there is to say about a run, in sentences, each with "good", "warn" or "" before it."""
     said: list[tuple[str, str]] = []
-    spread, loss = run.last("collapse_std"), run.last("loss")
+    spread, loss = run.last("embedding_std"), run.last("loss")
     if not run.steps:
         said.append(("", "No step is recorded yet: there is nothing to judge."))
     elif loss is None or spread is None:
-        said.append(("warn", "Every step was undone: no loss was finite. A smaller optim.lr or precision fp32 helps."))
+        said.append(("warn", "Every step was skipped: no loss was finite. A smaller optim.lr or precision fp32 helps."))
     elif spread >= HEALTHY:
         said.append(("good", f"Healthy: the spread of the projections is {spread:.2f} (1 is healthy, 0 is collapsed)."))
     elif spread >= COLLAPSED:
@@ -79,10 +79,10 @@ def health(run: RunFiles) -> list[tuple[str, str]]:
         )
         said.append(("good" if gain >= 0.05 else "warn", text))
     said += [("warn", text) for found in run.evaluations for text in _behind(found)]
-    undone = sum(bool(r.get("undone")) for r in run.steps)
-    if undone:
+    skipped = sum(bool(r.get("skipped")) for r in run.steps)
+    if skipped:
         said.append(
-            ("warn", f"{_some(undone, 'step was', 'steps were')} undone: the loss or a gradient was not finite.")
+            ("warn", f"{_some(skipped, 'step was', 'steps were')} skipped: the loss or a gradient was not finite.")
         )
     waits = [float(r["data_wait"]) for r in run.steps if r.get("data_wait") is not None]
     if waits and sum(waits) / len(waits) > 0.1:
@@ -139,9 +139,9 @@ def summary(run: RunFiles) -> Section:
             below = [f"95 %: {interval}"] if interval else []
             below += [f"{count:,} images"] if isinstance(count, int) else []
             entries.append((f"eval {found['name']} top-1", f"{found['top1']:.1%}", "; ".join(below)))
-    if (spread := run.last("collapse_std")) is not None:
+    if (spread := run.last("embedding_std")) is not None:
         entries.append(("Spread", f"{spread:.2f}", "1 healthy, 0 collapsed"))
-    speeds = sorted(float(r["images_per_s"]) for r in run.steps if r.get("images_per_s"))
+    speeds = sorted(float(r["images_per_second"]) for r in run.steps if r.get("images_per_second"))
     if speeds:
         took = f"{_duration(run.seconds)} of steps" if run.seconds is not None else ""
         entries.append(
@@ -188,7 +188,7 @@ def _curve(runs: Sequence[RunFiles], key: str, x: str, end: float) -> str:
     top = max((v for line in lines for v in line.y if v is not None and math.isfinite(v)), default=0.0)
     if limits is not None and top > limits[1]:
         limits = (limits[0], top)
-    if key in {"loss", "images_per_s", "peak_memory_gib"} and limits is None and top > 0:
+    if key in {"loss", "images_per_second", "peak_memory_gib"} and limits is None and top > 0:
         limits = (0.0, 1.05 * top)
     if key == "data_wait":
         limits = (0.0, max(0.05, 1.05 * top))
@@ -196,17 +196,17 @@ def _curve(runs: Sequence[RunFiles], key: str, x: str, end: float) -> str:
 
 
 def _undone(run: RunFiles) -> list[Series]:
-    """Marks where steps were undone, at the height of the loss before."""
+    """Marks where steps were skipped, at the height of the loss before."""
     x: list[float | None] = []
     y: list[float | None] = []
     height = 0.0
     for record in run.steps:
-        if record.get("undone"):
+        if record.get("skipped"):
             x += [record["step"], None]
             y += [height, None]
         elif record["loss"] is not None:
             height = record["loss"]
-    return [Series("undone", x, y, markers=True)] if x else []
+    return [Series("skipped", x, y, markers=True)] if x else []
 
 
 def _distinct(names: Sequence[str], paths: Sequence[str]) -> list[str]:
@@ -218,7 +218,7 @@ def _in_numbers(run: RunFiles) -> str:
     steps = run.steps
     at = sorted({round(k * (len(steps) - 1) / 19) for k in range(20)}) if steps else []
     recorded = run.keys()
-    keys = [k for k in ("loss", "collapse_std", "lr", "tau", "images_per_s", "data_wait") if k in recorded]
+    keys = [k for k in ("loss", "embedding_std", "lr", "tau", "images_per_second", "data_wait") if k in recorded]
     rows = [[r["step"], r.get("epoch"), *(r.get(k) for k in keys)] for r in (steps[i] for i in at)]
     judged = [r for r in run.records if r.get("knn_top1") is not None]
     html = table(["step", "epoch", *keys], rows) if rows else ""
@@ -373,13 +373,13 @@ def comparison(runs: Sequence[RunFiles]) -> list[Section]:
     rows = []
     for run, name in zip(runs, names, strict=True):
         judged = [r["knn_top1"] for r in run.records if r.get("knn_top1") is not None]
-        speeds = sorted(float(r["images_per_s"]) for r in run.steps if r.get("images_per_s"))
+        speeds = sorted(float(r["images_per_second"]) for r in run.steps if r.get("images_per_second"))
         rows.append(
             [
                 name,
                 ", ".join(progress(run)),
                 f"{value:.4f}" if (value := run.last("loss")) is not None else "?",
-                f"{value:.2f}" if (value := run.last("collapse_std")) is not None else "?",
+                f"{value:.2f}" if (value := run.last("embedding_std")) is not None else "?",
                 _percent(judged[-1] if judged else None),
                 f"{speeds[len(speeds) // 2]:,.4g}" if speeds else "?",
                 _duration(run.seconds) if run.seconds is not None else "?",

@@ -6,28 +6,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from byol_fast.training.train_step import StepMetrics
-    from byol_fast.training.trainer import RunResult, Trainer
+    from byol_fast.training.run_dir import RunResult
+    from byol_fast.training.train_step import StepOutput
+    from byol_fast.training.trainer import Trainer
 
 
 class Callback:
     """What happens at points of a run; override what you need, the rest does nothing.
 
-    With several processes every process calls its callbacks; `trainer.world.leads` tells the one that writes files.
+    With several processes every process calls its callbacks; `trainer.world.is_main_process` is true on the one that
+    writes files.
     To end the run after the step under way, with everything saved, call `trainer.stop()`.
 
     Example:
-        >>> class Patience(Callback):
+        >>> class EarlyStopping(Callback):
         ...     def on_evaluation(self, trainer, record):
         ...         if record["step"] > 0 and record["knn_top1"] > 0.9:
         ...             trainer.stop()
-        >>> Trainer(config, callbacks=[Patience()]).fit()
+        >>> Trainer(config, callbacks=[EarlyStopping()]).fit()
     """
 
     def on_run_begin(self, trainer: Trainer) -> None:
         """Before the first step, and after a resume."""
 
-    def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
+    def on_step_end(self, trainer: Trainer, metrics: StepOutput) -> None:
         """After every optimizer step; reading `metrics.values` makes the host wait for the device."""
 
     def on_log(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:

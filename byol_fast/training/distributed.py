@@ -20,7 +20,7 @@ from byol_fast.config import ConfigError
 T = TypeVar("T")
 
 
-class LeaderError(RuntimeError):
+class MainProcessError(RuntimeError):
     """The leading process met an error, which it reports itself."""
 
 
@@ -32,84 +32,84 @@ class World:
     size: int = 1
     local_rank: int = 0
     """Number of this process on its machine, and of its GPU."""
-    votes: Any = None
+    cpu_group: Any = None
     """Process group on the CPU for small decisions; None alone."""
 
     @property
-    def alone(self) -> bool:
+    def is_single(self) -> bool:
         """Whether there is only this process."""
         return self.size == 1
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this process writes files and speaks to people."""
         return self.rank == 0
 
-    def share(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """What the leader holds, on all processes.
 
         Args:
             value: plain data; only the leader's counts.
         """
-        if self.alone:
+        if self.is_single:
             return value
         box = [value]
-        distributed.broadcast_object_list(box, src=0, group=self.votes)
+        distributed.broadcast_object_list(box, src=0, group=self.cpu_group)
         return box[0]
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """What every process holds, in order of rank, on all of them."""
-        if self.alone:
+        if self.is_single:
             return [value]
         box: list[Any] = [None] * self.size
-        distributed.all_gather_object(box, value, group=self.votes)
+        distributed.all_gather_object(box, value, group=self.cpu_group)
         return box
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Go on when all have come here."""
-        if not self.alone:
-            distributed.barrier(group=self.votes)
+        if not self.is_single:
+            distributed.barrier(group=self.cpu_group)
 
-    def largest(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         """The largest of all processes' values; all of them must ask."""
-        if self.alone:
+        if self.is_single:
             return value
         vote = torch.tensor([value])
-        distributed.all_reduce(vote, distributed.ReduceOp.MAX, group=self.votes)
+        distributed.all_reduce(vote, distributed.ReduceOp.MAX, group=self.cpu_group)
         return int(vote)
 
-    def from_leader(self, make: Callable[[], T]) -> T:
+    def run_on_main(self, make: Callable[[], T]) -> T:
         """What the leader makes, on all processes; an error there is raised on all of them.
 
         Args:
             make: called on the leader only; returns plain data.
         """
-        if self.alone:
+        if self.is_single:
             return make()
         error: Exception | None = None
         value: Any = None
-        if self.leads:
+        if self.is_main_process:
             try:
                 value = make()
             except Exception as raised:
                 error = raised
-        value, message = self.share((value, None if error is None else f"{type(error).__name__}: {error}"))
+        value, message = self.broadcast((value, None if error is None else f"{type(error).__name__}: {error}"))
         if error is not None:
             raise error
         if message is not None:
-            raise LeaderError(f"the leading process failed with {message}")
+            raise MainProcessError(f"the leading process failed with {message}")
         return cast("T", value)
 
     @contextmanager
-    def leader_first(self) -> Iterator[None]:
+    def main_process_first(self) -> Iterator[None]:
         """Run a block on the leader, then on the others: so that only one fetches or writes what all need."""
-        if not self.leads:
-            self.wait()
+        if not self.is_main_process:
+            self.barrier()
         try:
             yield
         finally:
-            if self.leads:
-                self.wait()
+            if self.is_main_process:
+                self.barrier()
 
 
 def started_by_torchrun() -> bool:
@@ -117,7 +117,7 @@ def started_by_torchrun() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def join(device: str, timeout_minutes: float) -> World:
+def init_process_group(device: str, timeout_minutes: float) -> World:
     """Meet the other processes, if there are any.
 
     Args:
@@ -142,8 +142,8 @@ def join(device: str, timeout_minutes: float) -> World:
     timeout = timedelta(minutes=timeout_minutes)
     if not distributed.is_initialized():
         _connect("nccl" if cuda else "gloo", timeout)
-    votes = distributed.new_group(backend="gloo", timeout=timeout)
-    return World(rank, size, local_rank, votes)
+    cpu_group = distributed.new_group(backend="gloo", timeout=timeout)
+    return World(rank, size, local_rank, cpu_group)
 
 
 def _connect(backend: str, timeout: timedelta) -> None:
@@ -158,16 +158,16 @@ def _connect(backend: str, timeout: timedelta) -> None:
     distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
-def leave() -> None:
+def destroy_process_group() -> None:
     """Part from the other processes; harmless when there are none."""
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 
 
-def wrapped(network: nn.Module, device: torch.device) -> DistributedDataParallel:
+def wrap_ddp(network: nn.Module, device: torch.device) -> DistributedDataParallel:
     """A network whose gradients are averaged over all processes during the backward pass.
 
-    Buffers are not broadcast: synchronised statistics are equal anyway, and a broadcast breaks captured steps.
+    Buffers are not broadcast: synchronized statistics are equal anyway, and a broadcast breaks captured steps.
     """
     return DistributedDataParallel(
         network,
@@ -177,12 +177,12 @@ def wrapped(network: nn.Module, device: torch.device) -> DistributedDataParallel
     )
 
 
-def mean(values: Tensor) -> Tensor:
-    """The mean of a tensor over all processes, in place."""
+def all_reduce_mean(values: Tensor) -> Tensor:
+    """Average a tensor over all processes, in place; returns it."""
     distributed.all_reduce(values)
     return values.div_(distributed.get_world_size())
 
 
-def agree(flag: Tensor) -> None:
+def all_reduce_found_inf(flag: Tensor) -> None:
     """Make a flag on the device 1 on all processes where it is 1 on any."""
     distributed.all_reduce(flag, distributed.ReduceOp.MAX)

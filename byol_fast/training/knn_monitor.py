@@ -1,7 +1,8 @@
-"""Nearest neighbours of the online encoder while it learns."""
+"""kNN evaluation of the online encoder during training."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from byol_fast.data import ImageSource, eval_batches
 from byol_fast.evaluate.extract import calibrated, embed
 from byol_fast.evaluate.knn import KNNResult, knn_accuracy
 from byol_fast.evaluate.rankme import rankme, spread_rows
-from byol_fast.models.base import SelfSupervisedTask
+from byol_fast.models.base import SSLModel
 from byol_fast.training.online_probe import OnlineProbe
 
 # Images that the norms of an untrained encoder are calibrated on.
@@ -23,26 +24,52 @@ CALIBRATION_IMAGES = 10_240
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
-    """What an encoder is worth at one moment."""
+class EvalMetrics:
+    """Quality of an encoder at one step of a run."""
 
     knn: KNNResult
-    """Nearest neighbours among the training images."""
+    """Nearest neighbors among the training images."""
     rankme: float
     """Effective rank of the training images' features; see `byol_fast.evaluate.rankme`."""
     probe_top1: float | None
-    """Accuracy of the probe on the validation images, 0..1, where there is one that has learned."""
+    """Accuracy of the online probe on the validation images, 0..1; None without a trained probe."""
+
+    def summary(self, k: int) -> str:
+        """One line for the terminal.
+
+        Args:
+            k: neighbors that vote.
+        """
+        probe = "" if self.probe_top1 is None else f"linear probe {self.probe_top1:.1%}, "
+        return (
+            f"kNN-{k} top-1 {self.knn.top1:.1%}, {probe}on {self.knn.num_test} images; RankMe {self.rankme:.0f} on the "
+            "training images"
+        )
+
+    def to_dict(self, k: int) -> dict[str, float | None]:
+        """Values for the metrics file.
+
+        Args:
+            k: neighbors that vote.
+        """
+        values = {
+            "knn_top1": self.knn.top1,
+            "knn_top5": self.knn.top5,
+            "knn_k": k,
+            "rankme": self.rankme if math.isfinite(self.rankme) else None,
+        }
+        return values if self.probe_top1 is None else values | {"probe_val_top1": self.probe_top1}
 
 
-class KNNDuringTraining:
-    """The kNN accuracy of a task's encoder on a run's images, and what else their features tell.
+class KNNMonitor:
+    """The kNN accuracy of a model's encoder on a run's images, and what else their features tell.
 
     Args:
         config: of it `knn`, `view1`, `data` are used.
-        task: whose encoder is judged.
+        model: whose encoder is judged.
         train: training images, with labels.
         val: validation images, with labels.
-        device: where the task is.
+        device: where the model is.
         autocast: dtype to compute in; None leaves the weights' own.
         probe: the linear classifier that learns beside the encoder.
     """
@@ -50,7 +77,7 @@ class KNNDuringTraining:
     def __init__(
         self,
         config: Config,
-        task: SelfSupervisedTask,
+        model: SSLModel,
         train: ImageSource,
         val: ImageSource,
         *,
@@ -58,20 +85,20 @@ class KNNDuringTraining:
         autocast: torch.dtype | None,
         probe: OnlineProbe | None = None,
     ) -> None:
-        self.config, self.task, self.train, self.val = config, task, train, val
+        self.config, self.model, self.train, self.val = config, model, train, val
         self.device, self.autocast, self.probe = device, autocast, probe
 
-    def __call__(self, *, untrained: bool, check: Callable[[], None]) -> Snapshot:
+    def __call__(self, *, untrained: bool, check: Callable[[], None]) -> EvalMetrics:
         """Evaluate the encoder as it is now.
 
         Args:
             untrained: calibrate the batch norms first (on a copy): an untrained network's are meaningless.
             check: called before every batch; may raise to stop.
         """
-        knn, encoder = self.config.knn, self.task.encoder
+        knn, encoder = self.config.knn, self.model.encoder
         train, index = self._spaced(knn.max_train)
         common: dict[str, Any] = {
-            "normalize": self.task.normalize,
+            "normalize": self.model.normalize,
             "device": self.device,
             "autocast": self.autocast,
             "check": check,
@@ -91,7 +118,7 @@ class KNNDuringTraining:
             num_classes=len(self.train.classes),
         )
         learned = self.probe is not None and self.probe.steps > 0
-        return Snapshot(
+        return EvalMetrics(
             knn=accuracy,
             rankme=rankme(spread_rows(train_x)),
             probe_top1=self.probe.top1(val_x, val_y) if self.probe is not None and learned else None,

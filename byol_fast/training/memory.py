@@ -1,9 +1,6 @@
-"""Memory: how much a run has used, and what would fit where a batch did not."""
+"""The largest batch that fits, when one did not."""
 
 from __future__ import annotations
-
-import resource
-import sys
 
 import torch
 
@@ -13,25 +10,17 @@ from byol_fast.models import split_batchnorm
 from byol_fast.training.train_step import TrainStep
 
 
-def peak_gib(device: torch.device) -> float:
-    """Most memory in use at once so far, in GiB: by tensors on a GPU, by the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kib / 2**20 / (1024 if sys.platform == "darwin" else 1)
-
-
 def largest_that_fits(step: TrainStep, batch: Batch) -> int:
     """Images of the largest half, quarter, ... of a batch that passes forward and backward; 0 when not even two do.
 
     The step's networks are not connected to other processes any more after that.
     """
-    step.task.call_online_through(lambda network: network)
-    for network in step.task.networks():
-        split_batchnorm.keep_to_itself(network)
+    step.model.wrap_online(lambda network: network)
+    for network in step.model.networks():
+        split_batchnorm.disable_sync(network)
     size = len(batch.index) // 2
     while size >= 2:
-        step.drop_gradients()
+        step.zero_grad()
         if step.device.type == "cuda":
             torch.cuda.empty_cache()
         if _passes(step, batch, size):
@@ -43,14 +32,14 @@ def largest_that_fits(step: TrainStep, batch: Batch) -> int:
 def _passes(step: TrainStep, batch: Batch, size: int) -> bool:
     try:
         with torch.compiler.set_stance("force_eager"):  # a compiled pass would be compiled anew for each size
-            step.forward_backward(batch.view1[:size], batch.view2[:size])
+            step.forward_backward(step.to_device([view[:size] for view in batch.views]))
     except torch.OutOfMemoryError:
         return False
     return True
 
 
-def advice(step: TrainStep, batch: Batch, message: str, config: Config) -> str:
-    """What to say, and to try, when a batch did not fit.
+def out_of_memory_message(step: TrainStep, batch: Batch, message: str, config: Config) -> str:
+    """Out-of-memory message with the largest batch size that fits.
 
     Args:
         step: that failed.
@@ -62,10 +51,10 @@ def advice(step: TrainStep, batch: Batch, message: str, config: Config) -> str:
     if not fits:
         way_out = "not even 2 images fit: choose a smaller encoder, or smaller views"
     else:
-        times = -(-config.batch_size // fits) * config.accumulate
+        times = -(-config.batch_size // fits) * config.grad_accum_steps
         way_out = (
-            f"{fits} images would fit: --batch-size {fits} --accumulate {times} keeps the learning rate (batch norms "
-            f"then see {fits} images)"
+            f"{fits} images would fit: --batch-size {fits} --grad-accum-steps {times} keeps the learning rate (batch "
+            f"norms then see {fits} images)"
         )
     if not config.activation_checkpointing:
         way_out += "; --activation-checkpointing needs less memory for the same batch and takes about a third longer"

@@ -1,15 +1,22 @@
-"""`metrics.jsonl`: one record a step, and after a resume none twice."""
+"""Metrics of a run: records of steps, throughput, `metrics.jsonl` and TensorBoard."""
 
 from __future__ import annotations
 
 import json
+import resource
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from byol_fast.training.train_step import StepOutput
+from byol_fast.utils.checkpoint import CheckpointError
 from byol_fast.utils.files import atomic_write
 
 Record = dict[str, Any]
@@ -28,102 +35,102 @@ def read(path: Path) -> list[Record]:
     return records
 
 
-class MetricsLog:
-    """Appends records to a file; they wait in memory until the next `flush`.
+class MetricsLogger:
+    """Appends records to `metrics.jsonl`, and to TensorBoard's files; they wait in memory until the next `flush`.
 
     Args:
-        path: the file; created when the first record is written.
+        path: the metrics file.
+        tensorboard: folder of TensorBoard's event files; None writes none.
+        is_main_process: whether this process writes; the others drop their records.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, tensorboard: Path | None = None, is_main_process: bool = True) -> None:
         self.path = path
-        self._waiting: list[Record] = []
-        self.latest: Record = {}
-        """The record that was queued last."""
-
-    def rewind(self, step: int, *, evaluated: bool) -> None:
-        """Forget what was recorded after the checkpoint of `step`: it is about to be done again.
-
-        Args:
-            step: step of the checkpoint that training resumes from.
-            evaluated: whether that checkpoint already counts the evaluation at its step; if not, that goes too.
-        """
-
-        def kept(record: Record) -> bool:
-            return record["step"] < step or (record["step"] == step and (evaluated or "loss" in record))
-
-        atomic_write(self.path, "".join(json.dumps(r) + "\n" for r in read(self.path) if kept(r)))
-
-    def add(self, record: Record) -> None:
-        """Queue a record."""
-        self._waiting.append(record)
-        self.latest = record
-
-    def flush(self) -> list[Record]:
-        """Write what waits, and return it."""
-        written = list(self._waiting)
-        if written:
-            with self.path.open("a") as file:
-                file.write("".join(json.dumps(record) + "\n" for record in written))
-            self._waiting.clear()
-        return written
-
-    def forget(self) -> None:
-        """Drop what waits: another process writes it."""
-        self._waiting.clear()
-
-
-class TensorBoard:
-    """The same numbers for TensorBoard, where its package is installed.
-
-    Args:
-        folder: of its event files.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self._tensorboard = tensorboard
+        self._is_main_process = is_main_process
+        self._pending: list[Record] = []
         self._writer: Any = None
 
-    def open(self, step: int) -> str | None:
-        """Begin to write; what was written after `step` is about to be done again and disappears from view.
+    def open(self, step: int, *, evaluated: bool) -> str | None:
+        """Remove the records after the checkpoint of `step`, which are about to be made again, and begin to write.
+
+        Args:
+            step: step of the checkpoint that training resumes from; 0 for a new run.
+            evaluated: whether that checkpoint already counts the evaluation at its step; if not, that goes too.
 
         Returns:
-            Why nothing will be written, or None.
+            Why nothing will be written for TensorBoard, or None.
+
+        Raises:
+            OSError: the folder cannot be written.
         """
+
+        def stays(record: Record) -> bool:
+            return record["step"] < step or (record["step"] == step and (evaluated or "loss" in record))
+
+        atomic_write(self.path, "".join(json.dumps(r) + "\n" for r in read(self.path) if stays(r)))
+        if self._tensorboard is None:
+            return None
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             return f"no TensorBoard files ({error}): pip install tensorboard, or set tensorboard to false"
-        self._writer = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None)
+        self._writer = SummaryWriter(str(self._tensorboard), purge_step=step + 1 if step else None)
         return None
 
-    def write(self, records: list[Record]) -> None:
-        """Add the numbers of records."""
-        if self._writer is None:
+    def add(self, record: Record) -> None:
+        """Queue a record."""
+        self._pending.append(record)
+
+    def flush(self) -> None:
+        """Write the queued records.
+
+        Raises:
+            CheckpointError: the disk is full or read-only; the records stay queued.
+        """
+        if not self._is_main_process:
+            self.discard()
+        if not self._pending:
             return
-        for record in records:
-            for name, value in record.items():
-                if name not in {"step", "undone", "knn_k"} and value is not None:
-                    self._writer.add_scalar(name, value, record["step"])
-        self._writer.flush()
+        try:
+            with self.path.open("a") as file:
+                file.write("".join(json.dumps(record) + "\n" for record in self._pending))
+            written, self._pending = self._pending, []
+            if self._writer is not None:
+                self._write_scalars(written)
+        except OSError as error:
+            raise CheckpointError(
+                f"metrics: {self.path} could not be written ({error}); free space, then resume"
+            ) from error
+
+    def discard(self) -> None:
+        """Drop the queued records."""
+        self._pending.clear()
 
     def close(self) -> None:
-        """Finish the files."""
+        """Finish TensorBoard's files."""
         if self._writer is not None:
             self._writer.close()
 
+    def _write_scalars(self, records: list[Record]) -> None:
+        for record in records:
+            for name, value in record.items():
+                if name not in {"step", "skipped", "knn_k"} and value is not None:
+                    self._writer.add_scalar(name, value, record["step"])
+        self._writer.flush()
+
 
 @dataclass(frozen=True, slots=True)
-class Speed:
-    """Throughput over a stretch of steps."""
+class Throughput:
+    """Throughput over some steps."""
 
-    images_per_s: float
+    images_per_second: float
     data_wait: float
-    """Share of the time that the host waited for data, 0..1."""
+    """Share of the time in which the host waited for data, 0..1."""
 
 
-class Stopwatch:
-    """Measures throughput by the host's clock, between `lap`s."""
+class ThroughputMeter:
+    """Measures throughput by the host's clock, from one `read` to the next."""
 
     def __init__(self) -> None:
         self._begin = time.perf_counter()
@@ -131,7 +138,7 @@ class Stopwatch:
         self._images = 0
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
+    def data_wait(self) -> Iterator[None]:
         """Count the time of the block as waiting for data."""
         begin = time.perf_counter()
         yield
@@ -148,10 +155,89 @@ class Stopwatch:
         """Add images that were trained on."""
         self._images += images
 
-    def lap(self) -> Speed:
-        """Throughput since the last lap."""
+    def read(self) -> Throughput:
+        """Throughput since the last reading."""
         now = time.perf_counter()
         elapsed = max(now - self._begin, 1e-9)
-        speed = Speed(self._images / elapsed, min(self._waited / elapsed, 1.0))
+        result = Throughput(self._images / elapsed, min(self._waited / elapsed, 1.0))
         self._begin, self._waited, self._images = now, 0.0, 0
-        return speed
+        return result
+
+
+class StepRecords:
+    """Values of steps, kept on the device until they are read.
+
+    Args:
+        steps_per_epoch: optimizer steps per epoch.
+        throughput: counts images and waiting time.
+        device: whose peak memory is recorded.
+        all_reduce_mean: with several processes, averages a tensor over them.
+    """
+
+    def __init__(
+        self,
+        steps_per_epoch: float,
+        throughput: ThroughputMeter,
+        device: torch.device,
+        all_reduce_mean: Callable[[Tensor], Tensor] | None,
+    ) -> None:
+        self._steps_per_epoch = steps_per_epoch
+        self._throughput = throughput
+        self._device = device
+        self._all_reduce_mean = all_reduce_mean
+        self._pending: list[tuple[int, float, float, Tensor]] = []
+
+    def add(self, step: int, output: StepOutput, probe_top1: Tensor | None) -> None:
+        """Keep the values of a finished step.
+
+        Args:
+            step: its number, from 1.
+            output: of the step.
+            probe_top1: accuracy of the online probe on the step's views, scalar.
+        """
+        values = output.values if probe_top1 is None else torch.cat([output.values, probe_top1.double()[None]])
+        self._pending.append((step, output.lr, output.tau, values))
+
+    def read(self) -> list[Record]:
+        """Records of the steps since the last reading; the only place where the host waits for the device."""
+        if not self._pending:
+            return []
+        values = torch.stack([values for *_, values in self._pending])
+        if self._all_reduce_mean is not None:
+            values = self._all_reduce_mean(values)
+        throughput, peak = self._throughput.read(), peak_gib(self._device)
+        pending, self._pending = self._pending, []
+        return [
+            self._record(step, lr, tau, row, throughput, peak)
+            for (step, lr, tau, _), row in zip(pending, values.tolist(), strict=True)
+        ]
+
+    def _record(
+        self, step: int, lr: float, tau: float, row: list[float], throughput: Throughput, peak: float
+    ) -> Record:
+        loss, spread, skipped, *probe_top1 = row
+        record: Record = {
+            "step": step,
+            "epoch": round(step / self._steps_per_epoch, 4),
+            "loss": loss,
+            "lr": lr,
+            "tau": tau,
+            "images_per_second": round(throughput.images_per_second, 2),
+            "data_wait": round(throughput.data_wait, 4),
+            "embedding_std": spread,
+            "peak_memory_gib": round(peak, 3),
+        }
+        if probe_top1:
+            record["probe_top1"] = probe_top1[0]
+        if skipped > 0:
+            record |= {name: None for name in ("loss", "embedding_std", "probe_top1") if name in record}
+            record["skipped"] = True
+        return record
+
+
+def peak_gib(device: torch.device) -> float:
+    """Most memory in use at once so far, in GiB: by tensors on a GPU, by the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib / 2**20 / (1024 if sys.platform == "darwin" else 1)

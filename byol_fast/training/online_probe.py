@@ -24,7 +24,7 @@ class OnlineProbe:
         num_classes: number of classes.
         lr: Adam's learning rate.
         device: where the features are.
-        average: with several processes, replaces a tensor by its mean over all of them.
+        all_reduce_mean: with several processes, averages a tensor over them, in place.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class OnlineProbe:
         *,
         lr: float,
         device: torch.device,
-        average: Callable[[Tensor], Tensor] | None = None,
+        all_reduce_mean: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.num_classes = num_classes
         self.weight = nn.Parameter(torch.zeros(num_classes, feature_dim, device=device))
@@ -46,7 +46,7 @@ class OnlineProbe:
         # The fused form can skip an update by a flag on the device.
         cuda = device.type == "cuda"
         self.optimizer = torch.optim.Adam([self.weight, self.bias], lr=lr, fused=True, capturable=cuda)
-        self._average = average
+        self._all_reduce_mean = all_reduce_mean
 
     @torch.no_grad()
     def learn(self, features: Sequence[Tensor], labels: Tensor, bad: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class OnlineProbe:
         Args:
             features: of each batch of the step, `[2B, D]`: both views, one after the other.
             labels: classes of the images of all batches, int64, on any device.
-            bad: scalar, 1 where the step was undone: then nothing is learned.
+            bad: scalar, 1 where the step was skipped: then nothing is learned.
 
         Returns:
             Share of the views that were classified rightly before anything was learned from them, fp32 scalar.
@@ -76,10 +76,10 @@ class OnlineProbe:
         error = logits.softmax(dim=1)
         error.scatter_add_(1, y[:, None], error.new_full((len(y), 1), -1.0)).div_(len(y))
         self.weight.grad, self.bias.grad = error.T @ x, error.sum(dim=0)
-        if self._average is not None:
+        if self._all_reduce_mean is not None:
             for parameter in (self.weight, self.bias):
                 assert parameter.grad is not None
-                self._average(parameter.grad)
+                self._all_reduce_mean(parameter.grad)
         self.optimizer.found_inf = bad  # type: ignore[attr-defined]
         self.optimizer.grad_scale = None  # type: ignore[attr-defined]
         self.optimizer.step()

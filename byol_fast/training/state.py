@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from byol_fast.data import ViewLoader
-from byol_fast.models.base import SelfSupervisedTask
+from byol_fast.models.base import SSLModel
 from byol_fast.training.distributed import World
 from byol_fast.training.online_probe import OnlineProbe
-from byol_fast.utils.precision import LossScale
+from byol_fast.utils.precision import GradScaler
 
 log = logging.getLogger(__name__)
 
@@ -21,12 +21,12 @@ log = logging.getLogger(__name__)
 class TrainState:
     """The one step counter, and whatever changes with it."""
 
-    task: SelfSupervisedTask
+    model: SSLModel
     optimizer: torch.optim.Optimizer
     loader: ViewLoader
-    loss_scale: LossScale | None = None
+    grad_scaler: GradScaler | None = None
     world: World = field(default_factory=World)
-    accumulate: int = 1
+    grad_accum_steps: int = 1
     """Batches of the loader that make a step."""
     probe: OnlineProbe | None = None
     step: int = 0
@@ -39,7 +39,7 @@ class TrainState:
     @property
     def epoch(self) -> float:
         """Epochs finished, with the fraction of the one under way."""
-        return self.step * self.accumulate / self.loader.steps_per_epoch
+        return self.step * self.grad_accum_steps / self.loader.steps_per_epoch
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, buffers, momentum, and each process's position in the data and random number generators.
@@ -47,13 +47,13 @@ class TrainState:
         All processes must call it.
         """
         own: dict[str, Any] = {"loader": self.loader.state_dict(), "rng": torch.get_rng_state()}
-        if next(self.task.parameters()).is_cuda:
+        if next(self.model.parameters()).is_cuda:
             own["rng_cuda"] = torch.cuda.get_rng_state()
         return {
-            "task": self.task.state_dict(),
+            "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "processes": self.world.gather(own),
-            "loss_scale": None if self.loss_scale is None else self.loss_scale.state_dict(),
+            "processes": self.world.all_gather(own),
+            "grad_scaler": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
             "step": self.step,
             "evaluated_at": self.evaluated_at,
             "best": self.best,
@@ -75,10 +75,10 @@ class TrainState:
             )
         own = processes[self.world.rank]
         self.loader.load_state_dict(own["loader"])  # first: it refuses a state of other data
-        self.task.load_state_dict(state["task"])
+        self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.loss_scale is not None and state["loss_scale"] is not None:
-            self.loss_scale.load_state_dict(state["loss_scale"])
+        if self.grad_scaler is not None and state["grad_scaler"] is not None:
+            self.grad_scaler.load_state_dict(state["grad_scaler"])
         self.step = state["step"]
         self.evaluated_at = state["evaluated_at"]
         self.best = state["best"]

@@ -18,7 +18,7 @@ from byol_fast.utils.files import atomic_path
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 # A checkpoint is a file of torch.save and behind it this line with the digest of what is before: one file, so that
 # nothing can come between data and checksum, and torch.load still reads it (zip readers pass over what follows).
 _LABEL = b"\nsha256:"

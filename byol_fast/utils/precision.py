@@ -48,10 +48,10 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
     return Precision(*dtypes[name])
 
 
-class LossScale:
+class GradScaler:
     """The dynamic loss scale of `torch.amp.GradScaler`, kept on the device: nothing ever waits for it.
 
-    Doubles after 2,000 good steps, halves after a bad one.
+    Doubles after 2,000 good steps, halves after a found_inf one.
     """
 
     INITIAL, GROWTH, BACKOFF, INTERVAL = 65536.0, 2.0, 0.5, 2000
@@ -60,13 +60,13 @@ class LossScale:
         self.scale = torch.full((), self.INITIAL, device=device)
         self._good_steps = torch.zeros((), dtype=torch.int32, device=device)
 
-    def update(self, bad: Tensor) -> None:
+    def update(self, found_inf: Tensor) -> None:
         """Adapt the scale after a step.
 
         Args:
-            bad: fp32 scalar, 1 where the step's gradients were not finite.
+            found_inf: fp32 scalar, 1 where the step's gradients were not finite.
         """
-        torch._amp_update_scale_(self.scale, self._good_steps, bad, self.GROWTH, self.BACKOFF, self.INTERVAL)
+        torch._amp_update_scale_(self.scale, self._good_steps, found_inf, self.GROWTH, self.BACKOFF, self.INTERVAL)
 
     def tensors(self) -> list[Tensor]:
         """All that changes."""

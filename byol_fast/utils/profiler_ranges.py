@@ -15,7 +15,7 @@ Phase = Literal[
     "target forward",
     "loss",
     "backward",
-    "optimizer + average",
+    "optimizer + EMA",
     "metrics",
     "callbacks",
 ]
@@ -23,7 +23,7 @@ Mark = Callable[[str], AbstractContextManager[object]]
 _mark: Mark | None = None
 
 
-def phase(name: Phase) -> AbstractContextManager[object]:
+def record_range(name: Phase) -> AbstractContextManager[object]:
     """A block of a step that is measured under this name, if someone measures."""
     # In this order: compiled code must not be compiled again because a profile begins.
     if torch.compiler.is_compiling() or _mark is None:

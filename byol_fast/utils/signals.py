@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class StopRequest:
+class GracefulShutdown:
     """Remembers that SIGINT or SIGTERM has arrived."""
 
     def __init__(self) -> None:
@@ -17,7 +17,7 @@ class StopRequest:
         """The signal; 0 while there was none."""
 
     @contextmanager
-    def noted(self) -> Iterator[None]:
+    def catch_signals(self) -> Iterator[None]:
         """Take note of signals during the block instead of dying; a second SIGINT ends the process at once."""
 
         def note(signum: int, _frame: FrameType | None) -> None:

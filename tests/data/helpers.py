@@ -57,4 +57,4 @@ def error(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def same(a: Batch, b: Batch) -> bool:
-    return all(torch.equal(x, y) for x, y in ((a.view1, b.view1), (a.view2, b.view2), (a.index, b.index)))
+    return all(torch.equal(x, y) for x, y in ((a.views[0], b.views[0]), (a.views[1], b.views[1]), (a.index, b.index)))

@@ -61,7 +61,7 @@ def test_odd_files_are_read(backend: str, tmp_path: Path) -> None:
     source = open_source(tmp_path)
     assert len(source) == len(GOOD)
     batch = next(loader_of(source, replace(config(backend, "raise"), {"batch_size": len(GOOD)})))
-    for i, got in zip(batch.index.tolist(), pixels(batch.view1), strict=True):
+    for i, got in zip(batch.index.tolist(), pixels(batch.views[0]), strict=True):
         wanted, tolerance = expected[source.where(i)]
         assert error(got, wanted).mean() <= tolerance, source.where(i)
 
@@ -207,7 +207,7 @@ def test_loaders_agree_on_a_whole_run_with_bad_files(tmp_path: Path) -> None:
         a, b = next(good), next(bad)
         rows = a.index == b.index
         assert (~rows).sum() == (a.index == BAD_ONE).sum() <= 1
-        assert torch.equal(a.view1[rows], b.view1[rows]) and torch.equal(a.view2[rows], b.view2[rows])
+        assert torch.equal(a.views[0][rows], b.views[0][rows]) and torch.equal(a.views[1][rows], b.views[1][rows])
 
 
 def small_run(root: Path, **changes: Any) -> Config:

@@ -63,7 +63,7 @@ def assert_views_match_index(loader: DaliLoader, batch: Batch, step: int) -> Non
     plan = loader.planner(step)
     assert np.array_equal(batch.index.numpy(), plan.index)
     levels = LEVELS[batch.index.numpy()]
-    for view, draws in zip((batch.view1, batch.view2), plan.draws, strict=True):
+    for view, draws in zip((batch.views[0], batch.views[1]), plan.draws, strict=True):
         expected = np.where(draws.solarize & (levels >= 128), 255 - levels, levels)
         assert np.array_equal(pixels(view), np.broadcast_to(expected[:, None, None, None], (BATCH, SIZE, SIZE, 3)))
 

@@ -5,6 +5,7 @@ Where it makes sense a test runs on the CPU too, with nothing of its own to show
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -48,7 +49,7 @@ def take(loader: ViewLoader, n: int) -> list[Batch]:
 
 
 def on_host(batch: Batch) -> Batch:
-    return Batch(batch.view1.cpu(), batch.view2.cpu(), batch.index)
+    return dataclasses.replace(batch, views=tuple(view.cpu() for view in batch.views))
 
 
 @contextmanager
@@ -81,7 +82,7 @@ def test_views_are_those_of_the_cpu(backend: str, device: torch.device, files: A
     for _ in range(4):  # two epochs
         expected, found = (next(loader) for loader in loaders)
         assert torch.equal(expected.index, found.index) and not found.index.is_cuda
-        for a, b in ((expected.view1, found.view1), (expected.view2, found.view2)):
+        for a, b in ((expected.views[0], found.views[0]), (expected.views[1], found.views[1])):
             assert b.device.type == device.type and b.is_contiguous(memory_format=torch.channels_last)
             by_image = error(pixels(a), pixels(b.cpu())).mean(axis=(1, 2, 3))
             assert np.median(by_image) <= MEAN_ERROR[backend]
@@ -111,7 +112,7 @@ def test_the_decoders_of_a_gpu_agree_with_the_cpus(load: float, files: FileSourc
     with busy(GPU):
         found = [on_host(batch) for batch in take(make_loader(source, config, device=GPU), 4)]
     for a, b in zip(expected, found, strict=True):
-        assert error(pixels(a.view1), pixels(b.view1)).mean(axis=(1, 2, 3)).max() <= 4
+        assert error(pixels(a.views[0]), pixels(b.views[0])).mean(axis=(1, 2, 3)).max() <= 4
 
 
 @on_both("resume")
@@ -151,7 +152,7 @@ def test_memory_does_not_grow(backend: str, files: Any, arrays: Any) -> None:
     before = torch.cuda.memory_reserved()
     for _ in range(100):
         batch = next(loader)
-        (batch.view1.float().sum() + batch.view2.float().sum()).mul_(2)
+        (batch.views[0].float().sum() + batch.views[1].float().sum()).mul_(2)
     torch.cuda.synchronize()
     assert torch.cuda.memory_reserved() <= before + 2**21  # one more block of the allocator
 
@@ -184,4 +185,4 @@ def test_resident_views_can_be_captured_in_a_graph(arrays: ArraySource) -> None:
         views = graph.replay()
         expected = loader._both(index, keys)
         assert all(torch.equal(a, b) for a, b in zip(views, expected, strict=True))
-    assert torch.equal(views[0].cpu(), first.view1)
+    assert torch.equal(views[0].cpu(), first.views[0])

@@ -72,13 +72,13 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
 def test_batches_are_raw_channels_last_and_numbered(backend: str, arrays: ArraySource) -> None:
     loader = loader_of(arrays, config_of(backend, plain(64), plain(64, solarize=1.0), batch_size=16))
     for batch in take(loader, 3):
-        assert batch.raw and batch.index.dtype == torch.int64
-        assert batch.view1.shape == (16, 3, 64, 64)
-        assert batch.view1.is_contiguous(memory_format=torch.channels_last)
+        assert batch.is_raw and batch.index.dtype == torch.int64
+        assert batch.views[0].shape == (16, 3, 64, 64)
+        assert batch.views[0].is_contiguous(memory_format=torch.channels_last)
         originals = arrays.images[batch.index.numpy()]
-        assert np.array_equal(pixels(batch.view1), originals)
+        assert np.array_equal(pixels(batch.views[0]), originals)
         # the second view follows its own configuration
-        assert np.array_equal(pixels(batch.view2), np.where(originals < 128, originals, 255 - originals))
+        assert np.array_equal(pixels(batch.views[1]), np.where(originals < 128, originals, 255 - originals))
 
 
 def test_epochs_visit_every_image_once_in_new_orders(backend: str, source: ImageSource) -> None:
@@ -108,17 +108,17 @@ def test_another_seed_makes_other_views(backend: str, arrays: ArraySource) -> No
 def test_an_image_gets_new_views_each_epoch(backend: str, arrays: ArraySource) -> None:
     only = ArraySource(arrays.images[:2])
     batches = take(loader_of(only, config_of(backend, VIEW1, VIEW2, batch_size=2)), 4)
-    views = [view[b.index.tolist().index(0)] for b in batches for view in (b.view1, b.view2)]
+    views = [view[b.index.tolist().index(0)] for b in batches for view in (b.views[0], b.views[1])]
     assert all(not torch.equal(a, b) for i, a in enumerate(views) for b in views[:i])
 
 
 def test_views_stay_valid_while_later_batches_are_made(backend: str, source: ImageSource) -> None:
     loader = loader_of(source, config_of(backend, VIEW1, VIEW2))
     held = next(loader)
-    copies = [held.view1.clone(), held.view2.clone(), held.index.clone()]
+    copies = [held.views[0].clone(), held.views[1].clone(), held.index.clone()]
     take(loader, 9)
     loader.close()
-    assert all(torch.equal(a, b) for a, b in zip(copies, (held.view1, held.view2, held.index), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(copies, (held.views[0], held.views[1], held.index), strict=True))
 
 
 def test_resume_is_exact(backend: str, source: ImageSource) -> None:
@@ -178,7 +178,7 @@ def test_the_other_loader_continues_with_the_same_draws(dali: None, arrays: Arra
     assert "pixels may differ" in caplog.text
     a, b = next(ours), next(theirs)
     assert torch.equal(a.index, b.index)
-    assert error(pixels(a.view1), pixels(b.view1)).mean() < 1.9
+    assert error(pixels(a.views[0]), pixels(b.views[0])).mean() < 1.9
 
 
 @pytest.mark.parametrize("n", [16, 37, 101])
@@ -200,7 +200,7 @@ def test_shards_are_parts_of_one_epoch(backend: str, arrays: ArraySource) -> Non
     for step, batch in enumerate(whole):
         for i in range(2):
             assert torch.equal(batch.index[i::2], parts[i][step].index)
-            assert torch.equal(batch.view1[i::2], parts[i][step].view1)  # nor do the pixels depend on the batch
+            assert torch.equal(batch.views[0][i::2], parts[i][step].views[0])  # nor do the pixels depend on the batch
 
 
 def test_batch_larger_than_the_data_is_refused(backend: str, arrays: ArraySource) -> None:
@@ -256,7 +256,9 @@ def test_rows_of_bad_files_are_made_anew_of_others(files_backend: str, files: Fi
     expected, found = (next(loader_of(open_source(tmp_path / name), config)) for name in ("good", "bad"))
     assert 5 in expected.index.tolist() and 5 not in found.index.tolist()
     where = [expected.index.tolist().index(i) for i in found.index.tolist()]
-    assert torch.equal(found.view1, expected.view1[where]) and torch.equal(found.view2, expected.view2[where])
+    assert torch.equal(found.views[0], expected.views[0][where]) and torch.equal(
+        found.views[1], expected.views[1][where]
+    )
 
 
 def test_odd_but_good_files_are_read(files_backend: str, tmp_path: Path) -> None:
@@ -281,7 +283,7 @@ def test_odd_but_good_files_are_read(files_backend: str, tmp_path: Path) -> None
     source = open_source(tmp_path)
     assert len(source) == 12
     batch = next(loader_of(source, config_of(files_backend, plain(40), batch_size=12)))
-    got = {Path(source.paths[int(k)]).stem: p for k, p in zip(batch.index, pixels(batch.view1), strict=True)}  # type: ignore[attr-defined]
+    got = {Path(source.paths[int(k)]).stem: p for k, p in zip(batch.index, pixels(batch.views[0]), strict=True)}  # type: ignore[attr-defined]
     assert np.array_equal(got["alpha"], ramp)
     assert np.array_equal(got["bitmap"], ramp)
     assert np.array_equal(got["tag"], ramp)

@@ -211,7 +211,7 @@ def test_parts_of_the_jitter_without_a_range_are_left_out() -> None:
 
 def test_the_whole_of_an_image_is_left_as_it_is(any_backend: str, arrays: ArraySource) -> None:
     batch = next(loader_of(arrays, config_of(any_backend, plain(64), batch_size=48)))
-    assert np.array_equal(pixels(batch.view1), arrays.images[batch.index.numpy()])
+    assert np.array_equal(pixels(batch.views[0]), arrays.images[batch.index.numpy()])
 
 
 def test_a_crop_in_dali_is_rounded_once(arrays: ArraySource, dali: None) -> None:
@@ -225,7 +225,7 @@ def test_a_crop_in_dali_is_rounded_once(arrays: ArraySource, dali: None) -> None
         crop = image[None, :, top : top + h, left : left + w]
         resized = torch.nn.functional.interpolate(crop, (48, 48), mode="bicubic", antialias=True, align_corners=False)
         expected.append(resized[0].permute(1, 2, 0).clamp(0, 255).round().numpy())
-    difference = error(pixels(batch.view1), np.stack(expected))
+    difference = error(pixels(batch.views[0]), np.stack(expected))
     assert difference.mean() <= 0.05
     assert np.quantile(difference, 0.999) <= 1
     assert difference.max() <= 2  # DALI looks its filter up in a table
@@ -241,7 +241,7 @@ def test_crops_agree_for_all_shapes_of_files(tmp_path: Path, dali: None) -> None
     source = open_source(tmp_path)
     view = plain(24, area=(0.08, 1.0), aspect=(3 / 4, 4 / 3), flip=0.5, interpolation="bilinear")
     views = [
-        next(loader_of(source, config_of(b, view, batch_size=64))).view1
+        next(loader_of(source, config_of(b, view, batch_size=64))).views[0]
         for b in ("torchvision", "dali", "dali+kernels", "torchvision+kernels")
     ]
     for other in views[1:]:

@@ -52,7 +52,7 @@ def test_the_views_are_those_that_training_takes_first(any_backend: str, arrays:
         index = int(batches[-1].index[row])
         assert sample.name == f"array[{index}]"
         assert np.array_equal(np.asarray(sample.original), arrays.images[index])
-        for view, shown in zip((batches[-1].view1, batches[-1].view2), sample.views, strict=True):
+        for view, shown in zip((batches[-1].views[0], batches[-1].views[1]), sample.views, strict=True):
             assert np.array_equal(pixels(view)[row], np.asarray(shown))
 
 

@@ -56,7 +56,7 @@ def test_views_are_torchvisions(arrays: ArraySource) -> None:
         for name in ("resident+kernels", "torchvision")
     )
     assert torch.equal(ours.index, theirs.index)
-    for a, b in ((ours.view1, theirs.view1), (ours.view2, theirs.view2)):
+    for a, b in ((ours.views[0], theirs.views[0]), (ours.views[1], theirs.views[1])):
         by_image = error(pixels(a), pixels(b)).mean(axis=(1, 2, 3))
         assert by_image.mean() <= 1.9 and np.median(by_image) <= 1.9
 
@@ -64,7 +64,7 @@ def test_views_are_torchvisions(arrays: ArraySource) -> None:
 def test_crops_alone_are_torchvisions(arrays: ArraySource) -> None:
     view = plain(24, area=(0.08, 1.0), aspect=(3 / 4, 4 / 3), flip=0.5)
     ours, theirs = (next(loader_of(arrays, config_of(n, view))) for n in ("resident+kernels", "torchvision"))
-    difference = error(pixels(ours.view1), pixels(theirs.view1))
+    difference = error(pixels(ours.views[0]), pixels(theirs.views[0]))
     assert difference.mean() <= 0.05 and np.quantile(difference, 0.999) <= 1
 
 

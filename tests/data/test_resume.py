@@ -60,7 +60,7 @@ def open_pair(folder: Path, kind: str, backend: str, bad: bool) -> tuple[ImageSo
 def digest_of(loader: ViewLoader) -> str:
     batch = next(loader)
     result = hashlib.blake2b(batch.index.numpy().tobytes(), digest_size=16)
-    for view in (batch.view1, batch.view2):
+    for view in (batch.views[0], batch.views[1]):
         result.update(view.contiguous().numpy().tobytes())
     return result.hexdigest()
 

@@ -74,7 +74,7 @@ def test_samples_of_a_batch_are_augmented_independently(any_backend: str, arrays
     kinds = np.array(
         [
             [next(k for k, v in enumerate(variants) if np.array_equal(x, v)) for x in pixels(view)]
-            for view in (batch.view1, batch.view2)
+            for view in (batch.views[0], batch.views[1])
         ]
     )
     share = np.array([0.35, 0.15, 0.35, 0.15])

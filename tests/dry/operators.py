@@ -51,14 +51,14 @@ class OperatorRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             step: whose operators are recorded.
         """
         self._step = step
-        self._parameters |= {id(p): p for p in step.task.parameters()}
+        self._parameters |= {id(p): p for p in step.model.parameters()}
 
     def _state(self) -> set[int]:
         """Where the state lies now: gradients come and go, the optimizer makes its state when it first needs it."""
         tensors = list(self._parameters.values())
         tensors += [p.grad for p in tensors if p.grad is not None]
         if self._step is not None:
-            tensors += self._step.task.buffers()
+            tensors += self._step.model.buffers()
             entries = self._step.optimizer.state.values()
             tensors += [t for entry in entries for t in entry.values() if isinstance(t, Tensor)]
         return _memory(tensors)

@@ -28,7 +28,7 @@ from byol_fast import config as configs
 from byol_fast.cli import profile as profile_command
 from byol_fast.config import Config, recipes
 from byol_fast.training.callbacks import Callback
-from byol_fast.training.train_step import StepMetrics
+from byol_fast.training.train_step import StepOutput
 from byol_fast.training.trainer import Trainer
 from tests.dry import FAILED, OK, operators
 from tests.dry.small_steps import STEPS, Combination, aot_eager, batch, build_step, combinations
@@ -136,7 +136,7 @@ class _CountAndStop(Callback):
         self.stop_at = stop_at
         self.counts: list[Counts] = []
 
-    def on_step_end(self, trainer: Trainer, metrics: StepMetrics) -> None:
+    def on_step_end(self, trainer: Trainer, metrics: StepOutput) -> None:
         self.counts.append(Counts.now())
         if trainer.state.step == self.stop_at:
             trainer.stop()
@@ -238,7 +238,7 @@ def run_config(folder: Path, mode: str, precision: str, optimizer: str, loader: 
             "steps": TRAINER_STEPS,
             "log_every": 2,
             "knn.enabled": "off",
-            "max_bad_steps": 1000,  # whether a loss is finite is a matter of chance here
+            "max_skipped_steps": 1000,  # whether a loss is finite is a matter of chance here
             "out": folder / "runs",
         },
     )

@@ -14,9 +14,9 @@ from torch import Tensor
 from byol_fast.config import Config, ConfigError, OptimConfig
 from byol_fast.data import Batch
 from byol_fast.models.byol import BYOL
-from byol_fast.optim.optimizers import make_optimizer
+from byol_fast.optim.optimizers import build_optimizer
 from byol_fast.optim.schedules import RunSchedule
-from byol_fast.training.cuda_graph import CapturedStep, Mode, choose_mode, compiled
+from byol_fast.training.mode import Mode, compile_forward, resolve_mode
 from byol_fast.training.train_step import TrainStep
 from byol_fast.utils.precision import resolve_precision
 from tests.networks import SmallResidualNetwork
@@ -61,7 +61,7 @@ def _accepted(combination: Combination) -> bool:
     device = torch.device("cuda")
     config = Config(mode=combination.mode, precision=combination.precision)
     try:
-        choose_mode(config, device, resolve_precision(combination.precision, device))
+        resolve_mode(config, device, resolve_precision(combination.precision, device))
     except ConfigError:
         return False
     return True
@@ -73,7 +73,7 @@ def build_step(
     """A training step of the small network, put together as the trainer does it.
 
     Args:
-        combination: how it is run. Without a GPU, mode "graph" is only compiled.
+        combination: how it is run. Without a GPU, mode "graph" is only compile_forward.
         device: where it runs.
         on_forward: called with the step when it is made, and at the beginning of each forward pass.
     """
@@ -82,9 +82,9 @@ def build_step(
     model = BYOL(SmallResidualNetwork(), hidden_dim=16, projection_dim=8, image_size=IMAGE_SIZE)
     model.to(device).to(memory_format=torch.channels_last)
     config = OptimConfig(name=combination.optimizer, weight_decay=1e-4)
-    optimizer = make_optimizer(config, model.trainable_parameters(), list(model.online.predictor.parameters()))
+    optimizer = build_optimizer(config, model.trainable_parameters(), list(model.online.predictor.parameters()))
     with aot_eager():
-        forward = compiled(model, Mode(combination.mode, "as asked"))
+        forward = compile_forward(model, Mode(combination.mode, "as asked"))
     step: TrainStep
 
     def observed(*views: Tensor, **options: Any) -> Any:
@@ -98,7 +98,7 @@ def build_step(
     if on_forward is not None:
         on_forward(step)
     if combination.mode == "graph" and device.type == "cuda":
-        step.run = CapturedStep(step)
+        step.use_cuda_graph()
     return step
 
 
@@ -120,4 +120,4 @@ def batch() -> Batch:
     generator = torch.Generator().manual_seed(0)
     shape = (2, BATCH_SIZE, 3, IMAGE_SIZE, IMAGE_SIZE)
     view1, view2 = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-    return Batch(view1, view2, torch.arange(BATCH_SIZE))
+    return Batch((view1, view2), None, torch.arange(BATCH_SIZE))

@@ -23,7 +23,13 @@ import torch
 from PIL import Image
 
 # What is called otherwise in this tree than in the base: name in the base -> name now.
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "byol_fast.cli": "byol_fast.cli.main",
+    "accumulate": "grad_accum_steps",
+    "optim.eta": "optim.trust_coefficient",
+    "collapse_std": "embedding_std",
+    "undone": "skipped",
+}
 # Keys of records that are times or memory.
 UNEQUAL = {
     "images_per_s",

@@ -14,10 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
+import byol_fast
 from byol_fast import config as configs
 from byol_fast.cli import main
 from byol_fast.config import Config, ConfigError, recipes
 from byol_fast.report.build import report
+from byol_fast.report.callback import ReportCallback
 from byol_fast.report.page import Section, figure, paragraph, table, write_page
 from byol_fast.report.reading import read_run
 from byol_fast.training.trainer import Trainer
@@ -34,9 +36,9 @@ def steps(count: int, *, spread: float = 0.9, per_epoch: int = 10) -> list[Recor
             "loss": 4 / i,
             "lr": 0.1 * i,
             "tau": 0.99,
-            "images_per_s": 100.0,
+            "images_per_second": 100.0,
             "data_wait": 0.02,
-            "collapse_std": spread,
+            "embedding_std": spread,
             "peak_memory_gib": 1.5,
         }
         for i in range(1, count + 1)
@@ -119,23 +121,23 @@ def test_undone_steps_bad_images_and_waiting_are_told(tmp_path: Path) -> None:
     for record in records:
         record["data_wait"] = 0.5
     for i in (4, 9):
-        records[i] |= {"loss": None, "collapse_std": None, "undone": True}
+        records[i] |= {"loss": None, "embedding_std": None, "skipped": True}
     folder = run_folder(tmp_path / "run", records)
     bad = {"image": f"a/{HOSTILE}.jpg", "reason": "truncated", "step": 3, "index": 1}
     (folder / "bad_images.jsonl").write_text(json.dumps(bad) + "\n")
     page = page_of(folder)
-    assert "2 steps were undone" in page.text
+    assert "2 steps were skipped" in page.text
     assert "Steps waited for data 50% of the time" in page.text
     assert any(row[1:] == ["truncated", "3"] for row in page.rows)
     loss = next(c for c in re.findall(r"<svg.*?</svg>", (folder / "out.html").read_text()) if "<title>Loss" in c)
-    assert {"loss", "undone"} <= set(texts(svg(loss)))
-    assert loss.count("<title>undone: ") == 2
+    assert {"loss", "skipped"} <= set(texts(svg(loss)))
+    assert loss.count("<title>skipped: ") == 2
 
 
 def test_unfinished_empty_and_damaged_runs(tmp_path: Path) -> None:
     half = page_of(run_folder(tmp_path / "half", steps(12)))
     assert "40% done12 of 30 steps, 1.2 epochs" in half.text
-    accumulated = page_of(run_folder(tmp_path / "accumulated", steps(7, per_epoch=5), accumulate=2))
+    accumulated = page_of(run_folder(tmp_path / "accumulated", steps(7, per_epoch=5), grad_accum_steps=2))
     assert "47% done7 of 15 steps" in accumulated.text
 
     empty = page_of(run_folder(tmp_path / "empty", []))
@@ -170,7 +172,7 @@ def test_options_begin_with_what_differs_from_the_recipe(tmp_path: Path) -> None
     assert ["optim.lr", "0.7", "1.0"] in page.rows[differing:]
     assert ["epochs", "3", "1000"] in page.rows[differing:]
     assert ["optim.lr", "0.7"] in page.rows  # among all options
-    assert ["optim.eta", "0.02", "0.02"] not in page.rows
+    assert ["optim.trust_coefficient", "0.02", "0.02"] not in page.rows
 
 
 def test_resumes_are_told_by_the_files_of_tensorboard(tmp_path: Path) -> None:
@@ -241,7 +243,7 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
     page = page_of(a, b)
     assert ["option", "a", "b"] in page.rows
     assert ["optim.lr", "1.0", "0.5"] in page.rows
-    assert not [row for row in page.rows if row[0] == "optim.eta"]
+    assert not [row for row in page.rows if row[0] == "optim.trust_coefficient"]
     loss = next(c for c in re.findall(r"<svg.*?</svg>", (a / "out.html").read_text()) if "<title>Loss" in c)
     assert {"a", "b", "epoch"} <= set(texts(svg(loss)))
 
@@ -265,7 +267,7 @@ def test_mistakes_are_explained(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_a_run_writes_its_report_and_the_command_adds_the_pictures(tiny: Config, npz: Path) -> None:
-    result = Trainer(configs.replace(tiny, {"data.on_bad": "skip"})).fit()
+    result = byol_fast.pretrain(recipe=configs.replace(tiny, {"data.on_bad": "skip"}))
     first = read((result.run_dir / "report.html").read_text())
     assert f"Loss{result.loss:.4f}" in first.text
     assert "Views" not in first.headings
@@ -292,7 +294,7 @@ def test_a_run_without_a_checkpoint_has_views_only(tmp_path: Path) -> None:
 
 
 def test_a_report_that_cannot_be_written_does_not_fail_the_run(tiny: Config, caplog: pytest.LogCaptureFixture) -> None:
-    trainer = Trainer(configs.replace(tiny, {"steps": 2}))
+    trainer = Trainer(configs.replace(tiny, {"steps": 2}), callbacks=[ReportCallback()])
     (trainer.run_dir / "report.html").mkdir(parents=True)
     assert trainer.fit().steps == 2
     assert "no report.html" in caplog.text

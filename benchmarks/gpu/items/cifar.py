@@ -42,7 +42,7 @@ from byol_fast.data.sources.arrays import array_source
 from byol_fast.evaluate.extract import embed
 from byol_fast.evaluate.knn import knn_rankings
 from byol_fast.training.callbacks import Callback
-from byol_fast.training.cuda_graph import leave_no_trace
+from byol_fast.training.cuda_graph import restore_state_after
 from byol_fast.training.trainer import Trainer
 from byol_fast.utils.env import num_cpus
 
@@ -214,7 +214,7 @@ def _trainer(context: Context, train: ArraySource, folder: Path) -> Trainer:
     }
     if is_small(context):
         tiny = {"encoder": "resnet18_narrow", "hidden_dim": 32, "projection_dim": 16}
-        changes |= {"batch_size": 20, "model": tiny, "log_every": 2, "max_bad_steps": 1000}
+        changes |= {"batch_size": 20, "model": tiny, "log_every": 2, "max_skipped_steps": 1000}
     return Trainer(_config(changes), data=train, callbacks=[_Progress(context)])
 
 
@@ -229,7 +229,7 @@ class _Progress(Callback):
             trainer.stop()
         if time.monotonic() - self._last > 15:
             self._last = time.monotonic()
-            names = ("epoch", "loss", "images_per_s", "collapse_std")
+            names = ("epoch", "loss", "images_per_second", "embedding_std")
             self._context.record(f"step {records[-1]['step']}", **{name: records[-1][name] for name in names})
 
 
@@ -248,8 +248,8 @@ def _measured_step(context: Context, trainer: Trainer) -> float:
         calls = 2 if is_small(context) else MEASURED_STEPS
         seconds.append(seconds_of(lambda: step(next(loader), 0), context.device, calls))
 
-    leave_no_trace(step, steps)
-    step.weights_changed()
+    restore_state_after(steps, step.mutable_tensors, trainer.device)
+    step.on_weights_loaded()
     loader.load_state_dict(place)
     batch = trainer.config.batch_size
     context.record("step", ms=rounded(1e3 * seconds[0]), images_per_second=rounded(batch / max(seconds[0], 1e-9)))
@@ -280,9 +280,9 @@ def nearest_neighbors(trainer: Trainer, train: ArraySource, test: ArraySource) -
 
     features = [
         embed(
-            trainer.task.encoder,
+            trainer.model.encoder,
             batches(source),
-            normalize=trainer.task.normalize,
+            normalize=trainer.model.normalize,
             device=trainer.device,
             autocast=trainer.precision.autocast,
         )

@@ -17,9 +17,9 @@ from benchmarks.gpu.item import Context
 from byol_fast.bench.flags import BackendFlags
 from byol_fast.bench.networks import Ours, Problem
 from byol_fast.data import Batch
-from byol_fast.models.base import IMAGENET_MEAN, IMAGENET_STD, SelfSupervisedTask
+from byol_fast.models.base import IMAGENET_MEAN, IMAGENET_STD, SSLModel
 from byol_fast.models.layers import Normalize
-from byol_fast.training.cuda_graph import CapturedStep, Mode, compiled
+from byol_fast.training.mode import Mode, compile_forward
 from byol_fast.training.train_step import Forward
 from tests.networks import SmallResidualNetwork
 
@@ -178,19 +178,19 @@ def byol_fast_step(context: Context, problem: Problem, mode: StepMode = "eager")
         mode: of the step.
     """
     step = Ours(problem, precision="bf16", memory=False, small_maps=False)
-    step.batch = Batch(*raw_views(problem), torch.arange(problem.batch_size))
+    step.batch = Batch(raw_views(problem), None, torch.arange(problem.batch_size))
     if mode != "eager":
-        step.step.forward = compiled_forward(context, step.task)
+        step.step.forward = compiled_forward(context, step.model)
     if mode == "graph":
         capture(context, step)
     return step
 
 
-def compiled_forward(context: Context, task: SelfSupervisedTask) -> Forward:
+def compiled_forward(context: Context, model: SSLModel) -> Forward:
     """The forward pass as plain inductor compiles it, or on a CPU traced."""
     if context.device == "cpu":
-        return compiled_function(context, task.training_output)
-    return compiled(task, Mode("compile", "plain inductor"))
+        return compiled_function(context, model.forward_train)
+    return compile_forward(model, Mode("compile", "plain inductor"))
 
 
 def compiled_function(context: Context, function: Callable[P, T]) -> Callable[P, T]:
@@ -202,7 +202,7 @@ def compiled_function(context: Context, function: Callable[P, T]) -> Callable[P,
 def capture(context: Context, step: Ours) -> None:
     """Let a step's next call capture all of it as one CUDA graph; on a CPU nothing changes."""
     if context.device == "cuda":
-        step.step.run = CapturedStep(step.step)
+        step.step.use_cuda_graph()
 
 
 # ------------------------------------------------------------------------------------------------ memory

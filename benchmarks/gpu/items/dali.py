@@ -93,7 +93,7 @@ def under_load(context: Context, checks: Checks, source: ImageSource) -> None:
 def _views(context: Context, source: ImageSource, config: Config) -> list[Tensor]:
     loader = make_loader(source, config, device=torch.device(context.device))
     batches = [next(loader) for _ in range(2 if is_small(context) else 8)]
-    views = [view.cpu() for batch in batches for view in (batch.view1, batch.view2)]
+    views = [view.cpu() for batch in batches for view in (batch.views[0], batch.views[1])]
     loader.close()
     return views
 

@@ -54,7 +54,7 @@ def profile(context: Context) -> None:
         if small:
             view = {"size": 32, "blur": 0.1}
             model = {"encoder": "resnet18_narrow", "hidden_dim": 32, "projection_dim": 16}
-            changes |= {"batch_size": 4, "view1": view, "view2": view, "model": model, "max_bad_steps": 1000}
+            changes |= {"batch_size": 4, "view1": view, "view2": view, "model": model, "max_skipped_steps": 1000}
             changes |= {"data.loader": "torchvision"}  # no DALI on a GPU that is none
         found, folder = profile_run(configs.replace(recipes.imagenet_resnet50(), changes), steps=2 if small else 20)
         for kind in ("json", "html"):
@@ -62,7 +62,7 @@ def profile(context: Context) -> None:
     step = found["step"]
     context.record(
         "byol_fast, eager, from JPEG",
-        images_per_second=rounded(step["images_per_s"]),
+        images_per_second=rounded(step["images_per_second"]),
         data_wait=rounded(step["data_wait"]),
         loader=found["backend"],
     )
@@ -175,11 +175,11 @@ def power(context: Context) -> None:
             if context.device == "cuda":
                 torch.cuda.synchronize()
         seconds = time.perf_counter() - began
-    images = calls * step.batch.view1.shape[0]
+    images = calls * step.batch.views[0].shape[0]
     found = telemetry.record(images)
     gpu = found["gpu"] or {"problem": found["gpu_problem"]}
     context.record(
-        f"byol_fast, captured, batch {step.batch.view1.shape[0]}, without a pause",
+        f"byol_fast, captured, batch {step.batch.views[0].shape[0]}, without a pause",
         images_per_second=rounded(images / seconds),
         seconds=rounded(seconds),
         **{name: rounded(value) if isinstance(value, float) else value for name, value in gpu.items()},

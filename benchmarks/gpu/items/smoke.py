@@ -37,7 +37,7 @@ SHAPES: tuple[tuple[int, ...], ...] = ((64, 32, 3, 3), (300, 500), (4096,), (37,
 def run(context: Context) -> None:
     """All checks; an error at the end where one failed."""
     checks = Checks(context)
-    of_the_step = (loss, ema, lars, lars_with_found_inf, running_statistics)
+    of_the_step = (loss, ema, lars, lars_with_found_inf, running_stats)
     for part in (*of_the_step, draws_and_crop, colors, blur, smoke_step.run):
         part(context, checks)
     if checks:
@@ -158,7 +158,7 @@ def lars_with_found_inf(context: Context, checks: Checks) -> None:
         checks(f"LARS, found_inf {case}: distance from 1", abs(float(found_inf) - 1), 0)
 
 
-def running_statistics(context: Context, checks: Checks) -> None:
+def running_stats(context: Context, checks: Checks) -> None:
     """Two steps of two views each against torch's batch norm in float64, and a step that is skipped."""
     channels = (1, 67, 2048)
     for dtype in (torch.float32, torch.float64):

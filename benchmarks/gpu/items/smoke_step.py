@@ -121,17 +121,17 @@ def by_formula(small: Problem, **options: Any) -> tuple[State, State]:
 
 def state_of(step: Ours, losses: list[Tensor]) -> State:
     """The state of byol_fast's step."""
-    task = step.task
-    statistics = [b for network in task.networks() for b in network.buffers() if b.is_floating_point()]
-    return State(losses, _copied(list(task.online.parameters()), list(task.target.parameters()), statistics))
+    model = step.model
+    statistics = [b for network in model.networks() for b in network.buffers() if b.is_floating_point()]
+    return State(losses, _copied(list(model.online.parameters()), list(model.target.parameters()), statistics))
 
 
 def all_tensors(step: Ours) -> list[Tensor]:
     """Copies of all that a step changes, but for its flag."""
     optimizer = step.step.optimizer.state
     momentum = [v for entry in optimizer.values() for v in entry.values() if isinstance(v, Tensor)]
-    copies = [] if step.step.copies is None else list(step.step.copies.of.values())
-    return [t.detach().clone() for t in (*step.task.parameters(), *step.task.buffers(), *momentum, *copies)]
+    copies = [] if step.step.lowp_weights is None else list(step.step.lowp_weights.copies.values())
+    return [t.detach().clone() for t in (*step.model.parameters(), *step.model.buffers(), *momentum, *copies)]
 
 
 def num_unequal(a: list[Tensor], b: list[Tensor]) -> int:
@@ -177,7 +177,7 @@ def _new(context: Context, small: Problem, mode: StepMode) -> Ours:
 
 def _take(step: Ours, small: Problem, number: int) -> Tensor:
     view1, view2 = views(small, number)
-    return step.step(Batch(view1, view2, torch.arange(small.batch_size)), number).loss
+    return step.step(Batch((view1, view2), None, torch.arange(small.batch_size)), number).loss
 
 
 def _skipped_step(step: Ours, small: Problem, mode: str, checks: Checks) -> None:
@@ -185,7 +185,7 @@ def _skipped_step(step: Ours, small: Problem, mode: str, checks: Checks) -> None
     before = all_tensors(step)
     view1, view2 = views(small, STEPS)
     view1[0, 0, 0, 0] = torch.nan
-    metrics = step.step(Batch(view1, view2, torch.arange(small.batch_size)), STEPS)
+    metrics = step.step(Batch((view1, view2), None, torch.arange(small.batch_size)), STEPS)
     checks(f"small network, {mode}: tensors that a skipped step changed", num_unequal(before, all_tensors(step)), 0)
     checks(f"small network, {mode}: flag of a skipped step, distance from 1", abs(float(metrics.values[2]) - 1), 0)
     loss = _take(step, small, STEPS)
@@ -199,10 +199,10 @@ def _resume(context: Context, small: Problem, mode: StepMode, checks: Checks) ->
     first, second = (_new(context, small, mode) for _ in range(2))
     for number in range(2):
         _take(first, small, number)
-    saved = copy.deepcopy((first.task.state_dict(), first.step.optimizer.state_dict()))
-    second.task.load_state_dict(saved[0])
+    saved = copy.deepcopy((first.model.state_dict(), first.step.optimizer.state_dict()))
+    second.model.load_state_dict(saved[0])
     second.step.optimizer.load_state_dict(saved[1])
-    second.step.weights_changed()
+    second.step.on_weights_loaded()
     losses = [[_take(step, small, number) for number in range(2, STEPS + 1)] for step in (first, second)]
     unequal = num_unequal(losses[0], losses[1]) + num_unequal(all_tensors(first), all_tensors(second))
     checks(f"small network, {mode}: tensors that differ after resuming", unequal, 0)

@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from byol_fast.config import Config
 from byol_fast.data.batch import Batch
@@ -168,6 +171,11 @@ class PlannedLoader(ABC):
     @abstractmethod
     def _restart(self) -> None:
         """Forget all that was prepared: the position is about to change."""
+
+    def _batch(self, views: tuple[Tensor, ...], index: NDArray[np.int64]) -> Batch:
+        """The batch of some images, with their labels."""
+        labels = self.source.labels
+        return Batch(views, None if labels is None else torch.as_tensor(labels)[index], torch.from_numpy(index.copy()))
 
     def close(self) -> None:
         """Release threads and memory; the loader can still go on afterwards."""

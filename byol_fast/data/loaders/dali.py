@@ -112,7 +112,7 @@ class DaliLoader(PlannedLoader):
             plan, views = self._finish_on_side_stream(pipe)
         else:
             plan, views = self._crops(pipe)
-        return Batch(*views, torch.from_numpy(plan.index.copy()))
+        return self._batch(views, plan.index)
 
     def _crops(self, pipe: Pipeline) -> tuple[Plan, Views]:
         """Run the graph: the plan of the next batch and its crops `[B, 3, S, S]`.

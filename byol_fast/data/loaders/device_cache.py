@@ -70,7 +70,7 @@ class ResidentLoader(PlannedLoader):
         else:
             index = self.planner.index(self._step)
             view1, view2 = self._side_stream(lambda: self._both(*self._place(self._step)))
-        return Batch(view1, view2, torch.from_numpy(index.copy()))
+        return self._batch((view1, view2), index)
 
     def _place(self, step: int) -> tuple[Tensor, list[Tensor]]:
         """The numbers of a step's images on the device, and the keys of the two views' draws."""

@@ -112,7 +112,7 @@ class TorchvisionLoader(PlannedLoader):
             started.change(self.planner(self._step), self._pool)
         self._ahead.popleft()
         view1, view2 = self._side_stream(partial(self._placed, started))
-        return Batch(view1, view2, torch.from_numpy(started.plan.index.copy()))
+        return self._batch((view1, view2), started.plan.index)
 
     def _begin(self, pool: ThreadPoolExecutor, threads: int, step: int) -> _Started:
         shape = (self.batch_size, self._views[0].size, self._views[0].size, 3)

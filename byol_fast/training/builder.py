@@ -1,0 +1,272 @@
+"""Builds the parts of a training run from a configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from byol_fast import config as configs
+from byol_fast.config import Config, ConfigError
+from byol_fast.data import ImageSource, ViewLoader, split
+from byol_fast.data.loaders.factory import make_loader
+from byol_fast.models import split_batchnorm
+from byol_fast.models.activation_checkpoint import checkpoint_blocks
+from byol_fast.models.base import SSLModel
+from byol_fast.models.builder import build_model
+from byol_fast.optim import RunSchedule, build_optimizer
+from byol_fast.training import distributed
+from byol_fast.training.distributed import World
+from byol_fast.training.knn_monitor import KNNMonitor, knn_problem
+from byol_fast.training.mode import Mode, compile_forward, resolve_mode
+from byol_fast.training.online_probe import OnlineProbe
+from byol_fast.training.resume import restore
+from byol_fast.training.run_dir import RunDir
+from byol_fast.training.state import TrainState
+from byol_fast.training.train_step import TrainStep
+from byol_fast.utils import checkpoint as checkpoints
+from byol_fast.utils import cpu_tuning, env
+from byol_fast.utils.device import resolve_device
+from byol_fast.utils.precision import Precision, resolve_precision
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerComponents:
+    """The parts of a run, ready to train."""
+
+    config: Config
+    world: World
+    device: torch.device
+    precision: Precision
+    mode: Mode
+    run_dir: RunDir
+    environment: dict[str, Any]
+    """Machine, versions and execution mode, as in `environment.json`."""
+    train_source: ImageSource
+    train_step: TrainStep
+    state: TrainState
+    knn: KNNMonitor | None
+    total_steps: int
+    notes: tuple[str, ...]
+    """Lines for the startup summary."""
+
+
+def build_components(config: Config, *, data: object, resume: Path | None) -> TrainerComponents:
+    """Build the parts of a run; with `resume`, load its newest checkpoint into them.
+
+    Args:
+        config: of the run.
+        data: images instead of the configuration's, see `byol_fast.data.open_source`; None uses the configuration's.
+        resume: run folder to continue.
+
+    Raises:
+        ConfigError: a field is invalid, or differs from the run to be resumed in what is computed.
+        CheckpointError: `resume` holds no usable checkpoint.
+        ValueError: the data is missing, empty or too small.
+    """
+    # --- processes, device and execution mode
+    config, data = _with_absolute_paths(config, data)
+    notes: list[str] = []
+    world = distributed.init_process_group(config.device, config.timeout_minutes)
+    device = resolve_device(config.device)
+    precision = resolve_precision(config.precision, device)
+    precision.apply_to_backends()
+    torch.backends.cudnn.benchmark = config.cudnn_benchmark
+    mode = resolve_mode(config, device, precision, world.size)
+    if config.max_autotune:
+        notes.append("max_autotune: kernels are tuned before the first step, for a ResNet-50 25-60 minutes")
+
+    # --- run directory and checkpoint
+    name = config.name or f"{config.recipe}-{datetime.now():%Y%m%d-%H%M%S}"
+    run_dir = RunDir(world.broadcast(resume or config.out / name))
+    note = world.run_on_main(lambda: run_dir.prepare(resume=resume is not None))
+    if note is not None:
+        notes.append(note)
+    has_checkpoint = resume is not None and world.run_on_main(run_dir.has_checkpoints)
+    payload = checkpoints.load_latest(run_dir.checkpoints) if has_checkpoint else None
+    environment = describe_environment(config, device, precision, mode, world)
+
+    # --- data, model and optimizer
+    with world.main_process_first():
+        train_source, val_source = split(config, data)
+        torch.manual_seed(config.seed)
+        model = build_model(config, pretrained=payload is None)
+    if model.views_note is not None:
+        notes.append(f"the views pass the networks one by one: {model.views_note}")
+    _prepare_networks(model, config, device, mode, world)
+    optimizer = build_optimizer(config.optim, model.trainable_parameters(), list(model.online.predictor.parameters()))
+    corrupt = run_dir.corrupt_images(world.rank)
+    loader = make_loader(
+        train_source, config, device=device, shard_id=world.rank, num_shards=world.size, report=corrupt
+    )
+
+    # --- schedule and step
+    total_steps = config.steps or max(config.epochs * loader.steps_per_epoch // config.grad_accum_steps, 1)
+    train_step = TrainStep(
+        model,
+        optimizer,
+        _build_schedule(config, loader, total_steps, world, notes),
+        precision=precision,
+        forward=compile_forward(model, mode, single_process=world.is_single, max_autotune=config.max_autotune),
+        grad_accum_steps=config.grad_accum_steps,
+        channels_last=config.channels_last,
+        all_reduce_found_inf=None if world.is_single else distributed.all_reduce_found_inf,
+    )
+    if mode.name == "graph":
+        train_step.use_cuda_graph()
+
+    # --- state and evaluation
+    probe = _build_probe(config, model, train_source, device, world)
+    state = TrainState(
+        model,
+        optimizer,
+        loader,
+        train_step.grad_scaler,
+        world,
+        grad_accum_steps=config.grad_accum_steps,
+        probe=probe,
+    )
+    knn = _build_knn_monitor(config, model, train_source, val_source, device, precision, probe, notes)
+    if payload is not None:
+        config = restore(state, payload, run_dir, config, environment)
+        train_step.on_weights_loaded()
+    return TrainerComponents(
+        config=config,
+        world=world,
+        device=device,
+        precision=precision,
+        mode=mode,
+        run_dir=run_dir,
+        environment=environment,
+        train_source=train_source,
+        train_step=train_step,
+        state=state,
+        knn=knn,
+        total_steps=total_steps,
+        notes=tuple(notes),
+    )
+
+
+def describe_environment(
+    config: Config, device: torch.device, precision: Precision, mode: Mode, world: World
+) -> dict[str, Any]:
+    """Machine, versions and execution mode: what bit-exact resuming depends on, as plain JSON values."""
+    return env.describe(device) | {
+        "precision": precision.name,
+        "mode": mode.name,
+        "max_autotune": config.max_autotune,
+        "cudnn_benchmark": config.cudnn_benchmark,
+        "processes": world.size,
+    }
+
+
+def _with_absolute_paths(config: Config, data: object) -> tuple[Config, object]:
+    """Absolute paths of the images, so that the run can be resumed from any folder."""
+    if isinstance(data, str | Path):
+        config, data = configs.replace(config, {"data.root": Path(data)}), None
+    if config.data.root is not None:
+        config = configs.replace(config, {"data.root": config.data.root.expanduser().absolute()})
+    if config.knn.val_root is not None:
+        config = configs.replace(config, {"knn.val_root": config.knn.val_root.expanduser().absolute()})
+    return config, data
+
+
+def _prepare_networks(model: SSLModel, config: Config, device: torch.device, mode: Mode, world: World) -> None:
+    """Move the networks to the device, then apply what the configuration and the processes ask of them."""
+    model.to(device)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if device.type == "cpu":
+        _tune_for_cpu(model, config, mode)
+    if not world.is_single:
+        _setup_distributed(model, config, device, world)
+    if config.activation_checkpointing:
+        checkpoint_blocks(model.encoder)
+
+
+def _tune_for_cpu(model: SSLModel, config: Config, mode: Mode) -> None:
+    """Measured to make CPU steps faster, see `benchmarks/NOTES.md`."""
+    cpu_tuning.keep_freed_memory()
+    if mode.name == "eager" and config.channels_last:
+        for network in model.networks():
+            cpu_tuning.use_small_map_convolutions(network)
+
+
+def _setup_distributed(model: SSLModel, config: Config, device: torch.device, world: World) -> None:
+    """Synchronize batch norms, wrap the online network in DDP, and give dropout another seed on each rank."""
+    if config.sync_batchnorm:
+        for network in model.networks():
+            split_batchnorm.convert_sync_batchnorm(network)
+    model.wrap_online(lambda network: distributed.wrap_ddp(network, device))
+    torch.manual_seed(config.seed + world.rank)
+
+
+def _build_schedule(
+    config: Config, loader: ViewLoader, total_steps: int, world: World, notes: list[str]
+) -> RunSchedule:
+    optim = config.optim
+    if optim.warmup_steps is not None:
+        warmup = optim.warmup_steps
+        if warmup > total_steps:
+            raise ConfigError(f"config: optim.warmup_steps must be at most the run's {total_steps} steps, got {warmup}")
+    else:
+        asked = round(optim.warmup_epochs * loader.steps_per_epoch / config.grad_accum_steps)
+        warmup = min(asked, total_steps // 4)
+        if warmup < asked:
+            notes.append(f"warm-up of {asked} steps cut to {warmup}, a quarter of the run's {total_steps}")
+    return RunSchedule(
+        total_steps=total_steps,
+        warmup_steps=warmup,
+        base_lr=optim.lr,
+        batch_size=global_batch_size(config, world) if optim.scale_lr else 256,
+        lr_schedule=optim.schedule,
+        tau_base=config.tau.base,
+        tau_schedule=config.tau.schedule,
+    )
+
+
+def global_batch_size(config: Config, world: World) -> int:
+    """Images per optimizer step, over all processes and accumulated batches."""
+    return config.batch_size * config.grad_accum_steps * world.size
+
+
+def _build_probe(
+    config: Config, model: SSLModel, source: ImageSource, device: torch.device, world: World
+) -> OnlineProbe | None:
+    probe = config.probe
+    if probe.enabled == "on" and source.labels is None:
+        raise ConfigError(
+            "config: probe.enabled is 'on', but the training images have no labels: sort them into one folder per "
+            "class, or set it to 'auto'"
+        )
+    if probe.enabled == "off" or source.labels is None:
+        return None
+    return OnlineProbe(
+        model.feature_dim,
+        len(source.classes),
+        lr=probe.lr,
+        device=device,
+        all_reduce_mean=None if world.is_single else distributed.all_reduce_mean,
+    )
+
+
+def _build_knn_monitor(
+    config: Config,
+    model: SSLModel,
+    train: ImageSource,
+    val: ImageSource | None,
+    device: torch.device,
+    precision: Precision,
+    probe: OnlineProbe | None,
+    notes: list[str],
+) -> KNNMonitor | None:
+    problem = knn_problem(config, train, val)
+    if problem is not None:
+        if config.knn.enabled == "auto" and train.labels is not None:
+            notes.append(f"no kNN evaluation: {problem}")
+        return None
+    assert val is not None
+    return KNNMonitor(config, model, train, val, device=device, autocast=precision.autocast, probe=probe)

@@ -1,0 +1,28 @@
+"""Errors that end a training run."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+
+class Interrupted(Exception):  # noqa: N818  (a request to stop is no error)
+    """A signal stopped the run; the last finished step is saved.
+
+    Args:
+        signum: the signal.
+        run_dir: the run's folder.
+        step: steps finished and saved.
+    """
+
+    def __init__(self, signum: int, run_dir: Path, step: int) -> None:
+        super().__init__(
+            f"{signal.Signals(signum).name}: saved after step {step}; go on with: byol-fast train --resume {run_dir}"
+        )
+        self.signum = signum
+        self.run_dir = run_dir
+        self.step = step
+
+
+class TrainingError(RuntimeError):
+    """Training cannot continue; names the step, the reason and the last good checkpoint."""

@@ -1,0 +1,40 @@
+"""Lines that a run shows."""
+
+from __future__ import annotations
+
+import math
+
+from byol_fast.training.builder import TrainerComponents
+from byol_fast.training.metrics import Record
+
+
+def startup_summary(parts: TrainerComponents) -> list[str]:
+    """Lines about the run before its first step: model, data, batch, device, execution mode, notes."""
+    config, world, step, total = parts.config, parts.world, parts.state.step, parts.total_steps
+    count = sum(p.numel() for p in parts.state.model.trainable_parameters()) / 1e6
+    if step >= total:
+        begin = f"already complete at step {step} of {total}:"
+    else:
+        begin = f"resuming after step {step} of {total}:" if step else "training"
+    batch = f"{config.batch_size}"
+    batch += f" x {config.grad_accum_steps} accumulated" if config.grad_accum_steps > 1 else ""
+    batch += f" x {world.size} processes" if not world.is_single else ""
+    return [
+        (
+            f"{begin} {config.recipe}: {config.model.encoder}, {count:.1f} M parameters with the heads, "
+            f"{len(parts.train_source)} images, {total} steps of {batch}, "
+            f"{parts.device} {parts.precision.name}, data by {parts.state.loader.backend}"
+        ),
+        f"mode: {parts.mode.name} ({parts.mode.reason})",
+        *parts.notes,
+    ]
+
+
+def status_line(record: Record) -> str:
+    """The metrics of a step, for the progress bar."""
+    loss = "skipped" if record["loss"] is None else f"{record['loss']:.4f}"
+    spread = math.nan if record["embedding_std"] is None else record["embedding_std"]
+    return (
+        f"loss {loss}  std {spread:.2f}  lr {record['lr']:.3g}  tau {record['tau']:.4f}  "
+        f"{record['images_per_second']:.1f} img/s  data wait {record['data_wait']:.0%}"
+    )

@@ -1,0 +1,104 @@
+"""Continuing a run from its newest checkpoint."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from byol_fast import config as configs
+from byol_fast.config import Config, ConfigError
+from byol_fast.training.metrics import read as read_metrics
+from byol_fast.training.run_dir import RunDir
+from byol_fast.training.state import TrainState
+from byol_fast.utils import checkpoint as checkpoints
+from byol_fast.utils import env
+
+log = logging.getLogger(__name__)
+
+# Fields that may change between a run and its resumption: they do not change what is computed (the mode only its
+# rounding, about which the run warns).
+RESUMABLE_CHANGES = frozenset(
+    {"name", "out", "log_every", "checkpoint_every", "keep_checkpoints", "data.root", "data.cache", "data.prefetch"}
+    | {"data.threads", "knn.val_root", "mode", "max_autotune", "cudnn_benchmark", "tensorboard"}
+    | {"timeout_minutes", "max_skipped_steps"}
+    | {"activation_checkpointing", "data.on_bad", "data.max_bad", "data.accept_changed", "probe.enabled", "probe.lr"}
+)
+
+
+def restore(
+    state: TrainState, payload: dict[str, Any], run_dir: RunDir, config: Config, environment: dict[str, Any]
+) -> Config:
+    """Load a checkpoint into the state of a run.
+
+    Args:
+        state: of the new process.
+        payload: of the checkpoint.
+        run_dir: of the run.
+        config: of this start.
+        environment: machine, versions and execution mode of this start.
+
+    Returns:
+        The configuration to go on with.
+
+    Raises:
+        ConfigError: a field differs that changes what is computed.
+        ValueError: the checkpoint belongs to other data or another number of processes.
+    """
+    changed = configs.differences(configs.from_dict(json.loads(payload["config"])), config)
+    refused = {name: values for name, values in changed.items() if name not in RESUMABLE_CHANGES}
+    if refused:
+        listed = "; ".join(f"{name} was {a!r} and is {b!r}" for name, (a, b) in refused.items())
+        raise ConfigError(
+            f"resume: {run_dir.path} must be continued as it was started, but {listed}; "
+            "drop these options, or start a new run"
+        )
+    state.load_state_dict(payload)
+    _restore_evaluation(state, run_dir)
+    if state.world.is_main_process:
+        for difference in env.differences(json.loads(payload["environment"]), environment):
+            log.warning("resume: %s; training continues, but is not bit-exact", difference)
+    return configs.replace(config, {"data.accept_changed": False})  # it holds for one resumption
+
+
+def _restore_evaluation(state: TrainState, run_dir: RunDir) -> None:
+    """Find out if the checkpoint's step was evaluated: the evaluation comes after the checkpoint, in the metrics."""
+
+    def accuracies() -> list[float]:
+        records = read_metrics(run_dir.metrics)
+        return [r["knn_top1"] for r in records if r["step"] == state.step and "knn_top1" in r]
+
+    evaluated = state.world.run_on_main(accuracies)
+    if evaluated:
+        state.evaluated_at = state.step
+        if state.step > 0:
+            state.best = max(state.best, evaluated[-1])
+
+
+def find_resumable(config: Config) -> Path | None:
+    """The run folder that `--resume auto` continues: OUT/NAME, or without a name the newest unfinished run like this.
+
+    Returns:
+        A run folder with a checkpoint, or None if there is nothing to continue.
+    """
+    if config.name:
+        folders = [config.out / config.name]
+    elif config.out.is_dir():
+        folders = sorted((p for p in config.out.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True)
+    else:
+        folders = []
+    for folder in folders:
+        if not checkpoints.steps_in(folder / "checkpoints"):
+            continue
+        try:
+            stored = configs.load(folder / "config.json")
+        except ConfigError:
+            continue
+        if config.name:
+            return folder
+        same_data = stored.data.root == (config.data.root and config.data.root.expanduser().absolute())
+        is_finished = (folder / "encoder.safetensors").exists()
+        if same_data and not is_finished and set(configs.differences(stored, config)) <= RESUMABLE_CHANGES:
+            return folder
+    return None
