@@ -19,7 +19,6 @@ from byol_fast.utils.env import version
 Case = Callable[[], object]
 COPIED = 128 << 20  # bytes: beyond every cache
 COPY = "copy"
-NO_COMPILER = "ours, where there is no C compiler"
 
 
 class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]

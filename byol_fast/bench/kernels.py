@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from byol_fast.bench.counting import NO_COMPILER, Case, Suite, agree, is_installed
+from byol_fast.bench.counting import Case, Suite, agree, is_installed
 from byol_fast.models.byol import BYOL
-from byol_kernels import LARS, _cpu, byol_loss, ema_update_
+from byol_kernels import LARS, byol_loss, ema_update_
 
 TAU, LR, DECAY, ETA, MOMENTUM = 0.99, 0.1, 1e-6, 1e-3, 0.9
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -151,8 +151,6 @@ def optimizer_suite(device: str) -> Suite:
         "ours: LARS.step(ema=..., copies=...), bfloat16": lambda: fused.step(ema=(target_of, TAU), copies=low),
     }
     tolerances = {}
-    if device == "cpu" and _cpu.library() is not None:
-        cases[NO_COMPILER] = _cpu.left_out()(lambda: fused.step(ema=(target_of, TAU)))
     if is_installed("lightly"):
         from lightly.models.utils import update_momentum
         from lightly.utils.lars import LARS as LightlyLARS  # noqa: N811
@@ -232,8 +230,6 @@ def loss_suite(device: str, batch: int, dtype: torch.dtype) -> Suite:
         "textbook": textbook_loss,
         "textbook, torch.compile": torch.compile(textbook_loss, dynamic=False),
     }
-    if device == "cpu" and _cpu.library() is not None:
-        losses[NO_COMPILER] = _cpu.left_out()(byol_loss)
     if is_installed("lightly"):
         from lightly.loss import NegativeCosineSimilarity
 

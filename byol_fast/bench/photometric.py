@@ -19,10 +19,10 @@ from torch import Tensor
 from torchvision.transforms import functional as F1
 from torchvision.transforms.v2 import functional as F
 
-from byol_fast.bench.counting import NO_COMPILER, Case, Suite, is_installed
+from byol_fast.bench.counting import Case, Suite, is_installed
 from byol_fast.config import ViewConfig
 from byol_fast.data.augment_params import draw
-from byol_kernels import _cpu, gaussian_blur, photometric
+from byol_kernels import gaussian_blur, photometric
 
 SIZE, KERNEL = 224, 23
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -217,8 +217,6 @@ def blur_suite(p: Problem) -> Suite:
         "ours: gaussian_blur, window of 23": lambda: gaussian_blur(p.images, draws["sigma"], wide),
         "torchvision v2, tensors, window of 23": lambda: [p.blur(x, i) for i, x in enumerate(p.planar)],
     }
-    if p.on_cpu and _cpu.library() is not None:
-        cases[NO_COMPILER] = _cpu.left_out()(lambda: gaussian_blur(p.images, **draws))
     if p.on_cpu:
         cases["PIL's filter, an approximation by boxes"] = lambda: [
             x.filter(f) for x, f in zip(p.pil, filters, strict=True)

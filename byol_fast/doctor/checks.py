@@ -114,13 +114,9 @@ def _judge_kernels(f: Facts) -> Iterator[Check]:
         if f.gpus:
             yield Check("C compiler", "broken", "none: Triton needs one on a GPU", advice)
         else:
-            yield Check("C compiler", "note", "none: no --mode compile, and slower loss, LARS and blur", advice)
+            yield Check("C compiler", "note", "none: no --mode compile", advice)
     else:
         yield Check("C compiler", "ok", f.compiler)
-    compiled = f.probes.get("CPU kernels", "ok")
-    if compiled != "ok" and f.compiler is not None:
-        advice = "only speed is lost; CC=gcc names another compiler, XDG_CACHE_HOME another folder for what it makes"
-        yield Check("CPU kernels", "note", f"loss, LARS and blur take slower operators: {compiled}", advice)
 
 
 def _judge_cpu(f: Facts) -> Iterator[Check]:

@@ -151,8 +151,7 @@ def probe() -> None:
         return
     attempt("torchvision", lambda: _probe_torchvision(tell))
     has_gpu = attempt("cuda", lambda: _probe_cuda(tell))
-    if attempt("kernels", lambda: _probe_kernels("cuda" if has_gpu else "cpu")) and not has_gpu:
-        attempt("CPU kernels", _probe_compiled)
+    attempt("kernels", lambda: _probe_kernels("cuda" if has_gpu else "cpu"))
     if any(version(name) for name in DRIVERS):
         attempt("dali", lambda: _probe_dali("cpu"))
         if has_gpu:
@@ -166,14 +165,6 @@ def _probe_torch(tell: Callable[[str, str | None], None]) -> None:
     if torch.version.cuda is not None:
         tell("torch cuda", torch.version.cuda)
     tell("torch threads", str(torch.get_num_threads()))
-
-
-def _probe_compiled() -> None:
-    from byol_kernels import _cpu
-
-    found = _cpu.compiled()
-    if found.library is None:
-        raise RuntimeError(found.note)
 
 
 def _probe_torchvision(tell: Callable[[str, str | None], None]) -> None:

@@ -70,10 +70,6 @@ def describe(device: torch.device) -> dict[str, Any]:
         "device": str(device),
         "packages": {name: version(name) for name in PACKAGES},
     }
-    if device.type == "cpu":
-        from byol_kernels import _cpu
-
-        record["cpu_kernels"] = _cpu.compiled().note
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         record["gpu"] = properties.name
@@ -122,7 +118,7 @@ def _output(*command: str) -> str:
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Fields that decide whether a run continues bit for bit, where they differ: `"name: then -> now"`."""
     fields = (
-        "cpu", "torch_threads", "device", "gpu", "precision", "mode", "max_autotune", "cudnn_benchmark", "cpu_kernels"
+        "cpu", "torch_threads", "device", "gpu", "precision", "mode", "max_autotune", "cudnn_benchmark"
     )  # fmt: skip
     found = [f"{name}: {then.get(name)} -> {now.get(name)}" for name in fields if then.get(name) != now.get(name)]
     old, new = then.get("packages", {}), now.get("packages", {})

@@ -1,6 +1,6 @@
 """Fused Triton kernels for BYOL: the loss, the moving average, LARS, views of images.
 
-On a CPU plain PyTorch; loss, LARS and blur in C where there is a compiler.
+On a CPU plain PyTorch.
 """
 
 from byol_kernels.blur import gaussian_blur

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from byol_kernels import _cpu, reference
+from byol_kernels import reference
 from byol_kernels._multi_tensor import CHUNK, NUM_WARPS, Column, MultiTensorPlan, plan_for, same_layout
 from byol_kernels._triton import device_guard, jit, tl, tl_dtype
 from byol_kernels.ema import check_tau, lerp
@@ -362,9 +362,7 @@ def _plan(a: _Arguments, columns: Sequence[Column]) -> MultiTensorPlan:
 
 def _lars_step_cpu(*arguments: Any) -> None:
     a = _Arguments(*arguments)
-    columns = a.columns()
-    plan = _plan(a, columns)
-    if not plan.num_chunks:
+    if not _plan(a, a.columns()).num_chunks:
         return
     if a.found_inf is not None:
         if not reference.all_finite(a.grads):
@@ -374,31 +372,7 @@ def _lars_step_cpu(*arguments: Any) -> None:
     lr = [value if tensor is None else float(tensor) for tensor, value in zip(a.lr_tensors, a.lr, strict=True)]
     scale = 1.0 if a.grad_scale is None else float(a.grad_scale)
     tau = a.tau if a.tau_tensor is None else float(a.tau_tensor)
-    library = _cpu.library() if _cpu.takes_lars_of(plan.kinds) else None
-    if library is None:
-        _lars_step_by_operators(a, lr, scale, tau)
-        return
-    device, front = a.params[0].device, plan.num_front_chunks
-    low = [int(dtype == torch.bfloat16) for kind in plan.kinds for dtype in kind]
-    hyper = [x for g, rate in enumerate(lr) for x in (a.momentum[g], a.weight_decay[g], a.eta[g], rate)]
-    tables = plan.tables(columns)
-    _cpu.lars_step(
-        library,
-        tables.addresses,
-        tables.rows,
-        tables.chunks,
-        plan.constant("low", "q", low, device),
-        plan.constant("groups", "d", hyper, device),
-        num_adapted=front,
-        scale=1.0 / scale,
-        weight=1.0 - tau,
-        partials=plan.workspace("partials", 2 * front, torch.float64, device),
-        ratios=plan.workspace("ratios", len(a.params), torch.float64, device),
-    )
-    _increment_versions(a)
 
-
-def _lars_step_by_operators(a: _Arguments, lr: Sequence[float], scale: float, tau: float) -> None:
     def by_row(rows: Sequence[int], tensors: Sequence[Tensor]) -> list[Tensor | None]:
         entries: list[Tensor | None] = [None] * len(a.params)
         for row, tensor in zip(rows, tensors, strict=True):

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from byol_kernels import _cpu, reference
+from byol_kernels import reference
 from byol_kernels._triton import device_guard, jit, next_power_of_2, tl
 
 # One row has to fit the registers of one program, with statistics four running vectors beside it. Wider rows take the
@@ -357,29 +357,10 @@ def _normalized_mse_bwd_cuda(
 # -------------------------------------------------------------------------------- operators
 
 
-def _fwd_on_cpu(
-    pa_BD: Tensor, za_BD: Tensor, pb_BD: Tensor | None, zb_BD: Tensor | None, eps: float, with_grad: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    library = _cpu.library() if pa_BD.dtype in {torch.float32, torch.bfloat16} else None
-    if library is not None:
-        dense = [x if x is None or x.stride(1) == 1 else x.contiguous() for x in (pa_BD, za_BD, pb_BD, zb_BD)]
-        pairs = [(p, z) for p, z in (dense[:2], dense[2:]) if p is not None and z is not None]
-        assert all(x.dtype == pa_BD.dtype and x.shape == pa_BD.shape for pair in pairs for x in pair)
-        grads = [pa_BD.new_empty(pa_BD.shape) for _ in pairs] if with_grad else []
-        factor, _ = reference.factors(pa_BD)
-        shortest, longest = max(eps, reference.SHORTEST), reference.LONGEST
-        cosines = _cpu.normalized_mse(library, pairs, grads, shortest, longest, factor)
-        if not math.isnan(cosines):
-            loss = min(max(2.0 * (len(pairs) - cosines / pa_BD.shape[0]), 0.0), 4.0 * len(pairs))
-            grads += [pa_BD.new_empty(0) for _ in range(2 - len(grads))]
-            return pa_BD.new_full((), loss, dtype=torch.float32), grads[0], grads[1]
-    return reference.normalized_mse_fwd(pa_BD, za_BD, pb_BD, zb_BD, eps, with_grad)
-
-
 def _normalized_mse_fwd_cpu(
     pa_BD: Tensor, za_BD: Tensor, pb_BD: Tensor | None, zb_BD: Tensor | None, eps: float, with_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    loss, grad_a, grad_b = _fwd_on_cpu(pa_BD, za_BD, pb_BD, zb_BD, eps, with_grad)
+    loss, grad_a, grad_b = reference.normalized_mse_fwd(pa_BD, za_BD, pb_BD, zb_BD, eps, with_grad)
     # Those of a small batch are halves of one tensor, but the outputs of an operator must not share memory.
     shared = grad_a.untyped_storage().data_ptr() == grad_b.untyped_storage().data_ptr()
     return loss, grad_a, grad_b.clone() if shared else grad_b
@@ -413,7 +394,7 @@ torch.library.impl("byol_kernels::normalized_mse_bwd", "CUDA", _normalized_mse_b
 
 
 _ON_CPU = {
-    torch.ops.byol_kernels.normalized_mse_fwd.default: _fwd_on_cpu,
+    torch.ops.byol_kernels.normalized_mse_fwd.default: reference.normalized_mse_fwd,
     torch.ops.byol_kernels.normalized_mse_stats_fwd.default: reference.normalized_mse_stats_fwd,
 }
 

@@ -1,4 +1,4 @@
-"""The photometric operators in plain PyTorch: what runs on the CPU, but for the blur where there is a C compiler.
+"""The photometric operators in plain PyTorch: what runs on the CPU.
 
 One image at a time, so that its planes stay in the second-level cache, by operations that write into scratch made
 once a batch: a fresh tensor of this size costs more in page faults than in arithmetic. Channels are planes only where
@@ -10,8 +10,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-from byol_kernels import _cpu
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 """The numbers of the jitter's parts in `order`."""
@@ -184,9 +182,7 @@ def _blur_rows(rows: Tensor, scratch: _Scratch, sigma: float, radius: int) -> Te
     if radius == 0:
         return rows
     height, width = rows.shape[0], rows.shape[1] // 3
-    weights, library = gaussian_weights(sigma, radius), _cpu.library()
-    if library is not None and _cpu.gaussian_blur(library, rows, scratch.above[:height], 3, weights):
-        return scratch.above[:height]
+    weights = gaussian_weights(sigma, radius)
     above = scratch.above
     beside = scratch.beside[: height * (width + 2 * radius) * 3].view(height, -1, 3)
     above[radius : radius + height] = rows

@@ -1,4 +1,4 @@
-"""Every operator in plain PyTorch: what runs on a CPU without a C compiler, and the kernels' oracle.
+"""Every operator in plain PyTorch: what runs on a CPU, and the kernels' oracle.
 
 Run on float64 tensors they are the oracle of the tests; run on float32 tensors they are the CPU implementation, so
 they are written to be fast as well as clear.

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from byol_kernels import _cpu, ema, lars, normalized_mse, reference, running_stats
+from byol_kernels import ema, lars, normalized_mse, reference, running_stats
 from tests.gpu import DEVICE
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -37,18 +37,6 @@ if INTERPRETED:
 @pytest.fixture(params=["cpu", pytest.param(DEVICE, marks=pytest.mark.gpu("kernels"), id="gpu")])
 def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-@pytest.fixture(params=["cpu", "operators", pytest.param(DEVICE, marks=pytest.mark.gpu("kernels"), id="gpu")])
-def device_or_operators(request: pytest.FixtureRequest) -> Iterator[str]:
-    """On a CPU with the kernels of its C compiler, and without."""
-    if request.param == "operators":
-        if INTERPRETED:
-            pytest.skip("the interpreter's kernels stand where the CPU's are")
-        with _cpu.left_out():
-            yield "cpu"
-    else:
-        yield str(request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -18,11 +18,6 @@ SHAPES = [(32, 32), (33, 31), (5, 40), (16, 17)]
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.fixture
-def device(device_or_operators: str) -> str:
-    return device_or_operators
-
-
 def expected(x: Tensor, sigma: Tensor, window: Tensor) -> Any:
     return np.stack([blur(f64(image), float(sigma[i]), int(window[i])) for i, image in enumerate(x)])
 

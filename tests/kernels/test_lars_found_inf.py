@@ -42,11 +42,6 @@ PLACES = {
 }
 
 
-@pytest.fixture
-def device(device_or_operators: str) -> str:
-    return device_or_operators
-
-
 class Run(NamedTuple):
     """An optimizer with all that its step writes."""
 

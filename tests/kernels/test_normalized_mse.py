@@ -39,11 +39,6 @@ shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
-@pytest.fixture
-def device(device_or_operators: str) -> str:
-    return device_or_operators
-
-
 def inputs(shape: tuple[int, int], dtype: torch.dtype, device: str) -> list[Tensor]:
     """p1, p2, z1, z2; the predictions ask for gradients, and so does z1, to see that it gets none."""
     p1, p2, z1, z2 = (make(shape, seed, dtype).to(device) for seed in range(4))
