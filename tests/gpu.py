@@ -25,7 +25,7 @@ NOT_HERE = None
 
 CAPABILITIES = {
     # kernels against float64, all dtypes
-    "kernels": "kernels/byol_kernels/NAME.py of the test's file name; compute-sanitizer python3 -m pytest -m gpu TEST "
+    "kernels": "kernels/byol_kernels/NAME/ of the test's file name; compute-sanitizer python3 -m pytest -m gpu TEST "
     "for a wrong address; a moving error is a race",
     # machine code of what really ran
     "sass": "registers, spills and widths in the message; python -m tests.kernels.sass prints what was expected; "

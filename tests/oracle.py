@@ -98,19 +98,19 @@ def lars_update(
     lr: float,
     momentum: float,
     weight_decay: float,
-    eta: float,
+    trust_coefficient: float,
 ) -> tuple[Array, Array]:
     """New parameter and momentum buffer by the LARS rule of BYOL's authors.
 
-    `d = g + wd p`, `r = eta |p| / |d|` (1 where a norm is 0), `v = mu v + r d`, `p = p - lr v`. Vectors and scalars,
-    that is biases and the parameters of norms, have neither decay nor adaptation: `d = g`, `r = 1`.
+    `d = g + wd p`, `r = trust_coefficient |p| / |d|` (1 where a norm is 0), `v = mu v + r d`, `p = p - lr v`. Vectors
+    and scalars, that is biases and the parameters of norms, have neither decay nor adaptation: `d = g`, `r = 1`.
     """
     direction, ratio = gradient, 1.0
     if parameter.ndim > 1:
         direction = gradient + weight_decay * parameter
         parameter_norm, direction_norm = math.sqrt((parameter**2).sum()), math.sqrt((direction**2).sum())
         if parameter_norm > 0.0 and direction_norm > 0.0:
-            ratio = eta * parameter_norm / direction_norm
+            ratio = trust_coefficient * parameter_norm / direction_norm
     new_buffer = momentum * momentum_buffer + ratio * direction
     return parameter - lr * new_buffer, new_buffer
 
@@ -343,7 +343,7 @@ class Hyperparameters:
     tau_base: float
     momentum: float
     weight_decay: float
-    eta: float
+    trust_coefficient: float
 
 
 @dataclass
@@ -370,7 +370,7 @@ class Training:
                 lr=rate,
                 momentum=s.momentum,
                 weight_decay=s.weight_decay,
-                eta=s.eta,
+                trust_coefficient=s.trust_coefficient,
             )
         decay = tau(step, s.total_steps, s.tau_base)
         for name, parameter in self.target.parameters.items():  # parameters only: buffers are the target's own

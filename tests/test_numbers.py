@@ -52,10 +52,11 @@ SETTINGS = oracle.Hyperparameters(
     tau_base=0.8,
     momentum=0.9,
     weight_decay=0.05,
-    eta=0.08,
+    trust_coefficient=0.08,
 )
 """A run in which everything matters: lr is 0, then its peak of 2, then below; tau moves by 0.01 and more a step; decay
-pulls about as hard as the gradient; eta is large enough for LARS to move a matrix by some percent a step."""
+pulls about as hard as the gradient; the trust coefficient is large enough for LARS to move a matrix
+by some percent a step."""
 
 
 def as_array(value: Tensor | Array | float) -> Array:
@@ -267,7 +268,9 @@ def test_lars_five_steps(dtype: torch.dtype) -> None:
     values["no_gradient"] = rounded(rng.normal(size=(3, 4)), dtype)  # d is the decay alone
     values["dead"] = np.zeros((2, 2))  # neither: |d| = 0
     parameters = {name: nn.Parameter(tensor(value, dtype)) for name, value in values.items()}
-    optimizer = byol_kernels.LARS(list(parameters.values()), lr=0.0, momentum=0.9, weight_decay=0.03, eta=0.02)
+    optimizer = byol_kernels.LARS(
+        list(parameters.values()), lr=0.0, momentum=0.9, weight_decay=0.03, trust_coefficient=0.02
+    )
     buffers = {name: np.zeros_like(value) for name, value in values.items()}
     for rate in (0.0, 1.5, 3.0, 1.0, 0.25):
         optimizer.param_groups[0]["lr"] = rate
@@ -276,7 +279,7 @@ def test_lars_five_steps(dtype: torch.dtype) -> None:
             gradient = np.zeros(parameter.shape) if silent else rounded(rng.normal(size=parameter.shape), dtype)
             parameter.grad = tensor(gradient, dtype)
             values[name], buffers[name] = oracle.lars_update(
-                values[name], gradient, buffers[name], lr=rate, momentum=0.9, weight_decay=0.03, eta=0.02
+                values[name], gradient, buffers[name], lr=rate, momentum=0.9, weight_decay=0.03, trust_coefficient=0.02
             )
         optimizer.step()
     # Five steps of fewer than ten roundings each: 50 u = 3e-6.
@@ -475,7 +478,11 @@ class RunDriver(Driver):
     def build_optimizer(self) -> torch.optim.Optimizer:
         s = SETTINGS
         config = OptimConfig(
-            name="lars", lr=s.base_lr, momentum=s.momentum, weight_decay=s.weight_decay, trust_coefficient=s.eta
+            name="lars",
+            lr=s.base_lr,
+            momentum=s.momentum,
+            weight_decay=s.weight_decay,
+            trust_coefficient=s.trust_coefficient,
         )
         return build_optimizer(config, self.model.trainable_parameters())
 
@@ -502,7 +509,11 @@ class PublicDriver(Driver):
     def build_optimizer(self) -> torch.optim.Optimizer:
         s = SETTINGS
         lars: torch.optim.Optimizer = byol_kernels.LARS(
-            self.model.online.parameters(), lr=0.0, momentum=s.momentum, weight_decay=s.weight_decay, eta=s.eta
+            self.model.online.parameters(),
+            lr=0.0,
+            momentum=s.momentum,
+            weight_decay=s.weight_decay,
+            trust_coefficient=s.trust_coefficient,
         )
         return lars
 
@@ -602,12 +613,19 @@ def biased_running_variance(patch: pytest.MonkeyPatch) -> None:
 
 def larc(patch: pytest.MonkeyPatch) -> None:
     def lars_update(
-        parameter: Array, gradient: Array, buffer: Array, *, lr: float, momentum: float, weight_decay: float, eta: float
+        parameter: Array,
+        gradient: Array,
+        buffer: Array,
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        trust_coefficient: float,
     ) -> tuple[Array, Array]:
         ratio, decay = 1.0, 0.0
         if parameter.ndim > 1:
             decay, norm = weight_decay, float(np.linalg.norm(parameter))
-            ratio = eta * norm / (float(np.linalg.norm(gradient)) + decay * norm)
+            ratio = trust_coefficient * norm / (float(np.linalg.norm(gradient)) + decay * norm)
         buffer = momentum * buffer + ratio * (gradient + decay * parameter)
         return parameter - lr * buffer, buffer
 

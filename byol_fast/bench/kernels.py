@@ -18,7 +18,7 @@ from byol_fast.bench.counting import Case, Suite, agree, is_installed
 from byol_fast.models.byol import BYOL
 from byol_kernels import LARS, byol_loss, ema_update_
 
-TAU, LR, DECAY, ETA, MOMENTUM = 0.99, 0.1, 1e-6, 1e-3, 0.9
+TAU, LR, DECAY, TRUST_COEFFICIENT, MOMENTUM = 0.99, 0.1, 1e-6, 1e-3, 0.9
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -38,7 +38,7 @@ class LoopLARS(torch.optim.Optimizer):
                     update = update.add(p, alpha=DECAY)
                     weight_norm, update_norm = torch.norm(p).item(), torch.norm(update).item()
                     if weight_norm > 0 and update_norm > 0:
-                        update = update.mul(ETA * weight_norm / update_norm)
+                        update = update.mul(TRUST_COEFFICIENT * weight_norm / update_norm)
                 state = self.state[p]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(p)
@@ -136,7 +136,8 @@ def timm_average(w: Weights) -> Case:
 def optimizer_suite(device: str) -> Suite:
     """LARS and the average of the target, beside lightly's and timm's."""
     w = Weights(device)
-    fused, plain = LARS(w.online, lr=LR, momentum=MOMENTUM, weight_decay=DECAY, eta=ETA), LoopLARS(w.online)
+    fused = LARS(w.online, lr=LR, momentum=MOMENTUM, weight_decay=DECAY, trust_coefficient=TRUST_COEFFICIENT)
+    plain = LoopLARS(w.online)
     w.share(fused)
     w.share(plain)
     target_of = dict(zip(w.followed, w.target, strict=True))

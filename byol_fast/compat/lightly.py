@@ -16,7 +16,7 @@ from byol_fast.config import ViewConfig
 from byol_fast.models.base import IMAGENET_MEAN, IMAGENET_STD
 from byol_fast.models.layers import Normalize
 from byol_kernels import ema_update_, normalized_mse_loss
-from byol_kernels._multi_tensor import same_layout
+from byol_kernels.layout import same_layout
 
 __all__ = [
     "LARS",

@@ -17,7 +17,7 @@ from byol_fast.models import split_batchnorm
 from byol_fast.models.layers import Normalize
 from byol_fast.models.split_batchnorm import BatchStats
 from byol_fast.utils.profiler_ranges import record_range
-from byol_kernels.normalized_mse import byol_loss_with_stats
+from byol_kernels import byol_loss_with_stats
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -42,7 +42,7 @@ def build_optimizer(
             lr=0.0,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
-            eta=config.trust_coefficient,
+            trust_coefficient=config.trust_coefficient,
             exclude_1d=not config.decay_1d,
         )
     # The fused forms take `found_inf`: a step that must not happen is skipped without asking the host.

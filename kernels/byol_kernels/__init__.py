@@ -1,4 +1,4 @@
-"""Fused Triton kernels for BYOL: the loss, the moving average, LARS, views of images.
+"""Fused Triton kernels for BYOL: loss, EMA of the target, LARS, running statistics, views of images.
 
 On a CPU plain PyTorch.
 """
@@ -8,7 +8,7 @@ from byol_kernels.crop import resized_crop
 from byol_kernels.draws import DrawnView, draw_view
 from byol_kernels.ema import ema_update_
 from byol_kernels.lars import LARS
-from byol_kernels.normalized_mse import (
+from byol_kernels.loss import (
     LossStats,
     byol_loss,
     byol_loss_with_stats,

@@ -1,4 +1,4 @@
-"""Triton, where there is one: `jit` and `tl` for the kernels, and else a clear error at launch.
+"""Triton if it is installed: `jit` and `tl` for the kernels; else a clear error at launch.
 
 Triton has wheels for Linux only. Elsewhere the package still imports and its CPU operators work.
 """
@@ -19,7 +19,7 @@ except ImportError:
     triton = None
 
     class _NoLanguage:
-        """Stands where `triton.language` is used before any launch: in annotations."""
+        """Placeholder of `triton.language`, which annotations need before any launch."""
 
         constexpr = tensor = object
 
@@ -27,7 +27,7 @@ except ImportError:
 
 
 class _NoKernel:
-    """Stands where a compiled kernel would be; launching it explains what is missing."""
+    """Placeholder of a compiled kernel: a launch raises and names what is missing."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -45,7 +45,7 @@ def jit(function: Callable[..., Any]) -> Any:
 
 
 def device_guard(tensor: Tensor) -> AbstractContextManager[None]:
-    """Makes the GPU of a tensor the current one, which Triton launches on; does nothing for a CPU tensor."""
+    """Context in which the GPU of a tensor is the current one, which Triton launches on; no effect for a CPU tensor."""
     return cast("AbstractContextManager[None]", torch.cuda.device_of(tensor))  # type: ignore[no-untyped-call]
 
 

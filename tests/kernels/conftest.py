@@ -1,4 +1,4 @@
-"""Where the kernel tests run.
+"""Devices of the kernel tests.
 
 The same tests run in three places. In an ordinary session they run on the CPU, against the plain PyTorch operators, and
 with `-m gpu` on a GPU, against the compiled kernels. `test_interpreter.py` starts a second session with
@@ -15,7 +15,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from byol_kernels import ema, lars, normalized_mse, reference, running_stats
+from byol_kernels.ema.ops import _ema_update_cuda
+from byol_kernels.lars.ops import _lars_step_cuda
+from byol_kernels.loss import ops as loss
+from byol_kernels.running_stats.ops import _update_running_stats_cuda
 from tests.gpu import DEVICE
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -23,15 +26,14 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     _override = torch.library.Library("byol_kernels", "IMPL")  # type: ignore[no-untyped-call]
     for _name, _launcher in {
-        "normalized_mse_fwd": normalized_mse._normalized_mse_fwd_cuda,
-        "normalized_mse_stats_fwd": normalized_mse._normalized_mse_stats_fwd_cuda,
-        "normalized_mse_bwd": normalized_mse._normalized_mse_bwd_cuda,
-        "ema_update_": ema._ema_update_cuda,
-        "lars_step_": lars._lars_step_cuda,
-        "update_running_stats_": running_stats._update_running_stats_cuda,
+        "normalized_mse_fwd": loss._normalized_mse_fwd_cuda,
+        "normalized_mse_stats_fwd": loss._normalized_mse_stats_fwd_cuda,
+        "normalized_mse_bwd": loss._normalized_mse_bwd_cuda,
+        "ema_update_": _ema_update_cuda,
+        "lars_step_": _lars_step_cuda,
+        "update_running_stats_": _update_running_stats_cuda,
     }.items():
         partial(_override.impl, allow_override=True)(_name, _launcher, "CPU")
-    reference.is_plain = lambda x: False  # or the CPU functions would be called past the operators
 
 
 @pytest.fixture(params=["cpu", pytest.param(DEVICE, marks=pytest.mark.gpu("kernels"), id="gpu")])
@@ -53,7 +55,7 @@ def _one_thread_and_poisoned_memory() -> Iterator[None]:
 
 
 class Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The operators that reach the device while it is on."""
+    """Names of the operators that reach the device while it is active."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Compiles kernels for GPUs that are not here and reads the machine code: `python -m tests.kernels.sass`."""
+"""Ahead-of-time compilation of kernels and statistics of their machine code: `python -m tests.kernels.sass`."""
 
 import re
 import subprocess
@@ -13,7 +13,11 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from byol_kernels import _multi_tensor, ema, lars, normalized_mse, running_stats
+from byol_kernels import _multi_tensor
+from byol_kernels.ema import kernels as ema
+from byol_kernels.lars import kernels as lars
+from byol_kernels.loss import kernels as loss
+from byol_kernels.running_stats import kernels as running_stats
 
 CAPABILITIES = (80, 90, 100)
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -27,7 +31,7 @@ class Constant(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A kernel as a launch specialises it.
+    """A kernel as a launch specializes it.
 
     A type that ends in `!` is a pointer to 16-byte aligned memory, or an integer divisible by 16, which the launcher
     would have found out about its arguments.
@@ -44,7 +48,7 @@ class Case(NamedTuple):
 
 
 class Code(NamedTuple):
-    """What the machine code of one kernel says."""
+    """Registers, stack and instructions of one kernel."""
 
     registers: int
     stack: int
@@ -95,7 +99,7 @@ def build(
 
 
 def read(binary: bytes) -> Code:
-    """What a compiled kernel's machine code says."""
+    """Disassemble a compiled kernel."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(binary)
@@ -118,14 +122,14 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 def _loss(dtype: str, dim: int, *, stats: bool, registers: int, wide_loads: int, wide_stores: int) -> Case:
-    block_b, block_d, num_warps = normalized_mse.tile_of(dim)
+    block_b, block_d, num_warps = loss.tile_of(dim)
     matrix, optional = f"*{dtype}!", "*fp32!" if stats else Constant(None)
     arguments: dict[str, str | Constant] = {
         **dict.fromkeys(("pa_ptr", "za_ptr", "pb_ptr", "zb_ptr", "grad_a_ptr", "grad_b_ptr"), matrix),
         **dict.fromkeys(("pa_stride", "za_stride", "pb_stride", "zb_stride", "batch", "dim"), "i32!"),
         **dict.fromkeys(("row_loss_ptr", "cosine_ptr", "std_ptr", "moments_ptr"), optional),
         **dict.fromkeys(("loss_ptr", "partial_ptr"), "*fp32!"),
-        "counter_ptr": "*i32",
+        "arrival_counter_ptr": "*i32",
         "rows_per_program": "i32",
         "eps": "fp32",
         "grad_factor": "fp32",
@@ -133,9 +137,9 @@ def _loss(dtype: str, dim: int, *, stats: bool, registers: int, wide_loads: int,
         "BLOCK_D": Constant(block_d),
         "BLOCK_G": Constant(64),
         "BLOCK_PARTIALS": Constant(128),
-        "BLOCK_STD": Constant(normalized_mse.BLOCK_STD),
+        "BLOCK_STD": Constant(loss.BLOCK_STD),
     }
-    kernel = normalized_mse._normalized_mse_fwd_kernel
+    kernel = loss._normalized_mse_fwd_kernel
     return Case(kernel, arguments, num_warps, registers, wide_loads, wide_stores)
 
 
@@ -145,9 +149,9 @@ def _bwd(dtype: str) -> Case:
         **dict.fromkeys(("grad_a_ptr", "grad_b_ptr", "out_a_ptr", "out_b_ptr"), f"*{dtype}!"),
         "numel": "i32!",
         "factor": "fp32",
-        "BLOCK": Constant(normalized_mse.BLOCK_BWD),
+        "BLOCK": Constant(loss.BLOCK_BWD),
     }
-    return Case(normalized_mse._normalized_mse_bwd_kernel, arguments, 4, 40, 2, 2)
+    return Case(loss._normalized_mse_bwd_kernel, arguments, 4, 40, 2, 2)
 
 
 _TABLES: dict[str, str | Constant] = {
@@ -155,9 +159,9 @@ _TABLES: dict[str, str | Constant] = {
     **dict.fromkeys(
         ("groups_ptr", "partials_ptr", "ratios_ptr", "tau_ptr", "grad_scale_ptr", "found_inf_ptr"), "*fp32!"
     ),
-    "tickets_ptr": "*i32!",
+    "arrival_counters_ptr": "*i32!",
     "num_rows": "i32",
-    "num_chunks": "i32",
+    "num_adapted_chunks": "i32",
     "weight": "fp32",
     "CHUNK": Constant(_multi_tensor.CHUNK),
     "BLOCK_PARTIALS": Constant(lars.BLOCK_PARTIALS),
@@ -170,13 +174,13 @@ def _multi(kernel: Any, registers: int, wide_loads: int, wide_stores: int, **con
     return Case(kernel, arguments, _multi_tensor.NUM_WARPS, registers, wide_loads, wide_stores)
 
 
-def _statistics(*kinds: tuple[Any, ...]) -> Case:
+def _statistics(*dtype_combos: tuple[Any, ...]) -> Case:
     arguments: dict[str, str | Constant] = {
         **dict.fromkeys(("addresses_ptr", "rows_ptr"), "*i64!"),
         "momentum_ptr": "*fp64!",
         "num_rows": "i32",
         "found_inf_ptr": "*fp32!",
-        "KINDS": Constant(kinds),
+        "DTYPE_COMBOS": Constant(dtype_combos),
         "BLOCK_C": Constant(running_stats.BLOCK_C),
     }
     # A layer has a few thousand numbers: what counts is that nothing is spilled, not how wide it is read.
@@ -198,25 +202,25 @@ CASES: dict[str, Case] = {
     "loss_fp32_d16384": _loss("fp32", 16384, stats=False, registers=128, wide_loads=16, wide_stores=8),
     "loss_bwd_bf16": _bwd("bf16"),
     "loss_bwd_fp32": _bwd("fp32"),
-    "ema_fp32": _multi(_EMA, 80, 8, 4, KINDS=((F32, F32, F32),), HAS_COPY=False),
-    "ema_fp32_copy_bf16": _multi(_EMA, 96, 8, 6, KINDS=((F32, F32, BF16),), HAS_COPY=True),
-    "ema_fp32_from_bf16": _multi(_EMA, 80, 6, 4, KINDS=((F32, BF16, F32),), HAS_COPY=False),
-    "ema_two_kinds": _multi(_EMA, 96, 14, 8, KINDS=((F32, F32, F32), (F32, BF16, F32)), HAS_COPY=False),
+    "ema_fp32": _multi(_EMA, 80, 8, 4, DTYPE_COMBOS=((F32, F32, F32),), HAS_COPY=False),
+    "ema_fp32_copy_bf16": _multi(_EMA, 96, 8, 6, DTYPE_COMBOS=((F32, F32, BF16),), HAS_COPY=True),
+    "ema_fp32_from_bf16": _multi(_EMA, 80, 6, 4, DTYPE_COMBOS=((F32, BF16, F32),), HAS_COPY=False),
+    "ema_two_dtype_combos": _multi(_EMA, 96, 14, 8, DTYPE_COMBOS=((F32, F32, F32), (F32, BF16, F32)), HAS_COPY=False),
     "running_stats_fp32": _statistics((F32, F32, F32, F32)),
-    "lars_norms_fp32": _multi(_NORMS, 64, 8, 0, KINDS=((F32, F32),)),
-    "lars_norms_bf16_grad": _multi(_NORMS, 64, 6, 0, KINDS=((F32, BF16),)),
-    "lars_norms_two_kinds": _multi(_NORMS, 64, 14, 0, KINDS=((F32, BF16), (F32, F32))),
-    "lars_norms_fp32_no_flag": _multi(_NORMS, 64, 8, 0, KINDS=((F32, F32),), found_inf_ptr=None),
-    "lars_apply": _multi(_APPLY, 128, 12, 8, KINDS=(_ALL_F32,), HAS=(False, False, False)),
-    "lars_apply_ema": _multi(_APPLY, 128, 16, 12, KINDS=(_ALL_F32,), HAS=(True, False, False)),
+    "lars_norms_fp32": _multi(_NORMS, 64, 8, 0, DTYPE_COMBOS=((F32, F32),)),
+    "lars_norms_bf16_grad": _multi(_NORMS, 64, 6, 0, DTYPE_COMBOS=((F32, BF16),)),
+    "lars_norms_two_dtype_combos": _multi(_NORMS, 64, 14, 0, DTYPE_COMBOS=((F32, BF16), (F32, F32))),
+    "lars_norms_fp32_no_flag": _multi(_NORMS, 64, 8, 0, DTYPE_COMBOS=((F32, F32),), found_inf_ptr=None),
+    "lars_apply": _multi(_APPLY, 128, 12, 8, DTYPE_COMBOS=(_ALL_F32,), HAS=(False, False, False)),
+    "lars_apply_ema": _multi(_APPLY, 128, 16, 12, DTYPE_COMBOS=(_ALL_F32,), HAS=(True, False, False)),
     "lars_apply_ema_copies": _multi(
-        _APPLY, 128, 16, 16, KINDS=((F32, F32, F32, F32, BF16, BF16),), HAS=(True, True, True)
+        _APPLY, 128, 16, 16, DTYPE_COMBOS=((F32, F32, F32, F32, BF16, BF16),), HAS=(True, True, True)
     ),
 }
 
 
 def main() -> None:
-    """Prints registers, widths and spills of every kernel on every architecture."""
+    """Print registers, widths and spills of every kernel on every architecture."""
     print(f"triton {triton.__version__}")
     print("| kernel | sm | registers | stack | spills | 128-bit loads | 128-bit stores | instructions |")
     print("|---|---|---|---|---|---|---|---|")

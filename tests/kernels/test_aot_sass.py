@@ -1,4 +1,4 @@
-"""What the compiled kernels look like on A100, H100 and B200, with no GPU at hand."""
+"""Machine code of the kernels for A100, H100 and B200, compiled without a GPU."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def test_aot_sass_is_wide_and_does_not_spill(name: str, capability: int) -> None
 
 
 @pytest.mark.parametrize("capability", sass.CAPABILITIES)
-def test_aot_loss_takes_tickets_in_order(capability: int) -> None:
+def test_aot_loss_arrival_is_ordered(capability: int) -> None:
     """One atomic, a fence around it, and partial sums read past the first-level cache."""
     code = sass.compile_for(sass.CASES["loss_bf16_d256"], capability)
     assert code.count(r"(ATOMG|ATOM)\.E\.ADD\.STRONG\.GPU(\..*)?") == 1
@@ -32,7 +32,7 @@ def test_aot_loss_takes_tickets_in_order(capability: int) -> None:
 
 @pytest.mark.parametrize("capability", sass.CAPABILITIES)
 def test_aot_lars_norms_use_one_atomic(capability: int) -> None:
-    """The ticket's; the flag of what is not finite is a plain store, which a kernel without a flag has not."""
+    """That of the arrival counter; `found_inf` is a plain store, absent from a kernel without the flag."""
     code, without_flag = (
         sass.compile_for(sass.CASES[name], capability) for name in ("lars_norms_fp32", "lars_norms_fp32_no_flag")
     )

@@ -1,4 +1,4 @@
-"""What only a GPU can show: CUDA graphs, no host sync, few launches. Other tests run there by the `device` fixture."""
+"""Tests that need a GPU: CUDA graphs, no host sync, few launches. Others run there by the `device` fixture."""
 
 import copy
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from byol_kernels import LARS, byol_loss, byol_loss_with_stats, ema_update_
 from tests.gpu import DEVICE, NOT_HERE, REHEARSING, Captured, aside, host_syncs_are_errors, launches, synchronize
-from tests.kernels.restatement import make
+from tests.kernels.numerics import randn
 from tests.kernels.test_ema import small_resnet
 from tests.kernels.test_lars import set_gradients
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu("launches")
 
 @pytest.fixture
 def quartet() -> list[Tensor]:
-    p1, p2, z1, z2 = (make((256, 256), seed, torch.bfloat16, device=DEVICE) for seed in range(4))
+    p1, p2, z1, z2 = (randn((256, 256), seed, torch.bfloat16, device=DEVICE) for seed in range(4))
     return [p1.requires_grad_(), p2.requires_grad_(), z1, z2]
 
 
@@ -26,7 +26,7 @@ def network() -> tuple[list[nn.Parameter], list[Tensor]]:
     return list(online.parameters()), [p.detach() for p in target.parameters()]
 
 
-def test_loss_is_one_launch_and_its_backward_another(quartet: list[Tensor]) -> None:
+def test_loss_and_backward_are_one_launch_each(quartet: list[Tensor]) -> None:
     p1, p2, z1, z2 = quartet
     torch.use_deterministic_algorithms(False)  # it fills every torch.empty, which is a launch each
     assert launches(lambda: byol_loss(p1, p2, z1, z2)) in (["_normalized_mse_fwd_kernel"], NOT_HERE)
@@ -50,14 +50,14 @@ def test_ema_is_one_launch_and_lars_two() -> None:
         assert names in (["_lars_norms_kernel", "_lars_apply_kernel"], NOT_HERE)
 
 
-def test_nothing_waits_for_the_device(quartet: list[Tensor]) -> None:
+def test_no_host_sync(quartet: list[Tensor]) -> None:
     params, targets = network()
     lr, tau = torch.tensor(0.1, device=DEVICE), torch.tensor(0.9, device=DEVICE)
     optimizer = LARS(params, lr)
     optimizer.found_inf = torch.zeros((), device=DEVICE)
 
     def step(seed: int) -> None:
-        gradients = [make(tuple(p.shape), seed + i, device=DEVICE) for i, p in enumerate(params)]
+        gradients = [randn(tuple(p.shape), seed + i, device=DEVICE) for i, p in enumerate(params)]
         for p, g in zip(params, gradients, strict=True):
             p.grad = torch.empty_like(p).copy_(g)  # other memory at every step: new tables
         with host_syncs_are_errors():
@@ -67,13 +67,13 @@ def test_nothing_waits_for_the_device(quartet: list[Tensor]) -> None:
             ema_update_(targets, params, tau)
             ema_update_(targets, params, 0.5)
 
-    byol_loss(*quartet)  # the first launch of a stream makes its ticket counter
+    byol_loss(*quartet)  # the first launch of a stream makes its arrival counter
     for seed in range(3):
         step(100 * seed)
 
 
-def test_a_captured_step_follows_lr_and_tau(quartet: list[Tensor]) -> None:
-    """The whole of what a trainer captures, replayed beside the same steps run eagerly."""
+def test_captured_step_follows_lr_and_tau(quartet: list[Tensor]) -> None:
+    """Loss, backward, LARS and EMA, replayed beside the same steps run eagerly."""
     params, targets = network()
     others, other_targets = copy.deepcopy(params), [t.clone() for t in targets]
     set_gradients(params, 0)
@@ -122,8 +122,8 @@ def test_a_captured_step_follows_lr_and_tau(quartet: list[Tensor]) -> None:
         assert all(torch.equal(a, b) for a, b in zip(grads, torch.autograd.grad(expected, quartet[:2]), strict=True))
 
 
-def test_a_captured_step_finds_nonfinite_gradients() -> None:
-    """A replay that finds one writes nothing but the flag; the next one goes on."""
+def test_captured_step_skips_nonfinite_gradients() -> None:
+    """A replay with one writes nothing but the flag; the next replay steps."""
     params, targets = network()
     set_gradients(params, 0)
     optimizer = LARS(params, torch.tensor(0.1, device=DEVICE))
@@ -147,8 +147,8 @@ def test_a_captured_step_finds_nonfinite_gradients() -> None:
         assert not any(torch.equal(x, b) for x, b in zip(written, before, strict=True))
 
 
-def test_first_step_within_a_capture_is_refused() -> None:
-    p = nn.Parameter(make((4, 4), 0, device=DEVICE))
+def test_first_step_within_a_capture_raises() -> None:
+    p = nn.Parameter(randn((4, 4), 0, device=DEVICE))
     p.grad = torch.zeros_like(p)
     if REHEARSING:
         pytest.skip("rehearsal: nothing is captured on a CPU")
@@ -159,8 +159,8 @@ def test_first_step_within_a_capture_is_refused() -> None:
         LARS([p], 0.1).step()
 
 
-def test_loss_on_several_streams_at_once(quartet: list[Tensor]) -> None:
-    """Each stream has a ticket counter of its own; sharing one would end a sum early."""
+def test_loss_on_concurrent_streams(quartet: list[Tensor]) -> None:
+    """Each stream has its own arrival counter; sharing one would end a sum early."""
     expected = byol_loss(*quartet)
     streams = [] if REHEARSING else [torch.cuda.Stream() for _ in range(4)]  # type: ignore[no-untyped-call]
     losses = [byol_loss(*quartet)]
@@ -173,7 +173,7 @@ def test_loss_on_several_streams_at_once(quartet: list[Tensor]) -> None:
     assert all(torch.equal(loss, expected) for loss in losses)
 
 
-def test_large_batch_of_long_rows() -> None:
+def test_loss_beyond_32_bit_offsets() -> None:
     """Offsets beyond 2^31 elements need 64-bit arithmetic."""
     p = torch.randn(300 if REHEARSING else 300_000, 8192, dtype=torch.float16, device=DEVICE)
     z = p.roll(1, 0)
@@ -185,11 +185,11 @@ def test_large_batch_of_long_rows() -> None:
     assert loss == pytest.approx(4 * total / len(p), rel=1e-5)
 
 
-def test_gradients_that_the_graph_allocates() -> None:
+def test_gradients_allocated_by_the_graph() -> None:
     """As after `zero_grad(set_to_none=True)`: the addresses are known only during the capture."""
-    p = nn.Parameter(make((64, 64), 0, device=DEVICE))
+    p = nn.Parameter(randn((64, 64), 0, device=DEVICE))
     q = nn.Parameter(p.detach().clone())
-    x = make((64, 64), 1, device=DEVICE)
+    x = randn((64, 64), 1, device=DEVICE)
     captured, eager = LARS([p], 0.1), LARS([q], 0.1)
 
     def step(parameter: nn.Parameter, optimizer: LARS) -> None:

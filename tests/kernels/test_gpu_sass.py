@@ -20,7 +20,7 @@ from byol_fast.data.augment_params import draw
 from byol_kernels import LARS, byol_loss, byol_loss_with_stats, ema_update_, gaussian_blur, photometric, resized_crop
 from tests.gpu import DEVICE, REHEARSING
 from tests.kernels.conftest import not_interpreted
-from tests.kernels.restatement import make
+from tests.kernels.numerics import randn
 
 sass = pytest.importorskip("tests.kernels.sass", exc_type=ImportError)  # needs Triton
 photometric_sass = pytest.importorskip("tests.kernels.photometric_sass", exc_type=ImportError)
@@ -38,7 +38,7 @@ class Launch(NamedTuple):
 
 def _loss(dtype: torch.dtype, *, stats: bool = False) -> Callable[[], object]:
     def call() -> object:
-        p1, p2, z1, z2 = (make((256, 256), seed, dtype, device=DEVICE) for seed in range(4))
+        p1, p2, z1, z2 = (randn((256, 256), seed, dtype, device=DEVICE) for seed in range(4))
         p1.requires_grad_()
         p2.requires_grad_()
         loss = byol_loss_with_stats(p1, p2, z1, z2)[0] if stats else byol_loss(p1, p2, z1, z2)
@@ -49,7 +49,7 @@ def _loss(dtype: torch.dtype, *, stats: bool = False) -> Callable[[], object]:
 
 def _weights(dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Tensors of many full chunks, and one that is none."""
-    return [make(shape, i, dtype, device=DEVICE) for i, shape in enumerate(((512, 1024), (64, 64, 3, 3), (256,)))]
+    return [randn(shape, i, dtype, device=DEVICE) for i, shape in enumerate(((512, 1024), (64, 64, 3, 3), (256,)))]
 
 
 def _ema(online: torch.dtype, *, copies: bool = False) -> Callable[[], object]:

@@ -16,10 +16,14 @@ HERE = Path(__file__).parent
 @pytest.mark.parametrize(
     "names",
     [
-        ["test_normalized_mse.py"],
-        ["test_ema.py", "test_running_stats.py"],
-        ["test_lars.py"],
-        ["test_lars_found_inf.py"],
+        [
+            "test_loss.py",
+            "test_ema.py",
+            "test_running_stats.py",
+            "test_lars.py",
+            "test_lars_layouts.py",
+            "test_lars_found_inf.py",
+        ],
         ["test_photometric.py", "test_blur.py"],
         ["test_crop.py", "test_draws.py"],
     ],

@@ -1,4 +1,4 @@
-"""LARS and gradients that are not finite: the step finds them, sets `found_inf` and writes nothing else."""
+"""LARS and non-finite gradients: the step finds them, sets `found_inf` and writes nothing else."""
 
 from typing import Any, NamedTuple
 
@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from byol_kernels import LARS
 from tests.kernels.conftest import INTERPRETED, not_interpreted
-from tests.kernels.restatement import close, f64, lars, make
+from tests.kernels.numerics import f64, is_close, randn
 from tests.kernels.test_ema import FLOATS
-from tests.kernels.test_lars import parameter_lists
+from tests.kernels.test_lars_layouts import parameter_lists
+from tests.oracle import lars_update
 
-HYPER = {"lr": 0.2, "momentum": 0.9, "weight_decay": 1e-2, "eta": 1e-3}
+HYPER = {"lr": 0.2, "momentum": 0.9, "weight_decay": 1e-2, "trust_coefficient": 1e-3}
 NON_FINITE = [float("nan"), float("inf"), float("-inf")]
 
 SHAPES = {
@@ -43,7 +44,7 @@ PLACES = {
 
 
 class Run(NamedTuple):
-    """An optimizer with all that its step writes."""
+    """An optimizer and all tensors that its step writes."""
 
     params: dict[str, nn.Parameter]
     targets: list[Tensor]
@@ -59,9 +60,9 @@ class Run(NamedTuple):
         self.optimizer.step(ema=(self.targets, 0.9), copies=self.copies)
 
 
-def make_run(device: str, dtype: torch.dtype = torch.float32) -> Run:
-    params = {name: nn.Parameter(make(SHAPES[name], i, dtype, device=device)) for i, name in enumerate(SHAPES)}
-    targets = [make(tuple(p.shape), 20 + i, dtype, device=device) for i, p in enumerate(params.values())]
+def build_run(device: str, dtype: torch.dtype = torch.float32) -> Run:
+    params = {name: nn.Parameter(randn(SHAPES[name], i, dtype, device=device)) for i, name in enumerate(SHAPES)}
+    targets = [randn(tuple(p.shape), 20 + i, dtype, device=device) for i, p in enumerate(params.values())]
     copies = [torch.full_like(p, 7.0, dtype=torch.bfloat16, requires_grad=False) for p in params.values()]
     groups = [
         {"params": [p for name, p in params.items() if name != "adapted_one_dim"]},
@@ -78,15 +79,15 @@ def set_gradients(params: dict[str, nn.Parameter], grads: dict[str, Tensor]) -> 
             p.grad = grads[name]
 
 
-def make_gradients(seed: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+def random_gradients(seed: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     return {
-        name: make(shape, 100 * seed + i, dtype, device=device)
+        name: randn(shape, 100 * seed + i, dtype, device=device)
         for i, (name, shape) in enumerate(SHAPES.items())
         if name != "without_gradient"
     }
 
 
-def flag(device: str, value: float = 0.0) -> Tensor:
+def scalar(device: str, value: float = 0.0) -> Tensor:
     return torch.tensor(value, device=device)
 
 
@@ -107,41 +108,40 @@ def expected_flag(grads: list[Tensor]) -> float:
     return float(not all(bool(torch.isfinite(g).all()) for g in grads))
 
 
-@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_nonfinite_gradient_sets_the_flag_and_skips(dtype: torch.dtype, place: str, device: str) -> None:
-    """The steps around it are those of an optimizer that never saw it and has no flag."""
-    run, other = make_run(device), make_run(device)
-    found_inf = run.optimizer.found_inf = flag(device)
-    row, element = PLACES[place]
-    run.step(make_gradients(0, dtype, device))
-    other.step(make_gradients(0, dtype, device))
+def test_nonfinite_gradient_sets_the_flag_and_skips(dtype: torch.dtype, device: str) -> None:
+    """The steps around skipped ones are those of an optimizer that never saw them and has no flag."""
+    run, other = build_run(device), build_run(device)
+    found_inf = run.optimizer.found_inf = scalar(device)
+    run.step(random_gradients(0, dtype, device))
+    other.step(random_gradients(0, dtype, device))
     assert found_inf.item() == 0.0
-    for value in NON_FINITE:
-        grads = make_gradients(1, dtype, device)
-        grads[row].view(-1)[element] = value
-        before, grads_before = clones(run.written()), clones(list(grads.values()))
+    before = clones(run.written())
+    for i, (place, (row, element)) in enumerate(PLACES.items()):
+        grads = random_gradients(1, dtype, device)
+        grads[row].view(-1)[element] = NON_FINITE[(i + FLOATS.index(dtype)) % 3]
+        grads_before = clones(list(grads.values()))
         found_inf.zero_()
         versions = found_inf._version, *(g._version for g in grads.values())
         run.step(grads)
-        assert found_inf.item() == expected_flag(list(grads.values())) == 1.0
-        assert same_bits(run.written(), before) and same_bits(list(grads.values()), grads_before)
+        assert found_inf.item() == expected_flag(list(grads.values())) == 1.0, place
+        assert same_bits(run.written(), before) and same_bits(list(grads.values()), grads_before), place
         assert found_inf._version > versions[0]
         assert versions[1:] == tuple(g._version for g in grads.values())
     found_inf.zero_()
-    run.step(make_gradients(2, dtype, device))
-    other.step(make_gradients(2, dtype, device))
+    run.step(random_gradients(2, dtype, device))
+    other.step(random_gradients(2, dtype, device))
     assert found_inf.item() == 0.0
     assert same_bits(run.written(), other.written())
 
 
 @pytest.mark.parametrize("shape", [(), (1,)])
-def test_flag_on_entry_skips_and_stays(shape: tuple[int, ...], device: str) -> None:
-    run = make_run(device)
-    run.step(make_gradients(0, torch.float32, device))
+def test_flag_set_on_entry_skips_and_stays(shape: tuple[int, ...], device: str) -> None:
+    run = build_run(device)
+    run.step(random_gradients(0, torch.float32, device))
     run.optimizer.found_inf = torch.ones(shape, device=device)
     before = clones(run.written())
-    for grads in (make_gradients(1, torch.float32, device), {}):
+    for grads in (random_gradients(1, torch.float32, device), {}):
         run.step(grads)
         assert run.optimizer.found_inf.item() == 1.0
         assert same_bits(run.written(), before)
@@ -158,60 +158,60 @@ def test_flag_on_entry_skips_and_stays(shape: tuple[int, ...], device: str) -> N
     ],
     ids=str,
 )
-def test_large_finite_gradients_step(dtype: torch.dtype, size: float, device: str) -> None:
+def test_large_finite_gradients_are_not_skipped(dtype: torch.dtype, size: float, device: str) -> None:
     """Squares of 1e30 overflow in float32, of 1e300 in float64; the ratio is that of a step without a flag."""
     param_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    run, other = make_run(device, param_dtype), make_run(device, param_dtype)
-    found_inf = run.optimizer.found_inf = flag(device)
-    grads = {name: torch.full_like(g, size) for name, g in make_gradients(0, dtype, device).items()}
+    run, other = build_run(device, param_dtype), build_run(device, param_dtype)
+    found_inf = run.optimizer.found_inf = scalar(device)
+    grads = {name: torch.full_like(g, size) for name, g in random_gradients(0, dtype, device).items()}
     before = {name: f64(p).copy() for name, p in run.params.items()}
     run.step(grads)
     other.step(grads)
     assert expected_flag(list(grads.values())) == found_inf.item() == 0.0
     assert same_bits(run.written(), other.written())
     for name in ("one_dim", "adapted"):
-        excluded = name == "one_dim"
-        if excluded or size * size * grads[name].numel() < torch.finfo(torch.float32).max:
+        is_vector = name == "one_dim"
+        if is_vector or size * size * grads[name].numel() < torch.finfo(torch.float32).max:
             p, g = before[name], f64(grads[name])
-            expected = p - HYPER["lr"] * g if excluded else lars(p, g, 0 * p, **HYPER, excluded=False)[0]
+            expected = p - HYPER["lr"] * g if is_vector else lars_update(p, g, 0 * p, **HYPER)[0]
             np.testing.assert_allclose(f64(run.params[name]), expected, rtol=1e-6, atol=1e-7)
 
 
-def test_finite_float64_gradient_beyond_float32(device: str) -> None:
-    """Each gradient is judged as it is stored, although a float32 parameter's is rounded to float32."""
-    run = make_run(device)
-    found_inf = run.optimizer.found_inf = flag(device)
-    grads = {name: torch.full_like(g, 1e300) for name, g in make_gradients(0, torch.float64, device).items()}
+def test_float64_gradient_beyond_float32_is_finite(device: str) -> None:
+    """Each gradient is checked in its own dtype, although a float32 parameter's is rounded to float32."""
+    run = build_run(device)
+    found_inf = run.optimizer.found_inf = scalar(device)
+    grads = {name: torch.full_like(g, 1e300) for name, g in random_gradients(0, torch.float64, device).items()}
     run.step(grads)
     assert expected_flag(list(grads.values())) == found_inf.item() == 0.0
 
 
 @pytest.mark.parametrize("value", NON_FINITE)
-def test_nonfinite_parameter_alone_leaves_the_flag(value: float, device: str) -> None:
-    run, other = make_run(device), make_run(device)
-    found_inf = run.optimizer.found_inf = flag(device)
+def test_nonfinite_parameter_does_not_set_the_flag(value: float, device: str) -> None:
+    run, other = build_run(device), build_run(device)
+    found_inf = run.optimizer.found_inf = scalar(device)
     for r in (run, other):
         with torch.no_grad():
             for p in r.params.values():
                 p.view(-1)[-1] = value
-        r.step(make_gradients(0, torch.float32, device))
+        r.step(random_gradients(0, torch.float32, device))
     assert found_inf.item() == 0.0
     assert same_bits(run.written(), other.written())
 
 
 @pytest.mark.parametrize("scale", [1024.0, 2.0**-100])
-def test_flag_with_loss_scale(scale: float, device: str) -> None:
-    """Gradients are judged before they are unscaled: a scale below 1 overflows what was finite."""
-    run, other = make_run(device), make_run(device)
-    found_inf = run.optimizer.found_inf = flag(device)
-    run.optimizer.grad_scale = other.optimizer.grad_scale = flag(device, scale)
-    grads = make_gradients(0, torch.float32, device)
+def test_flag_ignores_loss_scale(scale: float, device: str) -> None:
+    """Gradients are checked before they are unscaled: a scale below 1 overflows what was finite."""
+    run, other = build_run(device), build_run(device)
+    found_inf = run.optimizer.found_inf = scalar(device)
+    run.optimizer.grad_scale = other.optimizer.grad_scale = scalar(device, scale)
+    grads = random_gradients(0, torch.float32, device)
     p, g = f64(run.params["one_dim"]), f64(grads["one_dim"]) / scale
     run.step(grads)
     other.step(grads)
     assert found_inf.item() == 0.0
     assert same_bits(run.written(), other.written())
-    assert close(run.params["one_dim"], lars(p, g, np.zeros_like(p), **HYPER, excluded=True)[0])
+    assert is_close(run.params["one_dim"], lars_update(p, g, np.zeros_like(p), **HYPER)[0])
 
     large = {name: torch.full_like(g, 1e20) for name, g in grads.items()}
     run.step(large)
@@ -224,15 +224,15 @@ def test_flag_with_loss_scale(scale: float, device: str) -> None:
     assert same_bits(run.written(), before)
 
 
-def test_grad_scaler_and_the_step_agree(device: str) -> None:
+def test_grad_scaler_flag_skips_the_step(device: str) -> None:
     """`GradScaler` hands over a flag that it has set itself, and halves its scale."""
-    run = make_run(device)
+    run = build_run(device)
     scaler = torch.amp.GradScaler(device, init_scale=8.0)
-    run.step(make_gradients(0, torch.float32, device))
+    run.step(random_gradients(0, torch.float32, device))
     scaler.scale(torch.ones((), device=device))
     for place in ("one_dim", None, "large"):
         before, scale = clones(run.written()), scaler.get_scale()
-        grads = make_gradients(1, torch.float32, device)
+        grads = random_gradients(1, torch.float32, device)
         if place is not None:
             grads[place].view(-1)[-1] = float("nan")
         set_gradients(run.params, grads)
@@ -242,18 +242,18 @@ def test_grad_scaler_and_the_step_agree(device: str) -> None:
         assert scaler.get_scale() == (scale / 2 if place is not None else scale)
 
 
-def test_without_any_gradient_targets_follow_the_flag(device: str) -> None:
-    run = make_run(device)
-    found_inf = run.optimizer.found_inf = flag(device)
+def test_targets_move_without_any_gradient(device: str) -> None:
+    run = build_run(device)
+    found_inf = run.optimizer.found_inf = scalar(device)
     expected = [0.9 * f64(t) + 0.1 * f64(p) for t, p in zip(run.targets, run.params.values(), strict=True)]
     run.step({})
     assert found_inf.item() == 0.0
-    assert all(close(t, e) for t, e in zip(run.targets, expected, strict=True))
+    assert all(is_close(t, e) for t, e in zip(run.targets, expected, strict=True))
 
 
 @settings(max_examples=10 if INTERPRETED else 50, deadline=None)
 @given(lists=parameter_lists(), data=st.data())
-def test_flag_of_any_lists_is_that_of_isfinite(
+def test_flag_equals_isfinite_for_any_lists(
     lists: tuple[list[Tensor], list[Tensor], list[Tensor]], data: st.DataObject
 ) -> None:
     """Any layouts, those that are copied first included, and empty tensors; some elements are not finite."""
@@ -284,12 +284,12 @@ def test_flag_of_any_lists_is_that_of_isfinite(
     ],
     ids=["float64", "bool", "two", "elsewhere"],
 )
-def test_refuses_another_flag(found_inf: Tensor, message: str) -> None:
-    run = make_run("cpu")
+def test_invalid_flag_raises(found_inf: Tensor, message: str) -> None:
+    run = build_run("cpu")
     before = clones(run.written())
     run.optimizer.found_inf = found_inf
     with pytest.raises(ValueError, match="LARS.step: found_inf must be one float32 number on cpu") as raised:
-        run.step(make_gradients(0, torch.float32, "cpu"))
+        run.step(random_gradients(0, torch.float32, "cpu"))
     assert message in str(raised.value)
     assert same_bits(run.written(), before)
 
@@ -298,11 +298,11 @@ def test_refuses_another_flag(found_inf: Tensor, message: str) -> None:
 @pytest.mark.parametrize("value", [1.0, float("nan")])
 @pytest.mark.parametrize("with_flag", [True, False])
 def test_operator_checks(value: float, with_flag: bool, device: str) -> None:
-    params = [make((4, 5), 0, device=device), make((3,), 1, device=device)]
-    grads = [make((4, 5), 2, device=device), torch.full((3,), value, device=device)]
+    params = [randn((4, 5), 0, device=device), randn((3,), 1, device=device)]
+    grads = [randn((4, 5), 2, device=device), torch.full((3,), value, device=device)]
     args: tuple[Any, ...] = (
         params, grads, [torch.zeros_like(p) for p in params], [0, 1],
-        [make((4, 5), 4, device=device)], [0], [], [], [], [], [0, 0], [True, False],
-        [None], [0.2], [0.9], [0.1], [1e-3], None, 0.5, flag(device, 2.0), flag(device) if with_flag else None,
+        [randn((4, 5), 4, device=device)], [0], [], [], [], [], [0, 0], [True, False],
+        [None], [0.2], [0.9], [0.1], [1e-3], None, 0.5, scalar(device, 2.0), scalar(device) if with_flag else None,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.byol_kernels.lars_step_, args)

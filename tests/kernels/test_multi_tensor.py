@@ -1,4 +1,4 @@
-"""The plan behind the multi-tensor kernels: which layouts pair, what its tables say, when they are rebuilt."""
+"""Plans of multi-tensor launches: layouts, contents of the tables, when they are rebuilt."""
 
 import itertools
 from collections.abc import Iterator
@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from byol_kernels import _multi_tensor as mt
-from tests.kernels.restatement import make
+from byol_kernels import layout
+from tests.kernels.numerics import randn
 
 
-def places(x: Tensor) -> list[int]:
-    """Where each element is, in the order of its index."""
+def addresses(x: Tensor) -> list[int]:
+    """Offset of each element, in the order of its index."""
     ranges = (range(n) for n in x.shape)
     return [sum(i * s for i, s in zip(index, x.stride(), strict=True)) for index in itertools.product(*ranges)]
 
@@ -26,33 +27,33 @@ def strided(draw: st.DrawFn) -> Tensor:
     return torch.empty(300).as_strided(shape, stride)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(strided())
-def test_dense_means_every_place_once(x: Tensor) -> None:
-    assert mt.is_dense(x) == (sorted(places(x)) == list(range(x.numel())))
+def test_dense_tensor_covers_each_address_once(x: Tensor) -> None:
+    assert layout.is_dense(x) == (sorted(addresses(x)) == list(range(x.numel())))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(strided(), st.data())
-def test_same_layout_means_the_same_places(x: Tensor, data: st.DataObject) -> None:
+def test_same_layout_means_equal_addresses(x: Tensor, data: st.DataObject) -> None:
     order = data.draw(st.permutations(range(x.dim())))
     y = torch.empty(300).as_strided(x.shape, [x.stride(i) for i in order])
-    if mt.same_layout(x, y):
-        assert places(x) == places(y)
+    if layout.same_layout(x, y):
+        assert addresses(x) == addresses(y)
     elif x.numel():
-        assert places(x) != places(y)
+        assert addresses(x) != addresses(y)
 
 
-def test_every_permutation_of_a_dense_tensor_is_dense() -> None:
-    x = make((2, 3, 4, 5), 0)
-    assert all(mt.is_dense(x.permute(order)) for order in itertools.permutations(range(4)))
-    assert not mt.is_dense(x[:, ::2]) and not mt.is_dense(x[..., :4]) and mt.is_dense(x[1])
+def test_permuted_dense_tensor_is_dense() -> None:
+    x = randn((2, 3, 4, 5), 0)
+    assert all(layout.is_dense(x.permute(order)) for order in itertools.permutations(range(4)))
+    assert not layout.is_dense(x[:, ::2]) and not layout.is_dense(x[..., :4]) and layout.is_dense(x[1])
 
 
 @pytest.fixture
 def lists() -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     sizes = [(5000,), (0,), (3, 4), (8192,), ()]
-    yield [make(s, i) for i, s in enumerate(sizes)], [make(s, 9, torch.bfloat16) for s in sizes]
+    yield [randn(s, i) for i, s in enumerate(sizes)], [randn(s, 9, torch.bfloat16) for s in sizes]
 
 
 def columns(target: list[Tensor], online: list[Tensor], rows: list[int] | None = None) -> list[mt.Column]:
@@ -62,16 +63,18 @@ def columns(target: list[Tensor], online: list[Tensor], rows: list[int] | None =
 
 def test_tables_cover_every_element_once(lists: tuple[list[Tensor], list[Tensor]]) -> None:
     target, online = lists
-    front = [False, False, False, True, True]
-    plan = mt.plan_for("test", lists_to_columns := columns(target, online), front=front, tags=[7, 8, 9, 10, 11])
+    first = [False, False, False, True, True]
+    plan = mt.plan_for(
+        "test", lists_to_columns := columns(target, online), adapted_first=first, flags=[7, 8, 9, 10, 11]
+    )
     tables = plan.tables(lists_to_columns)
-    assert plan.kinds == ((torch.float32, torch.bfloat16),)
-    assert plan.num_chunks == len(tables.chunks) == 2 + 0 + 1 + 2 + 1 and plan.num_front_chunks == 3
+    assert plan.dtype_combos == ((torch.float32, torch.bfloat16),)
+    assert plan.num_chunks == len(tables.chunks) == 2 + 0 + 1 + 2 + 1 and plan.num_adapted_chunks == 3
     covered = {row: [chunk for r, chunk in tables.chunks.tolist() if r == row] for row in range(5)}
     assert covered == {0: [0, 1], 1: [], 2: [0], 3: [0, 1], 4: [0]}
     assert {row for row, _ in tables.chunks[:3].tolist()} == {3, 4}
-    numel, _, first_chunk, tags = tables.rows.t().tolist()
-    assert numel == [5000, 0, 12, 8192, 1] and tags == [7, 8, 9, 10, 11]
+    numel, _, first_chunk, flags = tables.rows.t().tolist()
+    assert numel == [5000, 0, 12, 8192, 1] and flags == [7, 8, 9, 10, 11]
     assert all(tables.chunks[first_chunk[row]].tolist() == [row, 0] for row in (0, 2, 3, 4))
     assert tables.addresses.tolist() == [[t.data_ptr() for t in tensors] for tensors in (target, online)]
 
@@ -83,7 +86,7 @@ def test_rows_without_a_partner_have_address_zero(lists: tuple[list[Tensor], lis
     assert addresses[1] == [online[0].data_ptr(), 0, 0, online[3].data_ptr(), 0]
 
 
-def test_tables_are_kept_while_nothing_moves_and_replaced_when_something_does(
+def test_tables_are_rebuilt_only_after_a_change(
     lists: tuple[list[Tensor], list[Tensor]],
 ) -> None:
     target, online = lists
@@ -103,13 +106,13 @@ def test_tables_are_kept_while_nothing_moves_and_replaced_when_something_does(
     assert torch.equal(before.addresses, old_addresses)
 
     online[0] = online[0].float()
-    assert mt.plan_for("test", columns(target, online)).kinds == (
+    assert mt.plan_for("test", columns(target, online)).dtype_combos == (
         (torch.float32, torch.float32),
         (torch.float32, torch.bfloat16),
     )
 
 
-def test_a_refused_call_leaves_no_plan_to_trust(lists: tuple[list[Tensor], list[Tensor]]) -> None:
+def test_invalid_call_is_checked_again(lists: tuple[list[Tensor], list[Tensor]]) -> None:
     target, online = lists
     mt.plan_for("test", columns(target, online))
     for _ in range(2):  # the second time must not find the refused lists known
@@ -117,36 +120,36 @@ def test_a_refused_call_leaves_no_plan_to_trust(lists: tuple[list[Tensor], list[
             mt.plan_for("test", columns(target, [target[0], *online[1:]]))
 
 
-def test_the_number_of_kept_plans_is_bounded() -> None:
-    kept = [([make((3,), i)], [make((3,), i)]) for i in range(mt._MAX_PLANS + 5)]
+def test_number_of_plans_is_bounded() -> None:
+    kept = [([randn((3,), i)], [randn((3,), i)]) for i in range(mt._MAX_PLANS + 5)]
     for target, online in kept:
         mt.plan_for("bounded", columns(target, online))
     assert len(mt._plans) <= mt._MAX_PLANS
 
 
-def test_a_written_tensor_inside_the_span_of_a_strided_one_is_refused() -> None:
-    whole = make((4, 8), 0)
+def test_written_tensor_inside_a_strided_one_raises() -> None:
+    whole = randn((4, 8), 0)
     with pytest.raises(ValueError, match=r"target\[0\] must not share memory with online\[0\]"):
         mt.plan_for("test", columns([whole[1]], [whole.view(8, 4)[:, 0]]))
 
 
-def test_a_recorded_plan_keeps_its_tables(lists: tuple[list[Tensor], list[Tensor]]) -> None:
-    """What a CUDA graph reads: the tables of the warm-up where nothing moved, its own where something did."""
+def test_captured_plan_keeps_its_tables(lists: tuple[list[Tensor], list[Tensor]]) -> None:
+    """A CUDA graph reads the tables of the warm-up if nothing moved, else its own."""
     target, online = lists
     warm = mt.plan_for("test", columns(target, online))
     tables = warm.tables(columns(target, online))
-    recorded = warm.record(columns(target, online), (), ())
-    assert recorded.tables(columns(target, online)).addresses is tables.addresses
-    assert recorded.kinds == warm.kinds and recorded.num_chunks == warm.num_chunks
+    captured = warm.for_capture(columns(target, online), (), ())
+    assert captured.tables(columns(target, online)).addresses is tables.addresses
+    assert captured.dtype_combos == warm.dtype_combos and captured.num_chunks == warm.num_chunks
 
     online[0] = (old := online[0]).clone()  # the graph's own gradient
-    moved = warm.record(columns(target, online), (), ())
+    moved = warm.for_capture(columns(target, online), (), ())
     its_tables = moved.tables(columns(target, online))
     assert its_tables.addresses[1, 0] == online[0].data_ptr()
     assert its_tables.chunks is tables.chunks
     # Eager calls after the capture change neither.
     mt.plan_for("test", columns(target, [old, *online[1:]]))
     assert its_tables.addresses[1, 0] == online[0].data_ptr()
-    assert recorded.workspace("tickets", 3, torch.int32, torch.device("cpu")) is not warm.workspace(
-        "tickets", 3, torch.int32, torch.device("cpu")
+    assert captured.workspace("arrival_counters", 3, torch.int32, torch.device("cpu")) is not warm.workspace(
+        "arrival_counters", 3, torch.int32, torch.device("cpu")
     )

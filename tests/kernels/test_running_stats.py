@@ -1,4 +1,4 @@
-"""Running statistics of batch norms: against torch's own batch norm call by call, and what a skipped step leaves."""
+"""Running statistics of batch norms: against torch's own batch norm call by call; skipped steps; invalid input."""
 
 import math
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from byol_kernels import update_running_stats_
 from tests.kernels.conftest import not_interpreted
-from tests.kernels.restatement import make
+from tests.kernels.numerics import randn
 
 # C of each layer: one channel, an odd number, a block and one more than a block of the kernel.
 CHANNELS = [1, 67, 1024, 1025, 8]
@@ -20,7 +20,7 @@ class Layers:
 
     def __init__(self, device: str, dtype: torch.dtype, num_splits: int = 2, **options: Any) -> None:
         self.norms = [nn.BatchNorm1d(c, **options).to(device, dtype) for c in CHANNELS]
-        inputs = [make((num_splits, 6, c), i, torch.float64) for i, c in enumerate(CHANNELS)]
+        inputs = [randn((num_splits, 6, c), i, torch.float64) for i, c in enumerate(CHANNELS)]
         self.inputs = [(x * (1 + i) - i).to(device, dtype) for i, x in enumerate(inputs)]
 
     def statistics(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -28,13 +28,13 @@ class Layers:
         both = [torch.var_mean(x, 1, correction=1) for x in self.inputs]
         return [mean.contiguous() for _, mean in both], [var.contiguous() for var, _ in both]
 
-    def by_torch(self) -> None:
-        """Move the running statistics in torch's forward pass, call by call."""
+    def update_by_torch(self) -> None:
+        """Update the running statistics in torch's forward pass, call by call."""
         for norm, x in zip(self.norms, self.inputs, strict=True):
             for split in x:
                 norm(split)
 
-    def by_us(self, found_inf: Tensor | None = None) -> None:
+    def update_by_operator(self, found_inf: Tensor | None = None) -> None:
         means, variances = self.statistics()
         update_running_stats_(
             [norm.running_mean for norm in self.norms],  # type: ignore[misc]
@@ -53,46 +53,46 @@ class Layers:
 @pytest.mark.parametrize("momentum", [0.1, None], ids=["momentum", "cumulative"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("num_splits", [1, 2, 3])
-def test_two_steps_are_those_of_torch(device: str, dtype: torch.dtype, num_splits: int, momentum: float | None) -> None:
-    ours, theirs = (Layers(device, dtype, num_splits, momentum=momentum) for _ in range(2))
+def test_two_steps_match_torch(device: str, dtype: torch.dtype, num_splits: int, momentum: float | None) -> None:
+    layers, expected = (Layers(device, dtype, num_splits, momentum=momentum) for _ in range(2))
     for _ in range(2):
-        ours.by_us()
-        theirs.by_torch()
-    for a, b in zip(ours.buffers(), theirs.buffers(), strict=True):
+        layers.update_by_operator()
+        expected.update_by_torch()
+    for a, b in zip(layers.buffers(), expected.buffers(), strict=True):
         # A handful of roundings a step; the means are sums of six numbers that may cancel.
         torch.testing.assert_close(a, b, rtol=2e-6 if dtype == torch.float32 else 1e-7, atol=2e-6, check_dtype=True)
-    assert all(norm.num_batches_tracked == 2 * num_splits for norm in ours.norms)
+    assert all(norm.num_batches_tracked == 2 * num_splits for norm in layers.norms)
 
 
-def test_layers_may_differ(device: str) -> None:
-    """Momentum, number of batches and a counter are each layer's own."""
-    ours, theirs = Layers(device, torch.float64), Layers(device, torch.float64)
-    for layers in (ours, theirs):
-        for norm, momentum in zip(layers.norms, (0.5, None, 0.0, 1.0, 0.1), strict=True):
+def test_layers_of_different_options_match_torch(device: str) -> None:
+    """Each layer has its own momentum, number of batches and counter."""
+    layers, expected = Layers(device, torch.float64), Layers(device, torch.float64)
+    for x in (layers, expected):
+        for norm, momentum in zip(x.norms, (0.5, None, 0.0, 1.0, 0.1), strict=True):
             norm.momentum = momentum
-        layers.norms[0].num_batches_tracked = None
-        layers.inputs[3] = layers.inputs[3][:1]
-    ours.by_us()
-    theirs.by_torch()
-    for a, b in zip(ours.buffers(), theirs.buffers(), strict=True):
+        x.norms[0].num_batches_tracked = None
+        x.inputs[3] = x.inputs[3][:1]
+    layers.update_by_operator()
+    expected.update_by_torch()
+    for a, b in zip(layers.buffers(), expected.buffers(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-def test_a_skipped_step_writes_nothing(device: str, poison: float) -> None:
+def test_skipped_step_writes_nothing(device: str, poison: float) -> None:
     """Selected, not multiplied: 0 * NaN would be NaN."""
     layers = Layers(device, torch.float32)
-    layers.by_us(torch.zeros((), device=device))
+    layers.update_by_operator(torch.zeros((), device=device))
     before = layers.buffers()
     layers.inputs[1][1, 2, 3] = poison
-    layers.by_us(torch.ones((), device=device))
+    layers.update_by_operator(torch.ones((), device=device))
     assert all(torch.equal(a, b) for a, b in zip(layers.buffers(), before, strict=True))
-    layers.by_us(torch.zeros((), device=device))
+    layers.update_by_operator(torch.zeros((), device=device))
     mean = layers.norms[1].running_mean
     assert mean is not None and not torch.isfinite(mean[3]) and torch.isfinite(mean[:3]).all()
 
 
-def test_what_does_not_fit_is_refused_and_nothing_is_written(device: str) -> None:
+def test_invalid_lists_raise_before_any_write(device: str) -> None:
     layers = Layers(device, torch.float32)
     before = layers.buffers()
     means, variances = layers.statistics()
@@ -105,24 +105,24 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(device: str) -> Non
         "momentum": [0.1] * len(CHANNELS),
     }
 
-    def refused(message: str, **changes: Any) -> None:
+    def raises(message: str, **changes: Any) -> None:
         with pytest.raises(ValueError, match=message):
             update_running_stats_(**(arguments | changes))
 
-    refused("running_var must have an entry for each of the 5 layers", running_var=arguments["running_var"][:-1])
-    refused(r"batch_mean\[1\] must be contiguous and \[V, C\]", batch_mean=[means[0], means[0], *means[2:]])
-    refused(r"batch_mean\[4\] must be contiguous", batch_mean=[*means[:4], means[4].t().contiguous().t()])
-    refused(r"batch_var\[2\] must have as many rows", batch_var=[*variances[:2], variances[2][:1], *variances[3:]])
-    refused("must be an int64 scalar", num_batches_tracked=[torch.zeros((), device=device)] + [None] * 4)
-    refused("must be a counter where momentum is None", num_batches_tracked=[None] * 5, momentum=[None] * 5)
-    refused("must not share memory", running_var=arguments["running_mean"])
-    refused("found_inf must be a scalar", found_inf=torch.zeros(2, device=device))
+    raises("running_var must have an entry for each of the 5 layers", running_var=arguments["running_var"][:-1])
+    raises(r"batch_mean\[1\] must be contiguous and \[V, C\]", batch_mean=[means[0], means[0], *means[2:]])
+    raises(r"batch_mean\[4\] must be contiguous", batch_mean=[*means[:4], means[4].t().contiguous().t()])
+    raises(r"batch_var\[2\] must have as many rows", batch_var=[*variances[:2], variances[2][:1], *variances[3:]])
+    raises("must be an int64 scalar", num_batches_tracked=[torch.zeros((), device=device)] + [None] * 4)
+    raises("must be a counter where momentum is None", num_batches_tracked=[None] * 5, momentum=[None] * 5)
+    raises("must not share memory", running_var=arguments["running_mean"])
+    raises("found_inf must be a scalar", found_inf=torch.zeros(2, device=device))
     assert all(torch.equal(a, b) for a, b in zip(layers.buffers(), before, strict=True))
     update_running_stats_([], [], [], [], [], [])
 
 
 @not_interpreted
-def test_the_operator_is_what_its_schema_says(device: str) -> None:
+def test_operator_checks(device: str) -> None:
     layers = Layers(device, torch.float32)
     means, variances = layers.statistics()
     running: list[Any] = [[getattr(norm, name) for norm in layers.norms] for name in ("running_mean", "running_var")]

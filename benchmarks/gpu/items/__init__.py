@@ -9,7 +9,12 @@ FOLDER = "benchmarks/gpu/items"
 KERNELS, PACKAGE = "kernels/byol_kernels", "byol_fast"
 SHARED = (KERNELS, PACKAGE, f"{FOLDER}/common.py", f"{FOLDER}/timing.py")
 
-JUDGES = ("tests/networks.py", "tests/kernels/restatement.py", "tests/kernels/photometric_restatement.py")
+JUDGES = (
+    "tests/networks.py",
+    "tests/oracle.py",
+    "tests/kernels/numerics.py",
+    "tests/kernels/photometric_restatement.py",
+)
 
 ITEMS: tuple[Item, ...] = (
     Item(

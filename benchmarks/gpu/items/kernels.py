@@ -19,10 +19,10 @@ from benchmarks.gpu.items.timing import Case, captured, figures, interleaved, ro
 from byol_fast.bench import photometric as bench_photometric
 from byol_fast.bench.kernels import (
     DECAY,
-    ETA,
     LR,
     MOMENTUM,
     TAU,
+    TRUST_COEFFICIENT,
     LoopLARS,
     Weights,
     foreach_ema,
@@ -134,7 +134,7 @@ def _weights(context: Context) -> Weights:
 def optimizer_group(context: Context, checks: Checks) -> Group:
     """LARS and the average of the target; by timm and lightly too. The judge is LARS as a loop of torch's operators."""
     w = _weights(context)
-    fused = LARS(w.online, lr=LR, momentum=MOMENTUM, weight_decay=DECAY, eta=ETA)
+    fused = LARS(w.online, lr=LR, momentum=MOMENTUM, weight_decay=DECAY, trust_coefficient=TRUST_COEFFICIENT)
     plain = LoopLARS(w.online)
     w.share(fused)
     w.share(plain)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -25,9 +23,9 @@ from byol_kernels import (
     resized_crop,
     update_running_stats_,
 )
+from tests import oracle
 from tests.kernels import photometric_restatement as views
-from tests.kernels import restatement
-from tests.kernels.restatement import TOLERANCES, f64, make
+from tests.kernels.numerics import TOLERANCES, byol_loss_and_grads, f64, randn, relative_error
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SHAPES: tuple[tuple[int, ...], ...] = ((64, 32, 3, 3), (300, 500), (4096,), (37,), (1,))
@@ -55,25 +53,23 @@ def loss(context: Context, checks: Checks) -> None:
     """Loss, its gradients and statistics."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for shape in ((256, 256), (37, 100)):
-            p1, p2, z1, z2 = (make(shape, seed, dtype, device=context.device) for seed in range(4))
+            p1, p2, z1, z2 = (randn(shape, seed, dtype, device=context.device) for seed in range(4))
             inputs = [p1.requires_grad_(), p2.requires_grad_()]
             value = byol_loss(p1, p2, z1, z2)
             gradients = torch.autograd.grad(value * 1.5, inputs)
-            expected, *expected_gradients = restatement.byol(p1, p2, z1, z2)
+            expected, *expected_gradients = byol_loss_and_grads(p1, p2, z1, z2)
             name = f"{shape[0]} x {shape[1]} {_dtype(dtype)}"
             checks(f"loss, {name}", abs(float(value.detach()) - expected) / expected, TOLERANCES[torch.float32])
-            errors = [restatement.error(g, 1.5 * e) for g, e in zip(gradients, expected_gradients, strict=True)]
+            errors = [relative_error(g, 1.5 * e) for g, e in zip(gradients, expected_gradients, strict=True)]
             checks(f"loss gradients, {name}", max(errors), TOLERANCES[dtype])
             _, stats = byol_loss_with_stats(p1, p2, z1, z2)
             unit = [f64(z) / np.linalg.norm(f64(z), axis=1, keepdims=True) for z in (z2, z1)]
             deviation = np.stack([u.std(axis=0) for u in unit])
-            checks(
-                f"loss statistics, {name}", restatement.error(stats.z_std, deviation), 10 * TOLERANCES[torch.float32]
-            )
+            checks(f"loss statistics, {name}", relative_error(stats.z_std, deviation), 10 * TOLERANCES[torch.float32])
 
 
 def _parameters(context: Context, seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    made = [make(shape, seed + i, dtype, device=context.device) for i, shape in enumerate(SHAPES)]
+    made = [randn(shape, seed + i, dtype, device=context.device) for i, shape in enumerate(SHAPES)]
     return [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in made]
 
 
@@ -83,11 +79,11 @@ def ema(context: Context, checks: Checks) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         target, online = _parameters(context, 0, dtype), _parameters(context, 10, dtype)
         copies = [torch.zeros_like(t, dtype=torch.bfloat16) for t in target]
-        expected = [restatement.ema(t, o, float(np.float32(0.97))) for t, o in zip(target, online, strict=True)]
+        expected = [oracle.ema(f64(t), f64(o), float(np.float32(0.97))) for t, o in zip(target, online, strict=True)]
         ema_update_(target, online, tau, copies=copies)
-        errors = [restatement.error(t, e) for t, e in zip(target, expected, strict=True)]
+        errors = [relative_error(t, e) for t, e in zip(target, expected, strict=True)]
         checks(f"EMA, {_dtype(dtype)}", max(errors), TOLERANCES[dtype])
-        errors = [restatement.error(c, f64(t.bfloat16())) for c, t in zip(copies, target, strict=True)]
+        errors = [relative_error(c, f64(t.bfloat16())) for c, t in zip(copies, target, strict=True)]
         checks(f"EMA, bf16 copies of {_dtype(dtype)}", max(errors), 0.0)
 
 
@@ -100,7 +96,7 @@ class _LARS:
         self.pairs = dict(zip(self.params, self.targets, strict=False))
         self.copies = {t: torch.zeros_like(t, dtype=torch.bfloat16) for t in (*self.params, *self.targets)}
         self.lr, self.tau = (torch.tensor(value, device=context.device) for value in (0.3, 0.97))
-        self.optimizer = LARS(self.params, self.lr, momentum=0.9, weight_decay=1e-3, eta=0.02)
+        self.optimizer = LARS(self.params, self.lr, momentum=0.9, weight_decay=1e-3, trust_coefficient=0.02)
         for p in self.params:
             p.grad_dtype = torch.bfloat16
 
@@ -129,17 +125,16 @@ def lars(context: Context, checks: Checks) -> None:
         made.step(context, seed)
         for i, p in enumerate(made.params):
             assert p.grad is not None
-            options: dict[str, Any] = {"lr": rate, "momentum": 0.9, "weight_decay": 1e-3, "eta": 0.02}
-            params[i], momentum[i] = restatement.lars(
-                params[i], f64(p.grad), momentum[i], **options, excluded=p.dim() < 2
+            params[i], momentum[i] = oracle.lars_update(
+                params[i], f64(p.grad), momentum[i], lr=rate, momentum=0.9, weight_decay=1e-3, trust_coefficient=0.02
             )
         targets = [tau * t + (1 - tau) * p for t, p in zip(targets, params, strict=False)]
     found = made.state()
     expected = [*params, *momentum, *targets]
-    errors = [restatement.error(a, b) for a, b in zip(found, expected, strict=False)]
+    errors = [relative_error(a, b) for a, b in zip(found, expected, strict=False)]
     # Twice as much as for one step: the second begins with what the first one rounded.
     checks("LARS, EMA: parameters, momentum, targets after 2 steps", max(errors), 2 * TOLERANCES[torch.float32])
-    errors = [restatement.error(copy, f64(t.detach().bfloat16())) for t, copy in made.copies.items()]
+    errors = [relative_error(copy, f64(t.detach().bfloat16())) for t, copy in made.copies.items()]
     checks("LARS, bf16 copies", max(errors), 0.0)
 
 
@@ -178,7 +173,7 @@ def running_stats(context: Context, checks: Checks) -> None:
             )
 
         for step in range(2):
-            batches = [make((2, 8, c), 10 * step + i, torch.float64) for i, c in enumerate(channels)]
+            batches = [randn((2, 8, c), 10 * step + i, torch.float64) for i, c in enumerate(channels)]
             update(batches, 0.0)
             for norm, views_of in zip(exact, batches, strict=True):
                 for view in views_of:
@@ -186,7 +181,7 @@ def running_stats(context: Context, checks: Checks) -> None:
         pairs = [
             (a, b) for x, y in zip(found, exact, strict=True) for a, b in zip(x.buffers(), y.buffers(), strict=True)
         ]
-        errors = [restatement.error(a, f64(b)) for a, b in pairs]
+        errors = [relative_error(a, f64(b)) for a, b in pairs]
         checks(f"running statistics, {_dtype(dtype)}", max(errors), 10 * TOLERANCES[torch.float32])
         before = [a.clone() for a, _ in pairs]
         update([torch.full((2, 8, c), torch.nan) for c in channels], 1.0)

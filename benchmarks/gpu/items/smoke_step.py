@@ -16,11 +16,11 @@ from benchmarks.gpu.items.common import Checks, SmallProblem, StepMode, byol_fas
 from byol_fast.bench.networks import MOMENTUM, Ours, Problem, Textbook
 from byol_fast.data import Batch
 from byol_fast.optim.schedules import RunSchedule
-from tests.kernels import restatement
-from tests.kernels.restatement import f64
+from tests import oracle
+from tests.kernels.numerics import f64
 
 STEPS = 3
-ETA, DECAY = 1e-3, 1e-6
+TRUST_COEFFICIENT, DECAY = 1e-3, 1e-6
 MODES: tuple[StepMode, ...] = ("eager", "compile", "graph")
 TIMES = 2.0
 """Errors may be so many times those of plain PyTorch under bf16 autocast: the same roundings in another order."""
@@ -109,13 +109,13 @@ def by_formula(small: Problem, **options: Any) -> tuple[State, State]:
         losses.append(loss.detach())
         with torch.no_grad():
             for i, (p, g) in enumerate(zip(params, gradients, strict=True)):
-                rule: dict[str, Any] = {"momentum": MOMENTUM, "weight_decay": DECAY, "eta": ETA}
-                new, momentum[i] = restatement.lars(
-                    f64(p), f64(g), momentum[i], lr=rates.lr(step), **rule, excluded=p.dim() < 2
-                )
+                new, momentum[i] = oracle.lars_update(
+                    f64(p), f64(g), momentum[i], lr=rates.lr(step), momentum=MOMENTUM, weight_decay=DECAY,
+                    trust_coefficient=TRUST_COEFFICIENT,
+                )  # fmt: skip
                 p.copy_(torch.from_numpy(new))
             for t, o in zip(loop.target.parameters(), loop.online.parameters(), strict=True):
-                t.copy_(torch.from_numpy(restatement.ema(t, o, rates.tau(step))))
+                t.copy_(torch.from_numpy(oracle.ema(f64(t), f64(o), rates.tau(step))))
     return start, state(losses)
 
 

@@ -1,4 +1,4 @@
-"""The loss: values, gradients and statistics against float64; the edges; how it behaves as an operator."""
+"""BYOL loss: values, gradients and statistics against float64; edge cases; the operator."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,10 +17,11 @@ from byol_kernels import (
     byol_loss_with_stats,
     normalized_mse_loss,
     normalized_mse_loss_with_stats,
-    reference,
 )
+from byol_kernels.loss import kernels, reference
+from tests import oracle
 from tests.kernels.conftest import INTERPRETED, Record, not_interpreted
-from tests.kernels.restatement import TOLERANCES, byol, close, error, f64, make, normalized_mse
+from tests.kernels.numerics import TOLERANCES, byol_loss_and_grads, f64, is_close, randn, relative_error, row_losses
 
 SHAPES = {
     "one_element": (1, 1),
@@ -28,33 +29,38 @@ SHAPES = {
     "one_column": (7, 1),
     "odd": (5, 33),
     "typical": (64, 256),
-    "several_tiles_a_program": (16500, 3),
+    "several_tiles_per_program": (300, 3),
     "wide": (3, 1000),
     "very_wide": (2, 8192),
     "wider_than_the_kernel": (2, 16500),
 }
-STATS_SHAPES = {**SHAPES, "several_tiles_a_program": (2500, 24), "very_wide": (70, 4100)}
+STATS_SHAPES = {**SHAPES, "very_wide": (4, 4100)}  # z takes a second pass there
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small batches take several programs, of several tiles each."""
+    monkeypatch.setattr(kernels, "MAX_PROGRAMS_PER_PAIR", 4)
+    monkeypatch.setattr(kernels, "MAX_PROGRAMS_PER_PAIR_WITH_STATS", 3)
+
+
 def inputs(shape: tuple[int, int], dtype: torch.dtype, device: str) -> list[Tensor]:
     """p1, p2, z1, z2; the predictions ask for gradients, and so does z1, to see that it gets none."""
-    p1, p2, z1, z2 = (make(shape, seed, dtype).to(device) for seed in range(4))
+    p1, p2, z1, z2 = (randn(shape, seed, dtype).to(device) for seed in range(4))
     return [p1.requires_grad_(), p2.requires_grad_(), z1.requires_grad_(), z2]
 
 
 @dtypes
 @shapes
 def test_loss_and_gradient_match_float64(shape: tuple[int, int], dtype: torch.dtype, device: str) -> None:
-    if INTERPRETED and shape[0] > 1000 and dtype != torch.float32:
-        pytest.skip("takes long in the interpreter, and the dtype is tested at other shapes")
     p1, p2, z1, z2 = inputs(shape, dtype, device)
     loss = byol_loss(p1, p2, z1, z2)
     (loss * 3.7).backward()  # type: ignore[no-untyped-call]
 
-    expected, grad1, grad2 = byol(p1, p2, z1, z2)
+    expected, grad1, grad2 = byol_loss_and_grads(p1, p2, z1, z2)
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert loss.item() == pytest.approx(expected, rel=TOLERANCES[loss.dtype], abs=TOLERANCES[loss.dtype])
     assert z1.grad is None
@@ -68,9 +74,9 @@ def test_loss_and_gradient_match_float64(shape: tuple[int, int], dtype: torch.dt
 @not_interpreted
 @pytest.mark.parametrize("rows", ["ordinary", "one_is_zero"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_batches_that_are_converted_in_blocks(dtype: torch.dtype, rows: str, device: str) -> None:
-    """On the CPU; an unusual row in the second block sends the first one the other way, too."""
-    p1, p2, z1, z2 = (make((1300, 256), seed, dtype).to(device) for seed in range(4))
+def test_large_low_precision_batch_matches_float64(dtype: torch.dtype, rows: str, device: str) -> None:
+    """Converted in blocks on the CPU; a zero row in the second block sends all to the plain formula."""
+    p1, p2, z1, z2 = (randn((1300, 256), seed, dtype).to(device) for seed in range(4))
     if rows == "one_is_zero":
         p2[1290] = 0.0
     p1.requires_grad_()
@@ -79,22 +85,23 @@ def test_batches_that_are_converted_in_blocks(dtype: torch.dtype, rows: str, dev
     grads = torch.autograd.grad(
         loss, [p1, p2], torch.tensor(650.0, device=device)
     )  # small ones are subnormal in float16
-    expected, *expected_grads = byol(p1, p2, z1, z2)
+    expected, *expected_grads = byol_loss_and_grads(p1, p2, z1, z2)
+    if rows == "one_is_zero":
+        expected += 1.0 / 1300  # 2 - 2 cos is 2 for a zero row, where |p_hat - z_hat|^2 is 1
     assert loss.item() == pytest.approx(expected, rel=1e-6)
     ordinary = torch.arange(1300) != 1290  # the gradient of a zero row is z_hat / eps, an infinity in float16
     for grad, e in zip(grads, expected_grads, strict=True):
-        assert close(grad[ordinary], 650.0 * e[ordinary.numpy()])
+        assert is_close(grad[ordinary], 650.0 * e[ordinary.numpy()])
 
 
 @dtypes
 def test_one_direction_matches_float64(dtype: torch.dtype, device: str) -> None:
-    p, z = (make((37, 129), seed, dtype).to(device) for seed in (4, 5))
+    p, z = (randn((37, 129), seed, dtype).to(device) for seed in (4, 5))
     p.requires_grad_()
     loss = normalized_mse_loss(p, z)
     loss.backward()  # type: ignore[no-untyped-call]
-    rows, grad = normalized_mse(f64(p), f64(z))
-    assert loss.item() == pytest.approx(rows.mean(), rel=TOLERANCES[loss.dtype])
-    assert p.grad is not None and close(p.grad, grad)
+    assert loss.item() == pytest.approx(oracle.regression_loss(f64(p), f64(z)), rel=TOLERANCES[loss.dtype])
+    assert p.grad is not None and is_close(p.grad, oracle.regression_loss_gradient(f64(p), f64(z)))
 
 
 def test_symmetric_loss_is_the_sum_of_both_directions(device: str) -> None:
@@ -106,20 +113,18 @@ def test_symmetric_loss_is_the_sum_of_both_directions(device: str) -> None:
 @dtypes
 @pytest.mark.parametrize("shape", STATS_SHAPES.values(), ids=STATS_SHAPES)
 def test_statistics_match_float64(shape: tuple[int, int], dtype: torch.dtype, device: str) -> None:
-    if INTERPRETED and max(shape) > 2000 and dtype != torch.float32:
-        pytest.skip("takes long in the interpreter, and the dtype is tested at other shapes")
     p1, p2, z1, z2 = inputs(shape, dtype, device)
     loss, stats = byol_loss_with_stats(p1, p2, z1, z2)
     (loss * 3.7).backward()  # type: ignore[no-untyped-call]
     assert torch.equal(loss, byol_loss(p1, p2, z1, z2)) or loss.item() == pytest.approx(
         byol_loss(p1, p2, z1, z2).item(), rel=1e-6, abs=1e-6
     )
-    _, plain_grad1, _ = byol(p1, p2, z1, z2)
+    _, plain_grad1, _ = byol_loss_and_grads(p1, p2, z1, z2)
     assert p1.grad is not None
-    assert shape[1] == 1 or close(p1.grad, 3.7 * plain_grad1)
+    assert shape[1] == 1 or is_close(p1.grad, 3.7 * plain_grad1)
 
     unit = [f64(x) / np.linalg.norm(f64(x), axis=1, keepdims=True) for x in (p1, p2, z2, z1)]
-    rows = np.stack([normalized_mse(f64(p1), f64(z2))[0], normalized_mse(f64(p2), f64(z1))[0]])
+    rows = np.stack([row_losses(p1, z2), row_losses(p2, z1)])
     # Absolute: a row loss is at most 4, a cosine and a component of a unit vector at most 1.
     tolerance = TOLERANCES[loss.dtype] * 4
     np.testing.assert_allclose(f64(stats.row_loss), rows, atol=tolerance)
@@ -130,7 +135,7 @@ def test_statistics_match_float64(shape: tuple[int, int], dtype: torch.dtype, de
 
 
 def test_statistics_of_one_direction(device: str) -> None:
-    p, z = make((19, 8), 0).to(device), make((19, 8), 1).to(device)
+    p, z = randn((19, 8), 0).to(device), randn((19, 8), 1).to(device)
     loss, stats = normalized_mse_loss_with_stats(p, z)
     assert isinstance(stats, LossStats)
     assert stats.row_loss.shape == (1, 19) and stats.p_std.shape == stats.z_std.shape == (1, 8)
@@ -139,9 +144,9 @@ def test_statistics_of_one_direction(device: str) -> None:
 
 
 def test_collapse_shows_in_the_statistics(device: str) -> None:
-    one = make((1, 256), 0).to(device)
+    one = randn((1, 256), 0).to(device)
     collapsed = one * torch.arange(1, 129, device=device)[:, None]  # one direction at many lengths
-    healthy = make((128, 256), 1).to(device)
+    healthy = randn((128, 256), 1).to(device)
     _, stats = normalized_mse_loss_with_stats(healthy, collapsed)
     assert float(stats.z_std.mean()) * 16 < 1e-5
     assert 0.95 < float(stats.p_std.mean()) * 16 < 1.05
@@ -150,35 +155,38 @@ def test_collapse_shows_in_the_statistics(device: str) -> None:
 # -------------------------------------------------------------------------------- edges
 
 
-def test_rows_of_every_size(device: str) -> None:
-    """Zero, below eps, huge, overflowing and ordinary rows in one batch."""
-    sizes = [0.0, 1e-15, 1e-6, 1.0, 1e15, 1e25]
-    p = make((6, 40), 0) * torch.tensor(sizes)[:, None]
-    p, z = p.to(device).requires_grad_(), make((6, 40), 1).to(device)
+def test_row_norms_from_zero_to_overflow(device: str) -> None:
+    """Zero, below eps, ordinary, huge and overflowing rows in one batch."""
+    sizes, eps = [0.0, 1e-15, 1e-6, 1.0, 1e15, 1e25], 1e-12
+    p = randn((6, 40), 0) * torch.tensor(sizes)[:, None]
+    p, z = p.to(device).requires_grad_(), randn((6, 40), 1).to(device)
     loss, stats = normalized_mse_loss_with_stats(p, z)
     loss.backward()  # type: ignore[no-untyped-call]
-    rows, grad = normalized_mse(f64(p), f64(z))
+    rows, grad = row_losses(p, z), oracle.regression_loss_gradient(f64(p), f64(z))
+    z_hat = oracle.normalize(f64(z))
+    for row in (0, 1):  # below eps the loss is 2 - 2 <p / eps, z_hat>
+        rows[row], grad[row] = 2.0 - 2.0 * f64(p)[row] @ z_hat[row] / eps, -2.0 * z_hat[row] / eps / 6
     rows[5], grad[5] = 2.0, 0.0  # documented: float32 cannot hold the squared norm
     np.testing.assert_allclose(f64(stats.row_loss)[0], rows, rtol=1e-6)
     assert rows[0] == 2.0
     assert p.grad is not None
     for row in range(6):
-        assert error(p.grad[row], grad[row]) <= 2e-6, sizes[row]
+        assert relative_error(p.grad[row], grad[row]) <= 2e-6, sizes[row]
 
 
-def test_zero_targets_give_a_finite_loss_and_no_gradient(device: str) -> None:
-    p = make((3, 5), 0).to(device).requires_grad_()
+def test_zero_target_has_finite_loss_and_zero_gradient(device: str) -> None:
+    p = randn((3, 5), 0).to(device).requires_grad_()
     loss = normalized_mse_loss(p, torch.zeros(3, 5, device=device))
     loss.backward()  # type: ignore[no-untyped-call]
     assert loss.item() == 2.0
     assert p.grad is not None and not p.grad.any()
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["p", "z"])
-def test_nan_and_infinity_reach_the_loss_and_their_own_row_only(bad: float, where: str, device: str) -> None:
-    p, z = make((4, 9), 0).to(device), make((4, 9), 1).to(device)
-    (p if where == "p" else z)[2, 3] = bad
+def test_nonfinite_input_reaches_loss_and_own_row_only(value: float, where: str, device: str) -> None:
+    p, z = randn((4, 9), 0).to(device), randn((4, 9), 1).to(device)
+    (p if where == "p" else z)[2, 3] = value
     p.requires_grad_()
     loss = normalized_mse_loss(p, z)
     loss.backward()  # type: ignore[no-untyped-call]
@@ -188,8 +196,8 @@ def test_nan_and_infinity_reach_the_loss_and_their_own_row_only(bad: float, wher
 
 
 @dtypes
-def test_bounds_are_held_exactly(dtype: torch.dtype, device: str) -> None:
-    p = make((200, 77), 0, dtype).to(device)
+def test_bounds_are_exact(dtype: torch.dtype, device: str) -> None:
+    p = randn((30, 77), 0, dtype).to(device)
     assert 0.0 <= byol_loss(p, p, p, p).item() <= 1e-6
     assert 8.0 - 1e-5 <= byol_loss(p, p, -p, -p).item() <= 8.0
     _, stats = byol_loss_with_stats(p, p, p, -p)
@@ -203,8 +211,8 @@ def test_bounds_are_held_exactly(dtype: torch.dtype, device: str) -> None:
     scale=st.sampled_from([2.0**-20, 0.25, 3.0, 2.0**20]),
     seed=st.integers(0, 1000),
 )
-def test_length_does_not_matter_and_gradient_is_tangential(batch: int, dim: int, scale: float, seed: int) -> None:
-    p, z = make((batch, dim), seed).requires_grad_(), make((batch, dim), seed + 1)
+def test_loss_is_scale_invariant_and_gradient_tangential(batch: int, dim: int, scale: float, seed: int) -> None:
+    p, z = randn((batch, dim), seed).requires_grad_(), randn((batch, dim), seed + 1)
     scaled = (p.detach() * scale).requires_grad_()
     loss, scaled_loss = normalized_mse_loss(p, z), normalized_mse_loss(scaled, z * scale)
     assert scaled_loss.item() == pytest.approx(loss.item(), rel=2e-6, abs=2e-6)
@@ -226,46 +234,48 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_strides_change_nothing(layout: Callable[[Tensor], Tensor], dtype: torch.dtype, device: str) -> None:
+def test_strided_inputs_match_float64(layout: Callable[[Tensor], Tensor], dtype: torch.dtype, device: str) -> None:
     p1, p2, z1, z2 = inputs((9, 48), dtype, device)
     views = [layout(x.detach()) for x in (p1, p2, z1, z2)]
     assert all(torch.equal(view, x) for view, x in zip(views, (p1, p2, z1, z2), strict=True))
     leaves = [view.requires_grad_() for view in views[:2]]
     loss = byol_loss(*leaves, *views[2:])
     grads = torch.autograd.grad(loss, leaves)
-    expected, *expected_grads = byol(p1, p2, z1, z2)
+    expected, *expected_grads = byol_loss_and_grads(p1, p2, z1, z2)
     assert loss.item() == pytest.approx(expected, rel=1e-6)
-    assert all(close(grad, e) for grad, e in zip(grads, expected_grads, strict=True))
+    assert all(is_close(grad, e) for grad, e in zip(grads, expected_grads, strict=True))
 
 
-def test_expanded_rows(device: str) -> None:
-    p, z = make((6, 32), 0).to(device).requires_grad_(), make((1, 32), 1).to(device)
+def test_expanded_targets_match_float64(device: str) -> None:
+    p, z = randn((6, 32), 0).to(device).requires_grad_(), randn((1, 32), 1).to(device)
     (grad,) = torch.autograd.grad(normalized_mse_loss(p, z.expand(6, 32)), p)
-    assert close(grad, normalized_mse(f64(p), f64(z).repeat(6, 0))[1])
+    assert is_close(grad, oracle.regression_loss_gradient(f64(p), f64(z).repeat(6, 0)))
 
 
-def test_bfloat16_gradient_is_at_most_twice_as_wrong_as_pytorch(device: str) -> None:
-    p, z = (make((64, 256), seed, torch.bfloat16).to(device) for seed in (0, 1))
+def test_bfloat16_gradient_error_is_at_most_twice_pytorchs(device: str) -> None:
+    p, z = (randn((64, 256), seed, torch.bfloat16).to(device) for seed in (0, 1))
     p.requires_grad_()
-    textbook = (2 - 2 * (F.normalize(p, dim=1) * F.normalize(z, dim=1)).sum(1)).mean()
-    (theirs,) = torch.autograd.grad(textbook, p)
-    (ours,) = torch.autograd.grad(normalized_mse_loss(p, z), p)
-    expected = normalized_mse(f64(p), f64(z))[1]
-    assert error(ours, expected) <= 2 * error(theirs, expected)
+    by_torch = (2 - 2 * (F.normalize(p, dim=1) * F.normalize(z, dim=1)).sum(1)).mean()
+    (torch_grad,) = torch.autograd.grad(by_torch, p)
+    (grad,) = torch.autograd.grad(normalized_mse_loss(p, z), p)
+    expected = oracle.regression_loss_gradient(f64(p), f64(z))
+    assert relative_error(grad, expected) <= 2 * relative_error(torch_grad, expected)
 
 
-def test_float16_gradient_survives_until_the_loss_scale_reaches_it(device: str) -> None:
+def test_float16_gradient_does_not_underflow_before_loss_scale(device: str) -> None:
     """Long predictions of a large batch have gradients below float16's range; the upstream factor lifts them."""
-    p, z = make((512, 256), 0, torch.float16).to(device) * 30, make((512, 256), 1, torch.float16).to(device)
+    p, z = randn((512, 32), 0, torch.float16).to(device) * 30, randn((512, 32), 1, torch.float16).to(device)
     p.requires_grad_()
     (grad,) = torch.autograd.grad(normalized_mse_loss(p, z) * 65536.0, p)
-    assert close(grad, 65536.0 * normalized_mse(f64(p), f64(z))[1])
+    expected = oracle.regression_loss_gradient(f64(p), f64(z))
+    assert np.abs(expected).max() < torch.finfo(torch.float16).tiny
+    assert is_close(grad, 65536.0 * expected)
 
 
 # -------------------------------------------------------------------------------- as an operator
 
 
-def test_gradient_only_where_asked(device: str) -> None:
+def test_gradient_only_where_required(device: str) -> None:
     p1, p2, z1, z2 = inputs((4, 6), torch.float32, device)
     expected = torch.autograd.grad(byol_loss(p1, p2, z1, z2), p2)[0]
     loss = byol_loss(p1.detach(), p2, z1, z2)
@@ -275,7 +285,7 @@ def test_gradient_only_where_asked(device: str) -> None:
     assert not byol_loss(p1.detach(), p2.detach(), z1, z2).requires_grad
 
 
-def test_backward_twice_through_a_kept_graph_gives_the_same(device: str) -> None:
+def test_second_backward_through_retained_graph_is_equal(device: str) -> None:
     p1, p2, z1, z2 = inputs((4, 6), torch.bfloat16, device)
     loss = byol_loss(p1, p2, z1, z2)
     first = torch.autograd.grad(loss, [p1, p2], retain_graph=True)
@@ -283,7 +293,8 @@ def test_backward_twice_through_a_kept_graph_gives_the_same(device: str) -> None
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_repeats_bit_for_bit(device: str) -> None:
+@not_interpreted  # programs run one after the other there
+def test_loss_is_bit_reproducible(device: str) -> None:
     p1, p2, z1, z2 = inputs((301, 65), torch.float32, device)
     losses = {byol_loss(p1, p2, z1, z2).item() for _ in range(3)}
     assert len(losses) == 1
@@ -298,38 +309,37 @@ def test_second_derivative_is_refused(wrt: str, device: str) -> None:
         grad.square().sum().backward()  # type: ignore[no-untyped-call]
 
 
-@pytest.mark.parametrize("rows", [3, 400])
+@pytest.mark.parametrize("rows", [3] if INTERPRETED else [3, 400])  # the CPU path takes 400 another way
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_every_backward_of_one_loss_gives_the_same(rows: int, dtype: torch.dtype, device: str) -> None:
-    """A plain backward may hand out what the forward stored, which must stay as it was stored."""
+def test_backward_leaves_stored_gradient_unchanged(rows: int, dtype: torch.dtype, device: str) -> None:
     p1, p2, z1, z2 = inputs((rows, 256), dtype, device)
-    _, *expected = byol(p1, p2, z1, z2)
+    _, *expected = byol_loss_and_grads(p1, p2, z1, z2)
     loss = byol_loss(p1, p2, z1, z2)
     for scale in (None, None, 3.0, None):
         upstream = None if scale is None else torch.tensor(scale, device=device)
         loss.backward(upstream, retain_graph=True)  # type: ignore[no-untyped-call]
         for p, grad in zip((p1, p2), expected, strict=True):
-            assert p.grad is not None and close(p.grad, (scale or 1.0) * grad)
+            assert p.grad is not None and is_close(p.grad, (scale or 1.0) * grad)
             p.grad.mul_(5.0)
             p.grad = None
     loss.backward()  # type: ignore[no-untyped-call]
     loss = byol_loss(p1, p2, z1, z2)
     loss.backward()  # type: ignore[no-untyped-call]
     for p, grad in zip((p1, p2), expected, strict=True):
-        assert p.grad is not None and close(p.grad, 2.0 * grad)  # added up
+        assert p.grad is not None and is_close(p.grad, 2.0 * grad)  # added up
 
 
 @not_interpreted  # the interpreter cuts off where it converts to bfloat16
-def test_a_plain_backward_rounds_once(device: str) -> None:
+def test_plain_backward_rounds_once(device: str) -> None:
     p1, p2, z1, z2 = inputs((5, 300), torch.bfloat16, device)
     byol_loss(p1, p2, z1, z2).backward()  # type: ignore[no-untyped-call]
-    for p, grad in zip((p1, p2), byol(p1, p2, z1, z2)[1:], strict=True):
+    for p, grad in zip((p1, p2), byol_loss_and_grads(p1, p2, z1, z2)[1:], strict=True):
         assert p.grad is not None
         equal = p.grad.cpu() == torch.from_numpy(grad).to(torch.bfloat16)
         assert equal.double().mean() > 0.99  # all but those next to the middle between two numbers
 
 
-def test_autocast_changes_nothing(device: str) -> None:
+def test_loss_ignores_autocast(device: str) -> None:
     p1, p2, z1, z2 = inputs((8, 16), torch.bfloat16, device)
     expected = byol_loss(p1, p2, z1, z2)
     with torch.autocast(device, torch.bfloat16):
@@ -339,7 +349,7 @@ def test_autocast_changes_nothing(device: str) -> None:
     assert full.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_one_operator_forward_one_backward_and_no_host_sync(device: str) -> None:
+def test_forward_and_backward_are_one_operator_each(device: str) -> None:
     p1, p2, z1, z2 = inputs((8, 16), torch.float32, device)
     with Record() as record:
         loss = byol_loss(p1, p2, z1, z2)
@@ -351,7 +361,7 @@ def test_one_operator_forward_one_backward_and_no_host_sync(device: str) -> None
 
 
 @not_interpreted
-def test_reference_passes_gradcheck() -> None:
+def test_cpu_gradient_passes_gradcheck() -> None:
     p1, p2, z1, z2 = inputs((3, 4), torch.float64, "cpu")
     assert torch.autograd.gradcheck(lambda a, b: byol_loss(a, b, z1, z2), (p1, p2))
     assert torch.autograd.gradcheck(lambda a: normalized_mse_loss(a, z2, eps=5.0), (p1,))  # below eps: the other branch
@@ -367,7 +377,7 @@ def test_operator_checks(dtype: torch.dtype, pairs: int, stats: bool, device: st
     op = torch.ops.byol_kernels.normalized_mse_stats_fwd if stats else torch.ops.byol_kernels.normalized_mse_fwd
     torch.library.opcheck(op, (*args, 1e-12, True))
     torch.library.opcheck(op, (*args, 1e-12, False))
-    grads = [make((4, 8), seed, dtype).to(device) for seed in range(9, 9 + pairs)]
+    grads = [randn((4, 8), seed, dtype).to(device) for seed in range(9, 9 + pairs)]
     # Its autograd refuses on purpose, so the check that differentiates it is left out.
     torch.library.opcheck(
         torch.ops.byol_kernels.normalized_mse_bwd,
@@ -377,7 +387,7 @@ def test_operator_checks(dtype: torch.dtype, pairs: int, stats: bool, device: st
 
 
 @not_interpreted
-def test_compiles_without_graph_breaks(device: str) -> None:
+def test_compiles_with_fullgraph(device: str) -> None:
     p1, p2, z1, z2 = inputs((16, 32), torch.float32, device)
 
     def step(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
@@ -390,7 +400,7 @@ def test_compiles_without_graph_breaks(device: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
 
 
-BAD: dict[str, tuple[Callable[[], Any], str]] = {
+INVALID: dict[str, tuple[Callable[[], Any], str]] = {
     "three_dimensions": (
         lambda: normalized_mse_loss(torch.ones(2, 3, 4), torch.ones(2, 3, 4)),
         r"p_BD must be \[batch",
@@ -421,8 +431,8 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize(("call", "message"), BAD.values(), ids=BAD)
-def test_refuses(call: Callable[[], Any], message: str) -> None:
+@pytest.mark.parametrize(("call", "message"), INVALID.values(), ids=INVALID)
+def test_invalid_input_raises(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
 

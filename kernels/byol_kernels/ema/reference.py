@@ -1,0 +1,28 @@
+"""The EMA in plain PyTorch: the CPU path, and in float64 the oracle of the kernel."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from byol_kernels._dtypes import accumulation_dtype
+
+
+def ema_update_(target: Sequence[Tensor], online: Sequence[Tensor], tau: float, copies: Sequence[Tensor] = ()) -> None:
+    """Update `target = tau * target + (1 - tau) * online`, then `copies = target`.
+
+    Args:
+        target: tensors to update.
+        online: their partners.
+        tau: the decay.
+        copies: of the updated targets, in other dtypes; none, or as many.
+    """
+    # lerp is exact at both ends: weight 0 returns the target, weight 1 the online tensor
+    if all(t.dtype == o.dtype for t, o in zip(target, online, strict=True)):
+        torch._foreach_lerp_(list(target), list(online), 1.0 - tau)
+    else:
+        for t, o in zip(target, online, strict=True):
+            acc = accumulation_dtype(t.dtype)
+            t.copy_(torch.lerp(t.to(acc), o.to(acc), 1.0 - tau))
+    if copies:
+        torch._foreach_copy_(list(copies), list(target))

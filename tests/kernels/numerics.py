@@ -1,0 +1,63 @@
+"""Expectations in float64 by the oracle, tolerances, and random inputs of the kernel tests."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tests import oracle
+
+Array = NDArray[np.float64]
+
+TOLERANCES: dict[torch.dtype, float] = {
+    # Relative L2 error of a tensor, against float64 on the same inputs.
+    torch.float64: 1e-14,  # the same arithmetic in another order
+    torch.float32: 1e-6,  # a few roundings of 6e-8 and a sum over up to 20,000 elements
+    # All arithmetic is in float32, so what is left is rounding the result: half a unit in the last place, or a whole
+    # one in Triton's interpreter, which truncates. A gradient is rounded twice, before and after the upstream factor.
+    torch.float16: 2 * 2.0**-10,
+    torch.bfloat16: 2 * 2.0**-7,
+}
+
+
+def f64(x: Tensor) -> Array:
+    array: Array = x.detach().to(torch.float64).cpu().numpy()
+    return array
+
+
+def randn(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32, **options: Any) -> Tensor:
+    """Normal random numbers; on the CPU, so that every device sees the same ones."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(**options)
+
+
+def relative_error(actual: Tensor, expected: Array) -> float:
+    """Relative L2 error; 0 for two empty or equal tensors, NaN wherever either has one."""
+    assert tuple(actual.shape) == expected.shape
+    difference = float(np.linalg.norm(f64(actual) - expected))
+    return difference if difference == 0.0 else difference / max(float(np.linalg.norm(expected)), 1e-30)
+
+
+def is_close(actual: Tensor, expected: Array, dtype: torch.dtype | None = None) -> bool:
+    return relative_error(actual, expected) <= TOLERANCES[dtype or actual.dtype]
+
+
+def row_losses(p: Tensor, z: Tensor) -> Array:
+    """`|p_hat - z_hat|^2` [B]: 2 - 2 cos where neither row is shorter than eps."""
+    losses: Array = ((oracle.normalize(f64(p)) - oracle.normalize(f64(z))) ** 2).sum(axis=1)
+    return losses
+
+
+def byol_loss_and_grads(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> tuple[float, Array, Array]:
+    """The symmetric loss, and its derivatives by p1 and p2."""
+    a, b, za, zb = map(f64, (p1, p2, z2, z1))
+    return (
+        oracle.regression_loss(a, za) + oracle.regression_loss(b, zb),
+        oracle.regression_loss_gradient(a, za),
+        oracle.regression_loss_gradient(b, zb),
+    )
+
+
+def ema(target: Tensor, online: Tensor, tau: float) -> Array:
+    return oracle.ema(f64(target), f64(online), tau)
