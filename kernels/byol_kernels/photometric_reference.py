@@ -182,8 +182,7 @@ def _blur_rows(rows: Tensor, scratch: _Scratch, sigma: float, radius: int) -> Te
     if radius == 0:
         return rows
     height, width = rows.shape[0], rows.shape[1] // 3
-    weights = gaussian_weights(sigma, radius)
-    above = scratch.above
+    weights, above = gaussian_weights(sigma, radius), scratch.above
     beside = scratch.beside[: height * (width + 2 * radius) * 3].view(height, -1, 3)
     above[radius : radius + height] = rows
     for k in (*range(-radius, 0), *range(height, height + radius)):
