@@ -12,7 +12,6 @@ from torch import Tensor
 from byol_fast.config import ViewConfig
 from byol_fast.data.augment_params import ViewDraws
 from byol_kernels import photometric
-from byol_kernels.photometric_batched import photometric_batched
 
 Views = tuple[Tensor, Tensor]
 
@@ -21,17 +20,11 @@ PIXELS_PER_TASK = 1 << 19
 """A thread takes so many pixels of a view at a time: enough that calling the operators costs little beside them."""
 
 
-SMALL = 64 * 64
-"""Up to so many pixels a view, a CPU takes all images of a piece at once."""
-
-
 def finish(crops: Tensor, draws: Mapping[str, Tensor], view: ViewConfig) -> Tensor:
     """All of a view's augmentation after the crop; uint8 in and out, `[B, 3, S, S]`."""
     if not draws:  # on a GPU a copy all the same: what DALI owns is bound to the stream that it was made for
         return crops.clone() if crops.is_cuda else crops
     options: dict[str, Any] = {**draws, "solarize_threshold": view.solarize_threshold}
-    if crops.device.type == "cpu" and view.size**2 <= SMALL:
-        return photometric_batched(crops, **options)
     return photometric(crops, **options)
 
 

@@ -3,9 +3,10 @@
 On a CPU plain PyTorch.
 """
 
-from byol_kernels.blur import gaussian_blur
-from byol_kernels.crop import resized_crop
-from byol_kernels.draws import DrawnView, draw_view
+from byol_kernels.augment_params.ops import sample_params
+from byol_kernels.augment_params.params import ViewParams
+from byol_kernels.blur.ops import gaussian_blur
+from byol_kernels.crop.ops import resized_crop
 from byol_kernels.ema import ema_update_
 from byol_kernels.lars import LARS
 from byol_kernels.loss import (
@@ -15,21 +16,21 @@ from byol_kernels.loss import (
     normalized_mse_loss,
     normalized_mse_loss_with_stats,
 )
-from byol_kernels.photometric import photometric
+from byol_kernels.photometric.ops import photometric
 from byol_kernels.running_stats import update_running_stats_
 
 __all__ = [
     "LARS",
-    "DrawnView",
     "LossStats",
+    "ViewParams",
     "byol_loss",
     "byol_loss_with_stats",
-    "draw_view",
     "ema_update_",
     "gaussian_blur",
     "normalized_mse_loss",
     "normalized_mse_loss_with_stats",
     "photometric",
     "resized_crop",
+    "sample_params",
     "update_running_stats_",
 ]

@@ -13,7 +13,7 @@ from byol_fast.data.augment_params import crop_windows, stream_key
 from byol_fast.data.loaders.device_cache import ResidentLoader, table
 from byol_fast.data.sampler import Planner
 from byol_fast.data.sources import ArraySource
-from byol_kernels import draw_view
+from byol_kernels import sample_params
 from tests.data.conftest import photo_like
 from tests.data.helpers import config_of, error, loader_of, pixels, plain, same
 
@@ -29,7 +29,7 @@ def test_the_device_draws_what_the_planner_plans() -> None:
         plan = planner(epoch)
         for number, (view, expected) in enumerate(zip(views, plan.draws, strict=True)):
             key, columns = torch.tensor(stream_key(seed, epoch, number)), torch.from_numpy(table(view, 40, 56))
-            drawn = draw_view(torch.from_numpy(plan.index), key, columns, blur_kernel=view.blur_kernel)
+            drawn = sample_params(torch.from_numpy(plan.index), key, columns, blur_kernel=view.blur_kernel)
             assert np.array_equal(drawn.crop, crop_windows(expected.crop, 40, 56, view.aspect))
             for name in drawn._fields[1:]:
                 assert np.array_equal(getattr(drawn, name), getattr(expected, name)), name

@@ -15,9 +15,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from byol_kernels.augment_params.kernels import sample_params_cuda
+from byol_kernels.blur.kernels import gaussian_blur_cuda
+from byol_kernels.crop.kernels import resized_crop_cuda
 from byol_kernels.ema.ops import _ema_update_cuda
 from byol_kernels.lars.ops import _lars_step_cuda
 from byol_kernels.loss import ops as loss
+from byol_kernels.photometric.ops import photometric_cuda
 from byol_kernels.running_stats.ops import _update_running_stats_cuda
 from tests.gpu import DEVICE
 
@@ -32,6 +36,10 @@ if INTERPRETED:
         "ema_update_": _ema_update_cuda,
         "lars_step_": _lars_step_cuda,
         "update_running_stats_": _update_running_stats_cuda,
+        "photometric_out": photometric_cuda,
+        "gaussian_blur": gaussian_blur_cuda,
+        "resized_crop": resized_crop_cuda,
+        "sample_params": sample_params_cuda,
     }.items():
         partial(_override.impl, allow_override=True)(_name, _launcher, "CPU")
 
@@ -46,11 +54,12 @@ def _one_thread_and_poisoned_memory() -> Iterator[None]:
     """`torch.empty` holds NaN, so an element that a kernel forgets to write is not right by accident."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Not `torch.use_deterministic_algorithms`, which imports the compiler: seconds for every process.
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     assert torch.empty(3).isnan().all()
     yield
-    torch.use_deterministic_algorithms(False)
+    torch._C._set_deterministic_algorithms(False)
     torch.set_num_threads(threads)
 
 

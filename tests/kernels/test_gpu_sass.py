@@ -23,8 +23,7 @@ from tests.kernels.conftest import not_interpreted
 from tests.kernels.numerics import randn
 
 sass = pytest.importorskip("tests.kernels.sass", exc_type=ImportError)  # needs Triton
-photometric_sass = pytest.importorskip("tests.kernels.photometric_sass", exc_type=ImportError)
-resident_sass = pytest.importorskip("tests.kernels.resident_sass", exc_type=ImportError)
+augment_sass = pytest.importorskip("tests.kernels.augment_sass", exc_type=ImportError)
 
 pytestmark = [pytest.mark.gpu("sass"), not_interpreted]
 
@@ -77,25 +76,25 @@ def _lars(*, ema: bool, copies: bool) -> Callable[[], object]:
 
 def _images(names: tuple[str, ...]) -> tuple[Tensor, dict[str, Any]]:
     pixels = torch.randint(0, 256, (4, 224, 224, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-    drawn = draw(ViewConfig(solarize=0.2), np.arange(4), seed=0, epoch=0, view=0)
-    return pixels.to(DEVICE), {name: torch.from_numpy(getattr(drawn, name)).to(DEVICE) for name in names}
+    params = draw(ViewConfig(solarize=0.2), np.arange(4), seed=0, epoch=0, view=0)
+    return pixels.to(DEVICE), {name: torch.from_numpy(getattr(params, name)).to(DEVICE) for name in names}
 
 
-COLOUR = ("flip", "jitter", "factors", "order", "grayscale", "solarize")
+COLOR = ("flip", "jitter", "factors", "order", "grayscale", "solarize")
 BLUR = ("blur", "sigma", "window")
 
 
 def _photometric(names: tuple[str, ...], dtype: torch.dtype) -> Callable[[], object]:
     def call() -> object:
-        pixels, draws = _images(names)
-        return photometric(pixels, **draws, dtype=dtype, mean=(0.5,) * 3, std=(0.2,) * 3)
+        pixels, params = _images(names)
+        return photometric(pixels, **params, dtype=dtype, mean=(0.5,) * 3, std=(0.2,) * 3)
 
     return call
 
 
 def _blur() -> object:
-    pixels, draws = _images(BLUR)
-    return gaussian_blur(pixels, draws["sigma"], draws["window"], blur=draws["blur"])
+    pixels, params = _images(BLUR)
+    return gaussian_blur(pixels, **params)
 
 
 def _crop() -> object:
@@ -115,9 +114,9 @@ LAUNCHES = {
     "lars": Launch(_lars(ema=False, copies=False), ("lars_norms_fp32", "lars_apply")),
     "lars_ema": Launch(_lars(ema=True, copies=False), ("lars_norms_fp32", "lars_apply_ema")),
     "lars_ema_copies": Launch(_lars(ema=True, copies=True), ("lars_norms_fp32", "lars_apply_ema_copies")),
-    "photometric_bf16": Launch(_photometric((*COLOUR, *BLUR), torch.bfloat16), ("photometric_bf16", "blur_u8_to_bf16")),
-    "photometric_bf16_no_blur": Launch(_photometric(COLOUR, torch.bfloat16), ("photometric_bf16_no_blur",)),
-    "photometric_fp32": Launch(_photometric((*COLOUR, *BLUR), torch.float32), ("photometric_fp32",)),
+    "photometric_bf16": Launch(_photometric((*COLOR, *BLUR), torch.bfloat16), ("photometric_bf16", "blur_u8_to_bf16")),
+    "photometric_bf16_no_blur": Launch(_photometric(COLOR, torch.bfloat16), ("photometric_bf16_no_blur",)),
+    "photometric_fp32": Launch(_photometric((*COLOR, *BLUR), torch.float32), ("photometric_fp32",)),
     "blur_u8": Launch(_blur, ("blur_u8",)),
     "crop_32": Launch(_crop, ("crop_32",)),
 }
@@ -125,7 +124,7 @@ LAUNCHES = {
 
 def expected(name: str) -> tuple[str, Any]:
     """Name of a case's kernel, and the case."""
-    for module in (sass, photometric_sass, resident_sass):
+    for module in (sass, augment_sass):
         if name in module.CASES:
             case = module.CASES[name]
             return case.kernel.__name__, case
@@ -139,9 +138,8 @@ def run(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]
         launch.call()
         for name in launch.cases:
             kernel, case = expected(name)
-            module = next(m for m in (sass, photometric_sass, resident_sass) if name in m.CASES)
-            code = module.compile_for(case, 90)
-            found.setdefault(kernel, []).append(code if isinstance(code, sass.Code) else code[1])
+            code = sass.compile_for(case, 90) if isinstance(case, sass.Case) else augment_sass.build(case, 90)[1]
+            found.setdefault(kernel, []).append(code)
         return found
     import triton
 
@@ -171,10 +169,10 @@ def test_what_ran_is_what_was_promised(name: str, monkeypatch: pytest.MonkeyPatc
             about += f"({code.wide_stores} wide)"
             print(about)
             assert code.spills == 0 and code.stack == 0, about
-            assert code.registers <= (168 if isinstance(case, resident_sass.Case) else case.registers), about
+            assert code.registers <= case.registers, about
             if isinstance(case, sass.Case):
                 assert code.wide_loads >= case.wide_loads and code.wide_stores >= case.wide_stores, about
-            elif isinstance(case, photometric_sass.Case):
+            else:
                 for kind, widths in (("LDG", case.loads), ("STG", case.stores)):
                     for width, least in widths.items():
-                        assert photometric_sass.accesses(code, kind, width) >= least, f"{about}, {kind} of {width} bits"
+                        assert augment_sass.accesses(code, kind, width) >= least, f"{about}, {kind} of {width} bits"

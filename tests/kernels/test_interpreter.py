@@ -17,15 +17,13 @@ HERE = Path(__file__).parent
     "names",
     [
         [
-            "test_loss.py",
-            "test_ema.py",
-            "test_running_stats.py",
-            "test_lars.py",
-            "test_lars_layouts.py",
-            "test_lars_found_inf.py",
+            *("test_loss.py", "test_ema.py", "test_running_stats.py"),
+            *("test_lars.py", "test_lars_layouts.py", "test_lars_found_inf.py"),
         ],
-        ["test_photometric.py", "test_blur.py"],
-        ["test_crop.py", "test_draws.py"],
+        [
+            *("test_photometric.py", "test_photometric_operator.py", "test_blur.py"),
+            *("test_crop.py", "test_augment_params.py"),
+        ],
     ],
     ids=lambda names: names[0],
 )

@@ -16,15 +16,15 @@ from byol_kernels import (
     LARS,
     byol_loss,
     byol_loss_with_stats,
-    draw_view,
     ema_update_,
     gaussian_blur,
     photometric,
     resized_crop,
+    sample_params,
     update_running_stats_,
 )
 from tests import oracle
-from tests.kernels import photometric_restatement as views
+from tests.kernels import torchvision_reference as views
 from tests.kernels.numerics import TOLERANCES, byol_loss_and_grads, f64, randn, relative_error
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -36,7 +36,7 @@ def run(context: Context) -> None:
     """All checks; an error at the end where one failed."""
     checks = Checks(context)
     of_the_step = (loss, ema, lars, lars_with_found_inf, running_stats)
-    for part in (*of_the_step, draws_and_crop, colors, blur, smoke_step.run):
+    for part in (*of_the_step, params_and_crop, colors, blur, smoke_step.run):
         part(context, checks)
     if checks:
         raise AssertionError(checks.problem())
@@ -192,18 +192,18 @@ def running_stats(context: Context, checks: Checks) -> None:
 # ------------------------------------------------------------------------------------------------ images
 
 
-def draws_and_crop(context: Context, checks: Checks) -> None:
+def params_and_crop(context: Context, checks: Checks) -> None:
     """Augmentation parameters, bit for bit as numpy draws them, and crops."""
     view, index = ViewConfig(size=28, blur=0.5, solarize=0.2), np.arange(2000)
     numbers = torch.from_numpy(table(view, 40, 36)).to(context.device)
     key = torch.tensor(stream_key(7, 3, 1), device=context.device)
-    drawn = draw_view(torch.from_numpy(index).to(context.device), key, numbers, blur_kernel=view.blur_kernel)
+    params = sample_params(torch.from_numpy(index).to(context.device), key, numbers, blur_kernel=view.blur_kernel)
     expected = draw(view, index, seed=7, epoch=3, view=1)
-    names = [name for name in drawn._fields if name != "crop"]
-    unequal = [n for n in names if not np.array_equal(getattr(drawn, n).cpu().numpy(), getattr(expected, n))]
+    names = [name for name in params._fields if name != "crop"]
+    unequal = [n for n in names if not np.array_equal(getattr(params, n).cpu().numpy(), getattr(expected, n))]
     checks("augmentation parameters that are not numpy's", len(unequal), 0)
 
-    images = views.images(5, 40, 36)
+    images = views.make_images(5, 40, 36)
     window = torch.tensor([[0, 0, 40, 36], [3, 5, 20, 11], [39, 35, 1, 1], [2, 0, 30, 36]])
     rows = torch.tensor([4, 0, 2, 1])
     out = resized_crop(images.to(context.device), window.to(context.device), 28, index=rows.to(context.device)).cpu()
@@ -222,19 +222,18 @@ def colors(context: Context, checks: Checks) -> None:
     """Flip, jitter, grayscale and solarize, and normalized bf16; without a blur."""
     names = ("flip", "jitter", "factors", "order", "grayscale", "solarize")
     for height, width in ((64, 64), (33, 47)):
-        x, d = views.images(24, height, width, seed=2), views.draws(24, seed=5)
-        arguments = {name: getattr(d, name).to(context.device) for name in names}
-        expected = np.stack([views.view(f64(image), d, i) for i, image in enumerate(x)])
-        levels = f64(photometric(x.to(context.device), **arguments, dtype=torch.float32)) * 255.0
+        x, p = views.make_images(24, height, width, seed=2), views.set_masks(views.make_params(24, seed=5), blur=False)
+        params = views.on(context.device, p, *names)
+        expected = views.augment_exactly(x, p)
+        levels = 255 * photometric(x.to(context.device), **params, dtype=torch.float32)
         name = f"{height} x {width}"
-        checks(f"color, {name}, levels", float(np.abs(levels - expected).max()), views.FLOAT32_LEVELS)
-        out = photometric(x.to(context.device), **arguments, dtype=torch.bfloat16, mean=MEAN, std=STD)
-        mean, std = (np.array(values)[:, None, None] for values in (MEAN, STD))
-        normalized = (expected / 255.0 - mean) / std
-        allowed = views.FLOAT32_LEVELS / 255 / min(STD) + 2.0**-8 * np.abs(normalized)
-        checks(
-            f"color, {name}, bf16, share of what is allowed", float((np.abs(f64(out) - normalized) / allowed).max()), 1
-        )
+        checks(f"color, {name}, levels", views.max_error(levels, expected), views.FLOAT32_LEVELS)
+        out = photometric(x.to(context.device), **params, dtype=torch.bfloat16, mean=MEAN, std=STD).cpu().double()
+        mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (MEAN, STD))
+        normalized = (expected / 255 - mean) / std
+        allowed = views.FLOAT32_LEVELS / 255 / min(STD) + 2.0**-8 * normalized.abs()
+        share = float(((out - normalized).abs() / allowed).max())
+        checks(f"color, {name}, bf16, share of what is allowed", share, 1)
 
 
 def blur(context: Context, checks: Checks) -> None:
@@ -242,11 +241,11 @@ def blur(context: Context, checks: Checks) -> None:
     # Two products of float16 factors on a GPU, each rounded to the nearest level at the end.
     bound = views.FLOAT16_FACTORS if context.device == "cuda" else views.FLOAT32_LEVELS
     for height, width in ((64, 64), (33, 47)):
-        x, d = views.images(8, height, width), views.draws(8, seed=1)
-        sigma, window = d.sigma.to(context.device), d.window.to(context.device)
-        exact = np.stack([views.blur(f64(image), float(d.sigma[i]), int(d.window[i])) for i, image in enumerate(x)])
-        out = gaussian_blur(x.to(context.device), sigma, window)
-        checks(f"blur, {height} x {width}, levels", float(np.abs(f64(out) - exact).max()), 0.5 + bound)
-        out = photometric(x.to(context.device), sigma=sigma, window=window, dtype=torch.float32)
-        error = float(np.abs(f64(out) * 255.0 - exact).max())
-        checks(f"blur to float32, {height} x {width}, levels", error, bound + views.FLOAT32_LEVELS)
+        x, p = views.make_images(8, height, width), views.make_params(8, seed=1)
+        params, exact = views.on(context.device, p, "sigma", "window"), views.blur(x, p.sigma, p.window)
+        out = gaussian_blur(x.to(context.device), **params)
+        checks(f"blur, {height} x {width}, levels", views.max_error(out, exact), 0.5 + bound)
+        out = 255 * photometric(x.to(context.device), **params, dtype=torch.float32)
+        checks(
+            f"blur to float32, {height} x {width}, levels", views.max_error(out, exact), bound + views.FLOAT32_LEVELS
+        )

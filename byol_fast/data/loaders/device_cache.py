@@ -2,7 +2,7 @@
 
 The host does nothing in a step but start a handful of kernels. Which images a step takes is a slice of the epoch's
 order, copied there once an epoch; what is done to them is drawn on the device, bit for bit the numbers that all other
-loaders draw (see `byol_kernels/draws.py`).
+loaders draw (see `byol_kernels/augment_params/`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from byol_fast.data.batch import Batch
 from byol_fast.data.loaders.base import PlannedLoader, thread_count
 from byol_fast.data.loaders.prefetch import SideStream, single_core_threads
 from byol_fast.data.sources import ArraySource, ImageSource
-from byol_kernels import draw_view, resized_crop
+from byol_kernels import resized_crop, sample_params
 
 
 class ResidentLoader(PlannedLoader):
@@ -92,7 +92,7 @@ class ResidentLoader(PlannedLoader):
         return first, second
 
     def _view(self, index: Tensor, key: Tensor, table: Tensor, names: tuple[str, ...], view: ViewConfig) -> Tensor:
-        drawn = draw_view(index, key, table, blur_kernel=view.blur_kernel)
+        drawn = sample_params(index, key, table, blur_kernel=view.blur_kernel)
         crops = resized_crop(self._images, drawn.crop, view.size, index=index, interpolation=view.interpolation)
         return finish(crops, {name: getattr(drawn, name) for name in names}, view)
 
@@ -112,7 +112,7 @@ class ResidentLoader(PlannedLoader):
 
 
 def table(view: ViewConfig, height: int, width: int) -> NDArray[np.float64]:
-    """What `byol_kernels.draw_view` has to know of a view and of the images; columns: `byol_kernels.draws.TABLE`."""
+    """Table of a view and its images for `byol_kernels.sample_params`; columns: its `TABLE_COLUMNS`."""
     lowest, spread = factor_ranges(view)
     (area, largest), (sigma, widest) = view.area, view.blur_sigma
     low, high = (math.log(aspect) for aspect in view.aspect)

@@ -1,0 +1,1 @@
+"""Augmentation parameters, sampled on the device."""

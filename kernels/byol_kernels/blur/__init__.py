@@ -1,0 +1,1 @@
+"""Gaussian blur with a standard deviation and a window per image."""

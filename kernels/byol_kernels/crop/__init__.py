@@ -1,0 +1,1 @@
+"""Crops of uint8 images, resized to a square."""

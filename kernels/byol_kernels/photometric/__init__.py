@@ -1,0 +1,1 @@
+"""Color jitter, grayscale, blur, solarize, flip, normalize and cast of uint8 images."""

@@ -1,0 +1,109 @@
+"""Augmentation parameters sampled on the device: bit for bit those that the loaders sample in numpy."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from byol_fast.config import ViewConfig
+from byol_fast.data import augment_params as numpy_params
+from byol_kernels import sample_params
+from byol_kernels.augment_params import reference
+from byol_kernels.augment_params.params import ATTEMPTS, TABLE_COLUMNS
+from tests.kernels.conftest import INTERPRETED, not_interpreted
+
+VIEWS = {
+    "paper": ViewConfig(),
+    "second": ViewConfig(blur=0.1, solarize=0.2),
+    "nothing fits": ViewConfig(area=(0.9, 1.0), aspect=(0.2, 0.3)),
+    "strong": ViewConfig(aspect=(0.05, 30.0), area=(1e-4, 1.0), brightness=1.7, hue=0.5, blur_kernel=0),
+    "narrow": ViewConfig(area=(0.5, 0.5), aspect=(1.0, 1.0), blur_sigma=(1.0, 1.0), blur_kernel=3),
+}
+SIZES = [(32, 32), (17, 400), (1, 1)]
+if INTERPRETED:
+    SIZES, VIEWS = SIZES[1:2], {name: VIEWS[name] for name in ("paper", "nothing fits", "strong")}
+
+STREAMS = ((0, 0, 0), (2**63 + 11, 977, 1))[INTERPRETED:]
+
+
+def table(view: ViewConfig, height: int, width: int) -> Tensor:
+    """Column by column from the configuration, by the names that the operator gives them."""
+    lowest, spread = numpy_params.factor_ranges(view)
+    center = numpy_params.centred_crop(height, width, view.aspect)
+    values = {
+        "scale_min": view.area[0],
+        "scale_range": view.area[1] - view.area[0],
+        "log_ratio_min": math.log(view.aspect[0]),
+        "log_ratio_range": math.log(view.aspect[1]) - math.log(view.aspect[0]),
+        "sigma_min": view.blur_sigma[0],
+        "sigma_range": view.blur_sigma[1] - view.blur_sigma[0],
+        **{f"{n}_min": s for n, s in zip(("brightness", "contrast", "saturation", "hue"), lowest, strict=True)},
+        **{f"{n}_range": s for n, s in zip(("brightness", "contrast", "saturation", "hue"), spread, strict=True)},
+        "hflip_p": view.flip,
+        "color_jitter_p": view.jitter,
+        "grayscale_p": view.grayscale,
+        "blur_p": view.blur,
+        "solarize_p": view.solarize,
+        "height": height,
+        "width": width,
+        "sqrt_area": math.sqrt(height * width),
+        "center_height": center[0],
+        "center_width": center[1],
+    }
+    return torch.tensor([values[name] for name in TABLE_COLUMNS], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", VIEWS)
+def test_parameters_equal_numpy(name: str, size: tuple[int, int], device: str) -> None:
+    view, n = VIEWS[name], 70 if INTERPRETED else 20_000
+    for seed, epoch, number in STREAMS:
+        index = np.random.default_rng(seed % 997).integers(0, 2**40, n)
+        expected: Any = numpy_params.draw(view, index, seed=seed, epoch=epoch, view=number)
+        key = torch.tensor(numpy_params.stream_key(seed, epoch, number))
+        ours = sample_params(
+            torch.from_numpy(index).to(device),
+            key.to(device),
+            table(view, *size).to(device),
+            blur_kernel=view.blur_kernel,
+        )
+        assert np.array_equal(ours.crop.cpu(), numpy_params.crop_windows(expected.crop, *size, view.aspect))
+        for field in ours._fields[1:]:
+            out, numbers = getattr(ours, field).cpu().numpy(), getattr(expected, field)
+            assert out.dtype == numbers.dtype and np.array_equal(out, numbers), field
+
+
+@not_interpreted
+def test_number_of_crop_candidates() -> None:
+    assert numpy_params.ATTEMPTS == ATTEMPTS
+
+
+@not_interpreted
+def test_exponential_function() -> None:
+    """Fourteen terms at a sixteenth: what is left of the series is below one rounding, taken to the 16th power."""
+    x = np.linspace(-4, 4, 999)
+    assert np.abs(numpy_params._exp(x) / np.exp(x) - 1).max() <= 32 * 2.0**-52
+    assert np.array_equal(numpy_params._exp(x), reference.exp(torch.from_numpy(x)))
+
+
+@not_interpreted
+def test_opcheck() -> None:
+    arguments = (torch.arange(5), torch.tensor(3), table(ViewConfig(), 8, 8), 23)
+    torch.library.opcheck(torch.ops.byol_kernels.sample_params.default, arguments)
+
+
+def test_empty_batch(device: str) -> None:
+    key, t = torch.tensor(3).to(device), table(ViewConfig(), 8, 8).to(device)
+    assert sample_params(torch.arange(0).to(device), key, t).crop.shape == (0, 4)
+
+
+@not_interpreted
+@pytest.mark.parametrize("name", ["index", "key", "table"])
+def test_arguments_are_refused(name: str) -> None:
+    good = {"index": torch.arange(5), "key": torch.tensor(3), "table": table(ViewConfig(), 8, 8)}
+    for wrong in (good[name].float(), good[name][None], good[name].to("meta") if name != "index" else good[name].int()):
+        with pytest.raises(ValueError, match=f"sample_params: {name} must have shape"):
+            sample_params(*{**good, name: wrong}.values())
