@@ -184,20 +184,18 @@ def charts(evaluation: Evaluation) -> dict[str, str]:
         "": bar_chart(
             [name for name, _, _ in entries],
             [100 * top1 for _, top1, _ in entries],
-            errors=[_percent(ci) for _, _, ci in entries],
+            intervals=[_percent(ci) for _, _, ci in entries],
             title=title,
-            y_label="top-1, %",
-            horizontal=True,
+            x_label="top-1, %",
         )
     }
     worst = sorted((c for c in scores.per_class if c.accuracy is not None), key=lambda c: c.accuracy or 0.0)
     found["_classes"] = bar_chart(
         [c.name for c in worst[:MATRIX_CLASSES]],
         [None if c.accuracy is None else 100 * c.accuracy for c in worst[:MATRIX_CLASSES]],
-        errors=[_percent(c.ci95) for c in worst[:MATRIX_CLASSES]],
+        intervals=[_percent(c.ci95) for c in worst[:MATRIX_CLASSES]],
         title=f"{title}: " + ("classes" if len(worst) <= MATRIX_CLASSES else f"the {MATRIX_CLASSES} hardest classes"),
-        y_label="top-1, %",
-        horizontal=True,
+        x_label="top-1, %",
     )
     if len(evaluation.classes) <= MATRIX_CLASSES:
         found["_confusion"] = heat_map(

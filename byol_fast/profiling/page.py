@@ -177,8 +177,7 @@ def _time(profile: dict[str, Any]) -> str:
             [f["family"] for f in families],
             [1e3 * f["seconds"] for f in families],
             title=_families_title(profile),
-            y_label="ms",
-            horizontal=True,
+            x_label="ms",
         )
     )
     rows_of_table = [

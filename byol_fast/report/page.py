@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from byol_fast.report.charts import DARK_COLOURS, escape, palette
+from byol_fast.report.svg import DARK_COLORS, escape, palette
 from byol_fast.utils.files import atomic_write
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def facts(entries: Sequence[tuple[str, str, str]]) -> str:
 def style() -> str:
     """The style sheet of all pages."""
     return (
-        f":root {{{palette()}}}\n@media screen and (prefers-color-scheme: dark) {{:root {{{palette(DARK_COLOURS)}}}}}\n"
+        f":root {{{palette()}}}\n@media screen and (prefers-color-scheme: dark) {{:root {{{palette(DARK_COLORS)}}}}}\n"
         + Path(__file__).with_name("style.css").read_text()
     )
 

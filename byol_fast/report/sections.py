@@ -9,7 +9,8 @@ from typing import Any
 
 from byol_fast import config as configs
 from byol_fast.config import recipes
-from byol_fast.report.charts import WIDTH, Series, bar_chart, heat_map, line_chart
+from byol_fast.report.charts import Series, bar_chart, heat_map, line_chart
+from byol_fast.report.drawing import WIDTH
 from byol_fast.report.page import Section, chart_grid, details, facts, paragraph, table
 from byol_fast.report.reading import RunFiles
 
@@ -293,7 +294,7 @@ def _baselines(found: dict[str, Any]) -> list[str]:
         return []
     errors = [_ends(r) or (math.nan, math.nan) for r in rows]
     values, names = [_number(r["top1"]) for r in rows], [str(r.get("name", "?")) for r in rows]
-    return [bar_chart(names, values, title="Beside its baselines", y_label="top-1", errors=errors, horizontal=True)]
+    return [bar_chart(names, values, title="Beside its baselines", x_label="top-1", intervals=errors)]
 
 
 def _sweep(found: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Reads the pages and charts that the tests made."""
+"""Parsers of pages and charts."""
 
 from __future__ import annotations
 
@@ -19,31 +19,64 @@ def svg(text: str) -> ET.Element:
 
 
 def texts(chart: ET.Element) -> list[str]:
-    """All that is written on it."""
+    """All texts of a chart."""
     return [element.text or "" for element in chart.iter(f"{SVG}text")]
 
 
-def numbers(path: str) -> list[tuple[str, list[float]]]:
-    """Commands of a path, and their numbers."""
-    found = re.findall(r"([MLHVZhvlmz])([^MLHVZhvlmz]*)", path)
-    return [(command, [float(n) for n in re.findall(r"-?[\d.]+", rest)]) for command, rest in found]
+def vertices(path: ET.Element) -> list[list[tuple[float, float]]]:
+    """Points of every unbroken piece of a path."""
+    pieces = re.findall(r"M([^M]*)", path.get("d", ""))
+    flat = [[float(n) for n in re.findall(r"-?[\d.]+", piece)] for piece in pieces]
+    return [list(zip(n[::2], n[1::2], strict=True)) for n in flat]
 
 
 def lines(chart: ET.Element) -> list[list[tuple[float, float]]]:
-    """Points of every unbroken line."""
-    found: list[list[tuple[float, float]]] = []
-    for path in chart.iter(f"{SVG}path"):
-        if path.get("stroke-linejoin") != "round":
+    """Points of every unbroken line in the color of a series."""
+    paths = [p for p in chart.iter(f"{SVG}path") if re.search(r"stroke: var.*stroke-width: 1.8", p.get("style", ""))]
+    return [piece for path in paths for piece in vertices(path)]
+
+
+def dots(chart: ET.Element) -> list[tuple[float, float]]:
+    """Positions of dots without tooltips; the legend's included."""
+    tipped = {id(path) for path in tipped_paths(chart).values()}
+    return [
+        piece[0]
+        for path in chart.iter(f"{SVG}path")
+        for piece in vertices(path)
+        if id(path) not in tipped and len(piece) == 2 and 0 < piece[1][0] - piece[0][0] < 0.05
+    ]
+
+
+def tipped_paths(chart: ET.Element) -> dict[str, ET.Element]:
+    """Shapes by the text of their tooltip."""
+    groups = [g for g in chart.iter(f"{SVG}g") if g.find(f"{SVG}title") is not None]
+    return {g.findtext(f"{SVG}title", ""): p for g in groups if (p := g.find(f"{SVG}path")) is not None}
+
+
+def boxes(chart: ET.Element) -> dict[str, tuple[float, float, float, float]]:
+    """Left, top, right and bottom of every shape with a tooltip, by its text."""
+    found = {}
+    for text, path in tipped_paths(chart).items():
+        x, y = zip(*(point for piece in vertices(path) for point in piece), strict=True)
+        found[text] = (min(x), min(y), max(x), max(y))
+    return found
+
+
+def ticks(chart: ET.Element, axis: str) -> dict[str, float]:
+    """Position of each labeled grid line of an axis, in pixels, by its label."""
+    found = {}
+    for group in chart.iter(f"{SVG}g"):
+        children = list(group)
+        if [child.tag for child in children] != [f"{SVG}path", f"{SVG}text"]:
             continue
-        for command, n in numbers(path.get("d", "")):
-            if command == "M":
-                found.append([])
-            found[-1] += list(zip(n[::2], n[1::2], strict=True))
+        (x0, y0), (x1, _) = vertices(children[0])[0]
+        if (x0 == x1) == (axis == "x"):
+            found[children[1].text or ""] = x0 if axis == "x" else y0
     return found
 
 
 class Page(HTMLParser):
-    """A page taken apart; an error where its tags are not balanced."""
+    """A parsed page; an error where its tags are not balanced."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -81,7 +114,7 @@ class Page(HTMLParser):
             self.headings[-1] += data
 
     def check(self) -> None:
-        """Nothing runs, nothing is fetched, every link leads somewhere, and no two elements have one name."""
+        """Assert that nothing runs, nothing is fetched, every link has a target, and ids are unique."""
         ids = [a["id"] for _, a in self.tags if "id" in a]
         assert len(set(ids)) == len(ids)
         for tag, attributes in self.tags:
@@ -99,7 +132,7 @@ class Page(HTMLParser):
 
 
 def read(text: str) -> Page:
-    """A page, checked."""
+    """A page that passed `Page.check`, with well-formed charts."""
     page = Page(text)
     page.check()
     assert "@import" not in text
