@@ -11,7 +11,7 @@ from pathlib import Path
 from byol_fast.data.sources.arrays import open_demo
 from byol_fast.evaluate import embed_folder
 from byol_fast.export.encoder import load_encoder
-from byol_fast.report.neighbor_sheet import neighbour_sheet, save_sheet
+from byol_fast.report.neighbor_sheet import neighbor_sheet, save_sheet
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     found = embed_folder(encoder, images)
     title = f"Nearest neighbours: {encoder[1]['encoder']}, {encoder[1]['step']} steps"
     save_sheet(
-        neighbour_sheet(images, found.features, queries=5, title=title), Path(__file__).with_name("neighbours.png")
+        neighbor_sheet(images, found.features, queries=5, title=title), Path(__file__).with_name("neighbours.png")
     )
 
 

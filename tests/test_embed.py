@@ -21,7 +21,7 @@ from byol_fast.evaluate import Features, embed_folder, load_features, nearest, r
 from byol_fast.evaluate.neighbors import choose_queries
 from byol_fast.export.encoder import export_encoder, load_encoder
 from byol_fast.models.encoders import build_encoder, feature_dim
-from byol_fast.report.neighbor_sheet import FRAME, GAP, LINE, MARGIN, OTHER, SAME, TILE, TITLE, neighbour_sheet
+from byol_fast.report.neighbor_sheet import FRAME, GAP, LINE, MARGIN, OTHER, SAME, TILE, TITLE, neighbor_sheet
 from byol_fast.report.preview import INK
 
 
@@ -185,7 +185,7 @@ def test_the_sheet_shows_the_nearest_and_whether_their_class_agrees() -> None:
     source = ArraySource(images)
     features = np.eye(4, dtype=np.float32)[group] + np.float32(0.01)
     labels = np.where(np.arange(20) < 12, group, (group + 1) % 4)  # the last two of each group are labelled otherwise
-    sheet = neighbour_sheet(source, features, queries=[0, 1, 14], k=4, labels=labels)
+    sheet = neighbor_sheet(source, features, queries=[0, 1, 14], k=4, labels=labels)
 
     def tile(row: int, column: int) -> tuple[Any, Any]:
         x = MARGIN + column * (TILE + GAP) + (GAP if column else 0)
@@ -201,16 +201,16 @@ def test_the_sheet_shows_the_nearest_and_whether_their_class_agrees() -> None:
             frame = SAME if labels[i] == labels[query] else OTHER
             assert tile(row, column) == (rgb(frame), tuple(colours[group[query]]))
     own = ArraySource(images[3:4])
-    sheet = neighbour_sheet(source, features, own=(own, features[3:4]), k=2)
+    sheet = neighbor_sheet(source, features, own=(own, features[3:4]), k=2)
     assert [tile(0, column)[1] for column in (0, 1, 2)] == [tuple(colours[3])] * 3
 
 
 def test_wrong_arguments_of_sheets_are_explained(photos: np.ndarray) -> None:
     source = ArraySource(photos)
     with pytest.raises(ValueError, match="one for each of 2 or more images, got 59 for 60"):
-        neighbour_sheet(source, np.ones((59, 4), np.float32))
+        neighbor_sheet(source, np.ones((59, 4), np.float32))
     with pytest.raises(ValueError, match="features must be finite"):
-        neighbour_sheet(source, np.full((60, 4), np.nan, np.float32))
+        neighbor_sheet(source, np.full((60, 4), np.nan, np.float32))
     with pytest.raises(ValueError, match=r"k must be 1..59"):
         nearest(np.ones((60, 4), np.float32), np.ones((1, 4), np.float32), k=60, exclude=[3])
 

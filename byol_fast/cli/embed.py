@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
         from byol_fast.evaluate import embed_folder, save_features
         from byol_fast.evaluate.features import check_features_path
         from byol_fast.export.encoder import load_encoder
-        from byol_fast.report.neighbor_sheet import neighbour_sheet, save_sheet
+        from byol_fast.report.neighbor_sheet import neighbor_sheet, save_sheet
 
         check_features_path(to)
         for path in (to, *([neighbours] if neighbours is not None else [])):
@@ -109,7 +109,7 @@ def main(argv: list[str]) -> int:
             save_features(found, to)
             print(_summary(found, to))
             if neighbours is not None:
-                sheet = neighbour_sheet(
+                sheet = neighbor_sheet(
                     source.subset(found.index),
                     found.features,
                     queries=queries,

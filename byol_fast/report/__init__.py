@@ -1,1 +1,1 @@
-"""Pages that need nothing but a browser: charts as SVG, pictures within, no script."""
+"""Self-contained HTML pages: charts as SVG, embedded images, no scripts."""

@@ -12,21 +12,17 @@ from torch import Tensor
 
 from byol_fast.config import ConfigError
 from byol_fast.data import ImageSource
-from byol_fast.evaluate.neighbors import Matrix, _matrix, choose_queries, nearest
+from byol_fast.evaluate.neighbors import Matrix, choose_queries, nearest
 from byol_fast.report.preview import FAINT, INK, PAPER, TRAY, VIEW_COLOURS
 from byol_fast.utils.files import atomic_path
 
-TILE, GAP, MARGIN, LINE = 102, 12, 24, 15  # a tile holds three times 32 pixels and the frame
-
-
+TILE, GAP, MARGIN, LINE = 102, 12, 24, 15  # a tile has room for 32 pixels three times enlarged, and the frame
 TEXT, TITLE, FRAME = 11, 18, 3
-
-
 SAME, OTHER = VIEW_COLOURS
-"""Frames of neighbours of the query's class, and of others."""
+"""Frames of neighbors of the query's class, and of other classes."""
 
 
-def neighbour_sheet(
+def neighbor_sheet(
     source: ImageSource,
     features: Matrix,
     *,
@@ -34,89 +30,88 @@ def neighbour_sheet(
     k: int = 8,
     labels: NDArray[np.int64] | None = None,
     own: tuple[ImageSource, Matrix] | None = None,
-    title: str = "Nearest neighbours",
+    title: str = "Nearest neighbors",
 ) -> Image.Image:
-    """A picture: a query in each row, and the images whose features are most similar to its own.
+    """A picture with a query in each row, beside it the images with the most similar features.
 
     Args:
         source: the images.
-        features: of each of them `[N, D]`.
-        queries: how many to choose (`choose_queries`), or their positions in the source.
-        k: neighbours of each; all where there are fewer.
-        labels: classes `[N]`, -1 where unknown; the source's own when None. Frames show whether they agree.
-        own: images that are not in the source, and their features, to ask about instead.
+        features: their features `[N, D]`.
+        queries: number of queries to choose (`choose_queries`), or their positions in the source.
+        k: neighbors of each query; fewer if there are not as many images.
+        labels: classes `[N]`, -1 where unknown; default: the source's own. Frames show whether they agree.
+        own: images that are not in the source, and their features, as queries instead.
         title: of the sheet.
 
     Returns:
-        An RGB image. Small images are enlarged a whole number of times.
+        An RGB image. Small images are enlarged by a whole factor.
 
     Raises:
-        ValueError: features that do not belong to the images, or there are fewer than two of them.
+        ValueError: the number of features is not the number of images, or there are fewer than two.
         BadImageError: an image cannot be read.
     """
     if len(features) != len(source) or len(source) < 2:
         raise ValueError(
-            f"neighbours: features must be one for each of 2 or more images, got {len(features)} for {len(source)}"
+            f"neighbors: features must be one for each of 2 or more images, got {len(features)} for {len(source)}"
         )
     labels = source.labels if labels is None else labels
     k = min(k, len(source) - 1)
     if own is None:
-        chosen = choose_queries(len(source), queries, labels) if isinstance(queries, int) else list(queries)
-        asked, asked_labels = source, None if labels is None else labels[chosen]
-        similarity, rows = nearest(features, _matrix("features", features)[chosen], k=k, exclude=chosen)
+        rows = choose_queries(len(source), queries, labels) if isinstance(queries, int) else list(queries)
+        query_source, query_labels = source, None if labels is None else labels[rows]
+        similarity, neighbors = nearest(features, features[rows], k=k, exclude=rows)
     else:
-        asked, asked_labels = own[0], None
-        chosen = list(range(len(asked)))
-        similarity, rows = nearest(features, own[1], k=k)
+        query_source, query_labels = own[0], None
+        rows = list(range(len(query_source)))
+        similarity, neighbors = nearest(features, own[1], k=k)
     step = TILE + GAP
-    top = 2 * MARGIN + TITLE + LINE + 8
-    left = MARGIN + step + GAP
-    canvas = Image.new("RGB", (left + k * step + MARGIN - GAP, top + len(chosen) * (step + 2 * LINE) + GAP), PAPER)
-    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default
-    pen.text((MARGIN, MARGIN - 6), title, INK, font(TITLE))
-    _legend(pen, source, k, rows, labels, asked_labels)
-    for row, query in enumerate(chosen):
-        y = top + row * (step + 2 * LINE)
-        label = -1 if asked_labels is None else int(asked_labels[row])
-        _draw(canvas, asked.load(query), (MARGIN, y), INK)
-        _caption(pen, (MARGIN, y + TILE + 4), _name(asked, query), _class(source, label))
+    top, left = 2 * MARGIN + TITLE + LINE + 8, MARGIN + step + GAP
+    canvas = Image.new("RGB", (left + k * step + MARGIN - GAP, top + len(rows) * (step + 2 * LINE) + GAP), PAPER)
+    pen = ImageDraw.Draw(canvas)
+    pen.text((MARGIN, MARGIN - 6), title, INK, ImageFont.load_default(TITLE))
+    _legend(pen, len(source), neighbors, labels, query_labels)
+    for i, row in enumerate(rows):
+        y = top + i * (step + 2 * LINE)
+        query_label = -1 if query_labels is None else int(query_labels[i])
+        _draw(canvas, query_source.load(row), (MARGIN, y), INK)
+        name = Path(query_source.where(row)).name
+        _caption(pen, (MARGIN, y + TILE + 4), name, _class_name(source, query_label))
         pen.line((left - GAP - 1, y, left - GAP - 1, y + TILE), FAINT)
-        for column, (i, s) in enumerate(zip(rows[row].tolist(), similarity[row].tolist(), strict=True)):
+        for column, (j, score) in enumerate(zip(neighbors[i].tolist(), similarity[i].tolist(), strict=True)):
             x = left + column * step
-            found = -1 if labels is None else int(labels[i])
-            known = label >= 0 and found >= 0
-            _draw(canvas, source.load(i), (x, y), (SAME if found == label else OTHER) if known else None)
-            _caption(pen, (x, y + TILE + 4), f"{s:.3f}", _class(source, found))
+            label = -1 if labels is None else int(labels[j])
+            frame = (SAME if label == query_label else OTHER) if query_label >= 0 and label >= 0 else None
+            _draw(canvas, source.load(j), (x, y), frame)
+            _caption(pen, (x, y + TILE + 4), f"{score:.3f}", _class_name(source, label))
     return canvas
 
 
 def _legend(
     pen: ImageDraw.ImageDraw,
-    source: ImageSource,
-    k: int,
-    rows: Tensor,
+    num_images: int,
+    neighbors_QK: Tensor,
     labels: NDArray[np.int64] | None,
-    asked: NDArray[np.int64] | None,
+    query_labels: NDArray[np.int64] | None,
 ) -> None:
-    """What is seen: the small print below the title."""
+    """Small print below the title: the search, and the meaning of the frames."""
     font = ImageFont.load_default(TEXT)
-    at, y = MARGIN, MARGIN + TITLE
-    text = f"{k} nearest of {len(source):,} images by the cosine of their features"
-    if labels is not None and asked is not None and (asked >= 0).any():
-        same = (labels[rows.numpy()] == asked[:, None])[asked >= 0]
-        text += f"; {same.mean():.0%} of those shown are of the query's class:"
-    pen.text((at, y), text, FAINT, font)
-    if labels is None or asked is None:
+    x, y = MARGIN, MARGIN + TITLE
+    text = f"{neighbors_QK.shape[1]} nearest of {num_images:,} images by the cosine similarity of their features"
+    if labels is not None and query_labels is not None and (query_labels >= 0).any():
+        same = (labels[neighbors_QK.numpy()] == query_labels[:, None])[query_labels >= 0]
+        text += f"; {same.mean():.0%} have the query's class:"
+    pen.text((x, y), text, FAINT, font)
+    if labels is None or query_labels is None:
         return
-    at += int(pen.textlength(text, font)) + GAP
-    for colour, meaning in ((SAME, "same class"), (OTHER, "another class")):
-        pen.rectangle((at, y + 1, at + 10, y + 11), outline=colour, width=FRAME)
-        pen.text((at + 15, y), meaning, FAINT, font)
-        at += 15 + int(pen.textlength(meaning, font)) + GAP
+    x += int(pen.textlength(text, font)) + GAP
+    for color, meaning in ((SAME, "same class"), (OTHER, "another class")):
+        pen.rectangle((x, y + 1, x + 10, y + 11), outline=color, width=FRAME)
+        pen.text((x + 15, y), meaning, FAINT, font)
+        x += 15 + int(pen.textlength(meaning, font)) + GAP
 
 
 def _draw(canvas: Image.Image, image: Image.Image, at: tuple[int, int], frame: str | None) -> None:
-    """The whole image in a square, framed."""
+    """Draw the whole image into a framed square."""
     x, y = at
     pen = ImageDraw.Draw(canvas)
     pen.rectangle((x, y, x + TILE - 1, y + TILE - 1), TRAY)
@@ -141,16 +136,12 @@ def _caption(pen: ImageDraw.ImageDraw, at: tuple[int, int], *lines: str) -> None
         pen.text((at[0], at[1] + number * LINE), text, FAINT if number else INK, font)
 
 
-def _name(source: ImageSource, i: int) -> str:
-    return Path(source.where(i)).name
-
-
-def _class(source: ImageSource, label: int) -> str:
+def _class_name(source: ImageSource, label: int) -> str:
     return source.classes[label] if 0 <= label < len(source.classes) else ""
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:
-    """Write a sheet as PNG, whole or not at all.
+    """Write a sheet as PNG, atomically.
 
     Raises:
         ConfigError: the file cannot be written.
@@ -160,4 +151,4 @@ def save_sheet(sheet: Image.Image, path: Path) -> None:
         with atomic_path(path) as temporary:
             sheet.save(temporary, format="png", optimize=True)
     except OSError as error:
-        raise ConfigError(f"neighbours: {path} cannot be written ({error}); choose another file") from error
+        raise ConfigError(f"neighbors: {path} cannot be written ({error}); choose another file") from error

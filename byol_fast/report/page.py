@@ -1,4 +1,4 @@
-"""One HTML file that holds all it shows: no script, nothing fetched; readable on a phone, in the dark, and on paper."""
+"""Self-contained HTML pages: no scripts, no requests; for desktops, phones, dark mode and print."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 DASH = "\N{EN DASH}"
-LEGIBLE = 1000
-"""A picture is not shown narrower than so many pixels: on a phone it scrolls, as its writing would be too small."""
-LONG = 12
-"""Letters of a figure at a glance that is set smaller."""
+MIN_PICTURE_WIDTH = 1000
+"""Pictures are not shown narrower than this many pixels: on a phone they scroll, or their text would be too small."""
+LONG_VALUE = 12
+"""Values with more letters are set smaller by `facts`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A part of a page, with an entry in its table of contents."""
+    """A section of a page, with an entry in its table of contents."""
 
     title: str
     """Its heading, as plain text."""
     html: str
-    """What it holds, as HTML; headings within are `<h3>`."""
+    """Its content as HTML; headings within are `<h3>`."""
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table that scrolls within itself where it is wider than the page.
+    """A table; if it is wider than the page, it scrolls on its own.
 
     Args:
         headers: of the columns, as plain text.
-        rows: of cells: text, whole numbers as they are, others with four digits; None is a dash.
+        rows: of cells: text, integers, or floats, which get four digits; None is a dash.
 
     Returns:
         HTML; numbers are aligned to the right.
@@ -64,7 +64,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def cell(value: object) -> str:
-    """A value as a table shows it."""
+    """Text of a table cell."""
     if value is None:
         return DASH
     if isinstance(value, float):
@@ -73,11 +73,11 @@ def cell(value: object) -> str:
 
 
 def figure(image: Image, caption: str) -> str:
-    """A picture within the page.
+    """An embedded picture.
 
     Args:
-        image: anything PIL can write; photographs become JPEG, drawings of few colours PNG, whichever is smaller.
-        caption: below it, and its description for those who do not see it.
+        image: the picture; written as JPEG or PNG, whichever is smaller.
+        caption: text below it, also its alternative text.
 
     Returns:
         HTML.
@@ -90,7 +90,7 @@ def figure(image: Image, caption: str) -> str:
         files[kind] = buffer.getvalue()
     kind = min(files, key=lambda k: len(files[k]))
     data = base64.b64encode(files[kind]).decode()
-    shape = f'width="{image.width}" height="{image.height}" style="min-width:{min(image.width, LEGIBLE)}px"'
+    shape = f'width="{image.width}" height="{image.height}" style="min-width:{min(image.width, MIN_PICTURE_WIDTH)}px"'
     return (
         f'<figure><div class="scroll" tabindex="0"><img src="data:image/{kind};base64,{data}" {shape} '
         f'alt="{escape(caption)}"></div><figcaption>{escape(caption)}</figcaption></figure>'
@@ -98,7 +98,7 @@ def figure(image: Image, caption: str) -> str:
 
 
 def chart_grid(charts: Sequence[str]) -> str:
-    """Charts side by side, as many as there is room for."""
+    """Charts side by side, as many as fit."""
     return f'<div class="charts">{"".join(charts)}</div>'
 
 
@@ -108,14 +108,14 @@ def paragraph(text: str, kind: str = "") -> str:
 
 
 def details(summary: str, html: str) -> str:
-    """HTML that is folded away under a line of plain text."""
+    """HTML folded away under a line of plain text."""
     return f"<details><summary>{escape(summary)}</summary>{html}</details>"
 
 
 def facts(entries: Sequence[tuple[str, str, str]]) -> str:
-    """Figures at a glance: (name, value, small print), as plain text."""
+    """Cards of (name, value, small print), as plain text."""
     cards = (
-        f"<div><dt>{escape(name)}</dt><dd{' class=long' if len(value) > LONG else ''}>{escape(value)}"
+        f"<div><dt>{escape(name)}</dt><dd{' class=long' if len(value) > LONG_VALUE else ''}>{escape(value)}"
         f"{f'<small>{escape(more)}</small>' if more else ''}</dd></div>"
         for name, value, more in entries
     )
@@ -131,12 +131,12 @@ def style() -> str:
 
 
 def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
-    """Write a page, whole or not at all.
+    """Write a page atomically.
 
     Args:
         path: the file to write.
         title: of the page, as plain text.
-        sections: what it shows.
+        sections: its content, in this order.
 
     Raises:
         OSError: the file cannot be written.
@@ -153,7 +153,7 @@ def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
         f'<section id="{anchor}"><h2>{escape(section.title)}</h2>\n{section.html}</section>\n'
         for anchor, section in zip(anchors, sections, strict=True)
     )
-    # The policy holds the page to what it promises: a browser would refuse a script, or anything from elsewhere.
+    # The browser refuses scripts and requests, should any get in with a name from the outside.
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     atomic_write(
         path,

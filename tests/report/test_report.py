@@ -1,4 +1,4 @@
-"""The report of a run: that it says what the run's files say, whatever state they are in, and holds all it shows."""
+"""Reports of runs: the numbers of the run's files, in whatever state these are, on a self-contained page."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def page_of(*runs: Path, **options: Any) -> Page:
     return read(report(runs, runs[0] / "out.html", **({"pictures": False} | options)).read_text())
 
 
-# ---- a page --------------------------------------------------------------------------------------------------------
+# ---- pages --------------------------------------------------------------------------------------------------------
 
 
-def test_a_page_holds_hostile_text_as_text(tmp_path: Path) -> None:
+def test_hostile_text_is_escaped(tmp_path: Path) -> None:
     rows = [[HOSTILE, 3, 2.34567, None], ["b", 4, float("nan"), "x"]]
     sections = [Section(HOSTILE, paragraph(HOSTILE)), Section("Same", table([HOSTILE, "n", "v", "w"], rows))]
     write_page(tmp_path / "page.html", HOSTILE, [*sections, Section("Same", "")])
@@ -74,7 +74,7 @@ def test_a_page_holds_hostile_text_as_text(tmp_path: Path) -> None:
     assert page.headings[2:] == ["Same", "Same"]
 
 
-def test_a_picture_within_the_page_is_the_picture() -> None:
+def test_embedded_picture_is_unchanged() -> None:
     image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
     (tag, attributes), *_ = [t for t in Page(figure(image, HOSTILE)).tags if t[0] == "img"]
     kind, data = re.fullmatch(r"data:image/(\w+);base64,(.*)", attributes["src"] or "").groups()  # type: ignore[union-attr]
@@ -87,7 +87,7 @@ def test_a_picture_within_the_page_is_the_picture() -> None:
 # ---- a run's numbers -----------------------------------------------------------------------------------------------
 
 
-def test_numbers_are_those_of_the_metrics(tmp_path: Path) -> None:
+def test_summary_and_tables_show_the_metrics(tmp_path: Path) -> None:
     judged = [{"step": 0, "epoch": 0.0, "knn_top1": 0.25, "knn_top5": 0.5, "knn_k": 20}]
     judged += [{"step": 30, "epoch": 3.0, "knn_top1": 0.5, "knn_top5": 0.75, "knn_k": 20, "rankme": 31.5}]
     records = [judged[0], *steps(30), judged[1]]
@@ -96,8 +96,8 @@ def test_numbers_are_those_of_the_metrics(tmp_path: Path) -> None:
     loss = sum(4 / i for i in range(21, 31)) / 10
     assert f"Loss{loss:.4f}" in page.text
     assert "complete30 of 30 steps, 3 epochs" in page.text
-    assert "50.0% of the images, 25.0 points above the untrained encoder (25.0%)" in page.text
-    assert "Healthy: the spread of the projections is 0.90" in page.text
+    assert "kNN top-1 accuracy is 50.0%, 25.0 points above the untrained encoder (25.0%)" in page.text
+    assert "Healthy: the embedding std is 0.90" in page.text
     assert "19 s of steps" in page.text  # 30 steps of 64 images, 100 images a second
     by_step = {row[0]: row for row in page.rows if len(row) == 8}
     for record in (records[1], records[30]):
@@ -108,15 +108,15 @@ def test_numbers_are_those_of_the_metrics(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spread", "verdict"), [(0.95, "Healthy"), (0.35, "Partly collapsed"), (0.02, "Collapsed: the spread")]
+    ("spread", "verdict"), [(0.95, "Healthy"), (0.35, "Partly collapsed"), (0.02, "Collapsed: the embedding")]
 )
-def test_collapse_is_called_by_its_name(spread: float, verdict: str, tmp_path: Path) -> None:
+def test_collapse_is_reported(spread: float, verdict: str, tmp_path: Path) -> None:
     page = page_of(run_folder(tmp_path / "run", steps(12, spread=spread)))
     assert verdict in page.text
     assert ("warn" in [a.get("class") for t, a in page.tags if t == "p"]) == (spread < 0.5)
 
 
-def test_undone_steps_bad_images_and_waiting_are_told(tmp_path: Path) -> None:
+def test_skipped_steps_corrupt_images_and_waiting_are_reported(tmp_path: Path) -> None:
     records = steps(20)
     for record in records:
         record["data_wait"] = 0.5
@@ -134,14 +134,14 @@ def test_undone_steps_bad_images_and_waiting_are_told(tmp_path: Path) -> None:
     assert loss.count("<title>skipped: ") == 2
 
 
-def test_unfinished_empty_and_damaged_runs(tmp_path: Path) -> None:
+def test_unfinished_empty_and_damaged_runs_are_shown(tmp_path: Path) -> None:
     half = page_of(run_folder(tmp_path / "half", steps(12)))
     assert "40% done12 of 30 steps, 1.2 epochs" in half.text
     accumulated = page_of(run_folder(tmp_path / "accumulated", steps(7, per_epoch=5), grad_accum_steps=2))
     assert "47% done7 of 15 steps" in accumulated.text
 
     empty = page_of(run_folder(tmp_path / "empty", []))
-    assert "not begun" in empty.text
+    assert "not started" in empty.text
     assert "No step is recorded yet" in empty.text
 
     damaged = run_folder(tmp_path / "damaged", steps(12))
@@ -157,16 +157,16 @@ def test_unfinished_empty_and_damaged_runs(tmp_path: Path) -> None:
     assert "Healthy" in page.text
 
 
-def test_options_of_another_version_are_shown_as_they_are(tmp_path: Path) -> None:
+def test_options_of_another_version_are_shown(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "run", steps(3))
     values = json.loads((folder / "config.json").read_text()) | {"from_the_future": 7}
     (folder / "config.json").write_text(json.dumps(values))
     page = page_of(folder)
     assert ["from_the_future", "7"] in page.rows
-    assert "it is not of this version" in page.text
+    assert "belongs to another version" in page.text
 
 
-def test_options_begin_with_what_differs_from_the_recipe(tmp_path: Path) -> None:
+def test_options_start_with_differences_from_the_recipe(tmp_path: Path) -> None:
     page = page_of(run_folder(tmp_path / "run", steps(3), **{"optim.lr": 0.7}))
     differing = next(i for i, row in enumerate(page.rows) if row[:2] == ["option", "this run"])
     assert ["optim.lr", "0.7", "1.0"] in page.rows[differing:]
@@ -175,7 +175,7 @@ def test_options_begin_with_what_differs_from_the_recipe(tmp_path: Path) -> None
     assert ["optim.trust_coefficient", "0.02", "0.02"] not in page.rows
 
 
-def test_resumes_are_told_by_the_files_of_tensorboard(tmp_path: Path) -> None:
+def test_resumes_are_counted_by_tensorboard_files(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "run", steps(3))
     (folder / "tb").mkdir()
     for stamp in (1_760_000_000, 1_760_086_400, 1_760_172_800):
@@ -207,7 +207,7 @@ EVALUATION: Record = {
 }
 
 
-def test_evaluations_beside_their_baselines(tmp_path: Path) -> None:
+def test_evaluations_are_shown_with_baselines(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "run", steps(30))
     (folder / "eval").mkdir()
     (folder / "eval" / "linear.json").write_text(json.dumps(EVALUATION))
@@ -218,26 +218,26 @@ def test_evaluations_beside_their_baselines(tmp_path: Path) -> None:
     assert "80.0%95 %: 75.0% to 84.0%" in page.text
     assert "broken.json, which could not be read" in page.text
     assert "is below the baseline" not in page.text
-    confused = next(i for i, row in enumerate(page.rows) if row[:2] == ["true class", "taken for"])
+    confused = next(i for i, row in enumerate(page.rows) if row[:2] == ["true class", "predicted class"])
     assert page.rows[confused + 1][0] == "fish"
     assert page.rows[confused + 1][2:] == ["40", "40.0%"]
     assert ["fish", "100", "60.0%", "50.0% to 70.0%"] in page.rows
     assert ["settings.nested.a", "[1, 2]"] in page.rows
     charts = [texts(svg(c)) for c in re.findall(r"<svg.*?</svg>", (folder / "out.html").read_text(), re.DOTALL)]
-    beside = next(c for c in charts if "Beside its baselines" in c)
-    assert {"raw pixels", "untrained", "this encoder", "0.4", "0.5", "0.8"} <= set(beside)
+    baselines = next(c for c in charts if "Compared with its baselines" in c)
+    assert {"raw pixels", "untrained", "this encoder", "0.4", "0.5", "0.8"} <= set(baselines)
 
 
-def test_a_better_baseline_is_not_kept_quiet(tmp_path: Path) -> None:
+def test_better_baseline_is_a_warning(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "run", steps(30))
     (folder / "eval").mkdir()
     (folder / "eval" / "knn.json").write_text(json.dumps(EVALUATION | {"top1": 0.45}))
     page = page_of(folder)
-    assert page.text.count("knn: 45.0% is below the baseline untrained, 50.0%.") == 2  # in the summary too
+    assert page.text.count("knn: 45.0% is below the baseline untrained, 50.0%.") == 2  # in the summary, too
     assert "is below the baseline raw pixels" not in page.text
 
 
-def test_several_runs_are_compared(tmp_path: Path) -> None:
+def test_several_runs_share_charts_and_tables(tmp_path: Path) -> None:
     a = run_folder(tmp_path / "a", steps(30))
     b = run_folder(tmp_path / "b", steps(12, spread=0.1), **{"optim.lr": 0.5})
     page = page_of(a, b)
@@ -248,7 +248,7 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
     assert {"a", "b", "epoch"} <= set(texts(svg(loss)))
 
 
-def test_mistakes_are_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments_are_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="must be a run folder"):
         report([tmp_path])
     folder = run_folder(tmp_path / "run", steps(3))
@@ -266,34 +266,34 @@ def test_mistakes_are_explained(tmp_path: Path, capsys: pytest.CaptureFixture[st
 # ---- what needs images ---------------------------------------------------------------------------------------------
 
 
-def test_a_run_writes_its_report_and_the_command_adds_the_pictures(tiny: Config, npz: Path) -> None:
+def test_run_writes_its_report_and_the_command_adds_pictures(tiny: Config, npz: Path) -> None:
     result = byol_fast.pretrain(recipe=configs.replace(tiny, {"data.on_bad": "skip"}))
     first = read((result.run_dir / "report.html").read_text())
     assert f"Loss{result.loss:.4f}" in first.text
     assert "Views" not in first.headings
 
     page = read(report([result.run_dir], num=50).read_text())
-    assert {"Views", "Nearest neighbours", "Map of the features"} <= set(page.headings)
+    assert {"Views", "Nearest neighbors", "Map of the features"} <= set(page.headings)
     assert "Left out" not in page.text
     assert "50 training images, features of step 12" in page.text
     assert sum(tag == "img" for tag, _ in page.tags) == 2
 
     moved = npz.rename(npz.with_name("elsewhere.npz"))
     without = read(report([result.run_dir], num=50).read_text())
-    assert "Views, neighbours and map are left out" in without.text
+    assert "Views, neighbors and map are left out" in without.text
     assert "--images FOLDER" in without.text
     assert not any(tag == "img" for tag, _ in without.tags)
     again = read(report([result.run_dir], images=moved, num=20).read_text())
-    assert {"Views", "Nearest neighbours", "Map of the features"} <= set(again.headings)
+    assert {"Views", "Nearest neighbors", "Map of the features"} <= set(again.headings)
 
 
-def test_a_run_without_a_checkpoint_has_views_only(tmp_path: Path) -> None:
+def test_run_without_encoder_has_views_only(tmp_path: Path) -> None:
     page = page_of(run_folder(tmp_path / "run", []), pictures=True)
     assert sum(tag == "img" for tag, _ in page.tags) == 1
-    assert "Neighbours and map are left out" in page.text
+    assert "Neighbors and map are left out" in page.text
 
 
-def test_a_report_that_cannot_be_written_does_not_fail_the_run(tiny: Config, caplog: pytest.LogCaptureFixture) -> None:
+def test_unwritable_report_does_not_fail_the_run(tiny: Config, caplog: pytest.LogCaptureFixture) -> None:
     trainer = Trainer(configs.replace(tiny, {"steps": 2}), callbacks=[ReportCallback()])
     (trainer.run_dir / "report.html").mkdir(parents=True)
     assert trainer.fit().steps == 2
@@ -318,7 +318,7 @@ def test_principal_components_are_those_of_the_covariance() -> None:
     assert nothing == [0, 0]
 
 
-def test_maps_name_classes_and_gather_the_rare_ones() -> None:
+def test_maps_name_the_largest_classes() -> None:
     from byol_fast.report.pictures import maps
 
     labels = np.repeat(np.arange(40), 2)

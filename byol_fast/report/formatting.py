@@ -1,0 +1,67 @@
+"""Values of a run's files as text, also those that are missing or of another type than expected."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+UNKNOWN = "?"
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested dictionary in one level, its keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def as_text(value: object) -> str:
+    """Text as it is, anything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def finite(value: object) -> float | None:
+    """A number, or None for anything else."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def percent(value: object) -> str:
+    """A share in percent with one decimal."""
+    number = finite(value)
+    return UNKNOWN if number is None else f"{number:.1%}"
+
+
+def count(value: object) -> str:
+    """A whole number with commas."""
+    return f"{value:,}" if isinstance(value, int) else UNKNOWN
+
+
+def interval(record: dict[str, Any], key: str = "top1_ci95") -> tuple[float, float] | None:
+    """Both ends of an interval of a record."""
+    ends = record.get(key)
+    if not isinstance(ends, list | tuple) or len(ends) != 2:
+        return None
+    low, high = finite(ends[0]), finite(ends[1])
+    return None if low is None or high is None else (low, high)
+
+
+def interval_text(record: dict[str, Any], key: str = "top1_ci95", prefix: str = "") -> str:
+    """An interval of a record in percent; empty where it has none."""
+    ends = interval(record, key)
+    return "" if ends is None else f"{prefix}{ends[0]:.1%} to {ends[1]:.1%}"
+
+
+def plural(number: int, one: str, many: str) -> str:
+    """A number and the form of a word that goes with it."""
+    return f"{number:,} {one if number == 1 else many}"
+
+
+def duration(seconds: float | None) -> str:
+    """A time in hours, minutes and seconds."""
+    if seconds is None:
+        return UNKNOWN
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -1,0 +1,121 @@
+"""The first section of a report: figures at a glance, and the health of the run in sentences."""
+
+from __future__ import annotations
+
+from byol_fast.report.evaluations import weaker_than_baselines
+from byol_fast.report.formatting import duration, interval_text, plural
+from byol_fast.report.page import Section, facts, paragraph
+from byol_fast.report.reading import RunFiles
+
+HEALTHY, COLLAPSED = 0.5, 0.2
+"""Embedding standard deviations: healthy at the first or above, collapsed below the second."""
+
+
+def health(run: RunFiles) -> list[tuple[str, str]]:
+    """The state of a run in sentences, each with its kind: "good", "warn" or ""."""
+    messages = [_collapse(run), *_knn_gain(run)]
+    messages += [("warn", text) for record in run.evaluations for text in weaker_than_baselines(record)]
+    skipped = sum(bool(r.get("skipped")) for r in run.steps)
+    if skipped:
+        steps = plural(skipped, "step was", "steps were")
+        messages.append(("warn", f"{steps} skipped: the loss or a gradient was not finite."))
+    waits = [float(r["data_wait"]) for r in run.steps if r.get("data_wait") is not None]
+    if waits and sum(waits) / len(waits) > 0.1:
+        messages.append(("warn", f"Steps waited for data {sum(waits) / len(waits):.0%} of the time."))
+    if run.corrupt_images:
+        images = plural(len(run.corrupt_images), "corrupt image was", "corrupt images were")
+        messages.append(("warn", f"{images} skipped (listed below)."))
+    if len(run.starts) > 1:
+        first, *resumed = (f"{t:%Y-%m-%d %H:%M}" for t in run.starts)
+        times = ", ".join(resumed[:5]) + (", ..." if len(resumed) > 5 else "")
+        messages.append(("", f"Started {first}, resumed {plural(len(resumed), 'time', 'times')}: {times}."))
+    return messages + [("warn", f"Left out: {note}.") for note in run.notes]
+
+
+def _collapse(run: RunFiles) -> tuple[str, str]:
+    std, loss = run.last("embedding_std"), run.last("loss")
+    if not run.steps:
+        return "", "No step is recorded yet."
+    if loss is None or std is None:
+        return "warn", "Every step was skipped: no loss was finite. Try a smaller optim.lr or precision fp32."
+    if std >= HEALTHY:
+        return "good", f"Healthy: the embedding std is {std:.2f} (1 is healthy, 0 is collapsed)."
+    if std >= COLLAPSED:
+        return "warn", (
+            f"Partly collapsed: the embedding std is {std:.2f} (above {HEALTHY} is healthy). If it keeps falling, try "
+            "a smaller optim.lr, a longer warm-up or a larger tau.base."
+        )
+    return "warn", (
+        f"Collapsed: the embedding std is {std:.2f} (1 is healthy, 0 is collapsed): all images have nearly the same "
+        "embedding, and a small loss means nothing. Try a smaller optim.lr, a longer warm-up or a larger tau.base."
+    )
+
+
+def _knn_gain(run: RunFiles) -> list[tuple[str, str]]:
+    """The last kNN accuracy compared with the untrained encoder's, where both are known."""
+    evaluated = [r for r in run.records if r.get("knn_top1") is not None]
+    if len(evaluated) < 2 or evaluated[0]["step"] != 0:
+        return []
+    before, after = evaluated[0]["knn_top1"], evaluated[-1]["knn_top1"]
+    gain = round(100 * after, 1) - round(100 * before, 1)
+    difference = f"{abs(gain):.1f} points {'above' if gain > 0 else 'below'}" if abs(gain) >= 0.05 else "the same as"
+    text = f"kNN top-1 accuracy is {after:.1%}, {difference} the untrained encoder ({before:.1%})."
+    return [("good" if gain >= 0.05 else "warn", text)]
+
+
+def progress(run: RunFiles) -> tuple[str, str]:
+    """Progress of a run in a word or two, and in steps and epochs."""
+    total, done = run.total_steps, run.last_step
+    epochs = next((r["epoch"] for r in reversed(run.steps) if r.get("epoch") is not None), None)
+    steps = f"{done:,} of {total:,} steps" if total else f"{done:,} steps"
+    steps += f", {epochs:.4g} epochs" if epochs else ""
+    if run.complete:
+        return "complete", steps
+    return (f"{done / total:.0%} done" if total and done else "not started" if not done else "in progress"), steps
+
+
+def summary(run: RunFiles) -> Section:
+    """The most important figures of a run, and its health."""
+    word, steps = progress(run)
+    entries = [("Progress", word, steps)]
+    model = run.values.get("model") or {}
+    method, recipe = str(run.values.get("method", "byol")).upper(), run.values.get("recipe", "")
+    if model:
+        size = (run.values.get("view1") or {}).get("size", "?")
+        entries.append((method, str(model.get("encoder", "?")), f"recipe {recipe}, {size} px"))
+    if (loss := run.last("loss")) is not None:
+        entries.append(("Loss", f"{loss:.4f}", "mean of the last ten steps"))
+    entries += _accuracies(run)
+    if (std := run.last("embedding_std")) is not None:
+        entries.append(("Embedding std", f"{std:.2f}", "1 healthy, 0 collapsed"))
+    speeds = sorted(float(r["images_per_second"]) for r in run.steps if r.get("images_per_second"))
+    if speeds:
+        steps_time = f"; {duration(run.seconds)} of steps" if run.seconds is not None else ""
+        entries.append(("Throughput", f"{speeds[len(speeds) // 2]:,.4g} img/s", f"median{steps_time}"))
+    environment = run.environment
+    if environment:
+        machine = environment.get("gpu") or environment.get("cpu") or "?"
+        processes = environment.get("processes", 1)
+        more = f"{environment.get('precision', '?')}, {environment.get('mode', '?')}"
+        entries.append(("Machine", str(machine), more + (f", {processes} processes" if processes > 1 else "")))
+    return Section("Summary", facts(entries) + "".join(paragraph(text, kind) for kind, text in health(run)))
+
+
+def _accuracies(run: RunFiles) -> list[tuple[str, str, str]]:
+    """Figures of the evaluations during the run and after it."""
+    entries = []
+    evaluated = [r for r in run.records if r.get("knn_top1") is not None]
+    if evaluated:
+        last, best = evaluated[-1], max(r["knn_top1"] for r in evaluated)
+        k = f"-{last['knn_k']}" if last.get("knn_k") else ""
+        entries.append((f"kNN{k} top-1", f"{last['knn_top1']:.1%}", f"best {best:.1%}; step {last['step']:,}"))
+    probed = [r["probe_val_top1"] for r in run.records if r.get("probe_val_top1") is not None]
+    if probed:
+        entries.append(("Linear probe top-1", f"{probed[-1]:.1%}", f"best {max(probed):.1%}"))
+    for record in run.evaluations:
+        if isinstance(record.get("top1"), int | float):
+            num_test = record.get("num_test")
+            details = [interval_text(record, prefix="95 %: ")]
+            details += [f"{num_test:,} images"] if isinstance(num_test, int) else []
+            entries.append((f"eval {record['name']} top-1", f"{record['top1']:.1%}", "; ".join(filter(None, details))))
+    return entries
