@@ -1,4 +1,4 @@
-"""Results as a picture: a bar for each contender, with the middle 60 % of its rounds."""
+"""Bar chart of benchmark results: the median of each contender, with the 20th to 80th percentile of its rounds."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ if TYPE_CHECKING:
     from byol_fast.bench.results import SuiteResult
 
 WIDTH, NAMES, ROW, MARGIN = 1200, 440, 26, 24
-OURS, THEIRS, INK, FAINT = "#0072b2", "#9aa5ad", "#1c2328", "#5b6670"
+OURS, OTHERS, INK, FAINT = "#0072b2", "#9aa5ad", "#1c2328", "#5b6670"
 
 
 def bars(suites: Sequence[SuiteResult], title: str) -> Image.Image:
-    """Horizontal bars in each suite's own unit, ours in colour.
+    """Horizontal bars in the unit of each suite, byol_fast's in color.
 
     Args:
-        suites: one block of bars each, in this order.
-        title: written above.
+        suites: from top to bottom, a block of bars each.
+        title: of the chart.
     """
     font, small, large = (ImageFont.load_default(size) for size in (15, 13, 20))
     heights = [ROW * (len(suite.contenders) + 2) for suite in suites]
     image = Image.new("RGB", (WIDTH, 2 * MARGIN + 2 * ROW + sum(heights)), "white")
     draw = ImageDraw.Draw(image)
-    draw.text((MARGIN, MARGIN), _fitting(title, large, WIDTH - 2 * MARGIN), fill=INK, font=large)
+    draw.text((MARGIN, MARGIN), _shorten(title, large, WIDTH - 2 * MARGIN), fill=INK, font=large)
     top = MARGIN + 2 * ROW
     for suite, height in zip(suites, heights, strict=True):
         draw.text((MARGIN, top), f"{suite.name}  ({suite.unit})", fill=INK, font=font)
@@ -34,10 +34,13 @@ def bars(suites: Sequence[SuiteResult], title: str) -> Image.Image:
         room = WIDTH - NAMES - 3 * MARGIN - 200
         for number, (contender, (low, middle, high)) in enumerate(zip(suite.contenders, shown, strict=True), 1):
             y = top + ROW * number
-            name = _fitting(contender.name, small, NAMES - MARGIN)
+            name = _shorten(contender.name, small, NAMES - MARGIN)
             draw.text((MARGIN + 8, y + 4), name, fill=INK, font=small)
             left, ends = NAMES + MARGIN, [NAMES + MARGIN + room * value / longest for value in (low, middle, high)]
-            draw.rectangle((left, y + 4, max(ends[1], left + 1), y + ROW - 4), fill=_colour(contender.name))
+            draw.rectangle(
+                (left, y + 4, max(ends[1], left + 1), y + ROW - 4),
+                fill=OURS if contender.name.startswith("ours") else OTHERS,
+            )
             draw.line((ends[0], y + ROW // 2, ends[2], y + ROW // 2), fill=INK, width=2)
             ratio = suite.over_first(contender)[0]
             text = f"{middle:.4g}   ({ratio:.2f}x the first's time)"
@@ -46,11 +49,8 @@ def bars(suites: Sequence[SuiteResult], title: str) -> Image.Image:
     return image
 
 
-def _colour(name: str) -> str:
-    return OURS if name.startswith("ours") else THEIRS
-
-
-def _fitting(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
+def _shorten(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
+    """Text cut to a width in pixels."""
     while text and font.getlength(text) > width:
         text = text[:-1]
     return text

@@ -1,4 +1,4 @@
-"""A profile as a person reads it: in the terminal, and on a page. Needs no torch."""
+"""A profile as text in the terminal and as sections of a page. Needs no torch."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _LEVELS = {
 
 
 def sections(profile: dict[str, Any]) -> list[Section]:
-    """The parts of a page about a profile.
+    """Sections of a page about a profile.
 
     Args:
-        profile: what `profile.json` holds.
+        profile: the content of `profile.json`.
     """
-    found = [
+    sections = [
         Section("Profile: what to change", _glance(profile) + _findings(profile)),
         Section("Profile: where the time goes", _time(profile)),
     ]
     if profile["roofline"] is not None:
-        found.append(Section("Profile: the hardware's limit", _limit(profile)))
-    return [*found, Section("Profile: machine and kernels", _machine(profile))]
+        sections.append(Section("Profile: the hardware's limit", _limit(profile)))
+    return [*sections, Section("Profile: machine and kernels", _machine(profile))]
 
 
 def show(profile: dict[str, Any], console: Console | None = None) -> None:
@@ -78,22 +78,22 @@ def roofline_chart(
     title: str,
     measured: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> str:
-    """Layers below the roof of a device, as SVG.
+    """Roofline chart as SVG: the throughput of blocks of layers below the limits of a device.
 
     Args:
-        points: FLOPs a byte and TFLOP/s, by group.
+        points: FLOP/byte and TFLOP/s of each block, by group.
         ceilings: the fields of a `Ceilings`.
         title: of the chart.
-        measured: the same of what ran, drawn as a group of its own.
+        measured: FLOP/byte and TFLOP/s of a profiled step by phase, a group of its own.
     """
     groups = [Series(name, list(x), list(y)) for name, (x, y) in points.items()]
     if measured is not None and measured[0]:
         groups.append(Series("measured, by phase", list(measured[0]), list(measured[1])))
     bandwidth, ridge = ceilings["bytes_per_s"], ceilings["flops_per_s"] / ceilings["bytes_per_s"]
-    every = [ridge, *(value for group in groups for value in group.x if value is not None)]
-    roof = [min(every) / 2, ridge, max(every) * 2]
+    intensities = [ridge, *(x for group in groups for x in group.x if x is not None)]
+    roof = [min(intensities) / 2, ridge, max(intensities) * 2]
     line = Series(ceilings["name"], roof, [min(x, ridge) * bandwidth / 1e12 for x in roof])
-    return scatter(groups, title=title, x_label="FLOPs a byte", y_label="TFLOP/s", x_log=True, y_log=True, lines=[line])
+    return scatter(groups, title=title, x_label="FLOP / byte", y_label="TFLOP/s", x_log=True, y_log=True, lines=[line])
 
 
 # ------------------------------------------------------------------ parts of the page
@@ -159,18 +159,18 @@ def _findings(profile: dict[str, Any]) -> str:
 
 
 def _time(profile: dict[str, Any]) -> str:
-    shown = [row for row in profile["phases"] if row["share"] > 0]
-    waterfall, at = [], 0.0
-    for row in shown:
-        end = at + 1e3 * row["seconds"]
-        waterfall.append((row["phase"], [(at, end, row["phase"])]))
-        at = end
-    charts = [timeline(waterfall, title="Phases one after the other, mean of all steps")]
-    moment = profile["timeline"]
-    rows = [("phases", [(p["begin"], p["end"], p["phase"]) for p in moment["phases"]])]
-    if moment["kernels"]:
-        rows.append(("kernels", [(k["begin"], k["end"], k["family"]) for k in moment["kernels"]]))
-    charts.append(timeline(rows, title="One step as it ran"))
+    phases, begin = [], 0.0
+    for row in profile["phases"]:
+        if row["share"] > 0:
+            end = begin + 1e3 * row["seconds"]
+            phases.append((row["phase"], [(begin, end, row["phase"])]))
+            begin = end
+    charts = [timeline(phases, title="Phases in sequence, mean of all steps")]
+    step = profile["timeline"]
+    rows = [("phases", [(p["begin"], p["end"], p["phase"]) for p in step["phases"]])]
+    if step["kernels"]:
+        rows.append(("kernels", [(k["begin"], k["end"], k["family"]) for k in step["kernels"]]))
+    charts.append(timeline(rows, title="Timeline of one step"))
     families = profile["families"][:10]
     charts.append(
         bar_chart(
@@ -197,17 +197,17 @@ def _time(profile: dict[str, Any]) -> str:
 def _limit(profile: dict[str, Any]) -> str:
     against = profile["roofline"]
     seconds = {row["phase"]: row["seconds"] for row in profile["phases"]}
-    done = {p: w for p, w in against["phases"].items() if w["flops"] and seconds.get(p)}
+    work = {phase: w for phase, w in against["phases"].items() if w["flops"] and seconds.get(phase)}
     measured = (
-        [w["flops"] / w["bytes"] for w in done.values()],
-        [w["flops"] / seconds[p] / 1e12 for p, w in done.items()],
+        [w["flops"] / w["bytes"] for w in work.values()],
+        [w["flops"] / seconds[phase] / 1e12 for phase, w in work.items()],
     )
     points = {name: (p["x"], p["y"]) for name, p in against["points"].items()}
     chart = roofline_chart(
-        points, against["ceilings"], title="Each block of layers at most, and what ran", measured=measured
+        points, against["ceilings"], title="Limit of each block of layers, and measured phases", measured=measured
     )
     c = against["ceilings"]
-    told = (
+    text = (
         f"A step takes {against['flops'] / 1e12:.4g} TFLOP and moves at least {against['bytes'] / 1e9:.4g} GB at "
         f"fusion level {against['level']}. {c['name']} ({c['source']}): {c['bytes_per_s'] / 1e9:.4g} GB/s copied, "
         f"{c['flops_per_s'] / 1e12:.4g} TFLOP/s in {c['dtype']} products; MFU is over "
@@ -217,7 +217,7 @@ def _limit(profile: dict[str, Any]) -> str:
         (level, _LEVELS[level], 1e3 * floor, profile["global_batch_size"] / floor)
         for level, floor in against["floor_seconds"].items()
     ]
-    return paragraph(told) + chart_grid([chart]) + table(("level", "fusion", "at least, ms", "at most, images/s"), rows)
+    return paragraph(text) + chart_grid([chart]) + table(("level", "fusion", "at least, ms", "at most, images/s"), rows)
 
 
 def _machine(profile: dict[str, Any]) -> str:

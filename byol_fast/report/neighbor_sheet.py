@@ -39,7 +39,7 @@ def neighbor_sheet(
         features: their features `[N, D]`.
         queries: number of queries to choose (`choose_queries`), or their positions in the source.
         k: neighbors of each query; fewer if there are not as many images.
-        labels: classes `[N]`, -1 where unknown; default: the source's own. Frames show whether they agree.
+        labels: classes `[N]`, -1 where unknown; default: the source's own.
         own: images that are not in the source, and their features, as queries instead.
         title: of the sheet.
 
@@ -68,32 +68,31 @@ def neighbor_sheet(
     top, left = 2 * MARGIN + TITLE + LINE + 8, MARGIN + step + GAP
     canvas = Image.new("RGB", (left + k * step + MARGIN - GAP, top + len(rows) * (step + 2 * LINE) + GAP), PAPER)
     pen = ImageDraw.Draw(canvas)
-    pen.text((MARGIN, MARGIN - 6), title, INK, ImageFont.load_default(TITLE))
-    _legend(pen, len(source), neighbors, labels, query_labels)
+    _header(pen, title, len(source), neighbors, labels, query_labels)
     for i, row in enumerate(rows):
         y = top + i * (step + 2 * LINE)
         query_label = -1 if query_labels is None else int(query_labels[i])
         _draw(canvas, query_source.load(row), (MARGIN, y), INK)
-        name = Path(query_source.where(row)).name
-        _caption(pen, (MARGIN, y + TILE + 4), name, _class_name(source, query_label))
+        _caption(pen, (MARGIN, y + TILE + 4), Path(query_source.where(row)).name, _class_name(source, query_label))
         pen.line((left - GAP - 1, y, left - GAP - 1, y + TILE), FAINT)
         for column, (j, score) in enumerate(zip(neighbors[i].tolist(), similarity[i].tolist(), strict=True)):
-            x = left + column * step
+            at = left + column * step, y
             label = -1 if labels is None else int(labels[j])
-            frame = (SAME if label == query_label else OTHER) if query_label >= 0 and label >= 0 else None
-            _draw(canvas, source.load(j), (x, y), frame)
-            _caption(pen, (x, y + TILE + 4), f"{score:.3f}", _class_name(source, label))
+            _draw(canvas, source.load(j), at, _frame(query_label, label))
+            _caption(pen, (at[0], y + TILE + 4), f"{score:.3f}", _class_name(source, label))
     return canvas
 
 
-def _legend(
+def _header(
     pen: ImageDraw.ImageDraw,
+    title: str,
     num_images: int,
     neighbors_QK: Tensor,
     labels: NDArray[np.int64] | None,
     query_labels: NDArray[np.int64] | None,
 ) -> None:
-    """Small print below the title: the search, and the meaning of the frames."""
+    """Write the title, and below it the kind of search and the meaning of the frames."""
+    pen.text((MARGIN, MARGIN - 6), title, INK, ImageFont.load_default(TITLE))
     font = ImageFont.load_default(TEXT)
     x, y = MARGIN, MARGIN + TITLE
     text = f"{neighbors_QK.shape[1]} nearest of {num_images:,} images by the cosine similarity of their features"
@@ -108,6 +107,13 @@ def _legend(
         pen.rectangle((x, y + 1, x + 10, y + 11), outline=color, width=FRAME)
         pen.text((x + 15, y), meaning, FAINT, font)
         x += 15 + int(pen.textlength(meaning, font)) + GAP
+
+
+def _frame(query_label: int, label: int) -> str | None:
+    """Color of the frame of a neighbor; None where a class is unknown."""
+    if query_label < 0 or label < 0:
+        return None
+    return SAME if label == query_label else OTHER
 
 
 def _draw(canvas: Image.Image, image: Image.Image, at: tuple[int, int], frame: str | None) -> None:

@@ -6,7 +6,6 @@ import base64
 import io
 import math
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,5 +163,5 @@ def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
         f"<title>{escape(title)}</title>\n<style>\n{style()}</style>\n</head>\n<body>\n"
         f'<header><h1>{escape(title)}</h1>\n<nav aria-label="Contents"><ul>{contents}</ul></nav></header>\n'
         f"<main>\n{body}</main>\n"
-        f"<footer>Written by byol_fast, {time.strftime('%Y-%m-%d %H:%M')}.</footer>\n</body>\n</html>\n",
+        "<footer>Written by byol_fast.</footer>\n</body>\n</html>\n",
     )

@@ -1,4 +1,4 @@
-"""The report in a real browser: nothing is refused or fails, and a phone shows it without scrolling sideways."""
+"""Pages in a real browser: no errors, and no horizontal scrolling on a phone."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run(browser: str, profile: Path, page: Path, *options: str) -> subprocess.Co
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything a page can hold, wider than a phone wherever that is possible."""
+    """A page with every kind of content, wider than a phone wherever possible."""
     names = [f"a class with a long name {i}" for i in range(10)]
     noise = np.random.default_rng(0)
     wide = Image.fromarray(noise.integers(0, 256, (60, 1500, 3), dtype=np.uint8))
@@ -66,7 +66,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("width", [PHONE, 1280])
-def test_nothing_sticks_out(browser: str, page: Path, width: int, tmp_path: Path) -> None:
+def test_page_is_not_wider_than_the_window(browser: str, page: Path, width: int, tmp_path: Path) -> None:
     # In a frame: a window without a head is never narrower than 500 pixels. The page runs no script, its frame does.
     unfolded = html.escape(page.read_text().replace("<details>", "<details open>"))
     measure = (
@@ -86,7 +86,7 @@ def test_nothing_sticks_out(browser: str, page: Path, width: int, tmp_path: Path
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_it_is_drawn_and_nothing_is_refused(browser: str, page: Path, dark: bool, tmp_path: Path) -> None:
+def test_page_is_drawn_without_errors(browser: str, page: Path, dark: bool, tmp_path: Path) -> None:
     shot = tmp_path / "shot.png"
     options = ["--blink-settings=preferredColorScheme=0"] if dark else []
     ended = run(browser, tmp_path / "profile", page, f"--window-size={PHONE},1600", f"--screenshot={shot}", *options)
@@ -95,5 +95,5 @@ def test_it_is_drawn_and_nothing_is_refused(browser: str, page: Path, dark: bool
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 200
     background = pixels[5, 5]
     assert (background.mean() < 60) == dark
-    line = np.array([0x4A, 0xA3, 0xDF] if dark else [0x00, 0x72, 0xB2])  # the first colour of the charts
+    line = np.array([0x4A, 0xA3, 0xDF] if dark else [0x00, 0x72, 0xB2])  # the first color of the charts
     assert (np.abs(pixels - line).max(axis=2) <= 2).sum() > 100

@@ -20,27 +20,20 @@ from byol_fast.cli import main
 from byol_fast.config import Config, ConfigError, recipes
 from byol_fast.report.build import report
 from byol_fast.report.callback import ReportCallback
+from byol_fast.report.charts import Series, line_chart
 from byol_fast.report.page import Section, figure, paragraph, table, write_page
 from byol_fast.report.reading import read_run
+from byol_fast.report.svg import COLORS, DARK_COLORS
 from byol_fast.training.trainer import Trainer
 from tests.report.parsing import HOSTILE, Page, read, svg, texts
 
 Record = dict[str, Any]
 
 
-def steps(count: int, *, spread: float = 0.9, per_epoch: int = 10) -> list[Record]:
+def steps(count: int, *, std: float = 0.9, per_epoch: int = 10, **others: float) -> list[Record]:
+    """Records of steps with as few numbers as a report needs: each number is a chart."""
     return [
-        {
-            "step": i,
-            "epoch": round(i / per_epoch, 4),
-            "loss": 4 / i,
-            "lr": 0.1 * i,
-            "tau": 0.99,
-            "images_per_second": 100.0,
-            "data_wait": 0.02,
-            "embedding_std": spread,
-            "peak_memory_gib": 1.5,
-        }
+        {"step": i, "epoch": round(i / per_epoch, 4), "loss": 4 / i, "embedding_std": std, **others}
         for i in range(1, count + 1)
     ]
 
@@ -84,13 +77,43 @@ def test_embedded_picture_is_unchanged() -> None:
     assert "alert('x')" in (attributes["alt"] or "")
 
 
+def test_page_has_a_dark_mode_and_fits_a_phone(tmp_path: Path) -> None:
+    chart = line_chart([Series("a", [0, 1], [0, 1])], title="t", x_label="x", y_label="y")
+    write_page(
+        tmp_path / "page.html", "t", [Section("s", chart + table(["a"], [["b"]]) + figure(Image.new("L", (9, 9)), "c"))]
+    )
+    text = (tmp_path / "page.html").read_text()
+    page = read(text)
+    light, dark = text.split("@media screen and (prefers-color-scheme: dark)")[:2]
+    for i, (color, dark_color) in enumerate(zip(COLORS, DARK_COLORS, strict=True)):
+        assert f"--chart-{i}:{color};" in light
+        assert f"--chart-{i}:{dark_color};" in dark
+    defined = set(re.findall(r"(--[\w-]+):", text))
+    assert set(re.findall(r"var\((--[\w-]+)", text)) <= defined
+    attributes = dict(page.tags)
+    assert attributes["svg"]["width"] == "100%"
+    assert "viewbox" in attributes["svg"]
+    assert {"content": "width=device-width, initial-scale=1", "name": "viewport"} in [a for _, a in page.tags]
+    inside = [a.get("class") for tag, a in page.tags if tag == "div"]
+    assert inside.count("scroll") == 2  # what may be wider than a phone: the table and the picture
+
+
+def test_equal_runs_give_equal_pages_without_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_folder(tmp_path / "runs" / "first", steps(12))
+    pages = [report([Path("runs/first")], Path(f"{k}.html"), pictures=False).read_text() for k in range(2)]
+    assert pages[0] == pages[1]
+    assert str(tmp_path) not in pages[0]
+    assert "byol-fast report runs/first" in pages[0]
+
+
 # ---- a run's numbers -----------------------------------------------------------------------------------------------
 
 
 def test_summary_and_tables_show_the_metrics(tmp_path: Path) -> None:
     judged = [{"step": 0, "epoch": 0.0, "knn_top1": 0.25, "knn_top5": 0.5, "knn_k": 20}]
     judged += [{"step": 30, "epoch": 3.0, "knn_top1": 0.5, "knn_top5": 0.75, "knn_k": 20, "rankme": 31.5}]
-    records = [judged[0], *steps(30), judged[1]]
+    records = [judged[0], *steps(30, lr=0.1, tau=0.99, images_per_second=100.0, data_wait=0.02), judged[1]]
     folder = run_folder(tmp_path / "run", records)
     page = page_of(folder)
     loss = sum(4 / i for i in range(21, 31)) / 10
@@ -108,18 +131,16 @@ def test_summary_and_tables_show_the_metrics(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spread", "verdict"), [(0.95, "Healthy"), (0.35, "Partly collapsed"), (0.02, "Collapsed: the embedding")]
+    ("std", "verdict"), [(0.95, "Healthy"), (0.35, "Partly collapsed"), (0.02, "Collapsed: the embedding")]
 )
-def test_collapse_is_reported(spread: float, verdict: str, tmp_path: Path) -> None:
-    page = page_of(run_folder(tmp_path / "run", steps(12, spread=spread)))
+def test_collapse_is_reported(std: float, verdict: str, tmp_path: Path) -> None:
+    page = page_of(run_folder(tmp_path / "run", steps(12, std=std)))
     assert verdict in page.text
-    assert ("warn" in [a.get("class") for t, a in page.tags if t == "p"]) == (spread < 0.5)
+    assert ("warn" in [a.get("class") for t, a in page.tags if t == "p"]) == (std < 0.5)
 
 
 def test_skipped_steps_corrupt_images_and_waiting_are_reported(tmp_path: Path) -> None:
-    records = steps(20)
-    for record in records:
-        record["data_wait"] = 0.5
+    records = steps(20, data_wait=0.5)
     for i in (4, 9):
         records[i] |= {"loss": None, "embedding_std": None, "skipped": True}
     folder = run_folder(tmp_path / "run", records)
@@ -239,7 +260,7 @@ def test_better_baseline_is_a_warning(tmp_path: Path) -> None:
 
 def test_several_runs_share_charts_and_tables(tmp_path: Path) -> None:
     a = run_folder(tmp_path / "a", steps(30))
-    b = run_folder(tmp_path / "b", steps(12, spread=0.1), **{"optim.lr": 0.5})
+    b = run_folder(tmp_path / "b", steps(12, std=0.1), **{"optim.lr": 0.5})
     page = page_of(a, b)
     assert ["option", "a", "b"] in page.rows
     assert ["optim.lr", "1.0", "0.5"] in page.rows
@@ -267,7 +288,7 @@ def test_wrong_arguments_are_explained(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_run_writes_its_report_and_the_command_adds_pictures(tiny: Config, npz: Path) -> None:
-    result = byol_fast.pretrain(recipe=configs.replace(tiny, {"data.on_bad": "skip"}))
+    result = byol_fast.pretrain(recipe=configs.replace(tiny, {"data.on_bad": "skip", "steps": 4}))
     first = read((result.run_dir / "report.html").read_text())
     assert f"Loss{result.loss:.4f}" in first.text
     assert "Views" not in first.headings
@@ -275,7 +296,7 @@ def test_run_writes_its_report_and_the_command_adds_pictures(tiny: Config, npz: 
     page = read(report([result.run_dir], num=50).read_text())
     assert {"Views", "Nearest neighbors", "Map of the features"} <= set(page.headings)
     assert "Left out" not in page.text
-    assert "50 training images, features of step 12" in page.text
+    assert "50 training images, features of step 4" in page.text
     assert sum(tag == "img" for tag, _ in page.tags) == 2
 
     moved = npz.rename(npz.with_name("elsewhere.npz"))
@@ -319,13 +340,14 @@ def test_principal_components_are_those_of_the_covariance() -> None:
 
 
 def test_maps_name_the_largest_classes() -> None:
-    from byol_fast.report.pictures import maps
+    from byol_fast.report.pictures import TSNE_MIN_IMAGES, maps
 
-    labels = np.repeat(np.arange(40), 2)
-    labels[:20] = 3
+    labels = np.repeat(np.arange(14), 2)
+    labels[:6] = 3
     labels[-1] = -1
-    features = torch.randn(80, 5, generator=torch.Generator().manual_seed(0))
-    written = texts(svg(maps(features, labels, tuple(f"c{i}" for i in range(40)))[0]))
-    assert "c3" in written
-    assert "22 other classes" in written
+    features = torch.randn(len(labels), 5, generator=torch.Generator().manual_seed(0))
+    assert len(labels) < TSNE_MIN_IMAGES
+    (chart,) = maps(features, labels, tuple(f"c{i}" for i in range(14)))
+    shown = [text for text in texts(svg(chart)) if re.fullmatch(r"c\d+|.*classes", text)]
+    assert shown == ["c3", "c4", "c5", "c6", "c7", "c8", "c9", "2 other classes", "c10", "c11"]
     assert texts(svg(maps(features, None, ())[0])).count("c3") == 0
