@@ -16,7 +16,7 @@ from PIL import Image
 
 from byol_fast.data.integrity import FORMATS, BadImageError, check_bytes
 from byol_fast.data.sources import ArraySource, EncodedSource, ImageSource
-from byol_fast.data.sources.base import sampled
+from byol_fast.data.sources.base import SAMPLED_SIZES, evenly_spaced
 
 _AT_A_TIME = 32
 
@@ -102,7 +102,7 @@ def _scan_all(source: ImageSource, threads: int, fast: bool, progress: Callable[
         progress(len(source))
         height, width = source.images.shape[1:3]
         return [(i, None, (width, height)) for i in range(len(source))]
-    to_measure = set(sampled(len(source)))
+    to_measure = set(evenly_spaced(len(source), SAMPLED_SIZES).tolist())
 
     def look(i: int) -> Found:
         try:

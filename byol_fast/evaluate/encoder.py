@@ -17,6 +17,7 @@ from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError
 from byol_fast.config.evaluation import EvalSettings
 from byol_fast.data import ImageSource, SourceError, eval_batches, open_source, split
+from byol_fast.data.sources.base import evenly_spaced
 from byol_fast.evaluate.extract import calibrated, embed
 from byol_fast.evaluate.progress import Progress
 from byol_fast.export.encoder import load_encoder
@@ -221,7 +222,7 @@ def _numbered_alike(train: ImageSource, test: ImageSource) -> ImageSource:
 def _spaced(source: ImageSource, at_most: int) -> ImageSource:
     """Evenly spaced images: class folders come in the order of the classes."""
     count = len(source)
-    return source if not 0 < at_most < count else source.subset(np.arange(at_most) * count // at_most)
+    return source if not 0 < at_most < count else source.subset(evenly_spaced(count, at_most))
 
 
 def labels_of(source: ImageSource) -> Tensor:

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from byol_fast.data.sources.base import evenly_spaced
+
 Matrix = NDArray[np.float32] | Tensor
 
 
@@ -71,17 +73,12 @@ def choose_queries(count: int, num: int, labels: NDArray[np.int64] | None = None
         labels: classes `[count]`, -1 where unknown.
     """
     num = min(num, count)
-    everything = np.arange(count)
     if labels is None or not (labels >= 0).any():
-        return _spaced(everything, num)
+        return [int(i) for i in evenly_spaced(count, num, centered=True)]
     groups = [np.flatnonzero(labels == c) for c in np.unique(labels[labels >= 0])]
-    groups = [groups[i] for i in _spaced(np.arange(len(groups)), min(num, len(groups)))]
+    groups = [groups[i] for i in evenly_spaced(len(groups), num, centered=True)]
     share = [num // len(groups) + (i < num % len(groups)) for i in range(len(groups))]
-    chosen = [i for group, n in zip(groups, share, strict=True) for i in _spaced(group, min(n, len(group)))]
-    rest = np.setdiff1d(everything, chosen)
-    return chosen + _spaced(rest, num - len(chosen))
-
-
-def _spaced(items: NDArray[np.int64], num: int) -> list[int]:
-    """The middles of so many equal parts."""
-    return [int(items[(2 * i + 1) * len(items) // (2 * num)]) for i in range(num)]
+    spaced = [group[evenly_spaced(len(group), n, centered=True)] for group, n in zip(groups, share, strict=True)]
+    rest = np.setdiff1d(np.arange(count), np.concatenate(spaced))
+    rest = rest[evenly_spaced(len(rest), num - sum(map(len, spaced)), centered=True)]
+    return [int(i) for i in np.concatenate([*spaced, rest])]

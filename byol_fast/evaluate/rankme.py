@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from byol_fast.data.sources.base import evenly_spaced
+
 RANKME_IMAGES = 25_600
 """So many images suffice for a stable value (RankMe, section 3.2)."""
 
@@ -51,8 +53,7 @@ def rankme(features_ND: Tensor, *, eps: float = 1e-7, chunk: int = 4096) -> floa
 
 
 def spread_rows(features_ND: Tensor, at_most: int = RANKME_IMAGES) -> Tensor:
-    """So many rows, evenly spaced, or all where there are fewer."""
-    count = len(features_ND)
-    if count <= at_most:
+    """At most so many rows, evenly spaced."""
+    if len(features_ND) <= at_most:
         return features_ND
-    return features_ND[torch.arange(at_most, device=features_ND.device) * count // at_most]
+    return features_ND[torch.from_numpy(evenly_spaced(len(features_ND), at_most)).to(features_ND.device)]

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError
 from byol_fast.data import BadImageError, ImageSource, eval_batches, split
+from byol_fast.data.sources.base import evenly_spaced
 from byol_fast.evaluate.extract import embed
 from byol_fast.export.encoder import load_encoder
 from byol_fast.models.layers import Normalize
@@ -84,7 +85,7 @@ def features_of(
     encoder, metadata = load_encoder(folder)
     total = len(source)
     if num < total:
-        source = source.subset((np.arange(num, dtype=np.int64) * total) // num)
+        source = source.subset(evenly_spaced(total, num))
     log.info("report: computing the features of %d images", len(source))
     indices: list[Tensor] = []
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from byol_fast.config import Config, ConfigError
 from byol_fast.data import ImageSource, eval_batches
+from byol_fast.data.sources.base import evenly_spaced
 from byol_fast.evaluate.extract import calibrated, embed
 from byol_fast.evaluate.knn import KNNResult, knn_accuracy
 from byol_fast.evaluate.rankme import rankme, spread_rows
@@ -139,7 +139,7 @@ class KNNMonitor:
     def _spaced(self, at_most: int) -> tuple[ImageSource, Tensor]:
         """Evenly spaced training images (class folders come in the order of the classes), and their positions."""
         count = len(self.train)
-        index = np.arange(count) if not 0 < at_most < count else np.arange(at_most) * count // at_most
+        index = evenly_spaced(count, at_most or count)
         return self.train if len(index) == count else self.train.subset(index), torch.from_numpy(index)
 
     def _images(self, source: ImageSource) -> Iterator[tuple[Tensor, Tensor]]:

@@ -14,6 +14,7 @@ from PIL import Image
 from byol_fast.config import Config, ConfigError, DataConfig, KNNConfig
 from byol_fast.data import BadImageError, SourceError, open_source, split
 from byol_fast.data.sources import ArraySource, DatasetSource, FileSource
+from byol_fast.data.sources.base import evenly_spaced
 from byol_fast.training.knn_monitor import knn_problem
 
 
@@ -370,3 +371,14 @@ def test_an_evaluation_that_wants_labels_says_whose_are_missing(
     assert said in (knn_problem(run(tmp_path, enabled="auto"), training, validation) or "")
     with pytest.raises(ConfigError, match=f"knn.enabled is 'on', but {said}"):
         knn_problem(run(tmp_path, enabled="on"), training, validation)
+
+
+@pytest.mark.parametrize("num_items", [0, 1, 5, 16, 1001])
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 1000])
+def test_evenly_spaced_positions(num_items: int, count: int) -> None:
+    """The first item, or the middle one, of each of `count` equal parts."""
+    first, middle = (evenly_spaced(num_items, count, centered=centered).tolist() for centered in (False, True))
+    parts = min(num_items, count)
+    assert first == [k * num_items // parts for k in range(parts)]
+    assert middle == [(2 * k + 1) * num_items // (2 * parts) for k in range(parts)]
+    assert evenly_spaced(num_items, count).dtype == np.int64

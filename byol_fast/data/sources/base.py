@@ -103,10 +103,16 @@ class EncodedSource(ImageSource):
             raise BadImageError(self.where(i), check_bytes(data) or f"cannot be decoded ({error})") from error
 
 
-def sampled(n: int, at_most: int = SAMPLED_SIZES) -> list[int]:
-    """Positions of some of n images, evenly spaced."""
-    count = min(n, at_most)
-    return [k * n // count for k in range(count)]
+def evenly_spaced(num_items: int, count: int, *, centered: bool = False) -> NDArray[np.int64]:
+    """Positions of `count` of `num_items` items, evenly spaced; all where there are fewer.
+
+    Args:
+        num_items: number of items.
+        count: largest number of positions.
+        centered: take the middle of each of `count` equal parts, not its first item.
+    """
+    count = min(num_items, count)
+    return (2 * np.arange(count, dtype=np.int64) + centered) * num_items // max(2 * count, 1)
 
 
 def digest(parts: Iterable[bytes]) -> str:

@@ -22,8 +22,8 @@ from byol_fast.data.sources.base import (
     SourceError,
     checked_labels,
     digest,
+    evenly_spaced,
     named_labels,
-    sampled,
 )
 from byol_fast.data.sources.files import FileSource
 
@@ -50,7 +50,7 @@ class DatasetSource(ImageSource):
     @cached_property
     def fingerprint(self) -> str:  # noqa: D102 (inherited)
         name = f"{type(self.dataset).__name__} {len(self)}"
-        some = sampled(len(self), _FINGERPRINTED)
+        some = evenly_spaced(len(self), _FINGERPRINTED).tolist()
         return digest([name.encode(), self.index.tobytes(), *(self.load(i).tobytes() for i in some)])
 
     def load(self, i: int) -> Image.Image:  # noqa: D102 (inherited)
@@ -91,7 +91,7 @@ class HuggingFaceSource(EncodedSource):
 
     @cached_property
     def fingerprint(self) -> str:  # noqa: D102 (inherited)
-        some = sampled(len(self), _FINGERPRINTED)
+        some = evenly_spaced(len(self), _FINGERPRINTED).tolist()
         return digest([str(self.dataset.features).encode(), self.index.tobytes(), *(self.read(i) for i in some)])
 
     def read(self, i: int) -> bytes:  # noqa: D102 (inherited)

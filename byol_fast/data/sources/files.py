@@ -14,7 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from byol_fast.data.integrity import read_file, suspicious
-from byol_fast.data.sources.base import EXTENSIONS, EncodedSource, SourceError, digest, labels_from_folders, sampled
+from byol_fast.data.sources.base import (
+    EXTENSIONS,
+    SAMPLED_SIZES,
+    EncodedSource,
+    SourceError,
+    digest,
+    evenly_spaced,
+    labels_from_folders,
+)
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +55,7 @@ class FileSource(EncodedSource):
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:  # noqa: D102 (inherited)
-        return tuple(_size(self.path(i)) for i in sampled(len(self)))
+        return tuple(_size(self.path(i)) for i in evenly_spaced(len(self), SAMPLED_SIZES).tolist())
 
     def read(self, i: int) -> bytes:  # noqa: D102 (inherited)
         return read_file(self.path(i))

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from byol_fast.data.sources.base import SourceError, labels_from_text, sampled
+from byol_fast.data.sources.base import SourceError, evenly_spaced, labels_from_text
 from byol_fast.data.sources.files import FileSource
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def _columns(text: str, path: Path, where: str) -> tuple[list[str], list[str]]:
 
 def _check_some(names: Sequence[str], path: Path, where: str) -> None:
     """Refuse a list when none of up to a hundred of its files is there: the folder it belongs in is another one."""
-    looked_at = [names[i] for i in sampled(len(names), 100)]
+    looked_at = [names[i] for i in evenly_spaced(len(names), 100)]
     if "://" in names[0]:
         raise SourceError(f"{where}: {path} lists addresses ({names[0]}); fetch the images and list the files")
     if not any((path.parent / name).exists() for name in looked_at):

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from byol_fast.data.integrity import BadImageError
-from byol_fast.data.sources.base import EncodedSource, SourceError, sampled
+from byol_fast.data.sources.base import SAMPLED_SIZES, EncodedSource, SourceError, evenly_spaced
 from byol_fast.utils.files import atomic_path
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class ShardSource(EncodedSource):
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:  # noqa: D102 (inherited)
-        return tuple(int(self.size[i]) for i in sampled(len(self)))
+        return tuple(self.size[evenly_spaced(len(self), SAMPLED_SIZES)].tolist())
 
     @cached_property
     def _descriptor(self) -> Callable[[Path], _Descriptor]:
