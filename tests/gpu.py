@@ -39,7 +39,7 @@ CAPABILITIES = {
     "training": "byol_fast/step.py and trainer.py; metrics.jsonl",
     "resume": "byol_fast/state.py; losses before and after the break in the message",
     # DALI's GPU pipeline and our kernels beside torchvision
-    "parity": "the row of the parity table in the message: operator, backend, error; byol_fast/data/dali.py",
+    "parity": "the loader and the operator in the message; data/loaders/dali.py, report/view_check.py",
     # decoding under load
     "decode": "byol_fast/data/dali.py: a decoder that writes after its stream was said to be done; try hw_decoder_load "
     "0, then fancy upsampling",

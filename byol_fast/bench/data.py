@@ -45,15 +45,11 @@ CPU = torch.device("cpu")
 
 def ours(device: torch.device) -> dict[str, dict[str, Any]]:
     """Name and options of our loaders; the first is what the others are compared with."""
-    threads = {
-        "ours: torchvision + kernels": {"loader": "torchvision", "augment": "kernels"},
-        "ours: torchvision + PIL's operators": {"loader": "torchvision", "augment": "library"},
-    }
+    threads = {"ours: torchvision + kernels": {"loader": "torchvision"}}
     resident = {"ours: resident": {"loader": "resident"}}
     dali = {
-        "ours: dali + kernels": {"loader": "dali", "augment": "kernels"},
-        "ours: dali + its operators": {"loader": "dali", "augment": "library"},
-        "ours: dali + its operators, color hsv": {"loader": "dali", "color": "hsv"},
+        "ours: dali + kernels": {"loader": "dali"},
+        "ours: dali + its operators": {"loader": "dali", "augment": "dali"},
     }
     dali = dali if dali_installed() else {}
     return dali | resident | threads if device.type == "cuda" else threads | resident | dali

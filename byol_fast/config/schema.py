@@ -119,12 +119,9 @@ class DataConfig:
     loader: Literal["auto", "dali", "torchvision", "resident"] = "auto"
     """Who decodes and crops: DALI; torchvision on CPU threads; or `resident`: arrays, kept on the device. auto: arrays
     that fit are resident on a GPU, else DALI on a GPU where it is installed, and torchvision on a CPU."""
-    augment: Literal["auto", "kernels", "library"] = "auto"
-    """Who does colours, blur and solarization after the crop: our kernels, or the operators of the loader (DALI's,
-    PIL's). auto is the kernels, which are faster."""
-    color: Literal["exact", "hsv"] = "exact"
-    """DALI's own colour jitter: `exact` is torchvision's (random order, HSV hue); `hsv` fuses brightness, contrast and
-    saturation in one clip (mean error 1.8 of 255, about 1.15 times faster)."""
+    augment: Literal["kernels", "dali"] = "kernels"
+    """Augmentation after the crop (color, grayscale, blur, solarize): our kernels, behind every loader; or `dali`, both
+    views entirely by DALI's own operators, which needs the loader dali (or auto, which is DALI then)."""
     hw_decoder_load: float = 0.65
     """Share of the JPEGs that DALI gives to a GPU's own decoder, where it has one; the rest takes its other units."""
     threads: int = 0
@@ -142,15 +139,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         _one_of("data.builtin", self.builtin, Literal["none", "cifar10", "demo"])
         _one_of("data.loader", self.loader, Literal["auto", "dali", "torchvision", "resident"])
-        _one_of("data.augment", self.augment, Literal["auto", "kernels", "library"])
-        _one_of("data.color", self.color, Literal["exact", "hsv"])
-        if self.color == "hsv":
-            fix = "hsv is an option of DALI's operators"
-            _require(self.loader in ("auto", "dali"), "data.loader", "be dali with data.color=hsv", self.loader, fix)
-            _require(self.augment != "kernels", "data.augment", "be library with data.color=hsv", self.augment, fix)
-        if self.loader == "resident":
-            fix = "resident data has no library of its own"
-            _require(self.augment != "library", "data.augment", "be kernels with data.loader=resident", "library", fix)
+        _one_of("data.augment", self.augment, Literal["kernels", "dali"])
+        if self.augment == "dali":
+            contract, fix = "be auto or dali with data.augment=dali", "set --data.augment kernels"
+            _require(self.loader in ("auto", "dali"), "data.loader", contract, self.loader, fix)
         _probability("data.hw_decoder_load", self.hw_decoder_load)
         _not_negative("data.threads", self.threads)
         _positive("data.prefetch", self.prefetch)

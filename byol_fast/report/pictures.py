@@ -48,7 +48,7 @@ def picture_sections(run: RunFiles, *, images: Path | None, num: int) -> list[Se
     if run.config is None:
         return [Section("Images", paragraph("Left out: without a readable config.json the images are not known."))]
     # The run's loader may not be available on this machine; the augmentation parameters are the same with every one.
-    changes: dict[str, object] = {"data.loader": "auto", "data.augment": "auto", "data.color": "exact"}
+    changes: dict[str, object] = {"data.loader": "auto", "data.augment": "kernels"}
     changes |= {"data.on_bad": "skip", "device": "auto"} | ({} if images is None else {"data.root": images.absolute()})
     config = configs.replace(run.config, changes)
     try:

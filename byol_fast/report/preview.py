@@ -56,7 +56,7 @@ def contact_sheet(
     """Show the first images of an epoch, and what a run makes of them; see `samples` for the arguments and errors."""
     made = samples(source, config, device=device, num=num, epoch=epoch)
     backend = resolve(config.data, source, device)
-    work = f"{backend.loader} on {device.type}, colours by {'our kernels' if backend.augment == 'kernels' else 'it'}"
+    work = f"{backend.loader} on {device.type}, colors by {'our kernels' if backend.augment == 'kernels' else 'DALI'}"
     about = f"{config.view1.size} px, seed {config.seed}, epoch {epoch}; {work}; {source.describe()}"
     return sheet(made, config.recipe, about)
 

@@ -24,9 +24,18 @@ def backend(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.fixture(params=["dali", "dali+kernels", "torchvision", "torchvision+kernels", "resident+kernels"])
+@pytest.fixture(params=["dali", "dali+kernels", "torchvision"])
+def files_backend(request: pytest.FixtureRequest) -> str:
+    """Every loader of encoded images; see `helpers.config_of`."""
+    name: str = request.param
+    if name.startswith("dali") and not dali_installed():
+        pytest.skip("DALI is not installed")
+    return name
+
+
+@pytest.fixture(params=["dali", "dali+kernels", "torchvision", "resident"])
 def any_backend(request: pytest.FixtureRequest) -> str:
-    """Every loader, with its own operators and with our kernels; see `helpers.config_of`."""
+    """Every loader, DALI with its own operators and with our kernels; see `helpers.config_of`."""
     name: str = request.param
     if name.startswith("dali") and not dali_installed():
         pytest.skip("DALI is not installed")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,13 +31,12 @@ def config_of(
     batch_size: int = 8,
     seed: int = 0,
     threads: int = 2,
-    color: Literal["exact", "hsv"] = "exact",
 ) -> Config:
-    """`backend` is a loader with its own operators, or with our kernels: "dali+kernels"."""
-    loader, _, augment = backend.partition("+")
-    assert loader in {"dali", "torchvision", "resident"} and augment in {"", "kernels"}
-    options: dict[str, Any] = {"loader": loader, "augment": augment or "library"}
-    data = DataConfig(**options, threads=threads, color=color)
+    """`backend` is a loader, with our kernels behind it; "dali" alone is DALI's own views, "dali+kernels" its crops."""
+    loader, _, _ = backend.partition("+")
+    assert backend in {"dali", "dali+kernels", "torchvision", "resident"}
+    options: dict[str, Any] = {"loader": loader, "augment": "dali" if backend == "dali" else "kernels"}
+    data = DataConfig(**options, threads=threads)
     return Config(batch_size=batch_size, seed=seed, data=data, view1=view1, view2=view2 or view1)
 
 

@@ -34,12 +34,12 @@ LEVELS = 10 * np.arange(COUNT, dtype=np.uint8)
 Make = Callable[[ImageSource], DaliLoader]
 
 
-@pytest.fixture(params=["library", "kernels on threads", "kernels beside the step"])
+@pytest.fixture(params=["dali", "kernels on threads", "kernels beside the step"])
 def make(request: pytest.FixtureRequest) -> Make:
     """Makes a loader that takes one of the three ways."""
 
     def loader(source: ImageSource) -> DaliLoader:
-        backend = "dali" if request.param == "library" else "dali+kernels"
+        backend = "dali" if request.param == "dali" else "dali+kernels"
         config = config_of(backend, plain(SIZE, solarize=0.5), plain(SIZE, solarize=0.2), batch_size=BATCH)
         made = loader_of(source, replace(config, {"data.on_bad": "skip"}))
         assert isinstance(made, DaliLoader)

@@ -24,7 +24,7 @@ from tests.gpu import DEVICE, REHEARSING, Captured, host_syncs_are_errors, launc
 
 VIEW1 = ViewConfig(size=32)
 VIEW2 = ViewConfig(size=32, blur=0.1, solarize=0.5)
-KERNELS = ["torchvision+kernels", "dali+kernels", "resident+kernels"]
+KERNELS = ["torchvision", "dali+kernels", "resident"]
 GPU = torch.device(DEVICE)
 
 
@@ -71,7 +71,7 @@ def busy(device: torch.device) -> Iterator[None]:
 # Levels of 255. Colours in float32 on both sides: next to a half, the next level; the blur has factors of float16.
 # Crops of the torchvision loader are the same bytes; resident ones are rounded once on a GPU and twice on a CPU; DALI's
 # decoder and resize on a GPU are other code than on a CPU, within two levels at most places.
-MEAN_ERROR = {"torchvision+kernels": 0.1, "resident+kernels": 0.5, "dali+kernels": 1.9}
+MEAN_ERROR = {"torchvision": 0.1, "resident": 0.5, "dali+kernels": 1.9}
 
 
 @on_both("parity")
@@ -118,7 +118,7 @@ def test_the_decoders_of_a_gpu_agree_with_the_cpus(load: float, files: FileSourc
 @on_both("resume")
 @pytest.mark.parametrize("backend", KERNELS)
 def test_resume_is_exact(backend: str, device: torch.device, files: Any, arrays: Any) -> None:
-    if device.type == "cpu" and backend != "resident+kernels" and not REHEARSING:
+    if device.type == "cpu" and backend != "resident" and not REHEARSING:
         pytest.skip("test_loaders.py has it")
     source = source_of(backend, files, arrays)
     loader = make_loader(source, settings(backend), device=device)
@@ -133,7 +133,7 @@ def test_resume_is_exact(backend: str, device: torch.device, files: Any, arrays:
 @on_both("decode")
 @pytest.mark.parametrize("backend", KERNELS)
 def test_views_stay_valid_while_held(backend: str, device: torch.device, files: Any, arrays: Any) -> None:
-    if device.type == "cpu" and backend != "resident+kernels" and not REHEARSING:
+    if device.type == "cpu" and backend != "resident" and not REHEARSING:
         pytest.skip("test_loaders.py has it")
     loader = make_loader(source_of(backend, files, arrays), settings(backend), device=device)
     held = next(loader)
@@ -159,7 +159,7 @@ def test_memory_does_not_grow(backend: str, files: Any, arrays: Any) -> None:
 
 @pytest.mark.gpu("resident")
 def test_resident_data_keep_nobody_waiting(arrays: ArraySource) -> None:
-    loader = make_loader(arrays, settings("resident+kernels"), device=GPU)
+    loader = make_loader(arrays, settings("resident"), device=GPU)
     take(loader, 3)
     with host_syncs_are_errors():
         take(loader, 10)  # new epochs among them
@@ -167,7 +167,7 @@ def test_resident_data_keep_nobody_waiting(arrays: ArraySource) -> None:
 
 @pytest.mark.gpu("resident")
 def test_resident_views_take_a_handful_of_launches(arrays: ArraySource) -> None:
-    loader = make_loader(arrays, settings("resident+kernels"), device=GPU)
+    loader = make_loader(arrays, settings("resident"), device=GPU)
     take(loader, 2)  # the first call of `launches` begins an epoch, the second is in the middle of it
     kernels = ["_sample_params_kernel", "_resized_crop_kernel", "_photometric_kernel", "_gaussian_blur_kernel"]
     assert sorted(launches(lambda: next(loader)) or 2 * kernels) == sorted(2 * kernels)
@@ -175,7 +175,7 @@ def test_resident_views_take_a_handful_of_launches(arrays: ArraySource) -> None:
 
 @pytest.mark.gpu("resident")
 def test_resident_views_can_be_captured_in_a_graph(arrays: ArraySource) -> None:
-    loader = make_loader(arrays, settings("resident+kernels"), device=GPU)
+    loader = make_loader(arrays, settings("resident"), device=GPU)
     assert isinstance(loader, ResidentLoader)
     first = on_host(next(loader))
     index, keys = loader._place(0)[0].clone(), [key.clone() for key in loader._place(0)[1]]

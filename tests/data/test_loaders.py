@@ -42,14 +42,6 @@ def source(request: pytest.FixtureRequest, files: FileSource, arrays: ArraySourc
     return files
 
 
-@pytest.fixture(params=["dali", "dali+kernels", "torchvision", "torchvision+kernels"])
-def files_backend(request: pytest.FixtureRequest) -> str:
-    if request.param.startswith("dali") and not dali_installed():
-        pytest.skip("DALI is not installed")
-    name: str = request.param
-    return name
-
-
 @pytest.fixture(params=["dali", "torchvision"])
 def decoder(request: pytest.FixtureRequest) -> Any:
     if request.param == "dali" and not dali_installed():
@@ -146,7 +138,6 @@ def test_resume_is_exact(backend: str, source: ImageSource) -> None:
         ({"batch_size": 4}, "batch_size"),
         ({"view1": {"blur": 0.5}}, "view1"),
         ({"view2": {"solarize": 0.5}}, "view2"),
-        ({"data": {"color": "hsv"}}, "color"),
     ],
 )
 def test_a_state_of_something_else_is_refused(
@@ -336,22 +327,23 @@ def test_without_dali_torchvision_takes_over_and_says_so_once(monkeypatch: Any, 
     monkeypatch.setattr(module, "_said", set())
     gpu = torch.device("cuda")
     data = config_of("torchvision", VIEW1).data
-    assert [resolve(data, files, gpu) for _ in range(2)] == [Backend("torchvision", "library")] * 2
+    assert [resolve(data, files, gpu) for _ in range(2)] == [Backend("torchvision", "kernels")] * 2
     assert not caplog.text
     auto = DataConfig()
     assert [resolve(auto, files, gpu) for _ in range(2)] == [Backend("torchvision", "kernels")] * 2
     assert caplog.text.count("pip install nvidia-dali-cuda130") == 1
     with pytest.raises(SourceError, match=r"data\.loader: dali is not installed; pip install"):
         choose_backend("dali")
+    with pytest.raises(SourceError, match=r"data\.augment: dali is not installed; .* --data\.augment kernels"):
+        resolve(DataConfig(augment="dali"), files, CPU)
 
 
 def test_the_backend_names_itself(backend: str, arrays: ArraySource) -> None:
     names = {
         "dali": f"dali {CPU}",
         "dali+kernels": f"dali {CPU}, kernels",
-        "torchvision": "torchvision",
-        "torchvision+kernels": "torchvision, kernels",
-        "resident+kernels": f"resident {CPU}",
+        "torchvision": "torchvision, kernels",
+        "resident": f"resident {CPU}",
     }
     assert loader_of(arrays, config_of(backend, VIEW1)).backend == names[backend]
 
@@ -369,9 +361,7 @@ def test_what_auto_chooses(files: FileSource, arrays: ArraySource, monkeypatch: 
     assert chosen(files, CPU) == chosen(arrays, CPU) == ("torchvision", "kernels")
     assert chosen(files, gpu) == chosen(arrays, gpu, small) == ("dali", "kernels")
     assert chosen(arrays, gpu) == chosen(arrays, CPU, loader="resident") == ("resident", "kernels")
-    assert chosen(files, CPU, augment="library") == ("torchvision", "library")
-    assert chosen(arrays, gpu, augment="library") == ("dali", "library")
-    assert chosen(arrays, gpu, color="hsv") == chosen(files, CPU, color="hsv") == ("dali", "library")
+    assert chosen(files, CPU, augment="dali") == chosen(arrays, gpu, augment="dali") == ("dali", "dali")
     assert chosen(arrays, gpu, loader="torchvision") == ("torchvision", "kernels")
 
 
@@ -379,13 +369,12 @@ def test_what_auto_chooses(files: FileSource, arrays: ArraySource, monkeypatch: 
     ("data", "message"),
     [
         (
-            {"color": "hsv", "loader": "torchvision"},
-            r"data\.loader must be dali with data\.color=hsv, got 'torchvision'",
+            {"loader": "torchvision", "augment": "dali"},
+            r"must be auto or dali with .*, got 'torchvision'; set --data.augment k",
         ),
-        ({"color": "hsv", "augment": "kernels"}, r"data\.augment must be library with data\.color=hsv, got 'kernels'"),
-        ({"loader": "resident", "augment": "library"}, r"data\.augment must be kernels with data\.loader=resident"),
+        ({"loader": "resident", "augment": "dali"}, r"data\.loader must be auto or dali with data\.augment=dali"),
         ({"hw_decoder_load": 1.5}, r"data\.hw_decoder_load must be a probability"),
-        ({"augment": "pil"}, r"data\.augment must be one of auto, kernels, library"),
+        ({"augment": "pil"}, r"data\.augment must be one of kernels, dali"),
     ],
 )
 def test_options_that_exclude_each_other_are_refused(data: dict[str, Any], message: str) -> None:
@@ -395,7 +384,7 @@ def test_options_that_exclude_each_other_are_refused(data: dict[str, Any], messa
 
 def test_resident_data_must_be_in_memory(files: FileSource) -> None:
     with pytest.raises(SourceError, match=r"data\.loader: resident must have images in memory, got 40 images"):
-        loader_of(files, config_of("resident+kernels", VIEW1))
+        loader_of(files, config_of("resident", VIEW1))
 
 
 def test_threads_of_a_loader_use_one_core_each_and_leave_the_others_alone() -> None:
@@ -429,7 +418,7 @@ def test_ordinary_jpegs_decode_to_the_bytes_of_pil(files: FileSource, photograph
 
 
 def test_without_torchvisions_decoder_pil_decodes(files: FileSource, monkeypatch: Any) -> None:
-    config = config_of("torchvision+kernels", VIEW1, VIEW2)
+    config = config_of("torchvision", VIEW1, VIEW2)
     expected = take(loader_of(files, config), 2)
     monkeypatch.setattr(threaded, "_decode_jpeg", None)
     assert all(same(a, b) for a, b in zip(expected, take(loader_of(files, config), 2), strict=True))

@@ -1,168 +1,131 @@
-"""Every operator alone, and whole views, against torchvision with the same drawn parameters; and that errors show."""
+"""Every operator alone, and whole views, against torchvision with the same parameters; and that errors show."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import v2 as T
 
 from byol_fast import config as configs
 from byol_fast.config import Config, ViewConfig, recipes
-from byol_fast.data import parity
-from byol_fast.data.augment_params import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewDraws, crop_windows, draw
-from byol_fast.data.loaders.factory import dali_installed
+from byol_fast.data import eval_batches, make_loader
+from byol_fast.data.augment_params import crop_windows, draw
 from byol_fast.data.sources import ArraySource, FileSource, ImageSource, open_source
+from byol_fast.report import view_check
+from byol_fast.report.view_check import Levels, differences, torchvision_views
 from tests.data.helpers import CPU, config_of, error, loader_of, pixels, plain
 
-COLOURS = ["flip", "brightness", "contrast", "saturation", "hue", "jitter", "grayscale", "blur", "solarize"]
-VIEWS = ["view 1", "view 1, blur 23", "view 2", "view 2, blur 23"]
+JITTER = ["brightness", "contrast", "saturation", "hue", "jitter"]
+COLORS = ["flip", *JITTER, "grayscale", "blur", "solarize"]
+ALL = ["crop", *COLORS, "view 1", "view 2"]
 STRONG = dict[str, Any](brightness=0.8, contrast=0.8, saturation=0.8, hue=0.5, blur=0.5, blur_kernel=7)
 STRONG |= dict[str, Any](solarize=0.5, solarize_threshold=64, interpolation="bilinear")
-FUSED = {(operator, "dali, hsv") for operator in ("jitter", "view 1", "view 2")}
 
 
-def paper(size: int, **data: Any) -> Config:
-    changes = {"view1.size": size, "view2.size": size, "data": {"threads": 1, **data}}
-    return configs.replace(recipes.imagenet_resnet50(), changes)
+def paper(backend: str, size: int, **changes: Any) -> Config:
+    """The paper's recipe with smaller views."""
+    views = {name: {"size": size, **changes} for name in ("view1", "view2")}
+    return configs.replace(recipes.imagenet_resnet50(), {"data": config_of(backend, plain(size)).data, **views})
 
 
-def names() -> set[str]:
-    own = {"torchvision, PIL", "torchvision, kernels"}
-    return own | {"dali, exact", "dali, hsv", "dali, kernels"} if dali_installed() else own
+def compare(source: ImageSource, config: Config, num_images: int) -> dict[str, tuple[Levels, Levels]]:
+    """Error and limit of every operator and view."""
+    found = view_check.compare(source, config, CPU, num_images=num_images)
+    return {name: (error, limit) for name, error, limit in found}
 
 
-def failures(rows: list[parity.Row]) -> list[str]:
-    return list(parity.lines(row for row in rows if not row.ok))[1:]
+def failures(found: dict[str, tuple[Levels, Levels]]) -> dict[str, str]:
+    return {name: f"{e}, at most {limit}" for name, (e, limit) in found.items() if not e.within(limit)}
 
 
-def measured(source: ImageSource, config: Config, **options: Any) -> list[parity.Row]:
-    return list(parity.measure(source, config, parity.backends(source, config, CPU), **options))
+# ---- operators and views --------------------------------------------------------------------------------------------
 
 
-# ---- what is measured ----------------------------------------------------------------------------------------------
+def test_operators_and_views_of_photographs(files_backend: str, photographs: FileSource) -> None:
+    found = compare(photographs, paper(files_backend, 96), 32)
+    assert not failures(found) and list(found) == ALL
 
 
-def test_all_back_ends_on_photographs(photographs: FileSource) -> None:
-    """The paper's recipe on 64 images of ImageNet, in smaller views."""
-    rows = measured(photographs, paper(96))
-    assert not failures(rows)
-    judged = defaultdict(set)
-    for row in rows:
-        judged[row.operator].add(row.backend)
-    for operator in ["decode", "decode, crop", "crop", *COLOURS, *VIEWS]:
-        assert judged[operator] >= names(), operator
-    assert judged["normalise"] == {"model cpu"}
-
-
-def test_all_back_ends_on_files_of_odd_sizes(files: FileSource) -> None:
-    """The fused jitter is at its limit for images of much colour."""
-    rows = measured(files, paper(48), num_images=40)
-    assert not failures([row for row in rows if (row.operator, row.backend) not in FUSED])
-    assert {row.operator for row in rows} == {"decode", "decode, crop", "crop", "normalise", *COLOURS, *VIEWS}
+def test_operators_and_views_of_files_of_odd_sizes(files_backend: str, files: FileSource) -> None:
+    found = compare(files, paper(files_backend, 48), 40)
+    assert not failures(found) and list(found) == ALL
 
 
 @pytest.mark.parametrize("changes", [{}, STRONG], ids=["paper", "strong"])
-def test_all_back_ends_on_arrays(changes: dict[str, Any], arrays: ArraySource) -> None:
-    config = configs.replace(paper(48), {"view1": changes, "view2": changes})
-    rows = measured(arrays, config, num_images=48)
-    assert not failures([row for row in rows if (row.operator, row.backend) not in FUSED])
-    assert {row.backend for row in rows} >= names() | {"resident, kernels"}
+def test_operators_and_views_of_arrays(changes: dict[str, Any], any_backend: str, arrays: ArraySource) -> None:
+    found = compare(arrays, paper(any_backend, 48, **changes), 48)
+    assert not failures(found) and list(found) == ALL
 
 
 def test_operators_that_the_run_does_not_use_are_left_out(arrays: ArraySource) -> None:
-    config = configs.replace(recipes.demo(), {"data.threads": 1})
-    rows = list(parity.measure(arrays, config, [parity.Backend(arrays, config, CPU)], num_images=8))
-    operators = {"crop", "flip", "brightness", "contrast", "jitter", "blur", "normalise", *VIEWS}
-    assert {row.operator for row in rows} == operators
-    assert not failures(rows)
+    found = compare(arrays, configs.replace(recipes.demo(), {"data.threads": 1}), 8)
+    assert list(found) == ["crop", "flip", "brightness", "contrast", "jitter", "blur", "view 1", "view 2"]
+    assert not failures(found)
 
 
-def test_the_runs_own_loader_is_the_first(arrays: ArraySource, dali: None) -> None:
-    for data, name in (
-        ({"loader": "dali", "color": "hsv"}, "dali, hsv"),
-        ({"loader": "torchvision", "augment": "library"}, "torchvision, PIL"),
-        ({"loader": "resident"}, "resident, kernels"),
-    ):
-        config = configs.replace(paper(32), {"data": data})
-        found = [backend.name for backend in parity.backends(arrays, config, CPU)]
-        assert found[0] == name
-        assert sorted(found) == sorted(names() | {"resident, kernels"})
+def test_dali_decodes_to_the_bytes_of_pil(files: FileSource, dali: None) -> None:
+    """Evaluation does not resize an image of the right size: the middles of images are decoded and no more."""
+    sides = np.array([min(files.load(i).size) for i in range(len(files))])
+    for side in np.unique(sides)[:8].tolist():
+        source = files.subset(np.flatnonzero(sides == side))
+        for images, index in eval_batches(source, side, 8, loader="dali"):
+            for image, i in zip(pixels(images), index.tolist(), strict=True):
+                expected = np.asarray(source.load(i))
+                top, left = (expected.shape[0] - side) // 2, (expected.shape[1] - side) // 2
+                assert np.array_equal(image, expected[top : top + side, left : left + side])
 
 
 # ---- errors show ---------------------------------------------------------------------------------------------------
 
-
-class Wrong(parity.Backend):
-    """Makes views of other settings than it was asked for, where these are in use."""
-
-    def __init__(self, source: ImageSource, config: Config, **changes: Any) -> None:
-        super().__init__(source, config, CPU)
-        self.changes = changes
-
-    def views(
-        self, source: ImageSource, views: tuple[ViewConfig, ViewConfig]
-    ) -> tuple[NDArray[np.int64], list[parity.Pixels]]:
-        first, second = (
-            dataclasses.replace(view, **{k: v for k, v in self.changes.items() if getattr(view, k)}) for view in views
-        )
-        return super().views(source, (first, second))
-
-
+# Settings that are wrong by a tenth; a largest sigma of 1.8 for 2.
 WRONG = dict[str, Any](interpolation="bilinear", flip=0.45, brightness=0.36, contrast=0.36, saturation=0.18)
 WRONG |= dict[str, Any](hue=0.09, grayscale=0.5, blur_sigma=(0.1, 1.8), solarize_threshold=127)
 
 
-def test_every_wrong_operator_fails(any_backend: str, arrays: ArraySource) -> None:
-    """Settings that are wrong by a tenth; a largest sigma of 1.8 for 2."""
-    loader, _, kernels = any_backend.partition("+")
-    config = paper(32, loader=loader, augment="kernels" if kernels else "library")
-    rows = list(parity.measure(arrays, config, [Wrong(arrays, config, **WRONG)], num_images=48))
-    failed = {row.operator for row in rows if not row.ok}
-    assert failed == {"crop", *COLOURS, "view 1", "view 2"}
-    assert all(line.endswith("FAIL") for line in failures(rows))
+def compare_with_wrong_loader(
+    wrong: dict[str, Any], monkeypatch: pytest.MonkeyPatch, source: ImageSource, config: Config
+) -> dict[str, tuple[Levels, Levels]]:
+    """Compare with a loader that has other settings than it was asked for, where these are in use."""
+
+    def changed(view: ViewConfig) -> ViewConfig:
+        return replace(view, **{name: value for name, value in wrong.items() if getattr(view, name)})
+
+    def make_wrong_loader(source: ImageSource, config: Config, **options: Any) -> Any:
+        return make_loader(source, replace(config, view1=changed(config.view1), view2=changed(config.view2)), **options)
+
+    monkeypatch.setattr(view_check, "make_loader", make_wrong_loader)
+    return compare(source, config, 48)
+
+
+def test_every_wrong_operator_fails(any_backend: str, arrays: ArraySource, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = compare_with_wrong_loader(WRONG, monkeypatch, arrays, paper(any_backend, 32))
+    assert list(failures(found)) == ALL
 
 
 @pytest.mark.parametrize(
-    ("changes", "operator"),
-    [
-        ({"hue": 0.0}, "jitter"),
-        ({"blur_kernel": 5}, "blur"),
-        ({"flip": 0.4}, "view 2"),
-        ({"solarize": 0.1}, "view 2"),
-    ],
+    ("wrong", "operator"),
+    [({"hue": 0.0}, "jitter"), ({"blur_kernel": 5}, "blur"), ({"flip": 0.4}, "view 2"), ({"solarize": 0.1}, "view 2")],
     ids=str,
 )
-def test_a_part_that_is_missing_fails(changes: dict[str, Any], operator: str, arrays: ArraySource) -> None:
-    config = paper(32)
-    rows = list(parity.measure(arrays, config, [Wrong(arrays, config, **changes)], num_images=48))
-    assert operator in {row.operator for row in rows if not row.ok}
+def test_missing_part_fails(
+    wrong: dict[str, Any], operator: str, arrays: ArraySource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = compare_with_wrong_loader(wrong, monkeypatch, arrays, paper("torchvision", 32))
+    assert operator in failures(found)
 
 
-def test_leaving_out_the_clips_of_the_jitter_fails(arrays: ArraySource, dali: None) -> None:
-    """In one value of a thousand it is as far off as no rounding is."""
-    config = paper(48, loader="dali", color="hsv")
-    backend = parity.Backend(arrays, config, CPU)
-    backend.fused = False
-    rows = list(parity.measure(arrays, config, [backend], num_images=48))
-    row = next(row for row in rows if row.operator == "jitter")
-    assert row.limit is not None and row.error.p999 > 3 * row.limit.p999
-    assert not dataclasses.replace(row, limit=dataclasses.replace(row.limit, mean=np.inf)).ok
-
-
-def test_the_figures_of_an_error() -> None:
-    counts = np.zeros(256, np.int64)
-    counts[[0, 1, 3, 200]] = 4990, 5000, 9, 1
-    assert parity._error(counts) == parity.Error(max=200, p999=1, mean=(5000 + 27 + 200) / 10000)
-    a, b = np.array([0, 10, 255], np.uint8), np.array([255, 12, 255], np.uint8)
-    assert parity._differences(a, b).nonzero()[0].tolist() == [0, 2, 255]
+def test_figures_of_an_error() -> None:
+    ours, theirs = np.full(10000, 255, np.uint8), np.full(10000, 255, np.uint8)
+    theirs[:5010] = [254] * 5000 + [252] * 9 + [55]
+    expected = Levels(max=200, p999=1, mean=(5000 + 27 + 200) / 10000)
+    assert differences(ours, theirs) == differences(theirs, ours) == expected
+    assert expected.within(expected) and not expected.within(expected._replace(p999=0.9))
 
 
 # ---- the reference -------------------------------------------------------------------------------------------------
@@ -174,10 +137,11 @@ def test_the_reference_is_torchvisions_own_pipeline(tensors: bool, arrays: Array
     view = ViewConfig(size=48, blur=0.5, solarize=0.5, grayscale=0.3)
     d = draw(view, np.arange(len(arrays)), seed=0, epoch=0, view=0)
     given: dict[type, dict[str, Any]] = {}
+    images, expected = [arrays.load(i) for i in range(len(arrays))], []
     for transform in (T.RandomResizedCrop, T.ColorJitter):
         monkeypatch.setattr(transform, "make_params", lambda self, _: given[type(self)])
-    for i in range(len(arrays)):
-        image, sigma = arrays.load(i), float(d.sigma[i])
+    for i, image in enumerate(images):
+        sigma = float(d.sigma[i])
         window = crop_windows(d.crop[i : i + 1], 64, 64, view.aspect)[0].tolist()
         given[T.RandomResizedCrop] = dict(zip(("top", "left", "height", "width"), window, strict=True))
         factors = zip(("brightness", "contrast", "saturation", "hue"), d.factors[i].tolist(), strict=True)
@@ -192,21 +156,22 @@ def test_the_reference_is_torchvisions_own_pipeline(tensors: bool, arrays: Array
             T.RandomSolarize(128, float(d.solarize[i])),
             T.Identity() if tensors else T.PILToTensor(),
         ]
-        expected = T.Compose(steps)(image).permute(1, 2, 0).numpy()
-        ours = parity.torchvision_view(image, d, i, view, colours="tensors" if tensors else "PIL", kernel=23)
-        assert np.array_equal(ours, expected)
+        expected.append(T.Compose(steps)(image).permute(1, 2, 0).numpy())
+    wide = replace(d, window=np.full_like(d.window, 23))
+    ours = torchvision_views(images, wide, view, colors="tensors" if tensors else "PIL")
+    assert np.array_equal(ours, np.stack(expected))
 
 
 def test_parts_of_the_jitter_without_a_range_are_left_out() -> None:
     """As torchvision's ColorJitter does: PIL's way to HSV and back is not free, even for no turn at all."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
     view = plain(8, jitter=1.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0)
-    d: ViewDraws = draw(view, np.arange(1), seed=0, epoch=0, view=0)
-    assert set(d.order[0].tolist()) == {BRIGHTNESS, CONTRAST, SATURATION, HUE}
-    assert np.array_equal(parity.torchvision_view(image, d, 0, view), np.asarray(image))
+    d = draw(view, np.arange(1), seed=0, epoch=0, view=0)
+    assert sorted(d.order[0].tolist()) == [0, 1, 2, 3]
+    assert np.array_equal(torchvision_views([image], d, view)[0], np.asarray(image))
 
 
-# ---- beyond the table ----------------------------------------------------------------------------------------------
+# ---- beyond torchvision ----------------------------------------------------------------------------------------------
 
 
 def test_the_whole_of_an_image_is_left_as_it_is(any_backend: str, arrays: ArraySource) -> None:
@@ -242,7 +207,7 @@ def test_crops_agree_for_all_shapes_of_files(tmp_path: Path, dali: None) -> None
     view = plain(24, area=(0.08, 1.0), aspect=(3 / 4, 4 / 3), flip=0.5, interpolation="bilinear")
     views = [
         next(loader_of(source, config_of(b, view, batch_size=64))).views[0]
-        for b in ("torchvision", "dali", "dali+kernels", "torchvision+kernels")
+        for b in ("torchvision", "dali", "dali+kernels")
     ]
     for other in views[1:]:
         assert error(pixels(views[0]), pixels(other)).max() <= 1

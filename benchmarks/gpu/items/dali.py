@@ -19,13 +19,14 @@ from byol_fast import config as configs
 from byol_fast.bench.photographs import write_photographs
 from byol_fast.bench.timing import Timing
 from byol_fast.config import Config, recipes
-from byol_fast.data import ImageSource, ViewLoader, make_loader, open_source, parity
+from byol_fast.data import ImageSource, ViewLoader, make_loader, open_source
+from byol_fast.report import view_check
 
 BATCH = 256
 """As of the compiled step, so that its code lies in the cache already."""
 LOADERS: dict[str, dict[str, Any]] = {
     "dali, kernels": {"loader": "dali", "augment": "kernels"},
-    "dali, its operators": {"loader": "dali", "augment": "library"},
+    "dali, its operators": {"loader": "dali", "augment": "dali"},
     "torchvision, kernels": {"loader": "torchvision", "augment": "kernels"},
 }
 ROUNDS = 5
@@ -39,7 +40,7 @@ def run(context: Context) -> str | None:
     small, checks = is_small(context), Checks(context)
     with tempfile.TemporaryDirectory() as folder:
         photographs = write_photographs(Path(folder), 8 if small else 64)
-        compare(context, checks, open_source(photographs), num_images=4 if small else parity.NUM_IMAGES)
+        compare(context, checks, open_source(photographs), num_images=4 if small else view_check.NUM_IMAGES)
         link_copies(context, photographs)
         source = open_source(photographs)
         under_load(context, checks, source)
@@ -59,21 +60,20 @@ def _config(context: Context, batch: int, data: dict[str, Any]) -> Config:
 
 
 def compare(context: Context, checks: Checks, source: ImageSource, *, num_images: int) -> None:
-    """Operators and views of all back ends beside torchvision's: the parity table."""
-    config = _config(context, BATCH, {})
-    if not is_small(context):
-        config = configs.replace(config, {"view1.size": PARITY_SIZE, "view2.size": PARITY_SIZE})
-    found = parity.backends(source, config, torch.device(context.device))
-    # The jitter with one clip is far off where colors are saturated, which in computed photographs most are.
-    compared = [backend for backend in found if not backend.fused]
-    rows = list(parity.measure(source, config, compared, num_images=num_images))
-    (context.folder / "parity.txt").write_text("\n".join(parity.lines(rows)) + "\n")
-    failed = [row for row in rows if not row.ok]
-    judged = sum(row.limit is not None for row in rows)
-    checks("parity: rows beyond their limit", len(failed), 0, judged=judged)
-    for row in failed:
-        name = f"parity: {row.operator}, {row.backend}, against torchvision's {row.against}"
-        context.record(name, max=row.error.max, p999=row.error.p999, mean=rounded(row.error.mean), limit=str(row.limit))
+    """Operators and views of all loaders beside torchvision's."""
+    rows = []
+    for loader, data in LOADERS.items():
+        config = _config(context, BATCH, data)
+        if not is_small(context):
+            config = configs.replace(config, {"view1.size": PARITY_SIZE, "view2.size": PARITY_SIZE})
+        found = view_check.compare(source, config, torch.device(context.device), num_images=num_images)
+        rows += [(f"{name}, {loader}", error, limit) for name, error, limit in found]
+    lines = [f"{name:36s} {error!s:20s} at most {limit}" for name, error, limit in rows]
+    (context.folder / "parity.txt").write_text("\n".join(lines) + "\n")
+    failed = [row for row in rows if not row[1].within(row[2])]
+    checks("parity: rows beyond their limit", len(failed), 0, judged=len(rows))
+    for name, error, limit in failed:
+        context.record(f"parity: {name}", **error._replace(mean=rounded(error.mean))._asdict(), limit=str(limit))
 
 
 # ------------------------------------------------------------------------------------------------ under load

@@ -154,7 +154,6 @@ class PlannedLoader(ABC):
             "images": f"{len(self.source)} with fingerprint {self.source.fingerprint}",
             "view1": json.dumps(dataclasses.asdict(self.config.view1)),
             "view2": json.dumps(dataclasses.asdict(self.config.view2)),
-            "color": self.config.data.color,
             "batch_size": self.batch_size,
             "num_shards": self.planner.num_shards,
             "seed": self.config.seed,

@@ -36,10 +36,10 @@ start, and a resumed run should make its choice again."""
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Backend:
-    """Who makes the views: `DataConfig.loader` and `.augment` without "auto"."""
+    """The loader and the augmentation of a run: `DataConfig.loader` and `.augment` without "auto"."""
 
     loader: Literal["dali", "torchvision", "resident"]
-    augment: Literal["kernels", "library"]
+    augment: Literal["kernels", "dali"]
 
 
 def resolve(data: DataConfig, source: ImageSource, device: torch.device) -> Backend:
@@ -48,19 +48,18 @@ def resolve(data: DataConfig, source: ImageSource, device: torch.device) -> Back
     Raises:
         SourceError: DALI was asked for and is not installed; `resident` was, and the images are not in memory.
     """
-    augment = data.augment
-    if augment == "auto":
-        augment = "library" if data.color == "hsv" else "kernels"
+    if data.augment == "dali":
+        if not dali_installed():
+            raise SourceError(f"data.augment: dali is not installed; {_ADVICE}, or use --data.augment kernels")
+        return Backend("dali", "dali")
     if data.loader == "resident" and not isinstance(source, ArraySource):
         raise SourceError(
             f"data.loader: resident must have images in memory, got {source.describe()}; give arrays (.npz), or use "
             "--data.loader auto"
         )
-    if data.loader == "resident" or (data.loader == "auto" and augment == "kernels" and _fits(source, device)):
+    if data.loader == "resident" or (data.loader == "auto" and _fits(source, device)):
         return Backend("resident", "kernels")
-    if data.loader == "auto" and data.color == "hsv":  # only DALI has it
-        return Backend(choose_backend("dali"), augment)
-    return Backend(choose_backend(data.loader, device), augment)
+    return Backend(choose_backend(data.loader, device), "kernels")
 
 
 def _fits(source: ImageSource, device: torch.device) -> bool:

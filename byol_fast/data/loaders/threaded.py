@@ -1,7 +1,7 @@
-"""Two views of each image on CPU threads: by PIL's and torchvision's operators, or by torchvision's decoder and ours.
+"""Two views of each image on CPU threads: torchvision's decoder, then our crop, color and blur operators.
 
-Draws the same crops, colours and blurs as the DALI loader (see `byol_fast.data.augment_params`); the pixels differ by
-the rounding of the operators. Decoders and operators release the interpreter's lock, so threads share the work and
+Augmentation parameters are those of all other loaders (see `byol_fast.data.augment_params`); pixels differ by the
+rounding of decoder and crop. Decoders and operators release the interpreter's lock, so threads share the work and
 nothing needs to be copied between processes.
 """
 
@@ -22,15 +22,13 @@ import torchvision
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
-from byol_fast.config import Config, ViewConfig
+from byol_fast.config import Config
 from byol_fast.data.augment import chosen, finish, needed, parts
-from byol_fast.data.augment_params import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewDraws, crop_window, crop_windows
+from byol_fast.data.augment_params import crop_window, crop_windows
 from byol_fast.data.batch import Batch
 from byol_fast.data.integrity import BadImageError, BadImages
 from byol_fast.data.loaders.base import PlannedLoader, thread_count
-from byol_fast.data.loaders.factory import resolve
 from byol_fast.data.loaders.prefetch import SideStream, single_core_threads
 from byol_fast.data.sampler import Plan
 from byol_fast.data.sources import ArraySource, EncodedSource, ImageSource
@@ -69,7 +67,7 @@ class _Started:
 
 
 class TorchvisionLoader(PlannedLoader):
-    """Two views of each image on CPU threads; colours and blur on a GPU, where there is one and our kernels do them.
+    """Two views of each image: crops on CPU threads, color and blur there as well or, where there is one, on a GPU.
 
     Batches are raw: uint8, `[B, 3, S, S]`, channels_last, on `device`.
     """
@@ -85,8 +83,7 @@ class TorchvisionLoader(PlannedLoader):
         report: Path | None = None,
     ) -> None:
         super().__init__(source, config, device=device, shard_id=shard_id, num_shards=num_shards, report=report)
-        self._kernels = resolve(config.data, source, device).augment == "kernels"
-        self.backend = "torchvision, kernels" if self._kernels else "torchvision"
+        self.backend = "torchvision, kernels"
         self._views = (config.view1, config.view2)
         self._names = tuple(needed(view) for view in self._views)
         self._side_stream = SideStream(device, ahead=config.data.prefetch + 1)
@@ -94,7 +91,7 @@ class TorchvisionLoader(PlannedLoader):
         self._ahead: deque[_Started] = deque()
 
     def _made_by(self) -> str:
-        return f"torchvision {torchvision.__version__}" + (", kernels" if self._kernels else "")
+        return f"torchvision {torchvision.__version__}, kernels"
 
     def _make(self) -> Batch:
         threads = thread_count(self.config.data.threads)
@@ -118,7 +115,7 @@ class TorchvisionLoader(PlannedLoader):
         shape = (self.batch_size, self._views[0].size, self._views[0].size, 3)
         gpu = self.device.type == "cuda"
         views = [torch.empty(shape, dtype=torch.uint8, pin_memory=gpu).permute(0, 3, 1, 2) for _ in self._views]
-        make = partial(self._by_kernels if self._kernels else self._by_pil, views)
+        make = partial(self._make_rows, views)
         tasks = parts(self.batch_size, self._views[0].size, threads)
         return _Started(self.planner(step), views, make, pool, tasks)
 
@@ -128,8 +125,6 @@ class TorchvisionLoader(PlannedLoader):
         if self.device.type == "cpu":
             return first, second
         first, second = (view.to(self.device, non_blocking=True) for view in (first, second))
-        if not self._kernels:
-            return first, second
         first, second = (
             finish(view, chosen(d, names, slice(None)), config)
             for view, d, names, config in zip(
@@ -138,19 +133,7 @@ class TorchvisionLoader(PlannedLoader):
         )
         return first, second
 
-    def _by_pil(self, views: list[Tensor], plan: Plan, rows: Rows) -> Bad:
-        bad = []
-        for row in range(rows.start, rows.stop):
-            try:
-                image = self.source.load(int(plan.index[row]))
-            except BadImageError as error:
-                bad.append((int(plan.index[row]), error.reason))
-                continue
-            for view, config, draws in zip(views, self._views, plan.draws, strict=True):
-                view.permute(0, 2, 3, 1)[row].numpy()[:] = augment(image, draws, row, config)
-        return bad
-
-    def _by_kernels(self, views: list[Tensor], plan: Plan, rows: Rows) -> Bad:
+    def _make_rows(self, views: list[Tensor], plan: Plan, rows: Rows) -> Bad:
         size = self._views[0].size
         gpu = self.device.type == "cuda"
         bad: Bad = []
@@ -219,7 +202,7 @@ def decoded(source: ImageSource, i: int) -> Tensor:
 
 
 def is_ordinary_jpeg(data: bytes) -> bool:
-    """Whether an image is a baseline or progressive JPEG of 8 bits, grey or with three colours, of no forbidding size.
+    """Whether an image is a baseline or progressive JPEG of 8 bits, gray or with three colors, of no forbidding size.
 
     Others, CMYK above all, are converted to RGB in more than one way: PIL's is ours.
     """
@@ -234,60 +217,6 @@ def is_ordinary_jpeg(data: bytes) -> bool:
             return False
         at += 2 + length
     return False
-
-
-def augment(image: Image.Image, d: ViewDraws, i: int, view: ViewConfig) -> NDArray[np.uint8]:
-    """One view `[S, S, 3]` of an RGB image with the parameters in row i of `d`.
-
-    The order is the reference's: crop, flip, jitter, grayscale, blur, solarize.
-    """
-    top, left, h, w = crop_window(d.crop[i], image.height, image.width, view.aspect)
-    x = image.crop((left, top, left + w, top + h)).resize((view.size, view.size), _RESAMPLING[view.interpolation])
-    if d.flip[i]:
-        x = x.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if d.jitter[i]:
-        x = jitter(x, d.factors[i], d.order[i])
-    if d.grayscale[i]:
-        x = x.convert("L").convert("RGB")
-    y = np.array(x)
-    if d.blur[i]:
-        y = blur(y, float(d.sigma[i]), int(d.window[i]))
-    if d.solarize[i]:
-        y = np.where(y < view.solarize_threshold, y, 255 - y)
-    return y
-
-
-def jitter(x: Image.Image, factors: NDArray[np.float32], order: NDArray[np.int32]) -> Image.Image:
-    """Brightness, contrast, saturation and hue in the given order."""
-    parts: dict[int, Callable[[Image.Image, float], Image.Image]] = {
-        BRIGHTNESS: F.adjust_brightness,
-        CONTRAST: F.adjust_contrast,
-        SATURATION: F.adjust_saturation,
-        HUE: F.adjust_hue,
-    }
-    for part in order.tolist():
-        factor = float(factors[part])
-        if factor != (0.0 if part == HUE else 1.0):
-            x = parts[part](x, factor)
-    return x
-
-
-def blur(x: NDArray[np.uint8], sigma: float, window: int) -> NDArray[np.uint8]:
-    """Gaussian blur of `[H, W, 3]` with a window of that many pixels, mirrored at the borders."""
-    radius = window // 2
-    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2).astype(np.float32)
-    weights /= weights.sum()
-    y = x.astype(np.float32)
-    for axis in (0, 1):
-        pad = [(radius, radius) if a == axis else (0, 0) for a in range(3)]
-        padded = np.pad(y, pad, mode="reflect")
-        n = x.shape[axis]
-        y = weights[radius] * y
-        for k in range(radius):
-            # the window is symmetric: one multiplication for both sides
-            low, high = (np.take(padded, range(s, s + n), axis=axis) for s in (k, window - 1 - k))
-            y += weights[k] * (low + high)
-    return np.rint(y).astype(np.uint8)
 
 
 def eval_batches(
