@@ -28,9 +28,9 @@ from byol_fast.config.evaluation import EvalSettings
 from byol_fast.evaluate import Evaluation, evaluate_finetune, evaluate_knn, evaluate_linear, knn_predict, load_subject
 from byol_fast.evaluate.encoder import Workplace, open_images
 from byol_fast.evaluate.linear import LogisticProblem
-from byol_fast.evaluate.progress import Progress
 from byol_fast.utils import env
 from byol_fast.utils.files import atomic_path, atomic_write
+from byol_fast.utils.progress import Progress
 
 COLUMNS = ("protocol", "contender", "top1", "low95", "high95", "top5", "num_train", "num_test", "chosen", "cpu_seconds")
 AGREEMENT_COLUMNS = ("what", "peer", "version", "same_class", "images", "top1_ours", "top1_theirs")

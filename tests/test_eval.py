@@ -26,8 +26,8 @@ from byol_fast.data import ImageSource
 from byol_fast.data.sources import array_source
 from byol_fast.evaluate import Subject, evaluate_finetune, evaluate_knn, evaluate_linear
 from byol_fast.evaluate.finetune import DivergedError
-from byol_fast.evaluate.progress import Progress
 from byol_fast.evaluate.splits import balanced_subset
+from byol_fast.utils.progress import Progress
 
 SIZE = 12
 CLASSES = ("red", "green", "blue")

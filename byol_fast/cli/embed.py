@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
+from rich.console import Console
 
 from byol_fast.config import ConfigError, DataConfig
 
@@ -67,14 +68,13 @@ def main(argv: list[str]) -> int:
         if min(queries, k, batch_size) < 1:
             raise ConfigError(f"embed: queries, k and batch_size must be 1 or more, got {queries}, {k}, {batch_size}")
 
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
         from byol_fast.data import BadImageError, open_source
         from byol_fast.data.sources import FileSource
         from byol_fast.evaluate import embed_folder, save_features
         from byol_fast.evaluate.features import check_features_path
         from byol_fast.export.encoder import load_encoder
         from byol_fast.report.neighbor_sheet import neighbor_sheet, save_sheet
+        from byol_fast.utils.progress import Progress
 
         check_features_path(to)
         for path in (to, *([neighbours] if neighbours is not None else [])):
@@ -90,20 +90,13 @@ def main(argv: list[str]) -> int:
         try:
             # First what is quick: an image that is misspelt need not cost an hour.
             asked = None if own is None else embed_folder(network, own, **common).features
-            with Progress(
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                transient=True,
-                disable=not sys.stdout.isatty(),
-            ) as bar:
-                task = bar.add_task("", total=len(source))
+            with Progress(Console() if sys.stdout.isatty() else None).bar(len(source), "images") as bar:
                 found = embed_folder(
                     network,
                     source,
                     batch_size=batch_size,
                     on_bad=on_bad,
-                    progress=lambda done, _: bar.update(task, completed=done),
+                    progress=lambda done, _: bar.advance(done),
                     **common,
                 )
             save_features(found, to)

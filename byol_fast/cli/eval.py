@@ -65,8 +65,8 @@ def main(argv: list[str]) -> int:
     options: Options[Any] = tyro.cli(PROTOCOLS[protocol], args=argv[1:], prog=f"byol-fast eval {protocol}")
 
     from byol_fast.evaluate import evaluate_finetune, evaluate_knn, evaluate_linear, load_subject
-    from byol_fast.evaluate.progress import Progress
     from byol_fast.evaluate.results import summary
+    from byol_fast.utils.progress import Progress
 
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # until here Ctrl-C ended the process plainly, see `cli`
         signal.signal(signal.SIGINT, signal.default_int_handler)

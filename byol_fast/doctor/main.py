@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from byol_fast.config import Config, ConfigError, DataConfig, KNNConfig
 from byol_fast.doctor.checks import judge
 from byol_fast.doctor.system_info import gather
 from byol_fast.utils.env import num_cpus
+from byol_fast.utils.progress import Progress
 
 PLAIN_WIDTH = 120
 """Columns of the report where there is no terminal."""
@@ -64,15 +64,9 @@ def scan_data(data: ScanData, *, fast: bool, console: Console) -> dict[str, Any]
     for name, source in parts:
         if source is None:
             continue
-        columns = (TextColumn(f"{name} images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            bar = progress.add_task("", total=len(source))
-            result = scan(
-                source,
-                threads=data.threads or num_cpus(),
-                fast=fast,
-                progress=lambda count, progress=progress, bar=bar: progress.advance(bar, count),  # type: ignore[misc]
-            )
+        shown = Console(stderr=True)
+        with Progress(shown if shown.is_terminal else None).bar(len(source), f"{name} images") as bar:
+            result = scan(source, threads=data.threads or num_cpus(), fast=fast, progress=bar.advance)
         found[name] = result.as_dict()
         _print_scan(name, found[name], console)
     return found

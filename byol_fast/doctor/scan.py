@@ -70,7 +70,7 @@ class Scan:
 
 
 def scan(
-    source: ImageSource, *, threads: int, fast: bool = False, progress: Callable[[int], None] = lambda count: None
+    source: ImageSource, *, threads: int, fast: bool = False, progress: Callable[[int], None] = lambda done: None
 ) -> Scan:
     """Look at every image of a source.
 
@@ -79,7 +79,7 @@ def scan(
         threads: that decode.
         fast: look at the first and last bytes of each image only, decode those that look wrong, and measure up to
             1,000: what this misses is damage in the middle of a file.
-        progress: told how many more images were looked at.
+        progress: called with the number of images that are done.
     """
     began = time.monotonic()
     found = _scan_all(source, threads, fast, progress)
@@ -123,7 +123,7 @@ def _scan_all(source: ImageSource, threads: int, fast: bool, progress: Callable[
     with ThreadPoolExecutor(threads, "byol-fast-scan") as pool:
         for part in pool.map(several, range(0, len(source), _AT_A_TIME)):
             found.extend(part)
-            progress(len(part))
+            progress(len(found))
     return found
 
 

@@ -19,12 +19,12 @@ from byol_fast.config.evaluation import EvalSettings
 from byol_fast.data import ImageSource, SourceError, eval_batches, open_source, split
 from byol_fast.data.sources.base import evenly_spaced
 from byol_fast.evaluate.extract import calibrated, embed
-from byol_fast.evaluate.progress import Progress
 from byol_fast.export.encoder import load_encoder
 from byol_fast.models.encoders import build_encoder
 from byol_fast.models.layers import Normalize
 from byol_fast.utils import cpu_tuning
 from byol_fast.utils.precision import resolve_precision
+from byol_fast.utils.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -239,7 +239,7 @@ class Workplace:
 
     Args:
         settings: of it `device`, `precision`, `threads` and `on_bad` are used.
-        progress: is told how far it is.
+        progress: shows how far it is.
     """
 
     def __init__(self, settings: EvalSettings, progress: Progress) -> None:

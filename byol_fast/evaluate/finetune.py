@@ -104,7 +104,7 @@ def finetune(
     history = []
     hits = torch.zeros((), device=workplace.device)
     losses = torch.zeros((), device=workplace.device)
-    with torch.random.fork_rng(devices=[]), workplace.progress.counter(steps, what) as counter:
+    with torch.random.fork_rng(devices=[]), workplace.progress.bar(steps, what) as bar:
         torch.manual_seed(seed)  # what networks draw themselves: dropout
         for step, (images, y) in enumerate(crops.take(steps)):
             optimizer.param_groups[0]["lr"] = lr_at(step, steps, 0, lr, crops.batch_size)
@@ -126,7 +126,7 @@ def finetune(
                     )
                 hits.zero_()
                 losses.zero_()
-                counter.reach(step + 1, f"epoch {len(history)}/{epochs}, loss {mean_loss:.3f}, {history[-1]:.1%}")
+                bar.update(step + 1, f"epoch {len(history)}/{epochs}, loss {mean_loss:.3f}, {history[-1]:.1%}")
     return Finetuned(network.eval(), tuple(history))
 
 

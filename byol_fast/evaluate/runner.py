@@ -31,12 +31,12 @@ from byol_fast.evaluate.finetune import batch_size_for, choose, finetune
 from byol_fast.evaluate.knn import knn_rankings
 from byol_fast.evaluate.linear import Heads, sweep_logistic
 from byol_fast.evaluate.metrics import Scores, accuracy, ranked, score
-from byol_fast.evaluate.progress import Progress
 from byol_fast.evaluate.results import Baseline, Evaluation, check_writable, write
 from byol_fast.evaluate.splits import balanced_subset, hold_out
 from byol_fast.evaluate.supervised_loader import Crops, generator
 from byol_fast.models.encoders import feature_dim
 from byol_fast.utils import env
+from byol_fast.utils.progress import Progress
 
 S = TypeVar("S", bound=EvalSettings)
 CURVE_OF_K = (1, 5, 20, 100, 200)
@@ -61,7 +61,7 @@ def evaluate_knn(
         test: labelled images of classes that the training images have. None: what belongs to `train`.
         settings: the protocol; the defaults when None.
         to: folder that the record and its pictures are written to; None: nothing is written.
-        progress: is told how far it is; None: nobody is.
+        progress: shows how far it is; None: nothing is shown.
         **changes: fields of the settings.
 
     Raises:
@@ -283,9 +283,9 @@ def _linear_fast(job: _Job[LinearSettings]) -> Evaluation:
         views = [x]
         if s.flip:
             views.append(contender.features(job.images.train, "mirrored training images", flip=True)[0])
-        with job.progress.counter(len(set(s.l2)), f"{contender.name}: logistic regression") as counter:
+        with job.progress.bar(len(set(s.l2)), f"{contender.name}: logistic regression") as bar:
             sweep = sweep_logistic(
-                views, y, num_classes=number, l2=s.l2, held_out=s.held_out, seed=s.seed, tell=counter.reach
+                views, y, num_classes=number, l2=s.l2, held_out=s.held_out, seed=s.seed, tell=bar.update
             )
         del views
         test_x, test_y = contender.features(job.images.test, "test images")
@@ -361,7 +361,7 @@ def _train_heads(job: _Job[LinearSettings], contender: _Contender, source: Image
     crops = Crops(job.subject, source, workplace, batch_size=s.batch_size, seed=s.seed)
     steps = s.epochs * crops.steps_per_epoch
     optimizer = heads.optimizer()
-    with job.progress.counter(steps, f"{contender.name}: linear classifiers") as counter:
+    with job.progress.bar(steps, f"{contender.name}: linear classifiers") as bar:
         for step, (images, y) in enumerate(crops.take(steps)):
             with workplace.autocast():
                 x = encoder(normalize(images)).flatten(1).float()
@@ -371,7 +371,7 @@ def _train_heads(job: _Job[LinearSettings], contender: _Contender, source: Image
                 # Each classifier has a loss of its own: the gradient of their sum is the gradient of each.
                 torch.stack([F.cross_entropy(logits, y) for logits in heads(x)]).sum().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            counter.reach(step + 1, f"epoch {step // crops.steps_per_epoch + 1}/{s.epochs}")
+            bar.update(step + 1, f"epoch {step // crops.steps_per_epoch + 1}/{s.epochs}")
     return heads
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from byol_fast.config import Config, ConfigError
 from byol_fast.data import BadImageError, Batch
@@ -22,7 +23,7 @@ from byol_fast.training.messages import startup_summary, status_line
 from byol_fast.training.metrics import MetricsLogger, Record, StepRecords, ThroughputMeter
 from byol_fast.training.run_dir import RunResult
 from byol_fast.utils.profiler_ranges import record_range
-from byol_fast.utils.progress import Display
+from byol_fast.utils.progress import Progress, ProgressBar
 from byol_fast.utils.signals import GracefulShutdown
 
 log = logging.getLogger(__name__)
@@ -111,19 +112,19 @@ class Trainer:
             CheckpointError: a checkpoint or the metrics could not be written.
         """
         notes = self.world.run_on_main(self._write_run_files)
-        with self._shutdown.catch_signals(), self._display() as display:
+        with self._shutdown.catch_signals(), self._progress_bar() as bar:
             for line in [*startup_summary(self._parts), *notes, f"run folder: {self.run_dir}"]:
-                display.say(line)
+                bar.progress.say(line)
             self.call_hooks("on_run_begin")
-            self._evaluate_if_due(display)  # the untrained encoder
+            self._evaluate_if_due(bar.progress)  # the untrained encoder
             while self.state.step < self.total_steps and not self._should_stop:
                 self.train_one_step()
-                display.advance(self.state.step)
+                bar.advance(self.state.step)
                 if self._is_due(self.config.log_every):
-                    self._log(display)
+                    self._log(bar)
                 if self._is_due(self._checkpointer.every):
                     self.save_checkpoint()
-                self._evaluate_if_due(display)
+                self._evaluate_if_due(bar.progress)
                 self._raise_if_interrupted()
             if self._checkpointer.saved_step != self.state.step:
                 self.save_checkpoint()
@@ -210,15 +211,15 @@ class Trainer:
             )
         return records
 
-    def _log(self, display: Display) -> None:
+    def _log(self, bar: ProgressBar) -> None:
         records = self.read_records()
         if records:
-            display.status(self.state.step, self.state.epoch, status_line(records[-1]))
+            bar.update(self.state.step, status_line(records[-1]), description=f"epoch {self.state.epoch:.2f}")
         self.metrics.flush()
 
     # --- evaluation
 
-    def _evaluate_if_due(self, display: Display) -> None:
+    def _evaluate_if_due(self, progress: Progress) -> None:
         state, steps_per_epoch = self.state, self.state.loader.steps_per_epoch
         every = max(self.config.knn.every_epochs * steps_per_epoch // self.config.grad_accum_steps, 1)
         if self.knn is None or state.evaluated_at == state.step or not self._is_due(every):
@@ -229,7 +230,7 @@ class Trainer:
             self._raise_if_interrupted()
             return
         which = "untrained, norms calibrated" if state.step == 0 else f"epoch {state.epoch:.4g}"
-        display.say(f"{result.summary(self.config.knn.k)}  ({which})")
+        progress.say(f"{result.summary(self.config.knn.k)}  ({which})")
         self.read_records()
         record = {"step": state.step, "epoch": round(state.epoch, 4), **result.to_dict(self.config.knn.k)}
         if state.step > 0 and result.knn.top1 > state.best:
@@ -298,8 +299,10 @@ class Trainer:
             ) from None
         return [] if note is None else [note]
 
-    def _display(self) -> Display:
-        return Display(self.total_steps, self.state.step, silent=not self.world.is_main_process)
+    def _progress_bar(self) -> ProgressBar:
+        progress = Progress(Console(highlight=False) if self.world.is_main_process else None)
+        line = "step {done}/{total}  {description}  {note}"
+        return ProgressBar(progress, self.total_steps, "epoch 0.00", done=self.state.step, line=line, keep=True)
 
     def _warn(self, message: str, *values: object) -> None:
         if self.world.is_main_process:
