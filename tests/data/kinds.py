@@ -127,7 +127,7 @@ KINDS: dict[str, Callable[[Path, Sequence[bytes]], Any]] = {
     "data set": _dataset,
     "array": _arrays,
 }
-NEEDS = {"parquet": "pyarrow", "hugging face": "datasets"}
+NEEDS = {"parquet": "datasets", "hugging face": "datasets"}
 
 
 def available() -> list[str]:

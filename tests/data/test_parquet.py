@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,9 +19,10 @@ from byol_fast.data import BadImageError, SourceError, open_source, split
 from byol_fast.data.sources import EncodedSource, HuggingFaceSource, ParquetSource
 from tests.data.kinds import encoded, installed, options, write_parquet
 
-if not installed("pyarrow"):
-    pytest.skip("pyarrow is not installed", allow_module_level=True)
+if not installed("datasets"):
+    pytest.skip("datasets is not installed", allow_module_level=True)
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -79,6 +81,9 @@ def test_several_files_labels_and_class_names(tmp_path: Path) -> None:
     assert words.classes == ("cat", "dog") and words.labels is not None and words.labels.tolist() == [1, 0, 1]
     write_parquet(tmp_path / "some.parquet", IMAGES[:3], [1, None, 0])
     assert parquet_of(tmp_path / "some.parquet", tmp_path / "cache").labels is None
+    pq.write_table(pa.table({"image": [{"bytes": b"x", "path": "x.jpg"}]}), tmp_path / "words-without.parquet")
+    mixed = parquet_of(tmp_path / "words*.parquet", tmp_path / "cache")
+    assert sorted(contents(mixed)) == sorted([*IMAGES[:3], b"x"]) and mixed.labels is None
 
 
 def test_columns_are_found_or_named(tmp_path: Path) -> None:
@@ -111,10 +116,22 @@ def test_copies_are_made_once_and_follow_the_file(tmp_path: Path, caplog: Any) -
     again = parquet_of(tmp_path / "x.parquet", tmp_path / "cache")
     assert contents(again) == IMAGES[::-1]
     assert again.fingerprint == first.fingerprint and again.sizes != first.sizes
-    copies = list((tmp_path / "cache" / "parquet").glob("*.images"))
+    copies = list((tmp_path / "cache" / "parquet").rglob("*.arrow"))
     assert len(copies) == 1  # the old one did not stay
-    copies[0].unlink()
+    shutil.rmtree(tmp_path / "cache")
     assert contents(parquet_of(tmp_path / "x.parquet", tmp_path / "cache")) == IMAGES[::-1]
+
+
+def test_copy_holds_the_images_and_nothing_is_printed(tmp_path: Path, capfd: Any) -> None:
+    """Other columns are not copied, names of files may look like patterns, bars and settings stay as they were."""
+    folder = tmp_path / "a[1] *"
+    folder.mkdir()
+    rows = {"image": IMAGES, "label": list(range(25)), "more": [bytes(10**5)] * 25}
+    pq.write_table(pa.table(rows), folder / "x{0}.parquet")
+    assert contents(parquet_of(folder / "x{0}.parquet", tmp_path / "cache")) == IMAGES
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file()) < 10**5
+    assert capfd.readouterr() == ("", "")
+    assert not datasets.are_progress_bars_disabled()
 
 
 def test_several_may_begin_at_once(tmp_path: Path) -> None:
@@ -156,15 +173,12 @@ def test_errors_say_what_is_wrong(tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(SourceError, match=r"could not be copied into .*file.*; set --data\.cache to a folder"):
         parquet_of(tmp_path / "good.parquet", tmp_path / "file")
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(SourceError, match=r"which needs pyarrow; pip install pyarrow \(or byol_fast\[parquet\]\)"):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(SourceError, match=r"which needs datasets; pip install datasets \(or byol_fast\[parquet\]\)"):
         parquet_of(tmp_path / "good.parquet", tmp_path / "cache")
 
 
 def test_a_full_disk_is_said_before_anything_is_copied(tmp_path: Path, monkeypatch: Any) -> None:
-    import shutil
-
     write_parquet(tmp_path / "x.parquet", [np.random.default_rng(i).bytes(2**20) for i in range(4)], [0] * 4)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=3 * 2**20))
@@ -172,12 +186,9 @@ def test_a_full_disk_is_said_before_anything_is_copied(tmp_path: Path, monkeypat
         parquet_of(tmp_path / "x.parquet", tmp_path / "cache")
 
 
-@pytest.mark.skipif(not installed("datasets"), reason="datasets is not installed")
 class TestHuggingFace:
     @staticmethod
     def dataset(images: list[bytes], **more: Any) -> Any:
-        import datasets
-
         features = datasets.Features(
             {"text": datasets.Value("string"), "image": datasets.Image(), "kind": datasets.ClassLabel(names=["a", "b"])}
         )
@@ -208,8 +219,6 @@ class TestHuggingFace:
         assert source.classes == ("a", "b")
 
     def test_images_that_are_files(self, tmp_path: Path) -> None:
-        import datasets
-
         Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
         dataset = datasets.Dataset.from_dict({"image": [str(tmp_path / "a.png")]}).cast_column(
             "image", datasets.Image()
@@ -221,14 +230,14 @@ class TestHuggingFace:
             source.read(0)
 
     def test_other_things_are_refused(self) -> None:
-        import datasets
-
         dataset = self.dataset([encoded(np.zeros((4, 4, 3), np.uint8))])
         with pytest.raises(SourceError, match="must be a datasets.Dataset, got DatasetDict; pick a split"):
             open_source(datasets.DatasetDict({"train": dataset}))
         with pytest.raises(SourceError, match="got IterableDataset; pick a split, and do not stream"):
             open_source(dataset.to_iterable_dataset())
-        with pytest.raises(SourceError, match="must have a column of images, got none; its columns are text, kind"):
+        with pytest.raises(
+            SourceError, match=r"has no column of encoded images .* are text \(string\), kind \(int64\)"
+        ):
             open_source(dataset.remove_columns("image"))
 
 

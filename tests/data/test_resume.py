@@ -141,7 +141,7 @@ def test_a_state_of_other_images_is_refused_unless_asked_for(kind: str, tmp_path
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind in {"folder", "list", "tar", "parquet"}])
 def test_a_replaced_image_is_noted_and_a_replaced_data_set_refused(kind: str, tmp_path: Path, caplog: Any) -> None:
     if kind not in available():
-        pytest.skip("pyarrow is not installed")
+        pytest.skip("datasets is not installed")
     images = pictures()
     config = config_of("torchvision", VIEW1, VIEW2)
     state = loader_of(make(kind, tmp_path / "bad", with_one_bad(images)), config).state_dict()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,6 +24,7 @@ from byol_fast.data.sources.base import (
     checked_labels,
     digest,
     evenly_spaced,
+    labels_from_text,
     named_labels,
 )
 from byol_fast.data.sources.files import FileSource
@@ -30,6 +32,8 @@ from byol_fast.data.sources.files import FileSource
 log = logging.getLogger(__name__)
 
 _IMAGE_KEYS = ("image", "img", "jpg", "png", "pixel_values")
+_IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "image_bytes", "bytes")
+_LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls", "target")
 _FINGERPRINTED = 16
 
 
@@ -179,8 +183,8 @@ def open_hugging_face(dataset: Any, where: str, *, image_column: str = "", label
     Args:
         dataset: the data set of one split.
         where: name of the argument, for error messages.
-        image_column: its images; empty: the first column of images.
-        label_column: its class numbers; empty: `label`, or the first column of classes.
+        image_column: encoded images: a column of images, binary, or `{bytes, path}`. Empty: found by type and name.
+        label_column: class numbers or names. Empty: found by type and name; without one there are no labels.
 
     Raises:
         SourceError: it is a stream, is empty, or has no such column.
@@ -194,29 +198,72 @@ def open_hugging_face(dataset: Any, where: str, *, image_column: str = "", label
         )
     if not len(dataset):
         raise SourceError(f"{where}: the data set is empty")
-    features = dataset.features
-    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    column = image_column or next(iter(images), "")
-    if column not in features or not (column in images or image_column):
+    image, label = find_columns(dataset.features, "the data set", where, image_column, label_column)
+    plain = dataset.with_format(None)
+    labels = _labels(plain, label, where) if label else (None, ())
+    encoded = plain.select_columns([image])
+    if isinstance(dataset.features[image], datasets.Image):
+        encoded = encoded.cast_column(image, datasets.Image(decode=False))
+    return HuggingFaceSource(encoded, image, np.arange(len(dataset)), *labels)
+
+
+def find_columns(features: Any, title: str, where: str, image_column: str, label_column: str) -> tuple[str, str]:
+    """Names of the columns of images and of labels, the latter empty where there is none.
+
+    Raises:
+        SourceError: the columns that were asked for are of another type; or no image column was, and none stands out.
+    """
+    import datasets
+
+    def kind(feature: Any) -> str:
+        if isinstance(feature, Mapping):
+            return f"{{{', '.join(feature)}}}"
+        return str(getattr(feature, "dtype", None) or type(feature).__name__)
+
+    def holds_images(feature: Any) -> bool:
+        if isinstance(feature, Mapping):
+            return holds_images(feature.get("bytes"))
+        return isinstance(feature, datasets.Image) or kind(feature) in {"binary", "large_binary"}
+
+    listed = ", ".join(f"{name} ({kind(feature)})" for name, feature in features.items())
+    fitting = [name for name, feature in features.items() if holds_images(feature)]
+    if image_column and image_column not in fitting:
         raise SourceError(
-            f"{where}: the data set must have a column of images, got {image_column or 'none'}; its columns are "
-            f"{', '.join(features)}"
+            f"{where}: data.image_column must be a column of encoded images (binary, or {{bytes, path}}) of {title}, "
+            f"got {image_column!r}; its columns are {listed}"
         )
-    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    label = label_column or next((name for name in ("label", *classes) if name in classes), "")
-    if label and label not in features:
-        raise SourceError(f"{where}: data.label_column must be one of {', '.join(features)}, got {label_column!r}")
-    y: NDArray[np.int64] | None = None
-    names: tuple[str, ...] = ()
-    if label:
-        given = np.array(dataset.with_format(None)[label])
-        y, names = named_labels(
-            checked_labels(given, len(dataset), where), getattr(features[label], "names", ()), where
+    images = [name for name in fitting if isinstance(features[name], datasets.Image)]
+    images += [name for name in _IMAGE_COLUMNS if name in fitting] or (fitting if len(fitting) == 1 else [])
+    if not image_column and not images:
+        problem = "several columns of binary data" if fitting else "no column of encoded images (binary, {bytes, path})"
+        raise SourceError(
+            f"{where}: {title} has {problem}; name one with --data.image-column; its columns are {listed}"
         )
-    encoded = dataset.with_format(None).select_columns([column])
-    if column in images:
-        encoded = encoded.cast_column(column, datasets.Image(decode=False))
-    return HuggingFaceSource(encoded, column, np.arange(len(dataset)), y, names)
+
+    numbers_or_texts = re.compile(r"u?int\d+|(large_)?string")
+    fitting = [name for name, feature in features.items() if numbers_or_texts.fullmatch(kind(feature))]
+    if label_column and label_column not in fitting:
+        raise SourceError(
+            f"{where}: data.label_column must be a column of whole numbers or texts of {title}, got {label_column!r}; "
+            f"its columns are {', '.join(features)}"
+        )
+    classes = [name for name in fitting if isinstance(features[name], datasets.ClassLabel)]
+    known = [name for name in _LABEL_COLUMNS if name in fitting]
+    labels = [*(name for name in known if name in classes), *classes, *known]
+    return image_column or images[0], label_column or next(iter(labels), "")
+
+
+def _labels(dataset: Any, column: str, where: str) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
+    """Labels and class names of a column; None where rows have no label."""
+    values = dataset[column][:]
+    if all(isinstance(value, int) for value in values):
+        names = getattr(dataset.features[column], "names", ())
+        return named_labels(checked_labels(values, len(values), where), names, where)
+    texts = ["" if value is None else str(value).strip() for value in values]
+    labels, classes = labels_from_text(texts)
+    if labels is None and any(texts):
+        log.warning("%s: %d of %d rows have no label: taken as unlabelled", where, texts.count(""), len(texts))
+    return labels, classes
 
 
 def open_cifar10(cache: Path) -> tuple[Any, Any]:

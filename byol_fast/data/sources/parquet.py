@@ -1,18 +1,17 @@
 """Parquet files with encoded images, as the Hugging Face hub holds them.
 
-A row of a Parquet file cannot be read alone: its row group (100 rows and more) has to be read and decompressed. A
-global shuffle would do that for every image. So the images of a file are copied once, as they are, one after the
-other into a file of the cache, and read from there by offset, like the members of a tar file.
+A row of a Parquet file cannot be read alone: its row group (100 rows and more) has to be read and decompressed, which a
+global shuffle would do for every image. `datasets` copies images and labels once into the cache, as an Arrow file that
+it maps: any row can be read from it, and nobody else writes it.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
+import glob
 import logging
+import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,46 +20,39 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from byol_fast.data.sources.base import SourceError, digest, labels_from_text
-from byol_fast.data.sources.shards import (
-    Index,
-    ShardSource,
-    cache_name,
-    joined,
-    load_index,
-    pack_texts,
-    save_index,
-    stamp_of,
-    unpack_texts,
-)
-from byol_fast.utils.files import atomic_path
+from byol_fast.data.sources.base import SAMPLED_SIZES, SourceError, digest, evenly_spaced
+from byol_fast.data.sources.datasets import HuggingFaceSource, find_columns, open_hugging_face
+from byol_fast.data.sources.shards import cache_name, stamp_of
 
 log = logging.getLogger(__name__)
 
-_IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "image_bytes", "bytes")
-_LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls", "target")
-_BATCH_ROWS = 64
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class ParquetSource(ShardSource):
-    """Rows of Parquet files; `shards` are their images in the cache."""
+class ParquetSource(HuggingFaceSource):
+    """Rows of Parquet files, read from a copy in the cache."""
 
-    origins: tuple[Path, ...]
-    """The Parquet files, one for each shard."""
-    row: NDArray[np.int64]
-    """Row of each image in its file `[N]`."""
+    files: tuple[Path, ...]
+    """The Parquet files."""
+    starts: NDArray[np.int64]
+    """Number of the first row of each file."""
+    title: str
+    """Name of the whole, for messages."""
 
     @cached_property
     def fingerprint(self) -> str:  # noqa: D102 (inherited)
-        names = "\0".join(origin.name for origin in self.origins)
-        return digest([names.encode(), self.shard.tobytes(), self.row.tobytes()])
+        names = "\0".join(path.name for path in self.files)
+        return digest([names.encode(), self.starts.tobytes(), self.index.tobytes()])
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:  # noqa: D102 (inherited)
+        return tuple(len(self.read(i)) for i in evenly_spaced(len(self), SAMPLED_SIZES).tolist())
 
     def where(self, i: int) -> str:  # noqa: D102 (inherited)
-        return f"{self.origins[self.shard[i]]}:row {self.row[i]}"
+        file = int(np.searchsorted(self.starts, self.index[i], side="right")) - 1
+        return f"{self.files[file]}:row {self.index[i] - self.starts[file]}"
 
-    def _own_subset(self, index: NDArray[np.int64]) -> dict[str, Any]:
-        return {"row": self.row[index]}
+    def describe(self) -> str:  # noqa: D102 (inherited)
+        return f"{self._contents()} in {self.title}"
 
 
 def open_parquet(
@@ -70,193 +62,92 @@ def open_parquet(
 
     Args:
         files: in order.
-        title: what people call the whole.
+        title: name of the whole, for messages.
         where: name of the argument, for error messages.
-        cache: folder that the copies of the images are kept in.
-        image_column: encoded images: binary, or `{bytes, path}` as Hugging Face stores them. Empty: found by name and
-            type.
-        label_column: class numbers or names. Empty: found by name; without one there are no labels.
+        cache: folder that the copy is kept in.
+        image_column: as for `open_hugging_face`.
+        label_column: as for `open_hugging_face`.
 
     Raises:
-        SourceError: pyarrow is missing, a file is damaged, has no such column, or the cache has no room.
+        SourceError: `datasets` is missing, a file is damaged, has no such column, or the cache has no room.
     """
     try:
-        import pyarrow.parquet  # noqa: F401
+        import datasets
+        from pyarrow import parquet
     except ImportError:
         raise SourceError(
-            f"{where}: {title} is Parquet, which needs pyarrow; pip install pyarrow (or byol_fast[parquet])"
+            f"{where}: {title} is Parquet, which needs datasets; pip install datasets (or byol_fast[parquet])"
         ) from None
-    folder = cache.expanduser() / "parquet"
-    copies = [cache_name(path, folder, ".images") for path in files]
-    indexes = [
-        _unpacked(path, copy, where, image_column, label_column) for path, copy in zip(files, copies, strict=True)
-    ]
-    if not any(len(index["offset"]) for index in indexes):
+    footers = []
+    for path in files:
+        try:
+            footers.append(parquet.read_metadata(path))
+        except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+            raise SourceError(f"{where}: {path} cannot be read as Parquet ({error}); fetch it again") from error
+    features = datasets.Features.from_arrow_schema(parquet.read_schema(files[0]))
+    image, label = find_columns(features, str(files[0]), where, image_column, label_column)
+    if label and (without := [p for p, f in zip(files, footers, strict=True) if label not in f.schema.names]):
+        log.warning("%s: %s has no column %s: taken as unlabelled", title, without[0], label)
+        label = ""
+    rows = [footer.num_rows for footer in footers]
+    if not any(rows):
         raise SourceError(f"{where}: {title} has no rows")
-    labels, classes = _labels(indexes, title)
+
+    columns = [image, label] if label else [image]
+    size = sum(_column_size(footer, columns) for footer in footers)
+    dataset = _copied(files, columns, size, title, where, cache.expanduser() / "parquet")
+    source = open_hugging_face(dataset, where, image_column=image, label_column=label)
     return ParquetSource(
-        shards=tuple(copies),
-        origins=tuple(files),
-        row=np.concatenate([np.arange(len(index["offset"])) for index in indexes]),
-        labels=labels,
-        classes=classes,
-        title=title,
-        **joined(indexes),
-    )
+        source.dataset, source.column, source.index, source.labels, source.classes,
+        files=tuple(files), starts=np.cumsum(rows) - rows, title=title,
+    )  # fmt: skip
 
 
-def _labels(indexes: Sequence[Index], title: str) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
-    texts = [text for index in indexes for text in unpack_texts(index["labels"], len(index["offset"]))]
-    labels, classes = labels_from_text(texts)
-    if labels is None and any(texts):
-        log.warning("%s: %d of %d rows have no label: taken as unlabelled", title, texts.count(""), len(texts))
-    names = tuple(str(name) for name in indexes[0]["classes"])
-    if labels is not None and len(names) > int(labels.max()):
-        classes = names
-    return labels, classes
+def _copied(files: Sequence[Path], columns: list[str], size: int, title: str, where: str, folder: Path) -> Any:
+    """Columns of Parquet files as a `datasets.Dataset`, from a copy that is made once in a folder of the cache."""
+    import datasets
 
-
-def _unpacked(path: Path, copy: Path, where: str, image_column: str, label_column: str) -> Index:
-    """The index of a file's images in the cache; copies them there if that has not been done."""
-    stored = copy.with_suffix(".npz")
-    stamp = stamp_of(path, (image_column, label_column))
-    if copy.is_file() and (known := load_index(stored, stamp)) is not None:
-        return known
+    # One copy a set of files, in a folder that is named after what the files and the columns are now.
+    copies = cache_name(files[0], folder, f"-{digest([os.fsencode(path.absolute()) for path in files])[:16]}")
+    copy = copies / digest([stamp_of(path, columns).encode() for path in files])[:16]
+    bars_were_off = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
     try:
-        with _alone(copy):
-            if copy.is_file() and (known := load_index(stored, stamp)) is not None:
-                return known  # another process was faster
-            index = _unpack(path, copy, where, image_column, label_column)
-            save_index(stored, stamp, index)
-            return index
-    except OSError as error:
+        copy.mkdir(parents=True, exist_ok=True)
+        if not any(copy.rglob("*.arrow")):
+            _check_space(copies, size, title, where)
+            log.info("%s: copying its images (%.2f GiB) to %s, once", title, size / 2**30, copies)
+        paths = [glob.escape(str(path.absolute())) for path in files]
+        dataset = datasets.Dataset.from_parquet(paths, cache_dir=str(copy), columns=columns)
+    except (OSError, datasets.exceptions.DatasetGenerationError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno is not None:
+            raise SourceError(
+                f"{where}: the images of {title} could not be copied into {folder} ({cause}); "
+                "set --data.cache to a folder with room"
+            ) from error
+        problem = f"is damaged, or its files differ in their columns ({str(cause).strip()})"
+        raise SourceError(f"{where}: {title} {problem}; fetch it again") from error
+    finally:
+        if not bars_were_off:
+            datasets.enable_progress_bars()
+    for other in copies.iterdir():
+        if other != copy:  # of the files as they were before
+            shutil.rmtree(other, ignore_errors=True)
+    return dataset
+
+
+def _check_space(folder: Path, size: int, title: str, where: str) -> None:
+    free = shutil.disk_usage(folder).free
+    if size > free:
         raise SourceError(
-            f"{where}: the images of {path} could not be copied into {copy.parent} ({error}); "
-            "set --data.cache to a folder with room"
-        ) from error
-
-
-@contextmanager
-def _alone(copy: Path) -> Iterator[None]:
-    """Let one process at a time write a copy."""
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    with copy.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _unpack(path: Path, copy: Path, where: str, image_column: str, label_column: str) -> Index:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise SourceError(f"{where}: {path} cannot be read as Parquet ({error}); fetch it again") from error
-    schema = file.schema_arrow
-    column = _image_column(schema, path, where, image_column)
-    labels = _label_column(schema, path, where, label_column)
-    leaf = f"{column}.bytes" if pa.types.is_struct(schema.field(column).type) else column
-    need = _bytes_of(file, leaf)
-    free = shutil.disk_usage(copy.parent).free
-    if need > free:
-        raise SourceError(
-            f"{where}: {path} holds {need / 2**30:.1f} GiB of images, which are copied into {copy.parent} once, "
+            f"{where}: {title} holds {size / 2**30:.1f} GiB of images, which are copied into {folder} once, "
             f"but only {free / 2**30:.1f} GiB are free there; set --data.cache to a folder with room"
         )
-    log.info("%s: copying its images (%.2f GiB) to %s, once", path.name, need / 2**30, copy.parent)
-    sizes: list[NDArray[np.int64]] = []
-    texts: list[str] = []
-    with atomic_path(copy) as temporary, temporary.open("wb") as out:
-        for batch in _batches(file, [leaf, *([labels] if labels else [])], path, where):
-            images = batch.column(column)
-            images = pc.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images
-            images = pc.fill_null(images.cast(pa.large_binary()), b"")
-            ends = np.frombuffer(images.buffers()[1], np.int64)[images.offset : images.offset + len(images) + 1]
-            sizes.append(np.diff(ends))
-            if ends[-1] > ends[0]:
-                out.write(memoryview(images.buffers()[2])[ends[0] : ends[-1]])
-            if labels:
-                texts.extend(_text(label) for label in batch.column(labels).to_pylist())
-    size = np.concatenate(sizes) if sizes else np.empty(0, np.int64)
-    names = _class_names(schema, labels)
-    return {
-        "offset": np.cumsum(size) - size,
-        "size": size,
-        "labels": pack_texts(texts or [""] * len(size)),
-        "classes": np.array(names, np.str_),
-    }
 
 
-def _batches(file: Any, columns: list[str], path: Path, where: str) -> Iterator[Any]:
-    import pyarrow as pa
-
-    try:
-        yield from file.iter_batches(_BATCH_ROWS, columns=columns)
-    except (pa.ArrowException, OSError) as error:
-        raise SourceError(f"{where}: {path} is damaged ({str(error).strip()}); fetch it again") from error
-
-
-def _text(label: object) -> str:
-    return "" if label is None else str(label).replace("\0", "").strip()
-
-
-def _image_column(schema: Any, path: Path, where: str, asked: str) -> str:
-    import pyarrow as pa
-
-    def holds_bytes(kind: Any) -> bool:
-        if pa.types.is_struct(kind):
-            return kind.get_field_index("bytes") >= 0 and holds_bytes(kind.field("bytes").type)
-        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-    fitting = [name for name in schema.names if holds_bytes(schema.field(name).type)]
-    columns = ", ".join(f"{name} ({schema.field(name).type})" for name in schema.names)
-    if asked:
-        if asked not in fitting:
-            raise SourceError(
-                f"{where}: data.image_column must be a column of encoded images (binary, or {{bytes, path}}) of "
-                f"{path}, got {asked!r}; its columns are {columns}"
-            )
-        return asked
-    known = [name for name in _IMAGE_COLUMNS if name in fitting] or (fitting if len(fitting) == 1 else [])
-    if not known:
-        problem = "several columns of binary data" if fitting else "no column of encoded images (binary, {bytes, path})"
-        raise SourceError(
-            f"{where}: {path} has {problem}; name one with --data.image-column; its columns are {columns}"
-        )
-    return known[0]
-
-
-def _label_column(schema: Any, path: Path, where: str, asked: str) -> str | None:
-    import pyarrow as pa
-
-    def is_label(name: str) -> bool:
-        kind = schema.field(name).type
-        return bool(pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind))
-
-    if asked and (asked not in schema.names or not is_label(asked)):
-        raise SourceError(
-            f"{where}: data.label_column must be a column of whole numbers or texts of {path}, got {asked!r}; "
-            f"its columns are {', '.join(schema.names)}"
-        )
-    return asked or next((name for name in _LABEL_COLUMNS if name in schema.names and is_label(name)), None)
-
-
-def _class_names(schema: Any, label_column: str | None) -> list[str]:
-    """Names of the classes, where Hugging Face's description of the columns is in the file."""
-    try:
-        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
-        return [str(name) for name in features[label_column]["names"]]
-    except (KeyError, TypeError, ValueError):
-        return []
-
-
-def _bytes_of(file: Any, leaf: str) -> int:
-    """How many bytes a column has when it is read; a little more than its values."""
-    total = 0
-    for g in range(file.metadata.num_row_groups):
-        group = file.metadata.row_group(g)
-        chunks = (group.column(c) for c in range(group.num_columns))
-        total += sum(int(chunk.total_uncompressed_size) for chunk in chunks if chunk.path_in_schema == leaf)
-    return total
+def _column_size(footer: Any, columns: list[str]) -> int:
+    """Bytes of some columns of a Parquet file once they are read; a little more than their values."""
+    groups = [footer.row_group(g) for g in range(footer.num_row_groups)]
+    chunks = [group.column(c) for group in groups for c in range(group.num_columns)]
+    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
