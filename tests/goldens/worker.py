@@ -29,6 +29,7 @@ RENAMED: dict[str, str] = {
     "optim.eta": "optim.trust_coefficient",
     "collapse_std": "embedding_std",
     "undone": "skipped",
+    "library": "dali",
 }
 # Keys of records that are times or memory.
 UNEQUAL = {
