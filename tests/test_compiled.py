@@ -18,7 +18,8 @@ from byol_fast.data import Batch
 from byol_fast.models.base import SSLModel
 from byol_fast.models.byol import BYOL
 from byol_fast.models.simsiam import SimSiam
-from byol_fast.models.split_batchnorm import convert_split_batchnorm, convert_sync_batchnorm, num_splits
+from byol_fast.models.split_batchnorm import convert_split_batchnorm, convert_sync_batchnorm
+from byol_fast.models.split_batchnorm_layers import num_splits
 from byol_fast.optim.optimizers import build_optimizer
 from byol_fast.optim.schedules import RunSchedule
 from byol_fast.training.train_step import TrainStep

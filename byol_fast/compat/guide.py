@@ -39,6 +39,7 @@ from byol_fast.data.sources.open import split
 from byol_fast.models import split_batchnorm
 from byol_fast.models.encoders import build_encoder
 from byol_fast.models.layers import MLPHead, Normalize
+from byol_fast.models.split_batchnorm_layers import num_splits
 from byol_fast.utils import cpu_tuning
 from byol_kernels import byol_loss, ema_update_
 
@@ -220,9 +221,9 @@ class BYOL(SelfSupervisedTask):
                 t1, t2 = self.target_encoder(x1), self.target_encoder(x2)
             return self.predictor(self.online_encoder(x1)), self.predictor(self.online_encoder(x2)), t1, t2
         both = torch.cat([x1, x2])
-        with torch.no_grad(), split_batchnorm.num_splits(self.target_encoder, 2):
+        with torch.no_grad(), num_splits(self.target_encoder, 2):
             t1, t2 = self.target_encoder(both).chunk(2)
-        with split_batchnorm.num_splits(self.online_encoder, 2), split_batchnorm.num_splits(self.predictor, 2):
+        with num_splits(self.online_encoder, 2), num_splits(self.predictor, 2):
             p1, p2 = self.predictor(self.online_encoder(both)).chunk(2)
         return p1, p2, t1, t2
 

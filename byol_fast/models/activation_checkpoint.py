@@ -1,4 +1,4 @@
-"""Activation checkpointing: keep the borders of an encoder's blocks, compute the inside again for the backward pass."""
+"""Activation checkpointing of an encoder's blocks."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
-from byol_fast.models.split_batchnorm import frozen_running_stats, is_split_batchnorm
+from byol_fast.models.split_batchnorm import is_split_batchnorm
+from byol_fast.models.split_batchnorm_layers import frozen_running_stats
 
 
 def checkpoint_blocks(encoder: nn.Module) -> int:
-    """Let each block of an encoder forget what is inside it until the backward pass.
+    """Apply activation checkpointing to each encoder block.
 
     Blocks are the modules within the encoder's `nn.Sequential`s that have layers of their own: a ResNet's residual
-    blocks, a transformer's layers. Gradients and running statistics are what they are without.
+    blocks, a transformer's layers. Gradients and running statistics stay the same.
 
     Args:
         encoder: changed in place.
@@ -60,7 +61,7 @@ class _Recomputed:
         if not block.training:
             return forward(block, *inputs)
 
-        # Converted norms see to it themselves that nothing is counted twice; some networks keep torch's.
+        # Split batch norms do not count a recomputed batch again; torch's own norms must be told.
         plain = [m for m in block.modules() if isinstance(m, _NormBase) and not is_split_batchnorm(m)]
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from byol_fast.models import split_batchnorm
 from byol_fast.models.layers import Normalize
-from byol_fast.models.split_batchnorm import BatchStats
+from byol_fast.models.split_batchnorm_layers import BatchStats, num_splits
 from byol_fast.utils.profiler_ranges import record_range
 from byol_kernels import byol_loss_with_stats
 
@@ -188,7 +188,7 @@ class SSLModel(nn.Module, ABC):
 
     def _num_splits(self, network: nn.Module, collected: list[BatchStats] | None) -> AbstractContextManager[None]:
         """Set how many views are in a batch, and where its statistics go, on a network's batch norms."""
-        return split_batchnorm.num_splits(network, 2 if self.views == "batched" else 1, collected)
+        return num_splits(network, 2 if self.views == "batched" else 1, collected)
 
     def _pass_online(self, inputs: Sequence[Tensor], collected: list[BatchStats] | None) -> tuple[Pair, Pair, Tensor]:
         """Projections and predictions of the two views, and their features as `ModelOutput.features`."""

@@ -24,7 +24,7 @@ from byol_fast.models.base import (
 )
 from byol_fast.models.encoders import build_encoder, feature_dim
 from byol_fast.models.layers import MLPHead, Normalize
-from byol_fast.models.split_batchnorm import BatchStats
+from byol_fast.models.split_batchnorm_layers import BatchStats
 from byol_fast.utils.profiler_ranges import record_range
 from byol_kernels import byol_loss, ema_update_
 

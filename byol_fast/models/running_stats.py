@@ -1,4 +1,4 @@
-"""Running statistics of batch norms, moved by a training step instead of its forward pass."""
+"""Running statistics of batch norms, updated by the training step instead of the forward pass."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ import torch
 from torch import Tensor, nn
 
 from byol_fast.models import split_batchnorm
+from byol_fast.models.split_batchnorm_layers import BatchStats
 from byol_kernels import update_running_stats_
 
 
 class RunningStats:
-    """The buffers of some networks, moved once a step, after it is known whether the step counts.
+    """Updates the running statistics of some networks once per step, unless the step is skipped.
 
-    Statistics of batch norms are collected by the forward pass (`batchnorm.num_splits`). Buffers that a layer
-    changes by itself are put back where the step is skipped.
+    The forward pass collects batch statistics (`num_splits(..., collected=[])`). Other buffers, which a layer changes
+    in its forward pass, are restored if the step is skipped.
 
     Args:
-        networks: changed in place, see `batchnorm.index_layers`.
-        collected: whether forward passes collect statistics; without it all buffers are put back.
+        networks: changed in place, see `split_batchnorm.index_layers`.
+        collected: whether forward passes collect statistics; if not, all buffers are restored.
     """
 
     def __init__(self, networks: Sequence[nn.Module], *, collected: bool = True) -> None:
         self._layers = split_batchnorm.index_layers(networks) if collected else []
-        moved = {id(buffer) for layer in self._layers for buffer in layer.buffers()}
-        self._others = [b for network in networks for b in network.buffers() if id(b) not in moved]
+        updated = {id(buffer) for layer in self._layers for buffer in layer.buffers()}
+        self._others = [b for network in networks for b in network.buffers() if id(b) not in updated]
         self._saved = [torch.empty_like(b) for b in self._others]
 
     @property
@@ -36,27 +37,27 @@ class RunningStats:
 
     @torch.no_grad()
     def save_others(self) -> None:
-        """Remember the buffers that a forward pass changes by itself; a ResNet has none."""
+        """Save the buffers that a forward pass changes by itself; a ResNet has none."""
         for saved, buffer in zip(self._saved, self._others, strict=True):
             saved.copy_(buffer)
 
     @torch.no_grad()
-    def update(self, collected: Sequence[split_batchnorm.BatchStats], found_inf: Tensor) -> None:
-        """Move the running statistics by what forward passes have collected, in one launch on a GPU.
+    def update(self, collected: Sequence[BatchStats], found_inf: Tensor) -> None:
+        """Update the running statistics with collected batch statistics, in one launch on a GPU.
 
         Args:
             collected: statistics in the order of the calls.
-            found_inf: scalar on the device; where it is not 0 the buffers are what they were before the step.
+            found_inf: scalar on the device; if it is not 0, the buffers stay what they were before the step.
         """
         for saved, buffer in zip(self._saved, self._others, strict=True):
             buffer.copy_(torch.where(found_inf > 0, saved, buffer))
-        calls: dict[int, list[split_batchnorm.BatchStats]] = {}
+        calls: dict[int, list[BatchStats]] = {}
         for entry in collected:
             calls.setdefault(entry.layer, []).append(entry)
         if not calls:
             return
         layers = [self._layers[layer] for layer in calls]
-        # Always one launch: a second one with lists that look the same could not be captured.
+        # All layers in one launch: a second one with equal lists could not be captured in a CUDA graph.
         update_running_stats_(
             [cast("Tensor", layer.running_mean) for layer in layers],
             [cast("Tensor", layer.running_var) for layer in layers],
@@ -69,5 +70,5 @@ class RunningStats:
 
 
 def _stacked(statistics: Sequence[Tensor]) -> Tensor:
-    """The statistics of all calls of a layer, one behind the other."""
+    """Statistics of all calls of a layer, concatenated."""
     return statistics[0] if len(statistics) == 1 else torch.cat(list(statistics))

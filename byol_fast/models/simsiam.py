@@ -20,7 +20,7 @@ from byol_fast.models.base import (
 )
 from byol_fast.models.encoders import build_encoder, feature_dim
 from byol_fast.models.layers import Normalize, simsiam_predictor, simsiam_projector
-from byol_fast.models.split_batchnorm import BatchStats
+from byol_fast.models.split_batchnorm_layers import BatchStats
 from byol_kernels import byol_loss
 
 

@@ -1,7 +1,4 @@
-"""Batch normalization of stacked views as functions with a gradient: by torch's kernels, and by its formula.
-
-See `batchnorm.py` for what is computed.
-"""
+"""Autograd functions of split batch norm: by torch's kernels, and by the formula; see `split_batchnorm.py`."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 
 class SplitBNEager(torch.autograd.Function):
-    """Eager: torch's kernels for each view, whose outputs lie side by side from the start."""
+    """Split batch norm by torch's kernels, one call per view, which write into one output."""
 
     @staticmethod
     def forward(
@@ -26,17 +23,17 @@ class SplitBNEager(torch.autograd.Function):
         views: int,
         momentum: float,
         eps: float,
-        move: bool,
+        update: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Output; where running statistics are not to be moved also those of the batch, `[V, C]`."""
+        """Output; if running statistics are not to be updated, also means and variances of the batch, `[V, C]`."""
         x = _dense(x)
         y = torch.empty_like(x)
         means_VC = torch.empty(views, x.shape[1], dtype=_statistics_dtype(x, weight, running_mean), device=x.device)
         invstds_VC = torch.empty_like(means_VC)
-        # Running statistics that begin at 0 and are moved with momentum 1 are those of the batch; the kernels return
-        # 1 / sqrt(variance + eps), in which a small variance is lost.
+        # Running statistics that start at 0 and are updated with momentum 1 are those of the batch. The kernels return
+        # only 1 / sqrt(variance + eps), in which a small variance is lost.
         batch_2VC: Tensor | None = None
-        if running_mean is not None and not move:
+        if running_mean is not None and not update:
             batch_2VC = torch.zeros(2, *means_VC.shape, dtype=means_VC.dtype, device=x.device)
         views_of_x = zip(x.chunk(views), y.chunk(views), means_VC, invstds_VC, strict=True)
         for v, (view, out, mean, invstd) in enumerate(views_of_x):
@@ -95,7 +92,7 @@ def _dense(x: Tensor) -> Tensor:
 
 
 class SplitBNTraceable(torch.autograd.Function):
-    """All views in one expression, for torch.compile to fuse, and with statistics of all processes if asked for.
+    """Split batch norm as one expression, for torch.compile to fuse, and over all processes if `synchronized`.
 
     One collective forward, of `[V, 2 C + 1]` numbers (mean, variance, count), and one backward, of `[V, 2 C]`.
     """

@@ -1,0 +1,250 @@
+"""Batch norm layers that normalize stacked views apart, and the contexts that control them.
+
+Activations that are recomputed in the backward pass (activation checkpointing of any kind) use the number of views of
+the first pass, and their statistics are not counted again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from byol_fast.models.split_batchnorm_functions import SplitBNEager, SplitBNTraceable
+
+
+class BatchStats(NamedTuple):
+    """Batch statistics of one call of a batch norm."""
+
+    layer: int
+    """Index of the layer, see `index_layers`."""
+    mean: Tensor
+    """Mean of each view, `[V, C]`, no gradient."""
+    var: Tensor
+    """Unbiased variance of each view, likewise."""
+
+
+@contextmanager
+def num_splits(network: nn.Module, views: int, collected: list[BatchStats] | None = None) -> Iterator[None]:
+    """Within this, batches in train mode are `views` stacked views of equal size.
+
+    Args:
+        network: a converted network.
+        views: number of views in a batch; 1 outside of this context.
+        collected: list to which each call of an indexed layer appends its statistics, instead of updating its running
+            statistics; None lets the layers update them.
+
+    Example:
+        >>> convert_split_batchnorm(network)
+        >>> with num_splits(network, 2):
+        ...     y1, y2 = network(torch.cat([view1, view2])).chunk(2)
+    """
+    if views < 1:
+        raise ValueError(f"num_splits: views must be 1 or more, got {views}")
+    norms = [m for m in network.modules() if isinstance(m, SplitBatchNormBase)]
+    before = [(norm.views, norm.collected) for norm in norms]
+    for norm in norms:
+        norm.views, norm.collected = views, collected
+    try:
+        yield
+    finally:
+        for norm, previous in zip(norms, before, strict=True):
+            norm.views, norm.collected = previous
+
+
+@contextmanager
+def frozen_running_stats(norms: Sequence[_NormBase]) -> Iterator[None]:
+    """Within this, norms do not update their running statistics, because the batch has been counted already.
+
+    By momentum 0, not by removing the statistics: autograd must save the same tensors both times.
+
+    Args:
+        norms: batch or instance norms.
+    """
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, previous in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = previous
+
+
+class SplitBatchNormBase(_BatchNorm):
+    """Base of batch norms with a number of stacked views."""
+
+    OWN_ATTRIBUTES = ("views", "synchronized", "collected", "index", "last_calls")
+
+    views: int
+    synchronized: bool
+    collected: list[BatchStats] | None = None
+    index: int = -1
+    """See `index_layers`; -1 for a layer whose statistics are not collected."""
+    last_calls: dict[torch.Size, tuple[int, bool]]
+    """For the last batch of each shape: its number of views, and whether its statistics were collected. A recomputation
+    in the backward pass comes with the same shape, outside of `num_splits`."""
+
+    def _call(self, x: Tensor, *, recomputed: bool) -> tuple[int, bool]:
+        """Number of stacked views of a batch, and whether its statistics are collected."""
+        collects = self.collected is not None and self.index >= 0 and self.track_running_stats
+        views = self.views
+        if not torch.compiler.is_compiling():
+            if recomputed:
+                views, collects = self.last_calls.get(x.shape, (views, collects))
+            self.last_calls[x.shape] = views, collects
+        if x.shape[0] % views:
+            raise ValueError(
+                f"batch norm: the batch must be {views} views of equal size, got {x.shape[0]} images; "
+                "leave the last, smaller batch out"
+            )
+        return views, collects
+
+
+def _is_recomputed() -> bool:
+    """True within a backward pass: a forward pass there recomputes activations."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class _SplitBatchNorm(SplitBatchNormBase):
+    """Batch norm with statistics for each view, in one pass over all views."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As `nn.BatchNorm2d`, for each of the stacked views."""
+        return self._normalize(x)
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return _BatchNorm.forward(self, x)
+        recomputed = _is_recomputed()
+        views, collects = self._call(x, recomputed=recomputed)
+        synchronized = self.synchronized and distributed.is_available() and distributed.is_initialized()
+        if views == 1 and not synchronized and not collects:
+            with frozen_running_stats([self] if recomputed else []):
+                return _BatchNorm.forward(self, x)
+        self._check_input_dim(x)  # type: ignore[no-untyped-call]
+        if x.numel() == views * x.shape[1] and not synchronized:
+            raise ValueError(
+                f"batch norm: each view must have more than one value a channel in train mode, got {list(x.shape)} for "
+                f"{views} views; use a larger batch"
+            )
+        moves = self.running_mean is not None and self.track_running_stats and not collects
+        # The traceable form is what torch.compile can fuse, and what can communicate with other processes.
+        if torch.compiler.is_compiling() or synchronized or (moves and self.momentum is None):
+            x_VB = x.view(views, -1, *x.shape[1:])
+            y_VB, mean_VC, var_VC = SplitBNTraceable.apply(x_VB, self.weight, self.bias, self.eps, synchronized)
+            y = y_VB.flatten(0, 1)
+            if moves and not recomputed:
+                self._update_running_stats(mean_VC, var_VC)
+        else:
+            now = moves and not recomputed
+            if now and self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(views)
+            running = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
+            y, mean_VC, var_VC = SplitBNEager.apply(
+                x, self.weight, self.bias, *running, views, self.momentum or 0.0, self.eps, now
+            )
+        if self.collected is not None and collects and not recomputed:
+            self.collected.append(BatchStats(self.index, mean_VC.detach(), var_VC.detach()))
+        return cast("Tensor", y)
+
+    @torch.no_grad()
+    def _update_running_stats(self, mean_VC: Tensor, var_VC: Tensor) -> None:
+        """Update the running statistics once per view."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        for mean_C, var_C in zip(mean_VC, var_VC, strict=True):
+            share: float | Tensor | None = self.momentum
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+                if share is None:
+                    share = self.num_batches_tracked.to(mean_C.dtype).reciprocal()
+            for running_C, new_C in ((self.running_mean, mean_C), (self.running_var, var_C)):
+                running_C.mul_(1 - share).add_(new_C * share)  # type: ignore[operator]
+
+
+class ChunkedBatchNorm(SplitBatchNormBase):
+    """Batch norm with a forward of its own, called once per view."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the original class, for each of the stacked views."""
+        forward = super().forward
+        if not self.training:
+            return forward(x)
+        recomputed = _is_recomputed()
+        views, _ = self._call(x, recomputed=recomputed)
+        with frozen_running_stats([self] if recomputed else []):
+            return forward(x) if views == 1 else torch.cat([forward(view) for view in x.chunk(views)])
+
+
+class SplitBatchNorm1d(_SplitBatchNorm, nn.BatchNorm1d):
+    """`nn.BatchNorm1d` that takes stacked views."""
+
+
+class SplitBatchNorm2d(_SplitBatchNorm, nn.BatchNorm2d):
+    """`nn.BatchNorm2d` that takes stacked views."""
+
+
+class SplitBatchNorm3d(_SplitBatchNorm, nn.BatchNorm3d):
+    """`nn.BatchNorm3d` that takes stacked views."""
+
+
+class SplitSyncBatchNorm(_SplitBatchNorm, nn.SyncBatchNorm):
+    """`nn.SyncBatchNorm` that takes stacked views, and works on CPUs."""
+
+
+class _SplitBatchNormAct(_SplitBatchNorm):
+    """timm's BatchNormAct2d: batch norm, then dropout and activation."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As timm's, for each of the stacked views."""
+        return cast("Tensor", self.act(self.drop(self._normalize(x))))
+
+
+_CLASSES: dict[Any, type[SplitBatchNormBase]] = {
+    nn.BatchNorm1d: SplitBatchNorm1d,
+    nn.BatchNorm2d: SplitBatchNorm2d,
+    nn.BatchNorm3d: SplitBatchNorm3d,
+    nn.SyncBatchNorm: SplitSyncBatchNorm,
+}
+
+
+def class_for(module: _BatchNorm) -> type[SplitBatchNormBase]:
+    """The split class for a batch norm."""
+    kind: Any = type(module)
+    return _split_class(kind)
+
+
+@functools.cache
+def _split_class(kind: Any) -> type[SplitBatchNormBase]:
+    if issubclass(kind, SplitBatchNormBase):
+        return cast("type[SplitBatchNormBase]", kind)
+    if kind in _CLASSES:
+        return _CLASSES[kind]
+    if kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm."):
+        base: type = _SplitBatchNormAct
+    else:
+        inherited = kind.forward in {_BatchNorm.forward, nn.SyncBatchNorm.forward}
+        base = _SplitBatchNorm if inherited else ChunkedBatchNorm
+    return type(f"Split{kind.__name__}", (base, kind), {})
+
+
+def convert_module(module: _BatchNorm) -> SplitBatchNormBase:
+    """Change the class of one batch norm, in place; returns it."""
+    if not isinstance(module, SplitBatchNormBase):
+        # The class changes and the object stays, so that hooks and shared layers keep working.
+        synchronized = isinstance(module, nn.SyncBatchNorm)
+        module.__class__ = class_for(module)
+        converted = cast("SplitBatchNormBase", module)
+        converted.views, converted.synchronized, converted.last_calls = 1, synchronized, {}
+        # Set as instance attributes now: one that appears later makes torch.compile recompile.
+        converted.collected, converted.index = None, -1
+    return cast("SplitBatchNormBase", module)
