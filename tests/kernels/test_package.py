@@ -28,6 +28,14 @@ def test_imports_torch_and_triton_and_nothing_else() -> None:
                 assert name in {"byol_kernels", "torch", "triton"} | sys.stdlib_module_names, f"{path.name}: {name}"
 
 
+def test_kernels_do_not_import_references() -> None:
+    paths = list(PACKAGE.rglob("kernels.py"))
+    assert {path.parent.name for path in paths} >= {"loss", "ema", "lars", "running_stats"}
+    for path in paths:
+        imports = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Import | ast.ImportFrom)]
+        assert not any("reference" in ast.unparse(node) for node in imports), path
+
+
 def test_import_does_not_touch_cuda() -> None:
     assert run("import byol_kernels, torch; print(torch.cuda.is_initialized())") == "False"
 
