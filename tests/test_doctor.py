@@ -157,9 +157,9 @@ def test_every_source_is_scanned(kind: str, fast: bool, tmp_path: Path) -> None:
     progress: list[int] = []
     found = scan(source, threads=2, fast=fast, progress=progress.append)
     assert found.images == 40 == progress[-1] and progress == sorted(progress)
-    expected = [] if kind == "array" else [source.where(13)]
+    expected = [] if kind == "array" else [source.sample_name(13)]
     assert [image for image, _ in found.bad] == expected
-    sizes = [source.load(i).size for i in range(40) if source.where(i) not in expected]
+    sizes = [source.load(i).size for i in range(40) if source.sample_name(i) not in expected]
     assert list(zip(found.widths.tolist(), found.heights.tolist(), strict=True)) == sizes
     assert found.pixels()["width"]["largest"] == max(w for w, _ in sizes)
     assert found.pixels()["shorter side"]["median"] == int(np.median([min(size) for size in sizes]))

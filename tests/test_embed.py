@@ -15,7 +15,7 @@ from PIL import Image
 
 from byol_fast.cli import embed as command
 from byol_fast.config import Config, ConfigError
-from byol_fast.data import BadImageError, open_source
+from byol_fast.data import CorruptImageError, open_source
 from byol_fast.data.sources import ArraySource
 from byol_fast.evaluate import Features, embed_folder, load_features, nearest, rankme, save_features
 from byol_fast.evaluate.neighbors import choose_queries
@@ -66,7 +66,7 @@ def test_images_that_cannot_be_read_are_named_or_left_out_and_listed(encoder: Pa
     whole = embed_folder(encoder, folder, device="cpu", precision="fp32", threads=1)
     bad = folder / whole.paths[4]
     bad.write_bytes(bad.read_bytes()[:40])
-    with pytest.raises(BadImageError, match=bad.name):
+    with pytest.raises(CorruptImageError, match=bad.name):
         embed_folder(encoder, folder, device="cpu", threads=1)
     found = embed_folder(encoder, folder, device="cpu", precision="fp32", threads=1, on_bad="skip")
     assert found.skipped == (whole.paths[4],)
@@ -240,7 +240,7 @@ def test_the_command_writes_features_and_a_sheet(
     assert colours is not None
     assert len(colours) > 100
     expected = open_source(folder).subset(load_features(to).index)
-    assert [Path(expected.where(i)).name for i in range(2)] == [Path(p).name for p in load_features(to).paths[:2]]
+    assert [Path(expected.sample_name(i)).name for i in range(2)] == [Path(p).name for p in load_features(to).paths[:2]]
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def test_test_labels_choose_nothing(protocol: str, subject: Subject) -> None:
     """With other test labels the same classifier guesses the same."""
     train, test = planted(90, 0, noise=250.0), planted(60, 1, noise=250.0)
     assert test.labels is not None
-    other = test.relabelled((test.labels + 1) % 3, test.classes)
+    other = test.with_labels((test.labels + 1) % 3, test.classes)
     first, second = (run(protocol, subject, train, images) for images in (test, other))
     assert first.chosen == second.chosen
     guesses = [e.scores.confusion.sum(axis=0).tolist() for e in (first, second)]
@@ -181,20 +181,20 @@ def test_the_first_k_counts_not_the_best(subject: Subject) -> None:
 # ---- images that do not fit ---------------------------------------------------------------------------------------
 
 
-def relabelled(
+def with_labels(
     source: ImageSource, labels: NDArray[np.int64] | None, classes: tuple[str, ...] = CLASSES
 ) -> ImageSource:
-    return source.relabelled(labels, classes if labels is not None else ())
+    return source.with_labels(labels, classes if labels is not None else ())
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda a, b: (relabelled(a, None), b, {}), "the training images must have labels"),
-        (lambda a, b: (a, relabelled(b, None), {}), "the test images must have labels"),
-        (lambda a, b: (a, b.relabelled(b.labels, ("red", "green", "pink")), {}), "1 of 3 are not.*such as pink"),
-        (lambda a, b: (relabelled(a, np.where(a.labels == 2, 1, a.labels)), b, {}), "such as blue"),
-        (lambda a, b: (relabelled(a, 0 * a.labels), relabelled(b, 0 * b.labels), {}), "two classes or more"),
+        (lambda a, b: (with_labels(a, None), b, {}), "the training images must have labels"),
+        (lambda a, b: (a, with_labels(b, None), {}), "the test images must have labels"),
+        (lambda a, b: (a, b.with_labels(b.labels, ("red", "green", "pink")), {}), "1 of 3 are not.*such as pink"),
+        (lambda a, b: (with_labels(a, np.where(a.labels == 2, 1, a.labels)), b, {}), "such as blue"),
+        (lambda a, b: (with_labels(a, 0 * a.labels), with_labels(b, 0 * b.labels), {}), "two classes or more"),
         (lambda a, _: (a, a, {}), "must be others than the training images"),
         (lambda a, b: (a, b, {"k": (31,)}), "k must be at most the number of training images, 30, got 31"),
         (lambda a, b: (a, b, {"k": (0,)}), "k must be positive numbers"),
@@ -217,7 +217,7 @@ def test_classes_are_matched_by_name_and_may_be_absent_from_the_test(
     train, test = planted(90, 0), planted(60, 1)
     assert test.labels is not None
     straight = evaluate_knn(subject, train, test, **CPU)
-    turned = test.relabelled(2 - test.labels, CLASSES[::-1])
+    turned = test.with_labels(2 - test.labels, CLASSES[::-1])
     np.testing.assert_array_equal(
         evaluate_knn(subject, train, turned, **CPU).scores.confusion, straight.scores.confusion
     )

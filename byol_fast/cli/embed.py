@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
         if min(queries, k, batch_size) < 1:
             raise ConfigError(f"embed: queries, k and batch_size must be 1 or more, got {queries}, {k}, {batch_size}")
 
-        from byol_fast.data import BadImageError, open_source
+        from byol_fast.data import CorruptImageError, open_source
         from byol_fast.data.sources import FileSource
         from byol_fast.evaluate import embed_folder, save_features
         from byol_fast.evaluate.features import check_features_path
@@ -112,7 +112,7 @@ def main(argv: list[str]) -> int:
                 )
                 save_sheet(sheet, neighbours)
                 print(neighbours)
-        except BadImageError as error:
+        except CorruptImageError as error:
             if own is None and on_bad == "skip":
                 raise
             raise ConfigError(

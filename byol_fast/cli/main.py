@@ -90,7 +90,7 @@ def _run(argv: list[str]) -> int:
 
 def _explain(error: Exception) -> int:
     """Show an error the user can act on without its traceback; let any other one through."""
-    from byol_fast.data import BadImageError
+    from byol_fast.data import CorruptImageError
     from byol_fast.training.distributed import MainProcessError
     from byol_fast.training.errors import Interrupted, TrainingError
     from byol_fast.utils.checkpoint import CheckpointError
@@ -99,9 +99,9 @@ def _explain(error: Exception) -> int:
         return 1  # the leader has told it
     if isinstance(error, Interrupted):
         return complain(str(error), 128 + error.signum)
-    expected = CheckpointError | TrainingError | BadImageError | ValueError | FileNotFoundError
+    expected = CheckpointError | TrainingError | CorruptImageError | ValueError | FileNotFoundError
     if not isinstance(error, expected) or os.environ.get("BYOL_FAST_TRACEBACK"):
         raise error
-    wrong_input = isinstance(error, ValueError | FileNotFoundError) and not isinstance(error, BadImageError)
+    wrong_input = isinstance(error, ValueError | FileNotFoundError) and not isinstance(error, CorruptImageError)
     where = "\n(BYOL_FAST_TRACEBACK=1 shows where)" if type(error) is ValueError else ""
     return complain(f"{error}{where}", 2 if wrong_input else 1)

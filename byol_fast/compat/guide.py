@@ -452,7 +452,7 @@ def _in_memory(source: ImageSource, threads: int) -> ArraySource:
             height, width = images[odd].shape[:2]
             raise SourceError(
                 f"load_data: images must be of 32 x 32 pixels as CIFAR-10's, got {height} x {width} in "
-                f"{source.where(odd)}; train_byol takes any iterable of (images, labels)"
+                f"{source.sample_name(odd)}; train_byol takes any iterable of (images, labels)"
             )
         return ArraySource(np.stack(images), source.labels, source.classes, source.describe())
     if source.images.shape[1:3] != (_SIZE, _SIZE):

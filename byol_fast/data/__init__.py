@@ -1,14 +1,14 @@
 """Images in, two augmented views out."""
 
 from byol_fast.data.batch import Batch, ViewLoader
-from byol_fast.data.integrity import BadImageError
+from byol_fast.data.integrity import CorruptImageError
 from byol_fast.data.loaders.eval import eval_batches
 from byol_fast.data.loaders.factory import make_loader
 from byol_fast.data.sources import ImageSource, SourceError, open_source, split
 
 __all__ = [
-    "BadImageError",
     "Batch",
+    "CorruptImageError",
     "ImageSource",
     "SourceError",
     "ViewLoader",

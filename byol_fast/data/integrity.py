@@ -42,7 +42,7 @@ _SNIFF = {
 _BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF", b"msf1": "HEIF"}
 
 
-class BadImageError(ValueError):
+class CorruptImageError(ValueError):
     """An image cannot be read.
 
     Attributes:
@@ -58,14 +58,14 @@ class BadImageError(ValueError):
             "--data.on-bad skip (also when resuming)"
         )
 
-    def __reduce__(self) -> tuple[type[BadImageError], tuple[Path, str]]:
-        return BadImageError, (self.path, self.reason)
+    def __reduce__(self) -> tuple[type[CorruptImageError], tuple[Path, str]]:
+        return CorruptImageError, (self.path, self.reason)
 
 
-class TooManyBadImagesError(BadImageError):
+class TooManyCorruptImagesError(CorruptImageError):
     """More images cannot be read than a run may pass over."""
 
-    def __init__(self, last: BadImage, *, count: int, total: int, limit: int, report: Path | None) -> None:
+    def __init__(self, last: CorruptImage, *, count: int, total: int, limit: int, report: Path | None) -> None:
         super().__init__(last.image, last.reason)
         listed = f" (listed in {report})" if report else ""
         message = (
@@ -76,7 +76,7 @@ class TooManyBadImagesError(BadImageError):
         self.args = (message,)
 
 
-def check(path: Path) -> str | None:
+def check_file(path: Path) -> str | None:
     """Decode one image file.
 
     Returns:
@@ -84,7 +84,7 @@ def check(path: Path) -> str | None:
     """
     try:
         data = read_file(path)
-    except BadImageError as error:
+    except CorruptImageError as error:
         return error.reason
     return check_bytes(data)
 
@@ -93,16 +93,16 @@ def read_file(path: Path) -> bytes:
     """The bytes of an image file.
 
     Raises:
-        BadImageError: there is no such file, or it may not be read.
+        CorruptImageError: there is no such file, or it may not be read.
     """
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise BadImageError(path, "is a broken link" if path.is_symlink() else "does not exist any more") from None
+        raise CorruptImageError(path, "is a broken link" if path.is_symlink() else "does not exist any more") from None
     except IsADirectoryError:
-        raise BadImageError(path, "is a folder") from None
+        raise CorruptImageError(path, "is a folder") from None
     except OSError as error:
-        raise BadImageError(path, f"cannot be read ({error.strerror})") from None
+        raise CorruptImageError(path, f"cannot be read ({error.strerror})") from None
 
 
 def decode(data: bytes) -> Image.Image:
@@ -123,7 +123,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def check_bytes(data: bytes) -> str | None:
-    """Decode one image; what is wrong with it, or None, as `check`."""
+    """Decode one image; what is wrong with it, or None, as `check_file`."""
     if not data:
         return "is empty (0 bytes)"
     try:
@@ -147,24 +147,24 @@ def _looks_like(data: bytes) -> str | None:
     return next((kind for head, kind in _SNIFF.items() if data.startswith(head)), None)
 
 
-def suspicious(path: Path) -> bool:
+def file_needs_check(path: Path) -> bool:
     """Whether a file needs a closer look: not a JPEG, PNG or WebP from its first bytes to its last (16 us)."""
     try:
         with path.open("rb") as file:
             head = file.read(12)
             size = file.seek(0, 2)
             file.seek(max(size - 8, 0))
-            return suspicious_ends(head, file.read(8), size)
+            return _ends_need_check(head, file.read(8), size)
     except OSError:
         return True
 
 
-def suspicious_bytes(data: bytes) -> bool:
+def bytes_need_check(data: bytes) -> bool:
     """The same of an encoded image in memory."""
-    return suspicious_ends(data[:12], data[-8:], len(data))
+    return _ends_need_check(data[:12], data[-8:], len(data))
 
 
-def suspicious_ends(head: bytes, tail: bytes, size: int) -> bool:
+def _ends_need_check(head: bytes, tail: bytes, size: int) -> bool:
     """The same of the first 12 and the last 8 bytes of an image of so many bytes."""
     if head.startswith(_JPEG_HEAD):
         return not tail.endswith(_JPEG_TAIL)
@@ -176,7 +176,7 @@ def suspicious_ends(head: bytes, tail: bytes, size: int) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class BadImage:
+class CorruptImage:
     """An image that a run goes without."""
 
     image: str
@@ -187,7 +187,7 @@ class BadImage:
     """The batch in which it was first met."""
 
 
-class BadImages:
+class CorruptImages:
     """The images that a run goes without, by their positions in the source.
 
     A batch is a function of its number and of which images can be read: whoever stands in for a bad image is drawn
@@ -195,76 +195,76 @@ class BadImages:
     prefetching nor a restart changes it.
 
     Args:
-        where: name of the image at a position.
+        sample_name: name of the image at a position.
         total: number of images.
-        on_bad: what to do about one: `raise`, or `skip`.
-        share: more than this share of all images, and more than 100 (but at most half), stop the run.
+        on_corrupt: what to do about one: `raise`, or `skip`.
+        max_fraction: more than this share of all images, and more than 100 (but at most half), stop the run.
         report: file that lists them, a JSON object a line.
-        who: goes on without them, for the log.
+        action: goes on without them, for the log.
     """
 
     def __init__(
         self,
-        where: Callable[[int], str],
+        sample_name: Callable[[int], str],
         total: int,
         *,
-        on_bad: Literal["raise", "skip"] = "raise",
-        share: float = 0.01,
+        on_corrupt: Literal["raise", "skip"] = "raise",
+        max_fraction: float = 0.01,
         report: Path | None = None,
-        who: str = "the run goes on",
+        action: str = "the run goes on",
     ) -> None:
-        self._who = who
-        self.found: dict[int, BadImage] = {}
-        self._where, self._total, self._on_bad, self._report = where, total, on_bad, report
-        self.limit = min(max(ALWAYS_ALLOWED, int(share * total)), total // 2)
+        self._action = action
+        self.by_index: dict[int, CorruptImage] = {}
+        self._sample_name, self._total, self._on_corrupt, self._report = sample_name, total, on_corrupt, report
+        self.limit = min(max(ALWAYS_ALLOWED, int(max_fraction * total)), total // 2)
 
     @property
     def skip(self) -> bool:
         """Whether bad images are passed over."""
-        return self._on_bad == "skip"
+        return self._on_corrupt == "skip"
 
     def add(self, found: Iterable[tuple[int, str]], step: int) -> None:
         """Note images that cannot be read, and why.
 
         Raises:
-            BadImageError: bad images are to stop the run, or these are too many.
+            CorruptImageError: bad images are to stop the run, or these are too many.
         """
-        new = {i: BadImage(self._where(i), reason, step) for i, reason in found if i not in self.found}
+        new = {i: CorruptImage(self._sample_name(i), reason, step) for i, reason in found if i not in self.by_index}
         if not new:
             return
         last = list(new.values())[-1]
         if not self.skip:
-            raise BadImageError(last.image, last.reason)
-        self.found.update(new)
+            raise CorruptImageError(last.image, last.reason)
+        self.by_index.update(new)
         self._write()
-        for number, bad in enumerate(new.values(), len(self.found) - len(new) + 1):
+        for number, bad in enumerate(new.values(), len(self.by_index) - len(new) + 1):
             if number <= SHOWN:
-                log.warning("%s %s: %s without it", bad.image, bad.reason, self._who)
+                log.warning("%s %s: %s without it", bad.image, bad.reason, self._action)
             if number == SHOWN:
                 listed = f"listed in {self._report}" if self._report else "not named"
                 log.warning("further images that cannot be read are %s", listed)
-        if len(self.found) > self.limit:
-            raise TooManyBadImagesError(
-                last, count=len(self.found), total=self._total, limit=self.limit, report=self._report
+        if len(self.by_index) > self.limit:
+            raise TooManyCorruptImagesError(
+                last, count=len(self.by_index), total=self._total, limit=self.limit, report=self._report
             )
 
     def state_dict(self) -> list[list[Any]]:
         """Positions, reasons and steps, as plain values."""
-        return [[i, bad.reason, bad.step] for i, bad in self.found.items()]
+        return [[i, bad.reason, bad.step] for i, bad in self.by_index.items()]
 
     def load_state_dict(self, state: Iterable[Iterable[Any]]) -> None:
         """Take over what `state_dict` of the same source returned."""
-        self.found.clear()
+        self.by_index.clear()
         for i, reason, step in state:
-            self.found[int(i)] = BadImage(self._where(int(i)), str(reason), int(step))
-        if self.found:
+            self.by_index[int(i)] = CorruptImage(self._sample_name(int(i)), str(reason), int(step))
+        if self.by_index:
             self._write()
 
     def _write(self) -> None:
         if self._report is not None:
             lines = (
                 json.dumps({"image": bad.image, "reason": bad.reason, "step": bad.step, "index": i})
-                for i, bad in self.found.items()
+                for i, bad in self.by_index.items()
             )
             self._report.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(self._report, "".join(f"{line}\n" for line in lines))

@@ -11,7 +11,14 @@ from typing import Generic, Literal, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from byol_fast.data.integrity import BadImageError, BadImages, check, check_bytes, suspicious, suspicious_bytes
+from byol_fast.data.integrity import (
+    CorruptImageError,
+    CorruptImages,
+    bytes_need_check,
+    check_bytes,
+    check_file,
+    file_needs_check,
+)
 from byol_fast.data.sources import ArraySource, EncodedSource, FileSource, ImageSource
 
 IO_THREADS = 16
@@ -45,7 +52,7 @@ class Reader(Generic[P]):
         threads: for images that Python decodes.
     """
 
-    def __init__(self, source: ImageSource, plan: Callable[[int], P], bad: BadImages, *, threads: int) -> None:
+    def __init__(self, source: ImageSource, plan: Callable[[int], P], bad: CorruptImages, *, threads: int) -> None:
         self.source, self.bad = source, bad
         self._plan = plan
         self.encoding: Encoding = "array"
@@ -57,7 +64,7 @@ class Reader(Generic[P]):
         if isinstance(source, ArraySource):
             self.size = (source.images.shape[1], source.images.shape[2])
         # Files are read by DALI's own threads; they are looked at only once one of them was bad.
-        self._direct = isinstance(source, ArraySource) or (isinstance(source, FileSource) and not bad.found)
+        self._direct = isinstance(source, ArraySource) or (isinstance(source, FileSource) and not bad.by_index)
         self._threads = threads if self.encoding == "array" else IO_THREADS
         self._pool: ThreadPoolExecutor | None = None
         self._ahead: tuple[int, int, P, dict[int, Future[Row]]] | None = None
@@ -66,7 +73,7 @@ class Reader(Generic[P]):
         """The plan of batch number `step` and its images; reads the next batch ahead, unless this is the `last`.
 
         Raises:
-            BadImageError: an image cannot be read, and such are not to be passed over, or there are too many.
+            CorruptImageError: an image cannot be read, and such are not to be passed over, or there are too many.
         """
         if self._direct:
             plan = self._plan(step)
@@ -80,7 +87,7 @@ class Reader(Generic[P]):
             rows = self._submit(plan, rows)
         if step != last:
             following = self._plan(step + 1)
-            self._ahead = step + 1, len(self.bad.found), following, self._submit(following)
+            self._ahead = step + 1, len(self.bad.by_index), following, self._submit(following)
         return plan, [row for i in plan.index if not isinstance(row := rows[int(i)].result(), str)]
 
     def close(self) -> None:
@@ -96,7 +103,7 @@ class Reader(Generic[P]):
         rows: dict[int, Future[Row]] = {}
         if ahead is not None and ahead[0] == step:
             rows = ahead[3]
-            if ahead[1] == len(self.bad.found):
+            if ahead[1] == len(self.bad.by_index):
                 return ahead[2], rows
         plan = self._plan(step)
         return plan, self._submit(plan, rows)
@@ -112,12 +119,12 @@ class Reader(Generic[P]):
         try:
             if isinstance(source, FileSource):
                 path = source.path(i)
-                return (suspicious(path) and check(path)) or self._name(i)
+                return (file_needs_check(path) and check_file(path)) or self._name(i)
             if isinstance(source, EncodedSource):
                 data = source.read(i)
-                return (suspicious_bytes(data) and check_bytes(data)) or np.frombuffer(data, np.uint8)
+                return (bytes_need_check(data) and check_bytes(data)) or np.frombuffer(data, np.uint8)
             return np.asarray(source.load(i))
-        except BadImageError as error:
+        except CorruptImageError as error:
             return error.reason
 
     def _name(self, i: int) -> NDArray[np.uint8]:

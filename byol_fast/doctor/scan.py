@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from byol_fast.data.integrity import FORMATS, BadImageError, check_bytes
+from byol_fast.data.integrity import FORMATS, CorruptImageError, check_bytes
 from byol_fast.data.sources import ArraySource, EncodedSource, ImageSource
-from byol_fast.data.sources.base import SAMPLED_SIZES, evenly_spaced
+from byol_fast.data.sources.base import NUM_SAMPLED_SIZES, evenly_spaced
 
 _AT_A_TIME = 32
 
@@ -89,7 +89,7 @@ def scan(
         description=source.describe(),
         images=len(source),
         decoded=len(source) if not fast else sum(size is not None or reason is not None for _, reason, size in found),
-        bad=tuple((source.where(i), reason) for i, reason, _ in found if reason is not None),
+        bad=tuple((source.sample_name(i), reason) for i, reason, _ in found if reason is not None),
         widths=measured[:, 0],
         heights=measured[:, 1],
         per_class={name: counts[k] for k, name in enumerate(source.classes)},
@@ -102,7 +102,7 @@ def _scan_all(source: ImageSource, threads: int, fast: bool, progress: Callable[
         progress(len(source))
         height, width = source.images.shape[1:3]
         return [(i, None, (width, height)) for i in range(len(source))]
-    to_measure = set(evenly_spaced(len(source), SAMPLED_SIZES).tolist())
+    to_measure = set(evenly_spaced(len(source), NUM_SAMPLED_SIZES).tolist())
 
     def look(i: int) -> Found:
         try:
@@ -110,10 +110,10 @@ def _scan_all(source: ImageSource, threads: int, fast: bool, progress: Callable[
                 return (i, None, source.load(i).size) if not fast or i in to_measure else (i, None, None)
             if not fast:
                 return i, None, source.load(i).size
-            wrong = check_bytes(source.read(i)) if source.suspicious(i) else None
+            wrong = check_bytes(source.read(i)) if source.needs_check(i) else None
             measure = wrong is None and i in to_measure
             return i, wrong, _size(source.read(i)) if measure else None
-        except BadImageError as error:
+        except CorruptImageError as error:
             return i, error.reason, None
 
     def several(start: int) -> list[Found]:

@@ -161,7 +161,7 @@ def open_images(subject: Subject, train: object, test: object, settings: EvalSet
                 "per class"
             )
     second = _numbered_alike(first, second)
-    if first.fingerprint == second.fingerprint and first.where(0) == second.where(0):
+    if first.fingerprint == second.fingerprint and first.sample_name(0) == second.sample_name(0):
         raise SourceError(
             f"eval: test images must be others than the training images, both are {first.describe()}; give --test"
         )
@@ -216,7 +216,7 @@ def _numbered_alike(train: ImageSource, test: ImageSource) -> ImageSource:
     if train.classes == test.classes:
         return test
     table = np.array([number.get(name, -1) for name in test.classes], np.int64)
-    return test.relabelled(table[test.labels], train.classes)
+    return test.with_labels(table[test.labels], train.classes)
 
 
 def _spaced(source: ImageSource, at_most: int) -> ImageSource:

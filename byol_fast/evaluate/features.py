@@ -93,7 +93,7 @@ def embed_folder(
     Raises:
         FileNotFoundError: there is no such encoder.
         SourceError: there are no such images.
-        BadImageError: an image cannot be read, and `on_bad` is "raise"; or half of all cannot.
+        CorruptImageError: an image cannot be read, and `on_bad` is "raise"; or half of all cannot.
         ValueError: a feature is not finite.
 
     Example:
@@ -157,7 +157,7 @@ def _names(source: ImageSource) -> Iterator[str]:
         yield from source.paths
         return
     for i in range(len(source)):
-        file, colon, inside = source.where(i).partition(":")
+        file, colon, inside = source.sample_name(i).partition(":")
         yield f"{Path(file).name}:{inside}" if colon else file
 
 

@@ -48,7 +48,7 @@ def neighbor_sheet(
 
     Raises:
         ValueError: the number of features is not the number of images, or there are fewer than two.
-        BadImageError: an image cannot be read.
+        CorruptImageError: an image cannot be read.
     """
     if len(features) != len(source) or len(source) < 2:
         raise ValueError(
@@ -73,7 +73,9 @@ def neighbor_sheet(
         y = top + i * (step + 2 * LINE)
         query_label = -1 if query_labels is None else int(query_labels[i])
         _draw(canvas, query_source.load(row), (MARGIN, y), INK)
-        _caption(pen, (MARGIN, y + TILE + 4), Path(query_source.where(row)).name, _class_name(source, query_label))
+        _caption(
+            pen, (MARGIN, y + TILE + 4), Path(query_source.sample_name(row)).name, _class_name(source, query_label)
+        )
         pen.line((left - GAP - 1, y, left - GAP - 1, y + TILE), FAINT)
         for column, (j, score) in enumerate(zip(neighbors[i].tolist(), similarity[i].tolist(), strict=True)):
             at = left + column * step, y

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError
-from byol_fast.data import BadImageError, ImageSource, eval_batches, split
+from byol_fast.data import CorruptImageError, ImageSource, eval_batches, split
 from byol_fast.data.sources.base import evenly_spaced
 from byol_fast.evaluate.extract import embed
 from byol_fast.export.encoder import load_encoder
@@ -202,5 +202,5 @@ def _section(title: str, make: Callable[[], str]) -> Section:
     """A section, or the reason why it is left out."""
     try:
         return Section(title, make())
-    except (BadImageError, ConfigError, ValueError, OSError, RuntimeError) as error:
+    except (CorruptImageError, ConfigError, ValueError, OSError, RuntimeError) as error:
         return Section(title, paragraph(f"Left out: {error}"))

@@ -74,7 +74,7 @@ def samples(source: ImageSource, config: Config, *, device: torch.device, num: i
     Raises:
         ConfigError: `num` or `epoch` is out of its contract.
         SourceError: there are fewer than two images.
-        BadImageError: an image cannot be read, and `DataConfig.on_bad` is "raise".
+        CorruptImageError: an image cannot be read, and `DataConfig.on_bad` is "raise".
     """
     if num < 1:
         raise ConfigError(f"preview: num must be 1 or more, got {num}")
@@ -101,7 +101,7 @@ def samples(source: ImageSource, config: Config, *, device: torch.device, num: i
             facts.append(_facts(view, views, d, row, windows[-1], original.size))
         made.append(
             Sample(
-                name=source.where(i),
+                name=source.sample_name(i),
                 original=original,
                 views=(Image.fromarray(pixels[0][row]), Image.fromarray(pixels[1][row])),
                 windows=(windows[0], windows[1]),

@@ -78,7 +78,7 @@ def compare(
         Name, error and limit.
 
     Raises:
-        BadImageError: an image cannot be read, and `DataConfig.on_bad` is "raise"; or too many cannot.
+        CorruptImageError: an image cannot be read, and `DataConfig.on_bad` is "raise"; or too many cannot.
     """
     backend = resolve(config.data, source, device)
     data = replace(config.data, loader=backend.loader, augment=backend.augment, prefetch=1)

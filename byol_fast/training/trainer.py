@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from byol_fast.config import Config, ConfigError
-from byol_fast.data import BadImageError, Batch
+from byol_fast.data import Batch, CorruptImageError
 from byol_fast.export import export_encoder
 from byol_fast.training import distributed
 from byol_fast.training.builder import build_components, global_batch_size
@@ -164,7 +164,7 @@ class Trainer:
     def _fetch(self) -> list[Batch]:
         try:
             return [next(self.state.loader) for _ in range(self.config.grad_accum_steps)]
-        except BadImageError:
+        except CorruptImageError:
             if self.world.is_single:  # several processes would wait for each other
                 self.save_checkpoint()
             raise

@@ -15,8 +15,8 @@ import torch
 from byol_fast import Trainer
 from byol_fast import config as configs
 from byol_fast.config import Config, recipes, replace
-from byol_fast.data import BadImageError, eval_batches, open_source
-from byol_fast.data.integrity import BadImages, TooManyBadImagesError
+from byol_fast.data import CorruptImageError, eval_batches, open_source
+from byol_fast.data.integrity import CorruptImages, TooManyCorruptImagesError
 from byol_fast.data.sources import FileSource
 from byol_fast.utils import checkpoint as checkpoints
 from tests.data.bad_files import BAD, BECOMES_BAD, GOOD, JPEG, SIZE, config, fill, outcome
@@ -32,7 +32,7 @@ def test_a_bad_file_stops_the_run_and_is_explained(kind: str, backend: str, tmp_
     fill(tmp_path)
     (tmp_path / name).write_bytes(data)
     with pytest.raises(
-        BadImageError, match=rf"image: .*{name} ({message}).*; replace it .*--data\.on-bad skip"
+        CorruptImageError, match=rf"image: .*{name} ({message}).*; replace it .*--data\.on-bad skip"
     ) as caught:
         loader = loader_of(open_source(tmp_path), config(backend, "raise"))
         for _ in range(3):
@@ -62,8 +62,8 @@ def test_odd_files_are_read(backend: str, tmp_path: Path) -> None:
     assert len(source) == len(GOOD)
     batch = next(loader_of(source, replace(config(backend, "raise"), {"batch_size": len(GOOD)})))
     for i, got in zip(batch.index.tolist(), pixels(batch.views[0]), strict=True):
-        wanted, tolerance = expected[source.where(i)]
-        assert error(got, wanted).mean() <= tolerance, source.where(i)
+        wanted, tolerance = expected[source.sample_name(i)]
+        assert error(got, wanted).mean() <= tolerance, source.sample_name(i)
 
 
 def dirty(folder: Path, good: int = 30) -> set[str]:
@@ -89,13 +89,13 @@ def test_bad_files_are_passed_over(backend: str, tmp_path: Path) -> None:
     for step in range(3 * loader.steps_per_epoch):
         batch = next(loader)
         before = clean(step).index
-        stays = np.array([Path(source.where(int(i))).name not in bad for i in before])
+        stays = np.array([Path(source.sample_name(int(i))).name not in bad for i in before])
         assert np.array_equal(batch.index.numpy()[stays], before[stays])
-        assert not {Path(source.where(i)).name for i in batch.index.tolist()} & bad
+        assert not {Path(source.sample_name(i)).name for i in batch.index.tolist()} & bad
         seen.append(batch.index)
     lines = [json.loads(line) for line in report.read_text().splitlines()]
     assert {Path(line["image"]).name for line in lines} == bad and len(lines) == len(bad)
-    assert all(source.where(line["index"]) == line["image"] and line["reason"] for line in lines)
+    assert all(source.sample_name(line["index"]) == line["image"] and line["reason"] for line in lines)
     other = loader_of(source, config("torchvision", "skip"))
     assert all(torch.equal(next(other).index, index) for index in seen)
 
@@ -120,16 +120,16 @@ def test_passing_over_does_not_depend_on_prefetching_and_survives_a_restart(back
 def test_a_bad_image_of_any_source_is_named_or_passed_over(kind: str, backend: str, tmp_path: Path) -> None:
     source = make(kind, tmp_path / "x", with_one_bad(pictures()))
     views = {"view1": {"size": 16}, "view2": {"size": 16}, "batch_size": 20}
-    with pytest.raises(BadImageError) as caught:
+    with pytest.raises(CorruptImageError) as caught:
         loader = loader_of(source, replace(config(backend, "raise"), views))
         next(loader), next(loader)
-    assert str(caught.value.path) == source.where(BAD_ONE)
+    assert str(caught.value.path) == source.sample_name(BAD_ONE)
     assert caught.value.reason.startswith("cannot be read (OSError" if kind == "data set" else "is a truncated JPEG")
     loader = loader_of(source, replace(config(backend, "skip"), views))
     index = torch.cat([next(loader).index, next(loader).index])
     assert BAD_ONE not in index.tolist() and len(set(index.tolist())) == 39
     loader_name: Any = backend
-    with pytest.raises(BadImageError):
+    with pytest.raises(CorruptImageError):
         list(eval_batches(source, 16, 7, loader=loader_name))
     kept = torch.cat([i for _, i in eval_batches(source, 16, 7, loader=loader_name, on_bad="skip")])
     assert kept.tolist() == [i for i in range(40) if i != BAD_ONE]
@@ -142,7 +142,7 @@ def test_evaluation_leaves_bad_files_out_and_keeps_the_others_as_they_are(backen
     whole: dict[int, torch.Tensor] = {}
     for batch, index in eval_batches(source, SIZE, 4, loader=name, on_bad="skip"):
         whole |= dict(zip(index.tolist(), batch, strict=True))
-    assert [Path(source.where(i)).name for i in whole] == sorted(f"good {i}.png" for i in range(20))
+    assert [Path(source.sample_name(i)).name for i in whole] == sorted(f"good {i}.png" for i in range(20))
     assert len(whole) + len(bad) == len(source)
     good = open_source(tmp_path).subset(np.array(list(whole)))
     for batch, index in eval_batches(good, SIZE, 4, loader=name):
@@ -161,7 +161,7 @@ def test_after_an_error_the_loader_can_go_on_once_the_file_is_replaced(backend: 
     victim.write_bytes(b"")
     loader = loader_of(source, config(backend, "raise"))
     got = []
-    with pytest.raises(BadImageError, match="is empty"):
+    with pytest.raises(CorruptImageError, match="is empty"):
         while True:
             got.append(next(loader))
     state = loader.state_dict()
@@ -180,7 +180,7 @@ def test_too_many_bad_images_stop_the_run(backend: str, tmp_path: Path) -> None:
         (tmp_path / f"bad {i}.jpg").write_bytes(b"")
     loader = loader_of(open_source(tmp_path), config(backend, "skip"), report=tmp_path / "run" / "bad.jsonl")
     message = r"13 of 25 images cannot be read \(listed in .*bad\.jsonl\), more than the 12 that a run passes over; the"
-    with pytest.raises(TooManyBadImagesError, match=message):
+    with pytest.raises(TooManyCorruptImagesError, match=message):
         for _ in range(6):
             next(loader)
     assert len((tmp_path / "run" / "bad.jsonl").read_text().splitlines()) == 13
@@ -191,9 +191,9 @@ def test_too_many_bad_images_stop_the_run(backend: str, tmp_path: Path) -> None:
     [(20, 0.01, 10), (150, 0.01, 75), (1000, 0.01, 100), (50_000, 0.01, 500), (1000, 0.3, 300), (1000, 1.0, 500)],
 )
 def test_the_limit(total: int, share: float, limit: int) -> None:
-    bad = BadImages(str, total, on_bad="skip", share=share)
+    bad = CorruptImages(str, total, on_corrupt="skip", max_fraction=share)
     bad.add([(i, "is empty") for i in range(limit)], step=0)
-    with pytest.raises(TooManyBadImagesError, match=f"more than the {limit} that"):
+    with pytest.raises(TooManyCorruptImagesError, match=f"more than the {limit} that"):
         bad.add([(limit, "is empty")], step=1)
 
 
@@ -237,8 +237,8 @@ def test_a_run_that_stopped_at_a_bad_file_goes_on_without_it_as_if_it_had_from_t
     whole = Trainer(small_run(tmp_path / "data", name="whole")).fit()
     fourth = loader_of(open_source(tmp_path / "data"), small_run(tmp_path / "data"))
     index = [next(fourth).index for _ in range(4)][3]
-    (tmp_path / "data" / Path(open_source(tmp_path / "data").where(int(index[5]))).name).write_bytes(b"")
-    with pytest.raises(BadImageError, match="is empty"):
+    (tmp_path / "data" / Path(open_source(tmp_path / "data").sample_name(int(index[5]))).name).write_bytes(b"")
+    with pytest.raises(CorruptImageError, match="is empty"):
         Trainer(small_run(tmp_path / "data", name="stopped")).fit()
     stopped = tmp_path / "runs" / "stopped"
     assert 0 < max(checkpoints.steps_in(stopped / "checkpoints")) <= 3
@@ -260,7 +260,7 @@ def test_a_run_goes_on_without_bad_files_and_says_so(tmp_path: Path, caplog: Any
         (images[part] / "cat" / "cut.jpg").write_bytes(JPEG[:300])
         (images[part] / "dog" / "empty.jpg").write_bytes(b"")
     run = small_run(tmp_path / "data", name="dirty")
-    with pytest.raises(BadImageError, match=r"(cut|empty)\.jpg"):
+    with pytest.raises(CorruptImageError, match=r"(cut|empty)\.jpg"):
         Trainer(run).fit()
     passing = replace(run, {"data.on_bad": "skip", "name": "clean"})
     result = Trainer(passing).fit()

@@ -95,7 +95,7 @@ def test_views_match_the_index_after_a_corrupt_image(make: Make, tmp_path: Path)
     loader = make(open_source(tmp_path))
     for step in range(3):
         assert_views_match_index(loader, next(loader), step)
-    assert list(loader.bad.found) == [5]
+    assert list(loader.bad.by_index) == [5]
     loader.close()
     for step in range(3, 6):
         assert_views_match_index(loader, next(loader), step)

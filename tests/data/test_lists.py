@@ -68,7 +68,7 @@ def test_a_list_elsewhere_with_absolute_paths(tmp_path: Path) -> None:
     (tmp_path / "lists").mkdir()
     source = list_of(tmp_path / "lists" / "x.txt", f"{tmp_path / 'photos' / '1.png'}\n../photos/1.png\n")
     assert source.load(0).tobytes() == source.load(1).tobytes()
-    assert source.where(0) == str(tmp_path / "photos" / "1.png")
+    assert source.sample_name(0) == str(tmp_path / "photos" / "1.png")
 
 
 def test_errors_say_what_is_wrong(tmp_path: Path) -> None:

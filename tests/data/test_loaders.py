@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from byol_fast.config import ConfigError, DataConfig, ViewConfig, replace
-from byol_fast.data import BadImageError, Batch, ImageSource, SourceError, ViewLoader, eval_batches, open_source
+from byol_fast.data import Batch, CorruptImageError, ImageSource, SourceError, ViewLoader, eval_batches, open_source
 from byol_fast.data.loaders import threaded
 from byol_fast.data.loaders.factory import Backend, choose_backend, dali_installed, resolve
 from byol_fast.data.loaders.prefetch import single_core_threads
@@ -220,10 +220,10 @@ def test_a_bad_file_is_named(kind: str, files_backend: str, files: FileSource, t
         (tmp_path / f"{i}.jpg").write_bytes(good)
     bad = tmp_path / "5.jpg"
     bad.write_bytes(spoil(good))
-    with pytest.raises(BadImageError, match=rf"5\.jpg ({reason})") as caught:
+    with pytest.raises(CorruptImageError, match=rf"5\.jpg ({reason})") as caught:
         take(loader_of(open_source(tmp_path), config_of(files_backend, VIEW1, VIEW2, batch_size=4)), 2)
     assert caught.value.path == bad
-    with pytest.raises(BadImageError, match=r"5\.jpg"):
+    with pytest.raises(CorruptImageError, match=r"5\.jpg"):
         list(eval_batches(open_source(tmp_path), 16, 4, loader="dali" if "dali" in files_backend else "torchvision"))
 
 
@@ -232,7 +232,7 @@ def test_a_file_that_vanishes_is_named(files_backend: str, files: FileSource, tm
         (tmp_path / f"{i}.jpg").write_bytes(files.path(0).read_bytes())
     source = open_source(tmp_path)
     (tmp_path / "2.jpg").unlink()
-    with pytest.raises(BadImageError, match=r"2\.jpg does not exist any more"):
+    with pytest.raises(CorruptImageError, match=r"2\.jpg does not exist any more"):
         next(loader_of(source, config_of(files_backend, VIEW1, batch_size=4)))
 
 

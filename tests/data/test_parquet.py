@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from byol_fast.config import Config, DataConfig, replace
-from byol_fast.data import BadImageError, SourceError, open_source, split
+from byol_fast.data import CorruptImageError, SourceError, open_source, split
 from byol_fast.data.sources import EncodedSource, HuggingFaceSource, ParquetSource
 from tests.data.kinds import encoded, installed, options, write_parquet
 
@@ -53,9 +53,9 @@ def test_rows_are_read_as_written(kind: str, compression: str, row_group_size: i
     source = parquet_of(tmp_path / "x.parquet", tmp_path / "cache")
     assert contents(source) == IMAGES
     assert source.labels is not None and source.labels.tolist() == [i % 3 for i in range(25)]
-    assert source.where(7) == f"{tmp_path / 'x.parquet'}:row 7"
+    assert source.sample_name(7) == f"{tmp_path / 'x.parquet'}:row 7"
     part = source.subset(np.array([9, 2]))
-    assert contents(part) == [IMAGES[9], IMAGES[2]] and part.where(0).endswith("row 9")
+    assert contents(part) == [IMAGES[9], IMAGES[2]] and part.sample_name(0).endswith("row 9")
 
 
 def test_rows_without_an_image_are_bad_images(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_rows_without_an_image_are_bad_images(tmp_path: Path) -> None:
     source = parquet_of(tmp_path / "x.parquet", tmp_path / "cache")
     assert contents(source) == [IMAGES[3], b"", b"", IMAGES[4]]
     for i in (1, 2):
-        with pytest.raises(BadImageError, match=rf"row {i} is empty \(0 bytes\)"):
+        with pytest.raises(CorruptImageError, match=rf"row {i} is empty \(0 bytes\)"):
             source.load(i)
 
 
@@ -226,7 +226,7 @@ class TestHuggingFace:
         source = open_source(dataset)
         assert isinstance(source, HuggingFaceSource) and source.read(0) == (tmp_path / "a.png").read_bytes()
         (tmp_path / "a.png").unlink()
-        with pytest.raises(BadImageError, match=r"a\.png does not exist any more"):
+        with pytest.raises(CorruptImageError, match=r"a\.png does not exist any more"):
             source.read(0)
 
     def test_other_things_are_refused(self) -> None:

@@ -15,7 +15,7 @@ from PIL import Image, ImageColor
 from byol_fast import config as configs
 from byol_fast.cli import main
 from byol_fast.config import Config, ConfigError, ViewConfig, recipes
-from byol_fast.data import BadImageError, SourceError, make_loader, split
+from byol_fast.data import CorruptImageError, SourceError, make_loader, split
 from byol_fast.data.augment_params import BRIGHTNESS, CONTRAST, HUE, SATURATION, draw
 from byol_fast.data.sources import ArraySource, FileSource, open_source
 from byol_fast.report import preview, view_check
@@ -141,7 +141,7 @@ def test_extreme_shapes_are_drawn(tmp_path: Path) -> None:
 
 def test_all_images_are_shown_where_there_are_fewer(files: FileSource) -> None:
     few = files.subset(np.arange(3))
-    assert sorted(sample.name for sample in made(few, num=8)) == sorted(few.where(i) for i in range(3))
+    assert sorted(sample.name for sample in made(few, num=8)) == sorted(few.sample_name(i) for i in range(3))
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_a_bad_image_is_named_or_passed_over(files: FileSource, tmp_path: Path) 
         (tmp_path / f"{i}.jpg").write_bytes(files.path(0).read_bytes())
     (tmp_path / "3.jpg").write_bytes(b"no image")
     source = open_source(tmp_path)
-    with pytest.raises(BadImageError, match=r"3\.jpg is not an image"):
+    with pytest.raises(CorruptImageError, match=r"3\.jpg is not an image"):
         made(source, num=6)
     config: Config = configs.replace(config_of("torchvision", VIEW1, VIEW2), {"data.on_bad": "skip"})
     shown = preview.samples(source, config, device=CPU, num=6)

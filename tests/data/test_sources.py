@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from byol_fast.config import Config, ConfigError, DataConfig, KNNConfig
-from byol_fast.data import BadImageError, SourceError, open_source, split
+from byol_fast.data import CorruptImageError, SourceError, open_source, split
 from byol_fast.data.sources import ArraySource, DatasetSource, FileSource
 from byol_fast.data.sources.base import evenly_spaced
 from byol_fast.training.knn_monitor import knn_problem
@@ -188,7 +188,7 @@ def test_indexable_data_sets(item: Any) -> None:
     for i in range(5):
         assert np.array_equal(np.asarray(source.load(i)), np.full((4, 6, 3), (i, 2 * i, 3 * i), np.uint8))
     assert np.asarray(source.subset(np.array([3])).load(0))[0, 0].tolist() == [3, 6, 9]
-    assert source.subset(np.array([3])).where(0) == "Indexed[3]"
+    assert source.subset(np.array([3])).sample_name(0) == "Indexed[3]"
     assert source.fingerprint == open_source(Indexed(item)).fingerprint != open_source(Indexed(item, 4)).fingerprint
 
 
@@ -210,7 +210,7 @@ def test_indexable_data_sets_of_something_else_are_refused() -> None:
             open_source(data, where="data")
         assert str(caught.value).startswith("data: ")
     late = open_source(Indexed(lambda i: picture if i < 2 else 1 // 0))
-    with pytest.raises(BadImageError, match=r"Indexed\[2\] cannot be read \(ZeroDivisionError"):
+    with pytest.raises(CorruptImageError, match=r"Indexed\[2\] cannot be read \(ZeroDivisionError"):
         late.load(2)
 
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from byol_fast.config import Config, DataConfig
-from byol_fast.data import BadImageError, SourceError, open_source, split
+from byol_fast.data import CorruptImageError, SourceError, open_source, split
 from byol_fast.data.sources import EncodedSource, TarSource
 from byol_fast.data.sources.shards import expand_braces
 from tests.data.conftest import photo_like
@@ -68,7 +68,7 @@ def test_samples_and_labels(tmp_path: Path) -> None:
     assert contents(source) == ["x/000.jpg", "y/000.PNG", "1.img.png"]
     assert source.labels is not None and source.labels.tolist() == [2, 0, 1]
     assert source.classes == ("0", "1", "2")
-    assert source.where(2) == f"{tmp_path / 'b.tar'}:1.img.png"
+    assert source.sample_name(2) == f"{tmp_path / 'b.tar'}:1.img.png"
     assert "3 images of 3 classes" in source.describe()
     part = source.subset(np.array([2, 0]))
     assert contents(part) == ["1.img.png", "x/000.jpg"] and part.labels is not None and part.labels.tolist() == [1, 2]
@@ -211,11 +211,11 @@ def test_a_shard_that_changes_during_the_run(tmp_path: Path) -> None:
     source = tars_of(path, tmp_path / "cache")
     assert source.load(4).size == (16, 12)
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(BadImageError, match=r"a\.tar:4\.jpg lies beyond the end of its shard"):
+    with pytest.raises(CorruptImageError, match=r"a\.tar:4\.jpg lies beyond the end of its shard"):
         source.read(4)
     gone = tars_of(write_tar(tmp_path / "b.tar", [("1.jpg", PICTURE)]), tmp_path / "cache")
     (tmp_path / "b.tar").unlink()
-    with pytest.raises(BadImageError, match=r"b\.tar:1\.jpg is in a shard that does not exist any more"):
+    with pytest.raises(CorruptImageError, match=r"b\.tar:1\.jpg is in a shard that does not exist any more"):
         gone.read(0)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from byol_fast.config import Config
 from byol_fast.data.batch import Batch
-from byol_fast.data.integrity import BadImages
+from byol_fast.data.integrity import CorruptImages
 from byol_fast.data.sampler import Planner
 from byol_fast.data.sources import ImageSource
 from byol_fast.utils.env import num_cpus
@@ -67,10 +67,14 @@ class PlannedLoader(ABC):
             shard_id=shard_id,
             num_shards=num_shards,
         )
-        self.bad = BadImages(
-            source.where, len(source), on_bad=config.data.on_bad, share=config.data.max_bad, report=report
+        self.bad = CorruptImages(
+            source.sample_name,
+            len(source),
+            on_corrupt=config.data.on_bad,
+            max_fraction=config.data.max_bad,
+            report=report,
         )
-        self.planner.excluded = self.bad.found.keys()
+        self.planner.excluded = self.bad.by_index.keys()
         self.batch_size = config.batch_size
         self.steps_per_epoch = self.planner.steps_per_epoch
         self._step = 0

@@ -33,7 +33,7 @@ from nvidia.dali.pipeline import Pipeline, pipeline_def
 from byol_fast.config import Config, ViewConfig
 from byol_fast.data.augment import Views, chosen, finish, joined, needed, parts
 from byol_fast.data.batch import Batch
-from byol_fast.data.integrity import BadImageError, BadImages, check_bytes, suspicious_bytes
+from byol_fast.data.integrity import CorruptImageError, CorruptImages, bytes_need_check, check_bytes
 from byol_fast.data.loaders.base import PlannedLoader, thread_count
 from byol_fast.data.loaders.dali_views import CROPS_ONLY, INTERPOLATION, Node, augment, fn, types, view_inputs
 from byol_fast.data.loaders.factory import resolve
@@ -85,7 +85,7 @@ class DaliLoader(PlannedLoader):
                 if self._pipe is None:
                     self._pipe = self._build()
                 return self._next(self._pipe)
-            except BadImageError:
+            except CorruptImageError:
                 self._restart()
                 raise
             except RuntimeError as error:
@@ -187,11 +187,11 @@ def eval_batches(
     interpolation: Literal["bicubic", "bilinear"],
     threads: int,
     device: torch.device,
-    bad: BadImages,
+    bad: CorruptImages,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """See `byol_fast.data.eval_batches`."""
     rest = np.arange(len(source))
-    while len(rest := np.array([i for i in rest.tolist() if i not in bad.found], np.int64)):
+    while len(rest := np.array([i for i in rest.tolist() if i not in bad.by_index], np.int64)):
         chunks = [_Chunk(rest[i : i + batch_size]) for i in range(0, len(rest), batch_size)]
         for images, index in _centres(source, chunks, size, batch_size, interpolation, threads, device, bad):
             yield images.permute(0, 3, 1, 2), index
@@ -211,12 +211,12 @@ def _centres(
     interpolation: str,
     threads: int,
     device: torch.device,
-    bad: BadImages,
+    bad: CorruptImages,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The middles of images; ends early where DALI met bad ones, which are known then."""
 
     def plan(number: int) -> _Chunk:
-        return _Chunk(np.array([i for i in chunks[number].index.tolist() if i not in bad.found], np.int64))
+        return _Chunk(np.array([i for i in chunks[number].index.tolist() if i not in bad.by_index], np.int64))
 
     read = Reader(source, plan, bad, threads=thread_count(threads))
     numbers = iter(range(len(chunks)))
@@ -272,7 +272,11 @@ def _run(pipe: Pipeline, device: torch.device) -> list[torch.Tensor]:
 
 
 def _find_bad(
-    error: RuntimeError, source: ImageSource, in_flight: list[NDArray[np.int64]], bad: BadImages, device: torch.device
+    error: RuntimeError,
+    source: ImageSource,
+    in_flight: list[NDArray[np.int64]],
+    bad: CorruptImages,
+    device: torch.device,
 ) -> list[tuple[int, str]]:
     """Which images stopped DALI, and why: of those that do not begin and end as they should, else of all.
 
@@ -282,8 +286,8 @@ def _find_bad(
     message = str(error)
     if isinstance(source, EncodedSource):
         index = list(dict.fromkeys(int(i) for batch in in_flight for i in batch))
-        index.sort(key=lambda i: source.where(i) not in message)
-        for check in (_check_suspicious, lambda s, i: _check_by_dali(s, i, device)):
+        index.sort(key=lambda i: source.sample_name(i) not in message)
+        for check in (_check_if_needed, lambda s, i: _check_by_dali(s, i, device)):
             found = []
             for i in index:
                 if (reason := check(source, i)) is not None:
@@ -295,12 +299,12 @@ def _find_bad(
     raise RuntimeError(f"DALI stopped, though all images of the batch can be read: {message}") from error
 
 
-def _check_suspicious(source: EncodedSource, i: int) -> str | None:
+def _check_if_needed(source: EncodedSource, i: int) -> str | None:
     try:
         data = source.read(i)
-    except BadImageError as error:
+    except CorruptImageError as error:
         return error.reason
-    return check_bytes(data) if suspicious_bytes(data) else None
+    return check_bytes(data) if bytes_need_check(data) else None
 
 
 def _check_by_dali(source: EncodedSource, i: int, device: torch.device) -> str | None:
@@ -312,7 +316,7 @@ def _check_by_dali(source: EncodedSource, i: int, device: torch.device) -> str |
             **_pipeline_options(1, 1, 1, device),
         )
         _run(pipe, device)
-    except BadImageError as error:
+    except CorruptImageError as error:
         return error.reason
     except RuntimeError as error:
         said = [line for line in str(error).splitlines() if "failure" in line or "rror" in line]

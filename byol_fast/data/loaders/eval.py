@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from byol_fast.data.integrity import BadImages
+from byol_fast.data.integrity import CorruptImages
 from byol_fast.data.loaders.factory import choose_backend
 from byol_fast.data.sources import ArraySource, ImageSource
 
@@ -42,7 +42,7 @@ def eval_batches(
         Images, uint8 `[b, 3, size, size]`, channels_last, and their positions in the source, int64 `[b]` on the CPU.
 
     Raises:
-        BadImageError: an image cannot be read, and `on_bad` is "raise"; or half of all cannot.
+        CorruptImageError: an image cannot be read, and `on_bad` is "raise"; or half of all cannot.
     """
     device = device or torch.device("cpu")
     if isinstance(source, ArraySource) and source.images.shape[1:3] == (size, size):
@@ -54,5 +54,5 @@ def eval_batches(
         from byol_fast.data.loaders.dali import eval_batches as made
     else:
         from byol_fast.data.loaders.threaded import eval_batches as made
-    bad = BadImages(source.where, len(source), on_bad=on_bad, share=0.5, who="evaluated")
+    bad = CorruptImages(source.sample_name, len(source), on_corrupt=on_bad, max_fraction=0.5, action="evaluated")
     yield from made(source, size, batch_size, interpolation=interpolation, threads=threads, device=device, bad=bad)

@@ -27,7 +27,7 @@ from byol_fast.config import Config
 from byol_fast.data.augment import chosen, finish, needed, parts
 from byol_fast.data.augment_params import crop_window, crop_windows
 from byol_fast.data.batch import Batch
-from byol_fast.data.integrity import BadImageError, BadImages
+from byol_fast.data.integrity import CorruptImageError, CorruptImages
 from byol_fast.data.loaders.base import PlannedLoader, thread_count
 from byol_fast.data.loaders.prefetch import SideStream, single_core_threads
 from byol_fast.data.sampler import Plan
@@ -103,7 +103,7 @@ class TorchvisionLoader(PlannedLoader):
         while bad := started.failures():
             try:
                 self.bad.add(bad, self._step)
-            except BadImageError:
+            except CorruptImageError:
                 self._restart()  # so that the next call tries again
                 raise
             started.change(self.planner(self._step), self._pool)
@@ -164,7 +164,7 @@ class TorchvisionLoader(PlannedLoader):
         for k, row in enumerate(range(rows.start, rows.stop)):
             try:
                 image = decoded(self.source, int(plan.index[row]))
-            except BadImageError as error:
+            except CorruptImageError as error:
                 bad.append((int(plan.index[row]), error.reason))
                 continue
             for crop, draws, config in zip(crops, plan.draws, self._views, strict=True):
@@ -188,7 +188,7 @@ def decoded(source: ImageSource, i: int) -> Tensor:
     Ordinary JPEGs are decoded by torchvision, faster than by PIL and to the same bytes.
 
     Raises:
-        BadImageError: the image cannot be decoded.
+        CorruptImageError: the image cannot be decoded.
     """
     if isinstance(source, EncodedSource):
         data = source.read(i)
@@ -227,7 +227,7 @@ def eval_batches(
     interpolation: Literal["bicubic", "bilinear"],
     threads: int,
     device: torch.device,
-    bad: BadImages,
+    bad: CorruptImages,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """See `byol_fast.data.eval_batches`."""
     chunks = iter([np.arange(i, min(i + batch_size, len(source))) for i in range(0, len(source), batch_size)])
@@ -236,7 +236,7 @@ def eval_batches(
     def make(i: int) -> NDArray[np.uint8] | str:
         try:
             return centre(source.load(i), size, interpolation)
-        except BadImageError as error:
+        except CorruptImageError as error:
             return error.reason
 
     def begin(index: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[Future[NDArray[np.uint8] | str]]]:

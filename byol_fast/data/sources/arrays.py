@@ -44,7 +44,7 @@ class ArraySource(ImageSource):
     def load(self, i: int) -> Image.Image:  # noqa: D102 (inherited)
         return Image.fromarray(self.images[i])
 
-    def where(self, i: int) -> str:  # noqa: D102 (inherited)
+    def sample_name(self, i: int) -> str:  # noqa: D102 (inherited)
         return f"{self.name}[{i}]"
 
     def subset(self, index: NDArray[np.int64]) -> ArraySource:  # noqa: D102 (inherited)

@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from byol_fast.data.integrity import BadImageError, check_bytes, decode, suspicious_bytes
+from byol_fast.data.integrity import CorruptImageError, bytes_need_check, check_bytes, decode
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm")
 """Names of image files, in lower or upper case; other files are left out and named in the log."""
 
-SAMPLED_SIZES = 1000
+NUM_SAMPLED_SIZES = 1000
 """Images whose sizes tell whether a data set was replaced under its old names."""
 
 
@@ -52,11 +52,11 @@ class ImageSource(ABC):
         """Image `i` in RGB, as stored: EXIF rotation is not applied, as in torchvision's ImageFolder.
 
         Raises:
-            BadImageError: it cannot be read or decoded.
+            CorruptImageError: it cannot be read or decoded.
         """
 
     @abstractmethod
-    def where(self, i: int) -> str:
+    def sample_name(self, i: int) -> str:
         """Name of image `i` for people: its file, `shard:member`, or the source and the number."""
 
     @abstractmethod
@@ -67,7 +67,7 @@ class ImageSource(ABC):
     def describe(self) -> str:
         """One line for people."""
 
-    def relabelled(self, labels: NDArray[np.int64] | None, classes: tuple[str, ...]) -> ImageSource:
+    def with_labels(self, labels: NDArray[np.int64] | None, classes: tuple[str, ...]) -> ImageSource:
         """The same images with other labels."""
         changes: dict[str, Any] = {"labels": labels, "classes": classes}
         result: ImageSource = dataclasses.replace(self, **changes)  # type: ignore[type-var]
@@ -88,19 +88,19 @@ class EncodedSource(ImageSource):
         """Image `i` as stored: JPEG, PNG, ... Called by several threads at a time.
 
         Raises:
-            BadImageError: it cannot be read.
+            CorruptImageError: it cannot be read.
         """
 
-    def suspicious(self, i: int) -> bool:
+    def needs_check(self, i: int) -> bool:
         """Whether image `i` does not begin and end as it should, and needs a closer look."""
-        return suspicious_bytes(self.read(i))
+        return bytes_need_check(self.read(i))
 
     def load(self, i: int) -> Image.Image:  # noqa: D102 (inherited)
         data = self.read(i)
         try:
             return decode(data)
         except Exception as error:  # decoders raise all kinds of errors on damaged files
-            raise BadImageError(self.where(i), check_bytes(data) or f"cannot be decoded ({error})") from error
+            raise CorruptImageError(self.sample_name(i), check_bytes(data) or f"cannot be decoded ({error})") from error
 
 
 def evenly_spaced(num_items: int, count: int, *, centered: bool = False) -> NDArray[np.int64]:

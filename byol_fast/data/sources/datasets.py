@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from byol_fast.data.integrity import BadImageError, read_file, to_rgb
+from byol_fast.data.integrity import CorruptImageError, read_file, to_rgb
 from byol_fast.data.sources.base import (
     EncodedSource,
     ImageSource,
@@ -62,12 +62,12 @@ class DatasetSource(ImageSource):
             item = self.dataset[int(self.index[i])]
             image = as_image(item)  # PIL decodes only now
         except Exception as error:  # whatever its author's code raises
-            raise BadImageError(self.where(i), f"cannot be read ({type(error).__name__}: {error})") from error
+            raise CorruptImageError(self.sample_name(i), f"cannot be read ({type(error).__name__}: {error})") from error
         if image is None:
-            raise BadImageError(self.where(i), f"is not an image ({_kind(item)})")
+            raise CorruptImageError(self.sample_name(i), f"is not an image ({_kind(item)})")
         return image
 
-    def where(self, i: int) -> str:  # noqa: D102 (inherited)
+    def sample_name(self, i: int) -> str:  # noqa: D102 (inherited)
         return f"{type(self.dataset).__name__}[{self.index[i]}]"
 
     def subset(self, index: NDArray[np.int64]) -> DatasetSource:  # noqa: D102 (inherited)
@@ -105,7 +105,7 @@ class HuggingFaceSource(EncodedSource):
             return read_file(Path(value["path"]))
         return data or b""
 
-    def where(self, i: int) -> str:  # noqa: D102 (inherited)
+    def sample_name(self, i: int) -> str:  # noqa: D102 (inherited)
         return f"Dataset[{self.index[i]}]"
 
     def subset(self, index: NDArray[np.int64]) -> HuggingFaceSource:  # noqa: D102 (inherited)

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from byol_fast.data.integrity import read_file, suspicious
+from byol_fast.data.integrity import file_needs_check, read_file
 from byol_fast.data.sources.base import (
     EXTENSIONS,
-    SAMPLED_SIZES,
+    NUM_SAMPLED_SIZES,
     EncodedSource,
     SourceError,
     digest,
@@ -55,15 +55,15 @@ class FileSource(EncodedSource):
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:  # noqa: D102 (inherited)
-        return tuple(_size(self.path(i)) for i in evenly_spaced(len(self), SAMPLED_SIZES).tolist())
+        return tuple(_size(self.path(i)) for i in evenly_spaced(len(self), NUM_SAMPLED_SIZES).tolist())
 
     def read(self, i: int) -> bytes:  # noqa: D102 (inherited)
         return read_file(self.path(i))
 
-    def suspicious(self, i: int) -> bool:  # noqa: D102 (inherited)
-        return suspicious(self.path(i))  # without reading all of it
+    def needs_check(self, i: int) -> bool:  # noqa: D102 (inherited)
+        return file_needs_check(self.path(i))  # without reading all of it
 
-    def where(self, i: int) -> str:  # noqa: D102 (inherited)
+    def sample_name(self, i: int) -> str:  # noqa: D102 (inherited)
         return str(self.path(i))
 
     def subset(self, index: NDArray[np.int64]) -> FileSource:  # noqa: D102 (inherited)

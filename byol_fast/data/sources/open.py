@@ -238,6 +238,6 @@ def _align(train: ImageSource, val: ImageSource, *, strict: bool) -> ImageSource
         if strict:
             raise SourceError(message)
         log.warning(message)
-        return val.relabelled(None, ())
+        return val.with_labels(None, ())
     table = np.array([number[name] for name in val.classes], np.int64)
-    return val.relabelled(table[val.labels], train.classes)
+    return val.with_labels(table[val.labels], train.classes)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from byol_fast.data.sources.base import SAMPLED_SIZES, SourceError, digest, evenly_spaced
+from byol_fast.data.sources.base import NUM_SAMPLED_SIZES, SourceError, digest, evenly_spaced
 from byol_fast.data.sources.datasets import HuggingFaceSource, find_columns, open_hugging_face
 from byol_fast.data.sources.shards import cache_name, stamp_of
 
@@ -45,9 +45,9 @@ class ParquetSource(HuggingFaceSource):
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:  # noqa: D102 (inherited)
-        return tuple(len(self.read(i)) for i in evenly_spaced(len(self), SAMPLED_SIZES).tolist())
+        return tuple(len(self.read(i)) for i in evenly_spaced(len(self), NUM_SAMPLED_SIZES).tolist())
 
-    def where(self, i: int) -> str:  # noqa: D102 (inherited)
+    def sample_name(self, i: int) -> str:  # noqa: D102 (inherited)
         file = int(np.searchsorted(self.starts, self.index[i], side="right")) - 1
         return f"{self.files[file]}:row {self.index[i] - self.starts[file]}"
 

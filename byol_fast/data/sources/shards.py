@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from byol_fast.data.integrity import BadImageError
-from byol_fast.data.sources.base import SAMPLED_SIZES, EncodedSource, SourceError, evenly_spaced
+from byol_fast.data.integrity import CorruptImageError
+from byol_fast.data.sources.base import NUM_SAMPLED_SIZES, EncodedSource, SourceError, evenly_spaced
 from byol_fast.utils.files import atomic_path
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class ShardSource(EncodedSource):
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:  # noqa: D102 (inherited)
-        return tuple(self.size[evenly_spaced(len(self), SAMPLED_SIZES)].tolist())
+        return tuple(self.size[evenly_spaced(len(self), NUM_SAMPLED_SIZES)].tolist())
 
     @cached_property
     def _descriptor(self) -> Callable[[Path], _Descriptor]:
@@ -82,11 +82,11 @@ class ShardSource(EncodedSource):
             file = self._descriptor(self.shards[self.shard[i]])
             data = os.pread(file.number, size, int(self.offset[i]))
         except FileNotFoundError:
-            raise BadImageError(self.where(i), "is in a shard that does not exist any more") from None
+            raise CorruptImageError(self.sample_name(i), "is in a shard that does not exist any more") from None
         except OSError as error:
-            raise BadImageError(self.where(i), f"cannot be read ({error.strerror})") from None
+            raise CorruptImageError(self.sample_name(i), f"cannot be read ({error.strerror})") from None
         if len(data) != size:
-            raise BadImageError(self.where(i), "lies beyond the end of its shard, which has been cut off")
+            raise CorruptImageError(self.sample_name(i), "lies beyond the end of its shard, which has been cut off")
         return data
 
     def subset(self, index: NDArray[np.int64]) -> ShardSource:  # noqa: D102 (inherited)

@@ -48,7 +48,7 @@ class TarSource(ShardSource):
         parts = (f"{shards[s]}\0{name}" for s, name in zip(self.shard.tolist(), self.names, strict=True))
         return digest(map(os.fsencode, parts))
 
-    def where(self, i: int) -> str:  # noqa: D102 (inherited)
+    def sample_name(self, i: int) -> str:  # noqa: D102 (inherited)
         return f"{self.shards[self.shard[i]]}:{self.names[i]}"
 
     def _own_subset(self, index: NDArray[np.int64]) -> dict[str, Any]:
