@@ -50,7 +50,7 @@ def test_train_resume_and_export(npz: Path, tmp_path: Path) -> None:
     assert automatic.returncode == 0, automatic.stderr
     assert "already complete at step 4 of 4" in automatic.stdout
 
-    exported = byol_fast("export", "runs/it", "--to", "out", cwd=tmp_path)
+    exported = byol_fast("export", "runs/it", "--output", "out", cwd=tmp_path)
     assert exported.stdout.split() == ["out/encoder.safetensors", "out/encoder.json"]
     assert (tmp_path / "out" / "encoder.safetensors").read_bytes() == (run / "encoder.safetensors").read_bytes()
 

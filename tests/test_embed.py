@@ -111,7 +111,7 @@ def test_what_cannot_be_written_or_read_is_explained(tmp_path: Path, monkeypatch
     with pytest.raises(ConfigError, match=r"must be a file that ends in .npz or .parquet, got .*features.csv"):
         save_features(found, tmp_path / "features.csv")
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="to must be a file that can be written"):
+    with pytest.raises(ConfigError, match="output must be a file that can be written"):
         save_features(found, tmp_path / "file" / "features.npz")
     with pytest.raises(FileNotFoundError, match="byol-fast embed"):
         load_features(tmp_path / "none.npz")
@@ -223,13 +223,13 @@ def test_the_command_writes_features_and_a_sheet(
 ) -> None:
     to, sheet = tmp_path / "f.npz", tmp_path / "sheet.png"
     (folder / "cats" / "07.png").write_bytes(b"no image")
-    options = ["--to", str(to), "--threads", "1", "--precision", "fp32", "--device", "cpu"]
+    options = ["--output", str(to), "--threads", "1", "--precision", "fp32", "--device", "cpu"]
     with pytest.raises(ConfigError, match=r"07.png .*leave such images out: --on-bad skip"):
         command.main([str(encoder), str(folder), *options])
     assert not to.exists()
     mine = tmp_path / "mine.png"
     Image.open(folder / "dogs" / "00.png").save(mine)
-    arguments = [*options, "--on-bad", "skip", "--neighbours", str(sheet), "--k", "3", "--query", str(mine)]
+    arguments = [*options, "--on-bad", "skip", "--neighbors", str(sheet), "--k", "3", "--query", str(mine)]
     assert command.main([str(encoder), str(folder), *arguments]) == 0
     printed = capsys.readouterr().out
     assert f"{to}: 11 images, 256 features each, 2 classes" in printed
@@ -246,10 +246,10 @@ def test_the_command_writes_features_and_a_sheet(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--query", "x.png"], "add --neighbours FILE.png"),
-        (["--neighbours", "x.png", "--query", "no.png"], r"query images must exist, no\.png does not"),
-        (["--neighbours", "x.jpg"], "neighbours must be a file that ends in .png"),
-        (["--to", "x.csv"], "to must be a file that ends in .npz or .parquet"),
+        (["--query", "x.png"], "add --neighbors FILE.png"),
+        (["--neighbors", "x.png", "--query", "no.png"], r"query images must exist, no\.png does not"),
+        (["--neighbors", "x.jpg"], "neighbors must be a file that ends in .png"),
+        (["--output", "x.csv"], "output must be a file that ends in .npz or .parquet"),
         (["--k", "0"], "k and batch_size must be 1 or more"),
     ],
 )
@@ -266,12 +266,12 @@ def test_what_cannot_be_written_is_told_before_anything_is_embedded(
     (tmp_path / "folder.npz").mkdir()
     for to in ("file/features.npz", "folder.npz"):
         with pytest.raises(ConfigError, match=r"\.npz cannot be written \(.*choose another file"):
-            command.main([str(encoder), str(folder), "--to", str(tmp_path / to)])
+            command.main([str(encoder), str(folder), "--output", str(tmp_path / to)])
 
 
 def test_a_file_that_exists_is_replaced_only_when_asked_for(encoder: Path, folder: Path, tmp_path: Path) -> None:
     to = tmp_path / "features.npz"
-    options = [str(encoder), str(folder), "--to", str(to), "--threads", "1", "--device", "cpu"]
+    options = [str(encoder), str(folder), "--output", str(to), "--threads", "1", "--device", "cpu"]
     assert command.main(options) == 0
     first = to.read_bytes()
     (folder / "cats" / "07.png").unlink()

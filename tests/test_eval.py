@@ -276,7 +276,7 @@ def test_an_earlier_record_of_something_else_is_kept(subject: Subject, tmp_path:
 
 def test_a_folder_that_cannot_be_written_is_an_error_of_the_user(subject: Subject, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="choose another folder with --to"):
+    with pytest.raises(ConfigError, match="choose another folder with --output"):
         run("knn", subject, planted(30, 0), planted(15, 1), to=tmp_path / "file")
 
 

@@ -204,9 +204,9 @@ def test_the_command_exports_a_run_and_an_exported_encoder(
     run = Trainer(configs.replace(tiny, {"steps": 2})).fit().run_dir
     capsys.readouterr()
     for source in (run, run / "encoder.safetensors"):  # the second time from the exported files, without checkpoints
-        assert command.main([str(source), "--format", "torch-export", "--to", str(tmp_path / "to")]) == 0
+        assert command.main([str(source), "--format", "torch-export", "--output", str(tmp_path / "to")]) == 0
         printed = capsys.readouterr().out
         assert "encoder.pt2" in printed
         assert "equal to the encoder: largest difference" in printed
-    assert command.main([str(run), "--format", "timm", "--to", str(tmp_path / "to")]) == 1
+    assert command.main([str(run), "--format", "timm", "--output", str(tmp_path / "to")]) == 1
     assert [p.name for p in (tmp_path / "to").iterdir()] == ["encoder.pt2"]

@@ -264,7 +264,7 @@ def test_ceilings_of_this_machine_are_measured() -> None:
 def test_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     to, plot = tmp_path / "roofline.json", tmp_path / "roofline.svg"
     with pytest.raises(SystemExit) as end:
-        main(["roofline", "demo", "--gpu", "H100", "--batch-size", "32", "--to", str(to), "--plot", str(plot)])
+        main(["roofline", "demo", "--gpu", "H100", "--batch-size", "32", "--output", str(to), "--plot", str(plot)])
     assert end.value.code == 0
     assert "H100" in capsys.readouterr().out
     record = json.loads(to.read_text())

@@ -24,8 +24,8 @@ def main(argv: list[str]) -> int:
     def embed(
         encoder: tyro.conf.Positional[Path],
         folder: tyro.conf.Positional[Path],
-        to: Path = Path("features.npz"),
-        neighbours: Path | None = None,
+        output: Path = Path("features.npz"),
+        neighbors: Path | None = None,
         queries: int = 8,
         k: int = 8,
         query: tuple[Path, ...] = (),
@@ -44,10 +44,10 @@ def main(argv: list[str]) -> int:
         Args:
             encoder: a run folder, or an exported encoder.
             folder: of images; or a list, tar or Parquet shards, a .npz file.
-            to: the file to write, .npz or .parquet: features, paths, labels where they are known. It must not exist.
-            neighbours: a PNG file: some images, and beside each those with the most similar features.
+            output: the file to write, .npz or .parquet: features, paths, labels where known.
+            neighbors: a PNG file: some images, and beside each those with the most similar features.
             queries: images on that sheet, chosen from all classes.
-            k: neighbours of each.
+            k: neighbors of each.
             query: images of your own that the sheet shows instead of chosen ones.
             batch_size: images at a time.
             device: auto is the GPU where there is one.
@@ -59,12 +59,12 @@ def main(argv: list[str]) -> int:
             cache: folder that indexes of tar shards and the images of Parquet files are kept in.
             overwrite: replace files that exist.
         """
-        if query and neighbours is None:
-            raise ConfigError("embed: query is for the sheet of neighbours; add --neighbours FILE.png")
+        if query and neighbors is None:
+            raise ConfigError("embed: query is for the sheet of neighbors; add --neighbors FILE.png")
         if missing := [str(path) for path in query if not path.exists()]:
             raise ConfigError(f"embed: query images must exist, {', '.join(missing)} does not; check the spelling")
-        if neighbours is not None and neighbours.suffix.lower() != ".png":
-            raise ConfigError(f"embed: neighbours must be a file that ends in .png, got {neighbours}")
+        if neighbors is not None and neighbors.suffix.lower() != ".png":
+            raise ConfigError(f"embed: neighbors must be a file that ends in .png, got {neighbors}")
         if min(queries, k, batch_size) < 1:
             raise ConfigError(f"embed: queries, k and batch_size must be 1 or more, got {queries}, {k}, {batch_size}")
 
@@ -76,8 +76,8 @@ def main(argv: list[str]) -> int:
         from byol_fast.report.neighbor_sheet import neighbor_sheet, save_sheet
         from byol_fast.utils.progress import Progress
 
-        check_features_path(to)
-        for path in (to, *([neighbours] if neighbours is not None else [])):
+        check_features_path(output)
+        for path in (output, *([neighbors] if neighbors is not None else [])):
             _check_writable(path, overwrite)
         network = load_encoder(encoder)
         source = open_source(
@@ -99,19 +99,19 @@ def main(argv: list[str]) -> int:
                     progress=lambda done, _: bar.advance(done),
                     **common,
                 )
-            save_features(found, to)
-            print(_summary(found, to))
-            if neighbours is not None:
+            save_features(found, output)
+            print(_summary(found, output))
+            if neighbors is not None:
                 sheet = neighbor_sheet(
                     source.subset(found.index),
                     found.features,
                     queries=queries,
                     k=k,
                     own=None if own is None or asked is None else (own, asked),
-                    title=f"Nearest neighbours: {network[1]['encoder']}, {network[1]['step']} steps",
+                    title=f"Nearest neighbors: {network[1]['encoder']}, {network[1]['step']} steps",
                 )
-                save_sheet(sheet, neighbours)
-                print(neighbours)
+                save_sheet(sheet, neighbors)
+                print(neighbors)
         except CorruptImageError as error:
             if own is None and on_bad == "skip":
                 raise
@@ -136,12 +136,11 @@ def _check_writable(path: Path, overwrite: bool) -> None:
         raise ConfigError(f"embed: {path} exists already; choose another file, or add --overwrite")
 
 
-def _summary(found: Features, to: Path) -> str:
+def _summary(found: Features, output: Path) -> str:
     count, dim = found.features.shape
     labels = f", {len(found.classes)} classes" if found.labels is not None else ""
-    text = (
-        f"{to}: {count:,} images, {dim} features each{labels}; RankMe {found.rankme:.1f} of at most {min(count, dim)}"
-    )
+    text = f"{output}: {count:,} images, {dim} features each{labels}"
+    text += f"; RankMe {found.rankme:.1f} of at most {min(count, dim)}"
     if found.skipped:
         shown = ", ".join(found.skipped[:5]) + (", ..." if len(found.skipped) > 5 else "")
         text += f"\nleft out because they cannot be read: {len(found.skipped)} ({shown}); the file lists them"

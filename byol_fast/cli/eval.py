@@ -39,7 +39,7 @@ class Options(Generic[S]):
     inside serves both. The run's own by default."""
     test: Path | None = None
     """Labelled images to test on, of the same classes."""
-    to: Path | None = None
+    output: Path | None = None
     """Folder for the record and its pictures; `eval` in the encoder's folder by default."""
     settings: Annotated[S, tyro.conf.arg(name="")]
     """The protocol."""
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
         options.train,
         options.test,
         settings=options.settings,
-        to=options.to or subject.folder / "eval",
+        to=options.output or subject.folder / "eval",
         progress=Progress(console),
     )
     console.print(summary(found if isinstance(found, list) else [found]))

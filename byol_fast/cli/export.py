@@ -18,7 +18,7 @@ def main(argv: list[str]) -> int:
     def export(
         run: tyro.conf.Positional[Path],
         format: Literal["torchvision", "torch-export", "onnx", "timm"] = "torchvision",
-        to: Path | None = None,
+        output: Path | None = None,
         with_normalize: bool = False,
     ) -> int:
         """Write the online encoder of a run's newest checkpoint.
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
             run: the run folder, or an exported encoder.
             format: torchvision (encoder.safetensors and encoder.json), torch-export (encoder.pt2, a program of
                 torch.export), onnx (encoder.onnx), timm (encoder_timm.safetensors).
-            to: folder to write into; the run folder by default.
+            output: folder to write into; the run folder by default.
             with_normalize: torch-export and onnx: take uint8 images, and divide by 255, mean and deviation within.
         """
         from byol_fast.export.encoder import export_run, newest_encoder
@@ -38,13 +38,13 @@ def main(argv: list[str]) -> int:
         if format == "torchvision":
             if with_normalize:
                 raise ConfigError("export: torchvision's weights hold no normalisation; drop --with-normalize")
-            for path in export_run(run, to):
+            for path in export_run(run, output):
                 print(path)
             return 0
         for chatty in ("onnxscript", "onnx_ir"):  # they tell every rewriting of the graph
             logging.getLogger(chatty).setLevel(logging.WARNING)
         encoder, about = newest_encoder(run)
-        folder = to or (run if run.is_dir() else run.parent)
+        folder = output or (run if run.is_dir() else run.parent)
         try:
             made = export_as(encoder, about, format, folder, with_normalize=with_normalize)
         except ExportError as error:

@@ -28,8 +28,8 @@ usage: byol-fast COMMAND ...
   doctor [--data.root FOLDER]     check this machine, and every image; say what to do about what is wrong
   export RUN [--format ...]       write the encoder of a run's newest checkpoint: safetensors, ONNX, torch.export, timm
   eval PROTOCOL ENCODER           judge an encoder with labels: knn, linear or finetune; `eval --help` says more
-  embed RUN FOLDER [--to FILE]    write the features of every image, and a sheet of nearest neighbours
-  report RUN [RUN ...]            one HTML page about a run: curves, evaluations, views, neighbours; or several compared
+  embed RUN FOLDER                write the features of every image, and a sheet of nearest neighbors
+  report RUN [RUN ...]            one HTML page about a run: curves, evaluations, views, neighbors; or several compared
   bench [SUITE ...]               measure this beside what else one could use; `bench compare A B`: what has changed
   profile RECIPE | --resume RUN   where the time of a run's steps goes, and what to change
   roofline RECIPE [--gpu H100]    how fast a step could be at most, on GPUs one need not have

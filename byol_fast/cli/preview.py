@@ -12,7 +12,7 @@ from byol_fast.cli.options import complain
 from byol_fast.config import Config, recipes
 
 USAGE = """\
-usage: byol-fast preview RECIPE [--data.root FOLDER] [--num N] [--to FILE.png] [--epoch E] [--check] [--option ...]
+usage: byol-fast preview RECIPE [--data.root FOLDER] [--num N] [--output FILE.png] [--epoch E] [--check] [--option ...]
 
 Draws originals, both views as training would see them, and their parameters, into preview.png. With --check it also
 compares every operator with torchvision on your images, and exits with 1 where an error is too large.
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     def options(
         config: Annotated[Config, tyro.conf.arg(name="")] = recipe,
         num: int = 8,
-        to: Path = Path("preview.png"),
+        output: Path = Path("preview.png"),
         epoch: int = 0,
         check: bool = False,
     ) -> tuple[Config, int, Path, int, bool]:
@@ -40,23 +40,23 @@ def main(argv: list[str]) -> int:
         Args:
             config: of the run.
             num: images on the sheet: the first ones of the epoch.
-            to: the PNG file to write.
+            output: the PNG file to write.
             epoch: pass over the data, from 0; each has its own views.
             check: compare every operator with torchvision on these images, and exit with 1 if an error is too large.
         """
-        return config, num, to, epoch, check
+        return config, num, output, epoch, check
 
-    config, num, to, epoch, check = tyro.cli(options, args=argv, prog=f"byol-fast preview {name}")
+    config, num, output, epoch, check = tyro.cli(options, args=argv, prog=f"byol-fast preview {name}")
 
     from byol_fast.data import split
     from byol_fast.report import preview, view_check
     from byol_fast.utils.device import resolve_device
 
-    preview.check_path(to)
+    preview.check_path(output)
     device = resolve_device(config.device)
     source, _ = split(configs.replace(config, {"knn.enabled": "off"}))
-    preview.write(preview.contact_sheet(source, config, device=device, num=num, epoch=epoch), to)
-    print(to)
+    preview.write(preview.contact_sheet(source, config, device=device, num=num, epoch=epoch), output)
+    print(output)
     if not check:
         return 0
     judged = failed = 0

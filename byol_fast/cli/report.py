@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -12,23 +13,23 @@ def main(argv: list[str]) -> int:
 
     def report(
         runs: tyro.conf.Positional[tuple[Path, ...]],
-        to: Path | None = None,
+        output: Path | None = None,
         images: Path | None = None,
-        open_nothing: bool = False,
+        no_images: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
         num: int = 2000,
     ) -> None:
-        """Write one HTML page about a run: curves, evaluations, views, neighbours, a map of the features, options.
+        """Write one HTML page about a run: curves, evaluations, views, neighbors, a map of the features, options.
 
         Args:
             runs: the run folder; several are compared.
-            to: the file to write; report.html in the run folder by default, ./report.html for several runs.
+            output: the file to write; report.html in the run folder by default, ./report.html for several runs.
             images: where the run's images are now, if they were moved.
-            open_nothing: open no image and no encoder: only what the run folder's own records say.
-            num: images that are embedded at most, for neighbours and map.
+            no_images: read no image and no encoder: report only the run folder's records.
+            num: images that are embedded at most, for neighbors and map.
         """
         from byol_fast.report.build import report as write
 
-        print(write(runs, to, images=images, pictures=not open_nothing, num=num))
+        print(write(runs, output, images=images, pictures=not no_images, num=num))
 
     tyro.cli(report, args=argv, prog="byol-fast report")
     return 0

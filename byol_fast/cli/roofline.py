@@ -12,7 +12,7 @@ from byol_fast.cli.options import complain
 from byol_fast.config import Config, recipes
 
 USAGE = """\
-usage: byol-fast roofline RECIPE [--gpu H100 ...] [--measure] [--to FILE.json] [--plot FILE.svg] [--option ...]
+usage: byol-fast roofline RECIPE [--gpu H100 ...] [--measure] [--output FILE.json] [--plot FILE.svg] [--option ...]
 
 Counts the FLOPs and the least memory traffic of a training step, at four levels of fusion, and says how many images a
 second GPUs could do at most: A100, H100, H200, RTX 4090, none of which is needed; or, with --measure, this machine.
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
         gpu: tuple[str, ...] = (),
         measure: bool = False,
         level: str = "B",
-        to: Path | None = None,
+        output: Path | None = None,
         plot: Path | None = None,
     ) -> tuple[Config, tuple[str, ...], bool, str, Path | None, Path | None]:
         """Count the work of a training step, and how fast devices could do it at most.
@@ -43,12 +43,12 @@ def main(argv: list[str]) -> int:
             gpu: A100, H100, H200, RTX 4090; by default all of them.
             measure: measure the ceilings of this machine, and predict for it.
             level: of the plot: A eager, B as torch.compile fuses, D batch norm within convolutions, E bound.
-            to: JSON file to write, with a row for each layer, phase and family.
+            output: JSON file to write, with a row for each layer, phase and family.
             plot: SVG file to write: the roofline of the first device with each layer on it.
         """
-        return config, gpu, measure, level, to, plot
+        return config, gpu, measure, level, output, plot
 
-    config, gpu, measured, level, to, plot = tyro.cli(options, args=argv, prog=f"byol-fast roofline {name}")
+    config, gpu, measured, level, output, plot = tyro.cli(options, args=argv, prog=f"byol-fast roofline {name}")
 
     from byol_fast.profiling import GPUS, measure, roofline, stated
     from byol_fast.profiling.traffic import LEVELS
@@ -67,9 +67,9 @@ def main(argv: list[str]) -> int:
     ceilings += [stated(one, dtype) for one in gpu or (() if measured else GPUS)]
     result = roofline(config, dtype=dtype)
     result.show(ceilings)
-    if to is not None:
-        atomic_write(to, json.dumps(result.to_json(ceilings), indent=1) + "\n")
-        print(to)
+    if output is not None:
+        atomic_write(output, json.dumps(result.to_json(ceilings), indent=1) + "\n")
+        print(output)
     if plot is not None:
         atomic_write(plot, result.chart(ceilings[0], level))
         print(plot)

@@ -171,9 +171,9 @@ def check_features_path(path: Path) -> None:
         ConfigError: its ending is neither .npz nor .parquet, or pyarrow is missing for the latter.
     """
     if path.suffix not in {".npz", ".parquet"}:
-        raise ConfigError(f"embed: to must be a file that ends in .npz or .parquet, got {path}")
+        raise ConfigError(f"embed: output must be a file that ends in .npz or .parquet, got {path}")
     if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise ConfigError(f"embed: to is {path}, which needs pyarrow; pip install pyarrow, or write .npz")
+        raise ConfigError(f"embed: output is {path}, which needs pyarrow; pip install pyarrow, or write .npz")
 
 
 def save_features(found: Features, path: Path) -> None:
@@ -192,7 +192,7 @@ def save_features(found: Features, path: Path) -> None:
         with atomic_path(path) as temporary:
             (_write_npz if path.suffix == ".npz" else _write_parquet)(found, temporary)
     except OSError as error:
-        raise ConfigError(f"embed: to must be a file that can be written, got {path} ({error})") from error
+        raise ConfigError(f"embed: output must be a file that can be written, got {path} ({error})") from error
 
 
 def _write_npz(found: Features, path: Path) -> None:

@@ -111,7 +111,7 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ConfigError(f"eval: {folder} cannot be written ({error}); choose another folder with --to") from None
+        raise ConfigError(f"eval: {folder} cannot be written ({error}); choose another folder with --output") from None
 
 
 def write(evaluation: Evaluation, folder: Path) -> list[Path]:
@@ -138,7 +138,7 @@ def write(evaluation: Evaluation, folder: Path) -> list[Path]:
         for path in possible - pictures.keys():
             path.unlink(missing_ok=True)
     except OSError as error:
-        raise ConfigError(f"eval: {folder} cannot be written ({error}); choose another folder with --to") from None
+        raise ConfigError(f"eval: {folder} cannot be written ({error}); choose another folder with --output") from None
     return [record, *pictures, *kept]
 
 

@@ -48,7 +48,7 @@ def report(
         raise ConfigError(f"report: num must be 2 or more, got {num}")
     output = output or (runs[0] if len(runs) == 1 else Path()) / "report.html"
     if output.suffix.lower() not in {".html", ".htm"}:
-        raise ConfigError(f"report: to must be a file that ends in .html, got {output}")
+        raise ConfigError(f"report: output must be a file that ends in .html, got {output}")
     files = [read_run(folder) for folder in runs]
     if len(files) == 1:
         title, sections = f"BYOL run {files[0].name}", _sections(files[0], images=images, pictures=pictures, num=num)
@@ -58,7 +58,7 @@ def report(
         output.parent.mkdir(parents=True, exist_ok=True)
         write_page(output, title, sections)
     except OSError as error:
-        raise ConfigError(f"report: to must be a file that can be written, got {output} ({error})") from error
+        raise ConfigError(f"report: output must be a file that can be written, got {output} ({error})") from error
     return output
 
 

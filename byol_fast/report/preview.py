@@ -249,7 +249,7 @@ def check_path(path: Path) -> None:
         ConfigError: so it is.
     """
     if path.suffix.lower() != ".png":
-        raise ConfigError(f"preview: to must be a file that ends in .png, got {path}")
+        raise ConfigError(f"preview: output must be a file that ends in .png, got {path}")
 
 
 def write(image: Image.Image, path: Path) -> None:
@@ -264,4 +264,4 @@ def write(image: Image.Image, path: Path) -> None:
         with atomic_path(path) as temporary:
             image.save(temporary, format="png", optimize=True)
     except OSError as error:
-        raise ConfigError(f"preview: to must be a file that can be written, got {path} ({error})") from error
+        raise ConfigError(f"preview: output must be a file that can be written, got {path} ({error})") from error

@@ -178,7 +178,7 @@ def byol_fast(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_command_writes_a_sheet_and_checks_the_loader(tmp_path: Path) -> None:
-    ended = byol_fast("demo", "--num", "3", "--to", "a/sheet.png", "--check", "--data.threads", "1", cwd=tmp_path)
+    ended = byol_fast("demo", "--num", "3", "--output", "a/sheet.png", "--check", "--data.threads", "1", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     lines = ended.stdout.splitlines()
     assert lines[0] == "a/sheet.png"
@@ -201,7 +201,7 @@ def test_the_command_fails_where_an_error_is_too_large(
 
     monkeypatch.setattr(view_check, "make_loader", make_wrong_loader)
     to = tmp_path / "sheet.png"
-    options = ["--data.root", str(npz), "--data.threads", "1", "--view1.blur", "0.5", "--to", str(to)]
+    options = ["--data.root", str(npz), "--data.threads", "1", "--view1.blur", "0.5", "--output", str(to)]
     with pytest.raises(SystemExit) as stopped:
         main.main(["preview", "cifar10_resnet18", *options, "--check"])
     assert stopped.value.code == 1
@@ -216,7 +216,7 @@ def test_the_command_fails_where_an_error_is_too_large(
     [
         ([], "byol-fast preview: a recipe is missing"),
         (["dem"], "did you mean 'demo'?"),
-        (["demo", "--to", "sheet.jpg"], "to must be a file that ends in .png, got sheet.jpg"),
+        (["demo", "--output", "sheet.jpg"], "output must be a file that ends in .png, got sheet.jpg"),
         (["demo", "--num", "-3"], "num must be 1 or more, got -3"),
         (["imagenet_resnet50"], "give --data.root FOLDER"),
         (["imagenet_resnet50", "--data.root", "nowhere"], "nowhere does not exist"),

@@ -30,6 +30,7 @@ RENAMED: dict[str, str] = {
     "collapse_std": "embedding_std",
     "undone": "skipped",
     "library": "dali",
+    "to": "output",
 }
 # Keys of records that are times or memory.
 UNEQUAL = {

@@ -279,7 +279,7 @@ def test_wrong_arguments_are_explained(tmp_path: Path, capsys: pytest.CaptureFix
     with pytest.raises(ConfigError, match="can be written"):
         report([folder], tmp_path / "file" / "x.html", pictures=False)
     with pytest.raises(SystemExit) as ended:
-        main.main(["report", str(folder), "--open-nothing", "--to", str(tmp_path / "deep" / "page.html")])
+        main.main(["report", str(folder), "--no-images", "--output", str(tmp_path / "deep" / "page.html")])
     assert ended.value.code == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "deep" / "page.html")
 
