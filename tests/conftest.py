@@ -20,7 +20,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 @pytest.fixture(scope="session")
 def photos() -> np.ndarray:
-    """Sixty smooth, coloured images, uint8 `[60, 32, 32, 3]`: what photographs look like from afar."""
+    """Sixty smooth, colored images, uint8 `[60, 32, 32, 3]`: what photographs look like from afar."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(60, 3, 5, 5, generator=generator) * 255
     smooth = torch.nn.functional.interpolate(coarse, size=32, mode="bicubic", align_corners=False).clamp(0, 255)

@@ -47,7 +47,7 @@ def small_model(views: str) -> BYOL:
 
 
 def batches(dtype: torch.dtype) -> list[Batch]:
-    """Floats of the network's dtype: bytes would be normalised in fp32."""
+    """Floats of the network's dtype: bytes would be normalized in fp32."""
     generator = torch.Generator().manual_seed(1)
     views = torch.randn(STEPS, 2, BATCH, 3, 32, 32, generator=generator, dtype=torch.float64).to(dtype)
     return [Batch((view1, view2), None, torch.arange(BATCH)) for view1, view2 in views]

@@ -4,7 +4,7 @@ Nothing here comes from the package or from an autograd: the formulas are those 
 3.1-3.3 and appendix J) and of its authors' code (google-deepmind/deepmind-research, `byol/byol_experiment.py` for the
 order of a step, `byol/utils/helpers.py` for the loss, `byol/utils/schedules.py` for lr and tau, `byol/utils/
 optimizers.py` for LARS, `byol/utils/networks.py` for the heads), written anew; every derivative is worked out in the
-comments. Two conventions are PyTorch's: `x / max(|x|, eps)` as normalisation, and running statistics that move by 0.1
+comments. Two conventions are PyTorch's: `x / max(|x|, eps)` as normalization, and running statistics that move by 0.1
 towards the batch's with the unbiased variance.
 
 The network is small, but it has every kind of layer a ResNet has that carries parameters or statistics:
@@ -125,7 +125,7 @@ def ema(target: Array, online: Array, tau: float) -> Array:
 
 @dataclass
 class Network:
-    """Parameters and batch normalisation's buffers by dotted name, as `encoder.conv1.weight`."""
+    """Parameters and batch normalization's buffers by dotted name, as `encoder.conv1.weight`."""
 
     parameters: dict[str, Array]
     buffers: dict[str, Array]
@@ -201,8 +201,8 @@ def batch_norm(net: Network, name: str, x: Array, grads: Gradients) -> tuple[Arr
         dbeta, dgamma = dy.sum(axis=over), (dy * xhat).sum(axis=over)
         _add(grads, f"{name}.weight", dgamma)
         _add(grads, f"{name}.bias", dbeta)
-        centred: Array = dy - (dbeta / count).reshape(per_channel) - xhat * (dgamma / count).reshape(per_channel)
-        dx: Array = (gamma * inverse_std).reshape(per_channel) * centred
+        centerd: Array = dy - (dbeta / count).reshape(per_channel) - xhat * (dgamma / count).reshape(per_channel)
+        dx: Array = (gamma * inverse_std).reshape(per_channel) * centerd
         return dx
 
     return y, backward

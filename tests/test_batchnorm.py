@@ -386,7 +386,7 @@ class Inherited(nn.BatchNorm2d):
 
 
 class Functional(nn.Module):
-    """Batch normalisation that is no module."""
+    """Batch normalization that is no module."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.batch_norm(x, None, None, training=True)
@@ -550,13 +550,13 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path: Path) -> None:
                 torch.testing.assert_close(results[rank][case][name], buffer, **CLOSE)
 
 
-def test_layers_with_a_forward_of_their_own_cannot_be_synchronised() -> None:
+def test_layers_with_a_forward_of_their_own_cannot_be_synchronized() -> None:
     network = with_norm(OwnForward(4))
     with pytest.raises(ValueError, match=r"1 must be a batch norm of torch\.nn or timm, got OwnForward"):
         convert_sync_batchnorm(network)
 
 
-def test_synchronised_alone_is_plain() -> None:
+def test_synchronized_alone_is_plain() -> None:
     network = made(Residual)
     alone = copy.deepcopy(network)
     convert_sync_batchnorm(alone)
@@ -564,7 +564,7 @@ def test_synchronised_alone_is_plain() -> None:
     equal(everything(alone, x, lambda n, x: n(x)), everything(network, x, lambda n, x: n(x)))
 
 
-def test_synchronised_and_compiled_without_breaks(tmp_path: Path) -> None:
+def test_synchronized_and_compiled_without_breaks(tmp_path: Path) -> None:
     network = made(Residual).to(memory_format=torch.channels_last)
     stacked = copy.deepcopy(network)
     convert_split_batchnorm(stacked)

@@ -103,7 +103,7 @@ def test_timm_models_by_name(name: str, size: int, features: int, views: str) ->
 
 
 class FunctionalNorm(nn.Module):
-    """Batch normalisation that is no module, and so cannot be told about views."""
+    """Batch normalization that is no module, and so cannot be told about views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ def test_heads_are_the_references(model: BYOL) -> None:
         (torch.zeros(4, 16, 16, 3, dtype=torch.uint8), r"must be images \[B, 3, H, W\]"),
         (torch.zeros(4, 1, 16, 16, dtype=torch.uint8), r"must be images \[B, 3, H, W\]"),
         (torch.zeros(1, 3, 16, 16), "B of 2 or more"),
-        (torch.zeros(4, 3, 16, 16, dtype=torch.int64), "must be uint8, or normalised floating point"),
+        (torch.zeros(4, 3, 16, 16, dtype=torch.int64), "must be uint8, or normalized floating point"),
         (torch.zeros(5, 3, 16, 16), r"view2 must be \[5, 3, 16, 16\] as view1"),
     ],
 )

@@ -9,7 +9,7 @@ Tolerances are errors relative to the largest entry of the compared tensor (or t
 - float64: 1e-10, about 1e6 units of rounding (1.1e-16), and far below every mistake one can make.
 - fp32: one unit of rounding is u = 6e-8. The loss of one row takes a norm, a dot product and a difference over D <= 256
   terms: at most (log2 D + 8) u of pairwise summation, about 1e-6 of a value of order one; 4e-6 is allowed. A training
-  step passes about 30 roundings forward and back; batch normalisation multiplies an error by the ratio of a channel's
+  step passes about 30 roundings forward and back; batch normalization multiplies an error by the ratio of a channel's
   spread to what is left after centring, some 10 here; over three steps 3 * 30 * 10 * u = 5e-5, so 1e-4 is allowed
   (found: 8e-6). `test_tolerance_tells_mistakes` shows that the mistakes known from other packages lie far above it.
 """
@@ -40,7 +40,7 @@ DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.float64, id
 
 FLOOR = 0.1
 """Smallest scale an error is measured against. Parameters, buffers and gradients here are of order 0.1 to 1, except the
-gradient of a bias in front of a batch normalisation: it is exactly 0, and what a machine finds is pure rounding."""
+gradient of a bias in front of a batch normalization: it is exactly 0, and what a machine finds is pure rounding."""
 
 CHANNELS, HIDDEN, PROJECTION, BATCH, IMAGE = (3, 4, 5), 7, 6, 8, 7
 STEPS = (0, 1, 2)
@@ -314,9 +314,9 @@ def test_ema(decay: float, as_tensor: bool, dtype: torch.dtype) -> None:
 def views(step: int, dtype: torch.dtype = torch.float64) -> tuple[Array, Array]:
     """Two views of one random batch; the second with other contrast and brightness, so that per-view BN matters."""
     rng = np.random.default_rng(100 + step)
-    colours = rng.normal(size=(BATCH, CHANNELS[0], 1, 1))
+    colors = rng.normal(size=(BATCH, CHANNELS[0], 1, 1))
     contrasts = rng.uniform(0.2, 2.0, size=(BATCH, 1, 1, 1))
-    images = colours + contrasts * rng.normal(size=(BATCH, CHANNELS[0], IMAGE, IMAGE))
+    images = colors + contrasts * rng.normal(size=(BATCH, CHANNELS[0], IMAGE, IMAGE))
     view1 = images + 0.3 * rng.normal(size=images.shape)
     view2 = 0.5 * images + 0.7 + 0.3 * rng.normal(size=images.shape)
     return rounded(view1, dtype), rounded(view2, dtype)

@@ -65,7 +65,7 @@ def everything(step: TrainStep) -> list[torch.Tensor]:
 
 
 def poisoned(batch: Batch) -> Batch:
-    """Normalised floats, one of them NaN."""
+    """Normalized floats, one of them NaN."""
     view1 = batch.views[0].float() / 255
     view1[3, 1, 2, 5] = math.nan
     return Batch((view1, batch.views[1].float() / 255), batch.labels, batch.index)

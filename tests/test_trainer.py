@@ -302,7 +302,7 @@ def test_knn_runs_before_and_after_and_labels_do_not_touch_training(
     assert evaluated == [0, 5, 10, 12]
     assert "knn_top1" in records[0]
     assert "knn_top1" in records[-1]
-    # Every validation image is in the training set: its nearest neighbour is itself.
+    # Every validation image is in the training set: its nearest neighbor is itself.
     assert with_knn.knn_top1 == with_knn.knn_top1_untrained == 1.0
     assert same(final_weights(with_knn.run_dir), final_weights(without.run_dir))
 

@@ -1,4 +1,4 @@
-"""What BYOL and SimSiam share: the networks that views pass, their outputs, and the collapse meter."""
+"""Base of self-supervised models: networks, outputs, view stacking, collapse meter."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ class ModelOutput(NamedTuple):
     """Result of one training forward pass."""
 
     loss: Tensor
-    """Scalar to descend, fp32 (float64 in a float64 network)."""
+    """Scalar loss, fp32 (float64 in a float64 network)."""
     embedding_std: Tensor
     """Scalar, no gradient: see `embedding_std`."""
     features: Tensor | None = None
     """Features of the online encoder, no gradient, `[2B, D]`: those of the first views, then those of the second."""
     batch_stats: tuple[BatchStats, ...] | None = None
-    """Statistics of the batch norms, where the running ones are still to be moved by them; see
+    """Batch statistics with which the running statistics are still to be updated; see
     `SSLModel.collect_batch_stats`."""
 
 
 def embedding_std(projection_BD: Tensor) -> Tensor:
-    """Collapse meter: std over the batch of the normalised projections, mean over dimensions, times sqrt(D).
+    """Collapse meter: std over the batch of the normalized projections, mean over dimensions, times sqrt(D).
 
     About 1 when the projections spread over the sphere, 0 when they have collapsed into one point
     (SimSiam, arXiv 2011.10566, section 4.1).
@@ -110,13 +110,13 @@ class SSLModel(nn.Module, ABC):
     feature_dim: int
     """Size of the encoder's features."""
     views: Views
-    """How views pass the networks; `separate` if `batched` was asked for and is impossible, see `views_note`."""
+    """How views pass the networks; `separate` if `batched` was asked for but is impossible, see `views_note`."""
     collect_batch_stats: bool = False
-    """Whether `forward_train` returns the statistics of batch norms instead of updating the running ones, because the
-    step may yet be skipped. Set it with `collecting_batch_stats`."""
+    """If set, `forward_train` returns batch statistics instead of updating the running ones, because the step may still
+    be skipped. Set it with `collecting_batch_stats`."""
     _online_call: list[nn.Module]
     views_note: str | None
-    """Why the views pass separately although batching was asked for."""
+    """Reason why views pass separately although batching was asked for; None if there is none."""
 
     @property
     def encoder(self) -> nn.Module:
@@ -226,7 +226,7 @@ class OnlineNetwork(nn.Module):
 
 
 class TargetNetwork(nn.Module):
-    """Encoder and projector: the slowly moving network that the online network predicts."""
+    """Encoder and projector: the EMA of the online network, whose projections the online network predicts."""
 
     def __init__(self, encoder: nn.Module, projector: nn.Module) -> None:
         super().__init__()
@@ -235,7 +235,7 @@ class TargetNetwork(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, *views: Tensor) -> list[Tensor]:
-        """Projection `[B, D]` of each batch of normalised images `[B, 3, H, W]`."""
+        """Projection `[B, D]` of each batch of normalized images `[B, 3, H, W]`."""
         return [self.projector(self.encoder(view).flatten(1)) for view in views]
 
 

@@ -15,7 +15,7 @@ def build_model(config: Config, *, pretrained: bool) -> SSLModel:
 
     Args:
         config: of it `method`, `model` and `view1.size` are used.
-        pretrained: whether `model.pretrained` is obeyed; weights that are about to be loaded need not be fetched.
+        pretrained: if false, `model.pretrained` is ignored, because a checkpoint is about to be loaded.
     """
     model = config.model
     common: dict[str, Any] = {

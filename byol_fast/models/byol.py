@@ -32,8 +32,8 @@ from byol_kernels import byol_loss, ema_update_
 class BYOL(SSLModel):
     """Bootstrap Your Own Latent: the online network predicts the target's projection of the other view.
 
-    Batch normalisation sees one view at a time. The target runs in train mode with running statistics of its own; only
-    its parameters follow the online network's.
+    Batch normalization sees one view at a time. The target runs in train mode with running statistics of its own; only
+    its parameters are an EMA of the online ones.
 
     Args:
         encoder: a torchvision model's name, `timm/NAME`, or a module that maps `[B, 3, H, W]` to features.

@@ -83,7 +83,7 @@ def build_encoder(
             raise ValueError(f"build_encoder: there are no pretrained weights for {encoder!r}; drop pretrained")
         network = OWN_ENCODERS[encoder]()
     else:
-        # These two warn about their slow initialisation unless told, and insist on auxiliary heads with weights.
+        # These two warn about their slow initialization unless told, and insist on auxiliary heads with weights.
         googles = encoder in {"inception_v3", "googlenet"}
         options: dict[str, Any] = (
             {"init_weights": not pretrained, "aux_logits": pretrained, "transform_input": False} if googles else {}
@@ -148,7 +148,7 @@ def _zero_residuals(network: nn.Module) -> None:
 
 
 def _remove_classifier(network: nn.Module, name: str) -> None:
-    """Let a torchvision model return its features: its last linear layer, and all of VGG's, become nothing."""
+    """Replace a torchvision model's last linear layer (VGG: its whole classifier) by the identity."""
     if name.startswith(("vgg", "alexnet")):
         network.avgpool = nn.AdaptiveAvgPool2d(1)
         network.classifier = nn.Identity()

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Normalize(nn.Module):
-    """Bytes to normalised floats: `(x / 255 - mean) / std`; input that is floating point passes unchanged.
+    """Bytes to normalized floats: `(x / 255 - mean) / std`; input that is floating point passes unchanged.
 
     Args:
         mean: channel means of values scaled to 0..1.
@@ -26,7 +26,7 @@ class Normalize(nn.Module):
         self.register_buffer("bias", (-mean64 / std64).float().view(1, 3, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise `[B, 3, H, W]` uint8 to fp32; memory layout is kept."""
+        """Normalize `[B, 3, H, W]` uint8 to fp32; memory layout is kept."""
         return torch.addcmul(self.bias, x.to(self.scale.dtype), self.scale) if x.dtype == torch.uint8 else x
 
 

@@ -18,17 +18,17 @@ CONSTANT = "constant_lr"
 def build_optimizer(
     config: OptimConfig, parameters: Sequence[nn.Parameter], predictor: Sequence[nn.Parameter] = ()
 ) -> torch.optim.Optimizer:
-    """LARS by the reference's rule, or one of torch's, each able to skip a step by a flag on the device.
+    """Build LARS (the reference's rule), or torch's SGD, Adam or AdamW; each can skip a step by `found_inf`.
 
     Args:
-        config: name and hyperparameters; the learning rate is set anew before every step.
-        parameters: what to optimise.
-        predictor: those of them whose learning rate `config.constant_predictor_lr` keeps.
+        config: name and hyperparameters; the learning rate is set before every step.
+        parameters: trainable parameters.
+        predictor: the predictor's parameters, for `config.constant_predictor_lr`.
     """
-    held = {id(p) for p in predictor} if config.constant_predictor_lr else set()
+    constant_ids = {id(p) for p in predictor} if config.constant_predictor_lr else set()
     groups: list[dict[str, Any]] = []
     for constant in (False, True):
-        members = [p for p in parameters if (id(p) in held) == constant]
+        members = [p for p in parameters if (id(p) in constant_ids) == constant]
         if config.name == "lars":
             groups.append({"params": members, CONSTANT: constant})
             continue
@@ -45,10 +45,10 @@ def build_optimizer(
             trust_coefficient=config.trust_coefficient,
             exclude_1d=not config.decay_1d,
         )
-    # The fused forms take `found_inf`: a step that must not happen is skipped without asking the host.
+    # The fused forms take `found_inf`, so that a step is skipped without a host synchronization.
     if config.name == "sgd":
         sgd = torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, fused=True)
-        # Left to itself it makes momentum in its first step, and leaves it uninitialized where that step is skipped.
+        # torch creates momentum in the first step, and leaves it uninitialized if that step is skipped.
         for p in parameters if config.momentum else ():
             sgd.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         return sgd

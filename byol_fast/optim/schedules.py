@@ -49,7 +49,7 @@ def lr_at(step: int, total_steps: int, warmup_steps: int, base_lr: float, batch_
         total_steps: optimizer steps of the whole run.
         warmup_steps: steps of the warm-up; the rate reaches its peak at step `warmup_steps`.
         base_lr: learning rate for a batch of 256.
-        batch_size: effective batch: images per optimizer step over all ranks and accumulated micro-batches.
+        batch_size: global batch: images per optimizer step, over all ranks and accumulated batches.
 
     Returns:
         `base_lr * batch_size / 256` times the schedule's factor at this step.

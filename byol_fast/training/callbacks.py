@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """What happens at points of a run; override what you need, the rest does nothing.
+    """Hooks that the trainer calls; override the ones you need, the others do nothing.
 
     With several processes every process calls its callbacks; `trainer.world.is_main_process` is true on the one that
     writes files.
@@ -27,19 +27,19 @@ class Callback:
     """
 
     def on_run_begin(self, trainer: Trainer) -> None:
-        """Before the first step, and after a resume."""
+        """Called before the first step, also after a resume."""
 
-    def on_step_end(self, trainer: Trainer, metrics: StepOutput) -> None:
-        """After every optimizer step; reading `metrics.values` makes the host wait for the device."""
+    def on_step_end(self, trainer: Trainer, output: StepOutput) -> None:
+        """Called after every optimizer step; reading `output.values` synchronizes with the device."""
 
     def on_log(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
-        """When records of steps have been written, every `log_every` steps."""
+        """Called with the records of the last steps, every `log_every` steps."""
 
     def on_evaluation(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        """After a kNN evaluation."""
+        """Called after a kNN evaluation."""
 
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
-        """After a checkpoint has been written."""
+        """Called after a checkpoint has been written."""
 
     def on_run_end(self, trainer: Trainer, result: RunResult) -> None:
-        """After the encoder has been exported."""
+        """Called at the end of the run, after the encoder has been exported."""

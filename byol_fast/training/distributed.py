@@ -1,4 +1,4 @@
-"""Several processes, started by torchrun: who is who, and what they have to agree on."""
+"""Processes of a run started by torchrun: groups, broadcasts, DDP."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ T = TypeVar("T")
 
 
 class MainProcessError(RuntimeError):
-    """The leading process met an error, which it reports itself."""
+    """The main process failed; it reports the error itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """The processes of a run; one process is a world of its own."""
+    """The processes of a run; also describes a run of one process."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    """Number of this process on its machine, and of its GPU."""
+    """Rank on this machine, and index of the GPU."""
     cpu_group: Any = None
-    """Process group on the CPU for small decisions; None alone."""
+    """Gloo group for small host values; None for a single process."""
 
     @property
     def is_single(self) -> bool:
-        """Whether there is only this process."""
+        """True if there is only this process."""
         return self.size == 1
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this process writes files and speaks to people."""
+        """True on rank 0, which writes files and prints."""
         return self.rank == 0
 
     def broadcast(self, value: T) -> T:
-        """What the leader holds, on all processes.
+        """The value of rank 0, on all ranks.
 
         Args:
-            value: plain data; only the leader's counts.
+            value: picklable; ignored on other ranks.
         """
         if self.is_single:
             return value
@@ -58,7 +58,7 @@ class World:
         return box[0]
 
     def all_gather(self, value: T) -> list[T]:
-        """What every process holds, in order of rank, on all of them."""
+        """The values of all ranks, in order of rank, on all of them."""
         if self.is_single:
             return [value]
         box: list[Any] = [None] * self.size
@@ -66,43 +66,46 @@ class World:
         return box
 
     def barrier(self) -> None:
-        """Go on when all have come here."""
+        """Barrier over all ranks."""
         if not self.is_single:
             distributed.barrier(group=self.cpu_group)
 
     def all_reduce_max(self, value: int) -> int:
-        """The largest of all processes' values; all of them must ask."""
+        """The largest value of all ranks; all of them must call it."""
         if self.is_single:
             return value
-        vote = torch.tensor([value])
-        distributed.all_reduce(vote, distributed.ReduceOp.MAX, group=self.cpu_group)
-        return int(vote)
+        largest = torch.tensor([value])
+        distributed.all_reduce(largest, distributed.ReduceOp.MAX, group=self.cpu_group)
+        return int(largest)
 
-    def run_on_main(self, make: Callable[[], T]) -> T:
-        """What the leader makes, on all processes; an error there is raised on all of them.
+    def run_on_main(self, fn: Callable[[], T]) -> T:
+        """Run `fn` on rank 0 and broadcast the result; exceptions propagate to all ranks.
 
         Args:
-            make: called on the leader only; returns plain data.
+            fn: called on rank 0 only; returns picklable data.
+
+        Raises:
+            MainProcessError: on the other ranks, if `fn` raised on rank 0.
         """
         if self.is_single:
-            return make()
+            return fn()
         error: Exception | None = None
         value: Any = None
         if self.is_main_process:
             try:
-                value = make()
+                value = fn()
             except Exception as raised:
                 error = raised
         value, message = self.broadcast((value, None if error is None else f"{type(error).__name__}: {error}"))
         if error is not None:
             raise error
         if message is not None:
-            raise MainProcessError(f"the leading process failed with {message}")
+            raise MainProcessError(f"the main process failed with {message}")
         return cast("T", value)
 
     @contextmanager
     def main_process_first(self) -> Iterator[None]:
-        """Run a block on the leader, then on the others: so that only one fetches or writes what all need."""
+        """Run a block on rank 0, then on the other ranks, so that downloads and caches are written once."""
         if not self.is_main_process:
             self.barrier()
         try:
@@ -113,16 +116,16 @@ class World:
 
 
 def started_by_torchrun() -> bool:
-    """Whether this process is one of several that belong together."""
+    """True if torchrun started several processes."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def init_process_group(device: str, timeout_minutes: float) -> World:
-    """Meet the other processes, if there are any.
+    """Initialize the process groups, if torchrun started several processes.
 
     Args:
-        device: `Config.device`; on GPUs NCCL connects the processes, else gloo.
-        timeout_minutes: how long one waits for the others.
+        device: `Config.device`; NCCL connects processes on GPUs, otherwise gloo.
+        timeout_minutes: time after which a collective fails.
 
     Raises:
         ConfigError: there are fewer GPUs than processes on this machine.
@@ -147,10 +150,10 @@ def init_process_group(device: str, timeout_minutes: float) -> World:
 
 
 def _connect(backend: str, timeout: timedelta) -> None:
-    """Initialise torch's default group, also after a restart.
+    """Initialize torch's default group, also after a restart.
 
     On one machine torchrun keeps its store from one attempt to the next, and a restarted process would find the
-    addresses of dead ones there. Several machines meet anew, with a store of their own.
+    addresses of dead processes there. Several machines rendezvous again, with a new store.
     """
     store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
@@ -159,15 +162,15 @@ def _connect(backend: str, timeout: timedelta) -> None:
 
 
 def destroy_process_group() -> None:
-    """Part from the other processes; harmless when there are none."""
+    """Destroy the process groups; does nothing for a single process."""
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 
 
 def wrap_ddp(network: nn.Module, device: torch.device) -> DistributedDataParallel:
-    """A network whose gradients are averaged over all processes during the backward pass.
+    """Wrap a network in DDP, which averages gradients during the backward pass.
 
-    Buffers are not broadcast: synchronized statistics are equal anyway, and a broadcast breaks captured steps.
+    Buffers are not broadcast: synchronized statistics are equal on all ranks, and a broadcast breaks captured steps.
     """
     return DistributedDataParallel(
         network,
@@ -184,5 +187,5 @@ def all_reduce_mean(values: Tensor) -> Tensor:
 
 
 def all_reduce_found_inf(flag: Tensor) -> None:
-    """Make a flag on the device 1 on all processes where it is 1 on any."""
+    """Make a flag on the device 1 on all ranks if it is 1 on any."""
     distributed.all_reduce(flag, distributed.ReduceOp.MAX)

@@ -17,7 +17,7 @@ class Mode(NamedTuple):
 
     name: Literal["eager", "compile", "graph"]
     reason: str
-    """Why this mode, for the startup summary."""
+    """Reason for the choice, for the startup summary."""
 
 
 def resolve_mode(config: Config, device: torch.device, precision: Precision, world_size: int = 1) -> Mode:

@@ -1,4 +1,4 @@
-"""Everything that makes a run what it is at one moment; what a checkpoint holds."""
+"""The state of a run: what a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class TrainState:
-    """The one step counter, and whatever changes with it."""
+    """Step counter, model, optimizer, loader position, and everything else that training changes."""
 
     model: SSLModel
     optimizer: torch.optim.Optimizer
@@ -27,7 +27,7 @@ class TrainState:
     grad_scaler: GradScaler | None = None
     world: World = field(default_factory=World)
     grad_accum_steps: int = 1
-    """Batches of the loader that make a step."""
+    """Batches per optimizer step."""
     probe: OnlineProbe | None = None
     step: int = 0
     """Optimizer steps finished."""
@@ -38,7 +38,7 @@ class TrainState:
 
     @property
     def epoch(self) -> float:
-        """Epochs finished, with the fraction of the one under way."""
+        """Finished epochs, with the fraction of the current one."""
         return self.step * self.grad_accum_steps / self.loader.steps_per_epoch
 
     def state_dict(self) -> dict[str, Any]:
@@ -61,10 +61,10 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken.
+        """Restore a state.
 
         Raises:
-            ValueError: it was taken of other data, settings, or another number of processes.
+            ValueError: it belongs to other data or settings, or to another number of processes.
         """
         processes = state["processes"]
         if len(processes) != self.world.size:

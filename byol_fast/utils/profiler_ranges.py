@@ -1,4 +1,4 @@
-"""Names for the parts of a step, for whoever profiles it; while nobody does they cost a comparison."""
+"""Named ranges of a training step, for the profiler; without one they cost a comparison."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _mark: Mark | None = None
 
 
 def record_range(name: Phase) -> AbstractContextManager[object]:
-    """A block of a step that is measured under this name, if someone measures."""
-    # In this order: compiled code must not be compiled again because a profile begins.
+    """Range of a step under this name, recorded if a profiler is active."""
+    # In this order: starting a profiler must not trigger a recompilation.
     if torch.compiler.is_compiling() or _mark is None:
         return nullcontext()
     return _mark(name)
@@ -33,7 +33,7 @@ def record_range(name: Phase) -> AbstractContextManager[object]:
 
 @contextmanager
 def marked(mark: Mark) -> Iterator[None]:
-    """Within this, every phase is put into what `mark` returns for its name."""
+    """Within this, every range enters the context manager that `mark` returns for its name."""
     global _mark  # noqa: PLW0603  (the step must not carry a profiler through all its calls)
     before, _mark = _mark, mark
     try:

@@ -135,7 +135,7 @@ class _CountAndStop(Callback):
         self.stop_at = stop_at
         self.counts: list[Counts] = []
 
-    def on_step_end(self, trainer: Trainer, metrics: StepOutput) -> None:
+    def on_step_end(self, trainer: Trainer, output: StepOutput) -> None:
         self.counts.append(Counts.now())
         if trainer.state.step == self.stop_at:
             trainer.stop()
