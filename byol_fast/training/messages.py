@@ -1,11 +1,14 @@
-"""Lines that a run shows."""
+"""Lines and progress bar of a run."""
 
 from __future__ import annotations
 
 import math
 
+from rich.console import Console
+
 from byol_fast.training.builder import TrainerComponents
 from byol_fast.training.metrics import Record
+from byol_fast.utils.progress import Progress, ProgressBar
 
 
 def startup_summary(parts: TrainerComponents) -> list[str]:
@@ -28,6 +31,13 @@ def startup_summary(parts: TrainerComponents) -> list[str]:
         f"mode: {parts.mode.name} ({parts.mode.reason})",
         *parts.notes,
     ]
+
+
+def training_bar(parts: TrainerComponents) -> ProgressBar:
+    """Progress bar of the run; prints nothing on other ranks than 0."""
+    progress = Progress(Console(highlight=False) if parts.world.is_main_process else None)
+    line = "step {done}/{total}  {description}  {note}"
+    return ProgressBar(progress, parts.total_steps, "epoch 0.00", done=parts.state.step, line=line, keep=True)
 
 
 def status_line(record: Record) -> str:

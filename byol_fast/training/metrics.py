@@ -172,6 +172,7 @@ class StepRecords:
         throughput: counts images and waiting time.
         device: whose peak memory is recorded.
         all_reduce_mean: with several processes, averages a tensor over them.
+        max_skipped_steps: after so many skipped steps in a row, later ones are not recorded.
     """
 
     def __init__(
@@ -180,7 +181,12 @@ class StepRecords:
         throughput: ThroughputMeter,
         device: torch.device,
         all_reduce_mean: Callable[[Tensor], Tensor] | None,
+        *,
+        max_skipped_steps: int,
     ) -> None:
+        self.skipped_in_a_row = 0
+        """Skipped steps at the end of all that were read."""
+        self._max_skipped_steps = max_skipped_steps
         self._steps_per_epoch = steps_per_epoch
         self._throughput = throughput
         self._device = device
@@ -207,10 +213,13 @@ class StepRecords:
             values = self._all_reduce_mean(values)
         throughput, peak = self._throughput.read(), peak_gib(self._device)
         pending, self._pending = self._pending, []
-        return [
-            self._record(step, lr, tau, row, throughput, peak)
-            for (step, lr, tau, _), row in zip(pending, values.tolist(), strict=True)
-        ]
+        records = []
+        for (step, lr, tau, _), row in zip(pending, values.tolist(), strict=True):
+            records.append(self._record(step, lr, tau, row, throughput, peak))
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if records[-1].get("skipped") else 0
+            if self.skipped_in_a_row == self._max_skipped_steps:
+                break
+        return records
 
     def _record(
         self, step: int, lr: float, tau: float, row: list[float], throughput: Throughput, peak: float

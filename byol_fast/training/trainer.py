@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from byol_fast.config import Config, ConfigError
 from byol_fast.data import Batch, CorruptImageError
@@ -19,7 +18,7 @@ from byol_fast.training.checkpointer import Checkpointer
 from byol_fast.training.errors import Interrupted, TrainingError
 from byol_fast.training.knn_monitor import EvalMetrics
 from byol_fast.training.memory import out_of_memory_message
-from byol_fast.training.messages import startup_summary, status_line
+from byol_fast.training.messages import startup_summary, status_line, training_bar
 from byol_fast.training.metrics import MetricsLogger, Record, StepRecords, ThroughputMeter
 from byol_fast.training.run_dir import RunResult
 from byol_fast.utils.profiler_ranges import record_range
@@ -87,6 +86,7 @@ class Trainer:
             self.throughput,
             self.device,
             None if world.is_single else distributed.all_reduce_mean,
+            max_skipped_steps=self.config.max_skipped_steps,
         )
         self.metrics = MetricsLogger(
             parts.run_dir.metrics,
@@ -96,7 +96,6 @@ class Trainer:
         self._checkpointer = Checkpointer(parts)
         self._shutdown = GracefulShutdown()
         self._should_stop = False
-        self._skipped_in_a_row = 0
 
     # --- the run
 
@@ -112,7 +111,7 @@ class Trainer:
             CheckpointError: a checkpoint or the metrics could not be written.
         """
         notes = self.world.run_on_main(self._write_run_files)
-        with self._shutdown.catch_signals(), self._progress_bar() as bar:
+        with self._shutdown.catch_signals(), training_bar(self._parts) as bar:
             for line in [*startup_summary(self._parts), *notes, f"run folder: {self.run_dir}"]:
                 bar.progress.say(line)
             self.call_hooks("on_run_begin")
@@ -183,32 +182,19 @@ class Trainer:
             TrainingError: `max_skipped_steps` steps in a row were skipped.
         """
         records = self._steps.read()
-        limit = None
-        for position, record in enumerate(records):
-            self._skipped_in_a_row = self._skipped_in_a_row + 1 if record.get("skipped") else 0
-            if self._skipped_in_a_row == self.config.max_skipped_steps:
-                limit = position + 1
-                break
-        records = records[:limit]
+        if not records:
+            return records
         for record in records:
             self.metrics.add(record)
-        if records:
-            self.call_hooks("on_log", records)
-        skipped = sum(bool(record.get("skipped")) for record in records)
-        if skipped:
-            self._warn(
-                "%d of the last steps, to step %d, had a loss or gradient that is not finite: skipped",
-                skipped,
-                self.state.step,
-            )
-        if limit is not None:
+        self.call_hooks("on_log", records)
+        last, skipped = records[-1]["step"], sum(bool(record.get("skipped")) for record in records)
+        if skipped and self.world.is_main_process:
+            log.warning("skipped %d of the last steps, to step %d: loss or gradient not finite", skipped, last)
+        in_a_row = self._steps.skipped_in_a_row
+        if in_a_row >= self.config.max_skipped_steps:
             self.metrics.flush()
-            raise TrainingError(
-                self._checkpointer.divergence_message(
-                    f"the loss or gradient of {self._skipped_in_a_row} steps in a row, to step {records[-1]['step']}, "
-                    "was not finite"
-                )
-            )
+            problem = f"the loss or gradient of {in_a_row} steps in a row, to step {last}, was not finite"
+            raise TrainingError(self._checkpointer.divergence_message(problem))
         return records
 
     def _log(self, bar: ProgressBar) -> None:
@@ -299,28 +285,15 @@ class Trainer:
             ) from None
         return [] if note is None else [note]
 
-    def _progress_bar(self) -> ProgressBar:
-        progress = Progress(Console(highlight=False) if self.world.is_main_process else None)
-        line = "step {done}/{total}  {description}  {note}"
-        return ProgressBar(progress, self.total_steps, "epoch 0.00", done=self.state.step, line=line, keep=True)
-
-    def _warn(self, message: str, *values: object) -> None:
-        if self.world.is_main_process:
-            log.warning(message, *values)
-
     def _finish(self) -> RunResult:
-        """Export the encoder; the report hangs on `on_run_end`."""
+        """Export the encoder; the report is a callback on `on_run_end`."""
+
+        def export() -> RunResult:
+            step, size = self.state.step, self.model.feature_dim
+            weights, _ = export_encoder(self.model.encoder, self.config, self.run_dir, step=step, feature_dim=size)
+            return self._parts.run_dir.result(step, weights)
+
         self.metrics.close()
-        result = self.world.run_on_main(self._export)
+        result = self.world.run_on_main(export)
         self.call_hooks("on_run_end", result)
         return result
-
-    def _export(self) -> RunResult:
-        weights, _ = export_encoder(
-            self.model.encoder,
-            self.config,
-            self.run_dir,
-            step=self.state.step,
-            feature_dim=self.model.feature_dim,
-        )
-        return self._parts.run_dir.result(self.state.step, weights)
