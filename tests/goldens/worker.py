@@ -239,17 +239,18 @@ def flatten(value: Any, prefix: str, into: dict[str, Any]) -> None:
         into[prefix] = value
 
 
-def without_c_path() -> None:
-    """The base has a second CPU path in C, which this tree does not have."""
-    if SIDE == "base":
-        with contextlib.suppress(ImportError):
-            importlib.import_module("byol_kernels._cpu").left_out().__enter__()
+def without_c_path() -> contextlib.AbstractContextManager[object]:
+    """Leave out the second CPU path of the base, in C, which this tree does not have."""
+    if SIDE == "now":
+        return contextlib.nullcontext()
+    path: contextlib.AbstractContextManager[object] = importlib.import_module("byol_kernels._cpu").left_out()
+    return path
 
 
 if __name__ == "__main__":
-    without_c_path()
-    if len(sys.argv) > 3 and sys.argv[2] == "train":  # a process of torchrun
-        torch.set_num_threads(1)
-        call(sys.argv[3:])
-    else:
-        main()
+    with without_c_path():
+        if len(sys.argv) > 3 and sys.argv[2] == "train":  # a process of torchrun
+            torch.set_num_threads(1)
+            call(sys.argv[3:])
+        else:
+            main()
