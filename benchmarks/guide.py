@@ -29,7 +29,7 @@ from byol_fast.bench.processes import Job, measure
 from byol_fast.bench.results import Results
 from byol_fast.compat import guide
 from byol_fast.data import open_source
-from byol_fast.data.loaders.threaded import decoded
+from byol_fast.data.loaders.threaded import decode_image
 from byol_fast.models.layers import Normalize
 
 OURS, GUIDE = "ours: byol_fast.compat", "the guide's own code, restated"
@@ -49,7 +49,7 @@ def images_of(data: str, batch_size: int) -> Tensor:
     """A batch of images spread over the data set, normalised."""
     source = open_source(data)
     numbers = np.linspace(0, len(source) - 1, batch_size).astype(int).tolist()
-    levels = torch.cat([decoded(source, i) for i in numbers]).contiguous()
+    levels = torch.cat([decode_image(source, i) for i in numbers]).contiguous()
     images: Tensor = Normalize(guide.CIFAR10_MEAN, guide.CIFAR10_STD)(levels)
     return images
 

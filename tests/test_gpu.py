@@ -204,7 +204,7 @@ def test_training_lowers_the_loss(gpu: Config, loader: str, precision: str) -> N
     config = configs.replace(gpu, {"data.loader": loader, "precision": precision, "optim.lr": 2.0, "steps": 40})
     trainer = Trainer(config)
     assert next(trainer.model.parameters()).device.type == DEVICE
-    assert trainer.state.loader.backend.startswith(loader)
+    assert trainer.state.loader.name.startswith(loader)
     found = losses_in(trainer.fit().run_dir)
     assert np.mean(found[-8:]) < 0.9 * np.mean(found[:8])
 

@@ -26,10 +26,10 @@ from byol_fast.bench.results import Results
 from byol_fast.bench.timing import interleaved
 from byol_fast.config import Config, DataConfig, ViewConfig
 from byol_fast.data import ImageSource, ViewLoader, make_loader
-from byol_fast.data.augment import chosen, finish, needed
-from byol_fast.data.augment_params import crop_windows, draw
-from byol_fast.data.loaders.factory import dali_installed
-from byol_fast.data.loaders.threaded import decoded
+from byol_fast.data.augment import apply_photometric, required_params, select_rows
+from byol_fast.data.augment_params import crop_windows, sample_params
+from byol_fast.data.loaders.backend import dali_installed
+from byol_fast.data.loaders.threaded import decode_image
 from byol_fast.data.sources import ArraySource, EncodedSource
 from byol_fast.utils.env import version
 from byol_kernels import resized_crop
@@ -143,7 +143,7 @@ def peers(
         return one_by_one(load, [torchvision_transform(t, view, blur, [], last) for view in views])
 
     def tensor(i: int) -> Tensor:
-        return decoded(source, i)[0]
+        return decode_image(source, i)[0]
 
     sigma = views[0].blur_sigma
     found: dict[str, Callable[[], object]] = {}
@@ -216,7 +216,7 @@ def kornia_views(
     def floats(numbers: list[int]) -> list[Tensor]:
         if isinstance(source, ArraySource):
             return [torch.from_numpy(source.images[numbers]).to(device).permute(0, 3, 1, 2).float() / 255]
-        return [decoded(source, i).to(device).float() / 255 for i in numbers]
+        return [decode_image(source, i).to(device).float() / 255 for i in numbers]
 
     def make() -> tuple[Tensor, Tensor]:
         images = floats(next(turn))
@@ -280,16 +280,16 @@ def stages(results: Results, source: ImageSource, *, images: int, rounds: int) -
     """What the first of our loaders does, one thing at a time, each beside what else could do it."""
     images = min(images, len(source))
     encoded = [source.read(i) for i in range(images)] if isinstance(source, EncodedSource) else []
-    tensors, pictures = [decoded(source, i) for i in range(images)], [source.load(i) for i in range(images)]
+    tensors, pictures = [decode_image(source, i) for i in range(images)], [source.load(i) for i in range(images)]
     crops: list[Tensor] = []
     suites: dict[str, dict[str, Callable[[], object]]] = {
         "decode": {
-            "ours: torchvision's operator": lambda: [decoded(source, i) for i in range(images)],
+            "ours: torchvision's operator": lambda: [decode_image(source, i) for i in range(images)],
             "PIL": lambda: [Image.open(io.BytesIO(data)).convert("RGB") for data in encoded],
         }
     }
     for number, view in enumerate(JPEG_VIEWS):
-        drawn = draw(view, np.arange(images), seed=0, epoch=0, view=number)
+        drawn = sample_params(view, np.arange(images), seed=0, epoch=0, view=number)
         windows = [
             crop_windows(drawn.crop[i : i + 1], *x.shape[2:], view.aspect)  # type: ignore[call-arg]
             for i, x in enumerate(tensors)
@@ -305,22 +305,22 @@ def stages(results: Results, source: ImageSource, *, images: int, rounds: int) -
             return [x.crop(box).resize(size, cubic) for x, box in zip(pictures, boxes, strict=True)]
 
         crops.append(crop())
-        names = needed(view)
+        names = required_params(view)
         blur = tuple(name for name in names if name in {"blur", "sigma", "window"})
         colour = tuple(name for name in names if name not in blur)
 
-        def finished(
+        def augment_crops(
             names: tuple[str, ...], view: ViewConfig = view, drawn: Any = drawn, number: int = number
         ) -> Callable[[], object]:
-            draws = chosen(drawn, names, slice(None))
-            return lambda: finish(crops[number], draws, view)
+            draws = select_rows(drawn, names, slice(None))
+            return lambda: apply_photometric(crops[number], draws, view)
 
         suites |= {
             f"view {number + 1}: crop": {"ours: resized_crop": crop, "PIL": crop_pil},
             f"view {number + 1}: flip, colour, blur, solarize": {
-                "ours: photometric, all of it": finished(names),
-                "ours: without the blur": finished(colour),
-                "ours: the blur alone": finished(blur),
+                "ours: photometric, all of it": augment_crops(names),
+                "ours: without the blur": augment_crops(colour),
+                "ours: the blur alone": augment_crops(blur),
             },
         }
     for suite, cases in suites.items():

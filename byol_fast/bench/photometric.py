@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as F
 
 from byol_fast.bench.counting import Case, Suite, is_installed
 from byol_fast.config import ViewConfig
-from byol_fast.data.augment_params import draw
+from byol_fast.data.augment_params import sample_params
 from byol_kernels import gaussian_blur, photometric
 
 SIZE, KERNEL = 224, 23
@@ -48,7 +48,7 @@ class Problem:
         self.planes = images.to(device).contiguous()
         self.planar = list(self.planes)
         self.pil = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images] if self.on_cpu else []
-        drawn = draw(ViewConfig(solarize=0.2), np.arange(batch), seed=0, epoch=0, view=0)
+        drawn = sample_params(ViewConfig(solarize=0.2), np.arange(batch), seed=0, epoch=0, view=0)
         names = ("flip", "jitter", "factors", "order", "grayscale", "blur", "sigma", "window", "solarize")
         self.draws = {name: torch.from_numpy(getattr(drawn, name)).to(device) for name in names}
         self.lists: dict[str, Any] = {name: draws.tolist() for name, draws in self.draws.items()}

@@ -31,9 +31,8 @@ from torch import Tensor, nn
 
 from byol_fast.compat.random_views import image_tensor, random_view
 from byol_fast.config import Config, DataConfig, KNNConfig, ViewConfig, recipes
-from byol_fast.data.loaders.base import thread_count
-from byol_fast.data.loaders.prefetch import single_core_threads
-from byol_fast.data.loaders.threaded import decoded
+from byol_fast.data.loaders.prefetch import resolve_num_threads, single_core_threads
+from byol_fast.data.loaders.threaded import decode_image
 from byol_fast.data.sources import ArraySource, ImageSource, SourceError
 from byol_fast.data.sources.open import split
 from byol_fast.models import split_batchnorm
@@ -425,7 +424,7 @@ def load_data(batch_size: int = 256, num_workers: int = 10, *, root: str | Path 
             f"load_data: batch_size must be 1 or more and num_workers 0 or more, got {batch_size} and {num_workers}; "
             "the guide's are 256 and 10"
         )
-    threads = min(num_workers, thread_count(0))
+    threads = min(num_workers, resolve_num_threads(0))
     return CIFARLoader(_in_memory(_open(root), max(threads, 1)), batch_size, threads)
 
 
@@ -446,7 +445,7 @@ def _open(root: str | Path | None) -> ImageSource:
 def _in_memory(source: ImageSource, threads: int) -> ArraySource:
     if not isinstance(source, ArraySource):
         with single_core_threads(threads, "byol-fast-decode") as pool:
-            images = list(pool.map(lambda i: decoded(source, i)[0].permute(1, 2, 0).numpy(), range(len(source))))
+            images = list(pool.map(lambda i: decode_image(source, i)[0].permute(1, 2, 0).numpy(), range(len(source))))
         odd = next((i for i, image in enumerate(images) if image.shape != (_SIZE, _SIZE, 3)), None)
         if odd is not None:
             height, width = images[odd].shape[:2]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from byol_fast.config import ViewConfig
-from byol_fast.data.augment import finish, needed
-from byol_fast.data.loaders.device_cache import table
+from byol_fast.data.augment import apply_photometric, required_params
+from byol_fast.data.augment_params import params_table
 from byol_fast.data.sources.datasets import as_image
 from byol_kernels import resized_crop, sample_params
 
@@ -27,10 +27,10 @@ def random_view(images: Tensor, view: ViewConfig) -> Tensor:
     """
     key = torch.randint(-(2**63), 2**63 - 1, ())
     numbers = torch.arange(len(images), device=images.device)
-    ranges = torch.from_numpy(table(view, images.shape[2], images.shape[3])).to(images.device)
+    ranges = torch.from_numpy(params_table(view, images.shape[2], images.shape[3])).to(images.device)
     drawn = sample_params(numbers, key.to(images.device), ranges, blur_kernel=view.blur_kernel)
     crops = resized_crop(images, drawn.crop, view.size, interpolation=view.interpolation)
-    return finish(crops, {name: getattr(drawn, name) for name in needed(view)}, view)
+    return apply_photometric(crops, {name: getattr(drawn, name) for name in required_params(view)}, view)
 
 
 def image_tensor(what: str, image: Any) -> Tensor:

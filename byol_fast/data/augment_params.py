@@ -1,7 +1,7 @@
-"""What is drawn for a view: every random number of the augmentation, outside of whoever applies it.
+"""Augmentation parameters: every random number of a view, sampled apart from the operators that use it.
 
-A draw is a function of `(seed, epoch, image, view)` and of nothing else. Threads, batch size, shards, the loader
-and a restart therefore cannot change it, and any two loaders make the same views up to the arithmetic of their
+They are a function of `(seed, epoch, image, view)` and of nothing else. Threads, batch size, shards, the loader and a
+restart therefore cannot change them, and any two loaders return the same views up to the arithmetic of their
 operators. The generator is counter-based: SplitMix64's finalizer over the hashed key
 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014).
 """
@@ -19,63 +19,63 @@ from numpy.typing import NDArray
 from byol_fast.config import ViewConfig
 
 ATTEMPTS = 10
-"""Crops that are tried before the centre of the image is taken, as torchvision's RandomResizedCrop does."""
+"""Random crops to try before a center crop is taken, as in torchvision's RandomResizedCrop."""
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-"""Numbers of the jitter's parts in `ViewDraws.order`."""
+"""Numbers of the color adjustments in `AugmentParams.order`."""
 
 _SHUFFLE, _SUBSTITUTE = 0xFFFF, 0xFFFE
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True, slots=True)
-class ViewDraws:
-    """One view's augmentation parameters of B images.
+class AugmentParams:
+    """Augmentation parameters of one view of B images.
 
-    Every number is drawn whether its coin says so or not: changing one probability leaves all else as it was.
+    Values are sampled whether or not the mask selects the image: changing one probability changes nothing else.
     """
 
     crop: NDArray[np.float64]
-    """Candidates of the crop `[B, 2 * ATTEMPTS + 2]`: widths, then heights (both in units of the square root of
-    the image's area), then the position from the top and from the left as a share of the room there is."""
+    """Candidate crops `[B, 2 * ATTEMPTS + 2]`: widths, then heights (in units of the square root of the image's area),
+    then the offset from the top and from the left as a fraction of the possible offsets."""
     flip: NDArray[np.bool_]
-    """Mirror left and right `[B]`."""
+    """Images to mirror left and right `[B]`."""
     jitter: NDArray[np.bool_]
-    """Apply the colour jitter `[B]`."""
+    """Images with color jitter `[B]`."""
     factors: NDArray[np.float32]
     """Brightness, contrast and saturation factors, and hue shift in turns `[B, 4]`."""
     order: NDArray[np.int32]
-    """Which of BRIGHTNESS, CONTRAST, SATURATION, HUE comes first, second, ... `[B, 4]`."""
+    """Order of the adjustments BRIGHTNESS, CONTRAST, SATURATION, HUE `[B, 4]`."""
     grayscale: NDArray[np.bool_]
-    """Drop the colour `[B]`."""
+    """Images to convert to gray `[B]`."""
     blur: NDArray[np.bool_]
-    """Blur `[B]`."""
+    """Images to blur `[B]`."""
     sigma: NDArray[np.float32]
     """Standard deviation of the blur in pixels `[B]`."""
     window: NDArray[np.int32]
-    """Width of the blur's window in pixels, odd `[B]`; see `blur_window`."""
+    """Width of the blur kernel in pixels, odd `[B]`; see `blur_window`."""
     solarize: NDArray[np.bool_]
-    """Invert the values at or above the threshold `[B]`."""
+    """Images whose values at or above the threshold are inverted `[B]`."""
 
 
-def draw(config: ViewConfig, index: NDArray[np.int64], *, seed: int, epoch: int, view: int) -> ViewDraws:
-    """Draw one view's parameters.
+def sample_params(config: ViewConfig, index: NDArray[np.int64], *, seed: int, epoch: int, view: int) -> AugmentParams:
+    """Sample the augmentation parameters of one view.
 
     Args:
         config: ranges and probabilities.
         index: position of each image in its source, `[B]`.
         seed: seed of the run, 0 or more.
         epoch: pass over the data, from 0.
-        view: 0 or 1.
+        view: number of the view, from 0.
     """
     u = _uniform(_key(seed, epoch, view, index), 2 * ATTEMPTS + 16)
-    area, log_aspect, at, rest = np.split(u, [ATTEMPTS, 2 * ATTEMPTS, 2 * ATTEMPTS + 2], axis=1)
+    area, log_aspect, offset, rest = np.split(u, [ATTEMPTS, 2 * ATTEMPTS, 2 * ATTEMPTS + 2], axis=1)
     area = _between(area, *config.area)
     aspect = _exp(_between(log_aspect, math.log(config.aspect[0]), math.log(config.aspect[1])))
     sigma = _between(rest[:, 12], *config.blur_sigma).astype(np.float32)
     lowest, spread = factor_ranges(config)
-    return ViewDraws(
-        crop=np.concatenate([np.sqrt(area * aspect), np.sqrt(area / aspect), at], axis=1),
+    return AugmentParams(
+        crop=np.concatenate([np.sqrt(area * aspect), np.sqrt(area / aspect), offset], axis=1),
         flip=rest[:, 0] < config.flip,
         jitter=rest[:, 1] < config.jitter,
         factors=(lowest + rest[:, 2:6] * spread).astype(np.float32),
@@ -89,7 +89,7 @@ def draw(config: ViewConfig, index: NDArray[np.int64], *, seed: int, epoch: int,
 
 
 def factor_ranges(config: ViewConfig) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Smallest factors of brightness, contrast, saturation and hue, and how far the largest are from them, `[4]`."""
+    """Lower ends and widths of the ranges of brightness, contrast, saturation and hue, `[4]` each."""
     spread = np.array([config.brightness, config.contrast, config.saturation, config.hue])
     middle = np.array([1.0, 1.0, 1.0, 0.0])
     lowest = np.maximum(middle - spread, [0.0, 0.0, 0.0, -math.inf])
@@ -97,10 +97,10 @@ def factor_ranges(config: ViewConfig) -> tuple[NDArray[np.float64], NDArray[np.f
 
 
 def blur_window(sigma: NDArray[np.float32], kernel: int) -> NDArray[np.int32]:
-    """Width of the blur's window: three standard deviations to each side, or `kernel` where that is less.
+    """Width of the blur kernel: three standard deviations to each side, at most `kernel`.
 
-    What a wider kernel adds lies beyond three sigma (0.3 % of the weight): at most one level of 255, for up to
-    four times the time.
+    Weights beyond three sigma (0.3 % of the sum) change a pixel by at most one level of 255, for up to four times the
+    time.
 
     Args:
         sigma: standard deviations in pixels `[B]`.
@@ -111,13 +111,12 @@ def blur_window(sigma: NDArray[np.float32], kernel: int) -> NDArray[np.int32]:
 
 
 def crop_windows(crop: NDArray[np.float64], height: int, width: int, aspect: tuple[float, float]) -> NDArray[np.int32]:
-    """The crops of images of one size: torchvision's RandomResizedCrop.
+    """Crops of images of one size, by the rule of torchvision's RandomResizedCrop.
 
-    Takes the first candidate that fits into the image; where none does, the largest centred crop whose aspect
-    ratio is allowed.
+    The first candidate that fits into the image; if none does, the largest center crop with an allowed aspect ratio.
 
     Args:
-        crop: rows of `ViewDraws.crop`, `[B, 2 * ATTEMPTS + 2]`.
+        crop: rows of `AugmentParams.crop`, `[B, 2 * ATTEMPTS + 2]`.
         height: of the images in pixels.
         width: of the images in pixels.
         aspect: smallest and largest width / height.
@@ -129,58 +128,69 @@ def crop_windows(crop: NDArray[np.float64], height: int, width: int, aspect: tup
     widths, heights = candidates[:, :ATTEMPTS], candidates[:, ATTEMPTS:]
     fits = (widths <= width) & (heights <= height)
     rows, first = np.arange(len(crop)), fits.argmax(axis=1)
-    found = fits[rows, first]
-    else_h, else_w = centred_crop(height, width, aspect)
-    h = np.where(found, heights[rows, first], else_h)
-    w = np.where(found, widths[rows, first], else_w)
-    top = np.where(found, np.floor(crop[:, -2] * (height - h + 1)), (height - h) // 2)
-    left = np.where(found, np.floor(crop[:, -1] * (width - w + 1)), (width - w) // 2)
+    fits_any = fits[rows, first]
+    center_h, center_w = center_crop_size(height, width, aspect)
+    h = np.where(fits_any, heights[rows, first], center_h)
+    w = np.where(fits_any, widths[rows, first], center_w)
+    top = np.where(fits_any, np.floor(crop[:, -2] * (height - h + 1)), (height - h) // 2)
+    left = np.where(fits_any, np.floor(crop[:, -1] * (width - w + 1)), (width - w) // 2)
     return np.stack([top, left, h, w], axis=1).astype(np.int32)
 
 
 def crop_window(
     crop: NDArray[np.float64], height: int, width: int, aspect: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """`crop_windows` of one image, in a fraction of the time.
+    """`crop_windows` for one image, in a fraction of the time.
 
     Args:
-        crop: a row of `ViewDraws.crop`, `[2 * ATTEMPTS + 2]`.
+        crop: a row of `AugmentParams.crop`, `[2 * ATTEMPTS + 2]`.
         height: of the image in pixels.
         width: of the image in pixels.
         aspect: smallest and largest width / height.
     """
-    root, numbers = math.sqrt(height * width), crop.tolist()
+    root, values = math.sqrt(height * width), crop.tolist()
     for k in range(ATTEMPTS):
-        w = max(1, math.floor(root * numbers[k] + 0.5))
-        h = max(1, math.floor(root * numbers[ATTEMPTS + k] + 0.5))
+        w = max(1, math.floor(root * values[k] + 0.5))
+        h = max(1, math.floor(root * values[ATTEMPTS + k] + 0.5))
         if w <= width and h <= height:
-            return math.floor(numbers[-2] * (height - h + 1)), math.floor(numbers[-1] * (width - w + 1)), h, w
-    h, w = centred_crop(height, width, aspect)
+            return math.floor(values[-2] * (height - h + 1)), math.floor(values[-1] * (width - w + 1)), h, w
+    h, w = center_crop_size(height, width, aspect)
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def centred_crop(height: int, width: int, aspect: tuple[float, float]) -> tuple[int, int]:
-    """Height and width of the largest crop whose aspect ratio is allowed."""
+def center_crop_size(height: int, width: int, aspect: tuple[float, float]) -> tuple[int, int]:
+    """Height and width of the largest crop with an allowed aspect ratio."""
     return (
         max(1, min(height, math.floor(width / aspect[0] + 0.5))),
         max(1, min(width, math.floor(height * aspect[1] + 0.5))),
     )
 
 
+def params_table(config: ViewConfig, height: int, width: int) -> NDArray[np.float64]:
+    """Argument `table` of `byol_kernels.sample_params` for images of one size; columns: its `TABLE_COLUMNS`."""
+    lowest, spread = factor_ranges(config)
+    (area, largest_area), (sigma, largest_sigma) = config.area, config.blur_sigma
+    low, high = (math.log(aspect) for aspect in config.aspect)
+    ranges = area, largest_area - area, low, high - low, sigma, largest_sigma - sigma
+    probabilities = config.flip, config.jitter, config.grayscale, config.blur, config.solarize
+    size = height, width, math.sqrt(height * width), *center_crop_size(height, width, config.aspect)
+    return np.array([*ranges, *lowest, *spread, *probabilities, *size], np.float64)
+
+
 def permutation(n: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The order in which an epoch visits n images: a shuffle of all of them, new each epoch."""
+    """Order of n images in an epoch: a new shuffle each epoch."""
     return np.argsort(_mix(_key(seed, epoch, _SHUFFLE, np.arange(n))), kind="stable").astype(np.int64)
 
 
-def substitutes(n: int, *, seed: int, epoch: int, place: int) -> Iterator[int]:
-    """The images, of n, that may take a place in an epoch's order when its own cannot be read; the first good one."""
-    key = _key(seed, epoch, _SUBSTITUTE, np.array([place]))
+def substitutes(n: int, *, seed: int, epoch: int, position: int) -> Iterator[int]:
+    """Candidates, in order, to replace a corrupt image at a position of an epoch, out of n images; endless."""
+    key = _key(seed, epoch, _SUBSTITUTE, np.array([position]))
     for k in itertools.count(1):
         yield int(_mix(key + np.array([k], np.uint64) * _GAMMA)[0] % np.uint64(n))
 
 
 def stream_key(seed: int, epoch: int, view: int) -> int:
-    """What the draws of a view in an epoch are hashed from, with the number of the image: 64 bits, as an int64."""
+    """Key of the parameters of a view in an epoch, hashed with the image's number: 64 bits, as an int64."""
     return int(_stream(seed, epoch, view).view(np.int64)[0])
 
 
@@ -212,7 +222,7 @@ def _uniform(key: NDArray[np.uint64], count: int) -> NDArray[np.float64]:
 
 
 def _exp(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """By sums and products alone, each of which IEEE 754 defines exactly: a GPU draws the same numbers bit for bit."""
+    """Exponential by sums and products only, which IEEE 754 defines exactly: a GPU returns the same bits."""
     x = x * 0.0625
     y = np.full_like(x, 1.0 / math.factorial(13))
     for k in reversed(range(13)):

@@ -9,6 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+Views = tuple[Tensor, ...]
+"""Augmented views of the same images, each `[B, 3, S, S]`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -19,7 +22,7 @@ class Batch:
     `[V, B, 3, H, W]` buffer, so that a network takes them stacked without a copy.
     """
 
-    views: tuple[Tensor, ...]
+    views: Views
     """Each `[B, 3, H, W]`."""
     labels: Tensor | None
     """Class of each image, int64 `[B]` on the CPU; None if the source has no labels."""
@@ -32,10 +35,27 @@ class Batch:
         return self.views[0].dtype == torch.uint8
 
 
-class ViewLoader(Protocol):
-    """An endless stream of batches, epoch after epoch, that knows where it stands.
+def empty_views(num_views: int, batch_size: int, size: int, *, device: torch.device, pin_memory: bool = False) -> Views:
+    """Uninitialized uint8 views, slices of one buffer: a network takes them stacked without a copy.
 
-    Each epoch visits the source in a new order, in `steps_per_epoch` full batches; what does not fill a batch is
+    Args:
+        num_views: number of views.
+        batch_size: images of each view.
+        size: height and width of the images in pixels.
+        device: where to allocate them.
+        pin_memory: allocate page-locked memory of the CPU, for copies to a GPU beside other work.
+
+    Returns:
+        `num_views` tensors `[batch_size, 3, size, size]`, channels_last.
+    """
+    shape = (num_views, batch_size, size, size, 3)
+    return torch.empty(shape, dtype=torch.uint8, device=device, pin_memory=pin_memory).permute(0, 1, 4, 2, 3).unbind()
+
+
+class ViewLoader(Protocol):
+    """An endless stream of batches, epoch after epoch, that can be saved and resumed.
+
+    Each epoch visits the source in a new order, in `steps_per_epoch` full batches; images that do not fill a batch are
     left out of that epoch. Batch number `n` (from 0) belongs to epoch `n // steps_per_epoch`.
     """
 
@@ -43,22 +63,22 @@ class ViewLoader(Protocol):
     """Images a batch."""
     steps_per_epoch: int
     """Batches an epoch."""
-    backend: str
-    """Name of the loader, for logs: "dali cpu", "dali cuda:0", "torchvision"."""
+    name: str
+    """Name of the loader, for logs: "dali cpu", "dali cuda:0, kernels", "threaded, kernels"."""
 
     def __iter__(self) -> Iterator[Batch]: ...
 
     def __next__(self) -> Batch: ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands, after the batch handed out last: plain values, bytes and strings."""
+        """Position of the stream, after the last batch that was returned: plain values, bytes and strings."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where `state` was taken.
+        """Continue exactly where `state` was taken.
 
         Raises:
-            ValueError: the state belongs to other data, views, batch size, shards or seed; says which differs.
+            ValueError: the state belongs to other data, views, batch size, shards or seed; names the difference.
         """
         ...
 

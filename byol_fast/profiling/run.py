@@ -155,7 +155,7 @@ def _measured(trainer: Trainer, steps: int, folder: Path, ceilings: Ceilings | N
         "on_cpu": not on_gpu,
         "mode": trainer.mode.name,
         "precision": trainer.precision.name,
-        "backend": trainer.state.loader.backend,
+        "backend": trainer.state.loader.name,
         "batch_size": trainer.config.batch_size,
         "global_batch_size": trainer.global_batch_size,
         "views_note": trainer.model.views_note,

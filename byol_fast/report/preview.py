@@ -12,9 +12,18 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from byol_fast.config import Config, ConfigError, ViewConfig
-from byol_fast.data.augment_params import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewDraws, crop_windows, draw
+from byol_fast.data.augment_params import (
+    BRIGHTNESS,
+    CONTRAST,
+    HUE,
+    SATURATION,
+    AugmentParams,
+    crop_windows,
+    sample_params,
+)
 from byol_fast.data.batch import Batch
-from byol_fast.data.loaders.factory import make_loader, resolve
+from byol_fast.data.loaders.backend import resolve_backend
+from byol_fast.data.loaders.factory import make_loader
 from byol_fast.data.sources import ImageSource, SourceError
 from byol_fast.utils.files import atomic_path
 
@@ -55,7 +64,7 @@ def contact_sheet(
 ) -> Image.Image:
     """Show the first images of an epoch, and what a run makes of them; see `samples` for the arguments and errors."""
     made = samples(source, config, device=device, num=num, epoch=epoch)
-    backend = resolve(config.data, source, device)
+    backend = resolve_backend(config.data, source, device)
     work = f"{backend.loader} on {device.type}, colors by {'our kernels' if backend.augment == 'kernels' else 'DALI'}"
     about = f"{config.view1.size} px, seed {config.seed}, epoch {epoch}; {work}; {source.describe()}"
     return sheet(made, config.recipe, about)
@@ -90,7 +99,9 @@ def samples(source: ImageSource, config: Config, *, device: torch.device, num: i
     index = batch.index.numpy()[:num]
     pixels = _levels(batch, config)
     views = (config.view1, config.view2)
-    draws = [draw(view, index, seed=config.seed, epoch=epoch, view=number) for number, view in enumerate(views)]
+    draws = [
+        sample_params(view, index, seed=config.seed, epoch=epoch, view=number) for number, view in enumerate(views)
+    ]
     made = []
     for row, i in enumerate(index.tolist()):
         original = source.load(i)
@@ -126,7 +137,7 @@ def _levels(batch: Batch, config: Config) -> list[NDArray[np.uint8]]:
 def _facts(
     view: ViewConfig,
     views: tuple[ViewConfig, ViewConfig],
-    d: ViewDraws,
+    d: AugmentParams,
     row: int,
     window: Box,
     size: tuple[int, int],

@@ -15,13 +15,13 @@ from torchvision.transforms.v2 import functional as F
 
 from byol_fast.config import Config, ViewConfig
 from byol_fast.data import eval_batches, make_loader
-from byol_fast.data.augment_params import ViewDraws, crop_windows, draw
-from byol_fast.data.loaders.factory import resolve
+from byol_fast.data.augment_params import AugmentParams, crop_windows, sample_params
+from byol_fast.data.loaders.backend import resolve_backend
 from byol_fast.data.sources import ArraySource, ImageSource
 from byol_fast.data.sources.base import evenly_spaced
 
 NUM_IMAGES = 64
-PARTS = ("brightness", "contrast", "saturation", "hue")  # in the order of their numbers in `ViewDraws.order`
+PARTS = ("brightness", "contrast", "saturation", "hue")  # in the order of their numbers in `AugmentParams.order`
 
 Pixels = NDArray[np.uint8]
 Against = Literal["PIL", "tensors"]
@@ -80,7 +80,7 @@ def compare(
     Raises:
         CorruptImageError: an image cannot be read, and `DataConfig.on_bad` is "raise"; or too many cannot.
     """
-    backend = resolve(config.data, source, device)
+    backend = resolve_backend(config.data, source, device)
     data = replace(config.data, loader=backend.loader, augment=backend.augment, prefetch=1)
     source = source.subset(evenly_spaced(len(source), num_images))
     middles = eval_batches(
@@ -99,7 +99,7 @@ def compare(
         loader.close()
         ours = batch.views[number].permute(0, 2, 3, 1).cpu().numpy()
         inputs = [images.load(i) for i in batch.index.tolist()]
-        params = draw(views[number], batch.index.numpy(), seed=config.seed, epoch=0, view=number)
+        params = sample_params(views[number], batch.index.numpy(), seed=config.seed, epoch=0, view=number)
         reference = torchvision_views(inputs, params, views[number], crop=crop, colors="tensors")
         error = differences(ours, reference)
         if name == "grayscale":
@@ -138,7 +138,7 @@ def _cases(view1: ViewConfig, view2: ViewConfig) -> Iterator[tuple[str, int, tup
 
 
 def torchvision_views(
-    images: list[Image.Image], d: ViewDraws, view: ViewConfig, *, crop: Against = "PIL", colors: Against = "PIL"
+    images: list[Image.Image], d: AugmentParams, view: ViewConfig, *, crop: Against = "PIL", colors: Against = "PIL"
 ) -> Pixels:
     """Views `[B, S, S, 3]` of B RGB images as torchvision's own functions make them, in its order.
 

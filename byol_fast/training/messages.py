@@ -26,7 +26,7 @@ def startup_summary(parts: TrainerComponents) -> list[str]:
         (
             f"{begin} {config.recipe}: {config.model.encoder}, {count:.1f} M parameters with the heads, "
             f"{len(parts.train_source)} images, {total} steps of {batch}, "
-            f"{parts.device} {parts.precision.name}, data by {parts.state.loader.backend}"
+            f"{parts.device} {parts.precision.name}, data by {parts.state.loader.name}"
         ),
         f"mode: {parts.mode.name} ({parts.mode.reason})",
         *parts.notes,

@@ -20,7 +20,7 @@ from PIL import Image
 
 from byol_fast.config import Config, replace
 from byol_fast.data import CorruptImageError, open_source
-from byol_fast.data.loaders.factory import dali_installed
+from byol_fast.data.loaders.backend import dali_installed
 from tests.data.conftest import photo_like
 from tests.data.helpers import config_of, loader_of, pixels, plain
 
@@ -192,8 +192,8 @@ def outcome(folder: Path, backend: str, policy: str, then: Callable[[Path], Any]
         return error.reason
     finally:
         os.seteuid(user)
-    if policy == "skip" and loader.bad.by_index:  # type: ignore[attr-defined]
-        [found] = loader.bad.by_index.values()  # type: ignore[attr-defined]
+    if policy == "skip" and loader.corrupt.by_index:  # type: ignore[attr-defined]
+        [found] = loader.corrupt.by_index.values()  # type: ignore[attr-defined]
         assert all(np.isfinite(pixels(batch.views[0])).all() for batch in batches)
         return f"passed over: {found.reason}"
     return "read"

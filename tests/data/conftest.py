@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from byol_fast.data.loaders.factory import dali_installed
+from byol_fast.data.loaders.backend import dali_installed
 from byol_fast.data.sources import ArraySource, FileSource, open_source
 
 

@@ -83,7 +83,7 @@ def test_bad_files_are_passed_over(backend: str, tmp_path: Path) -> None:
     source = open_source(tmp_path / "images")
     report = tmp_path / "run" / "bad_images.jsonl"
     loader = loader_of(source, config(backend, "skip"), report=report)
-    clean = loader_of(source, config("torchvision", "skip")).planner  # type: ignore[attr-defined]
+    clean = loader_of(source, config("torchvision", "skip")).sampler  # type: ignore[attr-defined]
     assert loader.steps_per_epoch == len(source) // 8
     seen = []
     for step in range(3 * loader.steps_per_epoch):

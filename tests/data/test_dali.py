@@ -18,33 +18,33 @@ from PIL import Image
 
 from byol_fast.config import replace
 from byol_fast.data import Batch, ImageSource, open_source
-from byol_fast.data.loaders.factory import dali_installed
+from byol_fast.data.loaders.backend import dali_installed
 from byol_fast.data.sources import ArraySource
 from tests.data.helpers import config_of, loader_of, pixels, plain, same
 
 if not dali_installed():
     pytest.skip("DALI is not installed", allow_module_level=True)
 
-from byol_fast.data.loaders.dali import DaliLoader
+from byol_fast.data.loaders.dali import DALILoader
 
 SIZE, COUNT, BATCH = 8, 24, 8  # 3 batches an epoch
 LEVELS = 10 * np.arange(COUNT, dtype=np.uint8)
 """Image i has this level everywhere: a view of it shows which image it is of, and whether it was solarized."""
 
-Make = Callable[[ImageSource], DaliLoader]
+Make = Callable[[ImageSource], DALILoader]
 
 
 @pytest.fixture(params=["dali", "kernels on threads", "kernels beside the step"])
 def make(request: pytest.FixtureRequest) -> Make:
     """Makes a loader that takes one of the three ways."""
 
-    def loader(source: ImageSource) -> DaliLoader:
+    def loader(source: ImageSource) -> DALILoader:
         backend = "dali" if request.param == "dali" else "dali+kernels"
         config = config_of(backend, plain(SIZE, solarize=0.5), plain(SIZE, solarize=0.2), batch_size=BATCH)
         made = loader_of(source, replace(config, {"data.on_bad": "skip"}))
-        assert isinstance(made, DaliLoader)
+        assert isinstance(made, DALILoader)
         if request.param == "kernels beside the step":
-            made._on_threads = False
+            made._on_cpu = False
         return made
 
     return loader
@@ -59,11 +59,11 @@ def source() -> ImageSource:
     return ArraySource(flat_images())
 
 
-def assert_views_match_index(loader: DaliLoader, batch: Batch, step: int) -> None:
-    plan = loader.planner(step)
-    assert np.array_equal(batch.index.numpy(), plan.index)
+def assert_views_match_index(loader: DALILoader, batch: Batch, step: int) -> None:
+    spec = loader.sampler(step)
+    assert np.array_equal(batch.index.numpy(), spec.index)
     levels = LEVELS[batch.index.numpy()]
-    for view, draws in zip((batch.views[0], batch.views[1]), plan.draws, strict=True):
+    for view, draws in zip((batch.views[0], batch.views[1]), spec.params, strict=True):
         expected = np.where(draws.solarize & (levels >= 128), 255 - levels, levels)
         assert np.array_equal(pixels(view), np.broadcast_to(expected[:, None, None, None], (BATCH, SIZE, SIZE, 3)))
 
@@ -95,7 +95,7 @@ def test_views_match_the_index_after_a_corrupt_image(make: Make, tmp_path: Path)
     loader = make(open_source(tmp_path))
     for step in range(3):
         assert_views_match_index(loader, next(loader), step)
-    assert list(loader.bad.by_index) == [5]
+    assert list(loader.corrupt.by_index) == [5]
     loader.close()
     for step in range(3, 6):
         assert_views_match_index(loader, next(loader), step)
@@ -109,4 +109,4 @@ def test_index_is_not_the_planners_memory(make: Make, source: ImageSource) -> No
     for _ in range(3):
         next(other)
     assert torch.equal(next(loader).index, next(other).index)
-    assert np.array_equal(loader.planner.order(0), other.planner.order(0))
+    assert np.array_equal(loader.sampler.order(0), other.sampler.order(0))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torchvision.transforms import RandomResizedCrop
 
 from byol_fast.config import ViewConfig, recipes
-from byol_fast.data.augment_params import ViewDraws, crop_windows, draw, permutation
+from byol_fast.data.augment_params import AugmentParams, crop_windows, permutation, sample_params
 
 N = 20_000
 COMPARISONS = 10_000  # more than are made here: Bonferroni
@@ -31,9 +31,9 @@ Values = NDArray[np.float64]
 
 
 @functools.cache
-def drawn(view: str, seed: int = 0, epoch: int = 0, first: int = 0) -> ViewDraws:
+def drawn(view: str, seed: int = 0, epoch: int = 0, first: int = 0) -> AugmentParams:
     config, number = VIEWS[view]
-    return draw(config, np.arange(first, first + N), seed=seed, epoch=epoch, view=number)
+    return sample_params(config, np.arange(first, first + N), seed=seed, epoch=epoch, view=number)
 
 
 def assert_share(coin: NDArray[np.bool_], p: float) -> None:
@@ -104,7 +104,9 @@ def test_factors_and_sigma_are_uniform_in_their_range(view: str) -> None:
 
 def test_a_factor_is_never_negative() -> None:
     """torchvision's ColorJitter(2.0): from max(0, 1 - 2) to 3."""
-    d = draw(ViewConfig(brightness=2.0, contrast=1.0, saturation=0.0, hue=0.5), np.arange(N), seed=0, epoch=0, view=0)
+    d = sample_params(
+        ViewConfig(brightness=2.0, contrast=1.0, saturation=0.0, hue=0.5), np.arange(N), seed=0, epoch=0, view=0
+    )
     assert_uniform(d.factors[:, 0], 0.0, 3.0)
     assert_uniform(d.factors[:, 1], 0.0, 2.0)
     assert (d.factors[:, 2] == 1).all()
@@ -126,7 +128,7 @@ def test_all_orders_of_the_jitter_are_equally_likely(view: str) -> None:
 def test_area_aspect_and_position_are_uniform_where_every_crop_fits() -> None:
     """4000 x 4000 pixels and at most half of them: rounding to pixels moves the distribution functions little."""
     view = ViewConfig(area=(0.08, 0.5))
-    d = draw(view, np.arange(N), seed=0, epoch=0, view=0)
+    d = sample_params(view, np.arange(N), seed=0, epoch=0, view=0)
     top, left, h, w = crop_windows(d.crop, 4000, 4000, view.aspect).T.astype(float)
     # A pixel is at most 1/980 of a side. The logarithm of the aspect ranges over 0.58, the area over 0.42.
     assert_uniform(np.clip(h * w / 4000**2, 0.08, 0.5), 0.08, 0.5, slack=0.5 / 980 / 0.42)
@@ -156,7 +158,7 @@ SHAPES = {
 def test_crops_are_distributed_as_torchvisions(shape: str, view: ViewConfig) -> None:
     """Its own `get_params`, the fallback to the centre included."""
     height, width = SHAPES[shape]
-    ours = crop_windows(draw(view, np.arange(N), seed=0, epoch=0, view=0).crop, height, width, view.aspect)
+    ours = crop_windows(sample_params(view, np.arange(N), seed=0, epoch=0, view=0).crop, height, width, view.aspect)
     torch.manual_seed(0)
     blank = torch.empty(3, height, width)
     params = [RandomResizedCrop.get_params(blank, list(view.area), list(view.aspect)) for _ in range(2000)]
@@ -183,7 +185,7 @@ def features(windows: Values, height: int, width: int, view: ViewConfig) -> Mapp
 def test_the_fallback_comes_as_often_as_no_candidate_fits() -> None:
     """100 x 400: a crop fits if its height is at most 100; a tenth power of the others remains."""
     view = ViewConfig(area=(0.2, 1.0))
-    d = draw(view, np.arange(N), seed=0, epoch=0, view=0)
+    d = sample_params(view, np.arange(N), seed=0, epoch=0, view=0)
     windows = crop_windows(d.crop, 100, 400, view.aspect)
     is_centre = (windows == (0, 133, 100, 133)).all(axis=1)
     # height^2 = area * 40000 / aspect <= 100.5^2, area uniform on 0.2 .. 1, log(aspect) uniform on +- log(4/3)
@@ -195,7 +197,7 @@ def test_the_fallback_comes_as_often_as_no_candidate_fits() -> None:
 # ---- independence --------------------------------------------------------------------------------------------------
 
 
-def table(d: ViewDraws) -> Values:
+def table(d: AugmentParams) -> Values:
     """Every drawn number of every sample `[N, columns]`; of the crop the last candidate, as good as any."""
     width, height = d.crop[:, 9], d.crop[:, 19]
     coins = [d.flip, d.jitter, d.grayscale, d.blur, d.solarize]
@@ -262,7 +264,7 @@ def test_views_epochs_seeds_and_samples_are_independent() -> None:
 
 
 def test_one_image_over_many_epochs_is_drawn_as_many_images_are() -> None:
-    parts = [draw(PAPER.view2, np.array([7]), seed=0, epoch=epoch, view=1) for epoch in range(2000)]
+    parts = [sample_params(PAPER.view2, np.array([7]), seed=0, epoch=epoch, view=1) for epoch in range(2000)]
     columns = np.concatenate([table(d) for d in parts])
     assert_uniform(columns[:, 2], 0, 1)
     assert_uniform(columns[:, 4], 0.6, 1.4)

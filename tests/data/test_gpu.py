@@ -16,8 +16,8 @@ import torch
 
 from byol_fast.config import Config, ViewConfig, replace
 from byol_fast.data import Batch, ImageSource, ViewLoader, make_loader
-from byol_fast.data.loaders.device_cache import ResidentLoader
-from byol_fast.data.loaders.factory import dali_installed
+from byol_fast.data.loaders.backend import dali_installed
+from byol_fast.data.loaders.device_cache import DeviceCacheLoader
 from byol_fast.data.sources import ArraySource, FileSource
 from tests.data.helpers import CPU, config_of, error, pixels, same
 from tests.gpu import DEVICE, REHEARSING, Captured, host_syncs_are_errors, launches, only_on_a_gpu
@@ -176,13 +176,14 @@ def test_resident_views_take_a_handful_of_launches(arrays: ArraySource) -> None:
 @pytest.mark.gpu("resident")
 def test_resident_views_can_be_captured_in_a_graph(arrays: ArraySource) -> None:
     loader = make_loader(arrays, settings("resident"), device=GPU)
-    assert isinstance(loader, ResidentLoader)
+    assert isinstance(loader, DeviceCacheLoader)
     first = on_host(next(loader))
-    index, keys = loader._place(0)[0].clone(), [key.clone() for key in loader._place(0)[1]]
-    graph = Captured(lambda: loader._both(index, keys))
+    index, keys = loader._index_and_keys(0)
+    index, keys = index.clone(), tuple(key.clone() for key in keys)
+    graph = Captured(lambda: loader._compute(index, keys))
     for step in (0, 1, 0):
-        index.copy_(loader._place(step)[0])
+        index.copy_(loader._index_and_keys(step)[0])
         views = graph.replay()
-        expected = loader._both(index, keys)
+        expected = loader._compute(index, keys)
         assert all(torch.equal(a, b) for a, b in zip(views, expected, strict=True))
     assert torch.equal(views[0].cpu(), first.views[0])

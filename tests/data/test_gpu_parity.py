@@ -8,7 +8,7 @@ import torch
 
 from byol_fast import config as configs
 from byol_fast.config import recipes
-from byol_fast.data.loaders.threaded import centre
+from byol_fast.data.loaders.eval import center_crop
 from byol_fast.data.sources import ArraySource, FileSource, ImageSource
 from byol_fast.report import view_check
 from tests.data.helpers import config_of, plain
@@ -38,5 +38,5 @@ def test_generated_files_of_odd_sizes(files_backend: str, files: FileSource) -> 
 
 def test_photographs_in_memory(any_backend: str, photographs: FileSource) -> None:
     """No decoder in the way: what is left is the GPU's arithmetic; and the loader of data that lies on the GPU."""
-    squares = np.stack([centre(photographs.load(i), 160, "bicubic") for i in range(64)])
+    squares = np.stack([center_crop(photographs.load(i), 160, "bicubic") for i in range(64)])
     assert_parity(ArraySource(squares), any_backend, 96, 64)

@@ -17,10 +17,10 @@ import torch
 from byol_fast.config import ConfigError, DataConfig, ViewConfig, replace
 from byol_fast.data import Batch, CorruptImageError, ImageSource, SourceError, ViewLoader, eval_batches, open_source
 from byol_fast.data.loaders import threaded
-from byol_fast.data.loaders.factory import Backend, choose_backend, dali_installed, resolve
+from byol_fast.data.loaders.backend import Backend, dali_installed, resolve_backend, resolve_decoder
 from byol_fast.data.loaders.prefetch import single_core_threads
-from byol_fast.data.loaders.threaded import decoded, is_ordinary_jpeg
-from byol_fast.data.sampler import Planner
+from byol_fast.data.loaders.threaded import decode_image, is_common_jpeg
+from byol_fast.data.sampler import BatchSampler
 from byol_fast.data.sources import ArraySource, FileSource
 from tests.data.helpers import CPU, config_of, error, loader_of, pixels, plain, same
 
@@ -175,11 +175,13 @@ def test_the_other_loader_continues_with_the_same_draws(dali: None, arrays: Arra
 @pytest.mark.parametrize("n", [16, 37, 101])
 @pytest.mark.parametrize("shards", [1, 2, 3, 5, 8])
 def test_shards_cover_everything(n: int, shards: int) -> None:
-    planners = [Planner(n, (VIEW1, VIEW2), batch_size=1, seed=3, shard_id=i, num_shards=shards) for i in range(shards)]
-    steps = {p.steps_per_epoch for p in planners}
+    samplers = [
+        BatchSampler(n, (VIEW1, VIEW2), batch_size=1, seed=3, shard_id=i, num_shards=shards) for i in range(shards)
+    ]
+    steps = {p.steps_per_epoch for p in samplers}
     assert steps == {-(-n // shards)}
     for epoch in range(2):
-        seen = [int(p(epoch * p.steps_per_epoch + s).index[0]) for p in planners for s in range(p.steps_per_epoch)]
+        seen = [int(p(epoch * p.steps_per_epoch + s).index[0]) for p in samplers for s in range(p.steps_per_epoch)]
         assert set(seen) == set(range(n))
         assert len(seen) - n == (-n) % shards  # repeated, to fill up the last deal
 
@@ -321,31 +323,31 @@ def test_eval_hands_out_arrays_of_the_right_size_untouched(arrays: ArraySource) 
 
 
 def test_without_dali_torchvision_takes_over_and_says_so_once(monkeypatch: Any, caplog: Any, files: Any) -> None:
-    from byol_fast.data.loaders import factory as module
+    from byol_fast.data.loaders import backend as module
 
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    monkeypatch.setattr(module, "_said", set())
+    module._warn_without_dali.cache_clear()
     gpu = torch.device("cuda")
     data = config_of("torchvision", VIEW1).data
-    assert [resolve(data, files, gpu) for _ in range(2)] == [Backend("torchvision", "kernels")] * 2
+    assert [resolve_backend(data, files, gpu) for _ in range(2)] == [Backend("torchvision", "kernels")] * 2
     assert not caplog.text
     auto = DataConfig()
-    assert [resolve(auto, files, gpu) for _ in range(2)] == [Backend("torchvision", "kernels")] * 2
+    assert [resolve_backend(auto, files, gpu) for _ in range(2)] == [Backend("torchvision", "kernels")] * 2
     assert caplog.text.count("pip install nvidia-dali-cuda130") == 1
     with pytest.raises(SourceError, match=r"data\.loader: dali is not installed; pip install"):
-        choose_backend("dali")
+        resolve_decoder("dali", CPU)
     with pytest.raises(SourceError, match=r"data\.augment: dali is not installed; .* --data\.augment kernels"):
-        resolve(DataConfig(augment="dali"), files, CPU)
+        resolve_backend(DataConfig(augment="dali"), files, CPU)
 
 
-def test_the_backend_names_itself(backend: str, arrays: ArraySource) -> None:
+def test_loader_names(backend: str, arrays: ArraySource) -> None:
     names = {
         "dali": f"dali {CPU}",
         "dali+kernels": f"dali {CPU}, kernels",
         "torchvision": "torchvision, kernels",
         "resident": f"resident {CPU}",
     }
-    assert loader_of(arrays, config_of(backend, VIEW1)).backend == names[backend]
+    assert loader_of(arrays, config_of(backend, VIEW1)).name == names[backend]
 
 
 def test_what_auto_chooses(files: FileSource, arrays: ArraySource, monkeypatch: Any, dali: None) -> None:
@@ -355,7 +357,7 @@ def test_what_auto_chooses(files: FileSource, arrays: ArraySource, monkeypatch: 
 
     def chosen(source: ImageSource, device: torch.device, memory: Any = large, **data: Any) -> tuple[str, str]:
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: memory)
-        backend = resolve(DataConfig(**data), source, device)
+        backend = resolve_backend(DataConfig(**data), source, device)
         return backend.loader, backend.augment
 
     assert chosen(files, CPU) == chosen(arrays, CPU) == ("torchvision", "kernels")
@@ -413,8 +415,8 @@ def test_threads_of_a_loader_use_one_core_each_and_leave_the_others_alone() -> N
 def test_ordinary_jpegs_decode_to_the_bytes_of_pil(files: FileSource, photographs: FileSource) -> None:
     for source in (files, photographs):
         for i in range(len(source)):
-            assert is_ordinary_jpeg(source.read(i))
-            assert np.array_equal(pixels(decoded(source, i))[0], np.asarray(source.load(i)))
+            assert is_common_jpeg(source.read(i))
+            assert np.array_equal(pixels(decode_image(source, i))[0], np.asarray(source.load(i)))
 
 
 def test_without_torchvisions_decoder_pil_decodes(files: FileSource, monkeypatch: Any) -> None:
@@ -436,8 +438,8 @@ def test_other_images_are_left_to_pil() -> None:
 
     good = saved("RGB", "jpeg")
     for ordinary in (good, saved("L", "jpeg"), saved("RGB", "jpeg", progressive=True)):
-        assert is_ordinary_jpeg(ordinary)
+        assert is_common_jpeg(ordinary)
     for other in (saved("CMYK", "jpeg"), saved("RGB", "png"), good[:20], good[:2], b"", bytes(64), good[2:]):
-        assert not is_ordinary_jpeg(other)
+        assert not is_common_jpeg(other)
     start = good.index(b"\xff\xc0")
-    assert not is_ordinary_jpeg(good[: start + 5] + b"\xff\xff\xff\xff" + good[start + 9 :])  # 4 gigapixels
+    assert not is_common_jpeg(good[: start + 5] + b"\xff\xff\xff\xff" + good[start + 9 :])  # 4 gigapixels

@@ -15,7 +15,7 @@ from torchvision.transforms import v2 as T
 from byol_fast import config as configs
 from byol_fast.config import Config, ViewConfig, recipes
 from byol_fast.data import eval_batches, make_loader
-from byol_fast.data.augment_params import crop_windows, draw
+from byol_fast.data.augment_params import crop_windows, sample_params
 from byol_fast.data.sources import ArraySource, FileSource, ImageSource, open_source
 from byol_fast.report import view_check
 from byol_fast.report.view_check import Levels, differences, torchvision_views
@@ -135,7 +135,7 @@ def test_figures_of_an_error() -> None:
 def test_the_reference_is_torchvisions_own_pipeline(tensors: bool, arrays: ArraySource, monkeypatch: Any) -> None:
     """Its transforms as a training script composes them, with drawn parameters in the place of their own."""
     view = ViewConfig(size=48, blur=0.5, solarize=0.5, grayscale=0.3)
-    d = draw(view, np.arange(len(arrays)), seed=0, epoch=0, view=0)
+    d = sample_params(view, np.arange(len(arrays)), seed=0, epoch=0, view=0)
     given: dict[type, dict[str, Any]] = {}
     images, expected = [arrays.load(i) for i in range(len(arrays))], []
     for transform in (T.RandomResizedCrop, T.ColorJitter):
@@ -166,7 +166,7 @@ def test_parts_of_the_jitter_without_a_range_are_left_out() -> None:
     """As torchvision's ColorJitter does: PIL's way to HSV and back is not free, even for no turn at all."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
     view = plain(8, jitter=1.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0)
-    d = draw(view, np.arange(1), seed=0, epoch=0, view=0)
+    d = sample_params(view, np.arange(1), seed=0, epoch=0, view=0)
     assert sorted(d.order[0].tolist()) == [0, 1, 2, 3]
     assert np.array_equal(torchvision_views([image], d, view)[0], np.asarray(image))
 
@@ -183,7 +183,7 @@ def test_a_crop_in_dali_is_rounded_once(arrays: ArraySource, dali: None) -> None
     """Same window, same antialiased cubic filter as torch's in float64, of upward and downward resizes."""
     view = plain(48, area=(0.08, 1.0), aspect=(3 / 4, 4 / 3))
     batch = next(loader_of(arrays, config_of("dali", view, batch_size=48)))
-    d = draw(view, batch.index.numpy(), seed=0, epoch=0, view=0)
+    d = sample_params(view, batch.index.numpy(), seed=0, epoch=0, view=0)
     expected = []
     for k, (top, left, h, w) in zip(batch.index, crop_windows(d.crop, 64, 64, view.aspect), strict=True):
         image = torch.from_numpy(arrays.images[int(k)]).permute(2, 0, 1).double()

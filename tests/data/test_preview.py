@@ -16,7 +16,7 @@ from byol_fast import config as configs
 from byol_fast.cli import main
 from byol_fast.config import Config, ConfigError, ViewConfig, recipes
 from byol_fast.data import CorruptImageError, SourceError, make_loader, split
-from byol_fast.data.augment_params import BRIGHTNESS, CONTRAST, HUE, SATURATION, draw
+from byol_fast.data.augment_params import BRIGHTNESS, CONTRAST, HUE, SATURATION, sample_params
 from byol_fast.data.sources import ArraySource, FileSource, open_source
 from byol_fast.report import preview, view_check
 from tests.data.helpers import CPU, config_of, loader_of, pixels, plain
@@ -59,7 +59,7 @@ def test_what_it_says_is_what_was_drawn(arrays: ArraySource) -> None:
     index = loader_of(arrays, config_of("torchvision", VIEW1, VIEW2, seed=3, batch_size=12)).__next__().index.numpy()
     names = {BRIGHTNESS: "brightness", CONTRAST: "contrast", SATURATION: "saturation", HUE: "hue"}
     for number, view in enumerate((VIEW1, VIEW2)):
-        d = draw(view, index, seed=3, epoch=0, view=number)
+        d = sample_params(view, index, seed=3, epoch=0, view=number)
         for row, sample in enumerate(made(arrays)):
             facts = dict(sample.facts[number])
             assert list(facts) == ["crop", "flip", "jitter", "gray", "blur", "solarize"]

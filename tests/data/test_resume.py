@@ -19,7 +19,7 @@ import torch
 
 from byol_fast.config import ViewConfig, replace
 from byol_fast.data import ImageSource, ViewLoader
-from byol_fast.data.loaders.factory import dali_installed
+from byol_fast.data.loaders.backend import dali_installed
 from byol_fast.data.sources import FileSource
 from byol_fast.utils.files import atomic_path
 from tests.data.conftest import photo_like
@@ -162,7 +162,7 @@ def test_bad_images_stay_out_after_a_restart_even_if_they_were_repaired(tmp_path
     for _ in range(7):
         next(loader)
     state = loader.state_dict()
-    assert [entry[0] for entry in state["bad"]] == [BAD]
+    assert [entry[0] for entry in state["corrupt"]] == [BAD]
     expected = [digest_of(loader) for _ in range(5)]
     source.path(BAD).write_bytes(pictures()[BAD])
     again = loader_of(make("folder", tmp_path / "x", pictures()), config)

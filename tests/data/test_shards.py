@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from byol_fast.config import ViewConfig
 from byol_fast.data.augment_params import permutation
-from byol_fast.data.sampler import Planner
+from byol_fast.data.sampler import BatchSampler
 
 VIEW = ViewConfig(size=8)
 
@@ -26,11 +26,13 @@ BATCHES = st.integers(1, 20)
 SEEDS = st.integers(0, 2**31 - 1)
 
 
-def planners(n: int, shards: int, batch: int, seed: int = 0) -> list[Planner]:
-    return [Planner(n, (VIEW, VIEW), batch_size=batch, seed=seed, shard_id=i, num_shards=shards) for i in range(shards)]
+def samplers(n: int, shards: int, batch: int, seed: int = 0) -> list[BatchSampler]:
+    return [
+        BatchSampler(n, (VIEW, VIEW), batch_size=batch, seed=seed, shard_id=i, num_shards=shards) for i in range(shards)
+    ]
 
 
-def epoch_of(parts: list[Planner], epoch: int) -> NDArray[np.int64]:
+def epoch_of(parts: list[BatchSampler], epoch: int) -> NDArray[np.int64]:
     """All places of an epoch in the order in which they are dealt: `[steps * batch, shards]`, flattened."""
     steps = parts[0].steps_per_epoch
     dealt = [np.concatenate([p(epoch * steps + s).index for s in range(steps)]) for p in parts]
@@ -43,7 +45,7 @@ def test_an_epoch_is_dealt_out_whole(n: int, shards: int, batch: int, seed: int,
     """Against the rule written down another way: the epoch's order, filled up from its own front, cut into batches."""
     per_shard = -(-n // shards)
     assume(batch <= per_shard and shards <= n)
-    parts = planners(n, shards, batch, seed)
+    parts = samplers(n, shards, batch, seed)
     assert {p.steps_per_epoch for p in parts} == {per_shard // batch}
     seen = epoch_of(parts, epoch)
     order = permutation(n, seed=seed, epoch=epoch)
@@ -61,7 +63,7 @@ def test_an_epoch_is_dealt_out_whole(n: int, shards: int, batch: int, seed: int,
 def test_the_order_does_not_depend_on_the_number_of_shards(n: int, shards: int, seed: int) -> None:
     """The images of step s on all shards together are those of step s of one process with all the batch."""
     assume(n >= 2 * shards)
-    many, one = epoch_of(planners(n, shards, 2, seed), 3), epoch_of(planners(n, 1, 2 * shards, seed), 3)
+    many, one = epoch_of(samplers(n, shards, 2, seed), 3), epoch_of(samplers(n, 1, 2 * shards, seed), 3)
     common = min(len(many), len(one))
     assert common >= n - 2 * shards and np.array_equal(many[:common], one[:common])
 
@@ -84,27 +86,27 @@ def test_orders_of_epochs_and_seeds_differ_and_are_fair() -> None:
 
 def test_shards_of_an_epoch_are_disjoint_and_their_draws_too() -> None:
     """Ranks share one seed: a draw is a function of the image and the epoch, and no two ranks have the same images."""
-    parts = planners(96, 4, 8, seed=5)
+    parts = samplers(96, 4, 8, seed=5)
     plans = [[p(s) for s in range(3)] for p in parts]
-    images = [{int(i) for plan in rank for i in plan.index} for rank in plans]
+    images = [{int(i) for spec in rank for i in spec.index} for rank in plans]
     assert all(not (a & b) for k, a in enumerate(images) for b in images[:k])
-    crops = [tuple(row) for rank in plans for plan in rank for d in plan.draws for row in d.crop]
+    crops = [tuple(row) for rank in plans for spec in rank for d in spec.params for row in d.crop]
     assert len(set(crops)) == 2 * 96  # no two views of an epoch are drawn alike, on whatever rank
 
 
 def test_an_image_that_fills_up_a_deal_is_drawn_as_the_first_time() -> None:
     """The padding rule: 10 images on 4 shards, two are shown twice in the epoch, with the same views both times."""
-    parts = planners(10, 4, 1, seed=2)
+    parts = samplers(10, 4, 1, seed=2)
     rows: dict[int, list[bytes]] = {}
     for p in parts:
         for s in range(p.steps_per_epoch):
-            plan = p(s)
-            rows.setdefault(int(plan.index[0]), []).append(b"".join(d.crop.tobytes() for d in plan.draws))
+            spec = p(s)
+            rows.setdefault(int(spec.index[0]), []).append(b"".join(d.crop.tobytes() for d in spec.params))
     assert sorted(len(views) for views in rows.values()) == [1] * 8 + [2] * 2
     assert all(len(set(views)) == 1 for views in rows.values())
 
 
-def lazily(parts: list[Planner], epoch: int, bad: Collection[int]) -> tuple[NDArray[np.int64], set[int]]:
+def lazily(parts: list[BatchSampler], epoch: int, bad: Collection[int]) -> tuple[NDArray[np.int64], set[int]]:
     """An epoch where each shard learns which images are bad only when it meets them."""
     steps = parts[0].steps_per_epoch
     dealt: list[NDArray[np.int64]] = []
@@ -127,22 +129,22 @@ def test_stand_ins_do_not_depend_on_when_an_image_was_found_bad(
 ) -> None:
     assume(batch <= -(-n // shards))
     bad = data.draw(st.sets(st.integers(0, n - 1), max_size=n // 2))
-    before = epoch_of(planners(n, shards, batch, seed), 1)
-    knowing = planners(n, shards, batch, seed)
+    before = epoch_of(samplers(n, shards, batch, seed), 1)
+    knowing = samplers(n, shards, batch, seed)
     for p in knowing:
         p.excluded = bad
     whole = epoch_of(knowing, 1)
     assert not set(whole.tolist()) & bad
     stays = ~np.isin(before, list(bad))
     assert np.array_equal(whole[stays], before[stays])  # nobody else moves
-    assert np.array_equal(lazily(planners(n, shards, batch, seed), 1, bad)[0], whole)
+    assert np.array_equal(lazily(samplers(n, shards, batch, seed), 1, bad)[0], whole)
     assert {p.steps_per_epoch for p in knowing} == {-(-n // shards) // batch}
 
 
 def test_stand_ins_are_spread_over_all_images_and_differ_between_epochs() -> None:
     stand_ins = []
     for epoch in range(300):
-        [p] = planners(50, 1, 50, seed=3)
+        [p] = samplers(50, 1, 50, seed=3)
         before = p(epoch).index
         p.excluded = {7}
         stand_ins.append(int(p(epoch).index[before == 7][0]))
@@ -157,7 +159,7 @@ def test_table(n: int) -> None:
 
 def row(n: int, shards: int, batch: int) -> tuple[int, int, int, int, int]:
     """Images, shards, steps of an epoch on each, images shown twice, images left out."""
-    parts = planners(n, shards, batch)
+    parts = samplers(n, shards, batch)
     counts = Counter(epoch_of(parts, 0).tolist())
     return n, shards, parts[0].steps_per_epoch, sum(c - 1 for c in counts.values()), n - len(counts)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from byol_fast.config import ViewConfig
-from byol_fast.data.augment_params import ViewDraws, crop_window, crop_windows, draw
+from byol_fast.data.augment_params import AugmentParams, crop_window, crop_windows, sample_params
 from byol_fast.data.sources import ArraySource
 from tests.data.helpers import config_of, loader_of, pixels, plain
 
@@ -17,16 +17,16 @@ VIEW = ViewConfig(grayscale=0.2, blur=0.1, solarize=0.2, hue=0.1, saturation=0.2
 
 
 @pytest.fixture(scope="module")
-def draws() -> ViewDraws:
-    return draw(VIEW, np.arange(N), seed=0, epoch=0, view=0)
+def draws() -> AugmentParams:
+    return sample_params(VIEW, np.arange(N), seed=0, epoch=0, view=0)
 
 
-def fields(d: ViewDraws) -> dict[str, Any]:
-    return {name: getattr(d, name) for name in ViewDraws.__slots__}
+def fields(d: AugmentParams) -> dict[str, Any]:
+    return {name: getattr(d, name) for name in AugmentParams.__slots__}
 
 
 def test_where_nothing_fits_the_middle_is_taken() -> None:
-    crop = draw(ViewConfig(area=(0.9, 1.0)), np.arange(50), seed=0, epoch=0, view=0).crop
+    crop = sample_params(ViewConfig(area=(0.9, 1.0)), np.arange(50), seed=0, epoch=0, view=0).crop
     for (height, width), window in {
         (10, 1000): (0, 493, 10, 13),
         (1000, 10): (493, 0, 13, 10),
@@ -37,7 +37,7 @@ def test_where_nothing_fits_the_middle_is_taken() -> None:
 
 def test_the_crop_of_one_image_is_that_of_many() -> None:
     for view in (VIEW, ViewConfig(area=(0.9, 1.0), aspect=(0.2, 0.3))):
-        crop = draw(view, np.arange(300), seed=0, epoch=0, view=0).crop
+        crop = sample_params(view, np.arange(300), seed=0, epoch=0, view=0).crop
         for height, width in ((375, 500), (32, 32), (100, 900), (1, 7)):
             one_by_one = [crop_window(row, height, width, view.aspect) for row in crop]
             assert np.array_equal(one_by_one, crop_windows(crop, height, width, view.aspect))
@@ -45,17 +45,19 @@ def test_the_crop_of_one_image_is_that_of_many() -> None:
 
 def test_draws_depend_on_seed_epoch_image_and_view_only() -> None:
     index = np.array([5, 900, 3])
-    d = fields(draw(VIEW, index, seed=1, epoch=2, view=0))
-    alone = fields(draw(VIEW, index[1:2], seed=1, epoch=2, view=0))
+    d = fields(sample_params(VIEW, index, seed=1, epoch=2, view=0))
+    alone = fields(sample_params(VIEW, index[1:2], seed=1, epoch=2, view=0))
     for name, values in d.items():
         assert np.array_equal(values[1:2], alone[name]), name
     for changed in ({"seed": 2}, {"epoch": 3}, {"view": 1}):
-        other = draw(VIEW, index, **{"seed": 1, "epoch": 2, "view": 0, **changed})
+        other = sample_params(VIEW, index, **{"seed": 1, "epoch": 2, "view": 0, **changed})
         assert not np.isclose(other.crop, d["crop"]).any(), changed
 
 
-def test_changing_one_probability_changes_nothing_else(draws: ViewDraws) -> None:
-    other = fields(draw(ViewConfig(grayscale=0.2, blur=0.7, solarize=0.2), np.arange(N), seed=0, epoch=0, view=0))
+def test_changing_one_probability_changes_nothing_else(draws: AugmentParams) -> None:
+    other = fields(
+        sample_params(ViewConfig(grayscale=0.2, blur=0.7, solarize=0.2), np.arange(N), seed=0, epoch=0, view=0)
+    )
     for name, values in fields(draws).items():
         assert np.array_equal(values, other[name]) == (name != "blur"), name
 

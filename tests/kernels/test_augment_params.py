@@ -32,7 +32,7 @@ STREAMS = ((0, 0, 0), (2**63 + 11, 977, 1))[INTERPRETED:]
 def table(view: ViewConfig, height: int, width: int) -> Tensor:
     """Column by column from the configuration, by the names that the operator gives them."""
     lowest, spread = numpy_params.factor_ranges(view)
-    center = numpy_params.centred_crop(height, width, view.aspect)
+    center = numpy_params.center_crop_size(height, width, view.aspect)
     values = {
         "scale_min": view.area[0],
         "scale_range": view.area[1] - view.area[0],
@@ -62,7 +62,7 @@ def test_parameters_equal_numpy(name: str, size: tuple[int, int], device: str) -
     view, n = VIEWS[name], 70 if INTERPRETED else 20_000
     for seed, epoch, number in STREAMS:
         index = np.random.default_rng(seed % 997).integers(0, 2**40, n)
-        expected: Any = numpy_params.draw(view, index, seed=seed, epoch=epoch, view=number)
+        expected: Any = numpy_params.sample_params(view, index, seed=seed, epoch=epoch, view=number)
         key = torch.tensor(numpy_params.stream_key(seed, epoch, number))
         ours = sample_params(
             torch.from_numpy(index).to(device),

@@ -145,7 +145,7 @@ def recipe(context: Context) -> str | None:
                 loss=rounded(result.loss),
                 mode=trainer.mode.name,
                 precision=trainer.precision.name,
-                loader=trainer.state.loader.backend,
+                loader=trainer.state.loader.name,
             )
     began = time.perf_counter()
     with values_matter(context, "nearest neighbors"):

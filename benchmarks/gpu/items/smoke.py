@@ -10,8 +10,7 @@ from benchmarks.gpu.item import Context
 from benchmarks.gpu.items import smoke_step
 from benchmarks.gpu.items.common import Checks
 from byol_fast.config import ViewConfig
-from byol_fast.data.augment_params import draw, stream_key
-from byol_fast.data.loaders.device_cache import table
+from byol_fast.data import augment_params
 from byol_kernels import (
     LARS,
     byol_loss,
@@ -195,10 +194,10 @@ def running_stats(context: Context, checks: Checks) -> None:
 def params_and_crop(context: Context, checks: Checks) -> None:
     """Augmentation parameters, bit for bit as numpy draws them, and crops."""
     view, index = ViewConfig(size=28, blur=0.5, solarize=0.2), np.arange(2000)
-    numbers = torch.from_numpy(table(view, 40, 36)).to(context.device)
-    key = torch.tensor(stream_key(7, 3, 1), device=context.device)
+    numbers = torch.from_numpy(augment_params.params_table(view, 40, 36)).to(context.device)
+    key = torch.tensor(augment_params.stream_key(7, 3, 1), device=context.device)
     params = sample_params(torch.from_numpy(index).to(context.device), key, numbers, blur_kernel=view.blur_kernel)
-    expected = draw(view, index, seed=7, epoch=3, view=1)
+    expected = augment_params.sample_params(view, index, seed=7, epoch=3, view=1)
     names = [name for name in params._fields if name != "crop"]
     unequal = [n for n in names if not np.array_equal(getattr(params, n).cpu().numpy(), getattr(expected, n))]
     checks("augmentation parameters that are not numpy's", len(unequal), 0)

@@ -1,9 +1,9 @@
-"""Two views of each image in one DALI graph, augmented or only cropped, and plain resized images for evaluation.
+"""Views of images from one DALI graph, augmented or only cropped, and center crops for evaluation.
 
-Our kernels color and blur the crops of the graph, or its own operators do (`DataConfig.augment`, `dali_views.py`).
-The graph is the same on the CPU and on a GPU (there, decoding is "mixed" and all else runs on the device). Images
-are decoded once. All random numbers come from `byol_fast.data.augment_params` as inputs of the graph: DALI has no state
-that would have to be saved: a batch is a function of its number.
+Our kernels augment the crops of the graph, or its own operators do (`DataConfig.augment`, `dali_views.py`). The graph
+is the same on the CPU and on a GPU (there, decoding is "mixed" and all else runs on the device). Images are decoded
+once. Augmentation parameters come from `byol_fast.data.augment_params` as inputs of the graph: DALI has no random
+state that would have to be saved.
 
 Import this module only where DALI is wanted: it imports DALI.
 """
@@ -13,9 +13,9 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -31,179 +31,185 @@ import nvidia.dali.math as dm
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 
 from byol_fast.config import Config, ViewConfig
-from byol_fast.data.augment import Views, chosen, finish, joined, needed, parts
-from byol_fast.data.batch import Batch
+from byol_fast.data.augment import apply_photometric, required_params, select_rows
+from byol_fast.data.batch import Batch, Views, empty_views
 from byol_fast.data.integrity import CorruptImageError, CorruptImages, bytes_need_check, check_bytes
-from byol_fast.data.loaders.base import PlannedLoader, thread_count
+from byol_fast.data.loaders.base import DeterministicLoader
 from byol_fast.data.loaders.dali_views import CROPS_ONLY, INTERPOLATION, Node, augment, fn, types, view_inputs
-from byol_fast.data.loaders.factory import resolve
-from byol_fast.data.loaders.prefetch import SideStream, single_core_threads
-from byol_fast.data.reader import Encoding, Reader
-from byol_fast.data.sampler import Plan
+from byol_fast.data.loaders.prefetch import Encoding, Prefetcher, PrefetchStream, resolve_num_threads
+from byol_fast.data.sampler import BatchSpec
 from byol_fast.data.sources import EncodedSource, ImageSource
 
 Feed = Callable[[], list[Any]]
 
 
-class DaliLoader(PlannedLoader):
-    """Two views of each image by DALI.
+class DALILoader(DeterministicLoader):
+    """Views of images by DALI.
 
-    Batches are raw: uint8, `[B, 3, S, S]`, channels_last without a copy, on `device`. They stay valid while held.
+    Batches are raw: uint8, `[B, 3, S, S]`, channels_last, on `device`. They stay valid while held. Our kernels write
+    the views into one buffer; views by DALI's own operators (`augment="dali"`) lie in memory that DALI owns, one
+    buffer for each, and stacking them takes a copy.
+
+    Args:
+        source: the images.
+        config: see `DeterministicLoader`.
+        views: see `DeterministicLoader`.
+        augment: "kernels" for our operators after the crop, "dali" for DALI's own.
+        options: see `DeterministicLoader`.
     """
 
     _pipe: Pipeline | None = None
-    _reader: Reader[Plan] | None = None
+    _prefetcher: Prefetcher[BatchSpec] | None = None
 
     def __init__(
         self,
         source: ImageSource,
         config: Config,
+        views: tuple[ViewConfig, ...],
         *,
-        device: torch.device,
-        shard_id: int = 0,
-        num_shards: int = 1,
-        report: Path | None = None,
+        augment: Literal["kernels", "dali"],
+        **options: Any,
     ) -> None:
-        super().__init__(source, config, device=device, shard_id=shard_id, num_shards=num_shards, report=report)
-        self._kernels = resolve(config.data, source, device).augment == "kernels"
-        self.backend = f"dali {device}" + (", kernels" if self._kernels else "")
-        self._views = (config.view1, config.view2)
-        self._names = tuple(needed(view, flip=False) for view in self._views)  # the graph mirrors for free
-        self._side_stream = SideStream(device, ahead=config.data.prefetch + 1)
-        self._in_flight: deque[Plan] = deque()
-        self._on_threads = self._kernels and device.type == "cpu"  # our kernels, beside the graph
-        self._pool: ThreadPoolExecutor | None = None
-        self._finishing: deque[tuple[Plan, list[Future[Views]]]] = deque()
+        super().__init__(source, config, views, **options)
+        self._kernels = augment == "kernels"
+        self.name = f"dali {self.device}" + (", kernels" if self._kernels else "")
+        self._names = tuple(required_params(view, flip=False) for view in views)  # the graph mirrors for free
+        self._stream = PrefetchStream(self.device, ahead=config.data.prefetch + 1)
+        self._in_flight: deque[BatchSpec] = deque()
+        self._on_cpu = self._kernels and self.device.type == "cpu"  # our kernels on threads, beside the graph
+        self._ahead: deque[tuple[BatchSpec, Views, list[Future[None]]]] = deque()
 
-    def _made_by(self) -> str:
+    def _backend_version(self) -> str:
         kernels = ", kernels" if self._kernels else ""
         return f"dali {nvidia.dali.__version__} on {self.device.type}{kernels}"
 
-    def _make(self) -> Batch:
+    def _load_batch(self) -> Batch:
         while True:
             try:
                 if self._pipe is None:
-                    self._pipe = self._build()
-                return self._next(self._pipe)
+                    self._pipe = self._build_pipeline()
+                return self._next_batch(self._pipe)
             except CorruptImageError:
                 self._restart()
                 raise
             except RuntimeError as error:
-                in_flight = [plan.index for plan in self._in_flight]
+                in_flight = [spec.index for spec in self._in_flight]
                 self._restart()  # an error leaves a DALI pipeline unusable
-                self.bad.add(_find_bad(error, self.source, in_flight, self.bad, self.device), self._step)
+                self.corrupt.add(_find_corrupt(error, self.source, in_flight, self.corrupt, self.device), self._step)
 
-    def _next(self, pipe: Pipeline) -> Batch:
-        """The next batch. Whatever makes it, all that describes it comes from the plan that left the queue with it."""
-        if self._on_threads:
-            while len(self._finishing) < 2:  # the one before it is finished while the graph makes the next
-                self._finishing.append(self._finish_on_threads(*self._crops(pipe)))
-            plan, work = self._finishing.popleft()
-            views = joined(work)
+    def _next_batch(self, pipe: Pipeline) -> Batch:
+        """The next batch; its index is always that of the spec which left the queue with its crops."""
+        if self._on_cpu:
+            while len(self._ahead) < 2:  # one batch is augmented while the graph crops the next
+                self._ahead.append(self._start_augment(*self._next_crops(pipe)))
+            spec, views, chunks = self._ahead.popleft()
+            for chunk in chunks:
+                chunk.result()
         elif self._kernels:
-            plan, views = self._finish_on_side_stream(pipe)
+            spec, views = self._augment_on_stream(pipe)
         else:
-            plan, views = self._crops(pipe)
-        return self._batch(views, plan.index)
+            spec, views = self._next_crops(pipe)
+        return self._batch(views, spec.index)
 
-    def _crops(self, pipe: Pipeline) -> tuple[Plan, Views]:
-        """Run the graph: the plan of the next batch and its crops `[B, 3, S, S]`.
+    def _next_crops(self, pipe: Pipeline) -> tuple[BatchSpec, Views]:
+        """Run the graph: contents of the next batch and its crops `[B, 3, S, S]`.
 
-        The queue of plans is empty until the first run feeds the graph, so it is only read afterwards.
+        The queue of specs is empty until the first run feeds the graph, so it is only read afterwards.
         """
-        view1, view2 = _run(pipe, self.device)
-        return self._in_flight.popleft(), (view1.permute(0, 3, 1, 2), view2.permute(0, 3, 1, 2))
+        crops = tuple(crops.permute(0, 3, 1, 2) for crops in _run(pipe, self.device))
+        return self._in_flight.popleft(), crops
 
-    def _finished(self, plan: Plan, crops: Views, rows: slice) -> Views:
-        """Colors, blur and solarization of some rows."""
-        first, second = (
-            finish(view[rows], chosen(d, names, rows), config)
-            for view, d, names, config in zip(crops, plan.draws, self._names, self._views, strict=True)
+    def _start_augment(self, spec: BatchSpec, crops: Views) -> tuple[BatchSpec, Views, list[Future[None]]]:
+        """Let threads augment the crops of a batch."""
+        views = empty_views(len(crops), self.batch_size, self.size, device=self.device)
+        return spec, views, self._on_threads(partial(self._augment, views, spec, crops))
+
+    def _augment_on_stream(self, pipe: Pipeline) -> tuple[BatchSpec, Views]:
+        """Launch the augmentation of the next batch beside the training step."""
+        specs: list[BatchSpec] = []
+
+        def compute() -> Views:
+            spec, crops = self._next_crops(pipe)
+            specs.append(spec)
+            views = empty_views(len(crops), self.batch_size, self.size, device=self.device)
+            self._augment(views, spec, crops, slice(None))
+            return views
+
+        views = self._stream(compute)
+        return specs[0], views
+
+    def _augment(self, views: Views, spec: BatchSpec, crops: Views, rows: slice) -> None:
+        """Write some rows of a batch into its views: colors, blur and solarization of the crops."""
+        for out, crop, params, names, view in zip(views, crops, spec.params, self._names, self.views, strict=True):
+            apply_photometric(crop[rows], select_rows(params, names, rows), view, out=out[rows])
+
+    def _build_pipeline(self) -> Pipeline:
+        prefetcher = self._prefetcher = Prefetcher(
+            self.source, self.sampler, self.corrupt, num_threads=self.num_threads
         )
-        return first, second
-
-    def _finish_on_side_stream(self, pipe: Pipeline) -> tuple[Plan, Views]:
-        plans: list[Plan] = []
-
-        def make() -> Views:
-            plan, crops = self._crops(pipe)
-            plans.append(plan)
-            return self._finished(plan, crops, slice(None))
-
-        views = self._side_stream(make)
-        return plans[0], views
-
-    def _finish_on_threads(self, plan: Plan, crops: Views) -> tuple[Plan, list[Future[Views]]]:
-        threads = thread_count(self.config.data.threads)
-        if self._pool is None:
-            self._pool = single_core_threads(threads, "byol-fast-views")
-        pieces = parts(self.batch_size, self._views[0].size, threads)
-        return plan, [self._pool.submit(self._finished, plan, crops, rows) for rows in pieces]
-
-    def _restart(self) -> None:
-        self._pipe = None
-        self._in_flight.clear()
-        self._finishing.clear()
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-            self._pool = None
-        if self._reader is not None:
-            self._reader.close()
-            self._reader = None
-
-    def _build(self) -> Pipeline:
-        read = self._reader = Reader(
-            self.source, self.planner, self.bad, threads=thread_count(self.config.data.threads)
-        )
-        size = read.size
-        views = self._views
-        if self._kernels:
-            views = replace(views[0], **CROPS_ONLY), replace(views[1], **CROPS_ONLY)
+        size = prefetcher.size
+        views = tuple(replace(view, **CROPS_ONLY) for view in self.views) if self._kernels else self.views
         steps = iter(range(self._step, 2**62))
 
-        def feed() -> list[Any]:
-            plan, images = read(next(steps))
-            self._in_flight.append(plan)
-            first, second = (view_inputs(d, v, size) for d, v in zip(plan.draws, views, strict=True))
-            return [images, *first.values(), *second.values()]
+        def inputs_of_views(spec: BatchSpec) -> list[dict[str, NDArray[Any]]]:
+            return [view_inputs(params, view, size) for params, view in zip(spec.params, views, strict=True)]
 
-        example = self.planner(self._step).draws
-        return _two_views(
+        def feed() -> list[Any]:
+            spec, images = prefetcher(next(steps))
+            self._in_flight.append(spec)
+            return [images, *(value for inputs in inputs_of_views(spec) for value in inputs.values())]
+
+        return _views_graph(
             feed,
-            names=[list(view_inputs(d, v, size)) for d, v in zip(example, views, strict=True)],
-            encoding=read.encoding,
+            names=[list(inputs) for inputs in inputs_of_views(self.sampler(self._step))],
+            encoding=prefetcher.encoding,
             gpu=self.device.type == "cuda",
             views=views,
             hw_decoder_load=self.config.data.hw_decoder_load,
-            **_pipeline_options(self.batch_size, self.config.data.threads, self.config.data.prefetch, self.device),
+            **_pipeline_options(self.batch_size, self.num_threads, self.config.data.prefetch, self.device),
         )
 
+    def _restart(self) -> None:
+        super()._restart()
+        self._pipe = None
+        self._in_flight.clear()
+        self._ahead.clear()
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+            self._prefetcher = None
 
-def eval_batches(
-    source: ImageSource,
-    size: int,
-    batch_size: int,
-    *,
-    interpolation: Literal["bicubic", "bilinear"],
-    threads: int,
-    device: torch.device,
-    bad: CorruptImages,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """See `byol_fast.data.eval_batches`."""
-    rest = np.arange(len(source))
-    while len(rest := np.array([i for i in rest.tolist() if i not in bad.by_index], np.int64)):
-        chunks = [_Chunk(rest[i : i + batch_size]) for i in range(0, len(rest), batch_size)]
-        for images, index in _centres(source, chunks, size, batch_size, interpolation, threads, device, bad):
-            yield images.permute(0, 3, 1, 2), index
-            rest = rest[rest > int(index[-1])]
+
+# ---- evaluation ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Chunk:
+    """Images of a batch for evaluation."""
+
     index: NDArray[np.int64]
 
 
-def _centres(
+def center_crops(
+    source: ImageSource,
+    size: int,
+    batch_size: int,
+    interpolation: Literal["bicubic", "bilinear"],
+    threads: int,
+    device: torch.device,
+    corrupt: CorruptImages,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Center crops by DALI; arguments and results as in `byol_fast.data.eval_batches`."""
+    rest = np.arange(len(source))
+    while len(rest := np.array([i for i in rest.tolist() if i not in corrupt.by_index], np.int64)):
+        chunks = [_Chunk(rest[i : i + batch_size]) for i in range(0, len(rest), batch_size)]
+        for images, index in _run_center_crops(
+            source, chunks, size, batch_size, interpolation, threads, device, corrupt
+        ):
+            yield images.permute(0, 3, 1, 2), index
+            rest = rest[rest > int(index[-1])]
+
+
+def _run_center_crops(
     source: ImageSource,
     chunks: list[_Chunk],
     size: int,
@@ -211,32 +217,33 @@ def _centres(
     interpolation: str,
     threads: int,
     device: torch.device,
-    bad: CorruptImages,
+    corrupt: CorruptImages,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The middles of images; ends early where DALI met bad ones, which are known then."""
+    """Center crops of the images in order; ends early, with more of `corrupt` known, if an image stops the pipeline."""
 
-    def plan(number: int) -> _Chunk:
-        return _Chunk(np.array([i for i in chunks[number].index.tolist() if i not in bad.by_index], np.int64))
+    def sample(number: int) -> _Chunk:
+        return _Chunk(np.array([i for i in chunks[number].index.tolist() if i not in corrupt.by_index], np.int64))
 
-    read = Reader(source, plan, bad, threads=thread_count(threads))
+    num_threads = resolve_num_threads(threads)
+    prefetcher = Prefetcher(source, sample, corrupt, num_threads=num_threads)
     numbers = iter(range(len(chunks)))
     in_flight: deque[NDArray[np.int64]] = deque()
 
     def feed() -> Any:
         for number in numbers:
-            chunk, images = read(number, last=len(chunks) - 1)
+            chunk, images = prefetcher(number, last=len(chunks) - 1)
             if len(chunk.index):
                 in_flight.append(chunk.index)
                 return images
         raise StopIteration
 
-    pipe = _centre(
+    pipe = _center_crops_graph(
         feed,
-        encoding=read.encoding,
+        encoding=prefetcher.encoding,
         gpu=device.type == "cuda",
         size=size,
         interpolation=interpolation,
-        **_pipeline_options(batch_size, threads, 2, device),
+        **_pipeline_options(batch_size, num_threads, 2, device),
     )
     try:
         while True:
@@ -246,19 +253,19 @@ def _centres(
                 return
             yield images, torch.from_numpy(in_flight.popleft())
     except RuntimeError as error:
-        bad.add(_find_bad(error, source, list(in_flight), bad, device), 0)
+        corrupt.add(_find_corrupt(error, source, list(in_flight), corrupt, device), 0)
     finally:
-        read.close()
+        prefetcher.close()
 
 
 # ---- between Python and DALI ---------------------------------------------------------------------------------------
 
 
-def _pipeline_options(batch_size: int, threads: int, prefetch: int, device: torch.device) -> dict[str, Any]:
+def _pipeline_options(batch_size: int, num_threads: int, prefetch: int, device: torch.device) -> dict[str, Any]:
     gpu = device.type == "cuda"
     return {
         "batch_size": batch_size,
-        "num_threads": thread_count(threads),
+        "num_threads": num_threads,
         "device_id": (torch.cuda.current_device() if device.index is None else device.index) if gpu else None,
         "prefetch_queue_depth": prefetch,
         "seed": 0,  # not used: nothing in these graphs is random
@@ -266,36 +273,36 @@ def _pipeline_options(batch_size: int, threads: int, prefetch: int, device: torc
 
 
 def _run(pipe: Pipeline, device: torch.device) -> list[torch.Tensor]:
-    """The next outputs, without a copy, ready on torch's current stream without making the host wait."""
+    """Outputs of the next run, without a copy, ordered on torch's current stream without a wait of the host."""
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     return [torch.utils.dlpack.from_dlpack(output.as_tensor()) for output in pipe.run(stream)]
 
 
-def _find_bad(
+def _find_corrupt(
     error: RuntimeError,
     source: ImageSource,
     in_flight: list[NDArray[np.int64]],
-    bad: CorruptImages,
+    corrupt: CorruptImages,
     device: torch.device,
 ) -> list[tuple[int, str]]:
-    """Which images stopped DALI, and why: of those that do not begin and end as they should, else of all.
+    """Images that stopped DALI, and why: first those with a wrong beginning or end are decoded, then all.
 
     Raises:
-        RuntimeError: all of them can be decoded, so that it was something else.
+        RuntimeError: all of them can be decoded, so DALI stopped for another reason.
     """
     message = str(error)
     if isinstance(source, EncodedSource):
         index = list(dict.fromkeys(int(i) for batch in in_flight for i in batch))
         index.sort(key=lambda i: source.sample_name(i) not in message)
         for check in (_check_if_needed, lambda s, i: _check_by_dali(s, i, device)):
-            found = []
+            unreadable = []
             for i in index:
                 if (reason := check(source, i)) is not None:
-                    found.append((i, reason))
-                    if not bad.skip:
+                    unreadable.append((i, reason))
+                    if not corrupt.skip:
                         break
-            if found:
-                return found
+            if unreadable:
+                return unreadable
     raise RuntimeError(f"DALI stopped, though all images of the batch can be read: {message}") from error
 
 
@@ -310,7 +317,7 @@ def _check_if_needed(source: EncodedSource, i: int) -> str | None:
 def _check_by_dali(source: EncodedSource, i: int, device: torch.device) -> str | None:
     try:
         data = source.read(i)
-        pipe = _decoded(
+        pipe = _decode_graph(
             lambda: [np.frombuffer(data, np.uint8)],
             gpu=device.type == "cuda",
             **_pipeline_options(1, 1, 1, device),
@@ -319,8 +326,8 @@ def _check_by_dali(source: EncodedSource, i: int, device: torch.device) -> str |
     except CorruptImageError as error:
         return error.reason
     except RuntimeError as error:
-        said = [line for line in str(error).splitlines() if "failure" in line or "rror" in line]
-        return check_bytes(data) or f"cannot be decoded by DALI ({said[-1] if said else error})"
+        messages = [line for line in str(error).splitlines() if "failure" in line or "rror" in line]
+        return check_bytes(data) or f"cannot be decoded by DALI ({messages[-1] if messages else error})"
     return None
 
 
@@ -328,25 +335,30 @@ def _check_by_dali(source: EncodedSource, i: int, device: torch.device) -> str |
 
 
 @pipeline_def(enable_conditionals=True)
-def _two_views(
+def _views_graph(
     feed: Feed,
     *,
     names: list[list[str]],
     encoding: Encoding,
     gpu: bool,
-    views: tuple[ViewConfig, ViewConfig],
+    views: tuple[ViewConfig, ...],
     hw_decoder_load: float,
 ) -> Any:
-    data, *inputs = fn.external_source(source=feed, num_outputs=1 + len(names[0]) + len(names[1]), batch=True)
-    image = _image(data, encoding, gpu, hw_decoder_load=hw_decoder_load)
-    first = {name: inputs[i] for i, name in enumerate(names[0])}
-    second = {name: inputs[len(names[0]) + i] for i, name in enumerate(names[1])}
-    return augment(image, first, views[0], gpu), augment(image, second, views[1], gpu)
+    """Views of each image; `feed` returns the images, then the inputs of each view in the order of its `names`."""
+    data, *inputs = fn.external_source(source=feed, num_outputs=1 + sum(map(len, names)), batch=True)
+    image = _decode(data, encoding, gpu, hw_decoder_load=hw_decoder_load)
+    remaining = iter(inputs)
+    outputs = []
+    for k, view in enumerate(views):
+        outputs.append(augment(image, {name: next(remaining) for name in names[k]}, view, gpu))
+    return tuple(outputs)
 
 
 @pipeline_def
-def _centre(feed: Callable[[], Any], *, encoding: Encoding, gpu: bool, size: int, interpolation: str) -> Any:
-    image = _image(fn.external_source(source=feed, batch=True), encoding, gpu)
+def _center_crops_graph(
+    feed: Callable[[], Any], *, encoding: Encoding, gpu: bool, size: int, interpolation: str
+) -> Any:
+    image = _decode(fn.external_source(source=feed, batch=True), encoding, gpu)
     shape = image.shape()
     height, width = fn.cast(shape[0], dtype=types.FLOAT64), fn.cast(shape[1], dtype=types.FLOAT64)
     shorter, larger = dm.min(height, width), float(round(size * 256 / 224))
@@ -360,11 +372,11 @@ def _centre(feed: Callable[[], Any], *, encoding: Encoding, gpu: bool, size: int
 
 
 @pipeline_def
-def _decoded(feed: Callable[[], list[Any]], *, gpu: bool) -> Any:
-    return _image(fn.external_source(source=feed, batch=True), "bytes", gpu)
+def _decode_graph(feed: Callable[[], list[Any]], *, gpu: bool) -> Any:
+    return _decode(fn.external_source(source=feed, batch=True), "bytes", gpu)
 
 
-def _image(data: Node, encoding: Encoding, gpu: bool, **on_gpu: float) -> Node:
+def _decode(data: Node, encoding: Encoding, gpu: bool, **on_gpu: float) -> Node:
     """RGB images `[H, W, 3]` from names of files, their contents, or arrays."""
     if encoding != "array":
         return fn.decoders.image(

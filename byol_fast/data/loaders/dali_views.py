@@ -16,7 +16,7 @@ import nvidia.dali.math as dm
 from numpy.typing import NDArray
 
 from byol_fast.config import ViewConfig
-from byol_fast.data.augment_params import ATTEMPTS, BRIGHTNESS, CONTRAST, HUE, ViewDraws, crop_windows
+from byol_fast.data.augment_params import ATTEMPTS, BRIGHTNESS, CONTRAST, HUE, AugmentParams, crop_windows
 
 _dali: Any = nvidia.dali  # much of it is made at import time, out of sight of a type checker
 fn, types = _dali.fn, _dali.types
@@ -28,7 +28,7 @@ CROPS_ONLY: dict[str, Any] = {"jitter": 0.0, "grayscale": 0.0, "blur": 0.0, "sol
 INTERPOLATION = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
 
 
-def view_inputs(d: ViewDraws, view: ViewConfig, size: tuple[int, int] | None) -> dict[str, NDArray[Any]]:
+def view_inputs(d: AugmentParams, view: ViewConfig, size: tuple[int, int] | None) -> dict[str, NDArray[Any]]:
     """The parameters of a view as its graph takes them: those that the view needs, one array `[B, ...]` for each use.
 
     DALI spends about as much on picking a number out of an array as on a small operator, so nothing is left to pick.

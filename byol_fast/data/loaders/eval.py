@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
-from byol_fast.data.integrity import CorruptImages
-from byol_fast.data.loaders.factory import choose_backend
+from byol_fast.data.integrity import CorruptImageError, CorruptImages
+from byol_fast.data.loaders.backend import resolve_decoder
+from byol_fast.data.loaders.prefetch import resolve_num_threads
 from byol_fast.data.sources import ArraySource, ImageSource
+
+Interpolation = Literal["bicubic", "bilinear"]
+RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 def eval_batches(
@@ -18,7 +28,7 @@ def eval_batches(
     size: int,
     batch_size: int,
     *,
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic",
+    interpolation: Interpolation = "bicubic",
     threads: int = 0,
     loader: Literal["auto", "dali", "torchvision", "resident"] = "auto",
     device: torch.device | None = None,
@@ -26,7 +36,7 @@ def eval_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """All images of a source once, in order, without augmentation, for evaluation.
 
-    The shorter side is resized to 256 / 224 of `size`, unless it is `size` already, and the middle is cut out.
+    The shorter side is resized to 256 / 224 of `size`, unless it is `size` already, and the center is cropped.
 
     Args:
         source: the images.
@@ -34,9 +44,9 @@ def eval_batches(
         batch_size: images at a time; the last batch may have fewer.
         interpolation: of the resize, antialiased.
         threads: decoding threads; 0 means one per CPU core that this process may use.
-        loader: who decodes, as in `DataConfig.loader`.
-        device: where the images are wanted; the CPU when None.
-        on_bad: whether an image that cannot be read ends it, or is left out: its position is then not yielded.
+        loader: the decoder, as in `DataConfig.loader`.
+        device: where the images go; None for the CPU.
+        on_bad: raise an error if an image cannot be read, or skip it: its position is then not yielded.
 
     Yields:
         Images, uint8 `[b, 3, size, size]`, channels_last, and their positions in the source, int64 `[b]` on the CPU.
@@ -50,9 +60,56 @@ def eval_batches(
             images = torch.from_numpy(source.images[start : start + batch_size].copy())
             yield images.permute(0, 3, 1, 2).to(device), torch.arange(start, start + len(images))
         return
-    if choose_backend(loader, device) == "dali":
-        from byol_fast.data.loaders.dali import eval_batches as made
+    if resolve_decoder(loader, device) == "dali":
+        from byol_fast.data.loaders.dali import center_crops  # an optional package
     else:
-        from byol_fast.data.loaders.threaded import eval_batches as made
-    bad = CorruptImages(source.sample_name, len(source), on_corrupt=on_bad, max_fraction=0.5, action="evaluated")
-    yield from made(source, size, batch_size, interpolation=interpolation, threads=threads, device=device, bad=bad)
+        center_crops = _center_crops
+    corrupt = CorruptImages(source.sample_name, len(source), on_corrupt=on_bad, max_fraction=0.5, action="evaluated")
+    yield from center_crops(source, size, batch_size, interpolation, threads, device, corrupt)
+
+
+def _center_crops(
+    source: ImageSource,
+    size: int,
+    batch_size: int,
+    interpolation: Interpolation,
+    threads: int,
+    device: torch.device,
+    corrupt: CorruptImages,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Center crops by PIL on threads, one batch ahead; arguments and results as in `eval_batches`."""
+    chunks = iter([np.arange(i, min(i + batch_size, len(source))) for i in range(0, len(source), batch_size)])
+    pool = ThreadPoolExecutor(resolve_num_threads(threads), "byol-fast-eval")
+
+    def load(i: int) -> NDArray[np.uint8] | str:
+        try:
+            return center_crop(source.load(i), size, interpolation)
+        except CorruptImageError as error:
+            return error.reason
+
+    def start(index: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[Future[NDArray[np.uint8] | str]]]:
+        return index, [pool.submit(load, int(i)) for i in index]
+
+    try:
+        ahead = deque(start(index) for index in itertools.islice(chunks, 2))
+        while ahead:
+            index, futures = ahead.popleft()
+            ahead.extend(start(index) for index in itertools.islice(chunks, 1))
+            results = [future.result() for future in futures]
+            corrupt.add([(int(i), row) for i, row in zip(index, results, strict=True) if isinstance(row, str)], 0)
+            good = [i for i, row in enumerate(results) if not isinstance(row, str)]
+            if good:
+                images = torch.from_numpy(np.stack([row for row in results if not isinstance(row, str)]))
+                yield images.permute(0, 3, 1, 2).to(device), torch.from_numpy(index[good])
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def center_crop(image: Image.Image, size: int, interpolation: Interpolation) -> NDArray[np.uint8]:
+    """Resized center `[size, size, 3]` of an RGB image; see `eval_batches`."""
+    shorter = min(image.size)
+    target = size if shorter == size else round(size * 256 / 224)
+    w, h = (side * target // shorter for side in image.size)
+    left, top = (w - size) // 2, (h - size) // 2
+    x = image.resize((w, h), RESAMPLING[interpolation])
+    return np.array(x.crop((left, top, left + size, top + size)))

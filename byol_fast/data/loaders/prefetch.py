@@ -1,45 +1,72 @@
-"""Work ahead of the training step: threads, and a CUDA stream of its own."""
+"""Work ahead of the training step: threads, a CUDA stream, and images that are read in advance."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import MappingProxyType
+from typing import Generic, Literal, Protocol, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from byol_fast.data.augment import Views
+from byol_fast.data.batch import Views
+from byol_fast.data.integrity import (
+    CorruptImageError,
+    CorruptImages,
+    bytes_need_check,
+    check_bytes,
+    check_file,
+    file_needs_check,
+)
+from byol_fast.data.sources import ArraySource, EncodedSource, FileSource, ImageSource
+from byol_fast.utils.env import num_cpus
+
+IO_THREADS = 16
+"""Threads that read encoded images: they wait for disks and networks and hardly compute."""
 
 
-def single_core_threads(number: int, name: str) -> ThreadPoolExecutor:
-    """Threads in each of which torch's operators run on one core.
+def resolve_num_threads(num_threads: int) -> int:
+    """`DataConfig.threads`, or the number of CPU cores that this process may use if that is 0."""
+    return num_threads or num_cpus()
 
-    Otherwise each of them would wake a team of as many threads as there are cores.
+
+def single_core_threads(num_threads: int, name: str) -> ThreadPoolExecutor:
+    """Thread pool in which torch's operators run on one core each.
+
+    Otherwise each of its threads would start a team of as many threads as there are cores.
     """
-    started = threading.Barrier(number + 1)
+    started = threading.Barrier(num_threads + 1)
 
-    def begin() -> None:
-        torch.set_num_threads(1)  # of this thread, and of those that begin from now on
-        torch.get_num_threads()  # holds on to it
+    def initialize() -> None:
+        torch.set_num_threads(1)  # of this thread, and of those that start from now on
+        torch.get_num_threads()  # fixes the number for this thread
         started.wait()
 
-    pool = ThreadPoolExecutor(number, name, initializer=begin)
+    pool = ThreadPoolExecutor(num_threads, name, initializer=initialize)
     before = torch.get_num_threads()
     try:
-        for _ in range(number):
-            pool.submit(int)  # starts a thread: all before it are waiting
+        for _ in range(num_threads):
+            pool.submit(int)  # starts a thread: all earlier ones are waiting
         started.wait()
     finally:
         torch.set_num_threads(before)
     return pool
 
 
-class SideStream:
-    """Makes views beside the step: on a GPU in a stream of its own, on a CPU as it comes.
+class PrefetchStream:
+    """A CUDA stream on which views are computed beside the training step; on a CPU they are computed at once.
 
-    What it hands out is ready for whoever works on the current stream. The host waits for nothing but that the step
-    before the last few has ended: running further ahead would fill the memory with batches.
+    The views are ready for work on the current stream. The host only waits until all steps but the last `ahead` have
+    ended: running further ahead would fill the memory with batches.
+
+    Args:
+        device: where the views are computed.
+        ahead: number of steps that may be unfinished.
     """
 
     def __init__(self, device: torch.device, ahead: int) -> None:
@@ -47,16 +74,16 @@ class SideStream:
         self._stream: torch.cuda.Stream | None = None
         self._steps: deque[torch.cuda.Event] = deque()
 
-    def __call__(self, make: Callable[[], Views]) -> Views:
-        """Call `make`, which starts the work for two views on the current stream."""
+    def __call__(self, compute: Callable[[], Views]) -> Views:
+        """Result of `compute`, which launches its work on the current stream."""
         if self.device.type != "cuda":
-            return make()
+            return compute()
         current = torch.cuda.current_stream(self.device)
         if self._stream is None:
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._wait_for_old_steps(current)
         with torch.cuda.stream(self._stream):
-            views = make()
+            views = compute()
         current.wait_stream(self._stream)
         for view in views:
             view.record_stream(current)  # its memory is not given to the next batch while a step reads it
@@ -68,3 +95,112 @@ class SideStream:
         self._steps.append(done)
         if len(self._steps) > self._ahead:
             self._steps.popleft().synchronize()
+
+
+class HasIndex(Protocol):
+    """The images of a batch."""
+
+    @property
+    def index(self) -> NDArray[np.int64]:
+        """Positions of the images in the source."""
+        ...
+
+
+Encoding = Literal["file", "bytes", "array"]
+S = TypeVar("S", bound=HasIndex)
+Row = NDArray[np.uint8] | str  # input of DALI, or the reason why the image cannot be read
+
+
+class Prefetcher(Generic[S]):
+    """Images of one batch after another as inputs of a DALI graph; the next batch is read in advance by threads.
+
+    Inputs are the names of files (DALI reads them), the bytes of other encoded images, or arrays `[H, W, 3]`. Corrupt
+    images are found and replaced before DALI gets them: an error would end its pipeline.
+
+    Args:
+        source: the images.
+        sample: returns the contents of batch number n, without the known corrupt images.
+        corrupt: the known corrupt images; those found here are added.
+        num_threads: threads for images that Python decodes.
+    """
+
+    def __init__(
+        self, source: ImageSource, sample: Callable[[int], S], corrupt: CorruptImages, *, num_threads: int
+    ) -> None:
+        self.source, self.corrupt = source, corrupt
+        self._sample = sample
+        self.encoding: Encoding = "array"
+        """Kind of the inputs."""
+        if isinstance(source, EncodedSource):
+            self.encoding = "file" if isinstance(source, FileSource) else "bytes"
+        self.size: tuple[int, int] | None = None
+        """Height and width of all images, if known and equal."""
+        if isinstance(source, ArraySource):
+            self.size = (source.images.shape[1], source.images.shape[2])
+        # Files are read by DALI's own threads; they are checked here only after one of them was corrupt.
+        self._direct = isinstance(source, ArraySource) or (isinstance(source, FileSource) and not corrupt.by_index)
+        self._num_threads = num_threads if self.encoding == "array" else IO_THREADS
+        self._pool: ThreadPoolExecutor | None = None
+        self._ahead: tuple[int, int, S, dict[int, Future[Row]]] | None = None
+
+    def __call__(self, step: int, last: int | None = None) -> tuple[S, list[NDArray[np.uint8]] | NDArray[np.uint8]]:
+        """Contents and images of batch number `step`; starts to read the next one, unless this is the `last`.
+
+        Raises:
+            CorruptImageError: an image cannot be read and must not be skipped, or too many were.
+        """
+        if self._direct:
+            spec = self._sample(step)
+            if isinstance(self.source, ArraySource):
+                return spec, self.source.images[spec.index]
+            return spec, [self._file_name(int(i)) for i in spec.index]
+        spec, rows = self._take_ahead(step)
+        while unreadable := [(i, row) for i, future in rows.items() if isinstance(row := future.result(), str)]:
+            self.corrupt.add(unreadable, step)
+            spec = self._sample(step)
+            rows = self._submit(spec, rows)
+        if step != last:
+            following = self._sample(step + 1)
+            self._ahead = step + 1, len(self.corrupt.by_index), following, self._submit(following)
+        return spec, [row for i in spec.index if not isinstance(row := rows[int(i)].result(), str)]
+
+    def _take_ahead(self, step: int) -> tuple[S, dict[int, Future[Row]]]:
+        """The batch that was started in advance, sampled again if more corrupt images are known by now."""
+        ahead, self._ahead = self._ahead, None
+        rows: dict[int, Future[Row]] = {}
+        if ahead is not None and ahead[0] == step:
+            rows = ahead[3]
+            if ahead[1] == len(self.corrupt.by_index):
+                return ahead[2], rows
+        spec = self._sample(step)
+        return spec, self._submit(spec, rows)
+
+    def _submit(self, spec: S, started: Mapping[int, Future[Row]] = MappingProxyType({})) -> dict[int, Future[Row]]:
+        """The images of a batch, each once: those that were started already, and the others."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._num_threads, "byol-fast-read")
+        return {i: started.get(i) or self._pool.submit(self._read, i) for i in dict.fromkeys(spec.index.tolist())}
+
+    def _read(self, i: int) -> Row:
+        source = self.source
+        try:
+            if isinstance(source, FileSource):
+                path = source.path(i)
+                return (file_needs_check(path) and check_file(path)) or self._file_name(i)
+            if isinstance(source, EncodedSource):
+                data = source.read(i)
+                return (bytes_need_check(data) and check_bytes(data)) or np.frombuffer(data, np.uint8)
+            return np.asarray(source.load(i))
+        except CorruptImageError as error:
+            return error.reason
+
+    def _file_name(self, i: int) -> NDArray[np.uint8]:
+        assert isinstance(self.source, FileSource)
+        return np.frombuffer(os.fsencode(self.source.path(i).absolute()), np.uint8)
+
+    def close(self) -> None:
+        """Stop the threads."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+        self._ahead = None

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from byol_fast.config import ViewConfig
-from byol_fast.data.augment_params import crop_windows, stream_key
-from byol_fast.data.loaders.device_cache import ResidentLoader, table
-from byol_fast.data.sampler import Planner
+from byol_fast.data.augment_params import crop_windows, params_table, stream_key
+from byol_fast.data.loaders.device_cache import DeviceCacheLoader
+from byol_fast.data.sampler import BatchSampler
 from byol_fast.data.sources import ArraySource
 from byol_kernels import sample_params
 from tests.data.conftest import photo_like
@@ -24,12 +24,12 @@ VIEW2 = ViewConfig(size=24, blur=0.1, solarize=0.2, interpolation="bilinear", bl
 def test_the_device_draws_what_the_planner_plans() -> None:
     """Bit for bit, with the loader's own table and keys, over epochs."""
     views, seed = (VIEW1, ViewConfig(size=24, area=(0.9, 1.0), aspect=(0.2, 0.3), hue=0.5)), 2**40 + 1
-    planner = Planner(500, views, batch_size=500, seed=seed)
+    sampler = BatchSampler(500, views, batch_size=500, seed=seed)
     for epoch in range(3):
-        plan = planner(epoch)
-        for number, (view, expected) in enumerate(zip(views, plan.draws, strict=True)):
-            key, columns = torch.tensor(stream_key(seed, epoch, number)), torch.from_numpy(table(view, 40, 56))
-            drawn = sample_params(torch.from_numpy(plan.index), key, columns, blur_kernel=view.blur_kernel)
+        spec = sampler(epoch)
+        for number, (view, expected) in enumerate(zip(views, spec.params, strict=True)):
+            key, columns = torch.tensor(stream_key(seed, epoch, number)), torch.from_numpy(params_table(view, 40, 56))
+            drawn = sample_params(torch.from_numpy(spec.index), key, columns, blur_kernel=view.blur_kernel)
             assert np.array_equal(drawn.crop, crop_windows(expected.crop, 40, 56, view.aspect))
             for name in drawn._fields[1:]:
                 assert np.array_equal(getattr(drawn, name), getattr(expected, name)), name
@@ -56,5 +56,5 @@ def test_read_only_arrays_are_taken_without_a_warning(recwarn: Any) -> None:
 
 def test_arrays_are_not_copied_on_a_cpu(arrays: ArraySource) -> None:
     loader = loader_of(arrays, config_of("resident", VIEW1, VIEW2))
-    assert isinstance(loader, ResidentLoader)
+    assert isinstance(loader, DeviceCacheLoader)
     assert loader._images.data_ptr() == arrays.images.ctypes.data
