@@ -21,7 +21,7 @@ from byol_fast.doctor.main import Options, ScanData, examine, scan_data
 from byol_fast.doctor.scan import scan
 from byol_fast.doctor.system_info import Facts, _probe_elsewhere
 from byol_fast.utils.env import version
-from tests.data.bad_files import BAD, JPEG, fill
+from tests.data.corrupt_files import CORRUPT, JPEG, fill
 from tests.data.kinds import available, make
 from tests.data.test_resume import pictures, with_one_bad
 
@@ -169,13 +169,15 @@ def test_every_source_is_scanned(kind: str, fast: bool, tmp_path: Path) -> None:
 
 def test_a_fast_look_finds_what_has_wrong_ends_and_decodes_little(tmp_path: Path) -> None:
     fill(tmp_path, 10)
-    for number, (name, data, _) in enumerate(BAD.values()):
+    for number, (name, data, _) in enumerate(CORRUPT.values()):
         (tmp_path / f"{number} {name}").write_bytes(data)
     slow, fast = (scan(open_source(tmp_path), threads=2, fast=fast) for fast in (False, True))
-    assert {Path(image).name for image, _ in slow.bad} == {f"{n} {name}" for n, (name, _, _) in enumerate(BAD.values())}
+    assert {Path(image).name for image, _ in slow.bad} == {
+        f"{n} {name}" for n, (name, _, _) in enumerate(CORRUPT.values())
+    }
     missed = {Path(image).name for image, _ in slow.bad} - {Path(image).name for image, _ in fast.bad}
     inside = ("JPEG with a piece missing", "garbage in a JPEG's frame", "PNG with damaged pixels")
-    assert missed == {f"{number} {BAD[kind][0]}" for number, kind in enumerate(BAD) if kind in inside}
+    assert missed == {f"{number} {CORRUPT[kind][0]}" for number, kind in enumerate(CORRUPT) if kind in inside}
     assert dict(fast.bad).items() <= dict(slow.bad).items()
 
 

@@ -46,7 +46,7 @@ def planted(count: int, seed: int, noise: float = 60.0) -> ImageSource:
     values = 110 + noise * rng.normal(size=(count, SIZE, SIZE, 3))
     values[np.arange(count), :, :, labels] += 40
     images = np.clip(values, 0, 255).astype(np.uint8)
-    return array_source(images, labels, CLASSES, where="images")
+    return array_source(images, labels, CLASSES, arg_name="images")
 
 
 class Watched(nn.Sequential):
@@ -140,7 +140,7 @@ def test_finetuning_sees_the_chosen_labels_and_no_others(subject: Subject) -> No
     chosen = balanced_subset(train.labels, 0.2, seed=5)
     images: NDArray[np.uint8] = train.images.copy()  # type: ignore[attr-defined]
     images[np.setdiff1d(np.arange(90), chosen)] = 0
-    others_black = array_source(images, train.labels, CLASSES, where="images")
+    others_black = array_source(images, train.labels, CLASSES, arg_name="images")
     options = {"labels": (0.2,), "lr": (0.1, 0.05), "seed": 5}
     first, second = (run("finetune", subject, source, test, **options) for source in (train, others_black))
     assert first.num_train == len(chosen) == 18

@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
         network = load_encoder(encoder)
         source = open_source(
             folder,
-            where="folder",
+            arg_name="folder",
             options=DataConfig(image_column=image_column, label_column=label_column, cache=cache),
         )
         own = FileSource(root=Path(), paths=tuple(map(str, query))) if query else None

@@ -1,4 +1,4 @@
-"""Bad images: which one stopped a loader and why, and how a run goes on without it."""
+"""Corrupt images: detecting and explaining them, and training without them."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from byol_fast.utils.files import atomic_write
 log = logging.getLogger(__name__)
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
-"""What PIL may decode: the formats that DALI decodes too, so that both loaders take the same files."""
+"""Formats that PIL may decode: those of DALI, so that all loaders accept the same files."""
 
-ALWAYS_ALLOWED = 100
-"""So many bad images never stop a run that passes them over, unless they are half of all."""
+MIN_LIMIT = 100
+"""Number of corrupt images that never stops a run that skips them, unless they are half of all images."""
 
-SHOWN = 20
-"""So many bad images are named in the log."""
+MAX_LOGGED = 20
+"""Number of corrupt images that are named in the log."""
 
 _JPEG_HEAD, _JPEG_TAIL = b"\xff\xd8\xff", b"\xff\xd9"
 _PNG_HEAD, _PNG_TAIL = b"\x89PNG", b"IEND\xaeB`\x82"
-_SNIFF = {
+_MAGIC_BYTES = {
     b"<!": "HTML",
     b"<h": "HTML",
     b"<?xml": "XML",
@@ -39,22 +39,22 @@ _SNIFF = {
     b"8BPS": "Photoshop",
     b"version https://git-lfs": "a Git LFS pointer: the file itself was not fetched",
 }
-_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF", b"msf1": "HEIF"}
+_FTYP_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF", b"msf1": "HEIF"}
 
 
 class CorruptImageError(ValueError):
-    """An image cannot be read.
+    """An image cannot be read or decoded.
 
     Attributes:
-        path: the file; in a shard `shard:member`.
-        reason: what is wrong with it.
+        path: the file, or `shard:member`.
+        reason: the defect, as the predicate of a sentence about the file.
     """
 
     def __init__(self, path: Path | str, reason: str) -> None:
         self.path = Path(path)
         self.reason = reason
         super().__init__(
-            f"image: {path} {reason}; replace it (then resume), or let the run pass bad images over: "
+            f"image: {path} {reason}; replace it and resume, or skip corrupt images with "
             "--data.on-bad skip (also when resuming)"
         )
 
@@ -63,14 +63,14 @@ class CorruptImageError(ValueError):
 
 
 class TooManyCorruptImagesError(CorruptImageError):
-    """More images cannot be read than a run may pass over."""
+    """More images are corrupt than a run may skip."""
 
     def __init__(self, last: CorruptImage, *, count: int, total: int, limit: int, report: Path | None) -> None:
         super().__init__(last.image, last.reason)
         listed = f" (listed in {report})" if report else ""
         message = (
-            f"data: {count} of {total} images cannot be read{listed}, more than the {limit} that a run passes over; "
-            f"the last one, {last.image}, {last.reason}; look at all with `byol-fast doctor --data.root ...`, or "
+            f"data: {count} of {total} images cannot be read{listed}, more than the {limit} that a run skips; "
+            f"the last one, {last.image}, {last.reason}; check all with `byol-fast doctor --data.root ...`, or "
             "raise --data.max-bad"
         )
         self.args = (message,)
@@ -80,7 +80,7 @@ def check_file(path: Path) -> str | None:
     """Decode one image file.
 
     Returns:
-        What is wrong with it, as the end of a sentence that begins with its name; None when it is fine.
+        The defect, as the predicate of a sentence about the file; None if it is intact.
     """
     try:
         data = read_file(path)
@@ -90,10 +90,10 @@ def check_file(path: Path) -> str | None:
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of an image file.
+    """Read the bytes of an image file.
 
     Raises:
-        CorruptImageError: there is no such file, or it may not be read.
+        CorruptImageError: the file does not exist or cannot be read.
     """
     try:
         return path.read_bytes()
@@ -106,30 +106,30 @@ def read_file(path: Path) -> bytes:
 
 
 def decode(data: bytes) -> Image.Image:
-    """An encoded image in RGB, as stored: EXIF rotation is not applied, as in torchvision's ImageFolder.
+    """Decode an image to RGB, as stored: EXIF rotation is not applied, as in torchvision's ImageFolder.
 
     Raises:
-        Exception: of any kind, as decoders do on damaged data; `check_bytes` says in words what is wrong.
+        Exception: of any type, depending on the decoder and the damage; `check_bytes` returns a description.
     """
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode in RGB; 16 bits become 8 by their upper half, where PIL would clip them."""
+    """Convert an image of any mode to RGB; 16-bit values are divided by 256, where PIL would clip them."""
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")
 
 
 def check_bytes(data: bytes) -> str | None:
-    """Decode one image; what is wrong with it, or None, as `check_file`."""
+    """Decode one encoded image; the same result as `check_file`."""
     if not data:
         return "is empty (0 bytes)"
     try:
         decode(data)
     except UnidentifiedImageError:
-        return "is not an image" + (f" (it looks like {looks})" if (looks := _looks_like(data)) else "")
+        return "is not an image" + (f" (it looks like {kind})" if (kind := _guess_format(data)) else "")
     except Image.DecompressionBombError:
         return f"is too large to decode safely (more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels)"
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ... on damaged files
@@ -141,14 +141,14 @@ def check_bytes(data: bytes) -> str | None:
     return None
 
 
-def _looks_like(data: bytes) -> str | None:
+def _guess_format(data: bytes) -> str | None:
     if data[4:8] == b"ftyp":
-        return _BRANDS.get(data[8:12], "a video")
-    return next((kind for head, kind in _SNIFF.items() if data.startswith(head)), None)
+        return _FTYP_BRANDS.get(data[8:12], "a video")
+    return next((kind for head, kind in _MAGIC_BYTES.items() if data.startswith(head)), None)
 
 
 def file_needs_check(path: Path) -> bool:
-    """Whether a file needs a closer look: not a JPEG, PNG or WebP from its first bytes to its last (16 us)."""
+    """Return True unless the first and last bytes are those of a complete JPEG, PNG or WebP file (16 us)."""
     try:
         with path.open("rb") as file:
             head = file.read(12)
@@ -160,12 +160,11 @@ def file_needs_check(path: Path) -> bool:
 
 
 def bytes_need_check(data: bytes) -> bool:
-    """The same of an encoded image in memory."""
+    """`file_needs_check` for an encoded image in memory."""
     return _ends_need_check(data[:12], data[-8:], len(data))
 
 
 def _ends_need_check(head: bytes, tail: bytes, size: int) -> bool:
-    """The same of the first 12 and the last 8 bytes of an image of so many bytes."""
     if head.startswith(_JPEG_HEAD):
         return not tail.endswith(_JPEG_TAIL)
     if head.startswith(_PNG_HEAD):
@@ -177,30 +176,30 @@ def _ends_need_check(head: bytes, tail: bytes, size: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class CorruptImage:
-    """An image that a run goes without."""
+    """An image that a run skips."""
 
     image: str
-    """Its name: of a file, or `shard:member`."""
+    """Name: a file, or `shard:member`."""
     reason: str
-    """What is wrong with it."""
+    """The defect."""
     step: int
-    """The batch in which it was first met."""
+    """Index of the batch in which it was found."""
 
 
 class CorruptImages:
-    """The images that a run goes without, by their positions in the source.
+    """Registry of the corrupt images of a source.
 
-    A batch is a function of its number and of which images can be read: whoever stands in for a bad image is drawn
-    from the seed, the epoch and the place in the epoch, never from when the image was found to be bad. So neither
-    prefetching nor a restart changes it.
+    A batch is a function of its step and of which images are corrupt: the replacement of a corrupt image depends on the
+    seed, the epoch and the position in the epoch, not on when the image was found. Prefetching and restarts therefore
+    do not change it.
 
     Args:
-        sample_name: name of the image at a position.
+        sample_name: returns the name of the image at an index.
         total: number of images.
-        on_corrupt: what to do about one: `raise`, or `skip`.
-        max_fraction: more than this share of all images, and more than 100 (but at most half), stop the run.
-        report: file that lists them, a JSON object a line.
-        action: goes on without them, for the log.
+        on_corrupt: `raise`, or `skip`.
+        max_fraction: largest fraction of corrupt images that a run skips; 100 are always skipped, at most half.
+        report: JSON Lines file that lists the corrupt images.
+        action: verb phrase for the log: "training continues" (without the image).
     """
 
     def __init__(
@@ -211,25 +210,30 @@ class CorruptImages:
         on_corrupt: Literal["raise", "skip"] = "raise",
         max_fraction: float = 0.01,
         report: Path | None = None,
-        action: str = "the run goes on",
+        action: str = "training continues",
     ) -> None:
-        self._action = action
         self.by_index: dict[int, CorruptImage] = {}
-        self._sample_name, self._total, self._on_corrupt, self._report = sample_name, total, on_corrupt, report
-        self.limit = min(max(ALWAYS_ALLOWED, int(max_fraction * total)), total // 2)
+        """Corrupt images found so far, by index in the source."""
+        self._sample_name, self._total, self._on_corrupt = sample_name, total, on_corrupt
+        self._report, self._action = report, action
+        self.limit = min(max(MIN_LIMIT, int(max_fraction * total)), total // 2)
 
     @property
     def skip(self) -> bool:
-        """Whether bad images are passed over."""
+        """True if corrupt images are skipped."""
         return self._on_corrupt == "skip"
 
-    def add(self, found: Iterable[tuple[int, str]], step: int) -> None:
-        """Note images that cannot be read, and why.
+    def add(self, defects: Iterable[tuple[int, str]], step: int) -> None:
+        """Register corrupt images.
+
+        Args:
+            defects: index and defect of each image.
+            step: index of the batch.
 
         Raises:
-            CorruptImageError: bad images are to stop the run, or these are too many.
+            CorruptImageError: corrupt images stop the run, or there are too many of them.
         """
-        new = {i: CorruptImage(self._sample_name(i), reason, step) for i, reason in found if i not in self.by_index}
+        new = {i: CorruptImage(self._sample_name(i), reason, step) for i, reason in defects if i not in self.by_index}
         if not new:
             return
         last = list(new.values())[-1]
@@ -238,9 +242,9 @@ class CorruptImages:
         self.by_index.update(new)
         self._write()
         for number, bad in enumerate(new.values(), len(self.by_index) - len(new) + 1):
-            if number <= SHOWN:
+            if number <= MAX_LOGGED:
                 log.warning("%s %s: %s without it", bad.image, bad.reason, self._action)
-            if number == SHOWN:
+            if number == MAX_LOGGED:
                 listed = f"listed in {self._report}" if self._report else "not named"
                 log.warning("further images that cannot be read are %s", listed)
         if len(self.by_index) > self.limit:
@@ -249,11 +253,11 @@ class CorruptImages:
             )
 
     def state_dict(self) -> list[list[Any]]:
-        """Positions, reasons and steps, as plain values."""
+        """Index, reason and step of each corrupt image."""
         return [[i, bad.reason, bad.step] for i, bad in self.by_index.items()]
 
     def load_state_dict(self, state: Iterable[Iterable[Any]]) -> None:
-        """Take over what `state_dict` of the same source returned."""
+        """Restore the state of a registry of the same source."""
         self.by_index.clear()
         for i, reason, step in state:
             self.by_index[int(i)] = CorruptImage(self._sample_name(int(i)), str(reason), int(step))

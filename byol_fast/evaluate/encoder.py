@@ -144,12 +144,12 @@ def open_images(subject: Subject, train: object, test: object, settings: EvalSet
     first: ImageSource
     second: ImageSource | None
     if test is not None and train is not None:
-        first = open_source(train, where="--train", options=options)
-        second = open_source(test, where="--test", options=options)
+        first = open_source(train, arg_name="--train", options=options)
+        second = open_source(test, arg_name="--test", options=options)
     else:
         first, second = _split(subject, train, options)
         if test is not None:
-            second = open_source(test, where="--test", options=options)
+            second = open_source(test, arg_name="--test", options=options)
     if second is None:
         raise SourceError(
             f"eval: there must be images to test on, {first.describe()} have none beside them; give --test FOLDER"
@@ -174,7 +174,7 @@ def _split(subject: Subject, train: object, options: configs.DataConfig) -> tupl
         config = Config(data=configs.replace(options, {"root": Path(train), "builtin": "none"}))
         return split(config)
     if train is not None:
-        return open_source(train, where="train", options=options), None
+        return open_source(train, arg_name="train", options=options), None
     if subject.run is None:
         raise ConfigError(
             f"eval: {subject.name} must be judged on images, and knows of none; give --train FOLDER and --test FOLDER"
@@ -195,7 +195,6 @@ def _numbered_alike(train: ImageSource, test: ImageSource) -> ImageSource:
             f"eval: the training images must be of two classes or more, {train.describe()} are of one; there is "
             "nothing to tell apart"
         )
-    number = {name: i for i, name in enumerate(train.classes)}
     tested = [test.classes[i] for i in np.unique(test.labels).tolist()]
     known = {train.classes[i] for i in present.tolist()}
     unknown = [name for name in tested if name not in known]
@@ -213,10 +212,7 @@ def _numbered_alike(train: ImageSource, test: ImageSource) -> ImageSource:
             len(known),
             ", ".join(without[:3]),
         )
-    if train.classes == test.classes:
-        return test
-    table = np.array([number.get(name, -1) for name in test.classes], np.int64)
-    return test.with_labels(table[test.labels], train.classes)
+    return test if train.classes == test.classes else test.with_classes(train.classes)
 
 
 def _spaced(source: ImageSource, at_most: int) -> ImageSource:

@@ -105,7 +105,7 @@ def embed_folder(
     where = resolve_device(device)
     numbers = resolve_precision(precision, where)
     network, about = load_encoder(encoder) if isinstance(encoder, str | Path) else encoder
-    source = open_source(images, where="images", options=options)
+    source = open_source(images, arg_name="images", options=options)
     if source.labels is not None and set(source.classes) <= PARTS:
         parts = " and ".join(source.classes)
         log.warning("embed: the folders %s are taken as classes; for those inside, give one of the folders", parts)

@@ -85,7 +85,7 @@ def _parquet(folder: Path, images: Sequence[bytes]) -> Any:
 
 
 class Photos:
-    """An indexable data set."""
+    """An indexable dataset."""
 
     def __init__(self, images: Sequence[bytes]) -> None:
         self.images = images
@@ -124,7 +124,7 @@ KINDS: dict[str, Callable[[Path, Sequence[bytes]], Any]] = {
     "tar": _tars,
     "parquet": _parquet,
     "hugging face": _hugging_face,
-    "data set": _dataset,
+    "dataset": _dataset,
     "array": _arrays,
 }
 NEEDS = {"parquet": "datasets", "hugging face": "datasets"}

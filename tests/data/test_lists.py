@@ -13,12 +13,12 @@ from tests.data.test_sources import labels_of, put
 
 def list_of(path: Path, text: str) -> FileSource:
     path.write_text(text, encoding="utf-8")
-    source = open_source(path, where="data.root")
+    source = open_source(path, arg_name="data.root")
     assert isinstance(source, FileSource)
     return source
 
 
-def test_paths_alone(tmp_path: Path) -> None:
+def test_paths_without_labels(tmp_path: Path) -> None:
     put(tmp_path, "a b/1.png", "\u732b.png", "2.jpeg")
     source = list_of(tmp_path / "x.txt", "\n\u732b.png\r\na b/1.png\n\n./2.jpeg\n2.jpeg\n")
     assert source.paths == ("\u732b.png", "a b/1.png", "./2.jpeg", "2.jpeg")  # in the list's order, as often as there
@@ -37,7 +37,7 @@ def test_labels_after_a_tab(tmp_path: Path) -> None:
     assert list_of(tmp_path / "x.txt", "1.png\t-1\n4.png\t0\n").labels is None
 
 
-def test_numbers_after_a_blank(tmp_path: Path) -> None:
+def test_labels_after_a_space(tmp_path: Path) -> None:
     """As ImageNet's own lists have them; unless the blank and the number belong to the name."""
     put(tmp_path, "photo 1.png", "photo 2.png")
     source = list_of(tmp_path / "x.txt", "photo 1.png 65\nphoto 2.png 970\n")
@@ -63,7 +63,7 @@ def test_tables(path_column: str, label_column: str | None, tmp_path: Path) -> N
     assert tabs.paths == source.paths and labels_of(tabs) == [0, 1]
 
 
-def test_a_list_elsewhere_with_absolute_paths(tmp_path: Path) -> None:
+def test_absolute_and_parent_paths(tmp_path: Path) -> None:
     put(tmp_path / "photos", "1.png")
     (tmp_path / "lists").mkdir()
     source = list_of(tmp_path / "lists" / "x.txt", f"{tmp_path / 'photos' / '1.png'}\n../photos/1.png\n")
@@ -71,7 +71,7 @@ def test_a_list_elsewhere_with_absolute_paths(tmp_path: Path) -> None:
     assert source.sample_name(0) == str(tmp_path / "photos" / "1.png")
 
 
-def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
+def test_error_messages(tmp_path: Path) -> None:
     put(tmp_path, "1.png")
     for name, text, message in (
         ("x.txt", "\n \n", r"x\.txt lists no images; expected one path a line"),

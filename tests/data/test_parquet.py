@@ -1,4 +1,4 @@
-"""Parquet files and Hugging Face data sets with encoded images."""
+"""Parquet files and Hugging Face datasets with encoded images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ IMAGES = [bytes([i]) * (3 * i + 1) for i in range(25)]
 
 
 def parquet_of(root: object, cache: Path, **columns: str) -> ParquetSource:
-    source = open_source(root, where="data.root", options=replace(options(cache), columns))
+    source = open_source(root, arg_name="data.root", options=replace(options(cache), columns))
     assert isinstance(source, ParquetSource)
     return source
 
@@ -58,7 +58,7 @@ def test_rows_are_read_as_written(kind: str, compression: str, row_group_size: i
     assert contents(part) == [IMAGES[9], IMAGES[2]] and part.sample_name(0).endswith("row 9")
 
 
-def test_rows_without_an_image_are_bad_images(tmp_path: Path) -> None:
+def test_rows_without_an_image_are_corrupt(tmp_path: Path) -> None:
     write_parquet(tmp_path / "x.parquet", [IMAGES[3], None, b"", IMAGES[4]], [0, 1, 0, 1])
     source = parquet_of(tmp_path / "x.parquet", tmp_path / "cache")
     assert contents(source) == [IMAGES[3], b"", b"", IMAGES[4]]
@@ -86,7 +86,7 @@ def test_several_files_labels_and_class_names(tmp_path: Path) -> None:
     assert sorted(contents(mixed)) == sorted([*IMAGES[:3], b"x"]) and mixed.labels is None
 
 
-def test_columns_are_found_or_named(tmp_path: Path) -> None:
+def test_columns_are_selected_or_named(tmp_path: Path) -> None:
     table = pa.table({"id": [b"1", b"2"], "scan": [b"x", b"y"], "kind": ["a", "b"], "coarse": [3, 4]})
     pq.write_table(table, tmp_path / "x.parquet")
     with pytest.raises(SourceError, match=r"several columns of binary data.*--data\.image-column; its columns are id "):
@@ -97,14 +97,14 @@ def test_columns_are_found_or_named(tmp_path: Path) -> None:
     assert contents(other) == [b"1", b"2"] and other.labels is None
     for columns, message in (
         ({"image_column": "kind"}, "data.image_column must be a column of encoded images .* got 'kind'"),
-        ({"image_column": "scan", "label_column": "scan"}, "data.label_column must be a column of whole numbers"),
+        ({"image_column": "scan", "label_column": "scan"}, "data.label_column must be a column of integers or texts"),
         ({"image_column": "scan", "label_column": "no"}, "got 'no'; its columns are id, scan, kind, coarse"),
     ):
         with pytest.raises(SourceError, match=message):
             parquet_of(tmp_path / "x.parquet", tmp_path / "cache", **columns)
 
 
-def test_copies_are_made_once_and_follow_the_file(tmp_path: Path, caplog: Any) -> None:
+def test_copy_is_reused_until_the_file_changes(tmp_path: Path, caplog: Any) -> None:
     caplog.set_level("INFO")
     write_parquet(tmp_path / "x.parquet", IMAGES, list(range(25)))
     first = parquet_of(tmp_path / "x.parquet", tmp_path / "cache")
@@ -122,7 +122,7 @@ def test_copies_are_made_once_and_follow_the_file(tmp_path: Path, caplog: Any) -
     assert contents(parquet_of(tmp_path / "x.parquet", tmp_path / "cache")) == IMAGES[::-1]
 
 
-def test_copy_holds_the_images_and_nothing_is_printed(tmp_path: Path, capfd: Any) -> None:
+def test_copy_has_selected_columns_only(tmp_path: Path, capfd: Any) -> None:
     """Other columns are not copied, names of files may look like patterns, bars and settings stay as they were."""
     folder = tmp_path / "a[1] *"
     folder.mkdir()
@@ -134,14 +134,14 @@ def test_copy_holds_the_images_and_nothing_is_printed(tmp_path: Path, capfd: Any
     assert not datasets.are_progress_bars_disabled()
 
 
-def test_several_may_begin_at_once(tmp_path: Path) -> None:
+def test_concurrent_opens(tmp_path: Path) -> None:
     write_parquet(tmp_path / "x.parquet", IMAGES, list(range(25)))
     with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(lambda _: contents(parquet_of(tmp_path / "x.parquet", tmp_path / "cache")), range(3)))
-    assert found == [IMAGES] * 3
+        results = list(pool.map(lambda _: contents(parquet_of(tmp_path / "x.parquet", tmp_path / "cache")), range(3)))
+    assert results == [IMAGES] * 3
 
 
-def test_training_and_validation_files_as_on_the_hub(tmp_path: Path) -> None:
+def test_training_and_validation_files(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "README.md").write_text("x")
     write_parquet(tmp_path / "data" / "train-00000-of-00002.parquet", IMAGES[:4], [0, 1, 0, 1])
@@ -154,7 +154,7 @@ def test_training_and_validation_files_as_on_the_hub(tmp_path: Path) -> None:
     assert val.labels is not None and val.labels.tolist() == [1, 0]
 
 
-def test_errors_say_what_is_wrong(tmp_path: Path, monkeypatch: Any) -> None:
+def test_error_messages(tmp_path: Path, monkeypatch: Any) -> None:
     good = write_parquet(tmp_path / "good.parquet", IMAGES, list(range(25)), compression="none").read_bytes()
     (tmp_path / "cut.parquet").write_bytes(good[:-40])
     middle = len(good) // 4
@@ -178,7 +178,7 @@ def test_errors_say_what_is_wrong(tmp_path: Path, monkeypatch: Any) -> None:
         parquet_of(tmp_path / "good.parquet", tmp_path / "cache")
 
 
-def test_a_full_disk_is_said_before_anything_is_copied(tmp_path: Path, monkeypatch: Any) -> None:
+def test_full_disk_is_detected_before_copying(tmp_path: Path, monkeypatch: Any) -> None:
     write_parquet(tmp_path / "x.parquet", [np.random.default_rng(i).bytes(2**20) for i in range(4)], [0] * 4)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=3 * 2**20))
@@ -210,7 +210,7 @@ class TestHuggingFace:
         assert source.fingerprint == open_source(self.dataset(IMAGES)).fingerprint
         assert source.fingerprint != open_source(self.dataset(IMAGES[::-1])).fingerprint
 
-    def test_the_file_that_it_writes_is_the_same(self, tmp_path: Path) -> None:
+    def test_exported_parquet_has_equal_images(self, tmp_path: Path) -> None:
         dataset = self.dataset([encoded(np.full((4, 4, 3), i, np.uint8)) for i in range(10)])
         dataset.to_parquet(tmp_path / "x.parquet")
         source = parquet_of(tmp_path / "x.parquet", tmp_path / "cache", label_column="kind")
@@ -218,7 +218,7 @@ class TestHuggingFace:
         assert isinstance(ours, HuggingFaceSource) and contents(source) == contents(ours)
         assert source.classes == ("a", "b")
 
-    def test_images_that_are_files(self, tmp_path: Path) -> None:
+    def test_images_stored_as_files(self, tmp_path: Path) -> None:
         Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
         dataset = datasets.Dataset.from_dict({"image": [str(tmp_path / "a.png")]}).cast_column(
             "image", datasets.Image()
@@ -229,7 +229,7 @@ class TestHuggingFace:
         with pytest.raises(CorruptImageError, match=r"a\.png does not exist any more"):
             source.read(0)
 
-    def test_other_things_are_refused(self) -> None:
+    def test_other_dataset_types_are_rejected(self) -> None:
         dataset = self.dataset([encoded(np.zeros((4, 4, 3), np.uint8))])
         with pytest.raises(SourceError, match="must be a datasets.Dataset, got DatasetDict; pick a split"):
             open_source(datasets.DatasetDict({"train": dataset}))
@@ -241,7 +241,7 @@ class TestHuggingFace:
             open_source(dataset.remove_columns("image"))
 
 
-def test_pixels_survive(tmp_path: Path) -> None:
+def test_png_pixels_are_unchanged(tmp_path: Path) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     write_parquet(tmp_path / "x.parquet", [encoded(picture, "png")], [0])
     assert np.array_equal(np.asarray(parquet_of(tmp_path / "x.parquet", tmp_path / "cache").load(0)), picture)

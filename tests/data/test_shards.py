@@ -41,7 +41,7 @@ def epoch_of(parts: list[BatchSampler], epoch: int) -> NDArray[np.int64]:
 
 @settings(max_examples=80, deadline=None)
 @given(n=SIZES, shards=SHARDS, batch=BATCHES, seed=SEEDS, epoch=st.integers(0, 50))
-def test_an_epoch_is_dealt_out_whole(n: int, shards: int, batch: int, seed: int, epoch: int) -> None:
+def test_epoch_covers_all_images(n: int, shards: int, batch: int, seed: int, epoch: int) -> None:
     """Against the rule written down another way: the epoch's order, filled up from its own front, cut into batches."""
     per_shard = -(-n // shards)
     assume(batch <= per_shard and shards <= n)
@@ -60,7 +60,7 @@ def test_an_epoch_is_dealt_out_whole(n: int, shards: int, batch: int, seed: int,
 
 @settings(max_examples=60, deadline=None)
 @given(n=st.integers(16, 300), shards=st.integers(2, 8), seed=SEEDS)
-def test_the_order_does_not_depend_on_the_number_of_shards(n: int, shards: int, seed: int) -> None:
+def test_order_does_not_depend_on_world_size(n: int, shards: int, seed: int) -> None:
     """The images of step s on all shards together are those of step s of one process with all the batch."""
     assume(n >= 2 * shards)
     many, one = epoch_of(samplers(n, shards, 2, seed), 3), epoch_of(samplers(n, 1, 2 * shards, seed), 3)
@@ -68,7 +68,7 @@ def test_the_order_does_not_depend_on_the_number_of_shards(n: int, shards: int, 
     assert common >= n - 2 * shards and np.array_equal(many[:common], one[:common])
 
 
-def test_orders_of_epochs_and_seeds_differ_and_are_fair() -> None:
+def test_permutations_are_uniform_and_uncorrelated() -> None:
     """All orders of 4 images are equally likely over epochs and over seeds (chi-square, p > 1e-6), and unrelated."""
     for many in (
         [permutation(4, seed=1, epoch=e) for e in range(12_000)],
@@ -84,7 +84,7 @@ def test_orders_of_epochs_and_seeds_differ_and_are_fair() -> None:
             assert abs(np.corrcoef(a, b)[0, 1]) < 5 / np.sqrt(n)
 
 
-def test_shards_of_an_epoch_are_disjoint_and_their_draws_too() -> None:
+def test_ranks_have_disjoint_images_and_parameters() -> None:
     """Ranks share one seed: a draw is a function of the image and the epoch, and no two ranks have the same images."""
     parts = samplers(96, 4, 8, seed=5)
     plans = [[p(s) for s in range(3)] for p in parts]
@@ -94,7 +94,7 @@ def test_shards_of_an_epoch_are_disjoint_and_their_draws_too() -> None:
     assert len(set(crops)) == 2 * 96  # no two views of an epoch are drawn alike, on whatever rank
 
 
-def test_an_image_that_fills_up_a_deal_is_drawn_as_the_first_time() -> None:
+def test_repeated_image_has_equal_views() -> None:
     """The padding rule: 10 images on 4 shards, two are shown twice in the epoch, with the same views both times."""
     parts = samplers(10, 4, 1, seed=2)
     rows: dict[int, list[bytes]] = {}
@@ -124,7 +124,7 @@ def lazily(parts: list[BatchSampler], epoch: int, bad: Collection[int]) -> tuple
 
 @settings(max_examples=50, deadline=None)
 @given(n=st.integers(8, 200), shards=SHARDS, batch=st.integers(1, 8), seed=SEEDS, data=st.data())
-def test_stand_ins_do_not_depend_on_when_an_image_was_found_bad(
+def test_replacements_do_not_depend_on_discovery_time(
     n: int, shards: int, batch: int, seed: int, data: st.DataObject
 ) -> None:
     assume(batch <= -(-n // shards))
@@ -141,7 +141,7 @@ def test_stand_ins_do_not_depend_on_when_an_image_was_found_bad(
     assert {p.steps_per_epoch for p in knowing} == {-(-n // shards) // batch}
 
 
-def test_stand_ins_are_spread_over_all_images_and_differ_between_epochs() -> None:
+def test_replacements_differ_between_epochs() -> None:
     stand_ins = []
     for epoch in range(300):
         [p] = samplers(50, 1, 50, seed=3)
@@ -152,7 +152,7 @@ def test_stand_ins_are_spread_over_all_images_and_differ_between_epochs() -> Non
 
 
 @pytest.mark.parametrize("n", [10, 37, 1000])
-def test_table(n: int) -> None:
+def test_epoch_counts(n: int) -> None:
     rows = [row(n, shards, 4) for shards in (1, 2)]
     assert rows[0][2] == n // 4 and all(r[3] + n - r[4] == r[2] * 4 * r[1] for r in rows)
 

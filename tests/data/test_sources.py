@@ -1,4 +1,4 @@
-"""Folders, arrays, data sets: what is taken, how it is numbered, and what is said when it cannot be."""
+"""Folders, arrays, datasets: what is taken, how it is numbered, and what is said when it cannot be."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from byol_fast.training.knn_monitor import knn_problem
 
 
 def put(root: Path, *names: str) -> Path:
-    """Write small images of different colours."""
+    """Write small images of different colors."""
     for i, name in enumerate(names):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,13 +59,13 @@ def test_class_folders(tmp_path: Path) -> None:
     [("b.png", "a.png"), ("photos/b.png", "photos/2020/a.png"), ("a.png", "cat/a.png", "dog/b.png")],
     ids=["flat", "one folder", "images beside folders"],
 )
-def test_folders_without_classes_have_no_labels(names: tuple[str, ...], tmp_path: Path) -> None:
+def test_folder_without_classes_has_no_labels(names: tuple[str, ...], tmp_path: Path) -> None:
     source = files_of(put(tmp_path, *names))
     assert source.paths == tuple(sorted(names))
     assert source.labels is None and source.classes == ()
 
 
-def test_hidden_files_are_skipped_and_others_are_named(tmp_path: Path, caplog: Any) -> None:
+def test_non_image_files_are_ignored_and_logged(tmp_path: Path, caplog: Any) -> None:
     put(tmp_path, "a/1.png", "b/\u732b \U0001f408.png", "a/.hidden.png", ".cache/2.png")
     (tmp_path / "a" / "movie.gif").write_bytes(b"GIF89a")
     (tmp_path / "notes.txt").write_text("x")
@@ -84,7 +84,7 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     assert files_of(tmp_path / "data").paths == ("a/0.png", "b/1.png", "b/2.png")
 
 
-def test_fingerprint_of_files_follows_names_and_sizes_are_beside_it(tmp_path: Path) -> None:
+def test_file_fingerprint_covers_names_not_sizes(tmp_path: Path) -> None:
     put(tmp_path / "one", "a/1.png", "b/2.png")
     put(tmp_path / "copy", "a/1.png", "b/2.png")
     first, copy = files_of(tmp_path / "one"), files_of(tmp_path / "copy")
@@ -100,7 +100,7 @@ def test_fingerprint_of_files_follows_names_and_sizes_are_beside_it(tmp_path: Pa
 
 @pytest.mark.parametrize("shape", [(6, 8, 9), (6, 8, 9, 1), (6, 1, 8, 9), (6, 8, 9, 3), (6, 3, 8, 9)])
 @pytest.mark.parametrize("kind", ["numpy", "torch", "npz"])
-def test_arrays_of_all_layouts(shape: tuple[int, ...], kind: str, tmp_path: Path) -> None:
+def test_array_layouts_are_converted(shape: tuple[int, ...], kind: str, tmp_path: Path) -> None:
     x = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     np.savez(tmp_path / "x.npz", images=x)
     given = {"numpy": x, "torch": torch.from_numpy(x), "npz": str(tmp_path / "x.npz")}[kind]
@@ -115,14 +115,14 @@ def test_npz_with_labels_and_classes(tmp_path: Path) -> None:
     images = np.zeros((4, 8, 8), np.uint8)
     np.savez(tmp_path / "named.npz", images=images, labels=[0, 1, 1, 0], classes=["cat", "dog"])
     np.savez(tmp_path / "numbered.npz", images=images, labels=np.array([2, 1, 1, 0], np.uint8))
-    np.savez(tmp_path / "unlabelled.npz", images=images, labels=[0, -1, 1, 0])
+    np.savez(tmp_path / "unlabeled.npz", images=images, labels=[0, -1, 1, 0])
     assert arrays_of(tmp_path / "named.npz").classes == ("cat", "dog")
     assert arrays_of(tmp_path / "numbered.npz").classes == ("0", "1", "2")
     assert labels_of(arrays_of(tmp_path / "numbered.npz")) == [2, 1, 1, 0]
-    assert arrays_of(tmp_path / "unlabelled.npz").labels is None
+    assert arrays_of(tmp_path / "unlabeled.npz").labels is None
 
 
-def test_fingerprint_of_arrays_follows_every_byte() -> None:
+def test_array_fingerprint_covers_every_byte() -> None:
     x = np.random.default_rng(0).integers(0, 256, (6, 8, 9, 3), dtype=np.uint8)
     y = x.copy()
     assert arrays_of(x).fingerprint == arrays_of(y).fingerprint
@@ -138,7 +138,7 @@ class InMemory:
         self.data, self.targets, self.classes = data, targets, ["cat", "dog"]
 
 
-def test_torchvision_data_sets(tmp_path: Path) -> None:
+def test_torchvision_datasets(tmp_path: Path) -> None:
     from torchvision.datasets import ImageFolder
 
     cifar_like = InMemory(np.full((3, 8, 8, 3), 7, np.uint8), [1, 0, 1])
@@ -181,7 +181,7 @@ class Indexed(torch.utils.data.Dataset[Any]):
     ],
     ids=["PIL", "tuple", "array", "tensor", "mapping"],
 )
-def test_indexable_data_sets(item: Any) -> None:
+def test_map_style_datasets(item: Any) -> None:
     source = open_source(Indexed(item, targets=[0, 1, 0, 1, 1], transform=None, classes=["cat", "dog"]))
     assert isinstance(source, DatasetSource)
     assert len(source) == 5 and source.labels is not None and source.labels.tolist() == [0, 1, 0, 1, 1]
@@ -192,7 +192,7 @@ def test_indexable_data_sets(item: Any) -> None:
     assert source.fingerprint == open_source(Indexed(item)).fingerprint != open_source(Indexed(item, 4)).fingerprint
 
 
-def test_indexable_data_sets_of_something_else_are_refused() -> None:
+def test_map_style_datasets_of_other_items_are_rejected() -> None:
     picture = Image.new("RGB", (6, 4))
     cases: list[tuple[Any, str]] = [
         (
@@ -201,20 +201,20 @@ def test_indexable_data_sets_of_something_else_are_refused() -> None:
         ),
         (Indexed((np.zeros((4, 6), np.float64), 1)), r"got \(ndarray float64 \[4, 6\], int\)"),
         (Indexed({"text": 1}), "got a mapping with text"),
-        (Indexed(picture, transform=abs), "Indexed must have no transform, got builtin_function_or_method; make it"),
+        (Indexed(picture, transform=abs), "Indexed must have no transform, got builtin_function_or_method; create it"),
         (Indexed(picture, n=0), "Indexed is empty"),
         (Indexed(lambda i: 1 // i), r"Indexed\[0\] raises ZeroDivisionError"),
     ]
     for data, message in cases:
         with pytest.raises(SourceError, match=message) as caught:
-            open_source(data, where="data")
+            open_source(data, arg_name="data")
         assert str(caught.value).startswith("data: ")
     late = open_source(Indexed(lambda i: picture if i < 2 else 1 // 0))
     with pytest.raises(CorruptImageError, match=r"Indexed\[2\] cannot be read \(ZeroDivisionError"):
         late.load(2)
 
 
-def test_errors_say_what_where_and_how(tmp_path: Path) -> None:
+def test_error_messages(tmp_path: Path) -> None:
     images = np.zeros((4, 8, 8, 3), np.uint8)
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts").mkdir()
@@ -227,16 +227,16 @@ def test_errors_say_what_where_and_how(tmp_path: Path) -> None:
     np.savez(tmp_path / "short.npz", images=images, labels=[0, 1])
     np.savez(tmp_path / "names.npz", images=images, labels=[0, 1, 2, 3], classes=["a", "b"])
     cases: list[tuple[object, str]] = [
-        (tmp_path / "no" / "such", rf"does not exist; give a folder .*that does exist is {tmp_path}\)"),
+        (tmp_path / "no" / "such", rf"does not exist; give a folder .*that exists is {tmp_path}\)"),
         (tmp_path / "empty", r"no images in .*empty or below \(no files at all\); expected files that end in \.jpg"),
         (tmp_path / "texts", r"only 1 x \.txt"),
-        (tmp_path / "file.doc", "is a file that is not understood; give a folder of images, a list"),
-        (tmp_path / "photos.tar.gz", "is a file that is not understood; unpack it first"),
+        (tmp_path / "file.doc", "is a file of an unknown kind; give a folder of images, a list"),
+        (tmp_path / "photos.tar.gz", "is a file of an unknown kind; unpack it first"),
         (tmp_path / "broken.npz", "cannot be read as a .npz file"),
         (tmp_path / "objects.npz", "cannot be read as a .npz file"),
-        (tmp_path / "other.npz", r"no array `images` \(it holds pictures\); save it with numpy.savez"),
-        (tmp_path / "short.npz", "labels must be 4 integers, one for each image, got int64 of shape"),
-        (tmp_path / "names.npz", "labels go up to 3, but there are only 2 class names"),
+        (tmp_path / "other.npz", r"no array `images` \(it has pictures\); save it with numpy.savez"),
+        (tmp_path / "short.npz", "labels must be 4 integers, one per image, got int64 of shape"),
+        (tmp_path / "names.npz", "labels must be below the number of class names, 2, got 3"),
         (images.astype(np.float32) / 255, "must be uint8 in 0..255, got float32; convert it"),
         (np.zeros((4, 8, 8, 4), np.uint8), r"with C = 1 or 3, got \[4, 8, 8, 4\]"),
         (np.zeros((0, 8, 8, 3), np.uint8), "has no images"),
@@ -244,7 +244,7 @@ def test_errors_say_what_where_and_how(tmp_path: Path) -> None:
     ]
     for root, message in cases:
         with pytest.raises(SourceError, match=message) as caught:
-            open_source(root, where="data.root")
+            open_source(root, arg_name="data.root")
         assert str(caught.value).startswith("data.root: ")
 
 
@@ -266,14 +266,14 @@ def test_folder_with_train_and_validation(name: str, tmp_path: Path) -> None:
     assert split(run(tmp_path, enabled="off"))[1] is None
 
 
-def test_folder_with_train_only_is_its_training_images(tmp_path: Path) -> None:
+def test_folder_with_train_only_has_no_validation_images(tmp_path: Path) -> None:
     put(tmp_path, "train/a/1.png", "train/b/2.png")
     train, val = split(run(tmp_path))
     assert train.classes == ("a", "b") and val is None
 
 
-def test_train_beside_other_things_is_the_training_images(tmp_path: Path, caplog: Any) -> None:
-    """As data sets are handed around: notes, archives, development kits, images without labels, a sample picture."""
+def test_train_folder_beside_other_files_is_used_alone(tmp_path: Path, caplog: Any) -> None:
+    """As datasets are handed around: notes, archives, development kits, images without labels, a sample picture."""
     put(tmp_path, "train/a/1.png", "train/b/2.png", "unlabeled/x/3.png", "sample.png")
     (tmp_path / "devkit" / "data").mkdir(parents=True)
     (tmp_path / "devkit.tar.gz").write_text("x")
@@ -283,7 +283,7 @@ def test_train_beside_other_things_is_the_training_images(tmp_path: Path, caplog
     assert "only train is used, not devkit, devkit.tar.gz, sample.png, unlabeled" in caplog.text
 
 
-def test_a_class_may_be_named_train(tmp_path: Path) -> None:
+def test_train_folder_beside_class_folders_is_a_class(tmp_path: Path) -> None:
     put(tmp_path, "car/1.png", "plane/2.png", "train/3.png")
     train, val = split(run(tmp_path))
     assert train.classes == ("car", "plane", "train") and len(train) == 3 and val is None
@@ -299,7 +299,7 @@ def test_separate_validation_folder(tmp_path: Path) -> None:
         split(run(tmp_path / "mine", val_root=tmp_path / "nothing"))
 
 
-def test_foreign_validation_classes_are_dropped_when_kNN_is_a_guess(tmp_path: Path, caplog: Any) -> None:  # noqa: N802
+def test_unknown_validation_classes_are_dropped_with_automatic_knn(tmp_path: Path, caplog: Any) -> None:
     put(tmp_path, "train/a/1.png", "train/b/2.png", "test/x/1.png", "test/y/2.png")
     _, val = split(run(tmp_path))
     assert val is not None and val.labels is None
@@ -316,8 +316,8 @@ def test_npz_with_validation_images(tmp_path: Path) -> None:
     assert np.array_equal(val.images[..., 0], images[4:]) and labels_of(val) == [1, 0]
 
 
-def test_no_data_at_all() -> None:
-    with pytest.raises(SourceError, match=r"no images to train on; give --data\.root FOLDER"):
+def test_missing_data_root_is_rejected() -> None:
+    with pytest.raises(SourceError, match=r"data\.root must be set, got None; give --data\.root FOLDER"):
         split(run(None))
 
 
@@ -340,7 +340,7 @@ def test_demo_data() -> None:
     assert "Copyright (c) 2017 Zalando SE" in (folder / "LICENSE-fashion-mnist.txt").read_text()
 
 
-def test_cifar10_from_the_cache(tmp_path: Path, monkeypatch: Any) -> None:
+def test_cifar10_without_network_is_explained(tmp_path: Path, monkeypatch: Any) -> None:
     """Without a network: a clear error for an empty cache; a file that is not CIFAR-10 is not taken for it."""
     from torchvision.datasets import CIFAR10
 
@@ -363,7 +363,7 @@ def test_cifar10_from_the_cache(tmp_path: Path, monkeypatch: Any) -> None:
         (("a/1.png", "b/2.png"), ("1.png",), "the validation images have no labels: sort them into one folder"),
     ],
 )
-def test_an_evaluation_that_wants_labels_says_whose_are_missing(
+def test_knn_without_labels_names_the_unlabeled_images(
     train: tuple[str, ...], val: tuple[str, ...] | None, said: str, tmp_path: Path
 ) -> None:
     training = open_source(put(tmp_path / "train", *train))

@@ -22,7 +22,7 @@ PICTURE = encoded(photo_like(1, 12, 16)[0])
 
 
 def tars_of(root: object, cache: Path) -> TarSource:
-    source = open_source(root, where="data.root", options=options(cache))
+    source = open_source(root, arg_name="data.root", options=options(cache))
     assert isinstance(source, TarSource)
     return source
 
@@ -45,7 +45,7 @@ NAMES = st.text(st.characters(exclude_characters="/.\0\n", exclude_categories=["
     sizes=st.lists(st.integers(1, 2000), min_size=8, max_size=8),
     form=st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]),
 )
-def test_members_are_read_at_their_places(names: list[str], sizes: list[int], form: int, tmp_path: Path) -> None:
+def test_members_are_read_as_written(names: list[str], sizes: list[int], form: int, tmp_path: Path) -> None:
     """Any names (long and foreign ones have headers of their own), any sizes, both dialects of tar."""
     rng = np.random.default_rng(sum(sizes))
     members = [(f"{name}.jpg", rng.bytes(size)) for name, size in zip(names, sizes, strict=False)]
@@ -74,7 +74,7 @@ def test_samples_and_labels(tmp_path: Path) -> None:
     assert contents(part) == ["1.img.png", "x/000.jpg"] and part.labels is not None and part.labels.tolist() == [1, 2]
 
 
-def test_an_archive_of_class_folders_has_classes(tmp_path: Path) -> None:
+def test_archive_of_class_folders_has_classes(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", bodies("./photos/dog/1.jpg", "./photos/cat/2021.01.jpg", "./photos/cat/2021.02.jpg"))
     source = tars_of(tmp_path / "a.tar", tmp_path / "cache")
     assert contents(source) == ["./photos/dog/1.jpg", "./photos/cat/2021.01.jpg", "./photos/cat/2021.02.jpg"]
@@ -82,7 +82,7 @@ def test_an_archive_of_class_folders_has_classes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("labels", [[b"dog", b"cat", b"dog"], [b"1", b"0", b"1"]], ids=["names", "numbers"])
-def test_labels_may_be_names_and_must_be_complete(labels: list[bytes], tmp_path: Path, caplog: Any) -> None:
+def test_incomplete_labels_are_dropped(labels: list[bytes], tmp_path: Path, caplog: Any) -> None:
     members = [m for i, text in enumerate(labels) for m in (*bodies(f"{i}.jpg"), (f"{i}.cls", text))]
     write_tar(tmp_path / "a.tar", members)
     source = tars_of(tmp_path / "a.tar", tmp_path / "cache")
@@ -103,7 +103,7 @@ def test_labels_may_be_names_and_must_be_complete(labels: list[bytes], tmp_path:
         (".", ["v", "0", "1", "2"]),
     ],
 )
-def test_patterns(root: str, found: list[str], tmp_path: Path) -> None:
+def test_shard_patterns(root: str, found: list[str], tmp_path: Path) -> None:
     for i in range(3):
         write_tar(tmp_path / f"train-00{i}.tar", bodies(f"{i}.jpg"))
     (tmp_path / "sub").mkdir()
@@ -111,13 +111,13 @@ def test_patterns(root: str, found: list[str], tmp_path: Path) -> None:
     assert contents(tars_of(tmp_path / root, tmp_path / "cache")) == [f"{name}.jpg" for name in found]
 
 
-def test_braces() -> None:
+def test_brace_expansion() -> None:
     assert expand_braces("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
     assert expand_braces("{8..10}{x,y}") == ["8x", "8y", "9x", "9y", "10x", "10y"]
     assert expand_braces("plain{}{1}") == ["plain{}{1}"]
 
 
-def test_the_index_is_stored_and_follows_the_file(tmp_path: Path, caplog: Any) -> None:
+def test_index_is_reused_until_the_file_changes(tmp_path: Path, caplog: Any) -> None:
     caplog.set_level("INFO")
     path, cache = tmp_path / "a.tar", tmp_path / "cache"
     write_tar(path, bodies("1.jpg", "2.jpg"))
@@ -136,7 +136,7 @@ def test_the_index_is_stored_and_follows_the_file(tmp_path: Path, caplog: Any) -
     assert "could not be stored" in caplog.text
 
 
-def test_fingerprint_follows_members_and_their_order_and_sizes_are_beside_it(tmp_path: Path) -> None:
+def test_tar_fingerprint_covers_names_and_order_not_sizes(tmp_path: Path) -> None:
     def fingerprint(*members: tuple[str, bytes], name: str = "a.tar") -> tuple[str, tuple[int, ...]]:
         source = tars_of(write_tar(tmp_path / name, members), tmp_path / "cache")
         return source.fingerprint, source.sizes
@@ -173,14 +173,14 @@ def test_train_and_val_folders_of_shards(tmp_path: Path) -> None:
     assert contents(train) == ["train.jpg"] and contents(val) == ["test.jpg"]
 
 
-def test_images_beside_archives_win_and_the_archives_are_named(tmp_path: Path, caplog: Any) -> None:
+def test_images_beside_archives_are_preferred(tmp_path: Path, caplog: Any) -> None:
     write_tar(tmp_path / "a.tar", bodies("1.jpg"))
     (tmp_path / "photo.jpg").write_bytes(PICTURE)
     assert len(open_source(tmp_path)) == 1 and not isinstance(open_source(tmp_path), TarSource)
     assert "1 x .tar" in caplog.text
 
 
-def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
+def test_error_messages(tmp_path: Path) -> None:
     whole = write_tar(tmp_path / "whole.tar", [(f"{i}.jpg", PICTURE) for i in range(5)]).read_bytes()
     (tmp_path / "cut.tar").write_bytes(whole[:2500])
     (tmp_path / "zeros.tar").write_bytes(b"x" * 5000)
@@ -202,11 +202,11 @@ def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
     ]
     for name, message in cases:
         with pytest.raises(SourceError, match=message) as caught:
-            open_source(tmp_path / name, where="data.root", options=options(tmp_path / "cache"))
+            open_source(tmp_path / name, arg_name="data.root", options=options(tmp_path / "cache"))
         assert str(caught.value).startswith("data.root: ")
 
 
-def test_a_shard_that_changes_during_the_run(tmp_path: Path) -> None:
+def test_changed_shard_is_reported(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", [(f"{i}.jpg", PICTURE) for i in range(5)])
     source = tars_of(path, tmp_path / "cache")
     assert source.load(4).size == (16, 12)
@@ -219,7 +219,7 @@ def test_a_shard_that_changes_during_the_run(tmp_path: Path) -> None:
         gone.read(0)
 
 
-def test_more_shards_than_files_that_stay_open(tmp_path: Path) -> None:
+def test_open_files_are_bounded(tmp_path: Path) -> None:
     for i in range(200):
         write_tar(tmp_path / f"{i:03d}.tar", bodies(f"{i}.jpg"))
     source = tars_of(tmp_path, tmp_path / "cache")
@@ -231,7 +231,7 @@ def test_more_shards_than_files_that_stay_open(tmp_path: Path) -> None:
 
 @pytest.mark.peers
 @pytest.mark.skipif(not installed("webdataset"), reason="webdataset is not installed")
-def test_shards_that_webdataset_writes(tmp_path: Path) -> None:
+def test_shards_written_by_webdataset(tmp_path: Path) -> None:
     import webdataset
 
     with webdataset.ShardWriter(f"{tmp_path}/train-%03d.tar", maxcount=4, verbose=0) as writer:

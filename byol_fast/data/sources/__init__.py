@@ -1,6 +1,6 @@
-"""Which images: folders, lists, arrays, shards and data sets, with labels where there are any.
+"""Image sources: folders, lists, arrays, shards and datasets, with labels if there are any.
 
-Labels are never used for training; nearest neighbours and linear probes need them.
+Labels are never used for training; kNN and linear probes need them.
 """
 
 from byol_fast.data.sources.arrays import ArraySource, array_source
@@ -9,7 +9,6 @@ from byol_fast.data.sources.datasets import DatasetSource, HuggingFaceSource
 from byol_fast.data.sources.files import FileSource
 from byol_fast.data.sources.open import open_source, split
 from byol_fast.data.sources.parquet import ParquetSource
-from byol_fast.data.sources.shards import ShardSource
 from byol_fast.data.sources.tar import TarSource
 
 __all__ = [
@@ -21,7 +20,6 @@ __all__ = [
     "HuggingFaceSource",
     "ImageSource",
     "ParquetSource",
-    "ShardSource",
     "SourceError",
     "TarSource",
     "array_source",

@@ -1,4 +1,4 @@
-"""Images of one size, in memory."""
+"""Arrays of images of one size, in memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from byol_fast.data.sources.base import ImageSource, SourceError, checked_labels, named_labels
+from byol_fast.data.sources.base import ImageSource, SourceError, validate_labels, with_class_names
 
 NPZ_HELP = "save it with numpy.savez(path, images=images, labels=labels)"
 
@@ -30,7 +30,7 @@ class ArraySource(ImageSource):
     labels: NDArray[np.int64] | None = None
     classes: tuple[str, ...] = ()
     name: str = "array"
-    """Where the array came from."""
+    """Origin of the array, for messages."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -48,35 +48,35 @@ class ArraySource(ImageSource):
         return f"{self.name}[{i}]"
 
     def subset(self, index: NDArray[np.int64]) -> ArraySource:  # noqa: D102 (inherited)
-        return replace(self, images=self.images[index], labels=self._labels_of(index))
+        return replace(self, images=self.images[index], labels=self._select_labels(index))
 
     def describe(self) -> str:  # noqa: D102 (inherited)
         h, w = self.images.shape[1:3]
-        return f"{self._contents()} of {h} x {w} pixels from {self.name}"
+        return f"{self._counts()} of {h} x {w} pixels from {self.name}"
 
 
 def array_source(
-    images: Any, labels: Any = None, classes: Sequence[object] = (), *, where: str = "images", name: str = "array"
+    images: Any, labels: Any = None, classes: Sequence[object] = (), *, arg_name: str = "images", name: str = "array"
 ) -> ArraySource:
-    """Check and normalise images in memory.
+    """Source of images in memory, converted to C-contiguous RGB.
 
     Args:
-        images: uint8 `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]`, C = 1 or 3. One channel is repeated to three:
-            DALI's colour operators end the process on one channel.
-        labels: integers `[N]` in some form, or None. Negative ones mean "unlabelled": then there are none at all.
-        classes: names; numbers where they are missing.
-        where: name of the argument, for error messages.
-        name: where the images came from.
+        images: uint8 `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]`, C = 1 or 3. One channel is repeated to three,
+            because DALI's color operators abort the process on one channel.
+        labels: integers `[N]`, or None. A negative label means unlabeled: then no labels are used.
+        classes: class names; indices if empty.
+        arg_name: name of the argument, for error messages.
+        name: origin of the images, for messages.
 
     Raises:
-        SourceError: wrong type, shape or number.
+        SourceError: wrong dtype, shape or number of labels.
     """
     x = images.numpy(force=True) if isinstance(images, torch.Tensor) else np.asarray(images)
-    given = list(x.shape)
+    shape = list(x.shape)
     if x.dtype != np.uint8:
         raise SourceError(
-            f"{where}: must be uint8 in 0..255, got {x.dtype}; convert it, for example "
-            f"(images * 255).round().astype('uint8') for values in 0..1"
+            f"{arg_name}: must be uint8 in 0..255, got {x.dtype}; convert it, for example "
+            "(images * 255).round().astype('uint8') for values in 0..1"
         )
     if x.ndim == 3:
         x = x[..., None]
@@ -84,32 +84,34 @@ def array_source(
         x = x.transpose(0, 2, 3, 1)
     if x.ndim != 4 or x.shape[3] not in {1, 3}:
         raise SourceError(
-            f"{where}: must have the shape [N, H, W], [N, H, W, C] or [N, C, H, W] with C = 1 or 3, got {given}"
+            f"{arg_name}: must have the shape [N, H, W], [N, H, W, C] or [N, C, H, W] with C = 1 or 3, got {shape}"
         )
     if 0 in x.shape:
-        raise SourceError(f"{where}: has no images (shape {list(x.shape)})")
+        raise SourceError(f"{arg_name}: has no images (shape {list(x.shape)})")
     if x.shape[3] == 1:
         x = np.broadcast_to(x, (*x.shape[:3], 3))
-    y, names = named_labels(None if labels is None else checked_labels(labels, len(x), where), classes, where)
+    y, names = with_class_names(
+        None if labels is None else validate_labels(labels, len(x), arg_name), classes, arg_name
+    )
     return ArraySource(np.ascontiguousarray(x), y, names, name)
 
 
-def open_npz(path: Path, where: str) -> ArraySource:
+def open_npz(path: Path, arg_name: str) -> ArraySource:
     """The arrays `images`, `labels` and `classes` of a `.npz` file.
 
     Raises:
-        SourceError: it cannot be read, or has no such images.
+        SourceError: the file cannot be read, or has no array `images`.
     """
-    source = open_npz_part(path, where, "")
+    source = open_npz_part(path, arg_name, "")
     if source is None:
         with np.load(path, allow_pickle=False) as file:
-            held = ", ".join(sorted(file)) or "nothing"
-        raise SourceError(f"{where}: {path} has no array `images` (it holds {held}); {NPZ_HELP}")
+            names = ", ".join(sorted(file)) or "nothing"
+        raise SourceError(f"{arg_name}: {path} has no array `images` (it has {names}); {NPZ_HELP}")
     return source
 
 
-def open_npz_part(path: Path, where: str, prefix: str) -> ArraySource | None:
-    """The arrays `{prefix}images`, `{prefix}labels` and `classes` of a file; None when it has no such images.
+def open_npz_part(path: Path, arg_name: str, prefix: str) -> ArraySource | None:
+    """The arrays `{prefix}images`, `{prefix}labels` and `classes` of a file; None if it has no such images.
 
     Raises:
         SourceError: the file cannot be read.
@@ -122,12 +124,12 @@ def open_npz_part(path: Path, where: str, prefix: str) -> ArraySource | None:
             labels = file.get(f"{prefix}labels")
             classes = file["classes"].tolist() if "classes" in file else ()
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise SourceError(f"{where}: {path} cannot be read as a .npz file ({error}); {NPZ_HELP}") from error
-    return array_source(images, labels, classes, where=f"{where}: {path}: {prefix}images", name=path.name)
+        raise SourceError(f"{arg_name}: {path} cannot be read as a .npz file ({error}); {NPZ_HELP}") from error
+    return array_source(images, labels, classes, arg_name=f"{arg_name}: {path}: {prefix}images", name=path.name)
 
 
 def open_demo() -> tuple[ArraySource, ArraySource]:
-    """Fashion-MNIST, 10,000 + 2,000 images of 28 x 28 (MIT licence, (c) 2017 Zalando SE)."""
+    """Fashion-MNIST, 10,000 + 2,000 images of 28 x 28 (MIT license, (c) 2017 Zalando SE)."""
     with resources.as_file(resources.files("byol_fast.data") / "demo" / "fashion_mnist.npz") as path:
         train, val = (open_npz_part(path, "demo data", prefix) for prefix in ("", "val_"))
     assert train is not None and val is not None

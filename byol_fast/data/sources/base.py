@@ -1,4 +1,4 @@
-"""What a source of images is, and what all kinds of sources share."""
+"""Image sources: the interface, and the helpers that all kinds share."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from PIL import Image
 from byol_fast.data.integrity import CorruptImageError, bytes_need_check, check_bytes, decode
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm")
-"""Names of image files, in lower or upper case; other files are left out and named in the log."""
+"""Extensions of image files, in any case; other files are ignored and listed in the log."""
 
 NUM_SAMPLED_SIZES = 1000
-"""Images whose sizes tell whether a data set was replaced under its old names."""
+"""Number of images whose sizes are compared on resuming, to detect that files were replaced under the same names."""
 
 
 class SourceError(ValueError):
-    """There are no usable images where the argument says."""
+    """The data argument has no usable images."""
 
 
 class ImageSource(ABC):
-    """A numbered set of images. The kinds of it are frozen dataclasses with the fields `labels` and `classes`."""
+    """A map-style set of images. Implementations are frozen dataclasses with the fields `labels` and `classes`."""
 
     labels: NDArray[np.int64] | None
-    """Class number of each image `[N]`, or None."""
+    """Class index of each image `[N]`, or None."""
     classes: tuple[str, ...]
-    """Name of each class; empty where there are no labels."""
+    """Class names; empty without labels."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -40,11 +40,11 @@ class ImageSource(ABC):
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """Changes when images are added, removed, renamed or reordered; for arrays, when a value changes."""
+        """Digest that changes if images are added, removed, renamed or reordered; for arrays, if a value changes."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Sizes in bytes of up to 1,000 images, evenly spaced; none where the fingerprint covers the contents."""
+        """Sizes in bytes of up to 1,000 evenly spaced images; empty where the fingerprint covers the contents."""
         return ()
 
     @abstractmethod
@@ -52,20 +52,20 @@ class ImageSource(ABC):
         """Image `i` in RGB, as stored: EXIF rotation is not applied, as in torchvision's ImageFolder.
 
         Raises:
-            CorruptImageError: it cannot be read or decoded.
+            CorruptImageError: the image cannot be read or decoded.
         """
 
     @abstractmethod
     def sample_name(self, i: int) -> str:
-        """Name of image `i` for people: its file, `shard:member`, or the source and the number."""
+        """Name of image `i` for messages: its file, `shard:member`, or the source and the index."""
 
     @abstractmethod
     def subset(self, index: NDArray[np.int64]) -> ImageSource:
-        """The images at these positions, in this order."""
+        """The images at these indices, in this order."""
 
     @abstractmethod
     def describe(self) -> str:
-        """One line for people."""
+        """One-line summary for the log."""
 
     def with_labels(self, labels: NDArray[np.int64] | None, classes: tuple[str, ...]) -> ImageSource:
         """The same images with other labels."""
@@ -73,112 +73,125 @@ class ImageSource(ABC):
         result: ImageSource = dataclasses.replace(self, **changes)  # type: ignore[type-var]
         return result
 
-    def _contents(self) -> str:
+    def with_classes(self, classes: tuple[str, ...]) -> ImageSource:
+        """The same images, with labels that index into `classes` by class name; -1 for classes not among them."""
+        assert self.labels is not None
+        class_index = {name: i for i, name in enumerate(classes)}
+        table = np.array([class_index.get(name, -1) for name in self.classes], np.int64)
+        return self.with_labels(table[self.labels], classes)
+
+    def _counts(self) -> str:
         return f"{len(self):,} images" + (f" of {len(self.classes):,} classes" if self.labels is not None else "")
 
-    def _labels_of(self, index: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    def _select_labels(self, index: NDArray[np.int64]) -> NDArray[np.int64] | None:
         return None if self.labels is None else self.labels[index]
 
 
 class EncodedSource(ImageSource):
-    """Images as encoded bytes: whole files, or pieces of larger ones."""
+    """Images stored as encoded bytes: whole files, or parts of larger files."""
 
     @abstractmethod
     def read(self, i: int) -> bytes:
-        """Image `i` as stored: JPEG, PNG, ... Called by several threads at a time.
+        """Encoded bytes of image `i` (JPEG, PNG, ...). Thread-safe.
 
         Raises:
-            CorruptImageError: it cannot be read.
+            CorruptImageError: the image cannot be read.
         """
 
     def needs_check(self, i: int) -> bool:
-        """Whether image `i` does not begin and end as it should, and needs a closer look."""
+        """Return True if the first and last bytes of image `i` do not prove it complete: decode it to know."""
         return bytes_need_check(self.read(i))
 
     def load(self, i: int) -> Image.Image:  # noqa: D102 (inherited)
         data = self.read(i)
         try:
             return decode(data)
-        except Exception as error:  # decoders raise all kinds of errors on damaged files
+        except Exception as error:  # decoders raise many types of errors on damaged files
             raise CorruptImageError(self.sample_name(i), check_bytes(data) or f"cannot be decoded ({error})") from error
 
 
 def evenly_spaced(num_items: int, count: int, *, centered: bool = False) -> NDArray[np.int64]:
-    """Positions of `count` of `num_items` items, evenly spaced; all where there are fewer.
+    """Indices of `count` of `num_items` items, evenly spaced; all indices if there are fewer items.
 
     Args:
         num_items: number of items.
-        count: largest number of positions.
-        centered: take the middle of each of `count` equal parts, not its first item.
+        count: largest number of indices.
+        centered: take the middle of each of `count` equal parts instead of its first item.
     """
     count = min(num_items, count)
     return (2 * np.arange(count, dtype=np.int64) + centered) * num_items // max(2 * count, 1)
 
 
 def digest(parts: Iterable[bytes]) -> str:
-    """A fingerprint of some byte strings in order."""
+    """Hex digest of a sequence of byte strings."""
     result = hashlib.blake2b(digest_size=16)
     for part in parts:
         result.update(len(part).to_bytes(8, "little") + part)
     return result.hexdigest()
 
 
-def checked_labels(labels: Any, n: int, where: str) -> NDArray[np.int64] | None:
-    """Labels of n images as an array; None when some are negative, which means unlabelled.
+def validate_labels(labels: Any, num_images: int, arg_name: str) -> NDArray[np.int64] | None:
+    """Convert labels to an int64 array `[num_images]`; None if some are negative, which means unlabeled.
 
     Raises:
-        SourceError: these are not n integers.
+        SourceError: the labels are not `num_images` integers.
     """
     y = labels.numpy(force=True) if isinstance(labels, torch.Tensor) else np.asarray(labels)
-    if y.shape != (n,) or not np.issubdtype(y.dtype, np.integer):
+    if y.shape != (num_images,) or not np.issubdtype(y.dtype, np.integer):
         raise SourceError(
-            f"{where}: labels must be {n} integers, one for each image, got {y.dtype} of shape {list(y.shape)}"
+            f"{arg_name}: labels must be {num_images} integers, one per image, got {y.dtype} of shape {list(y.shape)}"
         )
     return None if y.min() < 0 else y.astype(np.int64)
 
 
-def named_labels(
-    labels: NDArray[np.int64] | None, classes: Sequence[object], where: str
+def with_class_names(
+    labels: NDArray[np.int64] | None, classes: Sequence[object], arg_name: str
 ) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
-    """Labels, and a name for each class: its number where there are no names.
+    """Labels and class names; without names, each class is named by its index.
 
     Raises:
         SourceError: there are fewer names than classes.
     """
     if labels is None:
         return None, ()
-    names = tuple(str(c) for c in classes) or tuple(str(i) for i in range(int(labels.max()) + 1))
+    names = tuple(str(c) for c in classes) or _index_names(labels)
     if int(labels.max()) >= len(names):
-        raise SourceError(f"{where}: labels go up to {int(labels.max())}, but there are only {len(names)} class names")
+        raise SourceError(
+            f"{arg_name}: labels must be below the number of class names, {len(names)}, got {int(labels.max())}"
+        )
     return labels, names
 
 
 def labels_from_text(texts: Sequence[str]) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
-    """Labels written as text: numbers count as they are, otherwise each text is a class, sorted by name.
+    """Labels and class names from text: integers are class indices; otherwise each text is a class, sorted by name.
 
-    None when a text is empty or a number negative: then not all images are labelled.
+    Labels are None if a text is empty or an integer is negative, because then not all images are labeled.
     """
     if not texts or not all(texts):
         return None, ()
     try:
         numbers = np.array([int(text) for text in texts], np.int64)
     except ValueError:
-        classes = sorted(set(texts))
-        number = {name: i for i, name in enumerate(classes)}
-        return np.array([number[text] for text in texts], np.int64), tuple(classes)
-    if numbers.min() < 0:
-        return None, ()
-    return numbers, tuple(str(i) for i in range(int(numbers.max()) + 1))
+        return _encode_classes(texts)
+    return (None, ()) if numbers.min() < 0 else (numbers, _index_names(numbers))
 
 
 def labels_from_folders(names: Sequence[str]) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
-    """Labels of `class/**/image` names: the first folder is the class, classes are sorted by name.
+    """Labels and class names from `class/**/image` paths: the first folder is the class, classes sorted by name.
 
-    None when an image is in no folder, or all are in one.
+    Labels are None if an image is in no folder, or all are in the same one.
     """
-    tops = [name.partition("/") for name in names]
-    classes = sorted({top for top, nested, _ in tops if nested})
-    if len(classes) < 2 or not all(nested for _, nested, _ in tops):
+    folders = [folder for folder, slash, _ in (name.partition("/") for name in names) if slash]
+    if len(folders) < len(names) or len(set(folders)) < 2:
         return None, ()
-    number = {name: i for i, name in enumerate(classes)}
-    return np.array([number[top] for top, _, _ in tops], np.int64), tuple(classes)
+    return _encode_classes(folders)
+
+
+def _index_names(labels: NDArray[np.int64]) -> tuple[str, ...]:
+    return tuple(str(i) for i in range(int(labels.max()) + 1))
+
+
+def _encode_classes(names: Sequence[str]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    classes = tuple(sorted(set(names)))
+    class_index = {name: i for i, name in enumerate(classes)}
+    return np.array([class_index[name] for name in names], np.int64), classes

@@ -1,4 +1,4 @@
-"""Data sets of other libraries: torchvision, any indexable one of PIL images or arrays, and Hugging Face's."""
+"""Datasets of other libraries: torchvision, any map-style dataset of PIL images or arrays, Hugging Face."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from byol_fast.data.sources.base import (
     EncodedSource,
     ImageSource,
     SourceError,
-    checked_labels,
     digest,
     evenly_spaced,
     labels_from_text,
-    named_labels,
+    validate_labels,
+    with_class_names,
 )
 from byol_fast.data.sources.files import FileSource
 
@@ -34,17 +34,17 @@ log = logging.getLogger(__name__)
 _IMAGE_KEYS = ("image", "img", "jpg", "png", "pixel_values")
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "image_bytes", "bytes")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls", "target")
-_FINGERPRINTED = 16
+_NUM_FINGERPRINTED = 16
 
 
 @dataclass(frozen=True, eq=False)
 class DatasetSource(ImageSource):
-    """Images that an object with `__len__` and `__getitem__` decodes itself, in several threads at a time."""
+    """Map-style dataset that decodes its images itself. Its `__getitem__` is called from several threads."""
 
     dataset: Any
-    """The object."""
+    """The dataset."""
     index: NDArray[np.int64]
-    """Which of its items are the images `[N]`."""
+    """Item of each image `[N]`."""
     labels: NDArray[np.int64] | None = None
     classes: tuple[str, ...] = ()
 
@@ -54,27 +54,27 @@ class DatasetSource(ImageSource):
     @cached_property
     def fingerprint(self) -> str:  # noqa: D102 (inherited)
         name = f"{type(self.dataset).__name__} {len(self)}"
-        some = evenly_spaced(len(self), _FINGERPRINTED).tolist()
-        return digest([name.encode(), self.index.tobytes(), *(self.load(i).tobytes() for i in some)])
+        sampled = evenly_spaced(len(self), _NUM_FINGERPRINTED).tolist()
+        return digest([name.encode(), self.index.tobytes(), *(self.load(i).tobytes() for i in sampled)])
 
     def load(self, i: int) -> Image.Image:  # noqa: D102 (inherited)
         try:
             item = self.dataset[int(self.index[i])]
-            image = as_image(item)  # PIL decodes only now
-        except Exception as error:  # whatever its author's code raises
+            image = as_image(item)  # PIL decodes here
+        except Exception as error:  # of any type: the dataset is the user's code
             raise CorruptImageError(self.sample_name(i), f"cannot be read ({type(error).__name__}: {error})") from error
         if image is None:
-            raise CorruptImageError(self.sample_name(i), f"is not an image ({_kind(item)})")
+            raise CorruptImageError(self.sample_name(i), f"is not an image ({_describe(item)})")
         return image
 
     def sample_name(self, i: int) -> str:  # noqa: D102 (inherited)
         return f"{type(self.dataset).__name__}[{self.index[i]}]"
 
     def subset(self, index: NDArray[np.int64]) -> DatasetSource:  # noqa: D102 (inherited)
-        return replace(self, index=self.index[index], labels=self._labels_of(index))
+        return replace(self, index=self.index[index], labels=self._select_labels(index))
 
     def describe(self) -> str:  # noqa: D102 (inherited)
-        return f"{self._contents()} in {type(self.dataset).__name__}"
+        return f"{self._counts()} in {type(self.dataset).__name__}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,11 +82,11 @@ class HuggingFaceSource(EncodedSource):
     """Encoded images of a `datasets.Dataset`."""
 
     dataset: Any
-    """It, with its image column left encoded."""
+    """The dataset, with its image column encoded."""
     column: str
-    """The image column."""
+    """Name of the image column."""
     index: NDArray[np.int64]
-    """Its rows `[N]`."""
+    """Row of each image `[N]`."""
     labels: NDArray[np.int64] | None = None
     classes: tuple[str, ...] = ()
 
@@ -95,8 +95,8 @@ class HuggingFaceSource(EncodedSource):
 
     @cached_property
     def fingerprint(self) -> str:  # noqa: D102 (inherited)
-        some = evenly_spaced(len(self), _FINGERPRINTED).tolist()
-        return digest([str(self.dataset.features).encode(), self.index.tobytes(), *(self.read(i) for i in some)])
+        sampled = evenly_spaced(len(self), _NUM_FINGERPRINTED).tolist()
+        return digest([str(self.dataset.features).encode(), self.index.tobytes(), *(self.read(i) for i in sampled)])
 
     def read(self, i: int) -> bytes:  # noqa: D102 (inherited)
         value = self.dataset[int(self.index[i])][self.column]
@@ -109,109 +109,116 @@ class HuggingFaceSource(EncodedSource):
         return f"Dataset[{self.index[i]}]"
 
     def subset(self, index: NDArray[np.int64]) -> HuggingFaceSource:  # noqa: D102 (inherited)
-        return replace(self, index=self.index[index], labels=self._labels_of(index))
+        return replace(self, index=self.index[index], labels=self._select_labels(index))
 
     def describe(self) -> str:  # noqa: D102 (inherited)
-        return f"{self._contents()} in a Hugging Face data set"
+        return f"{self._counts()} in a Hugging Face dataset"
 
 
-def open_samples(dataset: object, samples: Sequence[Any], where: str) -> FileSource:
-    """The files of a torchvision data set: `.samples` is a list of (path, label).
+def open_samples(dataset: object, samples: Sequence[Any], arg_name: str) -> FileSource:
+    """The files of a torchvision dataset with `.samples`, a list of (path, label).
 
     Raises:
-        SourceError: it is not.
+        SourceError: `.samples` is something else.
     """
     root = Path(getattr(dataset, "root", None) or ".")
     try:
         files = [os.fspath(sample[0]) for sample in samples]
-        labels = checked_labels([sample[1] for sample in samples], len(files), where)
+        labels = validate_labels([sample[1] for sample in samples], len(files), arg_name)
     except (TypeError, IndexError):
-        raise SourceError(f"{where}: .samples of {type(dataset).__name__} must be a list of (path, label)") from None
+        raise SourceError(f"{arg_name}: .samples of {type(dataset).__name__} must be a list of (path, label)") from None
     prefix = f"{root}{os.sep}"
-    y, names = named_labels(labels, getattr(dataset, "classes", ()), where)
+    y, names = with_class_names(labels, getattr(dataset, "classes", ()), arg_name)
     return FileSource(root=root, paths=tuple(file.removeprefix(prefix) for file in files), labels=y, classes=names)
 
 
-def open_dataset(dataset: Any, where: str) -> DatasetSource:
-    """A data set that hands out images by number.
+def open_dataset(dataset: Any, arg_name: str) -> DatasetSource:
+    """A map-style dataset of images.
 
-    An item is an image, or begins with one (`(image, label)`), or has one under the key `image`; the image is a PIL
-    image, or a uint8 array or tensor `[H, W]`, `[H, W, C]` or `[C, H, W]`.
+    An item is an image, a tuple that starts with one (`(image, label)`), or a mapping with the key `image`; the image
+    is a PIL image, or a uint8 array or tensor `[H, W]`, `[H, W, C]` or `[C, H, W]`.
 
     Raises:
-        SourceError: it is empty, has a transform, or hands out something else.
+        SourceError: the dataset is empty, has a transform, or has other items.
     """
     name = type(dataset).__name__
     for attribute in ("transform", "transforms"):
         if getattr(dataset, attribute, None) is not None:
             raise SourceError(
-                f"{where}: {name} must have no {attribute}, got {type(getattr(dataset, attribute)).__name__}; make it "
-                "without: the two views are drawn here, from the whole image"
+                f"{arg_name}: {name} must have no {attribute}, got {type(getattr(dataset, attribute)).__name__}; "
+                "create it without: byol_fast augments the original images"
             )
     if not len(dataset):
-        raise SourceError(f"{where}: {name} is empty")
+        raise SourceError(f"{arg_name}: {name} is empty")
     try:
         first = dataset[0]
     except Exception as error:
-        raise SourceError(f"{where}: {name}[0] raises {type(error).__name__}: {error}") from error
+        raise SourceError(f"{arg_name}: {name}[0] raises {type(error).__name__}: {error}") from error
     if as_image(first) is None:
         raise SourceError(
-            f"{where}: {name}[0] must be a PIL image or a uint8 array [H, W, C] or [C, H, W], alone, first of a tuple "
-            f"or under the key `image`, got {_kind(first)}; leave out what turns images into tensors"
+            f"{arg_name}: {name}[0] must be a PIL image or a uint8 array [H, W, C] or [C, H, W], alone, first "
+            f"in a tuple or under the key `image`, got {_describe(first)}; remove the conversion to tensors"
         )
-    labels = getattr(dataset, "targets", None)
-    labels = getattr(dataset, "labels", None) if labels is None else labels
+    labels = labels_of(dataset)
     y: NDArray[np.int64] | None = None
     names: tuple[str, ...] = ()
     try:
-        checked = None if labels is None else checked_labels(labels, len(dataset), where)
-        y, names = named_labels(checked, getattr(dataset, "classes", None) or (), where)
+        valid = None if labels is None else validate_labels(labels, len(dataset), arg_name)
+        y, names = with_class_names(valid, getattr(dataset, "classes", None) or (), arg_name)
     except (SourceError, TypeError) as error:
-        log.warning("%s: the labels of %s are not used (%s)", where, name, error)
+        log.warning("%s: the labels of %s are not used (%s)", arg_name, name, error)
     return DatasetSource(dataset, np.arange(len(dataset)), y, names)
 
 
+def labels_of(dataset: object) -> Any:
+    """The attribute `targets` or `labels` of a torchvision dataset; None if it has neither."""
+    labels = getattr(dataset, "targets", None)
+    return getattr(dataset, "labels", None) if labels is None else labels
+
+
 def is_hugging_face(root: object) -> bool:
-    """Whether this is an object of the library `datasets`; does not import it."""
+    """Return True for a dataset of the library `datasets`, without importing the library."""
     kind = type(root)
     return kind.__module__.partition(".")[0] == "datasets" and "Dataset" in kind.__name__
 
 
-def open_hugging_face(dataset: Any, where: str, *, image_column: str = "", label_column: str = "") -> HuggingFaceSource:
-    """A `datasets.Dataset`; its images are read encoded, and decoded like files.
+def open_hugging_face(
+    dataset: Any, arg_name: str, *, image_column: str = "", label_column: str = ""
+) -> HuggingFaceSource:
+    """A `datasets.Dataset`, whose images are read encoded, like files.
 
     Args:
-        dataset: the data set of one split.
-        where: name of the argument, for error messages.
-        image_column: encoded images: a column of images, binary, or `{bytes, path}`. Empty: found by type and name.
-        label_column: class numbers or names. Empty: found by type and name; without one there are no labels.
+        dataset: the dataset of one split.
+        arg_name: name of the argument, for error messages.
+        image_column: encoded images: a column of images, binary, or `{bytes, path}`. Empty: selected by type and name.
+        label_column: class indices or names. Empty: selected by type and name; if there is none, no labels.
 
     Raises:
-        SourceError: it is a stream, is empty, or has no such column.
+        SourceError: the dataset is a stream, is empty, or has no such column.
     """
     import datasets
 
     if not isinstance(dataset, datasets.Dataset):
         raise SourceError(
-            f"{where}: must be a datasets.Dataset, got {type(dataset).__name__}; pick a split, and do not stream: "
+            f"{arg_name}: must be a datasets.Dataset, got {type(dataset).__name__}; pick a split, and do not stream: "
             "load_dataset(name, split='train')"
         )
     if not len(dataset):
-        raise SourceError(f"{where}: the data set is empty")
-    image, label = find_columns(dataset.features, "the data set", where, image_column, label_column)
+        raise SourceError(f"{arg_name}: the dataset is empty")
+    image, label = find_columns(dataset.features, "the dataset", arg_name, image_column, label_column)
     plain = dataset.with_format(None)
-    labels = _labels(plain, label, where) if label else (None, ())
+    labels = _read_labels(plain, label, arg_name) if label else (None, ())
     encoded = plain.select_columns([image])
     if isinstance(dataset.features[image], datasets.Image):
         encoded = encoded.cast_column(image, datasets.Image(decode=False))
     return HuggingFaceSource(encoded, image, np.arange(len(dataset)), *labels)
 
 
-def find_columns(features: Any, title: str, where: str, image_column: str, label_column: str) -> tuple[str, str]:
-    """Names of the columns of images and of labels, the latter empty where there is none.
+def find_columns(features: Any, title: str, arg_name: str, image_column: str, label_column: str) -> tuple[str, str]:
+    """Names of the image and the label column; an empty label column if there is none.
 
     Raises:
-        SourceError: the columns that were asked for are of another type; or no image column was, and none stands out.
+        SourceError: a named column has the wrong type, or no image column was named and the choice is ambiguous.
     """
     import datasets
 
@@ -225,52 +232,54 @@ def find_columns(features: Any, title: str, where: str, image_column: str, label
             return holds_images(feature.get("bytes"))
         return isinstance(feature, datasets.Image) or kind(feature) in {"binary", "large_binary"}
 
-    listed = ", ".join(f"{name} ({kind(feature)})" for name, feature in features.items())
-    fitting = [name for name, feature in features.items() if holds_images(feature)]
-    if image_column and image_column not in fitting:
+    columns = ", ".join(f"{name} ({kind(feature)})" for name, feature in features.items())
+    candidates = [name for name, feature in features.items() if holds_images(feature)]
+    if image_column and image_column not in candidates:
         raise SourceError(
-            f"{where}: data.image_column must be a column of encoded images (binary, or {{bytes, path}}) of {title}, "
-            f"got {image_column!r}; its columns are {listed}"
+            f"{arg_name}: data.image_column must be a column of encoded images (binary, or {{bytes, path}}) of "
+            f"{title}, got {image_column!r}; its columns are {columns}"
         )
-    images = [name for name in fitting if isinstance(features[name], datasets.Image)]
-    images += [name for name in _IMAGE_COLUMNS if name in fitting] or (fitting if len(fitting) == 1 else [])
+    images = [name for name in candidates if isinstance(features[name], datasets.Image)]
+    images += [name for name in _IMAGE_COLUMNS if name in candidates] or (candidates if len(candidates) == 1 else [])
     if not image_column and not images:
-        problem = "several columns of binary data" if fitting else "no column of encoded images (binary, {bytes, path})"
+        problem = (
+            "several columns of binary data" if candidates else "no column of encoded images (binary, {bytes, path})"
+        )
         raise SourceError(
-            f"{where}: {title} has {problem}; name one with --data.image-column; its columns are {listed}"
+            f"{arg_name}: {title} has {problem}; name one with --data.image-column; its columns are {columns}"
         )
 
-    numbers_or_texts = re.compile(r"u?int\d+|(large_)?string")
-    fitting = [name for name, feature in features.items() if numbers_or_texts.fullmatch(kind(feature))]
-    if label_column and label_column not in fitting:
+    integer_or_text = re.compile(r"u?int\d+|(large_)?string")
+    candidates = [name for name, feature in features.items() if integer_or_text.fullmatch(kind(feature))]
+    if label_column and label_column not in candidates:
         raise SourceError(
-            f"{where}: data.label_column must be a column of whole numbers or texts of {title}, got {label_column!r}; "
+            f"{arg_name}: data.label_column must be a column of integers or texts of {title}, got {label_column!r}; "
             f"its columns are {', '.join(features)}"
         )
-    classes = [name for name in fitting if isinstance(features[name], datasets.ClassLabel)]
-    known = [name for name in _LABEL_COLUMNS if name in fitting]
+    classes = [name for name in candidates if isinstance(features[name], datasets.ClassLabel)]
+    known = [name for name in _LABEL_COLUMNS if name in candidates]
     labels = [*(name for name in known if name in classes), *classes, *known]
     return image_column or images[0], label_column or next(iter(labels), "")
 
 
-def _labels(dataset: Any, column: str, where: str) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
-    """Labels and class names of a column; None where rows have no label."""
+def _read_labels(dataset: Any, column: str, arg_name: str) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
+    """Labels and class names of a column; labels are None if some rows have none."""
     values = dataset[column][:]
     if all(isinstance(value, int) for value in values):
         names = getattr(dataset.features[column], "names", ())
-        return named_labels(checked_labels(values, len(values), where), names, where)
+        return with_class_names(validate_labels(values, len(values), arg_name), names, arg_name)
     texts = ["" if value is None else str(value).strip() for value in values]
     labels, classes = labels_from_text(texts)
     if labels is None and any(texts):
-        log.warning("%s: %d of %d rows have no label: taken as unlabelled", where, texts.count(""), len(texts))
+        log.warning("%s: %d of %d rows have no label: treated as unlabeled", arg_name, texts.count(""), len(texts))
     return labels, classes
 
 
 def open_cifar10(cache: Path) -> tuple[Any, Any]:
-    """Torchvision's CIFAR-10, training and test images; fetched into the cache where it is not there.
+    """Training and test set of torchvision's CIFAR-10, downloaded into the cache if missing.
 
     Raises:
-        SourceError: it is not there and cannot be fetched.
+        SourceError: the dataset is not in the cache and cannot be downloaded.
     """
     from torchvision.datasets import CIFAR10
 
@@ -280,14 +289,14 @@ def open_cifar10(cache: Path) -> tuple[Any, Any]:
         train, test = (CIFAR10(cache, train=train, download=True) for train in (True, False))
     except (OSError, RuntimeError) as error:
         raise SourceError(
-            f"data.builtin: CIFAR-10 is not in {cache} and could not be fetched ({error}); "
+            f"data.builtin: CIFAR-10 is not in {cache} and could not be downloaded ({error}); "
             f"give --data.root FOLDER, or put cifar-10-python.tar.gz into {cache}"
         ) from error
     return train, test
 
 
 def as_image(item: Any) -> Image.Image | None:
-    """The image of a data set's item in RGB; None where it has none."""
+    """The image of a dataset item in RGB; None if it has none."""
     if isinstance(item, Mapping):
         item = next((item[key] for key in _IMAGE_KEYS if key in item), None)
     elif isinstance(item, tuple | list) and item:
@@ -307,9 +316,9 @@ def as_image(item: Any) -> Image.Image | None:
     return Image.fromarray(np.ascontiguousarray(item)).convert("RGB")
 
 
-def _kind(item: Any) -> str:
+def _describe(item: Any) -> str:
     if isinstance(item, tuple | list) and item:
-        return f"({', '.join(_kind(part) for part in item)})"
+        return f"({', '.join(_describe(part) for part in item)})"
     if isinstance(item, torch.Tensor | np.ndarray):
         return f"{type(item).__name__} {item.dtype} {list(item.shape)}"
     if isinstance(item, Mapping):

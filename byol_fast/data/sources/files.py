@@ -1,4 +1,4 @@
-"""Folders of image files, and files that are named one by one."""
+"""Folders of image files, and files that a list or a dataset names."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class FileSource(EncodedSource):
-    """Image files, decoded each time they are needed."""
+    """Image files."""
 
     root: Path
     """Folder that `paths` are relative to."""
     paths: tuple[str, ...]
-    """The files."""
+    """Path of each image `[N]`."""
     labels: NDArray[np.int64] | None = None
     classes: tuple[str, ...] = ()
     ignored: int = 0
-    """How many files of the folder are not images by their name."""
+    """Number of files in the folder whose extensions are not those of images."""
     ignored_examples: tuple[str, ...] = ()
-    """Some of their names."""
+    """Names of up to ten ignored files."""
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def path(self, i: int) -> Path:
-        """The file of image `i`."""
+        """File of image `i`."""
         return self.root / self.paths[i]
 
     @cached_property
@@ -55,63 +55,64 @@ class FileSource(EncodedSource):
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:  # noqa: D102 (inherited)
-        return tuple(_size(self.path(i)) for i in evenly_spaced(len(self), NUM_SAMPLED_SIZES).tolist())
+        return tuple(_file_size(self.path(i)) for i in evenly_spaced(len(self), NUM_SAMPLED_SIZES).tolist())
 
     def read(self, i: int) -> bytes:  # noqa: D102 (inherited)
         return read_file(self.path(i))
 
     def needs_check(self, i: int) -> bool:  # noqa: D102 (inherited)
-        return file_needs_check(self.path(i))  # without reading all of it
+        return file_needs_check(self.path(i))  # reads the two ends of the file only
 
     def sample_name(self, i: int) -> str:  # noqa: D102 (inherited)
         return str(self.path(i))
 
     def subset(self, index: NDArray[np.int64]) -> FileSource:  # noqa: D102 (inherited)
-        return replace(self, paths=tuple(self.paths[i] for i in index), labels=self._labels_of(index))
+        return replace(self, paths=tuple(self.paths[i] for i in index), labels=self._select_labels(index))
 
     def describe(self) -> str:  # noqa: D102 (inherited)
-        return f"{self._contents()} in {self.root}"
+        return f"{self._counts()} in {self.root}"
 
 
-def _size(path: Path) -> int:
+def _file_size(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError:
         return -1
 
 
-def open_folder(root: Path, where: str) -> FileSource:
-    """All images of a folder and its subfolders.
+def open_folder(root: Path, arg_name: str) -> FileSource:
+    """All images in a folder and its subfolders.
 
     Raises:
-        SourceError: there are none, or a folder cannot be listed.
+        SourceError: the folder has no images, or a folder cannot be listed.
     """
     paths: list[str] = []
     ignored: list[str] = []
-    for name in walk(root, where):
+    for name in walk(root, arg_name):
         (paths if name.lower().endswith(EXTENSIONS) else ignored).append(name)
     if not paths:
+        kinds = f"only {_count_extensions(ignored)}" if ignored else "no files at all"
         raise SourceError(
-            f"{where}: no images in {root.absolute()} or below ({summary(ignored, 'only ') or 'no files at all'}); "
+            f"{arg_name}: no images in {root.absolute()} or below ({kinds}); "
             f"expected files that end in {', '.join(EXTENSIONS)}, or .tar or .parquet shards"
         )
     if ignored:
         log.warning(
-            "%s: %d files that are not images by their name are left out (%s), for example %s",
+            "%s: ignoring %d files that are not images by their extension (%s), for example %s",
             root,
             len(ignored),
-            summary(ignored),
+            _count_extensions(ignored),
             ", ".join(ignored[:3]),
         )
     paths.sort()
-    flat = sum(1 for name in paths if "/" not in name)
-    if 0 < flat < len(paths):
-        folders = len({name.partition("/")[0] for name in paths if "/" in name})
+    num_flat = sum(1 for name in paths if "/" not in name)
+    if 0 < num_flat < len(paths):
+        num_folders = len({name.partition("/")[0] for name in paths if "/" in name})
         log.warning(
-            "%s: %d images lie beside the %d subfolders, so subfolders are not taken as classes: no labels",
+            "%s: %d images lie beside %d subfolders, so the subfolders are not used as classes: no labels",
             root,
-            flat,
-            folders,
+            num_flat,
+            num_folders,
         )
     labels, classes = labels_from_folders(paths)
     return FileSource(
@@ -124,30 +125,33 @@ def open_folder(root: Path, where: str) -> FileSource:
     )
 
 
-def summary(names: Sequence[str], before: str = "") -> str:
-    """How many files of which kinds: `3 x .txt, 1 x no extension`; empty without names."""
-    kinds = Counter(Path(name).suffix.lower() or "no extension" for name in names)
-    return before + ", ".join(f"{n} x {kind}" for kind, n in kinds.most_common(5)) if kinds else ""
-
-
-def walk(root: Path, where: str) -> Iterator[str]:
-    """Names of all files below a folder that are not hidden, relative to it; links to folders are followed once.
+def walk(root: Path, arg_name: str) -> Iterator[str]:
+    """Relative paths of all files below a folder that are not hidden; links to folders are followed once.
 
     Raises:
         SourceError: a folder cannot be listed.
     """
-    seen: set[tuple[int, int]] = set()
+    visited: set[tuple[int, int]] = set()
 
-    def refuse(error: OSError) -> None:
-        raise SourceError(f"{where}: cannot list {error.filename} ({error.strerror}); check its permissions") from error
+    def on_error(error: OSError) -> None:
+        raise SourceError(
+            f"{arg_name}: cannot list {error.filename} ({error.strerror}); check its permissions"
+        ) from error
 
-    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=refuse):
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=on_error):
+        # A link may lead back into the tree: each folder is listed once, by its inode.
         status = Path(folder).stat()
-        if (status.st_dev, status.st_ino) in seen:
+        if (status.st_dev, status.st_ino) in visited:
             subfolders.clear()
             continue
-        seen.add((status.st_dev, status.st_ino))
+        visited.add((status.st_dev, status.st_ino))
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         prefix = os.path.relpath(folder, root)
         prefix = "" if prefix == "." else f"{prefix}/"
         yield from (prefix + name for name in files if not name.startswith("."))
+
+
+def _count_extensions(names: Sequence[str]) -> str:
+    """File counts by extension: `3 x .txt, 1 x no extension`."""
+    kinds = Counter(Path(name).suffix.lower() or "no extension" for name in names)
+    return ", ".join(f"{n} x {kind}" for kind, n in kinds.most_common(5))

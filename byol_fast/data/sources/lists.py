@@ -13,59 +13,59 @@ from byol_fast.data.sources.files import FileSource
 log = logging.getLogger(__name__)
 
 LISTS = (".txt", ".csv", ".tsv")
-"""Names of files that list images."""
+"""Extensions of files that list images."""
 
 _PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "image", "image_path", "image_file")
 _LABEL_COLUMNS = ("label", "class", "target", "category", "class_name")
 
 
-def open_list(path: Path, where: str) -> FileSource:
-    """The images that a file lists; names are relative to the folder the list is in.
+def open_list(path: Path, arg_name: str) -> FileSource:
+    """The images named in a list; paths are relative to the folder of the list.
 
-    In a `.txt` each line is a path, or a path, a tab and a label. (A blank and a number after every path count as
-    a label too, where the path alone exists and the whole line does not.) A `.csv` or `.tsv` has a header with a
-    column `path` (or `file`, `filename`, `image`, ...) and perhaps one named `label` (or `class`, `target`, ...).
-    Labels are numbers, or names, which are sorted.
+    Each line of a `.txt` is a path, or a path, a tab and a label. (A space and an integer after every path are a label
+    too, if the path without them exists and the whole line does not.) A `.csv` or `.tsv` has a header with a column
+    `path` (or `file`, `filename`, `image`, ...) and optionally `label` (or `class`, `target`, ...). Labels are
+    integers, or names, which are sorted.
 
     Raises:
-        SourceError: it cannot be read, lists nothing, or nothing that exists.
+        SourceError: the list cannot be read, is empty, or names no file that exists.
     """
     try:
         text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
-        raise SourceError(f"{where}: {path} cannot be read ({error.strerror})") from error
+        raise SourceError(f"{arg_name}: {path} cannot be read ({error.strerror})") from error
     if path.suffix.lower() == ".txt":
-        names, labels = _lines(text, path.parent)
+        names, texts = _read_lines(text, path.parent)
     else:
-        names, labels = _columns(text, path, where)
+        names, texts = _read_table(text, path, arg_name)
     if not names:
-        raise SourceError(f"{where}: {path} lists no images; expected one path a line, or path, tab, label")
-    _check_some(names, path, where)
-    numbers, classes = labels_from_text(labels)
-    if numbers is None and any(labels):
-        log.warning("%s: some images have a label and some have none: taken as unlabelled", path)
-    return FileSource(root=path.parent, paths=tuple(names), labels=numbers, classes=classes)
+        raise SourceError(f"{arg_name}: {path} lists no images; expected one path a line, or path, tab, label")
+    _check_some_exist(names, path, arg_name)
+    labels, classes = labels_from_text(texts)
+    if labels is None and any(texts):
+        log.warning("%s: some images have a label and some have none: treated as unlabeled", path)
+    return FileSource(root=path.parent, paths=tuple(names), labels=labels, classes=classes)
 
 
-def _lines(text: str, folder: Path) -> tuple[list[str], list[str]]:
+def _read_lines(text: str, folder: Path) -> tuple[list[str], list[str]]:
     lines = [line for line in text.splitlines() if line.strip()]
     pairs = [line.partition("\t") for line in lines]
     if not any(tab for _, tab, _ in pairs):
-        ends = [line.rpartition(" ") for line in lines]
-        numbered = bool(ends) and all(blank and label.lstrip("-").isdigit() for _, blank, label in ends)
-        if numbered and not (folder / lines[0].strip()).exists() and (folder / ends[0][0].strip()).exists():
-            pairs = ends
+        by_space = [line.rpartition(" ") for line in lines]
+        numbered = bool(by_space) and all(space and label.lstrip("-").isdigit() for _, space, label in by_space)
+        if numbered and not (folder / lines[0].strip()).exists() and (folder / by_space[0][0].strip()).exists():
+            pairs = by_space
     return [name.strip() for name, _, _ in pairs], [label.strip() for _, _, label in pairs]
 
 
-def _columns(text: str, path: Path, where: str) -> tuple[list[str], list[str]]:
+def _read_table(text: str, path: Path, arg_name: str) -> tuple[list[str], list[str]]:
     rows = csv.DictReader(text.splitlines(), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-    header = {(name or "").strip().lower(): name for name in rows.fieldnames or ()}
-    name_column = next((header[name] for name in _PATH_COLUMNS if name in header), None)
-    label_column = next((header[name] for name in _LABEL_COLUMNS if name in header), None)
+    columns = {(name or "").strip().lower(): name for name in rows.fieldnames or ()}
+    name_column = next((columns[name] for name in _PATH_COLUMNS if name in columns), None)
+    label_column = next((columns[name] for name in _LABEL_COLUMNS if name in columns), None)
     if name_column is None:
-        found = ", ".join(header) or "nothing"
-        raise SourceError(f"{where}: {path} must have a header with a column `path` (and `label`), got {found}")
+        header = ", ".join(columns) or "nothing"
+        raise SourceError(f"{arg_name}: {path} must have a header with a column `path` (and `label`), got {header}")
     names, labels = [], []
     for row in rows:
         if name := (row[name_column] or "").strip():
@@ -74,13 +74,13 @@ def _columns(text: str, path: Path, where: str) -> tuple[list[str], list[str]]:
     return names, labels
 
 
-def _check_some(names: Sequence[str], path: Path, where: str) -> None:
-    """Refuse a list when none of up to a hundred of its files is there: the folder it belongs in is another one."""
-    looked_at = [names[i] for i in evenly_spaced(len(names), 100)]
+def _check_some_exist(names: Sequence[str], path: Path, arg_name: str) -> None:
+    """Raise SourceError if none of up to a hundred listed files exists: the list belongs in another folder."""
     if "://" in names[0]:
-        raise SourceError(f"{where}: {path} lists addresses ({names[0]}); fetch the images and list the files")
-    if not any((path.parent / name).exists() for name in looked_at):
+        raise SourceError(f"{arg_name}: {path} lists addresses ({names[0]}); fetch the images and list the files")
+    sampled = [names[i] for i in evenly_spaced(len(names), 100)]
+    if not any((path.parent / name).exists() for name in sampled):
         raise SourceError(
-            f"{where}: none of {len(looked_at)} files that {path} lists exists, such as "
-            f"{path.parent / looked_at[0]}; paths are relative to the folder the list is in"
+            f"{arg_name}: none of {len(sampled)} files that {path} lists exists, such as "
+            f"{path.parent / sampled[0]}; paths are relative to the folder of the list"
         )

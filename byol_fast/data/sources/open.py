@@ -1,4 +1,4 @@
-"""Find the images of almost anything, and split them into training and validation images."""
+"""Open image sources of any kind, and split them into training and validation images."""
 
 from __future__ import annotations
 
@@ -13,27 +13,31 @@ import torch
 from byol_fast.config import Config, DataConfig
 from byol_fast.data.sources.arrays import NPZ_HELP, array_source, open_demo, open_npz, open_npz_part
 from byol_fast.data.sources.base import EXTENSIONS, ImageSource, SourceError
-from byol_fast.data.sources.datasets import is_hugging_face, open_cifar10, open_dataset, open_hugging_face, open_samples
+from byol_fast.data.sources.datasets import (
+    is_hugging_face,
+    labels_of,
+    open_cifar10,
+    open_dataset,
+    open_hugging_face,
+    open_samples,
+)
 from byol_fast.data.sources.files import open_folder, walk
 from byol_fast.data.sources.lists import LISTS, open_list
 from byol_fast.data.sources.parquet import open_parquet
-from byol_fast.data.sources.shards import find_shards
+from byol_fast.data.sources.shards import SHARDS, find_shards, has_only_shards
 from byol_fast.data.sources.tar import open_tars
 
 log = logging.getLogger(__name__)
 
-SHARDS = (".tar", ".parquet")
-"""Names of files that hold many images."""
-
 VALIDATION = ("val", "validation", "valid", "test")
-"""Names of validation images beside `train`, the first that is there counts."""
+"""Names of validation folders and shards beside `train`, in order of preference."""
 
 _PART = re.compile(r"(?:^|[-_.])(train|training|val|valid|validation|test)(?=[-_.\d]|$)")
 _GIVE = "give a folder of images, a list of them (.txt, .csv), .tar or .parquet shards, or a .npz file"
 
 
-def open_source(root: object, *, where: str = "images", options: DataConfig | None = None) -> ImageSource:
-    """Find the images of almost anything.
+def open_source(root: object, *, arg_name: str = "images", options: DataConfig | None = None) -> ImageSource:
+    """Open an image source.
 
     Args:
         root: one of
@@ -45,98 +49,89 @@ def open_source(root: object, *, where: str = "images", options: DataConfig | No
             - Parquet files with encoded images (as on the Hugging Face hub): the same;
             - a `.npz` file with `images` and optionally `labels` `[N]` and `classes` (names);
             - a uint8 numpy array or tensor, `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]` with 1 or 3 channels;
-            - a torchvision data set that keeps its images in memory (`.data`, `.targets`: CIFAR-10, MNIST, ...)
+            - a torchvision dataset that holds its images in memory (`.data`, `.targets`: CIFAR-10, MNIST, ...)
               or in files (`.samples`: ImageFolder, ImageNet, ...); its transforms are not used;
             - a `datasets.Dataset` of Hugging Face;
-            - any other object with `__len__` and `__getitem__` that hands out PIL images or uint8 arrays, alone or
-              first of a tuple, and has no transform; `torch.utils.data.Subset` of any of these;
-            - an `ImageSource`, returned as it is.
-        where: name of the argument, for error messages.
-        options: of it `cache`, `image_column` and `label_column` are used; the defaults when None.
+            - any other map-style dataset of PIL images or uint8 arrays, alone or first in a tuple, without a
+              transform; `torch.utils.data.Subset` of any of these;
+            - an `ImageSource`, returned unchanged.
+        arg_name: name of the argument, for error messages.
+        options: provides `cache`, `image_column` and `label_column`; defaults if None.
 
     Raises:
-        SourceError: nothing there, or nothing that can be used; says what was expected.
+        SourceError: there are no images, or none that can be used.
     """
     options = options or DataConfig()
     if isinstance(root, ImageSource):
         return root
     if isinstance(root, str | Path):
-        return _open_path(Path(root).expanduser(), where, options)
+        return _open_path(Path(root).expanduser(), arg_name, options)
     if isinstance(root, np.ndarray | torch.Tensor):
-        return array_source(root, where=where)
+        return array_source(root, arg_name=arg_name)
     if isinstance(root, torch.utils.data.Subset):
-        return open_source(root.dataset, where=where, options=options).subset(np.asarray(root.indices, np.int64))
+        return open_source(root.dataset, arg_name=arg_name, options=options).subset(np.asarray(root.indices, np.int64))
     if is_hugging_face(root):
-        columns = {"image_column": options.image_column, "label_column": options.label_column}
-        return open_hugging_face(root, where, **columns)
+        return open_hugging_face(root, arg_name, **_columns(options))
     if isinstance(samples := getattr(root, "samples", None), Sequence) and samples:
-        return open_samples(root, samples, where)
+        return open_samples(root, samples, arg_name)
     if isinstance(data := getattr(root, "data", None), np.ndarray | torch.Tensor):
-        labels = getattr(root, "targets", None)
-        labels = getattr(root, "labels", None) if labels is None else labels
-        return array_source(data, labels, getattr(root, "classes", ()), where=where, name=type(root).__name__)
+        classes = getattr(root, "classes", ())
+        return array_source(data, labels_of(root), classes, arg_name=arg_name, name=type(root).__name__)
     if hasattr(root, "__len__") and hasattr(root, "__getitem__") and not isinstance(root, list | tuple | dict | bytes):
-        return open_dataset(root, where)
+        return open_dataset(root, arg_name)
     raise SourceError(
-        f"{where}: expected a folder, a list of files, .tar or .parquet shards, a .npz file, a uint8 array or tensor, "
-        f"or a data set with a length that is read by number, got {type(root).__name__}"
+        f"{arg_name}: expected a folder, a list of files, .tar or .parquet shards, a .npz file, a uint8 array or "
+        f"tensor, or a map-style dataset, got {type(root).__name__}"
     )
 
 
-def _open_path(path: Path, where: str, options: DataConfig) -> ImageSource:
-    if path.is_dir() and not _holds_shards(path, where):
-        return open_folder(path, where)
+def _open_path(path: Path, arg_name: str, options: DataConfig) -> ImageSource:
+    if path.is_dir() and not has_only_shards(path, arg_name):
+        return open_folder(path, arg_name)
     for suffix in SHARDS:
-        if shards := find_shards(path, suffix, where):
-            return _open_shards(shards, str(path), where, options)
+        if shards := find_shards(path, suffix, arg_name):
+            return _open_shards(shards, str(path), arg_name, options)
     if path.is_file():
         if path.suffix == ".npz":
-            return open_npz(path, where)
+            return open_npz(path, arg_name)
         if path.suffix.lower() in LISTS:
-            return open_list(path, where)
+            return open_list(path, arg_name)
         hint = "; unpack it first" if re.search(r"\.(tar\.\w+|tgz|zip|gz|xz|zst|7z)$", path.name.lower()) else ""
-        raise SourceError(f"{where}: {path} is a file that is not understood{hint}; {_GIVE} ({NPZ_HELP})")
-    raise SourceError(f"{where}: {path.absolute()} does not exist; {_GIVE}{_nearest_parent(path.absolute())}")
+        raise SourceError(f"{arg_name}: {path} is a file of an unknown kind{hint}; {_GIVE} ({NPZ_HELP})")
+    raise SourceError(f"{arg_name}: {path.absolute()} does not exist; {_GIVE}{_nearest_parent(path.absolute())}")
 
 
-def _open_shards(shards: list[Path], title: str, where: str, options: DataConfig) -> ImageSource:
+def _open_shards(shards: list[Path], title: str, arg_name: str, options: DataConfig) -> ImageSource:
     if shards[0].suffix.lower() == ".tar":
-        return open_tars(shards, title, where, options.cache)
-    columns = {"image_column": options.image_column, "label_column": options.label_column}
-    return open_parquet(shards, title, where, options.cache, **columns)
+        return open_tars(shards, title, arg_name, options.cache)
+    return open_parquet(shards, title, arg_name, options.cache, **_columns(options))
 
 
-def _holds_shards(folder: Path, where: str) -> bool:
-    """Whether a folder holds shards and no images; looks no further than the first image."""
-    shards = False
-    for name in walk(folder, where):
-        if name.lower().endswith(EXTENSIONS):
-            return False
-        shards = shards or name.lower().endswith(SHARDS)
-    return shards
+def _columns(options: DataConfig) -> dict[str, str]:
+    return {"image_column": options.image_column, "label_column": options.label_column}
 
 
 def _nearest_parent(path: Path) -> str:
     parent = next((p for p in path.parents if p.exists()), None)
     if parent is None or parent == parent.parent:
         return ""
-    return f" (the part that does exist is {parent})"
+    return f" (the nearest folder that exists is {parent})"
 
 
 # ---- training and validation images --------------------------------------------------------------------------------
 
 
 def split(config: Config, data: object = None) -> tuple[ImageSource, ImageSource | None]:
-    """Training and validation images of a run, as `DataConfig.root`, `.builtin` and `KNNConfig.val_root` say.
+    """Training and validation images of a run, from `DataConfig.root`, `.builtin` and `KNNConfig.val_root`.
 
-    A folder is split where it has `train` and `val`, `validation`, `valid` or `test` inside, or shards that are named
-    so (`train-000.tar`, `val.parquet`); with `train` alone that is all there is. (A folder `train` of images beside
-    other folders of images is a class.) A `.npz` is split where it has `val_images` (and `val_labels`). Labels of the
-    validation images are numbered as the training images' are.
+    A folder is split if it contains folders or shards named `train` and `val`, `validation`, `valid` or `test`
+    (`train-000.tar`, `val.parquet`); with `train` alone, only that is used. (A folder `train` of images beside other
+    folders of images is a class.) A `.npz` is split if it has `val_images` (and `val_labels`). Validation labels use
+    the class indices of the training images.
 
     Args:
-        config: of it `data` and `knn` are used.
-        data: training images that take the place of the configuration's: whatever `open_source` opens.
+        config: provides `data` and `knn`.
+        data: training images that replace those of the configuration; any argument of `open_source`.
 
     Returns:
         The training images, and the validation images or None (there are none, or kNN is off).
@@ -144,73 +139,77 @@ def split(config: Config, data: object = None) -> tuple[ImageSource, ImageSource
     Raises:
         SourceError: there are no images, or the validation classes are not among the training classes.
     """
-    root, where, options = config.data.root, "data.root", config.data
+    root, arg_name, options = config.data.root, "data.root", config.data
     wants_val = config.knn.enabled != "off"
     val: ImageSource | None = None
     if data is not None:
-        train = open_source(data, where="data", options=options)
+        train = open_source(data, arg_name="data", options=options)
     elif root is None:
         if config.data.builtin == "none":
-            raise SourceError("data.root: there are no images to train on; give --data.root FOLDER")
+            raise SourceError("data: data.root must be set, got None; give --data.root FOLDER")
         if config.data.builtin == "demo":
             train, val = open_demo()
         else:
-            train, val = (open_source(part, where="cifar10") for part in open_cifar10(config.data.cache))
+            train, val = (open_source(part, arg_name="cifar10") for part in open_cifar10(config.data.cache))
         val = val if wants_val else None
     else:
-        train, val = _open_root(root.expanduser(), where, options, wants_val and config.knn.val_root is None)
+        train, val = _open_root(root.expanduser(), arg_name, options, wants_val and config.knn.val_root is None)
     if wants_val and config.knn.val_root is not None:
-        val = open_source(config.knn.val_root, where="knn.val_root", options=options)
+        val = open_source(config.knn.val_root, arg_name="knn.val_root", options=options)
     log.info("training images: %s", train.describe())
     if val is None:
         return train, None
-    val = _align(train, val, strict=config.knn.enabled == "on" or config.knn.val_root is not None)
+    val = _align_labels(train, val, strict=config.knn.enabled == "on" or config.knn.val_root is not None)
     log.info("validation images: %s", val.describe())
     return train, val
 
 
-def _open_root(root: Path, where: str, options: DataConfig, wants_val: bool) -> tuple[ImageSource, ImageSource | None]:
+def _open_root(
+    root: Path, arg_name: str, options: DataConfig, wants_val: bool
+) -> tuple[ImageSource, ImageSource | None]:
     if not root.is_dir():
         val: ImageSource | None = None
         if wants_val and root.suffix == ".npz":
-            val = open_npz_part(root, where, "val_") if root.is_file() else None
-        return open_source(root, where=where, options=options), val
-    train_dir, val_dir = _split_folder(root, where)
-    if train_dir == root and (parts := _split_shards(root, where)):
-        train_shards, val_shards = parts
-        train = _open_shards(train_shards, str(root), where, options)
-        return train, _open_shards(val_shards, str(root), where, options) if val_shards and wants_val else None
-    train = open_source(train_dir, where=where, options=options)
-    return train, open_source(val_dir, where=where, options=options) if val_dir is not None and wants_val else None
+            val = open_npz_part(root, arg_name, "val_") if root.is_file() else None
+        return open_source(root, arg_name=arg_name, options=options), val
+    train_dir, val_dir = _split_folder(root, arg_name)
+    if train_dir == root and (shards := _split_shards(root, arg_name)):
+        train_shards, val_shards = shards
+        train = _open_shards(train_shards, str(root), arg_name, options)
+        return train, _open_shards(val_shards, str(root), arg_name, options) if val_shards and wants_val else None
+    train = open_source(train_dir, arg_name=arg_name, options=options)
+    return train, open_source(
+        val_dir, arg_name=arg_name, options=options
+    ) if val_dir is not None and wants_val else None
 
 
-def _split_folder(root: Path, where: str) -> tuple[Path, Path | None]:
-    """The folders of training and validation images in a data set's folder."""
+def _split_folder(root: Path, arg_name: str) -> tuple[Path, Path | None]:
+    """Folders of the training and validation images of a dataset."""
     if not (root / "train").is_dir():
         return root, None
     val = next((root / name for name in VALIDATION if (root / name).is_dir()), None)
     used = {"train"} | ({val.name} if val is not None else set())
     others = sorted(entry.name for entry in root.iterdir() if entry.name not in used and not entry.name.startswith("."))
     if val is None:
-        with_images = [name for name in others if (root / name).is_dir() and _has_images(root / name, where)]
-        if with_images and any(entry.suffix.lower() in EXTENSIONS for entry in (root / "train").iterdir()):
+        image_folders = [name for name in others if (root / name).is_dir() and _has_images(root / name, arg_name)]
+        if image_folders and any(entry.suffix.lower() in EXTENSIONS for entry in (root / "train").iterdir()):
             return root, None  # a class named train
     if others:
         log.info("%s: only train%s used, not %s", root, f" and {val.name} are" if val else " is", ", ".join(others[:5]))
     return root / "train", val
 
 
-def _has_images(folder: Path, where: str) -> bool:
-    return any(name.lower().endswith(EXTENSIONS) for name in walk(folder, where))
+def _has_images(folder: Path, arg_name: str) -> bool:
+    return any(name.lower().endswith(EXTENSIONS) for name in walk(folder, arg_name))
 
 
-def _split_shards(root: Path, where: str) -> tuple[list[Path], list[Path]] | None:
-    """Training and validation shards of a folder, by their names; None where their names say nothing."""
-    if not _holds_shards(root, where):
+def _split_shards(root: Path, arg_name: str) -> tuple[list[Path], list[Path]] | None:
+    """Training and validation shards of a folder, by name; None if no shard is named `train`."""
+    if not has_only_shards(root, arg_name):
         return None
     for suffix in SHARDS:
         named: dict[str, list[Path]] = {}
-        for shard in find_shards(root, suffix, where) or ():
+        for shard in find_shards(root, suffix, arg_name) or ():
             match = _PART.search(shard.stem.lower())
             named.setdefault(match[1] if match else "", []).append(shard)
         train = named.pop("train", []) + named.pop("training", [])
@@ -218,18 +217,17 @@ def _split_shards(root: Path, where: str) -> tuple[list[Path], list[Path]] | Non
             continue
         val = next((named.pop(name) for name in VALIDATION if name in named), [])
         if named:
-            left = ", ".join(str(shards[0].relative_to(root)) for shards in named.values())
-            log.info("%s: shards that are neither training nor validation images are not used (%s)", root, left)
+            unused = ", ".join(str(shards[0].relative_to(root)) for shards in named.values())
+            log.info("%s: shards that are neither training nor validation images are not used (%s)", root, unused)
         return sorted(train), val
     return None
 
 
-def _align(train: ImageSource, val: ImageSource, *, strict: bool) -> ImageSource:
-    """Number the validation labels as the training labels are."""
+def _align_labels(train: ImageSource, val: ImageSource, *, strict: bool) -> ImageSource:
+    """Map validation labels to the class indices of the training images."""
     if train.labels is None or val.labels is None or train.classes == val.classes:
         return val
-    number = {name: i for i, name in enumerate(train.classes)}
-    unknown = [name for name in val.classes if name not in number]
+    unknown = sorted(set(val.classes) - set(train.classes))
     if unknown:
         message = (
             f"knn: {len(unknown)} of {len(val.classes)} validation classes are not among the training classes "
@@ -239,5 +237,4 @@ def _align(train: ImageSource, val: ImageSource, *, strict: bool) -> ImageSource
             raise SourceError(message)
         log.warning(message)
         return val.with_labels(None, ())
-    table = np.array([number[name] for name in val.classes], np.int64)
-    return val.with_labels(table[val.labels], train.classes)
+    return val.with_classes(train.classes)

@@ -1,46 +1,70 @@
-"""Tar files of images, read by offset: webdataset shards, or plain archives of image folders."""
+"""Tar files of images, read by byte offset: webdataset shards, or archives of image folders."""
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import tarfile
+import zipfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from byol_fast.data.sources.base import EXTENSIONS, SourceError, digest, labels_from_folders, labels_from_text
-from byol_fast.data.sources.shards import (
-    Index,
-    ShardSource,
-    cache_name,
-    index_all,
-    joined,
-    load_index,
-    pack_texts,
-    save_index,
-    stamp_of,
-    unpack_texts,
+from byol_fast.data.integrity import CorruptImageError
+from byol_fast.data.sources.base import (
+    EXTENSIONS,
+    NUM_SAMPLED_SIZES,
+    EncodedSource,
+    SourceError,
+    digest,
+    evenly_spaced,
+    labels_from_folders,
+    labels_from_text,
 )
+from byol_fast.data.sources.shards import cache_path, file_stamp
+from byol_fast.utils.files import atomic_path
 
 log = logging.getLogger(__name__)
 
-_LABELS = ("cls", "cls.txt")
-_LABEL_BYTES = 1024
+MAX_OPEN_FILES = 128
+INDEX_THREADS = 8
+
+_LABEL_EXTENSIONS = ("cls", "cls.txt")
+_MAX_LABEL_BYTES = 1024
+
+Index = dict[str, NDArray[Any]]
+"""Arrays of one tar file: `offset` and `size` `[N]`, packed `names` and `labels`, counts of ignored members."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class TarSource(ShardSource):
-    """Image members of tar files."""
+class TarSource(EncodedSource):
+    """Image members of tar files: one read per image, in any order."""
 
+    shards: tuple[Path, ...]
+    """The tar files."""
+    shard: NDArray[np.int32]
+    """Position in `shards` of the file of each image `[N]`."""
+    offset: NDArray[np.int64]
+    """Offset of each image in its file, in bytes `[N]`."""
+    size: NDArray[np.int64]
+    """Size of each image in bytes `[N]`."""
     names: tuple[str, ...]
-    """Names of the members `[N]`."""
+    """Member name of each image `[N]`."""
+    labels: NDArray[np.int64] | None = None
+    classes: tuple[str, ...] = ()
+    title: str = ""
+    """Name of the whole, for messages."""
+
+    def __len__(self) -> int:
+        return len(self.shard)
 
     @cached_property
     def fingerprint(self) -> str:  # noqa: D102 (inherited)
@@ -48,111 +72,161 @@ class TarSource(ShardSource):
         parts = (f"{shards[s]}\0{name}" for s, name in zip(self.shard.tolist(), self.names, strict=True))
         return digest(map(os.fsencode, parts))
 
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:  # noqa: D102 (inherited)
+        return tuple(self.size[evenly_spaced(len(self), NUM_SAMPLED_SIZES)].tolist())
+
+    def read(self, i: int) -> bytes:  # noqa: D102 (inherited)
+        size = int(self.size[i])
+        try:
+            file = self._open_file(self.shards[self.shard[i]])
+            data = os.pread(file.descriptor, size, int(self.offset[i]))
+        except FileNotFoundError:
+            raise CorruptImageError(self.sample_name(i), "is in a shard that does not exist any more") from None
+        except OSError as error:
+            raise CorruptImageError(self.sample_name(i), f"cannot be read ({error.strerror})") from None
+        if len(data) != size:
+            raise CorruptImageError(self.sample_name(i), "lies beyond the end of its shard, which has been cut off")
+        return data
+
+    @cached_property
+    def _open_file(self) -> Callable[[Path], _OpenFile]:
+        # A file evicted from the cache is closed when the last thread reading from it drops its reference.
+        return lru_cache(MAX_OPEN_FILES)(_OpenFile)
+
     def sample_name(self, i: int) -> str:  # noqa: D102 (inherited)
         return f"{self.shards[self.shard[i]]}:{self.names[i]}"
 
-    def _own_subset(self, index: NDArray[np.int64]) -> dict[str, Any]:
-        return {"names": tuple(self.names[i] for i in index)}
+    def subset(self, index: NDArray[np.int64]) -> TarSource:  # noqa: D102 (inherited)
+        return replace(
+            self,
+            shard=self.shard[index],
+            offset=self.offset[index],
+            size=self.size[index],
+            names=tuple(self.names[i] for i in index),
+            labels=self._select_labels(index),
+        )
+
+    def describe(self) -> str:  # noqa: D102 (inherited)
+        return f"{self._counts()} in {self.title}"
 
 
-def open_tars(shards: Sequence[Path], title: str, where: str, cache: Path) -> TarSource:
-    """The images of tar files, in the order they lie in; only headers and labels are read.
+class _OpenFile:
+    """File descriptor that is closed when the last reference to it is dropped."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+def open_tars(shards: Sequence[Path], title: str, arg_name: str, cache: Path) -> TarSource:
+    """The images of tar files, in stored order; only headers and labels are read.
 
     Members whose names agree up to the first dot are one sample, as in webdataset: its image, and its label in a
-    member `.cls` (a number, or a name). Where no sample has a label, folders inside of the archives are classes, as
-    in a folder of images. What was found is stored in the cache, for the next time.
+    member `.cls` (a number, or a name). If no sample has a label, folders inside the archives are classes, as in a
+    folder of images. The index of each file is cached.
 
     Raises:
-        SourceError: an archive is compressed, cut off or not an archive, or there are no images in them.
+        SourceError: an archive is compressed, truncated or not an archive, or has no images.
     """
-    fresh = 0
-
-    def index(path: Path) -> Index:
-        nonlocal fresh
-        stored = cache_name(path, cache.expanduser() / "tar", ".npz")
-        stamp = stamp_of(path)
-        if (known := load_index(stored, stamp)) is not None:
-            return known
-        fresh += 1
-        made = _index(path, where)
-        try:
-            save_index(stored, stamp, made)
-        except OSError as error:
-            log.warning("the index of %s could not be stored in %s (%s)", path, stored.parent, error)
-        return made
-
-    indexes = index_all(shards, index)
-    counts = [len(found["offset"]) for found in indexes]
+    with ThreadPoolExecutor(INDEX_THREADS, "byol-fast-index") as pool:  # mostly waiting for the disk
+        pairs = list(pool.map(lambda path: _load_or_build_index(path, arg_name, cache.expanduser() / "tar"), shards))
+    indexes = [index for index, _ in pairs]
+    counts = [len(index["offset"]) for index in indexes]
     if not sum(counts):
-        raise SourceError(f"{where}: no images in {title}; expected members that end in {', '.join(EXTENSIONS)}")
-    if fresh:
-        log.info("%s: %d tar files indexed, %d images", title, fresh, sum(counts))
-    _report_left_out(indexes, title)
-    pairs = list(zip(indexes, counts, strict=True))
-    names = [name for found, count in pairs for name in unpack_texts(found["names"], count)]
-    texts = [text for found, count in pairs for text in unpack_texts(found["labels"], count)]
+        raise SourceError(f"{arg_name}: no images in {title}; expected members that end in {', '.join(EXTENSIONS)}")
+    if num_built := sum(built for _, built in pairs):
+        log.info("%s: %d tar files indexed, %d images", title, num_built, sum(counts))
+    _log_ignored_members(indexes, title)
+
+    names = [name for index in indexes for name in _unpack_texts(index["names"], len(index["offset"]))]
+    texts = [text for index in indexes for text in _unpack_texts(index["labels"], len(index["offset"]))]
     labels, classes = labels_from_text(texts)
     if not any(texts):
-        labels, classes = labels_from_folders(_without_common_folder(names))
+        labels, classes = labels_from_folders(_strip_common_folder(names))
     elif labels is None:
-        log.warning("%s: %d of %d images have no label: taken as unlabelled", title, texts.count(""), len(texts))
+        log.warning("%s: %d of %d images have no label: treated as unlabeled", title, texts.count(""), len(texts))
     return TarSource(
-        shards=tuple(shards), names=tuple(names), labels=labels, classes=classes, title=title, **joined(indexes)
+        shards=tuple(shards),
+        shard=np.repeat(np.arange(len(indexes), dtype=np.int32), counts),
+        offset=np.concatenate([index["offset"] for index in indexes]),
+        size=np.concatenate([index["size"] for index in indexes]),
+        names=tuple(names),
+        labels=labels,
+        classes=classes,
+        title=title,
     )
 
 
-def _index(path: Path, where: str) -> Index:
-    """Places, names and labels of the images of one archive."""
+# ---- the index of one tar file -------------------------------------------------------------------------------------
+
+
+def _load_or_build_index(path: Path, arg_name: str, folder: Path) -> tuple[Index, bool]:
+    """Index of one tar file, and True if it was built, not loaded from the cache."""
+    cached = cache_path(path, folder, ".npz")
+    stamp = file_stamp(path)
+    if (stored := _load_index(cached, stamp)) is not None:
+        return stored, False
+    index = _build_index(path, arg_name)
+    try:
+        _save_index(cached, stamp, index)
+    except OSError as error:
+        log.warning("the index of %s could not be stored in %s (%s)", path, folder, error)
+    return index, True
+
+
+def _load_index(path: Path, stamp: str) -> Index | None:
+    """Cached index, or None if it is missing, damaged or out of date."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file) if str(file["stamp"]) == stamp else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _build_index(path: Path, arg_name: str) -> Index:
+    """Offsets, sizes, names and labels of the images in one tar file."""
+    # Group members into samples: the name up to the first dot is the key, the rest the extension.
     samples: dict[str, dict[str, tuple[str, int, int]]] = {}
-    texts: dict[str, str] = {}
-    left_out: Counter[str] = Counter()
+    labels: dict[str, str] = {}
+    ignored: Counter[str] = Counter()
     with path.open("rb") as file:
-        for member in _members(path, where):
+        for member in _members(path, arg_name):
             name = member.name.removeprefix("./").lstrip("/")
             folder, _, base = name.rpartition("/")
             if base.startswith("."):
-                continue  # .DS_Store, ._photo.jpg and the like
+                continue  # hidden files such as .DS_Store and ._photo.jpg
             stem, _, extension = base.partition(".")
             key, extension = f"{folder}/{stem}", extension.lower()
             if base.lower().endswith(EXTENSIONS):
                 samples.setdefault(key, {})[extension] = (name, member.offset_data, member.size)
-            elif extension in _LABELS and member.size <= _LABEL_BYTES:
+            elif extension in _LABEL_EXTENSIONS and member.size <= _MAX_LABEL_BYTES:
                 file.seek(member.offset_data)
-                texts[key] = file.read(member.size).decode(errors="replace").replace("\0", "").strip()
+                labels[key] = file.read(member.size).decode(errors="replace").replace("\0", "").strip()
             else:
-                left_out[f".{extension}" if extension else "no extension"] += 1
-    images: list[tuple[str, int, int]] = []
-    labels: list[str] = []
-    further = 0
-    for key, sample in samples.items():
-        chosen = _images_of(sample)
-        further += len(sample) - len(chosen)
-        images.extend(chosen)
-        labels.extend([texts.get(key, "")] * len(chosen))
+                ignored[f".{extension}" if extension else "no extension"] += 1
+
+    images = {key: _select_images(sample) for key, sample in samples.items()}
+    rows = [(row, labels.get(key, "")) for key, selected in images.items() for row in selected]
     return {
-        "offset": np.array([offset for _, offset, _ in images], np.int64),
-        "size": np.array([size for _, _, size in images], np.int64),
-        "names": pack_texts([name for name, _, _ in images]),
-        "labels": pack_texts(labels),
-        "further": np.array(further),
-        "left_out": np.array([f"{n} x {kind}" for kind, n in left_out.most_common(5)], np.str_),
+        "offset": np.array([offset for (_, offset, _), _ in rows], np.int64),
+        "size": np.array([size for (_, _, size), _ in rows], np.int64),
+        "names": _pack_texts([name for (name, _, _), _ in rows]),
+        "labels": _pack_texts([label for _, label in rows]),
+        "further": np.array(sum(map(len, samples.values())) - len(rows)),
+        "left_out": np.array([f"{n} x {kind}" for kind, n in ignored.most_common(5)], np.str_),
     }
 
 
-def _images_of(sample: dict[str, tuple[str, int, int]]) -> list[tuple[str, int, int]]:
-    """The images of a sample: the one that is named after it (its masks and thumbnails have longer names), or all."""
-    for extension in EXTENSIONS:
-        if extension[1:] in sample:
-            return [sample[extension[1:]]]
-    return list(sample.values())
-
-
-def _members(path: Path, where: str) -> Iterator[tarfile.TarInfo]:
+def _members(path: Path, arg_name: str) -> Iterator[tarfile.TarInfo]:
     count = 0
     try:
         with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # they would pile up
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
                 if member.isfile():
                     count += 1
                     yield member
@@ -167,23 +241,49 @@ def _members(path: Path, where: str) -> Iterator[tarfile.TarInfo]:
             problem = f"is cut off or damaged after {count} members ({error}); fetch it again"
         else:
             problem = f"is not a tar file ({error})"
-        raise SourceError(f"{where}: {path} {problem}") from error
+        raise SourceError(f"{arg_name}: {path} {problem}") from error
 
 
-def _report_left_out(indexes: Sequence[Index], title: str) -> None:
-    kinds = [str(kind) for index in indexes for kind in index["left_out"]]
-    total: Counter[str] = Counter()
-    for kind in kinds:
-        n, _, name = kind.partition(" x ")
-        total[name] += int(n)
-    if total:
-        listed = ", ".join(f"{n} x {name}" for name, n in total.most_common(5))
-        log.info("%s: members that are neither images nor labels are left out (%s)", title, listed)
+def _select_images(sample: dict[str, tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+    """The image named `key.extension` (masks and thumbnails have longer names), or else all images of the sample."""
+    for extension in EXTENSIONS:
+        if extension[1:] in sample:
+            return [sample[extension[1:]]]
+    return list(sample.values())
+
+
+def _save_index(path: Path, stamp: str, index: Mapping[str, NDArray[Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    arrays: dict[str, Any] = dict(index) | {"stamp": np.array(stamp)}
+    np.savez(buffer, **arrays)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def _pack_texts(texts: Sequence[str]) -> NDArray[np.uint8]:
+    """Texts without NUL as one array of bytes."""
+    return np.frombuffer(os.fsencode("\0".join(texts)), np.uint8)
+
+
+def _unpack_texts(packed: NDArray[np.uint8], count: int) -> list[str]:
+    """Inverse of `_pack_texts`."""
+    return os.fsdecode(packed.tobytes()).split("\0") if count else []
+
+
+def _log_ignored_members(indexes: Sequence[Index], title: str) -> None:
+    totals: Counter[str] = Counter()
+    for entry in (str(entry) for index in indexes for entry in index["left_out"]):
+        count, _, kind = entry.partition(" x ")
+        totals[kind] += int(count)
+    if totals:
+        kinds = ", ".join(f"{n} x {kind}" for kind, n in totals.most_common(5))
+        log.info("%s: ignoring members that are neither images nor labels (%s)", title, kinds)
     if further := sum(int(index["further"]) for index in indexes):
-        log.warning("%s: %d further images of samples that have several are left out", title, further)
+        log.warning("%s: ignoring %d further images of samples that have several", title, further)
 
 
-def _without_common_folder(names: Sequence[str]) -> list[str]:
-    """Names without the folder that all are in: an archive of a folder has that folder's name before each."""
+def _strip_common_folder(names: Sequence[str]) -> list[str]:
+    """Remove the folder that all names share: an archive of a folder has its name in front of each member."""
     common = os.path.commonpath([name.rpartition("/")[0] or "." for name in names])
     return [name[len(common) + 1 :] for name in names] if common not in {"", "."} else list(names)

@@ -1,4 +1,4 @@
-"""Bad images: named, or passed over in a way that neither the loader, nor prefetching, nor a restart can change."""
+"""Corrupt images: explained, or skipped independently of loader, prefetching and restarts."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from byol_fast.data import CorruptImageError, eval_batches, open_source
 from byol_fast.data.integrity import CorruptImages, TooManyCorruptImagesError
 from byol_fast.data.sources import FileSource
 from byol_fast.utils import checkpoint as checkpoints
-from tests.data.bad_files import BAD, BECOMES_BAD, GOOD, JPEG, SIZE, config, fill, outcome
+from tests.data.corrupt_files import CORRUPT, DAMAGED, JPEG, SIZE, UNUSUAL, config, fill, outcome
 from tests.data.helpers import error, loader_of, pixels, same
 from tests.data.kinds import available, make
-from tests.data.test_resume import BAD as BAD_ONE
+from tests.data.test_resume import BAD as CORRUPT_INDEX
 from tests.data.test_resume import VIEW1, VIEW2, pictures, with_one_bad
 
 
-@pytest.mark.parametrize("kind", BAD)
-def test_a_bad_file_stops_the_run_and_is_explained(kind: str, backend: str, tmp_path: Path) -> None:
-    name, data, message = BAD[kind]
+@pytest.mark.parametrize("kind", CORRUPT)
+def test_corrupt_file_is_explained(kind: str, backend: str, tmp_path: Path) -> None:
+    name, data, message = CORRUPT[kind]
     fill(tmp_path)
     (tmp_path / name).write_bytes(data)
     with pytest.raises(
@@ -40,46 +40,46 @@ def test_a_bad_file_stops_the_run_and_is_explained(kind: str, backend: str, tmp_
     assert caught.value.path == tmp_path / name
 
 
-@pytest.mark.parametrize("kind", BECOMES_BAD)
-def test_a_file_that_goes_bad_while_the_run_goes_on(kind: str, backend: str) -> None:
-    then, message = BECOMES_BAD[kind]
-    for policy, before in (("raise", ""), ("skip", "passed over: ")):
-        with tempfile.TemporaryDirectory() as temporary:  # not below pytest's, where nobody else may look
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_file_damaged_during_the_run(kind: str, backend: str) -> None:
+    damage, message = DAMAGED[kind]
+    for policy, prefix in (("raise", ""), ("skip", "skipped: ")):
+        with tempfile.TemporaryDirectory() as temporary:  # pytest's own folder is closed to other users
             folder = Path(temporary)
             fill(folder)
             (folder / "x.jpg").write_bytes(JPEG)
-            assert re.match(before + message, outcome(folder, backend, policy, then))
+            assert re.match(prefix + message, outcome(folder, backend, policy, damage))
 
 
-def test_odd_files_are_read(backend: str, tmp_path: Path) -> None:
-    """All in one batch, against what was put into them."""
+def test_unusual_files_are_read(backend: str, tmp_path: Path) -> None:
+    """All in one batch, against the pixels they were written from."""
     expected = {}
-    for number, (name, data, pixels_of, tolerance) in enumerate(GOOD.values()):
+    for number, (name, data, pixels_of, tolerance) in enumerate(UNUSUAL.values()):
         path = tmp_path / f"{number} {name}"
         path.write_bytes(data)
         expected[str(path)] = pixels_of, tolerance
     source = open_source(tmp_path)
-    assert len(source) == len(GOOD)
-    batch = next(loader_of(source, replace(config(backend, "raise"), {"batch_size": len(GOOD)})))
+    assert len(source) == len(UNUSUAL)
+    batch = next(loader_of(source, replace(config(backend, "raise"), {"batch_size": len(UNUSUAL)})))
     for i, got in zip(batch.index.tolist(), pixels(batch.views[0]), strict=True):
-        wanted, tolerance = expected[source.sample_name(i)]
-        assert error(got, wanted).mean() <= tolerance, source.sample_name(i)
+        true, tolerance = expected[source.sample_name(i)]
+        assert error(got, true).mean() <= tolerance, source.sample_name(i)
 
 
-def dirty(folder: Path, good: int = 30) -> set[str]:
-    """A folder with every kind of bad file in it; their names."""
+def fill_with_corrupt(folder: Path, good: int = 30) -> set[str]:
+    """Write intact images and every kind of corrupt file; returns the names of the corrupt files."""
     folder.mkdir(exist_ok=True)
     fill(folder, good)
     names = set()
-    for number, (name, data, _) in enumerate(BAD.values()):
+    for number, (name, data, _) in enumerate(CORRUPT.values()):
         (folder / f"{number} {name}").write_bytes(data)
         names.add(f"{number} {name}")
     return names
 
 
-def test_bad_files_are_passed_over(backend: str, tmp_path: Path) -> None:
-    """Both loaders put the same images in the places of bad ones; every bad file is reported once."""
-    bad = dirty(tmp_path / "images")
+def test_corrupt_files_are_passed_over(backend: str, tmp_path: Path) -> None:
+    """Intact images stay at their positions; every corrupt file is reported once."""
+    bad = fill_with_corrupt(tmp_path / "images")
     source = open_source(tmp_path / "images")
     report = tmp_path / "run" / "bad_images.jsonl"
     loader = loader_of(source, config(backend, "skip"), report=report)
@@ -100,8 +100,8 @@ def test_bad_files_are_passed_over(backend: str, tmp_path: Path) -> None:
     assert all(torch.equal(next(other).index, index) for index in seen)
 
 
-def test_passing_over_does_not_depend_on_prefetching_and_survives_a_restart(backend: str, tmp_path: Path) -> None:
-    dirty(tmp_path)
+def test_replacements_do_not_depend_on_prefetching_or_restarts(backend: str, tmp_path: Path) -> None:
+    fill_with_corrupt(tmp_path)
     source = open_source(tmp_path)
     batches = {}
     for ahead in (1, 4):
@@ -117,26 +117,26 @@ def test_passing_over_does_not_depend_on_prefetching_and_survives_a_restart(back
 
 
 @pytest.mark.parametrize("kind", [kind for kind in available() if kind != "array"])
-def test_a_bad_image_of_any_source_is_named_or_passed_over(kind: str, backend: str, tmp_path: Path) -> None:
+def test_corrupt_image_of_every_source_is_named_or_skipped(kind: str, backend: str, tmp_path: Path) -> None:
     source = make(kind, tmp_path / "x", with_one_bad(pictures()))
     views = {"view1": {"size": 16}, "view2": {"size": 16}, "batch_size": 20}
     with pytest.raises(CorruptImageError) as caught:
         loader = loader_of(source, replace(config(backend, "raise"), views))
         next(loader), next(loader)
-    assert str(caught.value.path) == source.sample_name(BAD_ONE)
-    assert caught.value.reason.startswith("cannot be read (OSError" if kind == "data set" else "is a truncated JPEG")
+    assert str(caught.value.path) == source.sample_name(CORRUPT_INDEX)
+    assert caught.value.reason.startswith("cannot be read (OSError" if kind == "dataset" else "is a truncated JPEG")
     loader = loader_of(source, replace(config(backend, "skip"), views))
     index = torch.cat([next(loader).index, next(loader).index])
-    assert BAD_ONE not in index.tolist() and len(set(index.tolist())) == 39
+    assert CORRUPT_INDEX not in index.tolist() and len(set(index.tolist())) == 39
     loader_name: Any = backend
     with pytest.raises(CorruptImageError):
         list(eval_batches(source, 16, 7, loader=loader_name))
-    kept = torch.cat([i for _, i in eval_batches(source, 16, 7, loader=loader_name, on_bad="skip")])
-    assert kept.tolist() == [i for i in range(40) if i != BAD_ONE]
+    indices = torch.cat([i for _, i in eval_batches(source, 16, 7, loader=loader_name, on_bad="skip")])
+    assert indices.tolist() == [i for i in range(40) if i != CORRUPT_INDEX]
 
 
-def test_evaluation_leaves_bad_files_out_and_keeps_the_others_as_they_are(backend: str, tmp_path: Path) -> None:
-    bad = dirty(tmp_path, good=20)
+def test_evaluation_skips_corrupt_files(backend: str, tmp_path: Path) -> None:
+    bad = fill_with_corrupt(tmp_path, good=20)
     source = open_source(tmp_path)
     name: Any = backend
     whole: dict[int, torch.Tensor] = {}
@@ -150,7 +150,7 @@ def test_evaluation_leaves_bad_files_out_and_keeps_the_others_as_they_are(backen
             assert torch.equal(image, whole[list(whole)[i]])
 
 
-def test_after_an_error_the_loader_can_go_on_once_the_file_is_replaced(backend: str, tmp_path: Path) -> None:
+def test_loader_continues_after_the_file_is_replaced(backend: str, tmp_path: Path) -> None:
     fill(tmp_path, 40)
     whole = loader_of(open_source(tmp_path), config(backend, "raise"))
     expected = [next(whole) for _ in range(5)]
@@ -174,12 +174,12 @@ def test_after_an_error_the_loader_can_go_on_once_the_file_is_replaced(backend: 
     assert all(same(a, b) for a, b in zip(got, expected, strict=False))
 
 
-def test_too_many_bad_images_stop_the_run(backend: str, tmp_path: Path) -> None:
+def test_too_many_corrupt_images_stop_the_run(backend: str, tmp_path: Path) -> None:
     fill(tmp_path, 12)
     for i in range(13):
         (tmp_path / f"bad {i}.jpg").write_bytes(b"")
     loader = loader_of(open_source(tmp_path), config(backend, "skip"), report=tmp_path / "run" / "bad.jsonl")
-    message = r"13 of 25 images cannot be read \(listed in .*bad\.jsonl\), more than the 12 that a run passes over; the"
+    message = r"13 of 25 images cannot be read \(listed in .*bad\.jsonl\), more than the 12 that a run skips; the"
     with pytest.raises(TooManyCorruptImagesError, match=message):
         for _ in range(6):
             next(loader)
@@ -190,15 +190,15 @@ def test_too_many_bad_images_stop_the_run(backend: str, tmp_path: Path) -> None:
     ("total", "share", "limit"),
     [(20, 0.01, 10), (150, 0.01, 75), (1000, 0.01, 100), (50_000, 0.01, 500), (1000, 0.3, 300), (1000, 1.0, 500)],
 )
-def test_the_limit(total: int, share: float, limit: int) -> None:
+def test_corrupt_image_limit(total: int, share: float, limit: int) -> None:
     bad = CorruptImages(str, total, on_corrupt="skip", max_fraction=share)
     bad.add([(i, "is empty") for i in range(limit)], step=0)
     with pytest.raises(TooManyCorruptImagesError, match=f"more than the {limit} that"):
         bad.add([(limit, "is empty")], step=1)
 
 
-def test_loaders_agree_on_a_whole_run_with_bad_files(tmp_path: Path) -> None:
-    """And the views of the good images are those of a run without bad ones."""
+def test_intact_images_keep_their_views(tmp_path: Path) -> None:
+    """Corrupt images do not change the views of the others."""
     images = pictures()
     views = {"view1": {"size": VIEW1.size}, "view2": {"size": VIEW2.size}}
     good = loader_of(make("tar", tmp_path / "good", images), replace(config("torchvision", "skip"), views))
@@ -206,7 +206,7 @@ def test_loaders_agree_on_a_whole_run_with_bad_files(tmp_path: Path) -> None:
     for _ in range(10):
         a, b = next(good), next(bad)
         rows = a.index == b.index
-        assert (~rows).sum() == (a.index == BAD_ONE).sum() <= 1
+        assert (~rows).sum() == (a.index == CORRUPT_INDEX).sum() <= 1
         assert torch.equal(a.views[0][rows], b.views[0][rows]) and torch.equal(a.views[1][rows], b.views[1][rows])
 
 
@@ -230,8 +230,8 @@ def small_run(root: Path, **changes: Any) -> Config:
     )
 
 
-def test_a_run_that_stopped_at_a_bad_file_goes_on_without_it_as_if_it_had_from_the_start(tmp_path: Path) -> None:
-    """What the error advises: resume with --data.on-bad skip. The weights are those of a run that never stopped."""
+def test_resume_with_skip_equals_a_run_with_skip(tmp_path: Path) -> None:
+    """The fix that the error suggests: resume with --data.on-bad skip."""
     (tmp_path / "data").mkdir()
     fill(tmp_path / "data", 40)
     whole = Trainer(small_run(tmp_path / "data", name="whole")).fit()
@@ -250,8 +250,8 @@ def test_a_run_that_stopped_at_a_bad_file_goes_on_without_it_as_if_it_had_from_t
     assert reports[0] == reports[1] and reports[0].count("is empty") == 1
 
 
-def test_a_run_goes_on_without_bad_files_and_says_so(tmp_path: Path, caplog: Any) -> None:
-    """Training and both sides of kNN; the report is in the run folder, also after a restart."""
+def test_run_with_skip_reports_corrupt_files(tmp_path: Path, caplog: Any) -> None:
+    """Training and both kNN sets; resuming after the files were replaced needs --data.accept-changed."""
     images = {part: tmp_path / "data" / part for part in ("train", "val")}
     for part, count in (("train", 30), ("val", 12)):
         for name in ("cat", "dog"):
@@ -259,20 +259,19 @@ def test_a_run_goes_on_without_bad_files_and_says_so(tmp_path: Path, caplog: Any
             fill(images[part] / name, count // 2)
         (images[part] / "cat" / "cut.jpg").write_bytes(JPEG[:300])
         (images[part] / "dog" / "empty.jpg").write_bytes(b"")
-    run = small_run(tmp_path / "data", name="dirty")
+    run = small_run(tmp_path / "data", name="stopped")
     with pytest.raises(CorruptImageError, match=r"(cut|empty)\.jpg"):
         Trainer(run).fit()
-    passing = replace(run, {"data.on_bad": "skip", "name": "clean"})
-    result = Trainer(passing).fit()
+    skipping = replace(run, {"data.on_bad": "skip", "name": "clean"})
+    result = Trainer(skipping).fit()
     assert result.steps == 6 and result.knn_top1 is not None
     lines = [json.loads(line) for line in (result.run_dir / "bad_images.jsonl").read_text().splitlines()]
     assert {Path(line["image"]).name for line in lines} == {"cut.jpg", "empty.jpg"}
     assert all("/train/" in line["image"] for line in lines)
     assert "empty.jpg is empty (0 bytes): evaluated without it" in caplog.text
-    # what a user does who was told to replace the files, or to remove them
     (images["train"] / "cat" / "cut.jpg").write_bytes(JPEG)
     (images["train"] / "dog" / "empty.jpg").unlink()
     with pytest.raises(ValueError, match=r"images changed .*--data\.accept-changed"):
-        Trainer(passing, resume=result.run_dir)
-    Trainer(replace(passing, {"data.accept_changed": True}), resume=result.run_dir).fit()
-    assert not configs.load(result.run_dir / "config.json").data.accept_changed  # it was meant once
+        Trainer(skipping, resume=result.run_dir)
+    Trainer(replace(skipping, {"data.accept_changed": True}), resume=result.run_dir).fit()
+    assert not configs.load(result.run_dir / "config.json").data.accept_changed  # applies to one resume

@@ -1,10 +1,11 @@
-"""Every kind of odd and bad image file that we could think of.
+"""Corrupt and unusual image files of every kind.
 
-`python -m tests.data.bad_files` prints what becomes of each, with both loaders and both policies.
+`python -m tests.data.corrupt_files` prints the outcome for each, with both loaders and both policies.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import struct
@@ -25,7 +26,7 @@ from tests.data.conftest import photo_like
 from tests.data.helpers import config_of, loader_of, pixels, plain
 
 SIZE = 40
-NOBODY = 65534
+UNPRIVILEGED_USER = 65534
 PICTURE: NDArray[np.uint8] = photo_like(1, SIZE, SIZE, seed=3)[0]
 GRAY: NDArray[np.uint8] = np.asarray(Image.fromarray(PICTURE).convert("L"))
 
@@ -66,7 +67,7 @@ def bomb(side: int = 20_000) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
-def turned() -> bytes:
+def rotated_by_exif() -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
     return save("JPEG", exif=exif, quality=95)
@@ -82,7 +83,7 @@ def palette() -> bytes:
     return save("PNG", Image.fromarray(PICTURE).convert("P"), transparency=3)
 
 
-BAD: dict[str, tuple[str, bytes, str]] = {
+CORRUPT: dict[str, tuple[str, bytes, str]] = {
     "zero bytes": ("x.jpg", b"", r"is empty \(0 bytes\)"),
     "truncated JPEG": ("x.jpg", JPEG[: len(JPEG) // 2], r"is a truncated JPEG \(\d+ bytes\)"),
     "JPEG without its end": ("x.jpg", JPEG[:-2], r"is a truncated JPEG \(\d+ bytes\)"),
@@ -106,13 +107,13 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "HEIC as .jpg": ("x.jpg", bytes(4) + b"ftypheic" + bytes(90), r"is not an image \(it looks like HEIC\)"),
     "video as .jpg": ("x.jpg", bytes(4) + b"ftypisom" + bytes(90), r"is not an image \(it looks like a video\)"),
 }
-"""File name, contents, and what is said of it."""
+"""File name, contents, and a pattern of the defect."""
 
 
 def _unreadable(path: Path) -> None:
     path.chmod(0)
     if os.geteuid() == 0:  # may read everything
-        os.seteuid(NOBODY)
+        os.seteuid(UNPRIVILEGED_USER)
 
 
 def _dangling(path: Path) -> None:
@@ -125,16 +126,16 @@ def _folder(path: Path) -> None:
     path.mkdir()
 
 
-BECOMES_BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
+DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "deleted during the run": (Path.unlink, "does not exist any more"),
     "link whose file went": (_dangling, "is a broken link"),
     "unreadable (permissions)": (_unreadable, r"cannot be read \(Permission denied\)"),
     "replaced by a folder": (_folder, "is a folder"),
     "cut off during the run": (lambda path: os.truncate(path, 200), "is a truncated JPEG"),
 }
-"""What happens to a good file after the source was opened, and what is said of it."""
+"""Damage to an intact file after the source was opened, and a pattern of the defect."""
 
-GOOD: dict[str, tuple[str, bytes, NDArray[np.uint8], float]] = {
+UNUSUAL: dict[str, tuple[str, bytes, NDArray[np.uint8], float]] = {
     "flipped bytes in the pixels": ("x.jpg", flipped_bytes(), PICTURE, 80),
     "PNG as .jpg": ("x.jpg", PNG, PICTURE, 0),
     "WebP as .png": ("x.png", WEBP, PICTURE, 0),
@@ -155,7 +156,7 @@ GOOD: dict[str, tuple[str, bytes, NDArray[np.uint8], float]] = {
     "gray JPEG": ("x.jpg", save("JPEG", Image.fromarray(GRAY), quality=95), np.stack([GRAY] * 3, 2), 4),
     "progressive JPEG": ("x.jpg", save("JPEG", progressive=True, quality=95), PICTURE, 4),
     "JPEG 2000 as .jpg": ("x.jpg", save("JPEG2000", irreversible=False), PICTURE, 0),
-    "EXIF rotation (not applied)": ("x.jpg", turned(), PICTURE, 4),
+    "EXIF rotation (not applied)": ("x.jpg", rotated_by_exif(), PICTURE, 4),
     "junk behind the end": ("x.jpg", JPEG + b"junk" * 20, PICTURE, 4),
     "unicode name": ("\u00e9\u4e2d \U0001f600.jpg", JPEG, PICTURE, 4),
     "odd characters in the name": ("a\nb\t%20'\"[x]{1..3}.jpg", JPEG, PICTURE, 4),
@@ -163,13 +164,18 @@ GOOD: dict[str, tuple[str, bytes, NDArray[np.uint8], float]] = {
     "1 x 3000": ("x.png", save("PNG", Image.new("RGB", (1, 3000), PLAIN)), FLAT, 0),
     "5000 x 4000": ("x.png", save("PNG", Image.new("RGB", (5000, 4000), PLAIN)), FLAT, 0),
 }  # fmt: skip
-"""File name, contents, what is in it, and how far the mean of it may be off."""
+"""File name, contents, expected pixels, and tolerance of the mean difference."""
 
 
 def fill(folder: Path, count: int = 7) -> None:
-    """Good images."""
+    """Write intact images."""
     for i in range(count):
-        (folder / f"good {i}.png").write_bytes(save("PNG", Image.fromarray(photo_like(1, SIZE, SIZE, seed=i)[0])))
+        (folder / f"good {i}.png").write_bytes(intact_png(i))
+
+
+@functools.cache
+def intact_png(seed: int) -> bytes:
+    return save("PNG", Image.fromarray(photo_like(1, SIZE, SIZE, seed=seed)[0]))
 
 
 def config(backend: str, policy: str) -> Config:
@@ -177,14 +183,14 @@ def config(backend: str, policy: str) -> Config:
     return replace(config_of(backend, view, batch_size=8), {"data.on_bad": policy})
 
 
-def outcome(folder: Path, backend: str, policy: str, then: Callable[[Path], Any] | None = None) -> str:
-    """What a run over a folder says; `then` happens to the files named x after it was opened."""
+def outcome(folder: Path, backend: str, policy: str, damage: Callable[[Path], Any] | None = None) -> str:
+    """Defect that a loader reports; `damage` is applied to the file x.jpg after the folder was opened."""
     folder.chmod(0o777)
     user = os.geteuid()
     source = open_source(folder)
     loader = loader_of(source, config(backend, policy), report=folder / "bad.jsonl")
-    if then is not None:
-        then(folder / "x.jpg")
+    if damage is not None:
+        damage(folder / "x.jpg")
     try:
         batches = [next(loader) for _ in range(3)]
         loader.close()
@@ -193,9 +199,9 @@ def outcome(folder: Path, backend: str, policy: str, then: Callable[[Path], Any]
     finally:
         os.seteuid(user)
     if policy == "skip" and loader.corrupt.by_index:  # type: ignore[attr-defined]
-        [found] = loader.corrupt.by_index.values()  # type: ignore[attr-defined]
+        [image] = loader.corrupt.by_index.values()  # type: ignore[attr-defined]
         assert all(np.isfinite(pixels(batch.views[0])).all() for batch in batches)
-        return f"passed over: {found.reason}"
+        return f"skipped: {image.reason}"
     return "read"
 
 
@@ -203,26 +209,26 @@ def main() -> None:
     backends = ["torchvision", *(["dali"] if dali_installed() else [])]
     print("| file | loader | on_bad raise: the run stops with | on_bad skip |\n|---|---|---|---|")
 
-    def show(kind: str, name: str, data: bytes, then: Callable[[Path], Any] | None = None) -> None:
+    def show(kind: str, name: str, data: bytes, damage: Callable[[Path], Any] | None = None) -> None:
         lines: dict[tuple[str, str], list[str]] = {}
         for backend in backends:
-            said = []
+            outcomes = []
             for policy in ("raise", "skip"):
                 with tempfile.TemporaryDirectory() as temporary:
                     folder = Path(temporary)
                     fill(folder)
                     (folder / name).write_bytes(data)
-                    said.append(outcome(folder, backend, policy, then))
-            stopped = "goes on: read" if said[0] == "read" else f"`{name} {said[0]}`".replace("\n", " ")
-            lines.setdefault((stopped, "goes on: " + said[1].partition(":")[0]), []).append(backend)
-        for (stopped, skipped), who in lines.items():
-            print(f"| {kind} | {' and '.join(who)} | {stopped} | {skipped} |", flush=True)
+                    outcomes.append(outcome(folder, backend, policy, damage))
+            stopped = "read" if outcomes[0] == "read" else f"`{name} {outcomes[0]}`".replace("\n", " ")
+            lines.setdefault((stopped, outcomes[1].partition(":")[0]), []).append(backend)
+        for (stopped, skipped), loaders in lines.items():
+            print(f"| {kind} | {' and '.join(loaders)} | {stopped} | {skipped} |", flush=True)
 
-    for kind, (name, data, _) in BAD.items():
+    for kind, (name, data, _) in CORRUPT.items():
         show(kind, name, data)
-    for kind, (then, _) in BECOMES_BAD.items():
-        show(kind, "x.jpg", JPEG, then)
-    for kind, (name, data, _, _) in GOOD.items():
+    for kind, (damage, _) in DAMAGED.items():
+        show(kind, "x.jpg", JPEG, damage)
+    for kind, (name, data, _, _) in UNUSUAL.items():
         show(kind, name, data)
     show("20000 x 20000 pixels in 50 kB", "x.png", bomb())
 
