@@ -28,6 +28,7 @@ from byol_fast import config as configs
 from byol_fast.cli import profile as profile_command
 from byol_fast.config import Config, recipes
 from byol_fast.training.callbacks import Callback
+from byol_fast.training.checkpointer import Checkpointer
 from byol_fast.training.train_step import StepOutput
 from byol_fast.training.trainer import Trainer
 from tests.dry import FAILED, OK, operators
@@ -144,7 +145,7 @@ class _CountAndStop(Callback):
 def _fit_and_resume(config: Config) -> str:
     first, second = (_CountAndStop(stop_at) for stop_at in (TRAINER_STEPS // 2, TRAINER_STEPS))
     # Memory that no kernel has written holds anything, and the trainer refuses to save weights that are not finite.
-    with mock.patch.object(Trainer, "_refuse_weights"):
+    with mock.patch.object(Checkpointer, "_check_weights_finite"):
         torch._dynamo.reset()
         run_dir = Trainer(config, callbacks=[first]).fit().run_dir
         torch._dynamo.reset()
