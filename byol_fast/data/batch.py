@@ -52,6 +52,11 @@ def empty_views(num_views: int, batch_size: int, size: int, *, device: torch.dev
     return torch.empty(shape, dtype=torch.uint8, device=device, pin_memory=pin_memory).permute(0, 1, 4, 2, 3).unbind()
 
 
+def copy_views(views: Views) -> Views:
+    """Copies of views of one size, as slices of one buffer in the views' memory format."""
+    return torch.split(torch.cat(views), [len(view) for view in views])
+
+
 class ViewLoader(Protocol):
     """An endless stream of batches, epoch after epoch, that can be saved and resumed.
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from byol_fast.data.batch import Views, copy_views
+
 if TYPE_CHECKING:
     from byol_fast.training.train_step import StepOutput
 
-Views = tuple[Tensor, ...]
 WARMUP_STEPS = 3
 
 
@@ -70,7 +71,7 @@ class CUDAGraphStep:
         return replace(self._output, values=self._output.values.clone())
 
     def _capture(self, batches: Sequence[Views]) -> None:
-        self._inputs = [tuple(view.clone() for view in views) for views in batches]
+        self._inputs = [copy_views(views) for views in batches]
         restore_state_after(self._warm_up, self._mutable_tensors, self._device)
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
         failure: Exception | None = None

@@ -22,6 +22,7 @@ from byol_fast.data.loaders.prefetch import single_core_threads
 from byol_fast.data.loaders.threaded import decode_image, is_common_jpeg
 from byol_fast.data.sampler import BatchSampler
 from byol_fast.data.sources import ArraySource, FileSource
+from byol_fast.models.base import stack_views
 from tests.data.helpers import CPU, config_of, error, loader_of, pixels, plain, same
 
 VIEW1 = ViewConfig(size=16)
@@ -71,6 +72,10 @@ def test_batches_are_raw_channels_last_and_numbered(backend: str, arrays: ArrayS
         assert np.array_equal(pixels(batch.views[0]), originals)
         # the second view follows its own configuration
         assert np.array_equal(pixels(batch.views[1]), np.where(originals < 128, originals, 255 - originals))
+        stacked = stack_views(batch.views)
+        assert torch.equal(stacked, torch.cat(batch.views))
+        # without a copy, except for views that DALI owns
+        assert (stacked.data_ptr() == batch.views[0].data_ptr()) == (backend != "dali")
 
 
 def test_epochs_visit_every_image_once_in_new_orders(backend: str, source: ImageSource) -> None:
