@@ -36,11 +36,9 @@ class Crops:
         config = Config(
             batch_size=self.batch_size,
             seed=seed,
-            view1=view,
-            view2=view,  # the loaders make two; this one is not used
             data=DataConfig(threads=settings.threads, on_bad=settings.on_bad),
         )
-        self._loader = make_loader(source, config, device=workplace.device)
+        self._loader = make_loader(source, config, (view,), device=workplace.device)
         self._labels, self._device = labels_of(source), workplace.device
         self.steps_per_epoch = self._loader.steps_per_epoch
 

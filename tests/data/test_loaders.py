@@ -201,6 +201,18 @@ def test_shards_are_parts_of_one_epoch(backend: str, arrays: ArraySource) -> Non
             assert torch.equal(batch.views[0][i::2], parts[i][step].views[0])  # nor do the pixels depend on the batch
 
 
+@pytest.mark.parametrize("num_views", [1, 3])
+def test_number_of_views_does_not_change_their_pixels(num_views: int, backend: str, source: ImageSource) -> None:
+    views = (VIEW1, VIEW2, plain(16, flip=0.5))[:num_views]
+    config = config_of(backend, VIEW1, VIEW2)
+    for both, batch in zip(
+        take(loader_of(source, config), 3), take(loader_of(source, config, views=views), 3), strict=True
+    ):
+        assert len(batch.views) == num_views and torch.equal(batch.index, both.index)
+        for one, other in zip(batch.views, both.views, strict=False):
+            assert torch.equal(one, other)
+
+
 def test_batch_larger_than_the_data_is_refused(backend: str, arrays: ArraySource) -> None:
     with pytest.raises(SourceError, match=r"batch_size: must be at most .* 48, got 49; use --batch-size 48"):
         loader_of(arrays, config_of(backend, VIEW1, batch_size=49))
