@@ -2,7 +2,7 @@
 
 >>> import byol_fast
 >>> result = byol_fast.pretrain("photos", recipe="imagenet_resnet50_100")
->>> encoder, about = byol_fast.load_encoder(result.encoder)
+>>> encoder, metadata = byol_fast.load_encoder(result.encoder)
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def pretrain(
 
     Example:
         >>> result = byol_fast.pretrain("photos", recipe="imagenet_resnet50_100", batch_size=128)
-        >>> encoder, about = byol_fast.load_encoder(result.encoder)
+        >>> encoder, metadata = byol_fast.load_encoder(result.encoder)
     """
     if resume is not None:
         config = configs.load(Path(resume) / "config.json")

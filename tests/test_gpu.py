@@ -365,12 +365,12 @@ def test_programs_of_an_encoder_that_a_gpu_trained(gpu: Config, tmp_path: Path, 
     if kind == "onnx":
         for name in ("onnx", "onnxscript", "onnxruntime"):
             pytest.importorskip(name, reason=f"{name} is not installed")
-    from byol_fast.export.formats import LIMIT, export_as
+    from byol_fast.export.formats import MAX_DIFFERENCE, export_as
 
     run = Trainer(configs.replace(gpu, {"steps": 2})).fit().run_dir
     encoder, about = load_encoder(run)
     made = export_as(encoder, about, kind, tmp_path)
-    assert made.difference is not None and made.difference <= LIMIT * made.largest
+    assert made.difference is not None and made.difference <= MAX_DIFFERENCE * made.largest
 
 
 def features(encoder: nn.Module, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The trained encoder as two files that anything can read: weights and a description."""
+"""The trained encoder as two files: weights (safetensors) and metadata (JSON)."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from byol_fast.utils.files import atomic_path, atomic_write
 log = logging.getLogger(__name__)
 
 PREFIX = "online.encoder."
+"""Prefix of the encoder's weights in a checkpoint."""
 
 
 def export_encoder(
@@ -27,36 +28,36 @@ def export_encoder(
 ) -> tuple[Path, Path]:
     """Write `encoder.safetensors` and `encoder.json`.
 
-    The weights carry torchvision's own names, so that they load into the plain torchvision model.
+    The weights have torchvision's names and load into the plain torchvision model.
 
     Args:
         encoder: the online encoder.
         config: the run's configuration.
-        folder: where to write; made when missing.
-        step: steps the encoder was trained for.
+        folder: where to write; created if missing.
+        step: number of training steps.
         feature_dim: size of its features.
 
     Returns:
-        Paths of the weights and of the description.
+        Paths of the weights and of the metadata.
 
     Raises:
         ConfigError: the folder cannot be written.
     """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
-    description = _description(config, step=step, feature_dim=feature_dim)
-    weights, about = folder / "encoder.safetensors", folder / "encoder.json"
+    metadata = _metadata(config, step=step, feature_dim=feature_dim)
+    weights_path, metadata_path = folder / "encoder.safetensors", folder / "encoder.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_path(weights) as temporary:
+        with atomic_path(weights_path) as temporary:
             save_file(state, temporary, metadata={"format": "pt"})
-        atomic_write(about, json.dumps(description, indent=2) + "\n")
+        atomic_write(metadata_path, json.dumps(metadata, indent=2) + "\n")
     except OSError as error:
         raise ConfigError(f"export: {folder} cannot be written ({error}); choose another folder") from None
-    return weights, about
+    return weights_path, metadata_path
 
 
-def _description(config: Config, *, step: int, feature_dim: int) -> dict[str, Any]:
-    """What one has to know to use an encoder."""
+def _metadata(config: Config, *, step: int, feature_dim: int) -> dict[str, Any]:
+    """Content of `encoder.json`."""
     return {
         "encoder": config.model.encoder,
         "cifar_stem": config.model.cifar_stem,
@@ -72,74 +73,73 @@ def _description(config: Config, *, step: int, feature_dim: int) -> dict[str, An
 
 
 def export_run(run: Path, folder: Path | None = None) -> tuple[Path, Path]:
-    """Export the online encoder of a run's newest checkpoint.
+    """Export the online encoder of a run's latest checkpoint.
 
     Args:
         run: a run folder.
-        folder: where to write; the run folder when None.
+        folder: where to write; None: the run folder.
 
     Raises:
         ConfigError: not a run folder.
-        CheckpointError: it holds no usable checkpoint.
+        CheckpointError: it has no usable checkpoint.
     """
-    config, encoder, description = _from_checkpoint(run)
-    step, feature_dim = description["step"], description["feature_dim"]
+    config, encoder, metadata = _from_checkpoint(run)
+    step, feature_dim = metadata["step"], metadata["feature_dim"]
     return export_encoder(encoder, config, folder or run, step=step, feature_dim=feature_dim)
 
 
-def newest_encoder(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """The online encoder of a run's newest checkpoint; without checkpoints what `load_encoder` reads."""
+def load_latest_encoder(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The online encoder of a run's latest checkpoint; without checkpoints, that of `load_encoder`."""
     if (path / "config.json").exists() and checkpoints.steps_in(path / "checkpoints"):
         return _from_checkpoint(path)[1:]
     return load_encoder(path)
 
 
 def _from_checkpoint(run: Path) -> tuple[Config, nn.Module, dict[str, Any]]:
-    """The online encoder of a run's newest checkpoint, in eval mode, with its configuration and description."""
+    """Configuration, online encoder in eval mode, and metadata of a run's latest checkpoint."""
     config = configs.load(run / "config.json")
     payload = checkpoints.load_latest(run / "checkpoints")
     encoder = build_encoder(config.model.encoder, image_size=config.view1.size, cifar_stem=config.model.cifar_stem)
     encoder.load_state_dict({k.removeprefix(PREFIX): v for k, v in payload["model"].items() if k.startswith(PREFIX)})
-    return config, encoder.eval(), _description(config, step=payload["step"], feature_dim=payload["feature_dim"])
+    return config, encoder.eval(), _metadata(config, step=payload["step"], feature_dim=payload["feature_dim"])
 
 
 def load_encoder(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
-    """Read a trained encoder.
+    """Load a trained encoder.
 
     Args:
-        path: a run folder, or the folder `byol-fast export` wrote to, or its `encoder.safetensors`. Of a run that has
-            exported nothing yet the newest checkpoint is taken.
+        path: a run folder, a folder that `byol-fast export` wrote, or its `encoder.safetensors`. If a run has not
+            exported its encoder yet, that of the latest checkpoint.
 
     Returns:
-        The encoder in eval mode, and the content of `encoder.json`. Its input is `(x / 255 - mean) / std`,
-        `[B, 3, H, W]`; its output `[B, feature_dim]` (flatten what lies behind the batch).
+        The encoder in eval mode and its metadata, the content of `encoder.json`. Its input is
+        `(x / 255 - mean) / std`, `[B, 3, H, W]`; its output, flattened after the batch, `[B, feature_dim]`.
 
     Raises:
-        FileNotFoundError: no exported encoder and no run there.
-        CheckpointError: a run that has neither an exported encoder nor a usable checkpoint.
+        FileNotFoundError: there is neither an exported encoder nor a run.
+        CheckpointError: the run has neither an exported encoder nor a usable checkpoint.
     """
     path = Path(path)
-    weights = path / "encoder.safetensors" if path.is_dir() else path.with_suffix(".safetensors")
-    if path.is_dir() and not weights.exists() and (path / "config.json").exists():
-        _, encoder, description = _from_checkpoint(path)
-        log.info("%s has exported no encoder yet: that of its checkpoint of step %d", path, description["step"])
-        return encoder, description
-    about = weights.with_suffix(".json")
-    for file in (weights, about):
+    weights_path = path / "encoder.safetensors" if path.is_dir() else path.with_suffix(".safetensors")
+    if path.is_dir() and not weights_path.exists() and (path / "config.json").exists():
+        _, encoder, metadata = _from_checkpoint(path)
+        log.info("%s has no exported encoder yet: loading that of the checkpoint of step %d", path, metadata["step"])
+        return encoder, metadata
+    metadata_path = weights_path.with_suffix(".json")
+    for file in (weights_path, metadata_path):
         if not file.exists():
             raise FileNotFoundError(f"load_encoder: {file} does not exist; write it with `byol-fast export RUN`")
-    description = json.loads(about.read_text())
-    saved = checkpoints.steps_in(weights.parent / "checkpoints")
-    if saved and saved[-1] > description["step"]:
+    metadata = json.loads(metadata_path.read_text())
+    folder = weights_path.parent
+    checkpoint_steps = checkpoints.steps_in(folder / "checkpoints")
+    if checkpoint_steps and checkpoint_steps[-1] > metadata["step"]:
         log.warning(
-            "%s has an encoder of step %d, and a checkpoint of step %d: `byol-fast export %s` takes over the latter",
-            weights.parent,
-            description["step"],
-            saved[-1],
-            weights.parent,
+            "%s: encoder.safetensors is of step %d, the latest checkpoint of step %d; update it: byol-fast export %s",
+            folder,
+            metadata["step"],
+            checkpoint_steps[-1],
+            folder,
         )
-    encoder = build_encoder(
-        description["encoder"], image_size=description["image_size"], cifar_stem=description["cifar_stem"]
-    )
-    encoder.load_state_dict(load_file(weights))
-    return encoder.eval(), description
+    encoder = build_encoder(metadata["encoder"], image_size=metadata["image_size"], cifar_stem=metadata["cifar_stem"])
+    encoder.load_state_dict(load_file(weights_path))
+    return encoder.eval(), metadata

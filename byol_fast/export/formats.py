@@ -1,8 +1,9 @@
-"""An encoder as a program that needs none of its code: torch.export, ONNX; and with timm's names."""
+"""Export of encoders to torch.export, ONNX and timm."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 import io
 import json
@@ -24,40 +25,40 @@ from byol_fast.utils.files import atomic_path
 Format = Literal["torchvision", "torch-export", "onnx", "timm"]
 FORMATS: tuple[str, ...] = get_args(Format)
 
-CHECKED_BATCHES = (1, 5)
-"""Numbers of images that an exported program is tried with; neither is the one it was traced with."""
+COMPARED_BATCHES = (1, 5)
+"""Batch sizes that an exported file is compared at; different from the traced one."""
 TRACED_BATCH = 2
-LIMIT = 1e-4
-"""Largest difference of a feature that is taken for rounding, as a share of the largest feature."""
+MAX_DIFFERENCE = 1e-4
+"""Largest difference from the encoder's features, relative to the largest feature; more is not rounding."""
 
 RESNETS = re.compile(r"(wide_)?resnet\d+(_\d)?|resnext\d+_\d+x\d+d")
 
 
 class ExportError(RuntimeError):
-    """A format cannot hold this encoder, or does not compute what it does."""
+    """The format does not support the encoder, or the exported file computes other features."""
 
 
 @dataclass(frozen=True, slots=True)
-class Exported:
-    """A file that was written, and how it was checked."""
+class ExportResult:
+    """An exported file and its comparison with the encoder."""
 
     path: Path
     difference: float | None
-    """Largest absolute difference of a feature from the encoder's; None where there was nothing to run it with."""
+    """Largest absolute difference of a feature; None if the file could not be run."""
     largest: float
-    """Largest feature in size, to compare it with."""
+    """Largest absolute feature."""
     batches: tuple[int, ...]
-    """Numbers of images it was tried with."""
+    """Batch sizes of the comparison."""
     note: str = ""
-    """What else there is to know."""
+    """A hint for the user."""
 
 
-class Standalone(nn.Module):
-    """What is exported: features `[B, D]`, of uint8 images if normalisation is part of it.
+class ExportModule(nn.Module):
+    """Encoder with optional normalization in front.
 
     Args:
-        encoder: without its classifier.
-        normalize: applied first; None for input that is normalised already.
+        encoder: without a classifier.
+        normalize: applied first, to uint8 images; None: images are normalized already.
     """
 
     def __init__(self, encoder: nn.Module, normalize: Normalize | None) -> None:
@@ -73,140 +74,154 @@ class Standalone(nn.Module):
 
 
 def export_as(
-    encoder: nn.Module, about: dict[str, Any], form: str, folder: Path, *, with_normalize: bool = False
-) -> Exported:
-    """Write an encoder in a format, and compare what was written with it.
+    encoder: nn.Module, metadata: dict[str, Any], format: str, folder: Path, *, with_normalize: bool = False
+) -> ExportResult:
+    """Write an encoder in a format, and compare the file with the encoder.
 
     Args:
-        encoder: the network, of any dtype on any device; itself unchanged.
-        about: its description, as `load_encoder` returns it; the file carries it too.
-        form: torch-export (`encoder.pt2`), onnx (`encoder.onnx`) or timm (`encoder_timm.safetensors`).
-        folder: where to write; made when missing.
-        with_normalize: put `(x / 255 - mean) / std` in front: the input is then uint8.
+        encoder: the network, of any dtype on any device; not modified.
+        metadata: its metadata, as `load_encoder` returns it; written into the file.
+        format: torch-export (`encoder.pt2`), onnx (`encoder.onnx`) or timm (`encoder_timm.safetensors`).
+        folder: where to write; created if missing.
+        with_normalize: include `(x / 255 - mean) / std`; the input is then uint8.
 
     Returns:
-        The file, and the largest difference.
+        The file and the largest difference.
 
     Raises:
-        ConfigError: the folder cannot be written, a package is missing, the options do not go together.
-        ExportError: the format cannot hold the encoder, or the result differs; then no file is left behind.
+        ConfigError: the folder cannot be written, a package is missing, or the options contradict each other.
+        ExportError: the format does not support the encoder, or the features differ; no file is written.
     """
     encoder = copy.deepcopy(encoder).cpu().float().eval()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if form == "timm":
-            return _export_timm(encoder, about, folder / "encoder_timm.safetensors", with_normalize)
-        normalize = Normalize(tuple(about["mean"]), tuple(about["std"])) if with_normalize else None
-        module = Standalone(encoder, normalize).eval()
-        if form == "torch-export":
-            return _export_program(module, about, folder / "encoder.pt2")
-        if form == "onnx":
-            return _export_onnx(module, about, folder / "encoder.onnx")
+        if format == "timm":
+            return _export_timm(encoder, metadata, folder / "encoder_timm.safetensors", with_normalize)
+        normalize = Normalize(tuple(metadata["mean"]), tuple(metadata["std"])) if with_normalize else None
+        module = ExportModule(encoder, normalize).eval()
+        if format == "torch-export":
+            return _export_program(module, metadata, folder / "encoder.pt2")
+        if format == "onnx":
+            return _export_onnx(module, metadata, folder / "encoder.onnx")
     except OSError as error:
         raise ConfigError(f"export: {folder} cannot be written ({error}); choose another folder") from error
-    raise ConfigError(f"export: format must be one of {', '.join(FORMATS)}, got {form!r}")
+    raise ConfigError(f"export: format must be one of {', '.join(FORMATS)}, got {format!r}")
 
 
-def _images(module: Standalone, about: dict[str, Any], count: int) -> Tensor:
-    """Random images as the module takes them: bytes, or such bytes normalised."""
-    size = about["image_size"]
+def _random_images(module: ExportModule, metadata: dict[str, Any], count: int) -> Tensor:
+    """Random images as the module takes them: uint8, or normalized."""
+    size = metadata["image_size"]
     generator = torch.Generator().manual_seed(count)
     pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
-    return pixels if module.normalize is not None else Normalize(tuple(about["mean"]), tuple(about["std"]))(pixels)
+    return (
+        pixels if module.normalize is not None else Normalize(tuple(metadata["mean"]), tuple(metadata["std"]))(pixels)
+    )
 
 
-def _described(module: Standalone, about: dict[str, Any]) -> dict[str, Any]:
-    size = about["image_size"]
+def _file_metadata(module: ExportModule, metadata: dict[str, Any]) -> dict[str, Any]:
+    size = metadata["image_size"]
     kind = "uint8" if module.normalize is not None else "float32, (x / 255 - mean) / std"
-    return about | {
+    return metadata | {
         "input": f"images [B, 3, {size}, {size}], {kind}",
-        "output": f"features [B, {about['feature_dim']}]",
+        "output": f"features [B, {metadata['feature_dim']}]",
     }
 
 
+def _as_strings(metadata: dict[str, Any]) -> dict[str, str]:
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 @torch.no_grad()
-def _compare(module: Standalone, about: dict[str, Any], path: Path, run: Callable[[Tensor], Tensor]) -> Exported:
-    """Run what was written beside the encoder.
+def _compare(
+    module: ExportModule, metadata: dict[str, Any], path: Path, run: Callable[[Tensor], Tensor]
+) -> ExportResult:
+    """Compare the features of an exported file with those of the encoder.
 
     Raises:
         ExportError: they differ by more than rounding.
     """
     difference = largest = 0.0
-    for count in CHECKED_BATCHES:
-        images = _images(module, about, count)
+    for count in COMPARED_BATCHES:
+        images = _random_images(module, metadata, count)
         expected, got = module(images), run(images)
         if got.shape != expected.shape or not bool(torch.isfinite(got).all()):
             raise ExportError(
-                f"export: {path.name} gives {list(got.shape)} for {list(expected.shape)}; nothing written"
+                f"export: {path.name} must give finite features {list(expected.shape)}, got {list(got.shape)}; nothing "
+                "written"
             )
         difference = max(difference, float((got - expected).abs().max()))
         largest = max(largest, float(expected.abs().max()))
-    if difference > LIMIT * largest:
+    if difference > MAX_DIFFERENCE * largest:
         raise ExportError(
-            f"export: {path.name} must give the encoder's features, it differs by {difference:.3g} (largest feature: "
-            f"{largest:.3g}); nothing written. Use another format"
+            f"export: {path.name} must give the encoder's features, they differ by {difference:.3g} (largest feature: "
+            f"{largest:.3g}); nothing written, use another format"
         )
-    return Exported(path, difference, largest, CHECKED_BATCHES)
+    return ExportResult(path, difference, largest, COMPARED_BATCHES)
 
 
-def _traced(module: Standalone, about: dict[str, Any], what: str) -> torch.export.ExportedProgram:
-    """The encoder as a graph, with any number of images.
+def _trace(module: ExportModule, metadata: dict[str, Any], format: Format) -> torch.export.ExportedProgram:
+    """The encoder as a graph with a dynamic batch size.
 
     Raises:
-        ExportError: its code cannot be traced.
+        ExportError: the code of the encoder cannot be traced.
     """
-    example = _images(module, about, TRACED_BATCH)
+    example = _random_images(module, metadata, TRACED_BATCH)
     try:
-        return torch.export.export(module, (example,), dynamic_shapes=_any_batch())
+        return torch.export.export(module, (example,), dynamic_shapes=_dynamic_batch())
     except Exception as error:  # torch raises all kinds of errors on code it cannot trace
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ExportError(
-            f"export: {what} cannot hold {about['encoder']} for any number of images ({reason}); use --format "
-            "torchvision"
+            f"export: {format} does not support {metadata['encoder']} with any number of images "
+            f"({_first_line(error)}); use --format torchvision"
         ) from error
 
 
-def _any_batch() -> dict[str, dict[int, Any]]:
+def _dynamic_batch() -> dict[str, dict[int, Any]]:
     return {"images": {0: torch.export.Dim("batch", min=1)}}
 
 
-def _export_program(module: Standalone, about: dict[str, Any], path: Path) -> Exported:
-    program = _traced(module, about, "torch-export")
-    buffer = io.BytesIO()  # given a path, torch insists on its ending, which a temporary file has not
-    torch.export.save(program, buffer, extra_files={"encoder.json": json.dumps(_described(module, about))})
+def _export_program(module: ExportModule, metadata: dict[str, Any], path: Path) -> ExportResult:
+    program = _trace(module, metadata, "torch-export")
+    buffer = io.BytesIO()  # torch requires a suffix that a temporary path does not have
+    torch.export.save(program, buffer, extra_files={"encoder.json": json.dumps(_file_metadata(module, metadata))})
     with atomic_path(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
-        written = torch.export.load(io.BytesIO(temporary.read_bytes())).module()
-        return _compare(module, about, path, written)
+        loaded = torch.export.load(io.BytesIO(temporary.read_bytes())).module()
+        return _compare(module, metadata, path, loaded)
 
 
-def _export_onnx(module: Standalone, about: dict[str, Any], path: Path) -> Exported:
+def _export_onnx(module: ExportModule, metadata: dict[str, Any], path: Path) -> ExportResult:
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"export: onnx needs {' and '.join(missing)}; pip install 'byol_fast[onnx]'")
-    program = _traced(module, about, "onnx")
+    program = _trace(module, metadata, "onnx")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of its own use of what is about to change in torch
+            warnings.simplefilter("ignore")  # deprecations within torch
             onnx = torch.onnx.export(
                 program,
                 dynamo=True,
                 input_names=["images"],
                 output_names=["features"],
-                dynamic_shapes=_any_batch(),  # again, or its name is lost
+                dynamic_shapes=_dynamic_batch(),  # for the name of the dimension
                 verbose=False,
             )
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ExportError(f"export: onnx cannot hold {about['encoder']} ({reason}); use torch-export") from error
+        raise ExportError(
+            f"export: onnx does not support {metadata['encoder']} ({_first_line(error)}); use torch-export"
+        ) from error
     assert onnx is not None
-    for name, value in _described(module, about).items():
-        onnx.model.metadata_props[name] = value if isinstance(value, str) else json.dumps(value)
+    onnx.model.metadata_props.update(_as_strings(_file_metadata(module, metadata)))
     with atomic_path(path) as temporary:
         onnx.save(temporary, external_data=False)
         if importlib.util.find_spec("onnxruntime") is None:
-            return Exported(path, None, 0.0, (), "not verified: pip install onnxruntime, and export again to be sure")
-        return _compare(module, about, path, _onnxruntime(temporary))
+            return ExportResult(
+                path, None, 0.0, (), "not verified; pip install onnxruntime and export again to compare it"
+            )
+        return _compare(module, metadata, path, _onnxruntime(temporary))
 
 
 def _onnxruntime(path: Path) -> Callable[[Tensor], Tensor]:
@@ -230,18 +245,18 @@ _VIT = (
     (r"\.mlp\.(?:0|linear_1)\.", ".mlp.fc1."),
     (r"\.mlp\.(?:3|linear_2)\.", ".mlp.fc2."),
 )
-"""Names of torchvision's vision transformer, and timm's."""
+"""Patterns of the weights' names in torchvision's vision transformers, and their replacements in timm."""
 
 _VIT_SIZES = {"b": "base", "l": "large", "h": "huge"}
 
 
-def timm_name(about: dict[str, Any]) -> str:
-    """The name timm has for an encoder of torchvision.
+def timm_name(metadata: dict[str, Any]) -> str:
+    """Name in timm of an encoder.
 
     Raises:
-        ExportError: it has none whose weights are the same.
+        ExportError: timm has no network with the same weights.
     """
-    name: str = about["encoder"]
+    name: str = metadata["encoder"]
     if name.startswith("timm/"):
         return name.removeprefix("timm/")
     if RESNETS.fullmatch(name):
@@ -249,48 +264,47 @@ def timm_name(about: dict[str, Any]) -> str:
     if match := re.fullmatch(r"vit_([blh])_(\d+)", name):
         return f"vit_{_VIT_SIZES[match[1]]}_patch{match[2]}_224"
     raise ExportError(
-        f"export: timm holds torchvision's ResNets, ResNeXts and vision transformers, and timm/NAME, got {name!r}; use "
-        "another format"
+        "export: the encoder must be a ResNet, ResNeXt or vision transformer of torchvision, or timm/NAME, for format "
+        f"timm, got {name!r}; use another format"
     )
 
 
-def _export_timm(encoder: nn.Module, about: dict[str, Any], path: Path, with_normalize: bool) -> Exported:
+def _export_timm(encoder: nn.Module, metadata: dict[str, Any], path: Path, with_normalize: bool) -> ExportResult:
     if with_normalize:
-        raise ConfigError("export: timm's weights hold no normalisation; drop --with-normalize")
-    name = timm_name(about)
+        raise ConfigError("export: format timm cannot include the normalization; drop --with-normalize")
+    name = timm_name(metadata)
     state = {key: tensor.detach().clone().contiguous() for key, tensor in encoder.state_dict().items()}
-    if about["encoder"].startswith("vit_"):
+    if metadata["encoder"].startswith("vit_"):
         state = {_vit_key(key): tensor for key, tensor in state.items()}
     arguments: dict[str, Any] = {"num_classes": 0}
     if name.startswith("vit_"):
-        arguments["img_size"] = about["image_size"]
+        arguments["img_size"] = metadata["image_size"]
     shown = ", ".join(f"{key}={value}" for key, value in arguments.items())
     note = f"timm.create_model({name!r}, {shown}, checkpoint_path={path.name!r})"
-    if about["cifar_stem"]:
+    if metadata["cifar_stem"]:
         note = (
             f"model = timm.create_model({name!r}, {shown}); model.conv1, model.maxpool = "
             "torch.nn.Conv2d(3, 64, 3, padding=1, bias=False), torch.nn.Identity(); "
             f"model.load_state_dict(safetensors.torch.load_file({path.name!r}))"
         )
-    described = about | {"timm": name, "load": note}
-    metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in described.items()}
     with atomic_path(path) as temporary:
-        save_file(state, temporary, metadata={"format": "pt"} | metadata)
+        save_file(state, temporary, metadata={"format": "pt"} | _as_strings(metadata | {"timm": name, "load": note}))
         if importlib.util.find_spec("timm") is None:
-            return Exported(path, None, 0.0, (), f"not verified, timm is not installed; load it with {note}")
-        module = Standalone(encoder, None).eval()
-        checked = _compare(module, about, path, _timm(temporary, name, arguments, about["cifar_stem"]))
-    return Exported(path, checked.difference, checked.largest, checked.batches, f"load it with {note}")
+            return ExportResult(path, None, 0.0, (), f"not verified, timm is not installed; load it with {note}")
+        module = ExportModule(encoder, None).eval()
+        result = _compare(module, metadata, path, _timm(temporary, name, arguments, metadata["cifar_stem"]))
+    return dataclasses.replace(result, note=f"load it with {note}")
 
 
 def _vit_key(key: str) -> str:
+    """Name in timm of a weight of torchvision's vision transformer."""
     for pattern, replacement in _VIT:
         key = re.sub(pattern, replacement, key)
     return key
 
 
 def _timm(path: Path, name: str, arguments: dict[str, Any], cifar_stem: bool) -> nn.Module:
-    """The model of timm with the weights of a file."""
+    """Model of timm with the weights of a file."""
     import timm
     from safetensors.torch import load_file
 
@@ -301,6 +315,7 @@ def _timm(path: Path, name: str, arguments: dict[str, Any], cifar_stem: bool) ->
             model.maxpool = nn.Identity()
         model.load_state_dict(load_file(path))
     except RuntimeError as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ExportError(f"export: timm's {name} does not take these weights ({reason}); nothing written") from error
+        raise ExportError(
+            f"export: timm's {name} does not accept these weights ({_first_line(error)}); nothing written"
+        ) from error
     return model.eval()
