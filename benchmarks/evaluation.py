@@ -25,9 +25,17 @@ from rich.console import Console
 from torch.nn import functional as F
 
 from byol_fast.config.evaluation import EvalSettings
-from byol_fast.evaluate import Evaluation, evaluate_finetune, evaluate_knn, evaluate_linear, knn_predict, load_subject
-from byol_fast.evaluate.encoder import Workplace, open_images
-from byol_fast.evaluate.linear import LogisticProblem
+from byol_fast.evaluate import (
+    Evaluation,
+    evaluate_finetune,
+    evaluate_knn,
+    evaluate_linear,
+    knn_predict,
+    load_pretrained,
+)
+from byol_fast.evaluate.images import open_images
+from byol_fast.evaluate.logistic import LogisticProblem
+from byol_fast.evaluate.runner import EvalContext
 from byol_fast.utils import env
 from byol_fast.utils.files import atomic_path, atomic_write
 from byol_fast.utils.progress import Progress
@@ -48,11 +56,11 @@ def rows_of(evaluation: Evaluation, cpu_seconds: float) -> list[list[object]]:
 
 
 def agreement(run: Path, train: Path | None, test: Path | None, sizes: EvalSettings) -> list[list[object]]:
-    subject, workplace = load_subject(run), Workplace(sizes, Progress())
-    images = open_images(subject, train, test, sizes)
-    encoder = workplace.placed(subject.encoder)
-    train_x, train_y = workplace.features(subject, encoder, images.train, "")
-    test_x, test_y = (t.cpu() for t in workplace.features(subject, encoder, images.test, ""))
+    pretrained, context = load_pretrained(run), EvalContext(sizes, Progress())
+    images = open_images(pretrained, train, test, sizes)
+    encoder = context.to_device(pretrained.encoder)
+    train_x, train_y = context.features(pretrained, encoder, images.train, "")
+    test_x, test_y = (t.cpu() for t in context.features(pretrained, encoder, images.test, ""))
     train_x, train_y = train_x.cpu(), train_y.cpu()
     classes = len(images.classes)
     rows: list[list[object]] = []
@@ -122,7 +130,7 @@ def main() -> None:
     parser.add_argument("--save", type=Path)
     options = parser.parse_args()
     common: dict[str, Any] = {"max_train": options.max_train, "max_test": options.max_test, "baselines": True}
-    common |= {"to": options.run / "eval", "progress": Progress(Console(highlight=False))}
+    common |= {"output_dir": options.run / "eval", "progress": Progress(Console(highlight=False))}
     images = (options.run, options.train, options.test)
     few = {"epochs": (options.few_epochs,), **common}
     every = {"epochs": (options.epochs,), "batch_size": options.batch_size, **common}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,137 +12,156 @@ import tyro
 from rich.console import Console
 
 from byol_fast.config import ConfigError, DataConfig
-
-DEFAULT_CACHE = DataConfig().cache
+from byol_fast.utils.progress import Progress
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from byol_fast.data import ImageSource
     from byol_fast.evaluate import Features
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Write the features of all images of a folder, and a sheet of nearest neighbors."""
+
+    encoder: tyro.conf.Positional[Path]
+    """A run folder, or an exported encoder."""
+    folder: tyro.conf.Positional[Path]
+    """Folder of images; or a list, tar or Parquet shards, a .npz file."""
+    output: Path = Path("features.npz")
+    """File to write, .npz or .parquet: features, paths, labels where known."""
+    neighbors: Path | None = None
+    """PNG file to write: some images, each beside those with the most similar features."""
+    queries: int = 8
+    """Number of images on that sheet, selected from all classes."""
+    k: int = 8
+    """Number of neighbors of each."""
+    query: tuple[Path, ...] = ()
+    """Images to show on the sheet instead of selected ones."""
+    batch_size: int = 256
+    """Images per batch."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU if there is one."""
+    precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = "auto"
+    """Precision of the network; auto: bf16 where the hardware has it. Features are written as fp32."""
+    threads: int = 0
+    """Decoding threads; 0: one per core."""
+    on_corrupt: Literal["raise", "skip"] = "raise"
+    """raise: stop at an image that cannot be read; skip: leave it out and list it."""
+    image_column: str = ""
+    """Parquet: name of the column of images, if it cannot be inferred."""
+    label_column: str = ""
+    """Parquet: name of the column of labels, if it cannot be inferred."""
+    cache: Path = DataConfig().cache
+    """Folder for indexes of tar shards and images of Parquet files."""
+    overwrite: bool = False
+    """Replace existing files."""
+
+
 def main(argv: list[str]) -> int:
-    """Run it; return the exit code."""
+    """Run the command; return the exit code."""
+    options = tyro.cli(Options, args=argv, prog="byol-fast embed")
+    _check_options(options)
 
-    def embed(
-        encoder: tyro.conf.Positional[Path],
-        folder: tyro.conf.Positional[Path],
-        output: Path = Path("features.npz"),
-        neighbors: Path | None = None,
-        queries: int = 8,
-        k: int = 8,
-        query: tuple[Path, ...] = (),
-        batch_size: int = 256,
-        device: Literal["auto", "cpu", "cuda"] = "auto",
-        precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = "auto",
-        threads: int = 0,
-        on_bad: Literal["raise", "skip"] = "raise",
-        image_column: str = "",
-        label_column: str = "",
-        cache: Path = DEFAULT_CACHE,
-        overwrite: bool = False,
-    ) -> None:
-        """Write the features of every image of a folder; show which images the encoder takes for similar.
+    from byol_fast.data import open_source
+    from byol_fast.data.sources import FileSource
+    from byol_fast.evaluate import save_features
+    from byol_fast.evaluate.features import check_features_path
+    from byol_fast.export.encoder import load_encoder
+    from byol_fast.report.neighbor_sheet import neighbor_sheet, save_sheet
 
-        Args:
-            encoder: a run folder, or an exported encoder.
-            folder: of images; or a list, tar or Parquet shards, a .npz file.
-            output: the file to write, .npz or .parquet: features, paths, labels where known.
-            neighbors: a PNG file: some images, and beside each those with the most similar features.
-            queries: images on that sheet, chosen from all classes.
-            k: neighbors of each.
-            query: images of your own that the sheet shows instead of chosen ones.
-            batch_size: images at a time.
-            device: auto is the GPU where there is one.
-            precision: of the network; auto is bf16 where the hardware has it. Features are written as fp32.
-            threads: decoding threads; 0 means one for each core.
-            on_bad: an image that cannot be read is an error, or is left out and listed.
-            image_column: Parquet: the column of images, where its name says nothing.
-            label_column: Parquet: the column of labels, where its name says nothing.
-            cache: folder that indexes of tar shards and the images of Parquet files are kept in.
-            overwrite: replace files that exist.
-        """
-        if query and neighbors is None:
-            raise ConfigError("embed: query is for the sheet of neighbors; add --neighbors FILE.png")
-        if missing := [str(path) for path in query if not path.exists()]:
-            raise ConfigError(f"embed: query images must exist, {', '.join(missing)} does not; check the spelling")
-        if neighbors is not None and neighbors.suffix.lower() != ".png":
-            raise ConfigError(f"embed: neighbors must be a file that ends in .png, got {neighbors}")
-        if min(queries, k, batch_size) < 1:
-            raise ConfigError(f"embed: queries, k and batch_size must be 1 or more, got {queries}, {k}, {batch_size}")
-
-        from byol_fast.data import CorruptImageError, open_source
-        from byol_fast.data.sources import FileSource
-        from byol_fast.evaluate import embed_folder, save_features
-        from byol_fast.evaluate.features import check_features_path
-        from byol_fast.export.encoder import load_encoder
-        from byol_fast.report.neighbor_sheet import neighbor_sheet, save_sheet
-        from byol_fast.utils.progress import Progress
-
-        check_features_path(output)
-        for path in (output, *([neighbors] if neighbors is not None else [])):
-            _check_writable(path, overwrite)
-        network = load_encoder(encoder)
-        source = open_source(
-            folder,
-            arg_name="folder",
-            options=DataConfig(image_column=image_column, label_column=label_column, cache=cache),
-        )
-        own = FileSource(root=Path(), paths=tuple(map(str, query))) if query else None
-        common: dict[str, Any] = {"device": device, "precision": precision, "threads": threads}
-        try:
-            # First what is quick: an image that is misspelt need not cost an hour.
-            asked = None if own is None else embed_folder(network, own, **common).features
-            with Progress(Console() if sys.stdout.isatty() else None).bar(len(source), "images") as bar:
-                found = embed_folder(
-                    network,
-                    source,
-                    batch_size=batch_size,
-                    on_bad=on_bad,
-                    progress=lambda done, _: bar.advance(done),
-                    **common,
-                )
-            save_features(found, output)
-            print(_summary(found, output))
-            if neighbors is not None:
-                sheet = neighbor_sheet(
-                    source.subset(found.index),
-                    found.features,
-                    queries=queries,
-                    k=k,
-                    own=None if own is None or asked is None else (own, asked),
-                    title=f"Nearest neighbors: {network[1]['encoder']}, {network[1]['step']} steps",
-                )
-                save_sheet(sheet, neighbors)
-                print(neighbors)
-        except CorruptImageError as error:
-            if own is None and on_bad == "skip":
-                raise
-            raise ConfigError(
-                f"embed: {error.path} {error.reason}; replace it, or leave such images out: --on-bad skip"
-            ) from error
-
-    tyro.cli(embed, args=argv, prog="byol-fast embed")
+    check_features_path(options.output)
+    for path in (options.output, *([options.neighbors] if options.neighbors is not None else [])):
+        _check_writable(path, options.overwrite)
+    encoder = load_encoder(options.encoder)
+    data_options = DataConfig(image_column=options.image_column, label_column=options.label_column, cache=options.cache)
+    source = open_source(options.folder, arg_name="folder", options=data_options)
+    own = None
+    if options.query:  # first: an error there should not come after an hour
+        query_source = FileSource(root=Path(), paths=tuple(map(str, options.query)))
+        own = query_source, _embed(encoder, query_source, options, on_corrupt="raise").features
+    results = _embed(
+        encoder,
+        source,
+        options,
+        on_corrupt=options.on_corrupt,
+        progress=Progress(Console() if sys.stdout.isatty() else None),
+    )
+    save_features(results, options.output)
+    print(_summary(results, options.output))
+    if options.neighbors is not None:
+        title = f"Nearest neighbors: {encoder[1]['encoder']}, {encoder[1]['step']} steps"
+        embedded = source.subset(results.index)
+        sheet = neighbor_sheet(embedded, results.features, queries=options.queries, k=options.k, own=own, title=title)
+        save_sheet(sheet, options.neighbors)
+        print(options.neighbors)
     return 0
 
 
+def _check_options(options: Options) -> None:
+    """Raise an error for options that contradict each other, before torch is imported."""
+    if options.query and options.neighbors is None:
+        raise ConfigError("embed: query needs the sheet of neighbors; add --neighbors FILE.png")
+    if missing := [str(path) for path in options.query if not path.exists()]:
+        raise ConfigError(f"embed: query images must exist, {', '.join(missing)} does not; check the spelling")
+    if options.neighbors is not None and options.neighbors.suffix.lower() != ".png":
+        raise ConfigError(f"embed: neighbors must be a file that ends in .png, got {options.neighbors}")
+    sizes = options.queries, options.k, options.batch_size
+    if min(sizes) < 1:
+        raise ConfigError(f"embed: queries, k and batch_size must be 1 or more, got {', '.join(map(str, sizes))}")
+
+
+def _embed(
+    encoder: tuple[nn.Module, dict[str, Any]],
+    source: ImageSource,
+    options: Options,
+    *,
+    on_corrupt: Literal["raise", "skip"],
+    progress: Progress | None = None,
+) -> Features:
+    """Features of images; a corrupt image is an error of the user."""
+    from byol_fast.data import CorruptImageError
+    from byol_fast.evaluate import embed_folder
+
+    try:
+        return embed_folder(
+            encoder,
+            source,
+            batch_size=options.batch_size,
+            device=options.device,
+            precision=options.precision,
+            threads=options.threads,
+            on_corrupt=on_corrupt,
+            progress=progress,
+        )
+    except CorruptImageError as error:
+        if on_corrupt == "skip":  # too many
+            raise
+        raise ConfigError(
+            f"embed: {error.path} {error.reason}; replace it, or leave out such images with --on-corrupt skip"
+        ) from error
+
+
 def _check_writable(path: Path, overwrite: bool) -> None:
-    """Refuse what cannot be written before an hour has gone into it, and what an hour has gone into before."""
+    """Raise an error for a file that cannot be written or would be replaced, before the features are computed."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"embed: {path} cannot be written ({error}); choose another file") from error
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        why = "it is a folder" if path.is_dir() else f"no permission to write into {path.parent}"
-        raise ConfigError(f"embed: {path} cannot be written ({why}); choose another file")
+        reason = "it is a folder" if path.is_dir() else f"no permission to write into {path.parent}"
+        raise ConfigError(f"embed: {path} cannot be written ({reason}); choose another file")
     if path.exists() and not overwrite:
         raise ConfigError(f"embed: {path} exists already; choose another file, or add --overwrite")
 
 
-def _summary(found: Features, output: Path) -> str:
-    count, dim = found.features.shape
-    labels = f", {len(found.classes)} classes" if found.labels is not None else ""
+def _summary(results: Features, output: Path) -> str:
+    count, dim = results.features.shape
+    labels = f", {len(results.classes)} classes" if results.labels is not None else ""
     text = f"{output}: {count:,} images, {dim} features each{labels}"
-    text += f"; RankMe {found.rankme:.1f} of at most {min(count, dim)}"
-    if found.skipped:
-        shown = ", ".join(found.skipped[:5]) + (", ..." if len(found.skipped) > 5 else "")
-        text += f"\nleft out because they cannot be read: {len(found.skipped)} ({shown}); the file lists them"
+    text += f"; RankMe {results.rankme:.1f} of at most {min(count, dim)}"
+    if results.skipped:
+        names = ", ".join(results.skipped[:5]) + (", ..." if len(results.skipped) > 5 else "")
+        text += f"\nskipped because they cannot be read: {len(results.skipped)} ({names}); the file lists them"
     return text

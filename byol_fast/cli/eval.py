@@ -6,7 +6,7 @@ import difflib
 import signal
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
 import tyro
 from rich.console import Console
@@ -14,33 +14,36 @@ from rich.console import Console
 from byol_fast.cli.options import complain
 from byol_fast.config.evaluation import EvalSettings, FinetuneSettings, KNNSettings, LinearSettings
 
+if TYPE_CHECKING:
+    from byol_fast.evaluate import Evaluation
+
 S = TypeVar("S", bound=EvalSettings)
 
 USAGE = """\
 usage: byol-fast eval PROTOCOL ENCODER [--train FOLDER --test FOLDER] [--baselines] [--option ...]
 
-  knn        cosine nearest neighbours
+  knn        cosine nearest neighbors
   linear     a linear classifier: on features (--protocol fast), or the paper's protocol (--protocol reference)
   finetune   the whole network, on 1 %, 10 % and all of the labels
 
-ENCODER is a run folder or an exported encoder. Without folders the run's own images are used. Records and pictures go
-to ENCODER/eval. `byol-fast eval PROTOCOL --help` lists the options.
+ENCODER is a run folder or an exported encoder. Without folders the images of the run are used. Records and charts are
+written to ENCODER/eval. `byol-fast eval PROTOCOL --help` lists the options.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Generic[S]):
-    """Judge an encoder on labelled images."""
+    """Evaluate an encoder on labeled images."""
 
     encoder: tyro.conf.Positional[Path]
     """A run folder, an exported encoder's folder, or its encoder.safetensors."""
     train: Path | None = None
-    """Labelled images to learn from: whatever --data.root of training takes; a folder with train and val (or test)
-    inside serves both. The run's own by default."""
+    """Labeled training images: anything that --data.root of training takes; a folder with train and val (or test)
+    inside serves as both. Default: the images of the run."""
     test: Path | None = None
-    """Labelled images to test on, of the same classes."""
+    """Labeled test images of the same classes."""
     output: Path | None = None
-    """Folder for the record and its pictures; `eval` in the encoder's folder by default."""
+    """Folder for records and charts. Default: `eval` in the encoder's folder."""
     settings: Annotated[S, tyro.conf.arg(name="")]
     """The protocol."""
 
@@ -53,7 +56,7 @@ PROTOCOLS: dict[str, Any] = {
 
 
 def main(argv: list[str]) -> int:
-    """Run it; return the exit code."""
+    """Run the command; return the exit code."""
     if not argv or argv[0] in {"-h", "--help"}:
         print(USAGE, end="")
         return 0 if argv else 2
@@ -64,23 +67,34 @@ def main(argv: list[str]) -> int:
         return complain(f"byol-fast eval: unknown protocol {protocol!r}; {hint}", 2)
     options: Options[Any] = tyro.cli(PROTOCOLS[protocol], args=argv[1:], prog=f"byol-fast eval {protocol}")
 
-    from byol_fast.evaluate import evaluate_finetune, evaluate_knn, evaluate_linear, load_subject
+    from byol_fast.evaluate import evaluate_finetune, evaluate_knn, evaluate_linear, load_pretrained
     from byol_fast.evaluate.results import summary
+    from byol_fast.report.evaluation_figures import save_figures
     from byol_fast.utils.progress import Progress
 
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # until here Ctrl-C ended the process plainly, see `cli`
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by `cli.main` for the time of the imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
     console = Console(highlight=False)
-    subject = load_subject(options.encoder)
-    assert subject.folder is not None
+    progress = Progress(console)
+    pretrained = load_pretrained(options.encoder)
+    assert pretrained.folder is not None
+    output_dir = options.output or pretrained.folder / "eval"
+    evaluations: list[Evaluation] = []
+
+    def on_result(evaluation: Evaluation) -> None:
+        evaluations.append(evaluation)
+        for path in save_figures(evaluation.to_dict(), output_dir):
+            progress.say(str(path))
+
     evaluate: Any = {"knn": evaluate_knn, "linear": evaluate_linear, "finetune": evaluate_finetune}[protocol]
-    found = evaluate(
-        subject,
+    evaluate(
+        pretrained,
         options.train,
         options.test,
         settings=options.settings,
-        to=options.output or subject.folder / "eval",
-        progress=Progress(console),
+        output_dir=output_dir,
+        progress=progress,
+        on_result=on_result,
     )
-    console.print(summary(found if isinstance(found, list) else [found]))
+    console.print(summary(evaluations))
     return 0

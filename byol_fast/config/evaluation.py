@@ -1,4 +1,4 @@
-"""How an encoder is judged: frozen dataclasses, every field validated; the options of `byol-fast eval`."""
+"""Settings of evaluations, the options of `byol-fast eval`: frozen dataclasses with validated fields."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ def _require(ok: bool, field: str, contract: str, got: object) -> None:
         raise ConfigError(f"eval: {field} must {contract}, got {got!r}")
 
 
-def _rates(field: str, values: Sequence[float]) -> None:
-    good = len(values) > 0 and all(math.isfinite(value) and value > 0 for value in values)
-    _require(good, field, "be one or more positive numbers", values)
+def _require_positive(field: str, values: Sequence[float]) -> None:
+    ok = len(values) > 0 and all(math.isfinite(value) and value > 0 for value in values)
+    _require(ok, field, "be one or more positive numbers", values)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalSettings:
-    """What all protocols share."""
+    """Settings of all protocols."""
 
     baselines: bool = False
-    """Judge by the same protocol what was not learned: the untrained encoder (norms calibrated) and raw pixels; for
-    fine-tuning, the untrained encoder, which is supervised training from scratch."""
+    """Evaluate baselines as well: the untrained encoder with calibrated norms, and raw pixels; for fine-tuning, the
+    untrained encoder, which is supervised training from scratch."""
     max_train: int = 0
-    """Use so many training images at most, evenly spaced; 0 means all."""
+    """Maximum number of training images, evenly spaced; 0: all."""
     max_test: int = 0
-    """Use so many test images at most, evenly spaced; 0 means all."""
+    """Maximum number of test images, evenly spaced; 0: all."""
     seed: int = 0
-    """Seed of the splits, the crops, and new weights."""
+    """Seed of splits, crops and initial weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the GPU where there is one."""
+    """auto: the GPU if there is one."""
     precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
-    """Arithmetic of the encoder, as in training; classifiers on frozen features are fp32."""
+    """Precision of the encoder, as in training; classifiers on frozen features are fp32."""
     threads: int = 0
-    """Decoding threads; 0 means one per CPU core this process may use."""
-    on_bad: Literal["raise", "skip"] = "raise"
-    """An image that cannot be read ends the evaluation, or is left out."""
+    """Decoding threads; 0: one per CPU core available to this process."""
+    on_corrupt: Literal["raise", "skip"] = "raise"
+    """raise: stop at an image that cannot be read; skip: leave it out."""
 
     def __post_init__(self) -> None:
         for name in ("max_train", "max_test", "threads"):
@@ -51,13 +51,13 @@ class EvalSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KNNSettings(EvalSettings):
-    """Cosine nearest neighbours that vote with weights exp(similarity / temperature)."""
+    """Cosine nearest neighbors that vote with weights exp(similarity / temperature)."""
 
     k: tuple[int, ...] = ()
-    """Neighbours that vote. The first is the result, the others are points of a curve. By default the run's own knn.k,
-    then 1, 5, 20, 100 and 200."""
+    """Numbers of neighbors. The first is the result, the others are points of a curve. Default: knn.k of the run, then
+    1, 5, 20, 100 and 200."""
     temperature: float | None = None
-    """Temperature of the votes; by default the run's own knn.temperature, else 0.07 (lightly's benchmarks: 0.1)."""
+    """Temperature of the votes. Default: knn.temperature of the run, else 0.07 (lightly's benchmarks: 0.1)."""
 
     def __post_init__(self) -> None:
         EvalSettings.__post_init__(self)
@@ -68,24 +68,24 @@ class KNNSettings(EvalSettings):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearSettings(EvalSettings):
-    """A linear classifier on the frozen encoder."""
+    """Linear classifier on the frozen encoder."""
 
     protocol: Literal["fast", "reference"] = "fast"
-    """fast: each image passes the encoder once; multinomial logistic regression on the features by L-BFGS, its
-    regularisation chosen on a held-out part of the training images, then refitted on all (the paper's for transfer).
-    reference: SGD on random crops and flips, test on centre crops (the paper's for ImageNet)."""
+    """fast: one pass over center crops; multinomial logistic regression on the features by L-BFGS, its regularization
+    selected on a held-out part of the training images, then fitted on all (the paper's protocol for transfer).
+    reference: SGD on random crops and flips, test on center crops (the paper's protocol for ImageNet)."""
     held_out: float = 0.1
-    """Share of each class's training images that chooses among candidates; with one candidate none is held out."""
+    """Share of each class's training images that is held out for model selection; 0 with a single candidate."""
     l2: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
-    """fast: candidates of the regularisation, half of l2 times the squared weights, beside the mean cross-entropy."""
+    """fast: candidates of the regularization, l2 / 2 times the squared weights, added to the mean cross-entropy."""
     flip: bool = False
-    """fast: learn from the features of the mirrored images too."""
+    """fast: train on the features of the mirrored images as well."""
     lr: tuple[float, ...] = (0.4, 0.3, 0.2, 0.1, 0.05)
     """reference: candidates of the learning rate for a batch of 256; all are trained in the same pass."""
     epochs: int = 80
     """reference: passes over the training images."""
     batch_size: int = 1024
-    """reference: images a step; the learning rate scales with batch_size / 256."""
+    """reference: images per step; the learning rate scales with batch_size / 256."""
 
     def __post_init__(self) -> None:
         EvalSettings.__post_init__(self)
@@ -93,38 +93,38 @@ class LinearSettings(EvalSettings):
         _require(0 < self.held_out <= 0.5, "held_out", "be above 0, at most 0.5", self.held_out)
         ok = len(self.l2) > 0 and all(math.isfinite(value) and value >= 0 for value in self.l2)
         _require(ok, "l2", "be one or more numbers of zero or more", self.l2)
-        _rates("lr", self.lr)
+        _require_positive("lr", self.lr)
         _require(self.epochs >= 1, "epochs", "be 1 or more", self.epochs)
         _require(self.batch_size >= 1, "batch_size", "be 1 or more", self.batch_size)
-        of = {"fast": ("l2", "flip"), "reference": ("lr", "epochs", "batch_size")}
+        fields_of = {"fast": ("l2", "flip"), "reference": ("lr", "epochs", "batch_size")}
         other = "reference" if self.protocol == "fast" else "fast"
-        for name in of[other]:
+        for name in fields_of[other]:
             default = next(f.default for f in fields(self) if f.name == name)
-            rule = f"be left alone with protocol {self.protocol} (it belongs to {other})"
-            _require(getattr(self, name) == default, name, rule, getattr(self, name))
+            contract = f"be left at its default with protocol {self.protocol}, it belongs to {other}"
+            _require(getattr(self, name) == default, name, contract, getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinetuneSettings(EvalSettings):
-    """The whole network, trained further on a part of the labels: SGD with Nesterov momentum, crops and flips."""
+    """Fine-tuning of the whole network on a share of the labels: SGD with Nesterov momentum, crops and flips."""
 
     labels: tuple[float, ...] = (0.01, 0.1, 1.0)
-    """Shares of each class's labels, one evaluation for each; a smaller share is a part of a larger one."""
+    """Shares of each class's labels, one evaluation for each; a smaller share is a subset of a larger one."""
     lr: tuple[float, ...] = (0.05,)
     """Candidates of the learning rate for a batch of 256 (the paper's: 0.1 0.05 0.02 0.01 0.005)."""
     epochs: tuple[int, ...] = (30,)
-    """Candidates of the passes over the labelled images (the paper's: 30 50)."""
+    """Candidates of the number of epochs over the labeled images (the paper's: 30 50)."""
     held_out: float = 0.2
-    """Share of the labelled images that chooses among candidates; the choice is then trained again on all of them. With
-    one candidate none is held out. The network of the last epoch counts in any case."""
+    """Share of the labeled images that is held out for model selection; the best candidate is then trained again on all
+    labeled images. 0 with a single candidate. The network of the last epoch is evaluated."""
     batch_size: int = 256
-    """Images a step (the paper's: 1024); the learning rate scales with batch_size / 256."""
+    """Images per step (the paper's: 1024); the learning rate scales with batch_size / 256."""
 
     def __post_init__(self) -> None:
         EvalSettings.__post_init__(self)
         ok = len(self.labels) > 0 and all(0 < share <= 1 for share in self.labels)
         _require(ok, "labels", "be one or more shares, above 0, at most 1", self.labels)
-        _rates("lr", self.lr)
+        _require_positive("lr", self.lr)
         _require(len(self.epochs) > 0 and min(self.epochs) >= 1, "epochs", "be positive numbers", self.epochs)
         _require(0 < self.held_out <= 0.5, "held_out", "be above 0, at most 0.5", self.held_out)
         _require(self.batch_size >= 2, "batch_size", "be 2 or more", self.batch_size)

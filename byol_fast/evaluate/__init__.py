@@ -1,30 +1,31 @@
-"""What the representation is worth."""
+"""Evaluation of encoders with labels, and features of images."""
 
-from byol_fast.evaluate.encoder import Subject, load_subject
-from byol_fast.evaluate.extract import calibrated, embed
+from byol_fast.evaluate.encoder import PretrainedEncoder, load_pretrained
+from byol_fast.evaluate.extract import extract_features, recalibrate_bn
 from byol_fast.evaluate.features import Features, embed_folder, load_features, save_features
-from byol_fast.evaluate.knn import KNNResult, knn_accuracy, knn_predict
+from byol_fast.evaluate.finetune import evaluate_finetune
+from byol_fast.evaluate.knn import KNNResult, evaluate_knn, knn_accuracy, knn_predict
+from byol_fast.evaluate.linear import evaluate_linear
 from byol_fast.evaluate.neighbors import nearest
 from byol_fast.evaluate.rankme import rankme
 from byol_fast.evaluate.results import Evaluation
-from byol_fast.evaluate.runner import evaluate_finetune, evaluate_knn, evaluate_linear
 
 __all__ = [
     "Evaluation",
     "Features",
     "KNNResult",
-    "Subject",
-    "calibrated",
-    "embed",
+    "PretrainedEncoder",
     "embed_folder",
     "evaluate_finetune",
     "evaluate_knn",
     "evaluate_linear",
+    "extract_features",
     "knn_accuracy",
     "knn_predict",
     "load_features",
-    "load_subject",
+    "load_pretrained",
     "nearest",
     "rankme",
+    "recalibrate_bn",
     "save_features",
 ]

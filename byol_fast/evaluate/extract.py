@@ -11,84 +11,91 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from byol_fast.models.split_batchnorm import disable_sync
 
-Images = Iterable[tuple[Tensor, Tensor]]
+ImageBatches = Iterable[tuple[Tensor, Tensor]]
+"""Batches of images, uint8 `[B, 3, S, S]`, and their positions, int64 `[B]`; see `byol_fast.data.eval_batches`."""
+
+CALIBRATION_IMAGES = 10_240
+"""Number of images that `recalibrate_bn` needs at most."""
 
 
 @torch.no_grad()
-def embed(
+def extract_features(
     encoder: nn.Module,
-    images: Images,
+    images: ImageBatches,
     *,
     normalize: nn.Module,
     device: torch.device,
     autocast: torch.dtype | None = None,
     check: Callable[[], None] | None = None,
-) -> Tensor:
-    """Features of every image, in the order of the images.
+) -> tuple[Tensor, Tensor]:
+    """Features of all images, in order.
 
     Args:
-        encoder: maps normalised `[B, 3, S, S]` to features; runs in eval mode and is left in the mode it was in.
-        images: batches of (uint8 `[B, 3, S, S]`, index), as `byol_fast.data.eval_batches` yields them.
-        normalize: turns uint8 into the encoder's input.
-        device: where the encoder is.
-        autocast: dtype to compute in; None leaves the weights' own.
+        encoder: maps normalized `[B, 3, S, S]` to features; runs in eval mode, its modes are restored afterwards.
+        images: batches of images and their positions.
+        normalize: maps uint8 images to the encoder's input.
+        device: device of the encoder.
+        autocast: dtype to compute in; None: that of the weights.
         check: called before every batch; may raise to stop.
 
     Returns:
-        fp32 `[N, D]` on the encoder's device.
+        Features, fp32 `[N, D]` on the device, and the positions of their images, int64 `[N]` on the CPU.
+
+    Raises:
+        ValueError: there are no images.
     """
     modes = [(module, module.training) for module in encoder.modules()]
     encoder.eval()
-    features = []
+    features, positions = [], []
     try:
-        for batch, _ in images:
+        for batch, index in images:
             if check is not None:
                 check()
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                 x = encoder(normalize(batch.to(device, non_blocking=True)))
             features.append(x.flatten(1).float())
+            positions.append(index)
     finally:
         for module, mode in modes:
             module.training = mode
     if not features:
-        raise ValueError("embed: images must hold at least one batch, got none; check the source")
-    return torch.cat(features)
+        raise ValueError("extract_features: images must have at least one batch, got none; check the source")
+    return torch.cat(features), torch.cat(positions)
 
 
 @torch.no_grad()
-def calibrated(
+def recalibrate_bn(
     encoder: nn.Module,
-    images: Images,
+    images: ImageBatches,
     *,
     normalize: nn.Module,
     device: torch.device,
     autocast: torch.dtype | None = None,
     check: Callable[[], None] | None = None,
 ) -> nn.Module:
-    """A copy of an encoder whose batch norms carry the statistics of these images.
+    """Copy of an encoder with BN running statistics of these images: the mean over the batches, in train mode.
 
-    An untrained network's running statistics are 0 and 1; judged with those it looks worse than it is. Averaging the
-    statistics of a pass over the data in train mode makes it an honest baseline.
+    The running statistics of an untrained network are 0 and 1; its accuracy would be underestimated with those.
 
     Args:
-        encoder: the network; itself unchanged.
-        images: batches as for `embed`.
-        normalize: as for `embed`.
-        device: where the encoder is.
-        autocast: as for `embed`.
-        check: as for `embed`.
+        encoder: the network; not modified.
+        images: as for `extract_features`.
+        normalize: as for `extract_features`.
+        device: as for `extract_features`.
+        autocast: as for `extract_features`.
+        check: as for `extract_features`.
     """
     network = copy.deepcopy(encoder).eval()
     disable_sync(network)
     for module in network.modules():
         if isinstance(module, _BatchNorm):
             module.reset_running_stats()
-            module.momentum = None  # cumulative average: every batch counts the same
+            module.momentum = None  # cumulative average: all batches have the same weight
             module.train()
     for batch, _ in images:
         if check is not None:
             check()
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            if len(batch) > 1:  # one image has no statistics
+            if len(batch) > 1:  # a single image has no variance
                 network(normalize(batch.to(device, non_blocking=True)))
     return network.eval()

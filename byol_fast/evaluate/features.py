@@ -1,4 +1,4 @@
-"""Features of a folder of images, and the files they are kept in."""
+"""Features of a folder of images, and their files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,125 +19,107 @@ from torch import Tensor, nn
 from byol_fast.config import ConfigError, DataConfig
 from byol_fast.data import ImageSource, eval_batches, open_source
 from byol_fast.data.sources import FileSource
-from byol_fast.evaluate.extract import embed
-from byol_fast.evaluate.rankme import rankme, spread_rows
+from byol_fast.evaluate.extract import extract_features
+from byol_fast.evaluate.rankme import rankme, subsample_rows
 from byol_fast.export.encoder import load_encoder
 from byol_fast.models.layers import Normalize
+from byol_fast.utils.device import resolve_device
 from byol_fast.utils.files import atomic_path
 from byol_fast.utils.precision import resolve_precision
+from byol_fast.utils.progress import Progress
 
 log = logging.getLogger(__name__)
 
-PARTS = {"train", "training", "val", "valid", "validation", "test"}
-"""Names of folders that are parts of a data set rather than classes."""
-
-Encoder = str | Path | tuple[nn.Module, dict[str, Any]]
-"""A run, an exported encoder, or what `load_encoder` returned."""
-
-Progress = Callable[[int, int], None]
-"""Called with the images that are done, and how many there are."""
+SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test"}
+"""Names of folders that are usually splits of a data set and not classes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Features:
-    """What an encoder makes of images."""
+    """Features of images under an encoder."""
 
     features: NDArray[np.float32]
-    """A row for each image `[N, D]`."""
+    """One row per image `[N, D]`."""
     paths: tuple[str, ...]
-    """Where each image lies: relative to the folder that was given, `shard:member`, or source and number."""
+    """Path of each image in the folder, `shard:member`, or name and number."""
     index: NDArray[np.int64]
-    """Number of each image among all of the folder `[N]`; some are missing where images were skipped."""
+    """Position of each image in the folder `[N]`; positions of skipped images are missing."""
     labels: NDArray[np.int64] | None = None
-    """Class of each image `[N]`, -1 where it is not known; None where none is."""
+    """Class of each image `[N]`, -1 where unknown; None without labels."""
     classes: tuple[str, ...] = ()
     """Names of the classes."""
     skipped: tuple[str, ...] = ()
-    """Images that could not be read and were left out."""
+    """Paths of images that could not be read."""
     rankme: float = float("nan")
-    """Effective rank of the features: see `byol_fast.evaluate.rankme`."""
-    about: dict[str, Any] = field(default_factory=dict)
-    """The encoder's description, as in `encoder.json`, and the precision that it was run with."""
+    """Effective rank of the features; see `byol_fast.evaluate.rankme`."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Metadata of the encoder, as in `encoder.json`, and the precision it was run with."""
 
 
 def embed_folder(
-    encoder: Encoder,
+    encoder: str | Path | tuple[nn.Module, dict[str, Any]],
     images: object,
     *,
     batch_size: int = 256,
     device: str = "auto",
     precision: str = "auto",
     threads: int = 0,
-    on_bad: Literal["raise", "skip"] = "raise",
+    on_corrupt: Literal["raise", "skip"] = "raise",
     options: DataConfig | None = None,
     progress: Progress | None = None,
 ) -> Features:
-    """Features of every image of a folder, in the order of its paths.
-
-    Images are resized and cropped in the middle to the size that the encoder was trained on, not augmented.
+    """Features of all images of a folder, in the order of their paths, from center crops without augmentation.
 
     Args:
-        encoder: a run folder, an exported encoder, or the pair that `load_encoder` returns (it moves to the device).
-        images: a folder, or whatever else `byol_fast.data.open_source` takes.
-        batch_size: images at a time.
+        encoder: a run folder, an exported encoder, or the pair that `load_encoder` returns (moved to the device).
+        images: a folder, or anything else that `byol_fast.data.open_source` takes.
+        batch_size: images per batch.
         device: auto, cpu or cuda.
-        precision: of the network: auto, bf16, fp16, tf32 or fp32; the features are fp32 in any case.
-        threads: decoding threads; 0 means one for each core.
-        on_bad: whether an image that cannot be read is an error, or left out.
-        options: of it `cache`, `image_column` and `label_column` are used.
-        progress: told after every batch how far it is.
-
-    Returns:
-        Features, paths, and labels where they are known.
+        precision: of the network: auto, bf16, fp16, tf32 or fp32; features are stored as fp32.
+        threads: decoding threads; 0: one per core.
+        on_corrupt: raise an error for an image that cannot be read, or skip it.
+        options: `cache`, `image_column` and `label_column` are used.
+        progress: shows progress; None: nothing is shown.
 
     Raises:
-        FileNotFoundError: there is no such encoder.
-        SourceError: there are no such images.
-        CorruptImageError: an image cannot be read, and `on_bad` is "raise"; or half of all cannot.
+        FileNotFoundError: the encoder does not exist.
+        SourceError: the images do not exist.
+        CorruptImageError: an image cannot be read and `on_corrupt` is "raise", or half of all images cannot be read.
         ValueError: a feature is not finite.
 
     Example:
-        >>> found = byol_fast.evaluate.embed_folder("runs/first", "photos")
-        >>> found.features.shape, found.paths[0]
+        >>> results = byol_fast.evaluate.embed_folder("runs/first", "photos")
+        >>> results.features.shape, results.paths[0]
     """
-    from byol_fast.utils.device import resolve_device
-
-    where = resolve_device(device)
-    numbers = resolve_precision(precision, where)
-    network, about = load_encoder(encoder) if isinstance(encoder, str | Path) else encoder
+    torch_device = resolve_device(device)
+    torch_precision = resolve_precision(precision, torch_device)
+    network, metadata = load_encoder(encoder) if isinstance(encoder, str | Path) else encoder
     source = open_source(images, arg_name="images", options=options)
-    if source.labels is not None and set(source.classes) <= PARTS:
-        parts = " and ".join(source.classes)
-        log.warning("embed: the folders %s are taken as classes; for those inside, give one of the folders", parts)
-    network = network.to(where)
-    normalize = Normalize(tuple(about["mean"]), tuple(about["std"])).to(where)
-    rows = np.empty((len(source), about["feature_dim"]), np.float32)
-    kept: list[Tensor] = []
-    count = 0
+    if source.labels is not None and set(source.classes) <= SPLIT_NAMES:
+        folders = " and ".join(source.classes)
+        log.warning("embed: the folders %s are taken as classes; pass one of them to use the folders inside", folders)
     batches = eval_batches(
         source,
-        about["image_size"],
+        metadata["image_size"],
         batch_size,
-        interpolation=about.get("interpolation", "bicubic"),
+        interpolation=metadata.get("interpolation", "bicubic"),
         threads=threads,
-        device=where,
-        on_bad=on_bad,
+        device=torch_device,
+        on_bad=on_corrupt,
     )
-    for batch in batches:
-        x = embed(network, [batch], normalize=normalize, device=where, autocast=numbers.autocast)
-        rows[count : count + len(x)] = x.cpu().numpy()
-        count += len(x)
-        kept.append(batch[1])
-        if progress is not None:
-            progress(int(batch[1][-1]) + 1, len(source))
-    features = rows[:count]
+    features, index = _extract_to_cpu(
+        network.to(torch_device),
+        (progress or Progress()).over(batches, len(source), "images"),
+        len(source),
+        metadata,
+        device=torch_device,
+        autocast=torch_precision.autocast,
+    )
     if not np.isfinite(features).all():
         raise ValueError(
-            f"embed: features must be finite, {numbers.name} gives some that are not; use precision fp32, or check "
-            "the run's loss"
+            f"embed: features must be finite, some are not in {torch_precision.name}; set precision fp32, or check "
+            "the loss of the run"
         )
-    index = torch.cat(kept).numpy()
-    left_out = np.setdiff1d(np.arange(len(source)), index)
     names = list(_names(source))
     return Features(
         features=features,
@@ -145,30 +127,52 @@ def embed_folder(
         index=index,
         labels=None if source.labels is None else source.labels[index],
         classes=source.classes,
-        skipped=tuple(names[i] for i in left_out),
-        rankme=rankme(spread_rows(torch.from_numpy(features)).to(where)),
-        about=about | {"precision": numbers.name},
+        skipped=tuple(names[i] for i in np.setdiff1d(np.arange(len(source)), index)),
+        rankme=rankme(subsample_rows(torch.from_numpy(features)).to(torch_device)),
+        metadata=metadata | {"precision": torch_precision.name},
     )
 
 
+def _extract_to_cpu(
+    network: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    num_images: int,
+    metadata: dict[str, Any],
+    *,
+    device: torch.device,
+    autocast: torch.dtype | None,
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Features and positions, moved to the CPU after every batch: those of large data sets exceed a GPU's memory."""
+    normalize = Normalize(tuple(metadata["mean"]), tuple(metadata["std"])).to(device)
+    features = np.empty((num_images, metadata["feature_dim"]), np.float32)
+    positions: list[Tensor] = []
+    count = 0
+    for batch in batches:
+        x, index = extract_features(network, [batch], normalize=normalize, device=device, autocast=autocast)
+        features[count : count + len(x)] = x.cpu().numpy()
+        count += len(x)
+        positions.append(index)
+    return features[:count], torch.cat(positions).numpy()
+
+
 def _names(source: ImageSource) -> Iterator[str]:
-    """Names of images that mean the same on another machine, where that is possible."""
+    """Names of images, without the folder where that is possible, so that they are valid on another machine."""
     if isinstance(source, FileSource):
         yield from source.paths
         return
     for i in range(len(source)):
-        file, colon, inside = source.sample_name(i).partition(":")
-        yield f"{Path(file).name}:{inside}" if colon else file
+        file, colon, member = source.sample_name(i).partition(":")
+        yield f"{Path(file).name}:{member}" if colon else file
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
 def check_features_path(path: Path) -> None:
-    """Refuse a file that features cannot be written to, before they are computed.
+    """Raise an error for a path that features cannot be written to, before they are computed.
 
     Raises:
-        ConfigError: its ending is neither .npz nor .parquet, or pyarrow is missing for the latter.
+        ConfigError: the suffix is neither .npz nor .parquet, or pyarrow is missing for the latter.
     """
     if path.suffix not in {".npz", ".parquet"}:
         raise ConfigError(f"embed: output must be a file that ends in .npz or .parquet, got {path}")
@@ -176,62 +180,70 @@ def check_features_path(path: Path) -> None:
         raise ConfigError(f"embed: output is {path}, which needs pyarrow; pip install pyarrow, or write .npz")
 
 
-def save_features(found: Features, path: Path) -> None:
-    """Write features as `.npz` or `.parquet`, whole or not at all.
+def save_features(features: Features, path: Path) -> None:
+    """Write features as `.npz` or `.parquet`, atomically.
 
-    `.npz`: `features` fp32 `[N, D]`, `paths` `[N]`, `index` `[N]`, where known `labels` int64 `[N]` and `classes`
-    `[C]`; `skipped`, `rankme`, and `about` as JSON. `.parquet`: columns `path`, `index`, `features` (lists of D), where
-    known `label` and `class`; the rest as JSON in the metadata `byol_fast`.
+    `.npz`: `features` fp32 `[N, D]`, `paths` `[N]`, `index` `[N]`, `skipped`, `rankme`, `metadata` as JSON, and, with
+    labels, `labels` int64 `[N]` and `classes` `[C]`. `.parquet`: columns `path`, `index`, `features` (lists of D) and,
+    with labels, `label` and `class`; the rest as JSON in the schema's metadata `byol_fast`.
 
     Raises:
-        ConfigError: the path ends otherwise, or cannot be written.
+        ConfigError: the suffix is another one, or the file cannot be written.
     """
     check_features_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
-            (_write_npz if path.suffix == ".npz" else _write_parquet)(found, temporary)
+            (_write_npz if path.suffix == ".npz" else _write_parquet)(features, temporary)
     except OSError as error:
         raise ConfigError(f"embed: output must be a file that can be written, got {path} ({error})") from error
 
 
-def _write_npz(found: Features, path: Path) -> None:
-    arrays: dict[str, Any] = {"features": found.features, "paths": np.array(found.paths), "index": found.index}
-    if found.labels is not None:
-        arrays |= {"labels": found.labels, "classes": np.array(found.classes)}
-    arrays |= {"rankme": np.float64(found.rankme), "about": np.array(json.dumps(found.about))}
-    if found.skipped:
-        arrays["skipped"] = np.array(found.skipped)
-    with path.open("wb") as file:  # given a path, numpy would append .npz to it
+def _write_npz(features: Features, path: Path) -> None:
+    arrays: dict[str, Any] = {"features": features.features, "paths": np.array(features.paths), "index": features.index}
+    if features.labels is not None:
+        arrays |= {"labels": features.labels, "classes": np.array(features.classes)}
+    arrays |= {"rankme": np.float64(features.rankme), "metadata": np.array(json.dumps(features.metadata))}
+    if features.skipped:
+        arrays["skipped"] = np.array(features.skipped)
+    with path.open("wb") as file:  # numpy would append .npz to a path
         np.savez(file, **arrays)
 
 
-def _write_parquet(found: Features, path: Path) -> None:
+def _write_parquet(features: Features, path: Path) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
-    columns: dict[str, Any] = {"path": pa.array([_utf8(name) for name in found.paths]), "index": pa.array(found.index)}
-    if found.labels is not None:
-        names = [found.classes[label] if label >= 0 else None for label in found.labels.tolist()]
-        columns |= {"label": pa.array(found.labels), "class": pa.array(names).dictionary_encode()}
-    flat = pa.array(np.ascontiguousarray(found.features).reshape(-1))
-    columns["features"] = pa.FixedSizeListArray.from_arrays(flat, found.features.shape[1])
-    rest = {"classes": found.classes, "skipped": found.skipped, "rankme": found.rankme, "about": found.about}
-    table = pa.table(columns).replace_schema_metadata({"byol_fast": json.dumps(rest)})
+    columns: dict[str, Any] = {
+        "path": pa.array([_utf8(name) for name in features.paths]),
+        "index": pa.array(features.index),
+    }
+    if features.labels is not None:
+        names = [features.classes[label] if label >= 0 else None for label in features.labels.tolist()]
+        columns |= {"label": pa.array(features.labels), "class": pa.array(names).dictionary_encode()}
+    flat = pa.array(np.ascontiguousarray(features.features).reshape(-1))
+    columns["features"] = pa.FixedSizeListArray.from_arrays(flat, features.features.shape[1])
+    others = {
+        "classes": features.classes,
+        "skipped": features.skipped,
+        "rankme": features.rankme,
+        "metadata": features.metadata,
+    }
+    table = pa.table(columns).replace_schema_metadata({"byol_fast": json.dumps(others)})
     parquet.write_table(table, path)
 
 
 def _utf8(name: str) -> str:
-    """Names of files may hold any bytes, Parquet's texts only UTF-8."""
+    """A file name, which may contain any bytes, as UTF-8 for Parquet."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def load_features(path: Path | str) -> Features:
-    """Read what `save_features` wrote.
+    """Read a file of `save_features`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ConfigError: it holds no features.
+        FileNotFoundError: the file does not exist.
+        ConfigError: it contains no features.
     """
     path = Path(path)
     check_features_path(path)
@@ -253,7 +265,7 @@ def _read_npz(path: Path) -> Features:
             classes=tuple(file["classes"].tolist()) if "classes" in file else (),
             skipped=tuple(file["skipped"].tolist()) if "skipped" in file else (),
             rankme=float(file["rankme"]),
-            about=json.loads(str(file["about"])),
+            metadata=json.loads(str(file["metadata"])),
         )
 
 
@@ -261,15 +273,15 @@ def _read_parquet(path: Path) -> Features:
     from pyarrow import parquet
 
     table = parquet.read_table(path)
-    rest = json.loads(table.schema.metadata[b"byol_fast"])
+    others = json.loads(table.schema.metadata[b"byol_fast"])
     column = table["features"].combine_chunks()
     return Features(
         features=column.values.to_numpy().reshape(len(table), -1),
         paths=tuple(table["path"].to_pylist()),
         index=table["index"].to_numpy(),
         labels=table["label"].to_numpy() if "label" in table.column_names else None,
-        classes=tuple(rest["classes"]),
-        skipped=tuple(rest["skipped"]),
-        rankme=rest["rankme"],
-        about=rest["about"],
+        classes=tuple(others["classes"]),
+        skipped=tuple(others["skipped"]),
+        rankme=others["rankme"],
+        metadata=others["metadata"],
     )

@@ -1,13 +1,101 @@
-"""k nearest neighbours on frozen features: the cheapest honest look at a representation."""
+"""Evaluation by k nearest neighbors on frozen features."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from byol_fast.config import ConfigError
+from byol_fast.config.evaluation import KNNSettings
+from byol_fast.evaluate.encoder import PretrainedEncoder
+from byol_fast.evaluate.metrics import Scores, score
+from byol_fast.evaluate.results import Baseline, Evaluation
+from byol_fast.evaluate.runner import Entry, EvalRun, OnResult
+from byol_fast.utils.progress import Progress
+
+CURVE_KS = (1, 5, 20, 100, 200)
+"""Numbers of neighbors of the curve."""
+
+
+def evaluate_knn(
+    encoder: str | Path | PretrainedEncoder,
+    train: object = None,
+    test: object = None,
+    *,
+    settings: KNNSettings | None = None,
+    output_dir: Path | None = None,
+    progress: Progress | None = None,
+    on_result: OnResult | None = None,
+    **changes: Any,
+) -> Evaluation:
+    """Evaluate an encoder by its cosine nearest neighbors, which vote with exp(similarity / temperature).
+
+    Args:
+        encoder: a run folder, an exported encoder, or a `PretrainedEncoder`.
+        train: labeled images, anything that `byol_fast.data.open_source` takes; a folder with `train` and `val` (or
+            `test`) inside serves as both. None: the images of the run.
+        test: labeled images of classes that the training images have. None: the test images that belong to `train`.
+        settings: of the protocol; None: the defaults.
+        output_dir: folder that the record `knn.json` is written to; None: none is written.
+        progress: shows progress; None: nothing is shown.
+        on_result: called with each result, after its record is written.
+        **changes: fields of the settings to replace.
+
+    Raises:
+        ValueError: the images or settings do not fit.
+        ConfigError: the folder cannot be written.
+
+    Example:
+        >>> evaluate_knn("runs/first", "photos/train", "photos/val", k=(20,)).top1
+    """
+    run = EvalRun(
+        encoder,
+        train,
+        test,
+        settings or KNNSettings(),
+        changes,
+        output_dir=output_dir,
+        progress=progress,
+        on_result=on_result,
+    )
+    s, config = run.settings, run.pretrained.config
+    num_train = len(run.images.train)
+    if s.k and max(s.k) > num_train:
+        raise ConfigError(f"eval: k must be at most the number of training images, {num_train}, got {max(s.k)}")
+    default_k = min(config.knn.k if config is not None else 20, num_train)
+    ks = s.k or (default_k, *(k for k in CURVE_KS if k != default_k and k <= num_train))
+    temperature = s.temperature or (config.knn.temperature if config is not None else 0.07)
+
+    (_, scores), *baselines = [(entry.name, _scores_by_k(entry, ks, temperature)) for entry in run.entries()]
+    return run.finish(
+        "knn",
+        scores[0],
+        chosen={"k": ks[0], "temperature": temperature},
+        baselines=[Baseline.of(name, baseline_scores[0]) for name, baseline_scores in baselines],
+        curve=sorted(zip(ks, [at_k.top1 for at_k in scores], strict=True)),
+        curve_label="k, neighbors (test images)",
+    )
+
+
+def _scores_by_k(entry: Entry, ks: Sequence[int], temperature: float) -> list[Scores]:
+    images = entry.run.images
+    train_x, train_y = entry.features(images.train, "training images")
+    test_x, test_y = entry.features(images.test, "test images")
+    rankings = knn_rankings(
+        train_x,
+        train_y,
+        test_x,
+        ks=[min(k, len(train_x)) for k in ks],  # corrupt images may be missing
+        temperature=temperature,
+        num_classes=len(images.classes),
+    )
+    return [score(ranking, test_y, images.classes) for ranking in rankings]
 
 
 @torch.no_grad()
@@ -23,22 +111,22 @@ def knn_predict(
 ) -> Tensor:
     """Rank the classes of each test sample by the votes of its k nearest training samples.
 
-    Cosine similarity; a neighbour votes with `exp(similarity / temperature)` (Wu et al., arXiv 1805.01978).
+    Cosine similarity; a neighbor votes with `exp(similarity / temperature)` (Wu et al., arXiv 1805.01978).
 
     Args:
-        train_x: features `[M, D]`, floating point, of any length.
+        train_x: features `[M, D]`, floating point, normalized or not.
         train_y: classes `[M]`, integers in 0..num_classes-1.
         test_x: features `[N, D]`.
-        k: neighbours, 1..M.
+        k: number of neighbors, 1..M.
         temperature: positive.
         num_classes: number of classes.
         chunk: test samples compared at a time; bounds memory to `chunk * M` similarities.
 
     Returns:
-        int64 `[N, num_classes]`: class numbers, most votes first; classes with equal votes in rising order.
+        int64 `[N, num_classes]`: class numbers, most votes first; classes with equal votes in ascending order.
 
     Raises:
-        ValueError: shapes that do not fit, k out of range, temperature not positive, labels out of range.
+        ValueError: shapes do not match, k or labels out of range, or temperature not positive.
     """
     return knn_rankings(
         train_x, train_y, test_x, ks=(k,), temperature=temperature, num_classes=num_classes, chunk=chunk
@@ -62,7 +150,7 @@ def knn_rankings(
         train_x: as for `knn_predict`.
         train_y: as for `knn_predict`.
         test_x: as for `knn_predict`.
-        ks: numbers of neighbours, each 1..M.
+        ks: numbers of neighbors, each 1..M.
         temperature: as for `knn_predict`.
         num_classes: as for `knn_predict`.
         chunk: as for `knn_predict`.
@@ -90,32 +178,32 @@ def knn_rankings(
             f"knn_predict: train_y must be 0..{num_classes - 1}, got {int(train_y.min())}..{int(train_y.max())}"
         )
     train_y = train_y.long()
-    bank = _unit(train_x)
-    found: list[list[Tensor]] = [[] for _ in ks]
+    bank = _normalize(train_x)
+    rankings: list[list[Tensor]] = [[] for _ in ks]
     for queries in torch.split(test_x, chunk):
-        similarity, nearest = (_unit(queries) @ bank.T).topk(max(ks), dim=1)
-        # exp(s/T) overflows fp32 for T < 0.0113; the largest vote of a row may be 1 without changing the ranking.
+        similarity, nearest = (_normalize(queries) @ bank.T).topk(max(ks), dim=1)
+        # exp(s / T) overflows fp32 for T < 0.0113; scaling a row so that its largest vote is 1 keeps the ranking.
         votes = ((similarity - similarity[:, :1]) / temperature).exp()
         classes = train_y[nearest]
-        for k, rankings in zip(ks, found, strict=True):
+        for k, rankings_of_k in zip(ks, rankings, strict=True):
             scores = votes.new_zeros(len(queries), num_classes).scatter_add_(1, classes[:, :k], votes[:, :k])
-            rankings.append(scores.argsort(dim=1, descending=True, stable=True))
+            rankings_of_k.append(scores.argsort(dim=1, descending=True, stable=True))
     empty = torch.empty(0, num_classes, dtype=torch.int64, device=test_x.device)
-    return [torch.cat([empty, *rankings]) for rankings in found]
+    return [torch.cat([empty, *rankings_of_k]) for rankings_of_k in rankings]
 
 
-def _unit(x: Tensor) -> Tensor:
+def _normalize(x: Tensor) -> Tensor:
     return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=1)
 
 
 @dataclass(frozen=True, slots=True)
 class KNNResult:
-    """Outcome of a kNN evaluation."""
+    """Accuracy of a kNN classifier."""
 
     top1: float
-    """Share of test samples whose first-ranked class is right, 0..1."""
+    """Share of test samples whose first-ranked class is correct, 0..1."""
     top5: float
-    """Share whose class is among the first five."""
+    """Share of test samples whose class is among the first five."""
     num_train: int
     num_test: int
 
@@ -123,7 +211,7 @@ class KNNResult:
 def knn_accuracy(
     train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, *, k: int, temperature: float, num_classes: int
 ) -> KNNResult:
-    """Accuracy of `knn_predict`; a k larger than the training set is taken as all of it."""
+    """Accuracy of `knn_predict`; k is limited to the number of training samples."""
     k = min(k, len(train_x))
     ranking = knn_predict(train_x, train_y, test_x, k=k, temperature=temperature, num_classes=num_classes)
     hits = ranking[:, :5] == test_y.to(ranking.device)[:, None]

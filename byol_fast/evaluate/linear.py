@@ -1,242 +1,196 @@
-"""A linear classifier on a frozen encoder: logistic regression on features, and SGD on augmented images."""
+"""Evaluation by a linear classifier on frozen features: logistic regression, or SGD on augmented images."""
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from byol_fast.evaluate.metrics import accuracy
-from byol_fast.evaluate.splits import hold_out
+from byol_fast.config.evaluation import LinearSettings
+from byol_fast.data import ImageSource
+from byol_fast.evaluate.encoder import PretrainedEncoder
+from byol_fast.evaluate.logistic import sweep_logistic
+from byol_fast.evaluate.metrics import Scores, accuracy, score, top_classes
+from byol_fast.evaluate.results import Baseline, Evaluation
+from byol_fast.evaluate.runner import Entry, EvalRun, OnResult
+from byol_fast.evaluate.splits import train_val_split
+from byol_fast.evaluate.supervised_loader import SupervisedLoader, generator
+from byol_fast.models.encoders import feature_dim
 from byol_fast.optim.schedules import lr_at
+from byol_fast.utils.progress import Progress
 
-log = logging.getLogger(__name__)
-
-TOLERANCE = 1e-4
-"""L-BFGS ends where no entry of the preconditioned gradient is larger; its square is about what the loss lacks."""
-MAX_ITERATIONS = 300
-WORSE_IN_A_ROW = 3
-"""A sweep ends after so many candidates in a row that are no better than an earlier one."""
-
-_ROWS = 1 << 16
-"""Rows of features that logits are computed of at a time."""
+Curve = list[tuple[float, float]]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LogisticModel:
-    """A fitted multinomial logistic regression: `logits = ((x - mean) / scale) @ weight.T + bias`."""
+def evaluate_linear(
+    encoder: str | Path | PretrainedEncoder,
+    train: object = None,
+    test: object = None,
+    *,
+    settings: LinearSettings | None = None,
+    output_dir: Path | None = None,
+    progress: Progress | None = None,
+    on_result: OnResult | None = None,
+    **changes: Any,
+) -> Evaluation:
+    """Evaluate an encoder by a linear classifier on its frozen features.
 
-    weight: Tensor
-    """`[C, D]`, of standardised features."""
-    bias: Tensor
-    """`[C]`."""
-    mean: Tensor
-    """Of the features it was fitted on `[D]`."""
-    scale: Tensor
-    """Their standard deviation, 1 where that is 0 `[D]`."""
-    l2: float
-    iterations: int
-    converged: bool
-    """Whether the gradient became as small as asked for."""
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Of features `[N, D]`: `[N, C]`."""
-        weight = self.weight / self.scale
-        return torch.addmm(self.bias - weight @ self.mean, x, weight.T)
-
-
-class LogisticProblem:
-    """Multinomial logistic regression on some features; fits any number of regularisations.
-
-    Minimises `mean cross-entropy + l2 / 2 * |weight|^2` over weight and bias, on features standardised to mean 0 and
-    standard deviation 1. That is scikit-learn's `LogisticRegression(C=1 / (l2 * N))` on them.
-
-    L-BFGS works on `weight = v @ V.T / sqrt(eigenvalues / C + l2)` with the eigenvectors V of the features' covariance:
-    the Hessian at 0 is then about 1 in every direction, and tens of iterations do what takes hundreds without.
+    `protocol="fast"`: one pass over center crops; multinomial logistic regression by L-BFGS, its regularization
+    selected on held-out training images, then fitted on all training images (BYOL, arXiv 2006.07733, appendix on
+    transfer; here, features are standardized). `protocol="reference"`: SGD with Nesterov momentum on random crops and
+    flips, BN in eval mode, cosine decay, 80 epochs; the learning rate is selected on held-out training images, without
+    training again (the paper's appendix on linear evaluation).
 
     Args:
-        x: features `[N, D]`, fp32 or float64.
-        y: classes `[N]`, int64, on the same device.
-        num_classes: C.
+        encoder: as for `evaluate_knn`.
+        train: as for `evaluate_knn`.
+        test: as for `evaluate_knn`.
+        settings: as for `evaluate_knn`.
+        output_dir: folder that the record is written to, `linear.json` or `linear_reference.json`; None: none.
+        progress: as for `evaluate_knn`.
+        on_result: as for `evaluate_knn`.
+        **changes: fields of the settings to replace.
 
     Raises:
-        ValueError: there are no features, or not one class for each.
-    """
+        ValueError: the images or settings do not fit.
+        ConfigError: the folder cannot be written.
 
-    def __init__(self, x: Tensor, y: Tensor, *, num_classes: int) -> None:
-        if x.ndim != 2 or len(x) == 0 or y.shape != x.shape[:1]:
-            raise ValueError(
-                "logistic regression: x and y must be [N, D] and [N] with N of 1 or more, got "
-                f"{list(x.shape)} and {list(y.shape)}"
+    Example:
+        >>> evaluate_linear("runs/first", baselines=True).to_dict()["baselines"]
+    """
+    run = EvalRun(
+        encoder,
+        train,
+        test,
+        settings or LinearSettings(),
+        changes,
+        output_dir=output_dir,
+        progress=progress,
+        on_result=on_result,
+    )
+    return _evaluate_logistic(run) if run.settings.protocol == "fast" else _evaluate_sgd(run)
+
+
+def _evaluate_logistic(run: EvalRun[LinearSettings]) -> Evaluation:
+    s, images = run.settings, run.images
+
+    def evaluate(entry: Entry) -> tuple[Scores, dict[str, Any], Curve, int]:
+        x, y = entry.features(images.train, "training images")
+        views = [x]
+        if s.flip:
+            views.append(entry.features(images.train, "mirrored training images", flip=True)[0])
+        with run.progress.bar(len(set(s.l2)), f"{entry.name}: logistic regression") as bar:
+            sweep = sweep_logistic(
+                views,
+                y,
+                num_classes=len(images.classes),
+                l2=s.l2,
+                held_out=s.held_out,
+                seed=s.seed,
+                on_fit=bar.update,
             )
-        self.y, self.num_classes = y, num_classes
-        self.mean = x.mean(dim=0)
-        scale = x.std(dim=0, correction=0)
-        self.scale = torch.where(scale > 1e-6 * scale.max().clamp_min(1e-30), scale, 1)
-        standard = (x - self.mean) / self.scale
-        eigenvalues, self.vectors = torch.linalg.eigh(standard.T @ standard / len(x))
-        self.eigenvalues = eigenvalues.clamp_min(0)
-        self.rotated = standard @ self.vectors
+        del x, views  # room for the features of the test images
+        test_x, test_y = entry.features(images.test, "test images")
+        scores = score(top_classes(sweep.model.logits(test_x)), test_y, images.classes)
+        facts = {
+            "l2": sweep.model.l2,
+            "iterations": sweep.model.iterations,
+            "converged": sweep.model.converged,
+            "num_held_out": sweep.num_held_out,
+        }
+        return scores, facts, list(sweep.candidates), len(y)
 
-    def fit(
-        self,
-        l2: float,
-        *,
-        start: LogisticModel | None = None,
-        tolerance: float = TOLERANCE,
-        max_iterations: int = MAX_ITERATIONS,
-    ) -> LogisticModel:
-        """Fit one regularisation.
-
-        Args:
-            l2: zero or more.
-            start: where to begin, a model of these or other features of this size; zeros when None.
-            tolerance: largest entry of the preconditioned gradient at the end.
-            max_iterations: of L-BFGS.
-        """
-        curvature = self.eigenvalues / self.num_classes
-        curvature = curvature + max(l2, 1e-6 * float(curvature.max()), 1e-30)
-        # The last column is the bias; its feature is 1.
-        factors = torch.cat([curvature, curvature.new_full((1,), 1 / self.num_classes)]).rsqrt()
-        free = self.rotated.new_zeros(self.num_classes, len(factors))
-        if start is not None:
-            free[:, :-1] = (start.weight * (self.scale / start.scale)) @ self.vectors
-            free[:, -1] = start.bias + start.weight @ ((self.mean - start.mean) / start.scale)
-            free /= factors
-        free.requires_grad_()
-        optimizer = torch.optim.LBFGS(
-            [free],
-            max_iter=max_iterations,
-            max_eval=2 * max_iterations,
-            tolerance_grad=tolerance,
-            tolerance_change=0.1 * tolerance**2,
-            history_size=20,
-            line_search_fn="strong_wolfe",
-        )
-
-        def closure() -> Tensor:
-            loss, gradient = self._loss_and_gradient(free.detach() * factors, l2)
-            free.grad = gradient * factors
-            return loss
-
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
-        found = free.detach() * factors
-        iterations = int(optimizer.state[free]["n_iter"])
-        return LogisticModel(
-            weight=found[:, :-1] @ self.vectors.T,
-            bias=found[:, -1].clone(),
-            mean=self.mean,
-            scale=self.scale,
-            l2=l2,
-            iterations=iterations,
-            converged=iterations < max_iterations,
-        )
-
-    def _loss_and_gradient(self, weights: Tensor, l2: float) -> tuple[Tensor, Tensor]:
-        """By hand and in pieces: a million images and a thousand classes would be 4 GB of logits, twice."""
-        weight, bias = weights[:, :-1], weights[:, -1]
-        loss = 0.5 * l2 * weight.double().square().sum()
-        gradient = torch.zeros_like(weights)
-        gradient[:, :-1] = l2 * weight
-        share = 1 / len(self.rotated)
-        for rows, truth in zip(torch.split(self.rotated, _ROWS), torch.split(self.y, _ROWS), strict=True):
-            log_p = F.log_softmax(torch.addmm(bias, rows, weight.T), dim=1)
-            loss = loss - share * log_p.gather(1, truth[:, None]).double().sum()
-            error = log_p.exp()
-            error.scatter_add_(1, truth[:, None], error.new_full((len(truth), 1), -1.0))
-            gradient[:, :-1].addmm_(error.T, rows, alpha=share)
-            gradient[:, -1].add_(error.sum(dim=0), alpha=share)
-        return loss, gradient
+    (_, (scores, facts, curve, num_train)), *baselines = [(entry.name, evaluate(entry)) for entry in run.entries()]
+    return run.finish(
+        "linear",
+        scores,
+        chosen=facts | {"l2_of_baselines": {name: other["l2"] for name, (_, other, _, _) in baselines}},
+        baselines=[Baseline.of(name, baseline_scores) for name, (baseline_scores, *_) in baselines],
+        curve=curve,
+        curve_label="l2 (held-out training images)",
+        num_train=num_train,
+    )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LogisticSweep:
-    """The outcome of `sweep_logistic`."""
+def _evaluate_sgd(run: EvalRun[LinearSettings]) -> Evaluation:
+    s, images = run.settings, run.images
+    train, val = images.train, None
+    if len(set(s.lr)) > 1:
+        parts = train_val_split(np.asarray(train.labels), s.held_out, seed=s.seed)
+        train, val = (images.train.subset(part) for part in parts)
 
-    model: LogisticModel
-    """Fitted on all images with the best candidate."""
-    candidates: tuple[tuple[float, float], ...]
-    """Each l2 that was tried, rising, and its accuracy on the images held out; none where there was no choice."""
-    num_held_out: int
+    def evaluate(entry: Entry) -> tuple[Scores, float, Curve]:
+        classifiers = _train_classifiers(entry, train, s)
+        curve: Curve = []
+        best = 0
+        if val is not None:
+            x, y = entry.features(val, "held-out images")
+            accuracies = [accuracy(logits, y) for logits in classifiers(x)]
+            curve = sorted(zip(classifiers.lr, accuracies, strict=True))
+            best = int(np.argmax(accuracies))
+        test_x, test_y = entry.features(images.test, "test images")
+        scores = score(top_classes(classifiers(test_x)[best]), test_y, images.classes)
+        return scores, classifiers.lr[best], curve
 
-
-def sweep_logistic(
-    views: Sequence[Tensor],
-    y: Tensor,
-    *,
-    num_classes: int,
-    l2: Sequence[float],
-    held_out: float,
-    seed: int,
-    tell: Callable[[int, str], None] = lambda *_: None,
-) -> LogisticSweep:
-    """Choose the regularisation on a held-out part of the training images, then fit all of them.
-
-    From strong to weak, each fit begins where the last one ended; after three candidates in a row that are no better
-    than an earlier one the rest, which take longest, is left out.
-
-    Args:
-        views: features of the training images `[N, D]`, once or more often (mirrored); an image is held out in all.
-        y: classes `[N]`.
-        num_classes: C.
-        l2: candidates.
-        held_out: share of each class that is held out.
-        seed: of the split.
-        tell: is told how many fits are done, and of the last one.
-    """
-    downwards = sorted(set(l2), reverse=True)
-    candidates: list[tuple[float, float]] = []
-    num_held_out = 0
-    start: LogisticModel | None = None
-    chosen = downwards[0]
-    if len(downwards) > 1:
-        fit, held = (torch.from_numpy(part).to(y.device) for part in hold_out(y.cpu().numpy(), held_out, seed=seed))
-        part = LogisticProblem(
-            torch.cat([view[fit] for view in views]), y[fit].repeat(len(views)), num_classes=num_classes
-        )
-        held_x, held_y, num_held_out = views[0][held], y[held], len(held)
-        model: LogisticModel | None = None
-        best, worse = -1.0, 0
-        for number, strength in enumerate(downwards, 1):
-            model = part.fit(strength, start=model)
-            right = accuracy(model.logits(held_x), held_y)
-            candidates.append((strength, right))
-            tell(number, f"l2 {strength:.3g}: {right:.1%}, {model.iterations} iterations")
-            if right > best:  # of equals the stronger
-                best, start, worse = right, model, 0
-            else:
-                worse += 1
-            if worse == WORSE_IN_A_ROW:
-                break
-        del part
-        assert start is not None
-        chosen = start.l2
-        tied = sum(right == best for _, right in candidates) > 1  # a weaker one is as good: nothing points beyond
-        if chosen in (downwards[0], downwards[-1]) and not tied:
-            log.warning("the best l2, %g, is at the edge of its candidates: others beyond it may be better", chosen)
-    everything = LogisticProblem(torch.cat(list(views)), y.repeat(len(views)), num_classes=num_classes)
-    final = everything.fit(chosen, start=start)
-    if not final.converged:
-        log.warning(
-            "L-BFGS has not converged after %d iterations; the classifier may be a little worse", MAX_ITERATIONS
-        )
-    return LogisticSweep(final, tuple(reversed(candidates)), num_held_out)
+    with torch.no_grad():
+        results = [(entry.name, evaluate(entry)) for entry in run.entries(raw_pixels=False)]
+    (_, (scores, lr, curve)), *baselines = results
+    return run.finish(
+        "linear_reference",
+        scores,
+        chosen={
+            "lr": lr,
+            "epochs": s.epochs,
+            "batch_size": min(s.batch_size, len(train)),
+            "num_held_out": 0 if val is None else len(val),
+            "lr_of_baselines": {name: other for name, (_, other, _) in baselines},
+        },
+        baselines=[Baseline.of(name, baseline_scores) for name, (baseline_scores, *_) in baselines],
+        curve=curve,
+        curve_label="learning rate (held-out training images)",
+        num_train=len(train),
+    )
 
 
-class Heads(nn.Module):
-    """Linear classifiers that learn from the same features, each at its own rate.
+def _train_classifiers(entry: Entry, source: ImageSource, s: LinearSettings) -> LinearClassifiers:
+    """One linear classifier per learning rate, all trained in one pass over random crops."""
+    context, pretrained = entry.run.context, entry.run.pretrained
+    encoder = entry.network.eval()
+    dim = feature_dim(encoder, pretrained.image_size)
+    classifiers = LinearClassifiers(dim, len(source.classes), sorted(set(s.lr)), generator(s.seed)).to(context.device)
+    normalize = pretrained.normalize.to(context.device)
+    loader = SupervisedLoader(pretrained, source, context, batch_size=s.batch_size, seed=s.seed)
+    total_steps = s.epochs * loader.steps_per_epoch
+    optimizer = classifiers.optimizer()
+    with context.progress.bar(total_steps, f"{entry.name}: linear classifiers") as bar:
+        for step, (images, y) in enumerate(loader.batches(total_steps)):
+            with context.autocast():
+                x = encoder(normalize(images)).flatten(1).float()
+            classifiers.set_lr(optimizer, step, total_steps, loader.batch_size)
+            optimizer.zero_grad()
+            with torch.enable_grad():
+                # The classifiers share no weights: the gradient of the sum is that of each classifier's own loss.
+                losses = [F.cross_entropy(logits, y) for logits in classifiers(x)]
+                torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            bar.update(step + 1, f"epoch {step // loader.steps_per_epoch + 1}/{s.epochs}")
+    return classifiers
+
+
+class LinearClassifiers(nn.Module):
+    """Linear classifiers on the same features, each with its own learning rate.
 
     Args:
         dim: size of the features.
-        num_classes: outputs of each.
+        num_classes: outputs of each classifier.
         lr: peak learning rate of each, for a batch of 256.
-        generator: of the first weights, which all of them share: a normal distribution cut off at two standard
-            deviations of 1 / sqrt(dim), as the reference's; biases are 0.
+        generator: for the initial weights, which are the same for all (`truncated_normal`); biases are 0.
     """
 
     def __init__(self, dim: int, num_classes: int, lr: Sequence[float], generator: torch.Generator) -> None:
@@ -250,26 +204,25 @@ class Heads(nn.Module):
             layer.bias.data.zero_()
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Logits of each."""
+        """Logits `[B, C]` of each classifier for features `[B, D]`."""
         return [layer(x) for layer in self.layers]
 
     def optimizer(self) -> torch.optim.SGD:
-        """One group for each head; `set_rates` sets their rates."""
-        groups = [{"params": list(layer.parameters())} for layer in self.layers]
-        return nesterov(groups)
+        """SGD with one parameter group per classifier; `set_lr` sets their learning rates."""
+        return nesterov_sgd([{"params": list(layer.parameters())} for layer in self.layers])
 
-    def set_rates(self, optimizer: torch.optim.SGD, step: int, total: int, batch_size: int) -> None:
-        """Cosine to 0 without warm-up, scaled with the batch."""
+    def set_lr(self, optimizer: torch.optim.SGD, step: int, total_steps: int, batch_size: int) -> None:
+        """Cosine decay to 0 without warm-up; the peak scales with the batch size."""
         for group, lr in zip(optimizer.param_groups, self.lr, strict=True):
-            group["lr"] = lr_at(step, total, 0, lr, batch_size)
+            group["lr"] = lr_at(step, total_steps, 0, lr, batch_size)
 
 
 def truncated_normal(num_classes: int, dim: int, generator: torch.Generator) -> Tensor:
-    """First weights of a classifier `[C, D]`, as haiku's Linear has them."""
+    """Initial weights `[C, D]`: normal with std 1 / sqrt(D), truncated at two std, as haiku's Linear."""
     std = 1 / math.sqrt(dim)
     return nn.init.trunc_normal_(torch.empty(num_classes, dim), std=std, a=-2 * std, b=2 * std, generator=generator)
 
 
-def nesterov(parameters: object) -> torch.optim.SGD:
-    """SGD with Nesterov momentum 0.9 and no weight decay: the reference's for evaluations."""
+def nesterov_sgd(parameters: object) -> torch.optim.SGD:
+    """SGD with Nesterov momentum 0.9 and no weight decay, as in the reference's evaluations."""
     return torch.optim.SGD(parameters, lr=0.0, momentum=0.9, nesterov=True)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""How many directions a representation uses."""
+"""Effective rank of features."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor
 from byol_fast.data.sources.base import evenly_spaced
 
 RANKME_IMAGES = 25_600
-"""So many images suffice for a stable value (RankMe, section 3.2)."""
+"""Number of images that is enough for a stable value (RankMe, section 3.2)."""
 
 
 @torch.no_grad()
 def rankme(features_ND: Tensor, *, eps: float = 1e-7, chunk: int = 4096) -> float:
-    """The effective rank of features: `exp(-sum_k p_k log p_k)` with `p_k = sigma_k / sum(sigma) + eps`.
+    """Effective rank of features: `exp(-sum_k p_k log p_k)` with `p_k = sigma_k / sum(sigma) + eps`.
 
-    RankMe, arXiv 2210.02885, equation 1: sigma are the singular values of the features, not centred. They are found as
+    RankMe, arXiv 2210.02885, equation 1. The singular values sigma of the features (not centered) are computed as
     roots of the eigenvalues of the smaller Gram matrix, in float64.
 
     Args:
         features_ND: features `[N, D]`, floating point, on any device.
-        eps: added to every share, as in the paper.
-        chunk: rows that are turned into float64 at a time.
+        eps: added to every p_k, as in the paper.
+        chunk: rows converted to float64 at a time.
 
     Returns:
         From 1 (all features lie on one line) to about min(N, D); 0 if all are zero, NaN if one is not finite.
@@ -52,8 +52,8 @@ def rankme(features_ND: Tensor, *, eps: float = 1e-7, chunk: int = 4096) -> floa
     return float((-(p * p.log()).sum()).exp())
 
 
-def spread_rows(features_ND: Tensor, at_most: int = RANKME_IMAGES) -> Tensor:
-    """At most so many rows, evenly spaced."""
-    if len(features_ND) <= at_most:
+def subsample_rows(features_ND: Tensor, limit: int = RANKME_IMAGES) -> Tensor:
+    """At most `limit` rows, evenly spaced."""
+    if len(features_ND) <= limit:
         return features_ND
-    return features_ND[torch.from_numpy(evenly_spaced(len(features_ND), at_most)).to(features_ND.device)]
+    return features_ND[torch.from_numpy(evenly_spaced(len(features_ND), limit)).to(features_ND.device)]

@@ -1,236 +1,193 @@
-"""An encoder judged by nearest neighbours, a linear classifier or fine-tuning: what `byol-fast eval` does."""
+"""Common parts of evaluations: the device they run on, the networks they compare, and their record."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from byol_fast import config as configs
-from byol_fast.config import ConfigError
-from byol_fast.config.evaluation import EvalSettings, FinetuneSettings, KNNSettings, LinearSettings
-from byol_fast.data import ImageSource
-from byol_fast.evaluate.encoder import (
-    Images,
-    Subject,
-    Workplace,
-    load_subject,
-    open_images,
-    raw_pixel_size,
-    settings_dict,
-    untrained_network,
-)
-from byol_fast.evaluate.finetune import batch_size_for, choose, finetune
-from byol_fast.evaluate.knn import knn_rankings
-from byol_fast.evaluate.linear import Heads, sweep_logistic
-from byol_fast.evaluate.metrics import Scores, accuracy, ranked, score
+from byol_fast.config.evaluation import EvalSettings
+from byol_fast.data import ImageSource, eval_batches
+from byol_fast.evaluate.encoder import PretrainedEncoder, load_pretrained
+from byol_fast.evaluate.extract import CALIBRATION_IMAGES, extract_features, recalibrate_bn
+from byol_fast.evaluate.images import labels_of, open_images
+from byol_fast.evaluate.metrics import Scores
 from byol_fast.evaluate.results import Baseline, Evaluation, check_writable, write
-from byol_fast.evaluate.splits import balanced_subset, hold_out
-from byol_fast.evaluate.supervised_loader import Crops, generator
-from byol_fast.models.encoders import feature_dim
-from byol_fast.utils import env
+from byol_fast.evaluate.splits import subsample
+from byol_fast.utils import cpu_tuning, env
+from byol_fast.utils.device import resolve_device
+from byol_fast.utils.precision import resolve_precision
 from byol_fast.utils.progress import Progress
 
 S = TypeVar("S", bound=EvalSettings)
-CURVE_OF_K = (1, 5, 20, 100, 200)
+OnResult = Callable[[Evaluation], None]
+
+RAW_PIXELS_SIZE = 32
+"""Height and width of images whose raw pixels are the features; larger ones would have too many."""
+BATCH_SIZE = 256
 
 
-def evaluate_knn(
-    encoder: str | Path | Subject,
-    train: object = None,
-    test: object = None,
-    *,
-    settings: KNNSettings | None = None,
-    to: Path | None = None,
-    progress: Progress | None = None,
-    **changes: Any,
-) -> Evaluation:
-    """Judge an encoder by cosine nearest neighbours that vote with exp(similarity / temperature).
+class EvalContext:
+    """Device, precision and loading of images during an evaluation.
 
     Args:
-        encoder: a run folder, an exported encoder, or a `Subject`.
-        train: labelled images, anything `byol_fast.data.open_source` takes; a folder with `train` and `val` (or `test`)
-            inside serves both. None: the run's own.
-        test: labelled images of classes that the training images have. None: what belongs to `train`.
-        settings: the protocol; the defaults when None.
-        to: folder that the record and its pictures are written to; None: nothing is written.
-        progress: shows how far it is; None: nothing is shown.
-        **changes: fields of the settings.
-
-    Raises:
-        ValueError: images or settings that do not fit; says which and how.
-
-    Example:
-        >>> evaluate_knn("runs/first", "photos/train", "photos/val", k=(20,)).top1
+        settings: `device`, `precision`, `threads` and `on_corrupt` are used.
+        progress: shows progress.
     """
-    job = _Job(encoder, train, test, _settings(KNNSettings, settings, changes), to, progress)
-    s, run = job.settings, job.subject.run
-    count = len(job.images.train)
-    if s.k and max(s.k) > count:
-        raise ConfigError(f"eval: k must be at most the number of training images, {count}, got {max(s.k)}")
-    own = min(run.knn.k if run is not None else 20, count)
-    ks = s.k or (own, *(k for k in CURVE_OF_K if k != own and k <= count))
-    temperature = s.temperature or (run.knn.temperature if run is not None else 0.07)
 
-    def scores_of(contender: _Contender) -> list[Scores]:
-        train_x, train_y = contender.features(job.images.train, "training images")
-        test_x, test_y = contender.features(job.images.test, "test images")
-        fitting = [min(k, len(train_x)) for k in ks]
-        rankings = knn_rankings(
-            train_x, train_y, test_x, ks=fitting, temperature=temperature, num_classes=len(job.images.classes)
+    def __init__(self, settings: EvalSettings, progress: Progress) -> None:
+        self.settings, self.progress = settings, progress
+        self.device = resolve_device(settings.device)
+        self.precision = resolve_precision(settings.precision, self.device)
+        self.precision.apply_to_backends()
+
+    def to_device(self, network: nn.Module) -> nn.Module:
+        """A copy of a network on the device, channels_last and tuned for it."""
+        network = copy.deepcopy(network).to(self.device)
+        network.to(memory_format=torch.channels_last)
+        if self.device.type == "cpu":
+            cpu_tuning.keep_freed_memory()
+            cpu_tuning.use_small_map_convolutions(network)
+        return network
+
+    def autocast(self) -> torch.autocast:
+        """Autocast to the precision of the settings."""
+        dtype = self.precision.autocast
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def batches(
+        self, pretrained: PretrainedEncoder, source: ImageSource, size: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Center crops, uint8 `[B, 3, S, S]`, and their positions in the source, int64 `[B]`."""
+        return eval_batches(
+            source,
+            size or pretrained.image_size,
+            BATCH_SIZE,
+            interpolation=pretrained.interpolation,
+            threads=self.settings.threads,
+            device=self.device,
+            on_bad=self.settings.on_corrupt,
         )
-        return [score(ranking, test_y, job.images.classes) for ranking in rankings]
 
-    found = [(contender.name, scores_of(contender)) for contender in job.contenders()]
-    (_, own_scores), *others = found
-    return job.finish(
-        "knn",
-        own_scores[0],
-        chosen={"k": ks[0], "temperature": temperature},
-        baselines=[_baseline(name, scores[0]) for name, scores in others],
-        curve=sorted(zip(ks, [scores.top1 for scores in own_scores], strict=True)),
-        curve_label="k, neighbours (test images)",
-    )
+    def features(
+        self,
+        pretrained: PretrainedEncoder,
+        network: nn.Module,
+        source: ImageSource,
+        description: str,
+        *,
+        size: int | None = None,
+        flip: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Features of center crops, and their labels.
+
+        Args:
+            pretrained: its input format is used.
+            network: the network, on the device.
+            source: labeled images.
+            description: text of the progress bar.
+            size: height and width of the crops in pixels; None: `pretrained.image_size`.
+            flip: mirror the images.
+
+        Returns:
+            Features, fp32 `[N, D]`, and labels, int64 `[N]`, of the readable images, on the device.
+
+        Raises:
+            ValueError: a feature is not finite.
+        """
+        batches = self.progress.over(self.batches(pretrained, source, size), len(source), description)
+        x, index = extract_features(
+            network,
+            ((images.flip(3) if flip else images, index) for images, index in batches),
+            normalize=pretrained.normalize.to(self.device),
+            device=self.device,
+            autocast=self.precision.autocast,
+        )
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError(
+                f"eval: the features of {pretrained.name} must be finite, some are not; set --precision fp32, or "
+                "check the loss of its run"
+            )
+        return x, labels_of(source)[index].to(self.device)
+
+    def untrained(self, pretrained: PretrainedEncoder, train: ImageSource, seed: int) -> nn.Module:
+        """The encoder's network with new weights and BN statistics of the training images, on the device.
+
+        Raises:
+            ValueError: the network cannot be built.
+        """
+        network = self.to_device(pretrained.untrained(seed))
+        source = subsample(train, CALIBRATION_IMAGES)
+        batches = self.batches(pretrained, source)
+        return recalibrate_bn(
+            network,
+            self.progress.over(batches, len(source), "calibrating the untrained encoder"),
+            normalize=pretrained.normalize.to(self.device),
+            device=self.device,
+            autocast=self.precision.autocast,
+        )
 
 
-def evaluate_linear(
-    encoder: str | Path | Subject,
-    train: object = None,
-    test: object = None,
-    *,
-    settings: LinearSettings | None = None,
-    to: Path | None = None,
-    progress: Progress | None = None,
-    **changes: Any,
-) -> Evaluation:
-    """Judge an encoder by a linear classifier on its frozen features.
-
-    `protocol="fast"`: each image passes the encoder once, as a centre crop; multinomial logistic regression by L-BFGS,
-    its regularisation chosen on held-out training images, then refitted on all of them (BYOL, arXiv 2006.07733,
-    appendix on transfer; ours standardises the features). `protocol="reference"`: SGD with Nesterov momentum on random
-    crops and flips, batch norms frozen, cosine decay, 80 epochs; of the learning rates the best on held-out training
-    images counts, as it is (the paper's appendix on linear evaluation).
-
-    Args:
-        encoder: as for `evaluate_knn`.
-        train: as for `evaluate_knn`.
-        test: as for `evaluate_knn`.
-        settings: as for `evaluate_knn`.
-        to: as for `evaluate_knn`.
-        progress: as for `evaluate_knn`.
-        **changes: fields of the settings.
-
-    Raises:
-        ValueError: images or settings that do not fit; says which and how.
-
-    Example:
-        >>> evaluate_linear("runs/first", baselines=True).to_dict()["baselines"]
-    """
-    job = _Job(encoder, train, test, _settings(LinearSettings, settings, changes), to, progress)
-    return _linear_fast(job) if job.settings.protocol == "fast" else _linear_reference(job)
-
-
-def evaluate_finetune(
-    encoder: str | Path | Subject,
-    train: object = None,
-    test: object = None,
-    *,
-    settings: FinetuneSettings | None = None,
-    to: Path | None = None,
-    progress: Progress | None = None,
-    **changes: Any,
-) -> list[Evaluation]:
-    """Judge an encoder by what the whole network learns from few labels: 1 %, 10 % and all of them by default.
-
-    SGD with Nesterov momentum, cosine decay, random crops and flips; the network of the last epoch counts. Where there
-    are several candidates (`lr`, `epochs`), each is trained without a held-out part of the labelled images and judged
-    by it, and the best is trained again on all of them (BYOL, arXiv 2006.07733, appendix on semi-supervised training).
+class EvalRun(Generic[S]):
+    """One evaluation: an encoder, images, settings, and the folder for its record.
 
     Args:
-        encoder: as for `evaluate_knn`.
-        train: as for `evaluate_knn`.
-        test: as for `evaluate_knn`.
-        settings: as for `evaluate_knn`.
-        to: as for `evaluate_knn`; written after each share of the labels.
-        progress: as for `evaluate_knn`.
-        **changes: fields of the settings.
-
-    Returns:
-        An evaluation for each share of the labels.
+        encoder: a run folder, an exported encoder, or a `PretrainedEncoder`.
+        train: labeled training images; see `open_images`.
+        test: labeled test images; see `open_images`.
+        settings: of the protocol.
+        changes: fields of the settings to replace.
+        output_dir: folder for the record; None: none is written.
+        progress: shows progress; None: nothing is shown.
+        on_result: called with each result, after its record is written.
 
     Raises:
-        ValueError: images or settings that do not fit; says which and how.
+        ValueError: the images or settings do not fit.
+        ConfigError: the folder cannot be written.
     """
-    job = _Job(encoder, train, test, _settings(FinetuneSettings, settings, changes), to, progress)
-    return [_finetune_on(job, share) for share in job.settings.labels]
-
-
-# ---- what they share ----------------------------------------------------------------------------------------------
-
-
-def _settings(kind: type[S], settings: S | None, changes: dict[str, Any]) -> S:
-    return configs.replace(settings or kind(), changes)
-
-
-def _baseline(name: str, scores: Scores) -> Baseline:
-    return Baseline(name, scores.top1, scores.top1_ci95, scores.top5)
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class _Contender:
-    """A network, or raw pixels, in the place of the encoder."""
-
-    name: str
-    encoder: nn.Module
-    job: _Job[Any]
-    size: int | None = None
-
-    def features(self, source: ImageSource, what: str, *, flip: bool = False) -> tuple[Tensor, Tensor]:
-        what = f"{self.name}: {what}"
-        return self.job.workplace.features(self.job.subject, self.encoder, source, what, size=self.size, flip=flip)
-
-
-class _Job(Generic[S]):
-    """An evaluation under way: what, on which images, how, and where the record goes."""
 
     def __init__(
         self,
-        encoder: str | Path | Subject,
+        encoder: str | Path | PretrainedEncoder,
         train: object,
         test: object,
         settings: S,
-        to: Path | None,
+        changes: dict[str, Any],
+        *,
+        output_dir: Path | None,
         progress: Progress | None,
+        on_result: OnResult | None,
     ) -> None:
-        self.began = time.monotonic()
-        self.settings, self.to = settings, to
-        if to is not None:
-            check_writable(to)  # now, and not when the work is done
+        self.start_time = time.monotonic()
+        self.settings, self.output_dir, self.on_result = configs.replace(settings, changes), output_dir, on_result
+        if output_dir is not None:
+            check_writable(output_dir)  # before the work, not after it
         self.progress = progress or Progress()
-        self.workplace = Workplace(settings, self.progress)
-        self.subject = encoder if isinstance(encoder, Subject) else load_subject(encoder)
-        self.images: Images = open_images(self.subject, train, test, settings)
-        self.progress.say(f"{self.subject.name}, on {self.workplace.device} in {self.workplace.precision.name}")
+        self.context = EvalContext(self.settings, self.progress)
+        self.pretrained = encoder if isinstance(encoder, PretrainedEncoder) else load_pretrained(encoder)
+        self.images = open_images(self.pretrained, train, test, self.settings)
+        self.progress.say(f"{self.pretrained.name}, on {self.context.device} in {self.context.precision.name}")
         self.progress.say(f"training images: {self.images.train.describe()}")
         self.progress.say(f"test images: {self.images.test.describe()}")
 
-    def contenders(self, *, pixels: bool = True) -> Iterator[_Contender]:
-        """The encoder; then, where baselines are wanted, the untrained one and raw pixels. Made when they are due."""
-        yield _Contender("this encoder", self.workplace.placed(self.subject.encoder), self)
+    def entries(self, *, raw_pixels: bool = True) -> Iterator[Entry]:
+        """The encoder, then the baselines of the settings: untrained encoder and raw pixels. Built when needed."""
+        yield Entry("this encoder", self.context.to_device(self.pretrained.encoder), self)
         if not self.settings.baselines:
             return
-        network = self.workplace.untrained(self.subject, self.images.train, self.settings.seed)
-        yield _Contender("untrained, calibrated", network, self)
-        if pixels:
-            size = raw_pixel_size(self.subject)
-            yield _Contender(f"raw pixels ({size} px)", nn.Flatten(), self, size)
+        network = self.context.untrained(self.pretrained, self.images.train, self.settings.seed)
+        yield Entry("untrained, calibrated", network, self)
+        if raw_pixels:
+            size = min(RAW_PIXELS_SIZE, self.pretrained.image_size)
+            yield Entry(f"raw pixels ({size} px)", nn.Flatten(), self, size)
 
     def finish(
         self,
@@ -242,200 +199,60 @@ class _Job(Generic[S]):
         curve: Sequence[tuple[float, float]],
         curve_label: str,
         num_train: int | None = None,
-        began: float | None = None,
+        start_time: float | None = None,
     ) -> Evaluation:
-        """Make the record, and write it where that is wanted."""
+        """Build the result and write its record.
+
+        Args:
+            protocol: name of the record's file.
+            scores: on the test images.
+            chosen: hyperparameters and other facts.
+            baselines: scores of the baselines.
+            curve: points (x, top-1).
+            curve_label: name of x.
+            num_train: number of training images used; None: all.
+            start_time: start of this part of the evaluation; None: that of the evaluation.
+        """
         evaluation = Evaluation(
             protocol=protocol,
-            encoder=self.subject.name,
-            step=self.subject.step,
+            encoder=self.pretrained.name,
+            step=self.pretrained.step,
             train=self.images.train.describe(),
             test=self.images.test.describe(),
             num_train=len(self.images.train) if num_train is None else num_train,
             num_test=int(scores.confusion.sum()),
             classes=self.images.classes,
             scores=scores,
-            settings=settings_dict(self.settings),
+            settings={k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self.settings).items()},
             chosen=chosen,
             baselines=tuple(baselines),
             curve=tuple(curve),
             curve_label=curve_label,
-            seconds=time.monotonic() - (self.began if began is None else began),
+            seconds=time.monotonic() - (self.start_time if start_time is None else start_time),
             date=time.strftime("%Y-%m-%d"),
-            environment=env.describe(self.workplace.device)
-            | {"precision": self.workplace.precision.name}
-            | env.checkout(),
+            environment=env.describe(self.context.device) | {"precision": self.context.precision.name} | env.checkout(),
         )
-        if self.to is not None:
-            for path in write(evaluation, self.to):
+        if self.output_dir is not None:
+            for path in write(evaluation, self.output_dir):
                 self.progress.say(str(path))
+        if self.on_result is not None:
+            self.on_result(evaluation)
         return evaluation
 
 
-# ---- linear -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, eq=False, slots=True)
+class Entry:
+    """A network of an evaluation: the encoder itself or a baseline."""
 
+    name: str
+    network: nn.Module
+    """On the device."""
+    run: EvalRun[Any]
+    size: int | None = None
+    """Height and width of its images in pixels; None: those of the encoder."""
 
-def _linear_fast(job: _Job[LinearSettings]) -> Evaluation:
-    s, number = job.settings, len(job.images.classes)
-
-    def outcome(contender: _Contender) -> tuple[Scores, dict[str, Any], tuple[tuple[float, float], ...], int]:
-        x, y = contender.features(job.images.train, "training images")
-        views = [x]
-        if s.flip:
-            views.append(contender.features(job.images.train, "mirrored training images", flip=True)[0])
-        with job.progress.bar(len(set(s.l2)), f"{contender.name}: logistic regression") as bar:
-            sweep = sweep_logistic(
-                views, y, num_classes=number, l2=s.l2, held_out=s.held_out, seed=s.seed, tell=bar.update
-            )
-        del views
-        test_x, test_y = contender.features(job.images.test, "test images")
-        scores = score(ranked(sweep.model.logits(test_x)), test_y, job.images.classes)
-        facts = {
-            "l2": sweep.model.l2,
-            "iterations": sweep.model.iterations,
-            "converged": sweep.model.converged,
-            "num_held_out": sweep.num_held_out,
-        }
-        return scores, facts, sweep.candidates, len(y)
-
-    found = [(contender.name, outcome(contender)) for contender in job.contenders()]
-    (_, (scores, facts, candidates, num_train)), *others = found
-    return job.finish(
-        "linear",
-        scores,
-        chosen=facts | {"l2_of_baselines": {name: facts["l2"] for name, (_, facts, _, _) in others}},
-        baselines=[_baseline(name, scores) for name, (scores, _, _, _) in others],
-        curve=candidates,
-        curve_label="l2 (held-out training images)",
-        num_train=num_train,
-    )
-
-
-def _linear_reference(job: _Job[LinearSettings]) -> Evaluation:
-    s, train = job.settings, job.images.train
-    fit, held = train, None
-    if len(set(s.lr)) > 1:
-        parts = hold_out(np.asarray(train.labels), s.held_out, seed=s.seed)
-        fit, held = (train.subset(part) for part in parts)
-
-    def outcome(contender: _Contender) -> tuple[Scores, float, list[tuple[float, float]], int]:
-        heads = _train_heads(job, contender, fit)
-        candidates: list[tuple[float, float]] = []
-        best = 0
-        if held is not None:
-            x, y = contender.features(held, "held-out images")
-            right = [accuracy(logits, y) for logits in heads(x)]
-            candidates = sorted(zip(heads.lr, right, strict=True))
-            best = int(np.argmax(right))
-        test_x, test_y = contender.features(job.images.test, "test images")
-        scores = score(ranked(heads(test_x)[best]), test_y, job.images.classes)
-        return scores, heads.lr[best], candidates, min(s.batch_size, len(fit))
-
-    with torch.no_grad():
-        found = [(contender.name, outcome(contender)) for contender in job.contenders(pixels=False)]
-    (_, (scores, lr, candidates, batch_size)), *others = found
-    return job.finish(
-        "linear_reference",
-        scores,
-        chosen={
-            "lr": lr,
-            "epochs": s.epochs,
-            "batch_size": batch_size,
-            "num_held_out": 0 if held is None else len(held),
-            "lr_of_baselines": {name: rate for name, (_, rate, _, _) in others},
-        },
-        baselines=[_baseline(name, scores) for name, (scores, _, _, _) in others],
-        curve=candidates,
-        curve_label="learning rate (held-out training images)",
-        num_train=len(fit),
-    )
-
-
-def _train_heads(job: _Job[LinearSettings], contender: _Contender, source: ImageSource) -> Heads:
-    """A linear classifier for each learning rate, all in one pass over crops of the images."""
-    s, workplace = job.settings, job.workplace
-    encoder = contender.encoder.eval()
-    dim = feature_dim(encoder, job.subject.image_size)
-    heads = Heads(dim, len(job.images.classes), sorted(set(s.lr)), generator(s.seed)).to(workplace.device)
-    normalize = job.subject.normalize.to(workplace.device)
-    crops = Crops(job.subject, source, workplace, batch_size=s.batch_size, seed=s.seed)
-    steps = s.epochs * crops.steps_per_epoch
-    optimizer = heads.optimizer()
-    with job.progress.bar(steps, f"{contender.name}: linear classifiers") as bar:
-        for step, (images, y) in enumerate(crops.take(steps)):
-            with workplace.autocast():
-                x = encoder(normalize(images)).flatten(1).float()
-            heads.set_rates(optimizer, step, steps, crops.batch_size)
-            optimizer.zero_grad()
-            with torch.enable_grad():
-                # Each classifier has a loss of its own: the gradient of their sum is the gradient of each.
-                torch.stack([F.cross_entropy(logits, y) for logits in heads(x)]).sum().backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            bar.update(step + 1, f"epoch {step // crops.steps_per_epoch + 1}/{s.epochs}")
-    return heads
-
-
-# ---- fine-tuning --------------------------------------------------------------------------------------------------
-
-
-def _finetune_on(job: _Job[FinetuneSettings], share: float) -> Evaluation:
-    began = time.monotonic()
-    s, train = job.settings, job.images.train
-    labels = np.asarray(train.labels)
-    labelled = train.subset(balanced_subset(labels, share, seed=s.seed))
-    candidates = [(lr, epochs) for lr in sorted(set(s.lr)) for epochs in sorted(set(s.epochs))]
-    batch_size = batch_size_for(len(labelled), s.batch_size)
-    name = f"{100 * share:g}pct"
-
-    def outcome(who: str, encoder: nn.Module) -> tuple[Scores, dict[str, Any], list[tuple[float, float]]]:
-        what = f"{who}, {len(labelled)} labels"
-        (lr, epochs), tried, held_count = candidates[0], [], 0
-        if len(candidates) > 1:
-            fit, held = (labelled.subset(p) for p in hold_out(np.asarray(labelled.labels), s.held_out, seed=s.seed))
-            held_count = len(held)
-            tried = choose(
-                job.subject,
-                encoder,
-                fit,
-                held,
-                job.workplace,
-                candidates=candidates,
-                batch_size=batch_size,
-                seed=s.seed,
-                what=what,
-            )
-            lr, epochs, _ = max(tried, key=lambda candidate: candidate[2])
-        tuned = finetune(
-            job.subject,
-            encoder,
-            labelled,
-            job.workplace,
-            lr=lr,
-            epochs=epochs,
-            batch_size=batch_size,
-            seed=s.seed,
-            what=what,
-        )
-        logits, y = job.workplace.features(job.subject, tuned.network, job.images.test, f"{what}: test images")
-        scores = score(ranked(logits), y, job.images.classes)
-        facts: dict[str, Any] = {"lr": lr, "epochs": epochs, "batch_size": batch_size, "num_held_out": held_count}
-        facts["tried"] = [{"lr": a, "epochs": b, "top1_held_out": c} for a, b, c in tried]
-        curve = [(float(epoch), right) for epoch, right in enumerate(tuned.history, 1)]
-        return scores, facts, curve
-
-    scores, facts, curve = outcome("this encoder", job.subject.encoder)
-    baselines = []
-    if s.baselines:
-        scratch, its_facts, _ = outcome("from scratch", untrained_network(job.subject, s.seed))
-        baselines.append(_baseline("from scratch", scratch))
-        facts["from_scratch"] = its_facts
-    return job.finish(
-        f"finetune_{name}",
-        scores,
-        chosen={"labels": share} | facts,
-        baselines=baselines,
-        curve=curve,
-        curve_label="epoch (training crops, while it learned)",
-        num_train=len(labelled),
-        began=began,
-    )
+    def features(self, source: ImageSource, description: str, *, flip: bool = False) -> tuple[Tensor, Tensor]:
+        """Features and labels; see `EvalContext.features`."""
+        description = f"{self.name}: {description}"
+        context, pretrained = self.run.context, self.run.pretrained
+        return context.features(pretrained, self.network, source, description, size=self.size, flip=flip)

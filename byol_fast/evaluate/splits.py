@@ -1,19 +1,27 @@
-"""Parts of labelled images, balanced over the classes: a function of the seed and the class alone."""
+"""Parts of labeled images. Class-balanced ones depend on the seed and the class only."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
+from byol_fast.data import ImageSource
 from byol_fast.data.augment_params import permutation
+from byol_fast.data.sources.base import evenly_spaced
 
 Index = NDArray[np.int64]
 
 
-def balanced_subset(labels: Index, share: float, *, seed: int) -> Index:
-    """A share of every class, at least one image of each.
+def subsample(source: ImageSource, limit: int) -> ImageSource:
+    """At most `limit` images, evenly spaced, as class folders are sorted by class; 0: all."""
+    num_images = len(source)
+    return source if not 0 < limit < num_images else source.subset(evenly_spaced(num_images, limit))
 
-    The images of a class are shuffled by (seed, class), and the first of them are taken: a smaller share is a part of a
+
+def balanced_subset(labels: Index, share: float, *, seed: int) -> Index:
+    """The same share of every class, at least one image of each.
+
+    The images of a class are shuffled by (seed, class), and the first ones are taken: a smaller share is a subset of a
     larger one.
 
     Args:
@@ -22,46 +30,46 @@ def balanced_subset(labels: Index, share: float, *, seed: int) -> Index:
         seed: 0 or more.
 
     Returns:
-        Positions, rising.
+        Positions, ascending.
     """
-    return np.sort(np.concatenate([taken for _, taken in _shuffled(labels, share, seed)]))
+    return np.sort(np.concatenate([members for _, members in _shuffled_classes(labels, share, seed)]))
 
 
-def hold_out(labels: Index, share: float, *, seed: int) -> tuple[Index, Index]:
-    """Split images into those to learn from and those to choose by: the same share of every class.
+def train_val_split(labels: Index, val_share: float, *, seed: int) -> tuple[Index, Index]:
+    """Split training images into a part to learn from and a held-out part for model selection.
 
-    A class of two images or more gives at least one and keeps at least one; a class of one image keeps it.
+    Each class with two images or more has at least one in either part; the image of a class with one is learned from.
 
     Args:
         labels: class of each image `[N]`.
-        share: of each class that is held out, above 0, at most 0.5.
+        val_share: share of each class that is held out, above 0, at most 0.5.
         seed: 0 or more.
 
     Returns:
-        Positions to learn from and positions held out, each rising.
+        Positions to learn from and positions held out, each ascending.
 
     Raises:
         ValueError: no class has two images.
     """
-    fit, held = [], []
-    for _, shuffled in _shuffled(labels, 1.0, seed):
-        count = min(max(round(share * len(shuffled)), 1), len(shuffled) - 1)
-        fit.append(shuffled[: len(shuffled) - count])
-        held.append(shuffled[len(shuffled) - count :])
-    if not sum(map(len, held)):
+    train, val = [], []
+    for _, members in _shuffled_classes(labels, 1.0, seed):
+        num_val = min(max(round(val_share * len(members)), 1), len(members) - 1)
+        train.append(members[: len(members) - num_val])
+        val.append(members[len(members) - num_val :])
+    if not sum(map(len, val)):
         raise ValueError(
-            f"eval: a part of the {len(labels)} training images must be held out to choose by, but no class has two; "
-            "give more images, or a single candidate (of lr, epochs, l2)"
+            f"eval: some of the {len(labels)} training images must be held out for model selection, but no class has "
+            "two; add images, or pass a single candidate (of lr, epochs, l2)"
         )
-    return np.sort(np.concatenate(fit)), np.sort(np.concatenate(held))
+    return np.sort(np.concatenate(train)), np.sort(np.concatenate(val))
 
 
-def _shuffled(labels: Index, share: float, seed: int) -> list[tuple[int, Index]]:
-    """Of each class: its number, and the first of its images in the order of (seed, class)."""
+def _shuffled_classes(labels: Index, share: float, seed: int) -> list[tuple[int, Index]]:
+    """Number of each class, and the first images of its shuffle by (seed, class)."""
     order = np.argsort(labels, kind="stable")
     numbers, starts = np.unique(labels[order], return_index=True)
-    found = []
+    parts = []
     for number, members in zip(numbers.tolist(), np.split(order, starts[1:]), strict=True):
         count = max(round(share * len(members)), 1)
-        found.append((number, members[permutation(len(members), seed=seed, epoch=number)[:count]]))
-    return found
+        parts.append((number, members[permutation(len(members), seed=seed, epoch=number)[:count]]))
+    return parts

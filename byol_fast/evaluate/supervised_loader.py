@@ -1,4 +1,4 @@
-"""Random crops and flips of labelled images: what classifiers are trained on."""
+"""Random crops and flips of labeled images, to train classifiers on."""
 
 from __future__ import annotations
 
@@ -9,43 +9,45 @@ from torch import Tensor
 
 from byol_fast.config import Config, DataConfig, ViewConfig
 from byol_fast.data import ImageSource, make_loader
-from byol_fast.evaluate.encoder import Subject, Workplace, labels_of
+from byol_fast.evaluate.encoder import PretrainedEncoder
+from byol_fast.evaluate.images import labels_of
+from byol_fast.evaluate.runner import EvalContext
 
 
-class Crops:
-    """The reference's augmentation for classifiers: random resized crop (area 0.08 to 1) and flip, nothing else.
+class SupervisedLoader:
+    """Batches with the reference's augmentation for classifiers: random resized crop (area 0.08 to 1) and flip.
 
-    Every epoch visits all images in a new order; what does not fill a batch is left out of that epoch.
+    Every epoch is a new permutation of all images; an incomplete last batch is dropped.
 
     Args:
-        subject: says how large the crops are.
-        source: images with labels.
-        workplace: where the crops are wanted.
-        batch_size: images at a time; all of them where there are fewer.
-        seed: of order and crops.
+        pretrained: its input format is used.
+        source: labeled images.
+        context: device, and settings of the decoding.
+        batch_size: images per batch; limited to the number of images.
+        seed: of the order and the crops.
     """
 
     def __init__(
-        self, subject: Subject, source: ImageSource, workplace: Workplace, *, batch_size: int, seed: int
+        self, pretrained: PretrainedEncoder, source: ImageSource, context: EvalContext, *, batch_size: int, seed: int
     ) -> None:
-        settings = workplace.settings
+        settings = context.settings
         view = ViewConfig(
-            size=subject.image_size, interpolation=subject.interpolation, jitter=0.0, grayscale=0.0, blur=0.0
+            size=pretrained.image_size, interpolation=pretrained.interpolation, jitter=0.0, grayscale=0.0, blur=0.0
         )
         self.batch_size = min(batch_size, len(source))
         config = Config(
             batch_size=self.batch_size,
             seed=seed,
-            data=DataConfig(threads=settings.threads, on_bad=settings.on_bad),
+            data=DataConfig(threads=settings.threads, on_bad=settings.on_corrupt),
         )
-        self._loader = make_loader(source, config, (view,), device=workplace.device)
-        self._labels, self._device = labels_of(source), workplace.device
+        self._loader = make_loader(source, config, (view,), device=context.device)
+        self._labels, self._device = labels_of(source), context.device
         self.steps_per_epoch = self._loader.steps_per_epoch
 
-    def take(self, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """So many batches: uint8 `[B, 3, S, S]` and classes `[B]`; the loader is closed after them."""
+    def batches(self, num_batches: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images, uint8 `[B, 3, S, S]`, and labels `[B]`, on the device; closes the loader at the end."""
         try:
-            for _ in range(steps):
+            for _ in range(num_batches):
                 batch = next(self._loader)
                 yield batch.views[0], self._labels[batch.index].to(self._device, non_blocking=True)
         finally:
@@ -53,5 +55,5 @@ class Crops:
 
 
 def generator(seed: int) -> torch.Generator:
-    """A source of random numbers on the CPU, apart from torch's own."""
+    """A CPU generator, independent of torch's default one."""
     return torch.Generator().manual_seed(seed)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-from byol_fast.report.charts import Series, bar_chart, heat_map, line_chart
-from byol_fast.report.formatting import UNKNOWN, as_text, count, finite, flatten, interval, interval_text, percent
+from byol_fast.report.evaluation_figures import (
+    MAX_CLASSES,
+    accuracy_chart,
+    baselines_of,
+    confusion_chart,
+    curve_chart,
+    curve_label,
+)
+from byol_fast.report.formatting import UNKNOWN, as_text, count, finite, flatten, interval_text, percent
 from byol_fast.report.page import Section, chart_grid, details, facts, paragraph, table
 from byol_fast.report.reading import Record, RunFiles
-
-LARGE_CONFUSION = 60
-"""With more classes, the pairs that are confused most are listed instead of a matrix."""
 
 
 def evaluations(run: RunFiles) -> list[Section]:
@@ -24,7 +27,7 @@ def weaker_than_baselines(record: Record) -> list[str]:
     top1 = finite(record.get("top1"))
     return [
         f"{record['name']}: {percent(top1)} is below the baseline {b.get('name', '?')}, {percent(b['top1'])}."
-        for b in _baselines(record)
+        for b in baselines_of(record)
         if top1 is not None and b["top1"] > top1
     ]
 
@@ -45,10 +48,14 @@ def _evaluation(record: Record) -> str:
         parts.append(paragraph(f"{record['encoder']}, step {count(record.get('step'))}", "faint"))
     parts += [paragraph(text, "warn") for text in weaker_than_baselines(record)]
     confusion = _confusion(record)
-    column = "".join(_baseline_chart(record) + _sweep_chart(record))
+    column = ""
+    if baselines_of(record) and finite(record.get("top1")) is not None:
+        column += accuracy_chart(record, "Compared with its baselines")
+    if any(isinstance(point, dict) for point in record.get("curve") or []):
+        column += curve_chart(record, f"Top-1 by {curve_label(record)}")
     charts = [f"<div>{column}</div>"] if column else []
-    if confusion is not None:
-        charts += _confusion_chart(*confusion)
+    if confusion is not None and len(confusion[1]) <= MAX_CLASSES:
+        charts.append(confusion_chart(*confusion, "Confusion, percent of each true class"))
     parts.append(chart_grid(charts) if charts else "")
     parts.append(_common_mistakes(*confusion) if confusion is not None else "")
     return "".join(parts) + _class_table(record) + _settings_table(record)
@@ -72,32 +79,6 @@ def _settings_table(record: Record) -> str:
     return details("Settings", table(["setting", "value"], rows)) if rows else ""
 
 
-def _baselines(record: Record) -> list[Record]:
-    return [b for b in record.get("baselines") or [] if isinstance(b, dict) and finite(b.get("top1")) is not None]
-
-
-def _baseline_chart(record: Record) -> list[str]:
-    rows = [*_baselines(record), record | {"name": "this encoder"}]
-    if len(rows) == 1 or finite(record.get("top1")) is None:
-        return []
-    intervals = [interval(row) or (math.nan, math.nan) for row in rows]
-    values, names = [finite(row["top1"]) for row in rows], [str(row.get("name", "?")) for row in rows]
-    return [bar_chart(names, values, title="Compared with its baselines", x_label="top-1", intervals=intervals)]
-
-
-def _sweep_chart(record: Record) -> list[str]:
-    """Accuracy by the setting that was varied."""
-    curve = [p for p in record.get("curve") or [] if isinstance(p, dict)]
-    if not curve:
-        return []
-    label = str(record.get("curve_label") or "x")
-    x, y = [finite(p.get("x")) for p in curve], [finite(p.get("top1")) for p in curve]
-    known = [v for v in x if v is not None]
-    log = bool(known) and min(known) > 0 and max(known) >= 50 * min(known)
-    line = Series("top-1", x, y, markers=True)
-    return [line_chart([line], title=f"Top-1 by {label}", x_label=label, y_label="top-1", x_log=log)]
-
-
 def _confusion(record: Record) -> tuple[list[list[float]], list[str]] | None:
     """The confusion matrix and the names of its classes, if they fit together."""
     matrix, classes = record.get("confusion"), [str(c) for c in record.get("classes") or []]
@@ -106,14 +87,6 @@ def _confusion(record: Record) -> tuple[list[list[float]], list[str]] | None:
     if any(not isinstance(row, list) or len(row) != len(classes) for row in matrix):
         return None
     return [[finite(v) or 0.0 for v in row] for row in matrix], classes
-
-
-def _confusion_chart(counts: Sequence[Sequence[float]], classes: Sequence[str]) -> list[str]:
-    if len(classes) > LARGE_CONFUSION:
-        return []
-    shares = [[round(100 * v / sum(row)) if sum(row) else None for v in row] for row in counts]
-    title = "Confusion, percent of each true class"
-    return [heat_map(shares, classes, classes, title=title, x_label="predicted class", y_label="true class")]
 
 
 def _common_mistakes(counts: Sequence[Sequence[float]], classes: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from byol_fast.config import ConfigError
 from byol_fast.data import ImageSource
-from byol_fast.evaluate.neighbors import Matrix, choose_queries, nearest
+from byol_fast.evaluate.neighbors import Matrix, nearest, select_queries
 from byol_fast.report.preview import FAINT, INK, PAPER, TRAY, VIEW_COLOURS
 from byol_fast.utils.files import atomic_path
 
@@ -37,7 +37,7 @@ def neighbor_sheet(
     Args:
         source: the images.
         features: their features `[N, D]`.
-        queries: number of queries to choose (`choose_queries`), or their positions in the source.
+        queries: number of queries to choose (`select_queries`), or their positions in the source.
         k: neighbors of each query; fewer if there are not as many images.
         labels: classes `[N]`, -1 where unknown; default: the source's own.
         own: images that are not in the source, and their features, as queries instead.
@@ -57,7 +57,7 @@ def neighbor_sheet(
     labels = source.labels if labels is None else labels
     k = min(k, len(source) - 1)
     if own is None:
-        rows = choose_queries(len(source), queries, labels) if isinstance(queries, int) else list(queries)
+        rows = select_queries(len(source), queries, labels) if isinstance(queries, int) else list(queries)
         query_source, query_labels = source, None if labels is None else labels[rows]
         similarity, neighbors = nearest(features, features[rows], k=k, exclude=rows)
     else:

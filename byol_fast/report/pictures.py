@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError
 from byol_fast.data import CorruptImageError, ImageSource, eval_batches, split
 from byol_fast.data.sources.base import evenly_spaced
-from byol_fast.evaluate.extract import embed
+from byol_fast.evaluate.extract import extract_features
 from byol_fast.export.encoder import load_encoder
 from byol_fast.models.layers import Normalize
 from byol_fast.report import preview
@@ -87,29 +87,23 @@ def features_of(
     if num < total:
         source = source.subset(evenly_spaced(total, num))
     log.info("report: computing the features of %d images", len(source))
-    indices: list[Tensor] = []
-
-    def images() -> Iterator[tuple[Tensor, Tensor]]:
-        for batch, index in eval_batches(
-            source,
-            metadata["image_size"],
-            128,
-            interpolation=config.view1.interpolation,
-            threads=config.data.threads,
-            device=device,
-            on_bad="skip",
-        ):
-            indices.append(index)
-            yield batch, index
-
-    features = embed(
+    batches = eval_batches(
+        source,
+        metadata["image_size"],
+        128,
+        interpolation=config.view1.interpolation,
+        threads=config.data.threads,
+        device=device,
+        on_bad="skip",
+    )
+    features, positions = extract_features(
         encoder.to(device),
-        images(),
+        batches,
         normalize=Normalize(tuple(metadata["mean"]), tuple(metadata["std"])).to(device),
         device=device,
         autocast=resolve_precision("auto", device).autocast,
-    ).cpu()
-    index = torch.cat(indices).numpy()
+    )
+    features, index = features.cpu(), positions.numpy()
     if not bool(torch.isfinite(features).all()):
         raise ValueError("the encoder's features are not finite")
     return (source if len(index) == len(source) else source.subset(index)), features

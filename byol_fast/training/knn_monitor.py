@@ -8,19 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from byol_fast.config import Config, ConfigError
 from byol_fast.data import ImageSource, eval_batches
-from byol_fast.data.sources.base import evenly_spaced
-from byol_fast.evaluate.extract import calibrated, embed
+from byol_fast.evaluate.extract import CALIBRATION_IMAGES, extract_features, recalibrate_bn
+from byol_fast.evaluate.images import labels_of
 from byol_fast.evaluate.knn import KNNResult, knn_accuracy
-from byol_fast.evaluate.rankme import rankme, spread_rows
+from byol_fast.evaluate.rankme import rankme, subsample_rows
+from byol_fast.evaluate.splits import subsample
 from byol_fast.models.base import SSLModel
 from byol_fast.training.online_probe import OnlineProbe
-
-# Images that the norms of an untrained encoder are calibrated on.
-CALIBRATION_IMAGES = 10_240
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +60,16 @@ class EvalMetrics:
 
 
 class KNNMonitor:
-    """The kNN accuracy of a model's encoder on a run's images, and what else their features tell.
+    """Evaluates the encoder of a run: kNN accuracy, RankMe, and the online probe's accuracy.
 
     Args:
-        config: of it `knn`, `view1`, `data` are used.
-        model: whose encoder is judged.
-        train: training images, with labels.
-        val: validation images, with labels.
-        device: where the model is.
-        autocast: dtype to compute in; None leaves the weights' own.
-        probe: the linear classifier that learns beside the encoder.
+        config: `knn`, `view1` and `data` are used.
+        model: the model with the encoder.
+        train: labeled training images.
+        val: labeled validation images.
+        device: device of the model.
+        autocast: dtype to compute in; None: that of the weights.
+        probe: the linear classifier that is trained beside the encoder.
     """
 
     def __init__(
@@ -89,60 +87,43 @@ class KNNMonitor:
         self.device, self.autocast, self.probe = device, autocast, probe
 
     def __call__(self, *, untrained: bool, check: Callable[[], None]) -> EvalMetrics:
-        """Evaluate the encoder as it is now.
+        """Evaluate the encoder at its current weights.
 
         Args:
-            untrained: calibrate the batch norms first (on a copy): an untrained network's are meaningless.
+            untrained: calibrate a copy's BN statistics first; those of an untrained network are 0 and 1.
             check: called before every batch; may raise to stop.
         """
         knn, encoder = self.config.knn, self.model.encoder
-        train, index = self._spaced(knn.max_train)
-        common: dict[str, Any] = {
+        options: dict[str, Any] = {
             "normalize": self.model.normalize,
             "device": self.device,
             "autocast": self.autocast,
             "check": check,
         }
         if untrained:
-            encoder = calibrated(encoder, self._images(self._spaced(CALIBRATION_IMAGES)[0]), **common)
-        train_x, kept = self._features(encoder, train, **common)
-        val_x, val_kept = self._features(encoder, self.val, **common)
-        val_y = torch.as_tensor(self.val.labels)[val_kept]
+            encoder = recalibrate_bn(encoder, self._batches(subsample(self.train, CALIBRATION_IMAGES)), **options)
+        train = subsample(self.train, knn.max_train)
+        train_x, train_index = extract_features(encoder, self._batches(train), **options)
+        val_x, val_index = extract_features(encoder, self._batches(self.val), **options)
+        val_y = labels_of(self.val)[val_index]
         accuracy = knn_accuracy(
             train_x,
-            torch.as_tensor(self.train.labels)[index][kept].to(self.device),
+            labels_of(train)[train_index].to(self.device),
             val_x,
             val_y,
             k=knn.k,
             temperature=knn.temperature,
             num_classes=len(self.train.classes),
         )
-        learned = self.probe is not None and self.probe.steps > 0
+        is_probe_trained = self.probe is not None and self.probe.steps > 0
         return EvalMetrics(
             knn=accuracy,
-            rankme=rankme(spread_rows(train_x)),
-            probe_top1=self.probe.top1(val_x, val_y) if self.probe is not None and learned else None,
+            rankme=rankme(subsample_rows(train_x)),
+            probe_top1=self.probe.top1(val_x, val_y) if self.probe is not None and is_probe_trained else None,
         )
 
-    def _features(self, encoder: nn.Module, source: ImageSource, **common: Any) -> tuple[Tensor, Tensor]:
-        """Features, and the positions of their images: bad ones are left out where the run passes them over."""
-        kept: list[Tensor] = []
-
-        def images() -> Iterator[tuple[Tensor, Tensor]]:
-            for batch, index in self._images(source):
-                kept.append(index)
-                yield batch, index
-
-        features = embed(encoder, images(), **common)
-        return features, torch.cat(kept)
-
-    def _spaced(self, at_most: int) -> tuple[ImageSource, Tensor]:
-        """Evenly spaced training images (class folders come in the order of the classes), and their positions."""
-        count = len(self.train)
-        index = evenly_spaced(count, at_most or count)
-        return self.train if len(index) == count else self.train.subset(index), torch.from_numpy(index)
-
-    def _images(self, source: ImageSource) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, source: ImageSource) -> Iterator[tuple[Tensor, Tensor]]:
+        """Center crops of the size that the run trains on, and their positions."""
         view, data = self.config.view1, self.config.data
         return eval_batches(
             source,
@@ -157,10 +138,10 @@ class KNNMonitor:
 
 
 def knn_problem(config: Config, train: ImageSource, val: ImageSource | None) -> str | None:
-    """What stands against kNN evaluation; None when nothing does.
+    """Reason why kNN evaluation is not possible; None if it is.
 
     Raises:
-        ConfigError: it is asked for and cannot be.
+        ConfigError: it is not possible and `knn.enabled` is 'on'.
     """
     if config.knn.enabled == "off":
         return "knn.enabled is 'off'"

@@ -39,7 +39,7 @@ from byol_fast.config import Config, recipes
 from byol_fast.data import ViewLoader, make_loader
 from byol_fast.data.sources import ArraySource
 from byol_fast.data.sources.arrays import array_source
-from byol_fast.evaluate.extract import embed
+from byol_fast.evaluate.extract import extract_features
 from byol_fast.evaluate.knn import knn_rankings
 from byol_fast.training.callbacks import Callback
 from byol_fast.training.cuda_graph import restore_state_after
@@ -279,13 +279,13 @@ def nearest_neighbors(trainer: Trainer, train: ArraySource, test: ArraySource) -
             yield torch.from_numpy(source.images[rows]).permute(0, 3, 1, 2), torch.from_numpy(rows)
 
     features = [
-        embed(
+        extract_features(
             trainer.model.encoder,
             batches(source),
             normalize=trainer.model.normalize,
             device=trainer.device,
             autocast=trainer.precision.autocast,
-        )
+        )[0]
         for source in (train, test)
     ]
     train_y, test_y = (torch.as_tensor(source.labels).to(trainer.device) for source in (train, test))

@@ -1,4 +1,4 @@
-"""The probe beside the encoder, and evaluations during a run: they see everything and change nothing."""
+"""The online probe and evaluations during training, which do not affect it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from byol_fast.training.trainer import Trainer
 from byol_fast.utils import checkpoint as checkpoints
 
 CPU = torch.device("cpu")
-GOOD, BAD = torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
+RUN, SKIPPED = torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
 
 
 def clusters(count: int, seed: int, dim: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
-    """Points around the corners of a simplex, far from the origin, of very different widths by direction."""
+    """Points around the corners of a simplex, with large means and very different scales, and their classes."""
     generator = torch.Generator().manual_seed(seed)
     y = torch.randint(0, 3, (count,), generator=generator)
     x = 4 * torch.eye(3, dim)[y] + torch.randn(count, dim, generator=generator)
@@ -34,26 +34,25 @@ def clusters(count: int, seed: int, dim: int = 12) -> tuple[torch.Tensor, torch.
 
 
 @pytest.fixture
-def judged(tiny: Config, npz: Path, photos: np.ndarray) -> Config:
+def evaluated(tiny: Config, npz: Path, photos: np.ndarray) -> Config:
     """The tiny run with evaluations after steps 5, 10 and 12."""
     val = npz.with_name("val.npz")
     np.savez(val, images=photos[:30], labels=np.arange(30) % 3)
     return configs.replace(tiny, {"knn": {"val_root": val, "every_epochs": 1, "k": 3}})
 
 
-def test_learning_is_logistic_regression_by_adam_on_standardised_features() -> None:
-    """Against autograd and torch's plain Adam in float64."""
+def test_probe_equals_autograd_with_adam() -> None:
     probe = OnlineProbe(12, 3, lr=0.01, device=CPU)
     weight, bias = (torch.zeros(s, dtype=torch.float64, requires_grad=True) for s in ((3, 12), (3,)))
     adam = torch.optim.Adam([weight, bias], lr=0.01)
     for step in range(6):
         x, y = clusters(40, step)
         views = [torch.cat([x[:15], x[:15] + 1]), torch.cat([x[15:], x[15:] - 1])]  # two batches of a step
-        right = probe.learn(views, y, GOOD)
+        accuracy = probe.learn(views, y, RUN)
         both, labels = torch.cat(views).double(), torch.cat([y[:15], y[:15], y[15:], y[15:]])
         both = (both - both.mean(0)) / (both.var(0, correction=0) + EPS).sqrt()
         logits = both @ weight.T + bias
-        assert float(right) == pytest.approx(float((logits.argmax(1) == labels).double().mean()))
+        assert float(accuracy) == pytest.approx(float((logits.argmax(1) == labels).double().mean()))
         adam.zero_grad()
         F.cross_entropy(logits, labels).backward()  # type: ignore[no-untyped-call]
         adam.step()
@@ -61,37 +60,37 @@ def test_learning_is_logistic_regression_by_adam_on_standardised_features() -> N
     torch.testing.assert_close(probe.bias.double(), bias, rtol=1e-3, atol=1e-5)
 
 
-def test_it_learns_what_is_there_and_judges_single_images_by_it() -> None:
+def test_probe_reaches_best_accuracy_also_on_single_images() -> None:
     probe = OnlineProbe(12, 3, lr=0.01, device=CPU)
     for step in range(150):
         x, y = clusters(64, step)
-        probe.learn([torch.cat([x, x])], y, GOOD)
+        probe.learn([torch.cat([x, x])], y, RUN)
     x, y = clusters(500, 1000)
-    centres = 4 * torch.eye(3, 12)
-    best = float((torch.cdist((x - 100) / torch.logspace(-2, 2, 12), centres).argmin(1) == y).float().mean())
+    centers = 4 * torch.eye(3, 12)
+    best = float((torch.cdist((x - 100) / torch.logspace(-2, 2, 12), centers).argmin(1) == y).float().mean())
     assert probe.top1(x, y) > best - 0.02 > 0.9
     assert probe.top1(x[:1], y[:1]) in {0.0, 1.0}
 
 
-def test_an_undone_step_teaches_nothing() -> None:
+def test_skipped_step_does_not_train_probe() -> None:
     probe = OnlineProbe(12, 3, lr=0.01, device=CPU)
     x, y = clusters(20, 0)
-    probe.learn([torch.cat([x, x])], y, GOOD)
+    probe.learn([torch.cat([x, x])], y, RUN)
     before = [t.clone() for t in (probe.weight, probe.bias, probe.mean, probe.var)]
-    probe.learn([torch.full((40, 12), torch.nan)], y, BAD)
+    probe.learn([torch.full((40, 12), torch.nan)], y, SKIPPED)
     assert all(
         torch.equal(a, b) for a, b in zip(before, (probe.weight, probe.bias, probe.mean, probe.var), strict=True)
     )
     other = OnlineProbe(12, 3, lr=0.01, device=CPU)
-    other.learn([torch.cat([x, x])], y, GOOD)
+    other.learn([torch.cat([x, x])], y, RUN)
     other.steps = probe.steps
     for p in (probe, other):
-        p.learn([torch.cat([x, x])], y, GOOD)
+        p.learn([torch.cat([x, x])], y, RUN)
     assert torch.equal(probe.weight, other.weight)
 
 
 @pytest.mark.parametrize("method", [BYOL, SimSiam])
-def test_features_are_those_of_the_views_and_carry_no_gradient(method: Any) -> None:
+def test_training_features_are_detached_and_equal_encoder(method: Any) -> None:
     views = [torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(i)) for i in (1, 2)]
     for form in ("batched", "separate"):
         torch.manual_seed(0)
@@ -103,7 +102,7 @@ def test_features_are_those_of_the_views_and_carry_no_gradient(method: Any) -> N
         torch.testing.assert_close(output.features, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_training_is_the_same_bit_for_bit_with_the_probe_and_without(tiny: Config) -> None:
+def test_training_is_bit_exact_with_and_without_probe(tiny: Config) -> None:
     tiny = configs.replace(tiny, {"steps": 4, "grad_accum_steps": 2, "precision": "bf16"})
     trainers = {}
     for enabled in ("off", "on"):
@@ -123,7 +122,7 @@ def test_training_is_the_same_bit_for_bit_with_the_probe_and_without(tiny: Confi
     assert not any("probe_top1" in r for r in off)
 
 
-def test_a_resumed_run_goes_on_with_its_probe_and_an_older_one_gets_one(tiny: Config) -> None:
+def test_resumed_run_restores_probe_or_starts_one(tiny: Config) -> None:
     tiny = configs.replace(tiny, {"steps": 8})
     whole = Trainer(configs.replace(tiny, {"name": "whole"}))
     whole.fit()
@@ -146,15 +145,15 @@ def test_a_resumed_run_goes_on_with_its_probe_and_an_older_one_gets_one(tiny: Co
     torch.testing.assert_close(again["model"], end["model"], rtol=0, atol=0)
 
 
-def test_without_labels_there_is_no_probe_unless_it_is_asked_for(tiny: Config, photos: np.ndarray) -> None:
-    unlabelled = configs.replace(tiny, {"data.root": None})
-    assert Trainer(unlabelled, data=photos).state.probe is None
+def test_probe_needs_labels(tiny: Config, photos: np.ndarray) -> None:
+    unlabeled = configs.replace(tiny, {"data.root": None})
+    assert Trainer(unlabeled, data=photos).state.probe is None
     with pytest.raises(ConfigError, match="probe.enabled is 'on', but the training images have no labels"):
-        Trainer(configs.replace(unlabelled, {"probe.enabled": "on", "name": "on"}), data=photos)
+        Trainer(configs.replace(unlabeled, {"probe.enabled": "on", "name": "on"}), data=photos)
 
 
-class Witness(Callback):
-    """Counts checkpoints and evaluations, and fails after the evaluation of a step."""
+class Recorder(Callback):
+    """Records checkpoints and evaluations, and fails after the evaluation of a step."""
 
     def __init__(self, fail_at: int = -1) -> None:
         self.saved: list[int] = []
@@ -170,11 +169,11 @@ class Witness(Callback):
             raise RuntimeError("crash")
 
 
-def test_each_checkpoint_is_written_once_and_a_crash_after_an_evaluation_does_not_repeat_it(judged: Config) -> None:
-    seen = Witness()
-    run = Trainer(judged, callbacks=[seen]).fit().run_dir
-    assert seen.evaluated == [0, 5, 10, 12]
-    assert seen.saved == [5, 10, 12]
+def test_crash_after_evaluation_does_not_repeat_it(evaluated: Config) -> None:
+    recorder = Recorder()
+    run = Trainer(evaluated, callbacks=[recorder]).fit().run_dir
+    assert recorder.evaluated == [0, 5, 10, 12]
+    assert recorder.saved == [5, 10, 12]
     records = read(run / "metrics.jsonl")
     evaluations = [r for r in records if "knn_top1" in r]
     assert all(1 <= r["rankme"] <= 60 for r in evaluations)
@@ -185,13 +184,13 @@ def test_each_checkpoint_is_written_once_and_a_crash_after_an_evaluation_does_no
     for step in (10, 12):
         shutil.rmtree(run)
         with pytest.raises(RuntimeError, match="crash"):
-            Trainer(judged, callbacks=[Witness(fail_at=step)]).fit()
-        seen = Witness()
-        Trainer(judged, resume=run, callbacks=[seen]).fit()
-        assert seen.evaluated == [s for s in (10, 12) if s > step]
-        clock = {"images_per_second", "data_wait", "peak_memory_gib"}
-        assert [{k: v for k, v in r.items() if k not in clock} for r in read(run / "metrics.jsonl")] == [
-            {k: v for k, v in r.items() if k not in clock} for r in records
+            Trainer(evaluated, callbacks=[Recorder(fail_at=step)]).fit()
+        recorder = Recorder()
+        Trainer(evaluated, resume=run, callbacks=[recorder]).fit()
+        assert recorder.evaluated == [s for s in (10, 12) if s > step]
+        timings = {"images_per_second", "data_wait", "peak_memory_gib"}
+        assert [{k: v for k, v in r.items() if k not in timings} for r in read(run / "metrics.jsonl")] == [
+            {k: v for k, v in r.items() if k not in timings} for r in records
         ]
         assert checkpoints.best_in(run / "checkpoints") == best
         assert checkpoints.load(best)["step"] == int(best.stem.rpartition("_")[2])

@@ -1,0 +1,131 @@
+"""Labeled images of an evaluation: a training and a test set with the same class numbers."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from byol_fast import config as configs
+from byol_fast.config import Config, ConfigError, DataConfig
+from byol_fast.config.evaluation import EvalSettings
+from byol_fast.data import ImageSource, SourceError, open_source, split
+from byol_fast.evaluate.encoder import PretrainedEncoder
+from byol_fast.evaluate.splits import subsample
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class EvalImages:
+    """Labeled training and test images; both number the classes alike."""
+
+    train: ImageSource
+    test: ImageSource
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return self.train.classes
+
+
+def open_images(pretrained: PretrainedEncoder, train: object, test: object, settings: EvalSettings) -> EvalImages:
+    """Open the training and test images of an evaluation.
+
+    Args:
+        pretrained: the images of its run are the default.
+        train: anything that `byol_fast.data.open_source` takes; a folder with `train` and `val` (or `test`) inside
+            serves as both. None: the images of the run.
+        test: likewise. None: the test images that belong to `train`.
+        settings: `max_train` and `max_test` are used.
+
+    Raises:
+        ValueError: images or labels are missing, there is only one class, a test class has no training images, or
+            both sets are the same.
+    """
+    options = pretrained.config.data if pretrained.config is not None else DataConfig()
+    train_source: ImageSource
+    test_source: ImageSource | None
+    if train is not None and test is not None:
+        train_source = open_source(train, arg_name="--train", options=options)
+        test_source = open_source(test, arg_name="--test", options=options)
+    else:
+        train_source, test_source = _open_both(pretrained, train, options)
+        if test is not None:
+            test_source = open_source(test, arg_name="--test", options=options)
+    if test_source is None:
+        raise SourceError(f"eval: {train_source.describe()} have no test images beside them; pass --test FOLDER")
+    for name, source in (("training", train_source), ("test", test_source)):
+        if source.labels is None:
+            raise SourceError(
+                f"eval: the {name} images must have labels, {source.describe()} have none; sort them into one folder "
+                "per class"
+            )
+    test_source = _match_classes(train_source, test_source)
+    if train_source.fingerprint == test_source.fingerprint and train_source.sample_name(0) == test_source.sample_name(
+        0
+    ):
+        raise SourceError(
+            f"eval: test images must differ from the training images, both are {train_source.describe()}; pass --test"
+        )
+    return EvalImages(subsample(train_source, settings.max_train), subsample(test_source, settings.max_test))
+
+
+def _open_both(
+    pretrained: PretrainedEncoder, train: object, options: DataConfig
+) -> tuple[ImageSource, ImageSource | None]:
+    """Training images, and the test images that belong to them if there are any."""
+    if isinstance(train, str | Path):
+        return split(Config(data=configs.replace(options, {"root": Path(train), "builtin": "none"})))
+    if train is not None:
+        return open_source(train, arg_name="train", options=options), None
+    if pretrained.config is None:
+        raise ConfigError(
+            f"eval: {pretrained.name} has no run configuration that names images; give --train FOLDER and --test FOLDER"
+        )
+    if pretrained.config.data.root is None and pretrained.config.data.builtin == "none":
+        raise ConfigError(
+            f"eval: {pretrained.name} was trained on images from memory; give --train FOLDER and --test FOLDER"
+        )
+    return split(configs.replace(pretrained.config, {"knn.enabled": "auto"}))
+
+
+def _match_classes(train: ImageSource, test: ImageSource) -> ImageSource:
+    """The test images with the class numbers of the training images.
+
+    Raises:
+        SourceError: only one training class, or test classes without training images.
+    """
+    assert train.labels is not None
+    assert test.labels is not None
+    train_numbers = np.unique(train.labels)
+    if len(train_numbers) < 2:
+        raise SourceError(f"eval: the training images must have two classes or more, {train.describe()} have one")
+    train_names = {train.classes[i] for i in train_numbers.tolist()}
+    test_names = [test.classes[i] for i in np.unique(test.labels).tolist()]
+    unknown = [name for name in test_names if name not in train_names]
+    if unknown:
+        raise SourceError(
+            f"eval: all test classes must be among the training classes, {len(unknown)} of {len(test_names)} are not "
+            f"(such as {', '.join(unknown[:3])}; the training classes are {', '.join(train.classes[:3])}, ...); use "
+            "the same folder names in both"
+        )
+    untested = sorted(train_names.difference(test_names))
+    if untested:
+        log.warning(
+            "eval: %d of %d classes have no test images (such as %s): no accuracy is reported for them",
+            len(untested),
+            len(train_names),
+            ", ".join(untested[:3]),
+        )
+    return test if train.classes == test.classes else test.with_classes(train.classes)
+
+
+def labels_of(source: ImageSource) -> Tensor:
+    """Class numbers, int64 `[N]`."""
+    assert source.labels is not None
+    return torch.from_numpy(np.ascontiguousarray(source.labels))

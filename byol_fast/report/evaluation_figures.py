@@ -1,0 +1,95 @@
+"""Charts of evaluations: accuracy beside the baselines, by class and by hyperparameter, and the confusion matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from byol_fast.config import ConfigError
+from byol_fast.report.charts import Series, bar_chart, heat_map, line_chart
+from byol_fast.report.formatting import finite, interval
+from byol_fast.report.reading import Record
+from byol_fast.utils.files import atomic_write
+
+MAX_CLASSES = 60
+"""Largest number of classes in a chart; more would be illegible."""
+
+
+def save_figures(record: Record, folder: Path) -> list[Path]:
+    """Write `NAME.svg`, `NAME_classes.svg`, `NAME_confusion.svg` and `NAME_curve.svg` of an evaluation.
+
+    Files of an earlier evaluation of this name are replaced, and removed if the chart does not exist any more.
+
+    Args:
+        record: `Evaluation.to_dict()`, or the content of `NAME.json`.
+        folder: an existing folder.
+
+    Returns:
+        The files.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    name, title = record["protocol"], f"{record['protocol']}, {record['encoder']}"
+    num_classes = len(record["classes"])
+    hardest = "classes" if num_classes <= MAX_CLASSES else f"the {MAX_CLASSES} hardest classes"
+    charts = {"": accuracy_chart(record, title), "_classes": _class_chart(record, f"{title}: {hardest}")}
+    if num_classes <= MAX_CLASSES:
+        charts["_confusion"] = confusion_chart(record["confusion"], record["classes"], f"{title}: confusion, percent")
+    if len(record["curve"]) > 1:
+        charts["_curve"] = curve_chart(record, title)
+    try:
+        for suffix in ("", "_classes", "_confusion", "_curve"):
+            path = folder / f"{name}{suffix}.svg"
+            if suffix in charts:
+                atomic_write(path, charts[suffix] + "\n")
+            else:
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"eval: {folder} cannot be written ({error}); choose another folder with --output") from None
+    return [folder / f"{name}{suffix}.svg" for suffix in charts]
+
+
+def baselines_of(record: Record) -> list[Record]:
+    """Baselines of a record whose accuracy is known."""
+    return [b for b in record.get("baselines") or [] if isinstance(b, dict) and finite(b.get("top1")) is not None]
+
+
+def accuracy_chart(record: Record, title: str) -> str:
+    """Accuracy of the baselines and the encoder, with confidence intervals."""
+    rows = [*baselines_of(record), record | {"name": "this encoder"}]
+    intervals = [interval(row) or (math.nan, math.nan) for row in rows]
+    values, names = [finite(row["top1"]) for row in rows], [str(row.get("name", "?")) for row in rows]
+    return bar_chart(names, values, title=title, x_label="top-1", intervals=intervals)
+
+
+def _class_chart(record: Record, title: str) -> str:
+    """Accuracy of each class with test images, lowest first."""
+    tested = [c for c in record["per_class"] if c["accuracy"] is not None]
+    rows = sorted(tested, key=lambda c: float(c["accuracy"]))[:MAX_CLASSES]
+    intervals = [interval(c, "ci95") or (math.nan, math.nan) for c in rows]
+    return bar_chart(
+        [c["class"] for c in rows], [c["accuracy"] for c in rows], title=title, x_label="top-1", intervals=intervals
+    )
+
+
+def confusion_chart(counts: Sequence[Sequence[float]], classes: Sequence[str], title: str) -> str:
+    """Confusion matrix in percent of each true class."""
+    shares = [[round(100 * v / sum(row)) if sum(row) else None for v in row] for row in counts]
+    return heat_map(shares, classes, classes, title=title, x_label="predicted class", y_label="true class")
+
+
+def curve_chart(record: Record, title: str) -> str:
+    """Accuracy by the hyperparameter or epoch that the record has a curve over."""
+    curve = [p for p in record.get("curve") or [] if isinstance(p, dict)]
+    x, y = [finite(p.get("x")) for p in curve], [finite(p.get("top1")) for p in curve]
+    known = [v for v in x if v is not None]
+    x_log = bool(known) and min(known) > 0 and max(known) >= 50 * min(known)
+    line = Series("top-1", x, y, markers=True)
+    return line_chart([line], title=title, x_label=curve_label(record), y_label="top-1", x_log=x_log)
+
+
+def curve_label(record: Record) -> str:
+    """Name of the horizontal axis of a record's curve."""
+    return str(record.get("curve_label") or "x")

@@ -1,0 +1,191 @@
+"""Features of folders, their files, and the command that writes them."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from byol_fast.cli import embed as command
+from byol_fast.config import Config, ConfigError
+from byol_fast.data import CorruptImageError, open_source
+from byol_fast.evaluate import Features, embed_folder, load_features, save_features
+from byol_fast.export.encoder import export_encoder, load_encoder
+from byol_fast.models.encoders import build_encoder, feature_dim
+
+
+@pytest.fixture
+def encoder(tiny: Config, tmp_path: Path) -> Path:
+    """An exported encoder for 16 px, untrained."""
+    torch.manual_seed(0)
+    network = build_encoder("resnet18_narrow", cifar_stem=True)  # as the recipe says
+    folder = tmp_path / "encoder"
+    export_encoder(network, tiny, folder, step=7, feature_dim=feature_dim(network, 16))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path, photos: np.ndarray) -> Path:
+    """Twelve PNGs of 16 px in two classes, one in a nested folder."""
+    root = tmp_path / "images"
+    for i, pixels in enumerate(photos[:12]):
+        path = root / ("cats/young" if i == 3 else "cats" if i % 2 else "dogs") / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[:16, :16]).save(path)
+    return root
+
+
+def test_features_are_in_order_of_paths(encoder: Path, folder: Path) -> None:
+    results = embed_folder(encoder, folder, batch_size=5, device="cpu", precision="fp32", threads=1)
+    assert results.paths == tuple(sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.png")))
+    assert results.classes == ("cats", "dogs")
+    assert results.labels is not None
+    assert [results.classes[label] for label in results.labels] == [name.partition("/")[0] for name in results.paths]
+    network, metadata = load_encoder(encoder)
+    pixels = np.stack([np.asarray(Image.open(folder / name)) for name in results.paths])
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).double() / 255
+    x = (x - torch.tensor(metadata["mean"]).view(3, 1, 1)) / torch.tensor(metadata["std"]).view(3, 1, 1)
+    with torch.no_grad():
+        expected = network.double()(x).flatten(1)
+    np.testing.assert_allclose(results.features, expected.numpy(), rtol=1e-4, atol=1e-5)
+    assert (results.metadata["step"], results.metadata["precision"]) == (7, "fp32")
+
+
+def test_corrupt_images_raise_or_are_skipped(encoder: Path, folder: Path) -> None:
+    whole = embed_folder(encoder, folder, device="cpu", precision="fp32", threads=1)
+    bad = folder / whole.paths[4]
+    bad.write_bytes(bad.read_bytes()[:40])
+    with pytest.raises(CorruptImageError, match=bad.name):
+        embed_folder(encoder, folder, device="cpu", threads=1)
+    results = embed_folder(encoder, folder, device="cpu", precision="fp32", threads=1, on_corrupt="skip")
+    assert results.skipped == (whole.paths[4],)
+    assert results.paths == whole.paths[:4] + whole.paths[5:]
+    assert results.index.tolist() == [0, 1, 2, 3, *range(5, 12)]
+    np.testing.assert_allclose(results.features, np.delete(whole.features, 4, 0), rtol=1e-4, atol=1e-5)
+    assert results.labels is not None
+    assert whole.labels is not None
+    assert results.labels.tolist() == np.delete(whole.labels, 4).tolist()
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
+@pytest.mark.parametrize("labeled", [False, True])
+def test_saved_features_are_loaded_unchanged(tmp_path: Path, suffix: str, labeled: bool) -> None:
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    written = Features(
+        features=np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32),
+        paths=("a/ü 1.jpg", "b.jpg", "c.jpg"),
+        index=np.array([0, 2, 3]),
+        labels=np.array([1, -1, 0]) if labeled else None,
+        classes=("x", "y") if labeled else (),
+        skipped=("bad.jpg",),
+        rankme=2.5,
+        metadata={"encoder": "resnet18", "mean": [0.5, 0.5, 0.5]},
+    )
+    path = tmp_path / "new" / f"features{suffix}"
+    save_features(written, path)
+    read = load_features(path)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    for name in ("features", "index", "labels"):
+        np.testing.assert_array_equal(getattr(read, name), getattr(written, name))
+    assert replace(read, features=0, index=0, labels=None) == replace(written, features=0, index=0, labels=None)  # type: ignore[arg-type]
+    if suffix == ".npz":  # for other programs
+        with np.load(path) as file:
+            assert {"features", "paths"} <= set(file)
+            assert ("labels" in file) == ("classes" in file) == labeled
+
+
+def test_unusable_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = Features(features=np.zeros((1, 2), np.float32), paths=("a",), index=np.array([0]))
+    with pytest.raises(ConfigError, match=r"must be a file that ends in .npz or .parquet, got .*features.csv"):
+        save_features(results, tmp_path / "features.csv")
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="output must be a file that can be written"):
+        save_features(results, tmp_path / "file" / "features.npz")
+    with pytest.raises(FileNotFoundError, match="byol-fast embed"):
+        load_features(tmp_path / "none.npz")
+    np.savez(tmp_path / "other.npz", images=np.zeros(3))
+    with pytest.raises(ConfigError, match=r"other.npz must be a file of `byol-fast embed`"):
+        load_features(tmp_path / "other.npz")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="needs pyarrow; pip install pyarrow, or write .npz"):
+        save_features(results, tmp_path / "features.parquet")
+
+
+def test_split_folders_as_classes_are_a_warning(encoder: Path, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "cats").rename(folder / "train")
+    (folder / "dogs").rename(folder / "val")
+    embed_folder(encoder, folder, device="cpu", threads=1)
+    assert "the folders train and val are taken as classes" in caplog.text
+
+
+def test_command_writes_features_and_sheet(
+    encoder: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, sheet = tmp_path / "f.npz", tmp_path / "sheet.png"
+    (folder / "cats" / "07.png").write_bytes(b"no image")
+    options = ["--output", str(output), "--threads", "1", "--precision", "fp32", "--device", "cpu"]
+    with pytest.raises(ConfigError, match=r"07.png .*leave out such images with --on-corrupt skip"):
+        command.main([str(encoder), str(folder), *options])
+    assert not output.exists()
+    mine = tmp_path / "mine.png"
+    Image.open(folder / "dogs" / "00.png").save(mine)
+    arguments = [*options, "--on-corrupt", "skip", "--neighbors", str(sheet), "--k", "3", "--query", str(mine)]
+    assert command.main([str(encoder), str(folder), *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert f"{output}: 11 images, 256 features each, 2 classes" in printed
+    assert "cannot be read: 1 (cats/07.png)" in printed
+    assert len(load_features(output).paths) == 11
+    with Image.open(sheet) as image:
+        colors = image.convert("RGB").getcolors(1 << 20)
+    assert colors is not None
+    assert len(colors) > 100
+    expected = open_source(folder).subset(load_features(output).index)
+    assert [Path(expected.sample_name(i)).name for i in range(2)] == [
+        Path(p).name for p in load_features(output).paths[:2]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--query", "x.png"], "add --neighbors FILE.png"),
+        (["--neighbors", "x.png", "--query", "no.png"], r"query images must exist, no\.png does not"),
+        (["--neighbors", "x.jpg"], "neighbors must be a file that ends in .png"),
+        (["--output", "x.csv"], "output must be a file that ends in .npz or .parquet"),
+        (["--k", "0"], "k and batch_size must be 1 or more"),
+    ],
+)
+def test_invalid_options_are_refused_before_reading(options: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        command.main(["no/run", "no/folder", *options])
+
+
+def test_unwritable_output_is_refused_before_embedding(
+    encoder: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("byol_fast.evaluate.embed_folder", lambda *_, **__: pytest.fail("it embeds"))
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.npz").mkdir()
+    for output in ("file/features.npz", "folder.npz"):
+        with pytest.raises(ConfigError, match=r"\.npz cannot be written \(.*choose another file"):
+            command.main([str(encoder), str(folder), "--output", str(tmp_path / output)])
+
+
+def test_existing_file_needs_overwrite(encoder: Path, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "features.npz"
+    options = [str(encoder), str(folder), "--output", str(output), "--threads", "1", "--device", "cpu"]
+    assert command.main(options) == 0
+    first = output.read_bytes()
+    (folder / "cats" / "07.png").unlink()
+    with pytest.raises(ConfigError, match=r"features\.npz exists already; .* --overwrite"):
+        command.main(options)
+    assert output.read_bytes() == first
+    assert command.main([*options, "--overwrite"]) == 0
+    assert len(load_features(output).paths) == 11
