@@ -1,10 +1,10 @@
-"""The drop-ins of `byol_fast.compat` beside what they stand in for: how far apart the numbers are, and how fast.
+"""Differences and speed of the drop-ins of `byol_fast.compat`, compared with the libraries that they replace.
 
-    python -m benchmarks.dropins [--rounds N] [--device cuda] [--only TEXT] [--photographs FOLDER] [--save FOLDER]
+    python -m benchmarks.dropins [--rounds N] [--device cuda] [--only TEXT] [--images FOLDER] [--save FOLDER]
 
-Needs `pip install byol_fast[peers]`. Both sides of a pair work on the same memory (as in `byol_fast.bench.kernels`): a
-ResNet-50 with the paper's heads. Before a pair is timed, five steps of each from the same start are compared, and the
-largest difference is kept with the times. One thread: the process's CPU time.
+Requires `pip install byol_fast[peers]`. Both sides of a pair work on the same memory (as in `byol_fast.bench.kernels`):
+a ResNet-50 with the paper's heads. Before a pair is timed, five steps of each from the same start are compared, and the
+largest difference is saved with the times. With one thread, CPU time of the process is measured.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import swa_utils
 
-from byol_fast.bench.counting import Case, Suite, is_installed, measure, peer_versions
-from byol_fast.bench.kernels import DECAY, LR, MOMENTUM, TAU, Weights
+from byol_fast.bench.counting import Case, Suite, is_installed, library_versions, measure
+from byol_fast.bench.kernels import DECAY, LR, Weights
+from byol_fast.bench.problem import MOMENTUM, TAU
 from byol_fast.bench.results import Results
 from byol_fast.bench.timing import interleaved
 from byol_fast.compat import lightly, timm
@@ -31,16 +32,16 @@ from byol_fast.compat import torch as swa
 from byol_fast.data import open_source
 from byol_kernels import LARS
 
-Make = Callable[[], tuple[Suite, dict[str, float]]]
-"""Makes a suite, and says how far each case is from the peer's numbers."""
+Build = Callable[[], tuple[Suite, dict[str, float]]]
+"""Builds a suite, and compares the results of each case with the library's."""
 STEPS = 5
 
 
-def difference(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
-    """Largest difference of partners in units of the largest value of each tensor."""
+def difference(values: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
+    """Largest difference of two lists of tensors, in units of the largest value of each tensor."""
     worst = 0.0
-    for mine, theirs in zip(found, expected, strict=True):
-        a, b = mine.detach().double(), theirs.detach().double()
+    for value, other in zip(values, expected, strict=True):
+        a, b = value.detach().double(), other.detach().double()
         worst = max(worst, float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)))
     return worst
 
@@ -59,27 +60,29 @@ def loss(device: str, batch: int) -> tuple[Suite, dict[str, float]]:
     def gradients(negative_cosine: nn.Module) -> Callable[[], list[Tensor]]:
         def run() -> list[Tensor]:
             value = 0.5 * (negative_cosine(p1, z2) + negative_cosine(p2, z1))
-            # Plus 1, as cosines of random rows are all but 0: a relative difference of that would say nothing.
+            # Plus 1, because cosines of random rows are close to 0, where a relative difference says nothing.
             return [1 + value.detach(), *torch.autograd.grad(value, [p1, p2])]
 
         return run
 
-    ours, theirs = gradients(lightly.NegativeCosineSimilarity()), gradients(NegativeCosineSimilarity())
-    off = {"ours": difference(ours(), theirs())}
+    dropin, original = gradients(lightly.NegativeCosineSimilarity()), gradients(NegativeCosineSimilarity())
+    differences = {"byol_fast": difference(dropin(), original())}
     repeats = max(1, 2048 // batch)
 
     def repeated(case: Callable[[], list[Tensor]]) -> Case:
         return lambda: [case() for _ in range(repeats)]
 
-    moved = 6 * p1.numel() * p1.element_size()
-    return Suite({"ours": repeated(ours), "lightly": repeated(theirs)}, moved, repeats, "lightly"), off
+    min_bytes = 6 * p1.numel() * p1.element_size()
+    return Suite(
+        {"byol_fast": repeated(dropin), "lightly": repeated(original)}, min_bytes, repeats, "lightly"
+    ), differences
 
 
-# ------------------------------------------------------------------------------------------------ averages
+# ------------------------------------------------------------------------------------------------ EMA
 
 
-def after(steps: int, case: Case, w: Weights) -> list[Tensor]:
-    """Weights and target after some calls from the start; gradients stay, the weights move between averages."""
+def results_after(steps: int, case: Case, w: Weights) -> list[Tensor]:
+    """Weights and target after some calls from the initial state, with the weights moved after each."""
     w.reset()
     for _ in range(steps):
         case()
@@ -94,30 +97,34 @@ def momentum(device: str) -> tuple[Suite, dict[str, float]]:
     w = Weights(device)
     online, target = w.modules()
     cases: dict[str, Case] = {
-        "ours": lambda: lightly.update_momentum(online, target, TAU),
+        "byol_fast": lambda: lightly.update_momentum(online, target, TAU),
         "lightly": lambda: update_momentum(online, target, TAU),
     }
-    off = {"ours": difference(after(STEPS, cases["ours"], w), after(STEPS, cases["lightly"], w))}
-    return Suite(cases, 12 * sum(t.numel() for t in w.target), 1, "lightly"), off
+    differences = {
+        "byol_fast": difference(*(results_after(STEPS, cases[name], w) for name in ("byol_fast", "lightly")))
+    }
+    return Suite(cases, 12 * sum(t.numel() for t in w.target), 1, "lightly"), differences
 
 
-def same_memory(module: nn.Module, other: nn.Module) -> None:
-    """Let a copy of a network lie where another copy does."""
-    for mine, theirs in ((module.parameters(), other.parameters()), (module.buffers(), other.buffers())):
-        for tensor, place in zip(mine, theirs, strict=True):
-            tensor.data = place.data
+def share_memory(module: nn.Module, other: nn.Module) -> None:
+    """Make a copy of a network use the memory of another copy."""
+    for tensors, others in ((module.parameters(), other.parameters()), (module.buffers(), other.buffers())):
+        for tensor, shared in zip(tensors, others, strict=True):
+            tensor.data = shared.data
 
 
-def averages(device: str, make: Callable[[nn.Module], dict[str, Any]], peer: str) -> tuple[Suite, dict[str, float]]:
-    """Averages of a whole ResNet-50, as a pair of wrappers with `.module` does them."""
+def ema_suite(
+    device: str, build: Callable[[nn.Module], dict[str, Any]], library: str
+) -> tuple[Suite, dict[str, float]]:
+    """EMA of a whole ResNet-50 by two wrappers with `.module`."""
     from torchvision.models import resnet50
 
     torch.manual_seed(0)
     model = resnet50().to(device)
-    wrappers = make(model)
-    ours, theirs = wrappers["ours"][0].module, wrappers[peer][0].module
-    start = copy.deepcopy(theirs.state_dict())
-    ends = []
+    wrappers = build(model)
+    dropin, original = wrappers["byol_fast"][0].module, wrappers[library][0].module
+    start = copy.deepcopy(original.state_dict())
+    results = []
     for wrapper, update in wrappers.values():
         wrapper.module.load_state_dict(start)
         moving = copy.deepcopy(model)
@@ -125,34 +132,34 @@ def averages(device: str, make: Callable[[nn.Module], dict[str, Any]], peer: str
             with torch.no_grad():
                 torch._foreach_add_(list(moving.parameters()), 1e-3)
             update(moving)
-        ends.append([p.detach().clone() for p in wrapper.module.state_dict().values()])
-    off = {"ours": difference(*ends)}
-    same_memory(ours, theirs)
+        results.append([p.detach().clone() for p in wrapper.module.state_dict().values()])
+    differences = {"byol_fast": difference(*results)}
+    share_memory(dropin, original)
     cases: dict[str, Case] = {name: partial(update, model) for name, (_, update) in wrappers.items()}
-    return Suite(cases, 12 * sum(p.numel() for p in model.parameters()), 1, peer), off
+    return Suite(cases, 12 * sum(p.numel() for p in model.parameters()), 1, library), differences
 
 
-def timm_average(device: str) -> tuple[Suite, dict[str, float]]:
+def timm_ema(device: str) -> tuple[Suite, dict[str, float]]:
     from timm.utils.model_ema import ModelEmaV3
 
-    def make(model: nn.Module) -> dict[str, Any]:
-        ours, theirs = timm.ModelEmaV3(model, decay=TAU), ModelEmaV3(model, decay=TAU)
-        return {"ours": (ours, ours.update), "timm": (theirs, theirs.update)}
+    def build(model: nn.Module) -> dict[str, Any]:
+        dropin, original = timm.ModelEmaV3(model, decay=TAU), ModelEmaV3(model, decay=TAU)
+        return {"byol_fast": (dropin, dropin.update), "timm": (original, original.update)}
 
-    return averages(device, make, "timm")
+    return ema_suite(device, build, "timm")
 
 
-def torch_average(device: str) -> tuple[Suite, dict[str, float]]:
-    def make(model: nn.Module) -> dict[str, Any]:
-        found = {}
-        for name, function in (("ours", swa.get_ema_multi_avg_fn), ("torch", swa_utils.get_ema_multi_avg_fn)):
-            kind = swa.AveragedModel if name == "ours" else swa_utils.AveragedModel
-            average = kind(model, multi_avg_fn=function(TAU))
+def torch_ema(device: str) -> tuple[Suite, dict[str, float]]:
+    def build(model: nn.Module) -> dict[str, Any]:
+        wrappers = {}
+        for name, function in (("byol_fast", swa.get_ema_multi_avg_fn), ("torch", swa_utils.get_ema_multi_avg_fn)):
+            cls = swa.AveragedModel if name == "byol_fast" else swa_utils.AveragedModel
+            average = cls(model, multi_avg_fn=function(TAU))
             average.update_parameters(model)  # the first call copies
-            found[name] = (average, average.update_parameters)
-        return found
+            wrappers[name] = (average, average.update_parameters)
+        return wrappers
 
-    return averages(device, make, "torch")
+    return ema_suite(device, build, "torch")
 
 
 # ------------------------------------------------------------------------------------------------ optimizer
@@ -163,68 +170,68 @@ def lars(device: str) -> tuple[Suite, dict[str, float]]:
 
     w = Weights(device)
     optimizers: dict[str, torch.optim.Optimizer] = {
-        "ours": lightly.LARS(w.groups(), lr=LR, momentum=MOMENTUM),
+        "byol_fast": lightly.LARS(w.groups(), lr=LR, momentum=MOMENTUM),
         "lightly": LightlyLARS(w.groups(), lr=LR, momentum=MOMENTUM),
         "byol_kernels.LARS, the reference's rule": LARS(w.online, lr=LR, momentum=MOMENTUM, weight_decay=DECAY),
     }
-    ends = {}
+    results = {}
     for name, optimizer in optimizers.items():
-        w.share(optimizer)
-        ends[name] = after(STEPS, optimizer.step, w)
-    off = {name: difference(end, ends["lightly"]) for name, end in ends.items() if name != "lightly"}
+        w.share_momentum(optimizer)
+        results[name] = results_after(STEPS, optimizer.step, w)
+    differences = {n: difference(r, results["lightly"]) for n, r in results.items() if n != "lightly"}
     w.reset()
     cases: dict[str, Case] = {name: optimizer.step for name, optimizer in optimizers.items()}
-    return Suite(cases, 20 * sum(p.numel() for p in w.online), 1, "lightly"), off
+    return Suite(cases, 20 * sum(p.numel() for p in w.online), 1, "lightly"), differences
 
 
 # ------------------------------------------------------------------------------------------------ views
 
 
 def views(results: Results, folder: Path, rounds: int) -> None:
-    """Both views of decoded photographs, one image a call, as a data set's `__getitem__` would make them."""
-    from lightly.transforms import byol_transform as peer
+    """Both views of decoded images, one image per call, as in the `__getitem__` of a data set."""
+    from lightly.transforms import byol_transform as library
 
     source = open_source(folder)
-    pictures = [source.load(i) for i in range(min(16, len(source)))]
-    kinds = {"ours": lightly.BYOLTransform(), "lightly": peer.BYOLTransform()}
+    images = [source.load(i) for i in range(min(16, len(source)))]
+    transforms = {"byol_fast": lightly.BYOLTransform(), "lightly": library.BYOLTransform()}
     levels = {
-        name: torch.stack([torch.stack(pair(picture.resize((256, 256)))) for picture in pictures])
+        name: torch.stack([torch.stack(pair(image.resize((256, 256)))) for image in images])
         for name, pair in {
-            # Without chance: whole images (a crop of all of it fits a square alone), grey.
-            name: module.BYOLTransform(*(kind(min_scale=1.0, cj_prob=0, random_gray_scale=1, gaussian_blur=0,
+            # Without randomness: whole images (square ones, which a crop can cover), gray.
+            name: module.BYOLTransform(*(cls(min_scale=1.0, cj_prob=0, random_gray_scale=1, gaussian_blur=0,
                                               solarization_prob=0, hf_prob=0, normalize=None)
-                                         for kind in (module.BYOLView1Transform, module.BYOLView2Transform)))
-            for name, module in (("ours", lightly), ("lightly", peer))
+                                         for cls in (module.BYOLView1Transform, module.BYOLView2Transform)))
+            for name, module in (("byol_fast", lightly), ("lightly", library))
         }.items()
     }  # fmt: skip
-    off = float((levels["ours"] - levels["lightly"]).abs().max())
+    largest = float((levels["byol_fast"] - levels["lightly"]).abs().max())
 
     def both(pair: Callable[[Any], object]) -> object:
-        return [pair(picture) for picture in pictures]
+        return [pair(image) for image in images]
 
-    cases: dict[str, Case] = {name: partial(both, pair) for name, pair in kinds.items()}
+    cases: dict[str, Case] = {name: partial(both, pair) for name, pair in transforms.items()}
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times = interleaved(cases, rounds=rounds, clock=clock)
     results.add(
         "BYOLTransform, 224 px",
         times,
         unit="images/CPU-s" if torch.get_num_threads() == 1 else "images/s",
-        amount=len(pictures),
+        num_items=len(images),
         baseline="lightly",
-        extras={"ours": {"difference": off}},
+        extras={"byol_fast": {"difference": largest}},
     )
 
 
-def suites(device: str) -> dict[str, tuple[str, Make]]:
-    """Name, the package that must be installed, and how to make it."""
-    found: dict[str, tuple[str, Make]] = {}
+def suites(device: str) -> dict[str, tuple[str, Build]]:
+    """Name, package that must be installed, and function that builds the suite."""
+    builders: dict[str, tuple[str, Build]] = {}
     for batch in (256, 4096):
-        found[f"NegativeCosineSimilarity, {batch} x 256"] = "lightly", partial(loss, device, batch)
-    return found | {
+        builders[f"NegativeCosineSimilarity, {batch} x 256"] = "lightly", partial(loss, device, batch)
+    return builders | {
         "update_momentum": ("lightly", lambda: momentum(device)),
         "LARS": ("lightly", lambda: lars(device)),
-        "ModelEmaV3.update": ("timm", lambda: timm_average(device)),
-        "AveragedModel.update_parameters, get_ema_multi_avg_fn": ("torch", lambda: torch_average(device)),
+        "ModelEmaV3.update": ("timm", lambda: timm_ema(device)),
+        "AveragedModel.update_parameters, get_ema_multi_avg_fn": ("torch", lambda: torch_ema(device)),
     }
 
 
@@ -234,25 +241,25 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
     parser.add_argument("--only", default="", help="suites whose name contains this")
-    parser.add_argument("--photographs", type=Path, help="folder of images for the views; without it they are left out")
+    parser.add_argument("--images", type=Path, help="folder of images for the views, which are skipped without it")
     parser.add_argument("--save", type=Path, help="folder for the results")
     arguments = parser.parse_args()
     if arguments.device == "cpu":
         torch.set_num_threads(arguments.threads)
-    print(f"load of the machine {', '.join(f'{number:.1f}' for number in os.getloadavg())}")
-    settings = {"rounds": arguments.rounds, "threads": torch.get_num_threads(), "peers": peer_versions()}
+    print(f"load average {', '.join(f'{number:.1f}' for number in os.getloadavg())}")
+    settings = {"rounds": arguments.rounds, "threads": torch.get_num_threads(), "libraries": library_versions()}
     results = Results("dropins", arguments.device, settings)
-    for name, (needs, make) in suites(arguments.device).items():
-        if arguments.only not in name or not is_installed(needs):
+    for name, (package, build) in suites(arguments.device).items():
+        if arguments.only not in name or not is_installed(package):
             continue
-        suite, off = make()
+        suite, differences = build()
         measure(results, name, suite, rounds=arguments.rounds)
-        for contender in results.suites[-1].contenders:
-            if contender.name in off:
-                contender.extras["difference"] = off[contender.name]
-                print(f"    {contender.name}: largest relative difference {off[contender.name]:.1e}")
-    if arguments.photographs and arguments.only in "BYOLTransform" and is_installed("lightly"):
-        views(results, arguments.photographs, arguments.rounds)
+        for candidate in results.suites[-1].candidates:
+            if candidate.name in differences:
+                candidate.extras["difference"] = differences[candidate.name]
+                print(f"    {candidate.name}: largest relative difference {differences[candidate.name]:.1e}")
+    if arguments.images and arguments.only in "BYOLTransform" and is_installed("lightly"):
+        views(results, arguments.images, arguments.rounds)
     if arguments.save:
         for path in results.save(arguments.save):
             print(path)

@@ -1,12 +1,12 @@
-"""An encoder judged by every protocol, beside what was not learned; our nearest neighbours beside those of peers.
+"""Every protocol on one encoder, with baselines; nearest neighbors compared with those of other libraries.
 
     python -m benchmarks.evaluation RUN [--train FOLDER --test FOLDER] [--max-train N] [--max-test N] [--save FOLDER]
         [--only knn linear agreement reference few all] [--epochs N] [--batch-size N] [--few-epochs N]
         [--reference-epochs N]
 
-Accuracies do not depend on the machine's load. The time is CPU time of the process, baselines included.
-Agreement: on the encoder's features, the share of test images to which another implementation of weighted nearest
-neighbours, or of logistic regression, gives the same class. Peers that are not installed are left out, with a line.
+The time is CPU time of the process, baselines included. Agreement is the share of test images to which another
+implementation of weighted nearest neighbors, or of logistic regression, assigns the same class on the same features.
+Libraries that are not installed are skipped with a line.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from byol_fast.utils import env
 from byol_fast.utils.files import atomic_path, atomic_write
 from byol_fast.utils.progress import Progress
 
-COLUMNS = ("protocol", "contender", "top1", "low95", "high95", "top5", "num_train", "num_test", "chosen", "cpu_seconds")
-AGREEMENT_COLUMNS = ("what", "peer", "version", "same_class", "images", "top1_ours", "top1_theirs")
+COLUMNS = ("protocol", "candidate", "top1", "low95", "high95", "top5", "num_train", "num_test", "chosen", "cpu_seconds")
+AGREEMENT_COLUMNS = ("method", "library", "version", "same_class", "images", "top1_byol_fast", "top1_library")
 KNN = ((20, 0.07), (200, 0.1))
 
 
@@ -65,24 +65,25 @@ def agreement(run: Path, train: Path | None, test: Path | None, sizes: EvalSetti
     classes = len(images.classes)
     rows: list[list[object]] = []
 
-    def compare(what: str, peer: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
-        same = (ours == theirs).double().mean().item()
-        right = [(guess == test_y).double().mean().item() for guess in (ours, theirs)]
-        rows.append([what, peer, env.version(peer), same, len(ours), *right])
+    def compare(method: str, library: str, predictions: torch.Tensor, others: torch.Tensor) -> None:
+        same = (predictions == others).double().mean().item()
+        accuracies = [(guess == test_y).double().mean().item() for guess in (predictions, others)]
+        rows.append([method, library, env.version(library), same, len(predictions), *accuracies])
         print(
-            f"{what}, {peer}: {same:.2%} of {len(ours)} images get the same class; top-1 {right[0]:.2%}, {right[1]:.2%}"
+            f"{method}, {library}: {same:.2%} of {len(predictions)} images get the same class; "
+            f"top-1 {accuracies[0]:.2%}, {accuracies[1]:.2%}"
         )
 
     for k, temperature in KNN:
-        ours = knn_predict(train_x, train_y, test_x, k=k, temperature=temperature, num_classes=classes)[:, 0]
+        predictions = knn_predict(train_x, train_y, test_x, k=k, temperature=temperature, num_classes=classes)[:, 0]
         name = f"knn k={k} T={temperature}"
-        for peer, predict in (("scikit-learn", _sklearn_knn), ("lightly", _lightly_knn)):
+        for library, predict in (("scikit-learn", _sklearn_knn), ("lightly", _lightly_knn)):
             try:
-                theirs = predict(train_x, train_y, test_x, k, temperature, classes)
+                others = predict(train_x, train_y, test_x, k, temperature, classes)
             except ImportError:
-                print(f"{peer} is not installed (pip install byol_fast[dev,peers])")
+                print(f"{library} is not installed (pip install byol_fast[dev,peers])")
                 continue
-            compare(name, peer, ours, theirs)
+            compare(name, library, predictions, others)
     model = LogisticProblem(train_x, train_y, num_classes=classes).fit(0.01)
     try:
         from sklearn.linear_model import LogisticRegression
@@ -98,19 +99,19 @@ def agreement(run: Path, train: Path | None, test: Path | None, sizes: EvalSetti
 def _sklearn_knn(train_x: Any, train_y: Any, test_x: Any, k: int, temperature: float, _: int) -> torch.Tensor:
     from sklearn.neighbors import KNeighborsClassifier
 
-    peer = KNeighborsClassifier(
+    classifier = KNeighborsClassifier(
         k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / temperature)
     )
-    peer.fit(train_x.numpy(), train_y.numpy())
-    return torch.from_numpy(peer.predict(test_x.numpy()))
+    classifier.fit(train_x.numpy(), train_y.numpy())
+    return torch.from_numpy(classifier.predict(test_x.numpy()))
 
 
 def _lightly_knn(train_x: Any, train_y: Any, test_x: Any, k: int, temperature: float, classes: int) -> torch.Tensor:
-    from lightly.utils.benchmarking import knn_predict as theirs
+    from lightly.utils.benchmarking import knn_predict as others
 
     bank = F.normalize(train_x).T
     pieces = [
-        theirs(F.normalize(x), bank, train_y, classes, knn_k=k, knn_t=temperature)[:, 0] for x in test_x.split(1000)
+        others(F.normalize(x), bank, train_y, classes, knn_k=k, knn_t=temperature)[:, 0] for x in test_x.split(1000)
     ]
     return torch.cat(pieces)
 
@@ -156,11 +157,11 @@ def main() -> None:
             )
             continue
         for evaluate in protocols[name]:
-            began = time.process_time()
+            start = time.process_time()
             evaluation = evaluate()
-            found = rows_of(evaluation, time.process_time() - began)
-            rows += found
-            for row in found:
+            new_rows = rows_of(evaluation, time.process_time() - start)
+            rows += new_rows
+            for row in new_rows:
                 print(f"{row[0]:18s} {row[1]:30s} {row[2]:.2%} [{row[3]:.2%} - {row[4]:.2%}] {row[8]}", flush=True)
             save(options.save, "evaluation", COLUMNS, rows)
 

@@ -1,7 +1,8 @@
-"""The practical guide's module, restated from its description: what `byol_fast.compat` stands in for.
+"""The practical guide's module, rewritten from its description: `byol_fast.compat.guide` replaces it.
 
-Images pass one at a time, as normalised floats, through `ToPILImage` (which wraps them) and torchvision's transforms;
-each view passes each network on its own; the target's average is a loop; errors of a step are logged and passed over.
+Images pass one at a time, as normalized floats, through `ToPILImage` (where values outside 0..1 wrap around) and
+torchvision's transforms; each view passes each network on its own; the EMA is a loop; errors of a step are logged and
+ignored.
 """
 
 from __future__ import annotations

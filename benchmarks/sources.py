@@ -1,15 +1,16 @@
-"""What it costs to fetch an encoded image in shuffled order, from each kind of source.
+"""CPU time of fetching encoded images in shuffled order from each kind of source.
 
-    python -m benchmarks.sources PHOTOGRAPHS [--images 2000] [--rounds N] [--save FOLDER]
+    python -m benchmarks.sources FOLDER [--images 2000] [--rounds N] [--save FOLDER]
 
-PHOTOGRAPHS is a folder of JPEGs; they are repeated to that many images. Everything is in the page cache, so this is
-the work of the CPU, not of the disk. That all sources hand out the same bytes is checked before anything is timed.
+FOLDER holds JPEG files, which are repeated to that many images. All files are in the page cache, so the disk is not
+measured. All sources are checked to return the same bytes before anything is timed.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import tarfile
 import tempfile
 import time
@@ -26,12 +27,12 @@ from byol_fast.config import DataConfig
 from byol_fast.data import open_source
 from byol_fast.data.sources import EncodedSource, FileSource
 
-AT_A_TIME = 200  # images of one timed call
-GROUP = 100  # rows a row group, as Hugging Face writes images; the cost of reading by group grows with it
+IMAGES_PER_CALL = 200
+ROW_GROUP = 100  # rows per row group, as Hugging Face writes images; the cost of reading by group grows with it
 
 
 def write(folder: Path, images: list[bytes]) -> dict[str, Path]:
-    """The images as files, tar shards and Parquet files."""
+    """Write the images as files, tar shards and a Parquet file; return the paths by kind."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -49,18 +50,18 @@ def write(folder: Path, images: list[bytes]) -> dict[str, Path]:
     paths = {"files": files, "tar": tars}
     table = pa.table({"image": [{"bytes": data, "path": None} for data in images], "label": [0] * len(images)})
     paths["Parquet"] = folder / "images.parquet"
-    pq.write_table(table, paths["Parquet"], row_group_size=GROUP)
+    pq.write_table(table, paths["Parquet"], row_group_size=ROW_GROUP)
     return paths
 
 
-def by_row_group(path: Path, kept: int) -> Callable[[int], bytes]:
-    """Read a row by reading its row group, the last `kept` groups kept: what one does without a copy."""
+def row_group_reader(path: Path, num_cached: int) -> Callable[[int], bytes]:
+    """Reader that loads a whole row group per row and caches the last groups: the way without a copy."""
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(path)
     rows = file.metadata.row_group(0).num_rows
 
-    @lru_cache(kept)
+    @lru_cache(num_cached)
     def group(number: int) -> Any:
         return file.read_row_group(number, columns=["image.bytes"]).column("image").combine_chunks().field("bytes")
 
@@ -74,50 +75,50 @@ def by_row_group(path: Path, kept: int) -> Callable[[int], bytes]:
 def main() -> None:
     """Time the sources and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("photographs", type=Path)
+    parser.add_argument("folder", type=Path)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--save", type=Path)
     arguments = parser.parse_args()
-    given = open_source(arguments.photographs)
-    assert isinstance(given, FileSource)
-    images = [given.read(i % len(given)) for i in range(arguments.images)]
+    files = open_source(arguments.folder)
+    assert isinstance(files, FileSource)
+    images = [files.read(i % len(files)) for i in range(arguments.images)]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         paths = write(folder, images)
         options = DataConfig(cache=folder / "cache")
         readers: dict[str, Callable[[int], bytes]] = {}
         for name, path in paths.items():
-            begin = time.process_time()
+            start = time.process_time()
             source = open_source(path, options=options)
-            first = time.process_time() - begin
-            begin = time.process_time()
+            first = time.process_time() - start
+            start = time.process_time()
             open_source(path, options=options)
-            again = time.process_time() - begin
+            again = time.process_time() - start
             print(f"open {name}: {1e6 * first / len(images):.1f} us an image the first time, then "
                   f"{1e6 * again / len(images):.1f}")  # fmt: skip
             assert isinstance(source, EncodedSource)
-            readers[f"ours: {name}"] = source.read
-        readers["Parquet by row group, the last 4 kept"] = by_row_group(paths["Parquet"], 4)
+            readers[f"byol_fast: {name}"] = source.read
+        readers["Parquet by row group, the last 4 cached"] = row_group_reader(paths["Parquet"], 4)
         order = np.random.default_rng(0).permutation(len(images)).tolist()
         for name, read in readers.items():
             assert all(read(i) == images[i] for i in order[:20]), name
         results = Results("sources", "cpu")
-        at = iter(range(10**9))
+        calls = itertools.count()
 
-        def some(read: Callable[[int], bytes]) -> None:
-            start = next(at) * AT_A_TIME % len(order)
-            for i in order[start : start + AT_A_TIME]:
+        def fetch(read: Callable[[int], bytes]) -> None:
+            start = next(calls) * IMAGES_PER_CALL % len(order)
+            for i in order[start : start + IMAGES_PER_CALL]:
                 read(i)
 
         def decode() -> None:
-            for i in range(AT_A_TIME):
-                given.load(i % len(given))
+            for i in range(IMAGES_PER_CALL):
+                files.load(i % len(files))
 
-        cases: dict[str, Callable[[], None]] = {name: partial(some, read) for name, read in readers.items()}
-        cases["decode (PIL), to compare"] = decode
+        cases: dict[str, Callable[[], None]] = {name: partial(fetch, read) for name, read in readers.items()}
+        cases["decode (PIL), for comparison"] = decode
         times = interleaved(cases, rounds=arguments.rounds, warmup=1, clock=time.process_time)
-        results.add("fetch an image", times, unit="images/CPU-s", amount=AT_A_TIME)
+        results.add("fetch an image", times, unit="images/CPU-s", num_items=IMAGES_PER_CALL)
         if arguments.save is not None:
             results.save(arguments.save)
 

@@ -1,9 +1,9 @@
-"""What a step asks of the device besides forward and backward: operators, and how often the host waits for a number.
+"""Operators and host synchronizations of a training step besides forward and backward.
 
     python -m benchmarks.step_ops [--save FOLDER]
 
-ResNet-50 with the paper's heads, LARS and the moving average. Forward and backward are counted apart and subtracted.
-lightly comes with `pip install byol_fast[peers]`.
+ResNet-50 with the paper's heads, LARS and EMA. Forward and backward are counted separately and subtracted.
+`pip install byol_fast[peers]` installs lightly.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from byol_fast.bench.counting import Case, Count
+from byol_fast.bench.counting import Case, OperatorCounter
 from byol_fast.bench.kernels import optimizer_suite
 from byol_fast.config import OptimConfig
 from byol_fast.data import Batch
@@ -34,29 +34,29 @@ SCHEDULE = RunSchedule(
 )  # fmt: skip
 
 
-class Asked(NamedTuple):
-    """Operators that reached the device, and how many of them the host waited for."""
+class Counts(NamedTuple):
+    """Operators that reached the device, and those that the host waited for."""
 
     ops: int
     syncs: int
 
-    def __sub__(self, other: Asked) -> Asked:
-        return Asked(self.ops - other.ops, self.syncs - other.syncs)
+    def __sub__(self, other: Counts) -> Counts:
+        return Counts(self.ops - other.ops, self.syncs - other.syncs)
 
 
-def asked_by(case: Case) -> Asked:
-    """Counts one call; call it once before, so that what happens only once is over."""
-    with Count() as count:
+def count_operators(case: Case) -> Counts:
+    """Counts of one call; call the case once before, because the first call allocates state."""
+    with OperatorCounter() as count:
         case()
-    return Asked(count.ops, count.syncs)
+    return Counts(count.ops, count.syncs)
 
 
-def outside_forward_and_backward(model: SSLModel, size: int) -> tuple[Asked, Asked]:
-    """What a trainer's step adds to forward and backward, and what LARS with the moving average have of that.
+def outside_forward_and_backward(model: SSLModel, size: int) -> tuple[Counts, Counts]:
+    """Counts of a step without forward and backward, and of LARS and EMA alone.
 
     Args:
         model: networks and loss, on the CPU.
-        size: edge of the views in pixels.
+        size: height and width of the views in pixels.
     """
     config = OptimConfig(name="lars", weight_decay=1e-6)
     step = TrainStep(model, build_optimizer(config, model.trainable_parameters()), SCHEDULE)
@@ -67,38 +67,38 @@ def outside_forward_and_backward(model: SSLModel, size: int) -> tuple[Asked, Ask
         step.forward_backward(step.to_device(batch.views))
 
     step(batch, 0)
-    whole = asked_by(lambda: step(batch, 1))
+    total = count_operators(lambda: step(batch, 1))
     forward_backward()
     step.optimizer.zero_grad(set_to_none=True)
-    networks = asked_by(forward_backward)
-    return whole - networks, asked_by(step.update_weights_and_target)
+    networks = count_operators(forward_backward)
+    return total - networks, count_operators(step.update_weights_and_target)
 
 
-def rows() -> list[tuple[str, Asked]]:
-    """Who, and what they ask of the device in a step."""
+def rows() -> list[tuple[str, Counts]]:
+    """Counts of byol_fast and of other libraries, by name."""
     torch.manual_seed(0)
-    everything, update = outside_forward_and_backward(BYOL("resnet50", image_size=32), 32)
-    found = [("ours: LARS and average", update), ("ours: the whole step outside forward and backward", everything)]
+    step, update = outside_forward_and_backward(BYOL("resnet50", image_size=32), 32)
+    counts = [("byol_fast: LARS and EMA", update), ("byol_fast: step without forward and backward", step)]
     for name, case in optimizer_suite("cpu").cases.items():
-        if not name.startswith("ours"):
+        if not name.startswith("byol_fast"):
             case()
-            found.append((name, asked_by(case)))
-    return found
+            counts.append((name, count_operators(case)))
+    return counts
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--save", type=Path, help="folder for step_ops.csv and env.json")
     arguments = parser.parse_args()
-    found = rows()
-    for name, asked in found:
-        print(f"{name:60s}{asked.ops:6d} operators {asked.syncs:5d} host syncs")
+    counts = rows()
+    for name, count in counts:
+        print(f"{name:60s}{count.ops:6d} operators {count.syncs:5d} host syncs")
     if arguments.save is not None:
         arguments.save.mkdir(parents=True, exist_ok=True)
         with atomic_path(arguments.save / "step_ops.csv") as path, path.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(("provider", "ops", "host_syncs"))
-            writer.writerows((name, *asked) for name, asked in found)
+            writer.writerows((name, *count) for name, count in counts)
         record = env.measured_on(torch.device("cpu"))
         atomic_write(arguments.save / "environment.json", json.dumps(record, indent=2) + "\n")
 

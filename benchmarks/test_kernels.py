@@ -7,7 +7,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from byol_fast.bench import kernels
-from byol_fast.bench.counting import Case, finished
+from byol_fast.bench.counting import Case, synchronized
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -15,8 +15,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cases = [
         (suite, provider, case)
-        for suite, make in kernels.suites().items()
-        for provider, case in make(DEVICE).cases.items()
+        for suite, build in kernels.suites().items()
+        for provider, case in build(DEVICE).cases.items()
     ]
     metafunc.parametrize(("suite", "provider", "case"), cases, ids=[f"{suite}-{name}" for suite, name, _ in cases])
 
@@ -24,4 +24,4 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def test_kernel(benchmark: BenchmarkFixture, suite: str, provider: str, case: Case) -> None:
     benchmark.group = suite
     benchmark.name = provider
-    benchmark(finished(case, torch.device(DEVICE)))
+    benchmark(synchronized(case, torch.device(DEVICE)))

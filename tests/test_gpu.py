@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from byol_fast import config as configs
-from byol_fast.bench.networks import Ours, Problem
+from byol_fast.bench.byol_fast_step import ByolFastStep
+from byol_fast.bench.problem import Problem
 from byol_fast.config import Config
 from byol_fast.data import Batch
 from byol_fast.evaluate import knn_predict
@@ -87,7 +88,7 @@ def distance(found: list[Tensor], expected: list[Tensor]) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def state_of(ours: Ours) -> dict[str, list[Tensor]]:
+def state_of(ours: ByolFastStep) -> dict[str, list[Tensor]]:
     """All that a step changes, by kind."""
     model, optimizer = ours.model, ours.step.optimizer
     momentum = [v for entry in optimizer.state.values() for v in entry.values() if isinstance(v, Tensor)]
@@ -108,7 +109,7 @@ def state_of(ours: Ours) -> dict[str, list[Tensor]]:
 def test_weights_after_steps_of_every_mode_are_the_eager_ones(mode: str, optimizer: str, batched: bool) -> None:
     """In float64, where nothing hides behind rounding, with rates that move: all that four steps change."""
     eager, other = (
-        Ours(TINY, dtype=torch.float64, optimizer=optimizer, mode=m, batched=batched)
+        ByolFastStep(TINY, dtype=torch.float64, optimizer=optimizer, mode=m, batched=batched)
         for m in ("eager", mode_here(mode))
     )
     for ours in (eager, other):
@@ -163,7 +164,7 @@ def assert_alike(found: list[float], expected: list[float], precision: str) -> N
 @pytest.mark.gpu("step")
 def test_weight_copies_follow_in_a_graph() -> None:
     """LARS writes the weights in bf16 in the same pass; the next step's forward pass reads only those."""
-    ours = Ours(TINY, precision="bf16", mode=mode_here("graph"))
+    ours = ByolFastStep(TINY, precision="bf16", mode=mode_here("graph"))
     assert ours.step.lowp_weights is not None
     # Detached: a living autograd graph ties its leaves to the stream it was made on, which a capture must not wait for.
     before = [c.detach().clone() for c in ours.step.lowp_weights.copies.values()]

@@ -6,29 +6,29 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.readme import BLOCK, ROOT, written
+from benchmarks.readme import BLOCK, ROOT, update_tables
 from byol_fast.bench.results import Results
 from byol_fast.bench.timing import Timing
 
 
-def test_tables_of_the_readme_are_those_of_the_results() -> None:
+def test_readme_tables_match_the_results() -> None:
     text = (ROOT / "README.md").read_text()
     assert BLOCK.search(text)
-    assert written(text, ROOT / "benchmarks" / "results") == text
+    assert update_tables(text, ROOT / "benchmarks" / "results") == text
 
 
-def test_a_table_says_who_is_how_much_faster(tmp_path: Path) -> None:
+def test_tables_show_relative_speed_and_extras(tmp_path: Path) -> None:
     results = Results("step", "cpu", {"threads": 1})
-    times = {"textbook": Timing((2.0,) * 5), "ours": Timing((0.5,) * 5)}
-    results.add("a step", times, unit="images/s", amount=64, extras={"ours": {"peak_gib": 1.25}})
+    times = {"baseline": Timing((2.0,) * 5), "byol_fast": Timing((0.5,) * 5)}
+    results.add("a step", times, unit="images/s", num_items=64, extras={"byol_fast": {"peak_gib": 1.25}})
     results.save(tmp_path / "machine")
     text = "before\n<!-- results machine/step.json extras=peak_gib -->\nold\n<!-- end results -->\nafter\n"
-    made = written(text, tmp_path)
-    assert "| textbook | 32 [32 - 32] | 1 |  |" in made
-    assert "| **ours** | **128 [128 - 128]** | **4.00 [4.00 - 4.00]** | 1.25 |" in made
-    assert made.startswith("before\n")
-    assert made.endswith("<!-- end results -->\nafter\n")
-    assert "old" not in made
-    assert written(made, tmp_path) == made
+    updated = update_tables(text, tmp_path)
+    assert "| baseline | 32 [32 - 32] | 1 |  |" in updated
+    assert "| **byol_fast** | **128 [128 - 128]** | **4.00 [4.00 - 4.00]** | 1.25 |" in updated
+    assert updated.startswith("before\n")
+    assert updated.endswith("<!-- end results -->\nafter\n")
+    assert "old" not in updated
+    assert update_tables(updated, tmp_path) == updated
     with pytest.raises(ValueError, match="must have suites whose name contains 'nothing'"):
-        written(text.replace("extras=peak_gib", "suites=nothing"), tmp_path)
+        update_tables(text.replace("extras=peak_gib", "suites=nothing"), tmp_path)

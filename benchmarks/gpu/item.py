@@ -1,4 +1,4 @@
-"""An item of the GPU queue: a question, the predicted time of its answer, and the function that finds it."""
+"""An item of the GPU queue: a question, the function that answers it, and its predicted time."""
 
 from __future__ import annotations
 
@@ -20,47 +20,47 @@ class Item:
     name: str
     """Letters, digits and underscores; the name of its result file."""
     question: str
-    """The question that it answers, in one line."""
+    """One line."""
     run: str
     """`"module:function"`; the function takes a `Context` and records figures.
 
-    It returns None, or in a text what is missing: the result is then partial, and the item runs again the next time.
+    It returns None, or a text if the result is incomplete: the status is then partial, and the item runs again.
     """
     seconds: float
-    """Predicted time on an H100, with the start of a process."""
+    """Predicted time on an H100, including the start of a process."""
     first_figure: float | None = None
-    """Predicted time until the first record, for an item that records as it goes: it begins if that much time is left.
+    """Predicted time until the first record: an item that records continuously starts if that much time is left.
 
     Includes the start of a process, like `seconds`.
     """
     depends_on: tuple[str, ...]
-    """Files and folders of the repository that decide its figures; their digest is stored with the result.
+    """Files and folders of the repository that its figures depend on; their digest is stored with the result.
 
-    Caches, hidden files inside folders, and benchmarks/results do not count.
+    Caches, hidden files and benchmarks/results are ignored.
     """
     modules: tuple[str, ...] = ()
     """Packages that must be importable, such as `nvidia.dali`."""
     files: tuple[str, ...] = ()
-    """Files of the repository root that must be there, such as `.gpu/cifar10_jpeg.tar.xz`."""
+    """Files, relative to the repository root, that must exist, such as `.gpu/cifar10_jpeg.tar.xz`."""
     programs: tuple[str, ...] = ()
     """Programs that must be on PATH, such as `ncu`."""
     memory_gib: float = 0.0
-    """Free GPU memory that it needs."""
+    """Required free GPU memory."""
     own_process: bool = False
-    """Run in a process of its own, because it changes process-wide state or starts processes."""
+    """Run in a separate process, because it changes process-wide state or starts processes."""
     not_rehearsed: str = ""
-    """Why it cannot run on a CPU; empty where it can."""
+    """Reason why it cannot run on a CPU; empty if it can."""
 
 
 class Context:
-    """The argument of an item's function: where figures go, and how much time is left.
+    """Argument of an item's function: records figures and knows the time left.
 
     Args:
         item: the item that is running.
         records: JSON-lines file that figures are appended to.
-        folder: for files that belong to the result (logs, generated code); small ones, they are packed.
+        folder: for small files that belong to the result (logs, generated code); they are packed.
         device: "cuda", or "cpu" in a rehearsal.
-        rehearsal: run with tiny sizes; no figure means anything.
+        rehearsal: run with tiny sizes; figures mean nothing.
         deadline: `time.monotonic()` at which the item is ended.
     """
 
@@ -71,11 +71,11 @@ class Context:
         self.device, self.rehearsal, self.deadline = device, rehearsal, deadline
 
     def record(self, figure: str, **values: Any) -> None:
-        """Append a figure to the result at once, so that nothing measured is lost.
+        """Append a figure to the result file at once, so that it is not lost.
 
         Args:
-            figure: its name.
-            values: numbers and texts that JSON can hold.
+            figure: name.
+            values: numbers and strings.
         """
         line = json.dumps({"item": self.item.name, "figure": figure, **values})
         with self.records.open("a") as file:

@@ -1,4 +1,4 @@
-"""The plan of the queue: which items can run here, which were answered, which fit the time."""
+"""Plan of the queue: which items can run here, are answered already, or fit the time."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from benchmarks.gpu import results
 from benchmarks.gpu.item import START_SECONDS, Item
 
 MARGIN = 5.0
-"""Seconds at the end for the last archive and the summary."""
+"""Seconds reserved for the last archive and the summary."""
 
 
 def seconds_of(item: Item, *, warm: bool) -> float:
-    """Predicted seconds.
+    """Predicted seconds of an item.
 
     Args:
-        item: that would run.
-        warm: in a process that has started.
+        item: to run.
+        warm: its process has started already.
     """
     return max(0.0, item.seconds - (START_SECONDS if warm else 0.0))
 
 
 def least_seconds(item: Item, *, warm: bool) -> float:
-    """Predicted seconds that must be left for an item to begin: to its end, or to its first figure where it has one."""
+    """Predicted seconds that must be left to start an item: until its first figure if that is given, else its end."""
     least = item.seconds if item.first_figure is None else min(item.first_figure, item.seconds)
     return max(0.0, least - (START_SECONDS if warm else 0.0))
 
 
-def lacking(item: Item, *, rehearsal: bool, free_gib: float | None = None) -> str:
-    """Reason why an item cannot run here; empty where it can.
+def missing_requirements(item: Item, *, rehearsal: bool, free_gib: float | None = None) -> str:
+    """Reason why an item cannot run here; empty if it can.
 
     Args:
-        item: that would run.
+        item: to run.
         rehearsal: on the CPU.
-        free_gib: free GPU memory; None where it does not matter.
+        free_gib: free GPU memory; None if unknown.
     """
     if rehearsal and item.not_rehearsed:
         return f"cannot be rehearsed: {item.not_rehearsed}"
@@ -45,14 +45,14 @@ def lacking(item: Item, *, rehearsal: bool, free_gib: float | None = None) -> st
     absent += [f"file {name}" for name in item.files if not (results.ROOT / name).exists()]
     absent += [f"program {name}" for name in item.programs if shutil.which(name) is None]
     if absent:
-        return f"not here: {', '.join(absent)}"
+        return f"missing: {', '.join(absent)}"
     if free_gib is not None and free_gib < item.memory_gib:
         return f"needs {item.memory_gib:g} GiB of free GPU memory, {free_gib:.1f} are free"
     return ""
 
 
 def importable(module: str) -> bool:
-    """Look for a module without importing it or the packages around it."""
+    """True if a module exists, without importing it or its parent packages."""
     path: Sequence[str] | None = None
     names = module.split(".")
     for depth in range(1, len(names) + 1):
@@ -66,30 +66,30 @@ def importable(module: str) -> bool:
 
 
 def answered(item: Item, folder: Path, installed: dict[str, str | None] | None) -> str:
-    """Place, day and commit of an item's complete result, if it need not run again; otherwise empty."""
+    """Device, day and commit of an item's complete and current result; empty if it has to run."""
     result = results.read(results.path_of(folder, item))
-    if result is None or not result.answers(item, installed):
+    if result is None or not result.is_current(item, installed):
         return ""
-    day, commit = str(result.begin.get("begun"))[:10], str(result.begin.get("commit"))[:9]
+    day, commit = str(result.header.get("started"))[:10], str(result.header.get("commit"))[:9]
     return f"answered {day} on {folder.name}, commit {commit}"
 
 
 def listing(items: Sequence[Item], *, seconds: float, parent: Path, rehearsal: bool, again: bool) -> str:
-    """The plan as text: question, predicted seconds and what would become of each item.
+    """The plan as text: question, predicted seconds and state of each item.
 
     Args:
         items: in their order.
-        seconds: for everything.
-        parent: folder of the folders of results.
+        seconds: for all items.
+        parent: folder that holds the result folders of all devices.
         rehearsal: on the CPU.
-        again: run what was answered, too.
+        again: also run answered items.
     """
     folders, installed = _folders(parent, rehearsal=rehearsal)
-    lines = [f"{'item':<16}{'seconds':>8}{'total':>7}  what it answers, and whether it runs"]
+    lines = [f"{'item':<16}{'seconds':>8}{'total':>7}  question and state"]
     total, left, num_runs = START_SECONDS, seconds - MARGIN - START_SECONDS, 0
     for item in items:
         found = [text for folder in folders if not again and (text := answered(item, folder, installed))]
-        state = lacking(item, rehearsal=rehearsal) or "".join(found[:1])
+        state = missing_requirements(item, rehearsal=rehearsal) or "".join(found[:1])
         if state:
             state = f"SKIPPED: {state}"
         else:
@@ -99,21 +99,21 @@ def listing(items: Sequence[Item], *, seconds: float, parent: Path, rehearsal: b
             if least > left:
                 state = f"SKIPPED: needs {least:.0f} s, {max(left, 0):.0f} are left"
             else:
-                state = "runs" if takes <= left else f"runs as far as it comes in the {left:.0f} s that are left"
+                state = "runs" if takes <= left else f"runs partially in the {left:.0f} s that are left"
                 left -= min(takes, left)
                 num_runs += 1
         lines.append(f"{item.name:<16}{item.seconds:>8.0f}{total:>7.0f}  {item.question}\n{'':33}{state}")
     lines.append(
-        f"{num_runs} of {len(items)} items would run in {seconds:.0f} s. `seconds` has the start of a process "
-        f"({START_SECONDS:.0f} s) in it; `total` only where an item needs a process of its own."
+        f"{num_runs} of {len(items)} items would run in {seconds:.0f} s. `seconds` includes the start of a process "
+        f"({START_SECONDS:.0f} s); `total` only for items that need a separate process."
     )
     return "\n".join(lines)
 
 
 def _folders(parent: Path, *, rehearsal: bool) -> tuple[list[Path], dict[str, str | None] | None]:
-    """Folders of results that may have an answer, and the versions that count.
+    """Folders of results to search, and the versions that results must have.
 
-    Without a GPU those are the folders of all GPUs, whatever versions they were measured with: the plan for a host.
+    Without a GPU: the folders of all GPUs and any versions, to plan for another host.
     """
     if rehearsal:
         return [parent / "cpu"], results.versions()

@@ -1,4 +1,4 @@
-"""The queue's side of a worker process: start it, ask it, end it with everything that it has started."""
+"""A worker process as seen by the queue: start it, send requests, end it with all its descendants."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from typing import Any
 from benchmarks.gpu.results import ROOT
 
 MARK = "BYOL_FAST_GPU_WORKER"
-"""Environment variable that names the worker in all processes that it starts, whatever group or session they are in."""
+"""Environment variable that identifies the descendants of a worker, in any process group or session."""
 
 _numbers = itertools.count()
 
 
-def end_marked(mark: str) -> None:
-    """Kill every process but this one that a worker has started, however deep.
+def kill_descendants(mark: str) -> None:
+    """Kill all processes with a worker's mark, except this one.
 
     Args:
-        mark: the worker's.
+        mark: of the worker.
     """
     needle = f"{MARK}={mark}".encode()
-    for _ in range(10):  # again, for what was started meanwhile
+    for _ in range(10):  # repeated for processes started meanwhile
         ended = False
         for folder in Path("/proc").glob("[0-9]*"):
             try:
@@ -38,7 +38,7 @@ def end_marked(mark: str) -> None:
                 if marked and int(folder.name) != os.getpid():
                     os.kill(int(folder.name), signal.SIGKILL)
                     ended = True
-            except OSError:  # gone, or another user's
+            except OSError:  # it has ended, or belongs to another user
                 continue
         if not ended:
             return
@@ -50,7 +50,7 @@ class Worker:
 
     Args:
         items: module that holds ITEMS.
-        log: file for what it prints until its first item runs.
+        log: file for its output until the first item runs.
         rehearsal: on the CPU.
     """
 
@@ -63,7 +63,7 @@ class Worker:
         paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), MARK: self.mark}
         if rehearsal:
-            environment["BYOL_FAST_REHEARSE"] = "1"  # what tests/gpu.py asks for
+            environment["BYOL_FAST_REHEARSE"] = "1"  # read by tests/gpu.py
         command = [sys.executable, "-m", "benchmarks.gpu.worker", "--items", items, "--replies", str(replies)]
         with log.open("wb") as output:
             self.process = subprocess.Popen(
@@ -78,19 +78,19 @@ class Worker:
             )
         os.close(replies)
 
-    def ask(self, **request: Any) -> None:
-        """Send a request; that the process has ended is found out by `receive`."""
+    def send(self, **request: Any) -> None:
+        """Send a request. If the process has ended, `receive` returns None."""
         assert self.process.stdin is not None
         with contextlib.suppress(OSError):
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.flush()
 
-    def receive(self, deadline: float, give_up: Callable[[], bool]) -> dict[str, Any] | None:
-        """The next reply; None where the process has ended, or is still silent at the deadline or when giving up.
+    def receive(self, deadline: float, should_stop: Callable[[], bool]) -> dict[str, Any] | None:
+        """Next reply; None if the process has ended, at the deadline, or when `should_stop` returns True.
 
         Args:
             deadline: by `time.monotonic()`.
-            give_up: asked about ten times a second.
+            should_stop: called about ten times per second.
         """
         while b"\n" not in self._received:
             running = self.process.poll() is None
@@ -100,15 +100,15 @@ class Worker:
             if ready and not data:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.process.wait(5)
-            if not data and (ready or not running or time.monotonic() >= deadline or give_up()):
+            if not data and (ready or not running or time.monotonic() >= deadline or should_stop()):
                 return None
         line, _, self._received = self._received.partition(b"\n")
         reply: dict[str, Any] = json.loads(line)
         self.free_gib = reply.get("free_gib")
         return reply
 
-    def death(self) -> str:
-        """Text on how the process has ended; empty while it runs."""
+    def exit_reason(self) -> str:
+        """How the process has ended, as text; empty while it runs."""
         code = self.process.poll()
         if code is None:
             return ""
@@ -119,12 +119,12 @@ class Worker:
         )
 
     def end(self) -> None:
-        """Kill the process and everything that it has started."""
+        """Kill the process and its descendants."""
         with contextlib.suppress(OSError):
             os.killpg(self.process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(5)
-        end_marked(self.mark)
+        kill_descendants(self.mark)
         assert self.process.stdin is not None
         with contextlib.suppress(OSError):
             self.process.stdin.close()
@@ -133,7 +133,7 @@ class Worker:
 
 
 def last_lines(log: Path) -> str:
-    """The end of what a process has printed; of one that has crashed, the beginning of what Python says about it."""
+    """Last lines of a log; after a crash of the interpreter, the first lines of Python's error."""
     text = log.read_text(errors="replace") if log.exists() else ""
     _, fatal, after = text.rpartition("Fatal Python error")
     lines = [line for line in (fatal + after).splitlines() if line.strip()]

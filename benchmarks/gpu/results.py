@@ -1,7 +1,7 @@
-"""Results of the queue: a file of JSON lines an item, and the archive of all of them.
+"""Results of the queue: a file of JSON lines per item, and the archive of all of them.
 
-The first line of `ITEM.jsonl` says what was measured where, then each figure has a line, and the last line says how the
-item ended. A file without a last line is of an item that was cut off, and counts as partial.
+`ITEM.jsonl` has a header with question and environment, a line per figure, and a footer with the status. A file without
+a footer belongs to an item that was interrupted, and counts as partial.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from byol_fast.utils.files import atomic_path, atomic_write
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 ARCHIVE = "results.tgz"
-LARGEST = 10 * 2**20
-"""Bytes of a file that still goes into the archive: one huge file must not keep all the others on the GPU host."""
+MAX_FILE_BYTES = 10 * 2**20
+"""Larger files are left out of the archive, so that one of them cannot block the transfer of the others."""
 
 Status = Literal["complete", "partial", "failed"]
 
 
 def slug(device: str) -> str:
-    """Folder of a device's results: `h100_80gb_hbm3`."""
+    """Folder name of a device's results, such as `h100_80gb_hbm3`."""
     return re.sub(r"[^a-z0-9]+", "_", device.lower().removeprefix("nvidia ")).strip("_")
 
 
 def versions() -> dict[str, str | None]:
-    """Versions that decide figures, from the installed metadata: nothing is imported."""
+    """Versions that figures depend on, from the installed metadata, without importing the packages."""
     return {name: env.version(name) for name in ("torch", "triton")}
 
 
@@ -44,7 +44,7 @@ def versions() -> dict[str, str | None]:
 
 
 def digest(item: Item) -> str:
-    """Digest of the names and contents of what an item depends on."""
+    """Digest of the names and contents of the files that an item depends on."""
     total = hashlib.sha256()
     for name in item.depends_on:
         total.update(f"{name}\0{_digest_of(ROOT / name)}\0".encode())
@@ -69,42 +69,42 @@ def _digest_of(path: Path) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """A result file as it was read."""
+    """Content of a result file."""
 
-    begin: dict[str, Any]
-    """The first line: item, question, digest, versions, environment, ..."""
+    header: dict[str, Any]
+    """First line: item, question, digest, versions, environment, ..."""
     figures: list[dict[str, Any]]
-    end: dict[str, Any]
-    """The last line: status, seconds, why; empty where the item was cut off."""
+    footer: dict[str, Any]
+    """Last line: status, seconds, reason; empty if the item was interrupted."""
 
     @property
     def status(self) -> Status:
-        """Status in its last line; of an item that was cut off, by its figures."""
-        status: Status = self.end.get("status", "partial" if self.figures else "failed")
+        """Status of the footer; without one, partial if there are figures, else failed."""
+        status: Status = self.footer.get("status", "partial" if self.figures else "failed")
         return status
 
-    def answers(self, item: Item, installed: dict[str, str | None] | None) -> bool:
+    def is_current(self, item: Item, installed: dict[str, str | None] | None) -> bool:
         """True if the item need not run again.
 
         Args:
-            item: whose result it is.
+            item: of this result.
             installed: versions that it must have been measured with; None for any.
         """
-        same = self.begin.get("digest") == digest(item) and installed in (None, self.begin.get("versions"))
+        same = self.header.get("digest") == digest(item) and installed in (None, self.header.get("versions"))
         return same and self.status == "complete"
 
 
 def path_of(folder: Path, item: Item) -> Path:
-    """The result file of an item."""
+    """Path of an item's result file."""
     return folder / f"{item.name}.jsonl"
 
 
 def read(path: Path) -> Result | None:
-    """The result in a file; None without one. A line that was cut off in the middle is left out."""
+    """Result in a file; None if there is no file. Incomplete lines are ignored."""
     if not path.is_file():
         return None
-    begin: dict[str, Any] = {}
-    end: dict[str, Any] = {}
+    header: dict[str, Any] = {}
+    footer: dict[str, Any] = {}
     figures = []
     for line in path.read_text(errors="replace").splitlines():
         try:
@@ -116,45 +116,45 @@ def read(path: Path) -> Result | None:
         if "figure" in values:
             figures.append(values)
         elif "status" in values:
-            end = values
+            footer = values
         else:
-            begin = values
-    return Result(begin=begin, figures=figures, end=end)
+            header = values
+    return Result(header=header, figures=figures, footer=footer)
 
 
-def begin(path: Path, item: Item, about: dict[str, Any], predicted: float) -> None:
-    """Begin an item's result, in the place of an earlier one.
+def write_header(path: Path, item: Item, environment: dict[str, Any], predicted: float) -> None:
+    """Start an item's result file and replace an earlier one.
 
     Args:
         path: of the result file.
         item: that is about to run.
-        about: environment record of the process that runs it.
+        environment: record of the process that runs it.
         predicted: seconds.
     """
     line = {
         "item": item.name,
         "question": item.question,
-        "begun": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "digest": digest(item),
         "versions": versions(),
-        "commit": about.get("commit"),
+        "commit": environment.get("commit"),
         "predicted": predicted,
-        "environment": about,
+        "environment": environment,
     }
     atomic_write(path, json.dumps(line) + "\n")
 
 
-def finish(path: Path, item: Item, status: Status, seconds: float, why: str) -> None:
-    """End an item's result.
+def write_footer(path: Path, item: Item, status: Status, seconds: float, reason: str) -> None:
+    """Complete an item's result file.
 
     Args:
         path: of the result file.
         item: that ran.
-        status: how complete it is.
+        status: of the item.
         seconds: that it took.
-        why: it is not complete.
+        reason: why it is not complete; empty if it is.
     """
-    line = json.dumps({"item": item.name, "status": status, "seconds": round(seconds, 2), "why": why})
+    line = json.dumps({"item": item.name, "status": status, "seconds": round(seconds, 2), "reason": reason})
     cut_off = not path.read_bytes().endswith(b"\n")
     with path.open("a") as file:
         file.write(("\n" if cut_off else "") + line + "\n")
@@ -164,10 +164,10 @@ def finish(path: Path, item: Item, status: Status, seconds: float, why: str) -> 
 
 
 def pack(folder: Path, archive: Path) -> list[str]:
-    """Write the archive of a folder of results, whole or not at all; return the files that were too large for it.
+    """Write the archive of a folder of results atomically; return the files that were too large for it.
 
-    It unpacks in the root of a checkout to benchmarks/results/GPU; results that lie elsewhere, as those of a rehearsal
-    do, to a folder that is named as theirs.
+    In the root of a checkout it unpacks to benchmarks/results/GPU; results of another folder, as in a rehearsal, unpack
+    to a folder of the same name.
     """
     prefix = (
         folder.relative_to(ROOT) if folder.parent == RESULTS else Path(folder.parent.name) / folder.name
@@ -177,10 +177,10 @@ def pack(folder: Path, archive: Path) -> list[str]:
         for path in sorted(folder.rglob("*")):
             if path.is_symlink() or not path.is_file():
                 continue
-            if path.stat().st_size > LARGEST:
+            if path.stat().st_size > MAX_FILE_BYTES:
                 too_large.append(path.relative_to(folder).as_posix())
                 continue
-            content = path.read_bytes()  # at once: a running item may be writing to it
+            content = path.read_bytes()  # read at once, because a running item may be writing to it
             entry = tarfile.TarInfo(f"{prefix}/{path.relative_to(folder).as_posix()}")
             entry.size, entry.mtime = len(content), int(path.stat().st_mtime)
             tar.addfile(entry, io.BytesIO(content))

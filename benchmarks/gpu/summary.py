@@ -1,4 +1,4 @@
-"""Summary of a call of the queue: the outcome of each item, and as many figures as fit."""
+"""Summary of a run of the queue: the outcome of each item, and as many figures as fit."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-LIMIT = 8000
-"""Characters of a summary: long output may arrive with its beginning cut off."""
+MAX_CHARACTERS = 8000
+"""Length of a summary: the beginning of longer output may be cut off."""
 WIDTH = 180
 """Characters of a line."""
 STATES = {"complete": "done"}
-"""States that are shown by another word."""
+"""States that are displayed by another word."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +22,12 @@ class Outcome:
     state: Literal["complete", "partial", "failed", "skipped"]
     predicted: float
     seconds: float = 0.0
-    why: str = ""
+    reason: str = ""
     figures: list[dict[str, Any]] = field(default_factory=list)
 
 
 def summary(head: str, outcomes: Sequence[Outcome], foot: str) -> str:
-    """A line an item; figures; the last lines of failures; at most `LIMIT` characters.
+    """A line per item, figures and the last lines of failures, in at most `MAX_CHARACTERS` characters.
 
     Args:
         head: first line.
@@ -38,24 +38,24 @@ def summary(head: str, outcomes: Sequence[Outcome], foot: str) -> str:
     failures: list[str] = []
     for outcome in outcomes:
         if outcome.state == "failed":
-            failures += [f"{outcome.name} failed:", *(f"  {line}" for line in outcome.why.splitlines()[-4:])]
+            failures += [f"{outcome.name} failed:", *(f"  {line}" for line in outcome.reason.splitlines()[-4:])]
     bottom = [*failures, foot]
     top, bottom = [_clip(line) for line in top], [_clip(line) for line in bottom]
-    room = LIMIT - sum(len(line) + 1 for line in [*top, *bottom])
+    room = MAX_CHARACTERS - sum(len(line) + 1 for line in [*top, *bottom])
     figures = _figures([outcome for outcome in outcomes if outcome.figures], room)
-    return "\n".join([*top, *figures, *bottom])[: LIMIT - 1] + "\n"
+    return "\n".join([*top, *figures, *bottom])[: MAX_CHARACTERS - 1] + "\n"
 
 
 def _line(outcome: Outcome) -> str:
     text = f"{STATES.get(outcome.state, outcome.state):<9}{outcome.name:<16}"
     if outcome.state == "skipped":
-        return text + outcome.why
+        return text + outcome.reason
     text += f"{outcome.seconds:6.1f} s (predicted {outcome.predicted:.0f})"
-    return text + (f": {outcome.why.splitlines()[-1]}" if outcome.why and outcome.state != "failed" else "")
+    return text + (f": {outcome.reason.splitlines()[-1]}" if outcome.reason and outcome.state != "failed" else "")
 
 
 def _figures(outcomes: Sequence[Outcome], room: int) -> list[str]:
-    """Figures item by item: each gets an equal share of the room, and what the ones before it have left of theirs."""
+    """Figures of each item: they share the room equally, and get what earlier items left unused."""
     lines: list[str] = []
     for position, outcome in enumerate(outcomes):
         shown = [values for values in outcome.figures if values.get("ok") is not True]
@@ -65,7 +65,7 @@ def _figures(outcomes: Sequence[Outcome], room: int) -> list[str]:
         share = (room - sum(len(line) + 1 for line in lines)) // (len(outcomes) - position)
         if sum(len(text) + 1 for text in texts) > share:
             fit = 0
-            size = 40  # of the line that says how many are left out
+            size = 40  # of the line with the number of omitted figures
             while size + len(texts[fit]) + 1 <= share:
                 size += len(texts[fit]) + 1
                 fit += 1

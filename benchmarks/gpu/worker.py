@@ -1,4 +1,4 @@
-"""A worker process of the queue: runs one item after the other, and leaves torch as it found it after each."""
+"""Worker process of the queue: runs items one after the other and restores the state of torch after each."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from typing import Any, TextIO
 import torch
 
 from benchmarks.gpu.item import Context, Item
-from benchmarks.gpu.process import MARK, end_marked
+from benchmarks.gpu.process import MARK, kill_descendants
 from byol_fast.utils import env
 
 GIB = 2**30
-MOST_LEFT = GIB
-"""Bytes of GPU memory that an item may leave behind before the next one gets a fresh process."""
+MAX_LEFTOVER_BYTES = GIB
+"""GPU memory that an item may leave allocated; beyond it the next item gets a new process."""
 
 
 def main() -> None:
-    """Answer the requests of the queue until it has no more."""
+    """Answer the requests of the queue until it closes the pipe."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--items", required=True)
     parser.add_argument("--replies", type=int, required=True)
@@ -44,11 +44,11 @@ def main() -> None:
     requests = _requests()
     device = "cpu" if options.rehearse else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
-        _reply(replies, error="there is no CUDA device here; REHEARSE=1 (--rehearse) runs the same on the CPU")
+        _reply(replies, error="no CUDA device; REHEARSE=1 (--rehearse) runs the queue on the CPU")
         return
     items: dict[str, Item] = {item.name: item for item in importlib.import_module(options.items).ITEMS}
-    about = env.measured_on(torch.device(device))
-    _reply(replies, environment=about, free_gib=_free_gib(device))
+    environment = env.measured_on(torch.device(device))
+    _reply(replies, environment=environment, free_gib=_free_gib(device))
     reset = _torch_state()
     while True:
         request = requests.get()
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def _requests() -> queue.SimpleQueue[dict[str, Any]]:
-    """Requests as they come in. When the queue is gone, this process ends at once, with all that it has started."""
+    """Queue of incoming requests. When the parent process ends, this process and its descendants end at once."""
     waiting: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     source = os.fdopen(os.dup(0))  # items get an empty standard input
     null = os.open(os.devnull, os.O_RDONLY)
@@ -68,7 +68,7 @@ def _requests() -> queue.SimpleQueue[dict[str, Any]]:
     def read() -> None:
         for line in source:
             waiting.put(json.loads(line))
-        end_marked(os.environ.get(MARK, ""))
+        kill_descendants(os.environ.get(MARK, ""))
         os._exit(0)
 
     threading.Thread(target=read, daemon=True).start()
@@ -81,7 +81,7 @@ def _reply(replies: TextIO, **values: Any) -> None:
 
 
 def _answer(item: Item, request: dict[str, Any], device: str, reset: Callable[[], None]) -> dict[str, Any]:
-    """Run an item, and clean up after it; how it ended, and whether this process is fit for another."""
+    """Run an item and clean up; return its status, the reason, and True if this process can run another item."""
     context = Context(
         item,
         Path(request["records"]),
@@ -90,25 +90,25 @@ def _answer(item: Item, request: dict[str, Any], device: str, reset: Callable[[]
         rehearsal=device == "cpu",
         deadline=request["deadline"],
     )
-    status, why = "complete", ""
+    status, reason = "complete", ""
     try:
         module, _, name = item.run.partition(":")
         missing = getattr(importlib.import_module(module), name)(context)
         if device == "cuda":
-            torch.cuda.synchronize()  # an error of a kernel belongs to the item that launched it
+            torch.cuda.synchronize()  # raises errors of the kernels of this item
         if missing is not None:
-            status, why = "partial", str(missing)
+            status, reason = "partial", str(missing)
     except BaseException as error:
         traceback.print_exc()
         inside = error.__traceback__.tb_next if error.__traceback__ is not None else None  # without this function
         lines = "".join(traceback.format_exception(type(error), error, inside, limit=-4)).splitlines()
-        why = "\n".join(line for line in lines if line.strip(" ^~"))[-3000:]
+        reason = "\n".join(line for line in lines if line.strip(" ^~"))[-3000:]
         status = "failed"
-    return {"status": status, "why": why, "usable": _clean(device, reset)}
+    return {"status": status, "reason": reason, "usable": _clean(device, reset)}
 
 
 def _clean(device: str, reset: Callable[[], None]) -> bool:
-    """Free what an item has left, and put torch's state back; whether the next item may run in this process."""
+    """Free memory and restore the state of torch; True if the next item may run in this process."""
     try:
         reset()
         if "torch._dynamo" in sys.modules:
@@ -118,15 +118,15 @@ def _clean(device: str, reset: Callable[[], None]) -> bool:
             return True
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        torch.ones(1, device=device).add_(1).cpu()  # raises where an error has ended the CUDA context
-        return torch.cuda.memory_reserved() <= MOST_LEFT
+        torch.ones(1, device=device).add_(1).cpu()  # raises if an error has ended the CUDA context
+        return torch.cuda.memory_reserved() <= MAX_LEFTOVER_BYTES
     except Exception:
         traceback.print_exc()
         return False
 
 
 def _torch_state() -> Callable[[], None]:
-    """A function that puts torch's flags, default dtype and threads back to what they are now."""
+    """Function that restores the current flags, default dtype and threads of torch."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     flags: list[tuple[Any, str]] = [(cudnn, name) for name in ("enabled", "benchmark", "deterministic", "allow_tf32")]
     reductions = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
@@ -141,7 +141,7 @@ def _torch_state() -> Callable[[], None]:
         torch.set_default_dtype(dtype)
         torch.set_default_device(None)
         torch.set_num_threads(threads)
-        if _deterministic() != deterministic:  # only then: the call imports inductor, which takes seconds
+        if _deterministic() != deterministic:  # the call imports inductor, which takes seconds
             torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
         torch.set_grad_enabled(True)
 
@@ -158,7 +158,7 @@ def _free_gib(device: str) -> float | None:
 
 @contextmanager
 def _output_to(log: Path) -> Iterator[None]:
-    """Everything that is printed during the block, by child processes too, goes to a file."""
+    """Redirect the output of the block, including that of child processes, to a file."""
     before = [os.dup(1), os.dup(2)]
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     try:

@@ -1,1 +1,1 @@
-"""Timing of alternatives side by side, and the suites of `byol-fast bench`."""
+"""Interleaved timing of alternatives, and the suites of `byol-fast bench`."""

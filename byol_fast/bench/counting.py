@@ -1,4 +1,4 @@
-"""Operators that do the same work, side by side: times, and beside them operators, host syncs and bandwidths."""
+"""Suites of operators: times, and with them numbers of operators, host syncs and bandwidths."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from byol_fast.bench.numerics import relative_error
 from byol_fast.bench.results import Results
 from byol_fast.bench.timing import Timing, interleaved
 from byol_fast.utils.env import version
 
 Case = Callable[[], object]
-COPIED = 128 << 20  # bytes: beyond every cache
+COPY_BYTES = 128 << 20  # larger than any cache
 COPY = "copy"
 
 
-class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Operators that reach the device while it is on, and how many of them make the host wait for a number.
+class OperatorCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operators that reach the device, and those that make the host wait for a value.
 
-    A registered operator counts as one, whatever it does inside: what a GPU's queue would see.
+    A registered operator counts as one, regardless of its implementation.
     """
 
     def __init__(self) -> None:
@@ -38,95 +39,104 @@ class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Suite(NamedTuple):
-    """Contenders that do the same work, checked to agree."""
+    """Candidates that do the same work and were checked to agree."""
 
     cases: Mapping[str, Case]
-    """Name and what to call; the first is ours."""
-    moved: int
-    """Bytes that one call has to move at the least."""
+    """Name and callable; the first is byol_fast's."""
+    min_bytes: int
+    """Least number of bytes that the work has to read and write."""
     repeats: int = 1
-    """How often a case does its work in one call."""
+    """Times that one call does the work."""
     baseline: str = ""
-    """The case that stays the same from version to version of ours."""
+    """The case whose code does not change between versions of byol_fast."""
     uncounted: tuple[str, ...] = ()
-    """Cases whose operators cannot be counted: compiled code, or code that is not torch's."""
+    """Cases whose operators cannot be counted: compiled code, or other libraries' own code."""
     capturable: tuple[str, ...] = ()
-    """Cases besides ours that a CUDA graph can hold: on a GPU they are measured that way, too."""
+    """Cases besides byol_fast's that a CUDA graph can capture; on a GPU they are measured that way, too."""
 
 
 @functools.cache
 def is_installed(name: str) -> bool:
-    """Whether a peer is there; says so if not."""
+    """True if a library can be imported; prints a line otherwise."""
     try:
-        found = importlib.util.find_spec(name) is not None
+        installed = importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:
-        found = False
-    if not found:
-        print(f"  {name} is not installed and left out; pip install byol_fast[peers]")
-    return found
+        installed = False
+    if not installed:
+        print(f"  {name} is not installed, skipped; pip install byol_fast[peers]")
+    return installed
 
 
-def agree(what: str, a: list[Tensor], b: list[Tensor], tolerance: float) -> None:
-    """Raises unless each tensor of `a` is within a relative L2 error of its partner."""
-    for x, y in zip(a, b, strict=True):
-        wide, other = x.detach().double(), y.detach().double()
-        error = float((wide - other).norm() / other.norm().clamp_min(1e-12))
-        if not error <= tolerance:
-            raise AssertionError(f"{what}: contenders disagree, relative error {error:.2e}, allowed {tolerance:.0e}")
-
-
-def measure(results: Results, name: str, suite: Suite, *, rounds: int, amount: float | None = None) -> None:
-    """Time a suite beside a copy in memory.
-
-    With one thread on a CPU it is the process's CPU time, which other processes disturb least; otherwise time by the
-    clock, until the device is done. On a GPU short work is done often enough to outlast the wait for it, and a second
-    time as a CUDA graph ("..., captured"), as a captured step has it: then the host's part does not count.
+def check_agreement(name: str, values: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    """Compare each tensor with the expected one.
 
     Args:
-        results: where to put it.
+        name: of the candidate, for the message.
+        values: its results.
+        expected: results to compare with.
+        tolerance: largest relative L2 error.
+
+    Raises:
+        AssertionError: an error is larger.
+    """
+    for x, y in zip(values, expected, strict=True):
+        error = relative_error([x], [y])
+        if not error <= tolerance:
+            raise AssertionError(f"{name}: candidates disagree, relative error {error:.2e}, allowed {tolerance:.0e}")
+
+
+def measure(results: Results, name: str, suite: Suite, *, rounds: int, num_items: float | None = None) -> None:
+    """Time a suite together with a copy in memory.
+
+    With one thread on a CPU, CPU time of the process is measured, which other processes disturb least; otherwise
+    wall-clock time until the device is finished. On a GPU, short work is repeated so that the synchronization does not
+    count, and also measured as a CUDA graph ("..., captured"), as in a captured step: without the host's part.
+
+    Args:
+        results: that the suite is added to.
         name: of the suite.
         suite: its cases.
-        rounds: interleaved rounds that count.
-        amount: images that one call processes; the result is then images a second. None: milliseconds a call.
+        rounds: interleaved rounds that are counted.
+        num_items: images that one call processes, for a result in images per second; None for milliseconds per call.
     """
     device = results.device
-    alone = device.type == "cpu" and torch.get_num_threads() == 1
-    source = torch.ones(COPIED, dtype=torch.uint8, device=device)
+    is_cpu_time = device.type == "cpu" and torch.get_num_threads() == 1
+    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     counts = {}
     for provider, case in suite.cases.items():
-        with Count() as count:
+        with OperatorCounter() as count:
             case()
         counts[provider] = count
-    work: dict[str, Case] = {**suite.cases, COPY: lambda: target.copy_(source)}
+    all_cases: dict[str, Case] = {**suite.cases, COPY: lambda: target.copy_(source)}
     if device.type == "cuda":
-        work |= captured(suite, {provider for provider, count in counts.items() if count.syncs})
-    calls = {provider: calls_of(case, device) for provider, case in work.items()}
-    cases = {provider: finished(case, device, calls[provider]) for provider, case in work.items()}
-    measured = interleaved(cases, rounds=rounds, clock=time.process_time if alone else time.perf_counter)
-    copied = 2 * COPIED / (measured.pop(COPY).median / calls[COPY])
+        all_cases |= capture_cases(suite, {provider for provider, count in counts.items() if count.syncs})
+    calls = {provider: num_calls(case, device) for provider, case in all_cases.items()}
+    cases = {provider: synchronized(case, device, calls[provider]) for provider, case in all_cases.items()}
+    measured = interleaved(cases, rounds=rounds, clock=time.process_time if is_cpu_time else time.perf_counter)
+    copy_speed = 2 * COPY_BYTES / (measured.pop(COPY).median / calls[COPY])
     times = {p: Timing(tuple(s / suite.repeats / calls[p] for s in t.seconds)) for p, t in measured.items()}
     extras: dict[str, dict[str, Any]] = {}
     for provider, timing in times.items():
-        speed = suite.moved / timing.median
-        extras[provider] = {"gb_per_s": speed / 1e9, "share_of_copy": speed / copied}
+        speed = suite.min_bytes / timing.median
+        extras[provider] = {"gb_per_s": speed / 1e9, "share_of_copy": speed / copy_speed}
         if provider in counts and provider not in suite.uncounted:
             count = counts[provider]
             extras[provider] |= {"ops": count.ops // suite.repeats, "host_syncs": count.syncs // suite.repeats}
-    unit = ("CPU-ms" if alone else "ms") if amount is None else ("images/CPU-s" if alone else "images/s")
-    results.add(name, times, unit=unit, amount=amount, baseline=suite.baseline, extras=extras)
+    unit = ("CPU-ms" if is_cpu_time else "ms") if num_items is None else ("images/CPU-s" if is_cpu_time else "images/s")
+    results.add(name, times, unit=unit, num_items=num_items, baseline=suite.baseline, extras=extras)
 
 
-def captured(suite: Suite, waiting: Collection[str]) -> dict[str, Case]:
-    """Ours, and others that can be, as CUDA graphs.
+def capture_cases(suite: Suite, syncing: Collection[str]) -> dict[str, Case]:
+    """The cases that can be captured, as CUDA graphs.
 
     Args:
-        suite: of cases on a GPU.
-        waiting: those that make the host wait, which no graph can hold.
+        suite: with cases on a GPU.
+        syncing: cases that make the host wait, which cannot be captured.
     """
     graphs: dict[str, Case] = {}
     for provider, case in suite.cases.items():
-        if provider not in waiting and (provider.startswith("ours") or provider in suite.capturable):
+        if provider not in syncing and (provider.startswith("byol_fast") or provider in suite.capturable):
             try:
                 graphs[f"{provider}, captured"] = as_graph(case)
             except RuntimeError as error:
@@ -135,33 +145,33 @@ def captured(suite: Suite, waiting: Collection[str]) -> dict[str, Case]:
 
 
 def as_graph(case: Case) -> Case:
-    """A case as a CUDA graph; the call replays it."""
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    """Capture a case as a CUDA graph; the returned callable replays it."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         for _ in range(3):
             case()
-    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # What other threads allocate or query meanwhile would end a capture in the default mode.
+    # In the default mode, allocations and queries of other threads would invalidate the capture.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         case()
     return graph.replay
 
 
-def calls_of(case: Case, device: torch.device) -> int:
-    """How often to call a case before waiting for it: on a GPU for 3 ms, beside which the wait is short."""
+def num_calls(case: Case, device: torch.device) -> int:
+    """Number of calls per synchronization: 3 ms of work on a GPU, much more than the synchronization takes."""
     if device.type != "cuda":
         return 1
-    once = finished(case, device)
-    once()
+    single = synchronized(case, device)
+    single()
     begin = time.perf_counter()
-    once()
+    single()
     return max(1, min(200, round(3e-3 / (time.perf_counter() - begin))))
 
 
-def finished(case: Case, device: torch.device, calls: int = 1) -> Case:
-    """The case, some calls of it, done when it returns."""
+def synchronized(case: Case, device: torch.device, calls: int = 1) -> Case:
+    """Callable that runs a case some times and returns when the device is finished."""
     if device.type != "cuda":
         return case
 
@@ -173,7 +183,7 @@ def finished(case: Case, device: torch.device, calls: int = 1) -> Case:
     return run
 
 
-def peer_versions() -> dict[str, str]:
-    """Versions of the other packages, those that are installed."""
+def library_versions() -> dict[str, str]:
+    """Versions of the other libraries that are installed."""
     names = ("lightly", "timm", "kornia", "byol-pytorch", "stable-pretraining")
-    return {name: found for name in names if (found := version(name)) is not None}
+    return {name: number for name in names if (number := version(name)) is not None}

@@ -1,18 +1,18 @@
-"""Two views of images: ours, with every loader, beside torchvision, lightly and kornia.
+"""Two views of images: the loaders of byol_fast, torchvision, lightly and kornia.
 
-Everyone gets the same images in the same order and draws for himself, by the paper's ranges and probabilities. On a
-CPU the measure is CPU time of the whole process, all threads counted, with one thread for each contender; what ours
-prepare ahead is waited for within the measurement. On a GPU it is time by the clock, until the device is done, with a
-thread for each core. Peers that are not installed are left out, with a line (pip install byol_fast[peers]).
+All candidates read the same images in the same order and draw their own parameters, from the paper's ranges and
+probabilities. On a CPU, CPU time of the whole process is measured, with one thread per candidate; background threads
+finish within the measurement. On a GPU, it is wall-clock time until the device is finished, with a thread per core.
+Libraries that are not installed are skipped with a line (pip install byol_fast[peers]).
 
-Photographs are 224 px views of JPEG files, with blur; arrays are 32 px views of 32 px images, without (CIFAR's recipe).
+JPEG files give 224 px views with blur; arrays of 32 px images give 32 px views without (CIFAR's recipe).
 """
 
 from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -36,44 +36,43 @@ from byol_kernels import resized_crop
 
 JPEG_VIEWS = (ViewConfig(), ViewConfig(blur=0.1, solarize=0.2))
 ARRAY_VIEWS = (ViewConfig(size=32, blur=0.0), ViewConfig(size=32, blur=0.0, solarize=0.2))
-Make = Callable[[], tuple[Tensor, Tensor]]
-CPU = torch.device("cpu")
+MakeViews = Callable[[], tuple[Tensor, Tensor]]
 
 
-# -------------------------------------------------------------------------------- ours
+# -------------------------------------------------------------------------------- byol_fast
 
 
-def ours(device: torch.device) -> dict[str, dict[str, Any]]:
-    """Name and options of our loaders; the first is what the others are compared with."""
-    threads = {"ours: torchvision + kernels": {"loader": "torchvision"}}
-    resident = {"ours: resident": {"loader": "resident"}}
+def loader_options(device: torch.device) -> dict[str, dict[str, Any]]:
+    """Name and options of the loaders of byol_fast; the first is the one that ratios are relative to."""
+    threads = {"byol_fast: threaded + kernels": {"loader": "torchvision"}}
+    resident = {"byol_fast: device cache + kernels": {"loader": "resident"}}
     dali = {
-        "ours: dali + kernels": {"loader": "dali"},
-        "ours: dali + its operators": {"loader": "dali", "augment": "dali"},
+        "byol_fast: dali + kernels": {"loader": "dali"},
+        "byol_fast: dali + its operators": {"loader": "dali", "augment": "dali"},
     }
     dali = dali if dali_installed() else {}
     return dali | resident | threads if device.type == "cuda" else threads | resident | dali
 
 
-class Stream:
-    """A loader of ours, batch after batch."""
+class LoaderCase:
+    """Some batches per call of a loader of byol_fast."""
 
     def __init__(self, loader: ViewLoader, device: torch.device, steps: int) -> None:
         self.loader, self.device, self.steps = loader, device, steps
 
     def __call__(self) -> tuple[Tensor, Tensor]:
-        """Make a call's images; the last batch of views."""
+        """Load the batches and return the views of the last one."""
         for _ in range(self.steps):
             batch = next(self.loader)
         if self.device.type == "cpu":
-            settle()
+            wait_for_background_threads()
         else:
             torch.cuda.synchronize(self.device)
         return batch.views[0], batch.views[1]
 
 
-def settle() -> None:
-    """Wait until threads in the background have nothing left to prepare."""
+def wait_for_background_threads() -> None:
+    """Wait until the process uses no more CPU time."""
     while True:
         before = time.process_time()
         time.sleep(0.03)
@@ -81,37 +80,37 @@ def settle() -> None:
             return
 
 
-def our_loaders(
-    source: ImageSource, views: tuple[ViewConfig, ViewConfig], device: torch.device, images: int
+def loader_cases(
+    source: ImageSource, views: tuple[ViewConfig, ViewConfig], device: torch.device, num_images: int
 ) -> dict[str, Callable[[], object]]:
-    """Our loaders on a source, by name."""
-    found: dict[str, Callable[[], object]] = {}
-    batch = min(images, 32 if views[0].size > 64 else 256)
-    for name, options in ours(device).items():
+    """The loaders of byol_fast on a source, by name."""
+    cases: dict[str, Callable[[], object]] = {}
+    batch_size = min(num_images, 32 if views[0].size > 64 else 256)
+    for name, options in loader_options(device).items():
         if options["loader"] == "resident" and not isinstance(source, ArraySource):
             continue
         data = DataConfig(threads=1 if device.type == "cpu" else 0, **options)
-        config = Config(batch_size=batch, data=data, view1=views[0], view2=views[1])
-        found[name] = Stream(make_loader(source, config, device=device), device, images // batch)
-    return found
+        config = Config(batch_size=batch_size, data=data, view1=views[0], view2=views[1])
+        cases[name] = LoaderCase(make_loader(source, config, device=device), device, num_images // batch_size)
+    return cases
 
 
-# -------------------------------------------------------------------------------- peers
+# -------------------------------------------------------------------------------- other libraries
 
 
-class CheapBlur:
-    """PIL's own blur: an approximation by boxes, as most training scripts have it."""
+class PILBlur:
+    """PIL's blur, which approximates the Gaussian by box filters, as in most training scripts."""
 
     def __init__(self, sigma: tuple[float, float]) -> None:
         self.sigma = sigma
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """Blur an image."""
-        return image.filter(ImageFilter.GaussianBlur(np.random.uniform(*self.sigma)))  # noqa: NPY002 (its own seed)
+        return image.filter(ImageFilter.GaussianBlur(np.random.uniform(*self.sigma)))  # noqa: NPY002 (numpy's global generator, as in training scripts)
 
 
 def torchvision_transform(t: Any, view: ViewConfig, blur: Any, first: list[Any], last: list[Any]) -> Callable[..., Any]:
-    """The paper's augmentation of one image by torchvision's transforms, of either generation."""
+    """The paper's augmentation of one image by torchvision's transforms, v1 or v2."""
     jitter = t.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
     parts = [
         t.RandomResizedCrop(view.size, view.area, view.aspect, interpolation=v2.InterpolationMode.BICUBIC),
@@ -125,82 +124,80 @@ def torchvision_transform(t: Any, view: ViewConfig, blur: Any, first: list[Any],
     return composed
 
 
-def peers(
-    source: ImageSource, views: tuple[ViewConfig, ViewConfig], device: torch.device, images: int
+def library_cases(
+    source: ImageSource, views: tuple[ViewConfig, ViewConfig], device: torch.device, num_images: int
 ) -> dict[str, Callable[[], object]]:
-    """Other packages on the same source."""
-    turn = iter_numbers(len(source), images)
+    """Other libraries on the same source, by name."""
+    positions = cycle_positions(len(source), num_images)
 
-    def one_by_one(load: Callable[[int], Any], transforms: list[Callable[..., Tensor]]) -> Make:
-        def make() -> tuple[Tensor, Tensor]:
-            made = [[transform(image) for transform in transforms] for image in map(load, next(turn))]
-            first, second = (torch.stack(view) for view in zip(*made, strict=True))
+    def per_image(load: Callable[[int], Any], transforms: list[Callable[..., Tensor]]) -> MakeViews:
+        def make_views() -> tuple[Tensor, Tensor]:
+            pairs = [[transform(image) for transform in transforms] for image in map(load, next(positions))]
+            first, second = (torch.stack(view) for view in zip(*pairs, strict=True))
             return first, second
 
-        return make
+        return make_views
 
-    def by_torchvision(t: Any, load: Callable[[int], Any], blur: Any, last: list[Any]) -> Make:
-        return one_by_one(load, [torchvision_transform(t, view, blur, [], last) for view in views])
+    def torchvision_case(t: Any, load: Callable[[int], Any], blur: Any, last: list[Any]) -> MakeViews:
+        return per_image(load, [torchvision_transform(t, view, blur, [], last) for view in views])
 
-    def tensor(i: int) -> Tensor:
+    def load_tensor(i: int) -> Tensor:
         return decode_image(source, i)[0]
 
     sigma = views[0].blur_sigma
-    found: dict[str, Callable[[], object]] = {}
+    cases: dict[str, Callable[[], object]] = {}
     if device.type == "cpu":
         to_tensor = [v1.PILToTensor()]
-        found["torchvision v1, PIL" + ", its cheap blur" * bool(views[0].blur)] = by_torchvision(
-            v1, source.load, CheapBlur(sigma), to_tensor
+        cases["torchvision v1, PIL" + ", PIL's blur" * bool(views[0].blur)] = torchvision_case(
+            v1, source.load, PILBlur(sigma), to_tensor
         )
         if views[0].blur:
             gaussian = v1.GaussianBlur(views[0].blur_kernel, sigma)
-            found["torchvision v1, PIL, Gaussian blur"] = by_torchvision(v1, source.load, gaussian, to_tensor)
+            cases["torchvision v1, PIL, Gaussian blur"] = torchvision_case(v1, source.load, gaussian, to_tensor)
         gaussian = v2.GaussianBlur(views[0].blur_kernel, sigma)
-        found["torchvision v2, tensors"] = by_torchvision(v2, tensor, gaussian, [])
-        if found_version := installed("lightly"):
+        cases["torchvision v2, tensors"] = torchvision_case(v2, load_tensor, gaussian, [])
+        if number := installed_version("lightly"):
             from lightly.transforms.byol_transform import BYOLTransform, BYOLView1Transform, BYOLView2Transform
 
-            kinds = (BYOLView1Transform, BYOLView2Transform)
-            both = BYOLTransform(
+            classes = (BYOLView1Transform, BYOLView2Transform)
+            pair = BYOLTransform(
                 *(
-                    kind(input_size=v.size, gaussian_blur=v.blur, solarization_prob=v.solarize, normalize=None)
-                    for kind, v in zip(kinds, views, strict=True)
+                    cls(input_size=v.size, gaussian_blur=v.blur, solarization_prob=v.solarize, normalize=None)
+                    for cls, v in zip(classes, views, strict=True)
                 )
             )
-            found[f"lightly {found_version} BYOLTransform (bilinear crops)"] = one_by_one(
-                source.load, list(both.transforms)
-            )
-    if found_version := installed("kornia"):
-        found[f"kornia {found_version} (crops without antialias)"] = kornia_views(source, views, device, turn)
-    return found
+            cases[f"lightly {number} BYOLTransform (bilinear crops)"] = per_image(source.load, list(pair.transforms))
+    if number := installed_version("kornia"):
+        cases[f"kornia {number} (crops without antialias)"] = kornia_case(source, views, device, positions)
+    return cases
 
 
-def installed(package: str) -> str | None:
-    """Version of a package, or None with a line that says so."""
-    found = version(package)
-    if found is None:
-        print(f"{package} is not installed: left out (pip install byol_fast[peers])")
-    return found
+def installed_version(package: str) -> str | None:
+    """Version of a package; None with a printed line if it is not installed."""
+    number = version(package)
+    if number is None:
+        print(f"{package} is not installed, skipped (pip install byol_fast[peers])")
+    return number
 
 
-def iter_numbers(n: int, count: int) -> Iterator[list[int]]:
-    """Positions of the images of call after call."""
+def cycle_positions(n: int, count: int) -> Iterator[list[int]]:
+    """Positions of the images of each call, `count` at a time, over and over."""
     start = 0
     while True:
         yield [(start + k) % n for k in range(count)]
         start += count
 
 
-def kornia_views(
-    source: ImageSource, views: tuple[ViewConfig, ViewConfig], device: torch.device, turn: Iterator[list[int]]
-) -> Make:
-    """Decoded and cropped one by one, as sizes differ; arrays in one batch. Then all at once."""
+def kornia_case(
+    source: ImageSource, views: tuple[ViewConfig, ViewConfig], device: torch.device, positions: Iterator[list[int]]
+) -> MakeViews:
+    """kornia: files are decoded and cropped one by one, because their sizes differ; the rest works on batches."""
     import kornia.augmentation as K
 
-    def crop(view: ViewConfig) -> Any:
+    def random_crop(view: ViewConfig) -> Any:
         return K.RandomResizedCrop((view.size, view.size), view.area, view.aspect, resample="BICUBIC")
 
-    def rest(view: ViewConfig) -> Any:
+    def other_transforms(view: ViewConfig) -> Any:
         parts: list[Any] = [
             K.RandomHorizontalFlip(p=view.flip),
             K.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue, p=view.jitter),
@@ -211,37 +208,41 @@ def kornia_views(
         parts += [K.RandomSolarize(0.0, 0.0, p=view.solarize)] if view.solarize else []
         return K.AugmentationSequential(*parts)
 
-    crops, rests = [crop(view) for view in views], [rest(view) for view in views]
+    crops, others = [random_crop(view) for view in views], [other_transforms(view) for view in views]
 
-    def floats(numbers: list[int]) -> list[Tensor]:
+    def load_floats(rows: list[int]) -> list[Tensor]:
         if isinstance(source, ArraySource):
-            return [torch.from_numpy(source.images[numbers]).to(device).permute(0, 3, 1, 2).float() / 255]
-        return [decode_image(source, i).to(device).float() / 255 for i in numbers]
+            return [torch.from_numpy(source.images[rows]).to(device).permute(0, 3, 1, 2).float() / 255]
+        return [decode_image(source, i).to(device).float() / 255 for i in rows]
 
-    def make() -> tuple[Tensor, Tensor]:
-        images = floats(next(turn))
-        first, second = (after(torch.cat([cut(x) for x in images])) for cut, after in zip(crops, rests, strict=True))
+    def make_views() -> tuple[Tensor, Tensor]:
+        images = load_floats(next(positions))
+        first, second = (other(torch.cat([crop(x) for x in images])) for crop, other in zip(crops, others, strict=True))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return first, second
 
-    return make
+    return make_views
 
 
 # -------------------------------------------------------------------------------- suites
 
 
-def check(cases: dict[str, Callable[[], Any]]) -> None:
-    """Everyone makes views whose levels are alike; draws differ, so only gross errors show."""
+def check_levels(cases: dict[str, Callable[[], Any]]) -> None:
+    """Compare mean and standard deviation of the views: parameters are random, so only gross errors show.
+
+    Raises:
+        AssertionError: a candidate differs from the median by more than 20 levels of 255.
+    """
     levels: dict[str, Tensor] = {}
     for name, call in cases.items():
         views = [view.float().cpu() * (255 if view.is_floating_point() else 1) for view in call()]
         levels[name] = torch.stack([torch.stack([view.mean(), view.std()]) for view in views])
     expected = torch.stack(list(levels.values())).median(0).values
-    for name, found in levels.items():
-        if not ((found - expected).abs() <= 20).all():
+    for name, values in levels.items():
+        if not ((values - expected).abs() <= 20).all():
             raise AssertionError(
-                f"{name}: mean and std of the levels are {found.tolist()}, others' {expected.tolist()}"
+                f"{name}: mean and std of the levels are {values.tolist()}, of all candidates {expected.tolist()}"
             )
 
 
@@ -251,47 +252,57 @@ def run_suite(
     source: ImageSource,
     views: tuple[ViewConfig, ViewConfig],
     *,
-    images: int,
+    num_images: int,
     rounds: int,
-    only: Sequence[str] = (),
+    is_selected: Callable[[str], bool] = lambda name: True,
 ) -> None:
-    """Two views of images, by everyone.
+    """Two views of images, by all candidates.
 
     Args:
-        results: where to put it.
+        results: that the suite is added to.
         suite: its name.
         source: of the images.
-        views: how both are drawn.
-        images: of a call.
-        rounds: that count.
-        only: contenders whose name contains one of these; all where empty.
+        views: options of both views.
+        num_images: images per call.
+        rounds: rounds that are counted.
+        is_selected: True for the names of candidates to measure.
     """
     device = results.device
-    cases = our_loaders(source, views, device, images) | peers(source, views, device, images)
-    cases = {name: case for name, case in cases.items() if not only or any(o in name for o in only)}
-    check(cases)
+    cases = loader_cases(source, views, device, num_images) | library_cases(source, views, device, num_images)
+    cases = {name: case for name, case in cases.items() if is_selected(name)}
+    check_levels(cases)
     on_cpu = device.type == "cpu"
     times = interleaved(cases, rounds=rounds, clock=time.process_time if on_cpu else time.perf_counter)
-    baseline = next((name for name in cases if not name.startswith("ours")), "")
-    results.add(suite, times, unit="images/CPU-s" if on_cpu else "images/s", amount=images, baseline=baseline)
+    baseline = next((name for name in cases if not name.startswith("byol_fast")), "")
+    results.add(suite, times, unit="images/CPU-s" if on_cpu else "images/s", num_items=num_images, baseline=baseline)
 
 
-def stages(results: Results, source: ImageSource, *, images: int, rounds: int) -> None:
-    """What the first of our loaders does, one thing at a time, each beside what else could do it."""
-    images = min(images, len(source))
-    encoded = [source.read(i) for i in range(images)] if isinstance(source, EncodedSource) else []
-    tensors, pictures = [decode_image(source, i) for i in range(images)], [source.load(i) for i in range(images)]
+def stages(results: Results, source: ImageSource, *, num_images: int, rounds: int) -> None:
+    """The operations of the CPU loader, one at a time, with the operations of PIL.
+
+    Args:
+        results: that the suites are added to.
+        source: of the images.
+        num_images: images per call.
+        rounds: rounds that are counted.
+    """
+    num_images = min(num_images, len(source))
+    encoded = [source.read(i) for i in range(num_images)] if isinstance(source, EncodedSource) else []
+    tensors, pil_images = (
+        [decode_image(source, i) for i in range(num_images)],
+        [source.load(i) for i in range(num_images)],
+    )
     crops: list[Tensor] = []
     suites: dict[str, dict[str, Callable[[], object]]] = {
         "decode": {
-            "ours: torchvision's operator": lambda: [decode_image(source, i) for i in range(images)],
+            "byol_fast: torchvision's operator": lambda: [decode_image(source, i) for i in range(num_images)],
             "PIL": lambda: [Image.open(io.BytesIO(data)).convert("RGB") for data in encoded],
         }
     }
     for number, view in enumerate(JPEG_VIEWS):
-        drawn = sample_params(view, np.arange(images), seed=0, epoch=0, view=number)
+        params = sample_params(view, np.arange(num_images), seed=0, epoch=0, view=number)
         windows = [
-            crop_windows(drawn.crop[i : i + 1], *x.shape[2:], view.aspect)  # type: ignore[call-arg]
+            crop_windows(params.crop[i : i + 1], *x.shape[2:], view.aspect)  # type: ignore[call-arg]
             for i, x in enumerate(tensors)
         ]
         boxes = [(s, t, s + w, t + h) for ((t, s, h, w),) in (window.tolist() for window in windows)]
@@ -302,33 +313,33 @@ def stages(results: Results, source: ImageSource, *, images: int, rounds: int) -
 
         def crop_pil(view: ViewConfig = view, boxes: list[Any] = boxes) -> object:
             size, cubic = (view.size, view.size), Image.Resampling.BICUBIC
-            return [x.crop(box).resize(size, cubic) for x, box in zip(pictures, boxes, strict=True)]
+            return [x.crop(box).resize(size, cubic) for x, box in zip(pil_images, boxes, strict=True)]
 
         crops.append(crop())
         names = required_params(view)
         blur = tuple(name for name in names if name in {"blur", "sigma", "window"})
-        colour = tuple(name for name in names if name not in blur)
+        color = tuple(name for name in names if name not in blur)
 
-        def augment_crops(
-            names: tuple[str, ...], view: ViewConfig = view, drawn: Any = drawn, number: int = number
+        def photometric_case(
+            names: tuple[str, ...], view: ViewConfig = view, params: Any = params, number: int = number
         ) -> Callable[[], object]:
-            draws = select_rows(drawn, names, slice(None))
-            return lambda: apply_photometric(crops[number], draws, view)
+            selected = select_rows(params, names, slice(None))
+            return lambda: apply_photometric(crops[number], selected, view)
 
         suites |= {
-            f"view {number + 1}: crop": {"ours: resized_crop": crop, "PIL": crop_pil},
-            f"view {number + 1}: flip, colour, blur, solarize": {
-                "ours: photometric, all of it": augment_crops(names),
-                "ours: without the blur": augment_crops(colour),
-                "ours: the blur alone": augment_crops(blur),
+            f"view {number + 1}: crop": {"byol_fast: resized_crop": crop, "PIL": crop_pil},
+            f"view {number + 1}: flip, color, blur, solarize": {
+                "byol_fast: photometric": photometric_case(names),
+                "byol_fast: without blur": photometric_case(color),
+                "byol_fast: blur alone": photometric_case(blur),
             },
         }
     for suite, cases in suites.items():
         times = interleaved(cases, rounds=rounds, clock=time.process_time)
-        results.add(f"stages, {suite}", times, unit="images/CPU-s", amount=images)
+        results.add(f"stages, {suite}", times, unit="images/CPU-s", num_items=num_images)
 
 
 def small_arrays(source: ImageSource) -> ArraySource:
-    """Images of a source as an array of 2,048 images of 32 px."""
+    """2,048 images of 32 px in an array, from the images of a source."""
     small = [np.asarray(source.load(i).resize((32, 32))) for i in range(min(len(source), 256))]
-    return ArraySource(np.stack([small[i % len(small)] for i in range(2048)]), name="small photographs")
+    return ArraySource(np.stack([small[i % len(small)] for i in range(2048)]), name="small images")

@@ -1,8 +1,8 @@
-"""From encoded images to trained weights: a whole loop of ours beside those that people write.
+"""From encoded images to trained weights: the loop of byol_fast and the usual loops around a `DataLoader`.
 
-Every contender reads the same images, makes two views of each and takes training steps. On a CPU all its work is done
-in its process, with one thread, and CPU time counts; on a GPU the loaders have a process or thread for each core, and
-time by the clock counts.
+Every candidate reads the same images, makes two views of each and takes training steps. On a CPU all its work is done
+in its process, with one thread, and CPU time is measured; on a GPU the loaders have a process or thread per core, and
+wall-clock time is measured.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as v1
 
-from byol_fast.bench import networks
-from byol_fast.bench.data import CheapBlur, settle, torchvision_transform
-from byol_fast.bench.networks import Problem
+from byol_fast.bench.candidates import build_step
+from byol_fast.bench.data import PILBlur, torchvision_transform, wait_for_background_threads
+from byol_fast.bench.problem import Problem
 from byol_fast.bench.processes import Job
 from byol_fast.config import Config, DataConfig, ViewConfig
 from byol_fast.data import ImageSource, make_loader, open_source
@@ -28,8 +28,8 @@ from byol_fast.utils.env import num_cpus
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
-class Pairs(Dataset[tuple[Tensor, Tensor]]):
-    """Two views of each image, made one image at a time.
+class TwoViewDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Two views of each image.
 
     Args:
         source: of PIL images.
@@ -49,13 +49,14 @@ class Pairs(Dataset[tuple[Tensor, Tensor]]):
 
 
 class Loop:
-    """A data loader and a step, some steps a call.
+    """A data loader and a training step, some steps per call.
 
     Args:
-        batches: pairs of views without end.
-        step: takes them.
-        steps: of a call.
-        device: the step's.
+        batches: endless iterator over batches.
+        step: training step on a batch.
+        steps: per call.
+        device: of the step.
+        has_threads: the loader prepares batches in threads of this process, whose CPU time counts.
     """
 
     def __init__(
@@ -65,83 +66,83 @@ class Loop:
         steps: int,
         device: torch.device,
         *,
-        waits: bool = False,
+        has_threads: bool = False,
     ) -> None:
-        self.batches, self.step, self.steps, self.device, self.settles = batches, step, steps, device, waits
-        self.waited, self.worked = 0.0, 0.0
+        self.batches, self.step, self.steps, self.device, self.has_threads = batches, step, steps, device, has_threads
+        self.data_seconds, self.total_seconds = 0.0, 0.0
 
     def __call__(self) -> None:
         """Take the steps of a call."""
-        begin = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(self.steps):
             before = time.perf_counter()
             batch = next(self.batches)
-            self.waited += time.perf_counter() - before
+            self.data_seconds += time.perf_counter() - before
             self.step(batch)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        elif self.settles:
-            settle()  # what was prepared ahead is paid for by whom it serves
-        self.worked += time.perf_counter() - begin
+        elif self.has_threads:
+            wait_for_background_threads()  # the batches prepared ahead count, too
+        self.total_seconds += time.perf_counter() - start
 
     @property
     def extras(self) -> dict[str, float]:
-        """Share of the time that the loop waited for data."""
-        return {"data_wait": self.waited / self.worked}
+        """Share of the time spent waiting for data."""
+        return {"data_wait": self.data_seconds / self.total_seconds}
 
 
-def views_of(problem: Problem) -> tuple[ViewConfig, ViewConfig]:
-    """The paper's two views at a problem's size."""
+def view_configs(problem: Problem) -> tuple[ViewConfig, ViewConfig]:
+    """The paper's two views at the size of a problem."""
     return ViewConfig(size=problem.image_size), ViewConfig(size=problem.image_size, blur=0.1, solarize=0.2)
 
 
-def ours(problem: Problem, images: str, steps: int, precision: str, mode: str) -> Loop:
-    """Our loader and our step.
+def byol_fast_loop(problem: Problem, images: str, steps: int, precision: str, mode: str) -> Loop:
+    """Loader and step of byol_fast.
 
     Args:
         problem: networks and sizes.
         images: folder of images.
-        steps: of a call.
+        steps: per call.
         precision: of the step.
         mode: of the step.
     """
     device = torch.device(problem.device)
-    view1, view2 = views_of(problem)
+    view1, view2 = view_configs(problem)
     data = DataConfig(threads=1 if device.type == "cpu" else 0)
     config = Config(batch_size=problem.batch_size, data=data, view1=view1, view2=view2)
     loader = make_loader(open_source(Path(images)), config, device=device)
-    network = networks.make("Ours", problem, {"precision": precision, "mode": mode})
-    return Loop(iter(loader), lambda batch: network.step(batch, 0), steps, device, waits=True)
+    step = build_step("byol_fast", problem, {"precision": precision, "mode": mode})
+    return Loop(iter(loader), lambda batch: step.step(batch, 0), steps, device, has_threads=True)
 
 
-def textbook(problem: Problem, images: str, steps: int, precision: str, kind: str) -> Loop:
-    """Torchvision's transforms of PIL images in a DataLoader, and a plain loop.
+def dataloader_loop(problem: Problem, images: str, steps: int, precision: str, kind: str) -> Loop:
+    """Transforms of PIL images in a `DataLoader`, and the step of the baseline or of lightly.
 
     Args:
         problem: networks and sizes.
         images: folder of images.
-        steps: of a call.
-        precision: of the textbook's step.
-        kind: "textbook" or "lightly".
+        steps: per call.
+        precision: of the baseline's step.
+        kind: "baseline" or "lightly".
     """
     device = torch.device(problem.device)
-    views, source = views_of(problem), open_source(Path(images))
+    views, source = view_configs(problem), open_source(Path(images))
     transforms: list[Callable[..., Tensor]]
     if kind == "lightly":
         from lightly.transforms.byol_transform import BYOLTransform, BYOLView1Transform, BYOLView2Transform
 
-        sizes = (BYOLView1Transform(input_size=views[0].size), BYOLView2Transform(input_size=views[1].size))
-        transforms = list(BYOLTransform(*sizes).transforms)
-        network = networks.make("Lightly", problem, {})
+        pair = (BYOLView1Transform(input_size=views[0].size), BYOLView2Transform(input_size=views[1].size))
+        transforms = list(BYOLTransform(*pair).transforms)
+        step = build_step("lightly", problem, {})
     else:
         last = [v1.ToTensor(), v1.Normalize(MEAN, STD)]
-        blur = CheapBlur(views[0].blur_sigma)
+        blur = PILBlur(views[0].blur_sigma)
         transforms = [torchvision_transform(v1, view, blur, [], last) for view in views]
         options = {"precision": precision, "channels_last": precision != "fp32"}
-        network = networks.make("Textbook", problem, options)
+        step = build_step("baseline", problem, options)
     workers = 0 if device.type == "cpu" else num_cpus()
     loader = DataLoader(
-        Pairs(source, transforms),
+        TwoViewDataset(source, transforms),
         problem.batch_size,
         shuffle=True,
         drop_last=True,
@@ -155,11 +156,11 @@ def textbook(problem: Problem, images: str, steps: int, precision: str, kind: st
             "--batch-size"
         )
 
-    def step(batch: tuple[Tensor, Tensor]) -> None:
-        network.views = [view.to(device, non_blocking=True) for view in batch]
-        network()
+    def train_on(batch: tuple[Tensor, Tensor]) -> None:
+        step.views = [view.to(device, non_blocking=True) for view in batch]
+        step()
 
-    return Loop(_endless(loader), step, steps, device)
+    return Loop(_endless(loader), train_on, steps, device)
 
 
 def _endless(loader: DataLoader[tuple[Tensor, Tensor]]) -> Iterator[Any]:
@@ -167,27 +168,31 @@ def _endless(loader: DataLoader[tuple[Tensor, Tensor]]) -> Iterator[Any]:
         yield from loader
 
 
-def jobs(problem: Problem, images: Path, *, steps: int, precision: str, mode: str, lightly: bool) -> dict[str, Job]:
-    """Loops by name; the first is the textbook's.
+def build_jobs(
+    problem: Problem, images: Path, *, steps: int, precision: str, mode: str, lightly: bool
+) -> dict[str, Job]:
+    """Loops by name; the first is the baseline's.
 
     Args:
         problem: networks and sizes.
         images: folder of images.
-        steps: of a call.
-        precision: of ours, and of the faster textbook.
-        mode: of ours.
-        lightly: whether it is installed.
+        steps: per call.
+        precision: of byol_fast, and of the faster baseline.
+        mode: of byol_fast.
+        lightly: include lightly, which must be installed.
     """
     common = {"problem": problem, "images": str(images), "steps": steps}
 
-    def plain(kind: str, how: str) -> Job:
-        return Job(maker=f"{__name__}:textbook", arguments={**common, "kind": kind, "precision": how})
+    def dataloader_job(kind: str, precision: str) -> Job:
+        arguments = {**common, "kind": kind, "precision": precision}
+        return Job(factory=f"{__name__}:dataloader_loop", arguments=arguments)
 
-    found = {"textbook: PIL transforms, DataLoader, fp32": plain("textbook", "fp32")}
+    jobs = {"baseline: PIL transforms, DataLoader, fp32": dataloader_job("baseline", "fp32")}
     if precision != "fp32":
-        found[f"textbook: the same, NHWC, {precision}"] = plain("textbook", precision)
+        jobs[f"baseline: the same, NHWC, {precision}"] = dataloader_job("baseline", precision)
     if lightly:
-        found["lightly: BYOLTransform, DataLoader, fp32"] = plain("lightly", "fp32")
-    for how in dict.fromkeys(("fp32", precision)):
-        found[f"ours, {how}"] = Job(maker=f"{__name__}:ours", arguments={**common, "precision": how, "mode": mode})
-    return found
+        jobs["lightly: BYOLTransform, DataLoader, fp32"] = dataloader_job("lightly", "fp32")
+    for name in dict.fromkeys(("fp32", precision)):
+        arguments = {**common, "precision": name, "mode": mode}
+        jobs[f"byol_fast, {name}"] = Job(factory=f"{__name__}:byol_fast_loop", arguments=arguments)
+    return jobs

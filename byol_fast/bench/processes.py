@@ -1,4 +1,4 @@
-"""Contenders in processes of their own: nobody meets another's memory, threads or settings."""
+"""Candidates in separate processes, so that they do not share memory, threads or settings."""
 
 from __future__ import annotations
 
@@ -20,32 +20,31 @@ import torch
 from byol_fast.bench.flags import BackendFlags
 from byol_fast.bench.timing import Timing
 
-Maker = str
-"""`"module:function"`; called with keyword arguments in the process, it returns what is timed."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A contender as its process needs it: nothing but values."""
+    """A candidate as a picklable description."""
 
-    maker: Maker
+    factory: str
+    """`"module:function"`: called with the arguments in the process, it returns the callable to time."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
-class Measured:
-    """What a contender's calls cost."""
+class Measurement:
+    """Cost of a candidate's calls."""
 
     cpu: list[float] = field(default_factory=list)
-    """Seconds of all its process's threads."""
+    """CPU seconds of each call, over all threads of the process."""
     wall: list[float] = field(default_factory=list)
+    """Wall-clock seconds of each call."""
     extras: dict[str, Any] = field(default_factory=dict)
-    """`peak_gib`, the `flags` in force after its last call, and what it says of itself in an attribute `extras`."""
+    """`peak_gib`, the `flags` after the last call, and the callable's attribute `extras` if it has one."""
     failure: str = ""
-    """Why it was left out."""
+    """Reason why the candidate was dropped; empty otherwise."""
 
     def timing(self, *, wall: bool) -> Timing:
-        """Its rounds."""
+        """Timing of the counted rounds."""
         return Timing(tuple(self.wall if wall else self.cpu))
 
 
@@ -56,88 +55,88 @@ def measure(
     warmup: int,
     threads: int,
     device: torch.device,
-    patience: float | None = None,
-) -> dict[str, Measured]:
-    """One call of every contender a round, one contender at a time.
+    timeout_s: float | None = None,
+) -> dict[str, Measurement]:
+    """Call every candidate once per round, one after the other.
 
-    A contender that raises is left out from there on, with the reason.
+    A candidate that raises is dropped, with the reason.
 
     Args:
-        jobs: name and how to make it.
-        rounds: that count.
-        warmup: rounds before.
-        threads: of each process; 0 leaves torch's choice.
-        device: where they work. On a GPU memory that a contender has freed is given back after each of its calls.
-        patience: seconds that a call may take, the first with all that it compiles.
+        jobs: candidates by name.
+        rounds: rounds that are counted.
+        warmup: rounds before them.
+        threads: of each process; 0 for torch's default.
+        device: of the candidates. On a GPU, cached memory is released after each call.
+        timeout_s: longest time of a call in seconds, compilation included; None for no limit.
     """
-    results = {name: Measured() for name in jobs}
-    with _processes(jobs, threads, device) as contenders:
-        for name in list(contenders):
-            _answer(contenders, name, results[name], patience)
+    results = {name: Measurement() for name in jobs}
+    with _processes(jobs, threads, device) as workers:
+        for name in list(workers):
+            _receive(workers, name, results[name], timeout_s)
         for number in range(warmup + rounds):
-            for name, contender in list(contenders.items()):
-                contender.pipe.send(True)
-                answer = _answer(contenders, name, results[name], patience)
-                if answer is not None and number >= warmup:
-                    results[name].cpu.append(answer[0])
-                    results[name].wall.append(answer[1])
-        for name, contender in list(contenders.items()):
-            contender.pipe.send(False)
-            results[name].extras |= _answer(contenders, name, results[name], patience) or {}
-    for measured in results.values():
-        if measured.failure:
-            measured.cpu.clear()
-            measured.wall.clear()
+            for name, worker in list(workers.items()):
+                worker.pipe.send(True)
+                reply = _receive(workers, name, results[name], timeout_s)
+                if reply is not None and number >= warmup:
+                    results[name].cpu.append(reply[0])
+                    results[name].wall.append(reply[1])
+        for name, worker in list(workers.items()):
+            worker.pipe.send(False)
+            results[name].extras |= _receive(workers, name, results[name], timeout_s) or {}
+    for measurement in results.values():
+        if measurement.failure:
+            measurement.cpu.clear()
+            measurement.wall.clear()
     return results
 
 
-class _Contender(NamedTuple):
+class _Worker(NamedTuple):
     pipe: Connection
     process: Any
 
 
-def _answer(contenders: dict[str, _Contender], name: str, measured: Measured, patience: float | None) -> Any:
-    pipe, process = contenders[name]
+def _receive(workers: dict[str, _Worker], name: str, measurement: Measurement, timeout_s: float | None) -> Any:
+    pipe, process = workers[name]
     try:
-        if pipe.poll(patience):
+        if pipe.poll(timeout_s):
             kind, value = pipe.recv()
         else:
-            kind, value = "failed", f"no answer within {patience:.0f} s"
-            process.kill()  # it must not go on working beside the others
+            kind, value = "failed", f"no answer within {timeout_s:.0f} s"
+            process.kill()  # or it would slow down the others
     except (EOFError, ConnectionError):
         kind, value = "failed", "its process ended"
     if kind == "failed":
-        measured.failure = value
-        del contenders[name]
+        measurement.failure = value
+        del workers[name]
         return None
     return value
 
 
 def _context() -> Any:
-    """Processes forked from one that has imported torch and nothing else: importing it takes seconds each time."""
+    """Forkserver that has imported torch already, which takes seconds; spawn where there is none."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torchvision", "byol_fast.bench.networks"])
+    context.set_forkserver_preload(["torch", "torchvision", "byol_fast.bench.candidates"])
     return context
 
 
 @contextmanager
-def _processes(jobs: Mapping[str, Job], threads: int, device: torch.device) -> Iterator[dict[str, _Contender]]:
+def _processes(jobs: Mapping[str, Job], threads: int, device: torch.device) -> Iterator[dict[str, _Worker]]:
     context = _context()
     before = os.environ.get("OMP_NUM_THREADS")
     if threads:
         os.environ["OMP_NUM_THREADS"] = str(threads)
-    processes, contenders = [], {}
+    processes, workers = [], {}
     try:
         for name, job in jobs.items():
-            ours, theirs = context.Pipe()
-            # Not daemonic: a loader may want processes of its own.
-            processes.append(context.Process(target=_serve, args=(theirs, job, threads, str(device))))
+            parent, child = context.Pipe()
+            # Not daemonic: a loader may start processes of its own.
+            processes.append(context.Process(target=_serve, args=(child, job, threads, str(device))))
             processes[-1].start()
-            theirs.close()
-            contenders[name] = _Contender(ours, processes[-1])
-        yield contenders
+            child.close()
+            workers[name] = _Worker(parent, processes[-1])
+        yield workers
     finally:
         if before is None:
             os.environ.pop("OMP_NUM_THREADS", None)
@@ -151,20 +150,20 @@ def _processes(jobs: Mapping[str, Job], threads: int, device: torch.device) -> I
 
 
 def _serve(pipe: Connection, job: Job, threads: int, device_name: str) -> None:
-    """A contender's process: make a call whenever told to, say what it cost; in the end what else is known."""
+    """Body of a process: send the cost of a call for each request; at the end, the extras."""
     device = torch.device(device_name)
     try:
         if threads:
             torch.set_num_threads(threads)
-        module, _, function = job.maker.partition(":")
-        make: Callable[..., Callable[[], object]] = getattr(importlib.import_module(module), function)
-        call = make(**job.arguments)
+        module, _, function = job.factory.partition(":")
+        factory: Callable[..., Callable[[], object]] = getattr(importlib.import_module(module), function)
+        call = factory(**job.arguments)
         pipe.send(("ready", None))
         while pipe.recv():
             pipe.send(("done", _timed(call, device)))
-        known = {"peak_gib": _peak_gib(device), "flags": str(BackendFlags.in_force())}
-        pipe.send(("over", known | getattr(call, "extras", {})))
-    except (EOFError, ConnectionError):  # nobody listens any more
+        extras = {"peak_gib": _peak_gib(device), "flags": str(BackendFlags.current())}
+        pipe.send(("finished", extras | getattr(call, "extras", {})))
+    except (EOFError, ConnectionError):  # the parent has closed the pipe
         return
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
@@ -181,7 +180,7 @@ def _timed(call: Callable[[], object], device: torch.device) -> tuple[float, flo
     if cuda:
         torch.cuda.synchronize(device)
     cost = time.process_time() - cpu, time.perf_counter() - wall
-    if cuda:  # the others' turn
+    if cuda:  # release cached memory for the next candidate
         gc.collect()
         torch.cuda.empty_cache()
     return cost
@@ -191,7 +190,7 @@ def _peak_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     try:
-        # getrusage would count what the parent had used before.
+        # getrusage would include the parent's memory before the fork.
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) / 2**20
     except (OSError, IndexError):

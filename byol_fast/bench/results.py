@@ -1,7 +1,7 @@
-"""What benchmarks find: printed, and saved in a long form that other programs can read.
+"""Benchmark results: printed, and saved in files that other programs can read.
 
-A folder of results holds, for each benchmark NAME: `NAME.json` (everything, every round), `NAME.csv` (a row for each
-contender), `NAME.png`, and one `environment.json`. `benchmarks/results/README.md` describes the fields.
+A folder of results holds, for each benchmark NAME: `NAME.json` (all rounds), `NAME.csv` (a row per candidate),
+`NAME.png`, and one `environment.json`. `benchmarks/results/README.md` describes the fields.
 """
 
 from __future__ import annotations
@@ -19,54 +19,59 @@ from byol_fast.bench.timing import Timing, ratio
 from byol_fast.utils import env
 from byol_fast.utils.files import atomic_path, atomic_write
 
-FORMAT = 1
-_IN_WORDS = {"note", "version", "flags"}
-"""Extras that `lines` has below the figures."""
+FORMAT = 2
+_TEXT_EXTRAS = {"note", "version", "flags"}
+"""Extras that `lines` prints below the numbers."""
 COLUMNS = ("suite", "provider", "unit", "p50", "p20", "p80", "ratio", "ratio_p20", "ratio_p80", "rounds")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contender:
-    """One way to do a suite's work, and what it cost."""
+class CandidateResult:
+    """Times of one candidate."""
 
     name: str
     seconds: tuple[float, ...]
-    """Of one call, round by round."""
+    """Of one call, for each round."""
     extras: dict[str, Any] = field(default_factory=dict)
-    """More that was measured or has to be known: `ops`, `gb_per_s`, `peak_gib`, `version`, `note`, `flags` ..."""
+    """Further values: `ops`, `gb_per_s`, `peak_gib`, `version`, `note`, `flags` ..."""
 
     @property
     def timing(self) -> Timing:
-        """The rounds."""
+        """Timing of all rounds."""
         return Timing(self.seconds)
+
+    @property
+    def is_byol_fast(self) -> bool:
+        """True if the candidate is part of this package."""
+        return self.name.startswith("byol_fast")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteResult:
-    """Contenders that did the same work in interleaved rounds."""
+    """Candidates that did the same work in interleaved rounds."""
 
     name: str
-    contenders: tuple[Contender, ...]
-    """The first is what the ratios are over."""
+    candidates: tuple[CandidateResult, ...]
+    """Ratios are relative to the first."""
     unit: str
-    """`"ms"` and the like, or what is done a second where there is an amount."""
-    amount: float | None = None
-    """What a call processes; the numbers shown are then amount a second."""
+    """`"ms"` and the like, or items per second if `num_items` is given."""
+    num_items: float | None = None
+    """Items that one call processes; quantiles are then items per second."""
     baseline: str = ""
-    """A contender that is not ours and stays the same: `bench compare` judges the others by it."""
+    """Candidate whose code does not change: `bench compare` divides the others by it."""
 
-    def shown(self, timing: Timing) -> tuple[float, float, float]:
-        """20 %, 50 % and 80 % quantile in the suite's unit."""
-        quantiles = [timing.quantile(q) for q in (0.2, 0.5, 0.8)]
-        if self.amount is None:
-            low, middle, high = (1e3 * s for s in quantiles)
+    def quantiles(self, timing: Timing) -> tuple[float, float, float]:
+        """20 %, 50 % and 80 % quantile in the unit of the suite."""
+        seconds = [timing.quantile(q) for q in (0.2, 0.5, 0.8)]
+        if self.num_items is None:
+            low, middle, high = (1e3 * s for s in seconds)
         else:
-            low, middle, high = (self.amount / s for s in reversed(quantiles))
+            low, middle, high = (self.num_items / s for s in reversed(seconds))
         return low, middle, high
 
-    def over_first(self, contender: Contender) -> tuple[float, float, float]:
-        """Time over the first's, round by round: median, 20 % and 80 % quantile. Above 1, the first is faster."""
-        return ratio(contender.timing, self.contenders[0].timing)
+    def relative_to_first(self, candidate: CandidateResult) -> tuple[float, float, float]:
+        """Time over that of the first candidate, round by round: median, 20 % and 80 % quantile."""
+        return ratio(candidate.timing, self.candidates[0].timing)
 
 
 class Results:
@@ -74,8 +79,8 @@ class Results:
 
     Args:
         name: of the files.
-        device: where it was measured.
-        settings: what was asked for.
+        device: that was measured.
+        settings: options of the benchmark, for the record.
     """
 
     def __init__(self, name: str, device: torch.device | str, settings: Mapping[str, Any] | None = None) -> None:
@@ -88,40 +93,41 @@ class Results:
         times: Mapping[str, Timing],
         *,
         unit: str = "ms",
-        amount: float | None = None,
+        num_items: float | None = None,
         baseline: str = "",
         extras: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> SuiteResult:
-        """Print a suite's timings and keep them; fields as in `SuiteResult`."""
-        found = SuiteResult(
+        """Print the timings of a suite and append it; fields as in `SuiteResult`."""
+        result = SuiteResult(
             name=suite,
-            contenders=tuple(
-                Contender(name=name, seconds=t.seconds, extras=dict((extras or {}).get(name, {})))
+            candidates=tuple(
+                CandidateResult(name=name, seconds=t.seconds, extras=dict((extras or {}).get(name, {})))
                 for name, t in times.items()
             ),
             unit=unit,
-            amount=amount,
+            num_items=num_items,
             baseline=baseline,
         )
-        self.suites.append(found)
-        print("\n".join(lines(found)), flush=True)
-        return found
+        self.suites.append(result)
+        print("\n".join(lines(result)), flush=True)
+        return result
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each contender."""
+        """A row per candidate, with the columns of the CSV file."""
         rows = []
         for suite in self.suites:
-            for contender in suite.contenders:
-                (p20, p50, p80), (middle, low, high) = suite.shown(contender.timing), suite.over_first(contender)
-                values = (suite.name, contender.name, suite.unit, p50, p20, p80, middle, low, high)
-                rows.append(dict(zip(COLUMNS, (*values, len(contender.seconds)), strict=True)) | contender.extras)
+            for candidate in suite.candidates:
+                p20, p50, p80 = suite.quantiles(candidate.timing)
+                middle, low, high = suite.relative_to_first(candidate)
+                values = (suite.name, candidate.name, suite.unit, p50, p20, p80, middle, low, high)
+                rows.append(dict(zip(COLUMNS, (*values, len(candidate.seconds)), strict=True)) | candidate.extras)
         return rows
 
     def save(self, folder: Path) -> list[Path]:
-        """Write the files of this benchmark, each whole or not at all.
+        """Write the files of this benchmark, each atomically.
 
         Returns:
-            Their paths.
+            The paths of the files.
         """
         from byol_fast.bench.plot import bars
 
@@ -148,13 +154,13 @@ class Results:
 
 
 def load(path: Path) -> tuple[dict[str, Any], list[SuiteResult]]:
-    """Read a benchmark's JSON file.
+    """Read the JSON file of a benchmark.
 
     Returns:
-        Its whole content, and the suites.
+        The whole content, and the suites.
 
     Raises:
-        ValueError: not such a file, or of another format.
+        ValueError: not such a file, or another format.
     """
     try:
         content = json.loads(path.read_text())
@@ -162,10 +168,14 @@ def load(path: Path) -> tuple[dict[str, Any], list[SuiteResult]]:
             raise ValueError(f"bench: {path} must be of format {FORMAT}, got {content['format']}; measure again")
         suites = [
             SuiteResult(
-                **suite | {"contenders": tuple(Contender(**c | {"seconds": tuple(c["seconds"])}) for c in contenders)}
+                **suite
+                | {
+                    "candidates": tuple(
+                        CandidateResult(**c | {"seconds": tuple(c["seconds"])}) for c in suite["candidates"]
+                    )
+                }
             )
             for suite in content["suites"]
-            for contenders in [suite["contenders"]]
         ]
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
@@ -175,21 +185,21 @@ def load(path: Path) -> tuple[dict[str, Any], list[SuiteResult]]:
 
 
 def lines(suite: SuiteResult) -> Sequence[str]:
-    """A suite as text."""
-    text = [f"{suite.name} ({suite.unit}: median [p20 - p80]; time over the first's)"]
-    for contender in suite.contenders:
-        (p20, p50, p80), (middle, low, high) = suite.shown(contender.timing), suite.over_first(contender)
-        extras = "  ".join(f"{_short(v)} {k}" for k, v in contender.extras.items() if k not in _IN_WORDS)
+    """A suite as text, a line per candidate."""
+    text = [f"{suite.name} ({suite.unit}: median [p20 - p80]; time relative to the first)"]
+    for candidate in suite.candidates:
+        (p20, p50, p80), (middle, low, high) = suite.quantiles(candidate.timing), suite.relative_to_first(candidate)
+        extras = "  ".join(f"{_short(v)} {k}" for k, v in candidate.extras.items() if k not in _TEXT_EXTRAS)
         spread = f"[{p20:.4g} - {p80:.4g}]  {middle:.2f}x [{low:.2f} - {high:.2f}]"
-        text.append(f"  {contender.name:52s}{p50:9.4g} {spread}  {extras}")
-    for c in suite.contenders:
+        text.append(f"  {candidate.name:52s}{p50:9.4g} {spread}  {extras}")
+    for c in suite.candidates:
         if "note" in c.extras:
-            who = f"{c.name} {c.extras.get('version', '')}".strip()
-            text.append(f"    {who}: {c.extras['note']}")
-    flags = [c.extras["flags"] for c in suite.contenders if "flags" in c.extras]
-    for each in dict.fromkeys(flags):
-        names = [c.name for c in suite.contenders if c.extras.get("flags") == each]
-        text.append(f"    {'all' if len(names) == len(suite.contenders) else ', '.join(names)}: {each}")
+            label = f"{c.name} {c.extras.get('version', '')}".strip()
+            text.append(f"    {label}: {c.extras['note']}")
+    flags = [c.extras["flags"] for c in suite.candidates if "flags" in c.extras]
+    for value in dict.fromkeys(flags):
+        names = [c.name for c in suite.candidates if c.extras.get("flags") == value]
+        text.append(f"    {'all' if len(names) == len(suite.candidates) else ', '.join(names)}: {value}")
     return text
 
 

@@ -10,18 +10,18 @@ from byol_fast.bench.options import Options
 
 
 def main(argv: list[str]) -> int:
-    """Run it; return the exit code."""
+    """Run the command and return the exit code."""
     if argv and argv[0] == "compare":
         return _compare(argv[1:])
     options = tyro.cli(
         Options,
         args=argv,
         prog="byol-fast bench",
-        description="Measure this package beside what else one could use. `byol-fast bench compare A B` compares two "
-        "folders of results.",
+        description="Compare the speed of byol_fast with plain PyTorch and other libraries. `byol-fast bench compare A "
+        "B` compares two folders of results.",
     )
 
-    from byol_fast.bench.suites import Bench
+    from byol_fast.bench.runner import Bench
 
     Bench(options).run()
     return 0
@@ -29,11 +29,11 @@ def main(argv: list[str]) -> int:
 
 def _compare(argv: list[str]) -> int:
     def options(before: tyro.conf.Positional[Path], after: tyro.conf.Positional[Path]) -> tuple[Path, Path]:
-        """Say what changed beyond the noise between two measurements; exit with 1 where something of ours got slower.
+        """List the changes between two measurements; exit with 1 if byol_fast became slower beyond the noise.
 
         Args:
             before: folder or file of results.
-            after: likewise.
+            after: the same, of the later measurement.
         """
         return before, after
 
@@ -43,7 +43,7 @@ def _compare(argv: list[str]) -> int:
 
     changes = compare(before, after)
     print("\n".join(table(changes)))
-    slower = [c for c in changes if c.is_ours and c.verdict == "slower"]
-    faster = [c for c in changes if c.is_ours and c.verdict == "faster"]
-    print(f"{len(changes)} compared; of ours {len(slower)} slower, {len(faster)} faster beyond the noise")
+    slower = [c for c in changes if c.is_byol_fast and c.verdict == "slower"]
+    faster = [c for c in changes if c.is_byol_fast and c.verdict == "faster"]
+    print(f"{len(changes)} compared; byol_fast: {len(slower)} slower, {len(faster)} faster beyond the noise")
     return 1 if slower else 0

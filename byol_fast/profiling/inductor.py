@@ -30,7 +30,7 @@ _ARGUMENTS = re.compile(r"^\s+((?:\w+, )*\w+),? = args$", re.MULTILINE)
 _SIZES = re.compile(r"assert_size_stride\((\w+), \(([\d, ]*)\)")
 
 
-def analyse(codes: Sequence[str]) -> dict[str, Any]:
+def analyze(codes: Sequence[str]) -> dict[str, Any]:
     """Read inductor's output code.
 
     Args:

@@ -1,4 +1,4 @@
-"""The items of the queue, in the order in which they run; predictions are for one H100 with 16 CPU cores."""
+"""Items of the queue, in the order in which they run; predictions are for one H100 with 16 CPU cores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ FOLDER = "benchmarks/gpu/items"
 KERNELS, PACKAGE = "kernels/byol_kernels", "byol_fast"
 SHARED = (KERNELS, PACKAGE, f"{FOLDER}/common.py", f"{FOLDER}/timing.py")
 
-JUDGES = (
+REFERENCES = (
     "tests/networks.py",
     "tests/oracle.py",
     "tests/kernels/numerics.py",
@@ -19,7 +19,7 @@ JUDGES = (
 ITEMS: tuple[Item, ...] = (
     Item(
         name="ceilings",
-        question="Which machine is this, how fast does it copy memory and multiply matrices?",
+        question="How fast does the GPU copy memory and multiply matrices?",
         run=f"{HERE}.ceilings:run",
         # Six sizes in three dtypes, 0.15 s each, and making the operands.
         seconds=START_SECONDS + 7,
@@ -30,14 +30,14 @@ ITEMS: tuple[Item, ...] = (
         name="smoke",
         question="Are the kernels right, and the step in all modes?",
         run=f"{HERE}.smoke:run",
-        # Some 25 Triton kernels of 1 s, and a small network compiled four times, the first time in 15 s.
+        # About 25 Triton kernels of 1 s, and a small network compiled four times, the first time in 15 s.
         seconds=START_SECONDS + 55,
-        depends_on=(*SHARED, f"{FOLDER}/smoke.py", f"{FOLDER}/smoke_step.py", *JUDGES),
+        depends_on=(*SHARED, f"{FOLDER}/smoke.py", f"{FOLDER}/smoke_step.py", *REFERENCES),
         memory_gib=2,
     ),
     Item(
         name="resnet50_eager",
-        question="How fast is an eager step of ResNet-50 beside the baseline, and what does cudnn.benchmark give?",
+        question="How fast is an eager step of ResNet-50 compared with the baseline, with and without cudnn.benchmark?",
         run=f"{HERE}.resnet50:eager",
         # About 100 steps of 0.1 s and 100 of 0.2 s, and cuDNN trying its algorithms twice.
         seconds=START_SECONDS + 40,
@@ -46,7 +46,7 @@ ITEMS: tuple[Item, ...] = (
     ),
     Item(
         name="kernels",
-        question="How close to a copy's bandwidth are the kernels, and how much faster than other libraries'?",
+        question="How close to the bandwidth of a copy are the kernels, and how do other libraries compare?",
         run=f"{HERE}.kernels:run",
         # Timing takes 3 s; making parameters and images on the CPU 10 s; torch.compile of the baseline's loss 8 s.
         seconds=START_SECONDS + 35,
@@ -76,7 +76,7 @@ ITEMS: tuple[Item, ...] = (
     ),
     Item(
         name="resnet18_cifar",
-        question="How fast is a step of ResNet-18 on 32 px, ready views and through the resident loader?",
+        question="How fast is a step of ResNet-18 on 32 px, on a fixed batch and through the device cache?",
         run=f"{HERE}.cifar:speed",
         # Two networks compiled, 30 s each; 7 rounds of 0.3 s for each of ten cases.
         seconds=START_SECONDS + 95,
@@ -97,7 +97,7 @@ ITEMS: tuple[Item, ...] = (
     ),
     Item(
         name="dali",
-        question="With DALI: are the views right, also under load, and does loading keep up with the step?",
+        question="Are the views of DALI correct, also under load, and does loading keep up with the step?",
         run=f"{HERE}.dali:run",
         # Parity 20 s (torchvision on the CPU), loaders 20 s, the step from inductor's cache 30 s.
         seconds=START_SECONDS + 100,
@@ -106,11 +106,11 @@ ITEMS: tuple[Item, ...] = (
         modules=("nvidia.dali",),
         memory_gib=60,
         own_process=True,
-        not_rehearsed="it is about DALI's decoder and operators on a GPU",
+        not_rehearsed="DALI's decoder and operators need a GPU",
     ),
     Item(
         name="baseline_compiled",
-        question="How fast are the baseline under torch.compile, and lightly's loop?",
+        question="How fast are the baseline under torch.compile and the loop of lightly?",
         run=f"{HERE}.resnet50:baseline_compiled",
         # lightly's steps 5 s; the baseline passes the encoder four times, twice the graph of byol_fast's: 150 s.
         seconds=START_SECONDS + 180,
@@ -122,7 +122,7 @@ ITEMS: tuple[Item, ...] = (
         name="profile",
         question="Where does the time of a run from JPEG files go?",
         run=f"{HERE}.observe:profile",
-        # Some 60 steps of 0.1 s, ceilings, experiments and a page.
+        # About 60 steps of 0.1 s, ceilings, experiments and a page.
         seconds=START_SECONDS + 50,
         depends_on=(*SHARED, f"{FOLDER}/observe.py"),
         memory_gib=40,
@@ -136,16 +136,16 @@ ITEMS: tuple[Item, ...] = (
         depends_on=(*SHARED, f"{FOLDER}/observe.py"),
         programs=("ncu",),
         memory_gib=40,
-        not_rehearsed="ncu counts what a GPU's kernels do",
+        not_rehearsed="ncu needs a GPU",
     ),
     Item(
         name="power",
-        question="What do power and clocks do while captured steps run without a pause?",
+        question="Which power and clocks does the GPU reach while captured steps run without a pause?",
         run=f"{HERE}.observe:power",
         # The step from inductor's cache 30 s, 10 s of steps.
         seconds=START_SECONDS + 45,
         depends_on=(*SHARED, f"{FOLDER}/observe.py"),
         memory_gib=60,
-        not_rehearsed="there is no power meter but a GPU's",
+        not_rehearsed="power and clocks are those of a GPU",
     ),
 )

@@ -1,4 +1,4 @@
-"""Items: ResNet-18 on CIFAR's images, and its recipe from the files to the accuracy of nearest neighbors."""
+"""Items: speed of ResNet-18 on CIFAR-10's images, and the recipe from the files to kNN accuracy."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from benchmarks.gpu.items.common import (
     is_small,
     peak_gib,
     resnet18,
-    same_flags,
-    values_matter,
+    set_flags,
+    skip_value_errors,
 )
 from benchmarks.gpu.items.timing import STEPS, Case, figures, interleaved, rounded, seconds_of
 from byol_fast import config as configs
-from byol_fast.bench.networks import Ours
+from byol_fast.bench.byol_fast_step import ByolFastStep
 from byol_fast.config import Config, recipes
 from byol_fast.data import ViewLoader, make_loader
 from byol_fast.data.sources import ArraySource
@@ -47,9 +47,9 @@ from byol_fast.training.trainer import Trainer
 from byol_fast.utils.env import num_cpus
 
 COMPILATION = 60.0
-"""Seconds that must be left for a compiled step to begin."""
-AFTER_TRAINING, LAST_CALL = 30.0, 20.0
-"""Seconds that are planned for the checkpoint, the export and the nearest neighbors, and that training leaves them."""
+"""Seconds that must be left to start with a compiled step."""
+AFTER_TRAINING, RESERVE = 30.0, 20.0
+"""Seconds reserved for checkpoint, export and nearest neighbors: in the plan, and while training runs."""
 NEIGHBORS, TEMPERATURE = (200, 20), 0.1
 MEASURED_STEPS = 30
 MODES: tuple[StepMode, ...] = ("eager", "graph")
@@ -59,7 +59,7 @@ MODES: tuple[StepMode, ...] = ("eager", "graph")
 
 
 def speed(context: Context) -> str | None:
-    """Images a second, eager and captured, on ready views and through the loader of data that lies on the GPU."""
+    """Images per second, eager and captured, on a fixed batch and through the loader that caches data on the GPU."""
     for batch in (4,) if is_small(context) else (256, 512):
         problem = resnet18(context, batch)
         config = _config({"batch_size": problem.batch_size, "data": {"loader": "resident"}})
@@ -68,19 +68,19 @@ def speed(context: Context) -> str | None:
                 return f"no time was left to compile for batch {batch}"
             free(context)
             step = byol_fast_step(context, problem, mode)
-            flags = same_flags()
-            began = time.perf_counter()
-            peak = peak_gib(context, step)  # of the first call: a replay allocates nothing
-            first = {"peak_gib": peak, "first_call_seconds": rounded(time.perf_counter() - began)}
+            flags = set_flags()
+            start = time.perf_counter()
+            peak = peak_gib(context, step)  # of the first call, because a replay allocates nothing
+            first = {"peak_gib": peak, "first_call_seconds": rounded(time.perf_counter() - start)}
             loader = make_loader(_random_images(problem.batch_size), config, device=torch.device(context.device))
             cases: dict[str, Case] = {"ready views": step, "resident loader": _Loop(step, loader)}
             if mode == "eager":
                 cases["loader alone"] = functools.partial(next, loader)
             for name, timing in interleaved(context, cases, rounds=7, sample=STEPS).items():
-                who = "" if name == "loader alone" else f"byol_fast, {mode}, "
+                prefix = "" if name == "loader alone" else f"byol_fast, {mode}, "
                 values = {} if name == "loader alone" else first
                 context.record(
-                    f"{who}{name}, batch {batch}", **figures(timing, images=problem.batch_size), **values, **flags
+                    f"{prefix}{name}, batch {batch}", **figures(timing, images=problem.batch_size), **values, **flags
                 )
             loader.close()
             del step, cases, loader
@@ -90,7 +90,7 @@ def speed(context: Context) -> str | None:
 class _Loop:
     """A step on the next batch of a loader."""
 
-    def __init__(self, step: Ours, loader: ViewLoader) -> None:
+    def __init__(self, step: ByolFastStep, loader: ViewLoader) -> None:
         self._step, self._loader = step, loader
 
     def __call__(self) -> object:
@@ -98,7 +98,7 @@ class _Loop:
 
 
 def _random_images(at_least: int) -> ArraySource:
-    """As many images as CIFAR-10 has to train on; their speed does not depend on what they show."""
+    """As many random images as CIFAR-10 has for training."""
     count = 50_000 if at_least >= 256 else 10 * at_least
     images = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
     return ArraySource(images, name="random")
@@ -112,14 +112,14 @@ def _config(changes: dict[str, Any]) -> Config:
 
 
 def recipe(context: Context) -> str | None:
-    """CIFAR-10's recipe for as many epochs as fit the time, and the nearest neighbors of its test images."""
-    began = time.perf_counter()
+    """Train CIFAR-10's recipe for as many epochs as fit the time, and classify the test images by kNN."""
+    start = time.perf_counter()
     train, test = read_images(ROOT / context.item.files[0], most=60 if is_small(context) else None)
     context.record(
         "images",
         train=len(train),
         test=len(test),
-        seconds=rounded(time.perf_counter() - began),
+        seconds=rounded(time.perf_counter() - start),
         classes=len(train.classes),
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -129,10 +129,10 @@ def recipe(context: Context) -> str | None:
         trainer.total_steps = steps
         warmup = min(round(10 * trainer.state.loader.steps_per_epoch), steps // 4)
         trainer.train_step.schedule = replace(trainer.train_step.schedule, total_steps=steps, warmup_steps=warmup)
-        began = time.perf_counter()
-        with values_matter(context, "training"):
+        start = time.perf_counter()
+        with skip_value_errors(context, "training"):
             result = trainer.fit()
-            seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - start
             shutil.copy(trainer.metrics.path, context.folder / "metrics.jsonl")
             context.record(
                 "training",
@@ -147,14 +147,14 @@ def recipe(context: Context) -> str | None:
                 precision=trainer.precision.name,
                 loader=trainer.state.loader.name,
             )
-    began = time.perf_counter()
-    with values_matter(context, "nearest neighbors"):
+    start = time.perf_counter()
+    with skip_value_errors(context, "nearest neighbors"):
         accuracies = nearest_neighbors(trainer, train, test)
         context.record(
             "kNN top-1 on the test images",
             epochs=rounded(trainer.state.epoch),
             temperature=TEMPERATURE,
-            seconds=rounded(time.perf_counter() - began),
+            seconds=rounded(time.perf_counter() - start),
             **{f"knn_{k}_top1": rounded(accuracy) for k, accuracy in accuracies.items()},
         )
     epochs = trainer.state.epoch
@@ -162,11 +162,11 @@ def recipe(context: Context) -> str | None:
 
 
 def read_images(path: Path, *, most: int | None = None) -> tuple[ArraySource, ArraySource]:
-    """Training and test images of an archive of JPEG files, decoded once by threads.
+    """Training and test images of an archive of JPEG files, decoded by threads.
 
     Args:
         path: a tar file of PART/CLASS/NAME.jpg; PART is train or test.
-        most: images of a class and part that are taken; None: all.
+        most: maximum number of images per class and part; None for all.
     """
     encoded: list[tuple[str, bytes]] = []
     counts: Counter[Path] = Counter()
@@ -199,7 +199,7 @@ def _decoded(content: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def _trainer(context: Context, train: ArraySource, folder: Path) -> Trainer:
-    """A run of the recipe that saves and evaluates nothing on its way; the number of steps is decided later."""
+    """A run of the recipe without checkpoints and evaluations; the number of steps is set later."""
     changes: dict[str, Any] = {
         "device": context.device,
         "mode": "graph" if context.device == "cuda" else "eager",
@@ -219,13 +219,13 @@ def _trainer(context: Context, train: ArraySource, folder: Path) -> Trainer:
 
 
 class _Progress(Callback):
-    """Records the loss about every fifteen seconds, and ends the run where it takes longer than was planned."""
+    """Records the loss about every fifteen seconds, and stops the run if it takes longer than planned."""
 
     def __init__(self, context: Context) -> None:
         self._context, self._last = context, time.monotonic()
 
     def on_log(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
-        if self._context.seconds_left() < LAST_CALL:
+        if self._context.seconds_left() < RESERVE:
             trainer.stop()
         if time.monotonic() - self._last > 15:
             self._last = time.monotonic()
@@ -234,15 +234,15 @@ class _Progress(Callback):
 
 
 def _measured_step(context: Context, trainer: Trainer) -> float:
-    """Seconds of a step through the loader, once it is compiled and captured; nothing is learned from these."""
+    """Seconds of a step through the loader, after compilation and capture; the state is restored afterwards."""
     step, loader = trainer.train_step, trainer.state.loader
-    place = loader.state_dict()
+    position = loader.state_dict()
     seconds: list[float] = []
 
     def steps() -> None:
-        began = time.perf_counter()
+        start = time.perf_counter()
         step(next(loader), 0)
-        context.record("first step", seconds=rounded(time.perf_counter() - began))
+        context.record("first step", seconds=rounded(time.perf_counter() - start))
         for _ in range(3):
             step(next(loader), 0)
         calls = 2 if is_small(context) else MEASURED_STEPS
@@ -250,14 +250,14 @@ def _measured_step(context: Context, trainer: Trainer) -> float:
 
     restore_state_after(steps, step.mutable_tensors, trainer.device)
     step.on_weights_loaded()
-    loader.load_state_dict(place)
+    loader.load_state_dict(position)
     batch = trainer.config.batch_size
     context.record("step", ms=rounded(1e3 * seconds[0]), images_per_second=rounded(batch / max(seconds[0], 1e-9)))
     return seconds[0]
 
 
 def _steps_that_fit(context: Context, trainer: Trainer, step_seconds: float) -> int:
-    """Steps of as many whole epochs as fit the time; of a part of one where not even one does."""
+    """Number of steps of as many whole epochs as fit the time, or of a part of the first one."""
     if is_small(context):
         return 4
     epoch = trainer.state.loader.steps_per_epoch
@@ -266,12 +266,12 @@ def _steps_that_fit(context: Context, trainer: Trainer, step_seconds: float) -> 
 
 
 def nearest_neighbors(trainer: Trainer, train: ArraySource, test: ArraySource) -> dict[int, float]:
-    """Top-1 accuracy of nearest neighbors on the test images, for several numbers of neighbors.
+    """kNN top-1 accuracy on the test images, for several numbers of neighbors.
 
     Args:
-        trainer: whose encoder it is.
-        train: the neighbors.
-        test: what is classified.
+        trainer: with the encoder.
+        train: labeled images.
+        test: images to classify.
     """
 
     def batches(source: ArraySource) -> Iterator[tuple[Tensor, Tensor]]:

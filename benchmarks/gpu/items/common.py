@@ -1,4 +1,4 @@
-"""Shared by the items: sizes, checks of values, equal backend flags, and byol_fast's step in its modes."""
+"""Helpers of the items: sizes, checks of values, equal backend flags, and byol_fast's step in its modes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu.item import Context
+from byol_fast.bench.byol_fast_step import ByolFastStep
 from byol_fast.bench.flags import BackendFlags
-from byol_fast.bench.networks import Ours, Problem
+from byol_fast.bench.problem import Problem
 from byol_fast.data import Batch
 from byol_fast.models.base import IMAGENET_MEAN, IMAGENET_STD, SSLModel
 from byol_fast.models.layers import Normalize
@@ -30,7 +31,7 @@ StepMode = Literal["eager", "compile", "graph"]
 ROOT = Path(__file__).parents[3]
 
 DRY = os.environ.get("BYOL_FAST_DRY") == "1"
-"""A dry run: the CUDA runtime does nothing, so values mean nothing and device memory is the host's."""
+"""A dry run: the CUDA runtime is a stub, so values mean nothing and device memory is host memory."""
 
 
 def is_small(context: Context) -> bool:
@@ -39,7 +40,7 @@ def is_small(context: Context) -> bool:
 
 
 class Checks(list[str]):
-    """Comparisons of values, recorded as they are made; a list of those that failed.
+    """Records comparisons of values; the list holds those that failed.
 
     Args:
         context: of the item.
@@ -49,56 +50,56 @@ class Checks(list[str]):
         super().__init__()
         self._context = context
 
-    def __call__(self, what: str, error: float, bound: float, **values: Any) -> bool:
+    def __call__(self, name: str, error: float, bound: float, **values: Any) -> bool:
         """Record an error beside its bound.
 
         Args:
-            what: was compared with what.
-            error: that was found; NaN is too large.
-            bound: that it must not exceed.
-            **values: to be recorded besides.
+            name: of the comparison.
+            error: of the values; NaN fails the check.
+            bound: largest error that passes.
+            **values: further values to record.
 
         Returns:
-            Whether the error is within the bound; in a dry run, True.
+            True if the error is within the bound, and always in a dry run.
         """
         ok = bool(error <= bound)
         figure = {"ok": ok, "error": float(f"{error:.3g}"), "bound": float(f"{bound:.3g}"), **values}
-        self._context.record(f"check: {what}", **figure)
+        self._context.record(f"check: {name}", **figure)
         if not (ok or DRY):
-            self.append(f"{what}: error {error:.3g}, allowed {bound:.3g}")
+            self.append(f"{name}: error {error:.3g}, allowed {bound:.3g}")
         return ok or DRY
 
     def problem(self) -> str | None:
-        """The checks that failed, in words; None where none did."""
+        """The failed checks as text; None if all passed."""
         return f"failed checks: {'; '.join(self)}" if self else None
 
 
 @contextmanager
-def values_matter(context: Context, what: str) -> Iterator[None]:
-    """Within this an error may be due to values: in a dry run, where they mean nothing, it is recorded and passed over.
+def skip_value_errors(context: Context, name: str) -> Iterator[None]:
+    """In a dry run, where values mean nothing, record an error that may be due to values and go on.
 
     Args:
         context: of the item.
-        what: is done.
+        name: of the work.
     """
     try:
         yield
     except (ArithmeticError, RuntimeError, ValueError) as error:
         if not DRY:
             raise
-        context.record(f"check: {what}", ok=False, error=f"{type(error).__name__}: {error}"[:200])
+        context.record(f"check: {name}", ok=False, error=f"{type(error).__name__}: {error}"[:200])
 
 
-def same_flags(*, cudnn_benchmark: bool = False, deterministic: bool = False) -> dict[str, str]:
-    """Set the backends' flags for all candidates, and say what they are: a value to be recorded.
+def set_flags(*, cudnn_benchmark: bool = False, deterministic: bool = False) -> dict[str, str]:
+    """Set the backend flags for all candidates and return them as a value to record.
 
     Args:
-        cudnn_benchmark: let cuDNN try its algorithms.
-        deterministic: let cuDNN take only algorithms that repeat bit for bit.
+        cudnn_benchmark: let cuDNN time its algorithms.
+        deterministic: restrict cuDNN to deterministic algorithms.
     """
     BackendFlags.of("bf16", cudnn_benchmark=cudnn_benchmark).apply()
     torch.backends.cudnn.deterministic = deterministic
-    return {"flags": str(BackendFlags.in_force())}
+    return {"flags": str(BackendFlags.current())}
 
 
 # ------------------------------------------------------------------------------------------------ problems
@@ -106,41 +107,41 @@ def same_flags(*, cudnn_benchmark: bool = False, deterministic: bool = False) ->
 
 @dataclass(frozen=True, kw_only=True)
 class SmallProblem(Problem):
-    """A problem with the small network as encoder."""
+    """A problem with a small residual network as encoder."""
 
     image_size: int = 32
     batch_size: int = 4
     hidden_dim: int = 32
     projection_dim: int = 16
 
-    def new_encoder(self) -> nn.Module:
+    def build_encoder(self) -> nn.Module:
         """The small network, without its classifier."""
         network = SmallResidualNetwork()
         network.add_module("fc", nn.Identity())
-        # Its gradient is added up in no fixed order on a GPU, and steps are compared bit for bit.
+        # Its gradient is summed in no fixed order on a GPU, and steps are compared bit for bit.
         network.add_module("maxpool", nn.Identity())
         return network
 
 
 def resnet50(context: Context, batch_size: int) -> Problem:
-    """ResNet-50 at 224 px with the paper's heads; with tiny sizes the small network."""
+    """ResNet-50 at 224 px with the paper's heads; the small network in rehearsals and dry runs."""
     if is_small(context):
         return SmallProblem(device=context.device)
     return Problem(encoder="resnet50", image_size=224, batch_size=batch_size, device=context.device)
 
 
 def resnet18(context: Context, batch_size: int) -> Problem:
-    """ResNet-18 at 32 px with CIFAR's stem and the recipe's heads; with tiny sizes the small network."""
+    """ResNet-18 at 32 px with CIFAR's stem and the recipe's heads; the small network in rehearsals and dry runs."""
     if is_small(context):
         return SmallProblem(device=context.device)
     return Problem(encoder="resnet18", cifar_stem=True, image_size=32, batch_size=batch_size, device=context.device)
 
 
 def raw_views(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Two views `[B, 3, S, S]` as loaders hand them over: uint8, NHWC memory, on the device.
+    """Two views `[B, 3, S, S]` as loaders return them: uint8, NHWC memory, on the device.
 
     Args:
-        problem: of it batch and image size are used.
+        problem: batch size, image size and device.
     """
     shape = (2, problem.batch_size, problem.image_size, problem.image_size, 3)
     views = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
@@ -149,35 +150,35 @@ def raw_views(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def normalized_views(problem: Problem) -> tuple[Tensor, ...]:
-    """The same as fp32, normalized: what the loops of guides and of other libraries get."""
+    """The same views in fp32, normalized: the input of the baseline and of other libraries."""
     normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD).to(problem.device)
     return tuple(normalize(view) for view in raw_views(problem))
 
 
-def link_copies(context: Context, photographs: Path) -> None:
-    """Give each image of a folder fifteen more names: a batch needs as many. With tiny sizes a few images do.
+def link_copies(context: Context, images: Path) -> None:
+    """Link each file of a folder under fifteen more names, so that there are enough for a batch.
 
     Args:
-        context: of the item.
-        photographs: folder of JPEG files.
+        context: of the item; nothing is done for tiny sizes.
+        images: folder of JPEG files.
     """
-    for path in [] if is_small(context) else sorted(photographs.glob("*.jpg")):
+    for path in [] if is_small(context) else sorted(images.glob("*.jpg")):
         for number in range(15):
-            os.link(path, photographs / f"{path.stem}-{number}.jpg")
+            os.link(path, images / f"{path.stem}-{number}.jpg")
 
 
 # ------------------------------------------------------------------------------------------------ byol_fast's step
 
 
-def byol_fast_step(context: Context, problem: Problem, mode: StepMode = "eager") -> Ours:
-    """byol_fast's step in bf16, on uint8 views, which it normalizes; what is compiled compiles at the first call.
+def byol_fast_step(context: Context, problem: Problem, mode: StepMode = "eager") -> ByolFastStep:
+    """Step of byol_fast in bf16 on uint8 views, which it normalizes; compilation happens in the first call.
 
     Args:
         context: of the item.
-        problem: what to do.
+        problem: networks, batch and device.
         mode: of the step.
     """
-    step = Ours(problem, precision="bf16", memory=False, small_maps=False)
+    step = ByolFastStep(problem, precision="bf16", memory=False, small_maps=False)
     step.batch = Batch(raw_views(problem), None, torch.arange(problem.batch_size))
     if mode != "eager":
         step.step.forward = compiled_forward(context, step.model)
@@ -187,20 +188,20 @@ def byol_fast_step(context: Context, problem: Problem, mode: StepMode = "eager")
 
 
 def compiled_forward(context: Context, model: SSLModel) -> Forward:
-    """The forward pass as plain inductor compiles it, or on a CPU traced."""
+    """The forward pass compiled by inductor with default options; on a CPU it is traced only."""
     if context.device == "cpu":
         return compiled_function(context, model.forward_train)
     return compile_forward(model, Mode("compile", "plain inductor"))
 
 
 def compiled_function(context: Context, function: Callable[P, T]) -> Callable[P, T]:
-    """A function under `torch.compile`; on a CPU it is traced and not generated, which takes minutes."""
+    """A function under `torch.compile`; on a CPU it is traced only, because code generation takes minutes."""
     backend = "aot_eager" if context.device == "cpu" else "inductor"
     return torch.compile(function, dynamic=False, backend=backend)
 
 
-def capture(context: Context, step: Ours) -> None:
-    """Let a step's next call capture all of it as one CUDA graph; on a CPU nothing changes."""
+def capture(context: Context, step: ByolFastStep) -> None:
+    """Capture the next call of a step as one CUDA graph; no effect on a CPU."""
     if context.device == "cuda":
         step.step.use_cuda_graph()
 
@@ -209,7 +210,7 @@ def capture(context: Context, step: Ours) -> None:
 
 
 def free(context: Context) -> None:
-    """Give unused memory back to the device, so that the next candidate's peak is its own."""
+    """Release cached memory, so that the peak of the next candidate is its own."""
     gc.collect()
     if context.device == "cuda":
         torch.cuda.synchronize()
@@ -217,17 +218,17 @@ def free(context: Context) -> None:
 
 
 def allocated(context: Context) -> int:
-    """Bytes of GPU memory that tensors take now."""
+    """Bytes of GPU memory in use by tensors; 0 on a CPU."""
     return torch.cuda.memory_allocated() if context.device == "cuda" else 0
 
 
 def peak_gib(context: Context, work: Callable[[], object], before: int = 0) -> float | None:
-    """Most GPU memory that tensors took at once during some work, in GiB; None on a CPU.
+    """Peak GPU memory of tensors during some work, in GiB; None on a CPU.
 
     Args:
         context: of the item.
-        work: to be done.
-        before: bytes that others had allocated, which do not count.
+        work: callable to run.
+        before: bytes allocated before, which are subtracted.
     """
     if context.device != "cuda":
         work()
@@ -237,10 +238,3 @@ def peak_gib(context: Context, work: Callable[[], object], before: int = 0) -> f
     work()
     torch.cuda.synchronize()
     return round((torch.cuda.max_memory_allocated() - before) / 2**30, 2)
-
-
-def relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
-    """Relative L2 distance of two lists of tensors, each taken as one long vector; NaN where either has one."""
-    a, b = (torch.cat([t.detach().double().cpu().flatten() for t in tensors]) for tensors in (found, expected))
-    distance = float((a - b).norm())
-    return distance if distance == 0.0 else distance / max(float(b.norm()), 1e-30)

@@ -1,4 +1,4 @@
-"""Item: with DALI: views beside torchvision's, decoding under load, images a second, and from JPEG to weights."""
+"""Item: DALI: views compared with torchvision's, decoding under load, images per second, and from JPEG to weights."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.item import Context
-from benchmarks.gpu.items.common import Checks, byol_fast_step, free, is_small, link_copies, resnet50, same_flags
+from benchmarks.gpu.items.common import Checks, byol_fast_step, free, is_small, link_copies, resnet50, set_flags
 from benchmarks.gpu.items.timing import rounded
 from byol_fast import config as configs
-from byol_fast.bench.photographs import write_photographs
+from byol_fast.bench.synthetic_jpegs import write_synthetic_jpegs
 from byol_fast.bench.timing import Timing
 from byol_fast.config import Config, recipes
 from byol_fast.data import ImageSource, ViewLoader, make_loader, open_source
 from byol_fast.report import view_check
 
 BATCH = 256
-"""As of the compiled step, so that its code lies in the cache already."""
+"""As in the item of the compiled step, so that its code is cached."""
 LOADERS: dict[str, dict[str, Any]] = {
     "dali, kernels": {"loader": "dali", "augment": "kernels"},
     "dali, its operators": {"loader": "dali", "augment": "dali"},
@@ -31,18 +31,18 @@ LOADERS: dict[str, dict[str, Any]] = {
 }
 ROUNDS = 5
 PARITY_SIZE = 96
-"""Pixels of the views that are compared: torchvision makes its own on the CPU, one at a time."""
+"""Size of the compared views in pixels: torchvision makes them on the CPU, one at a time."""
 COMPILATION = 60.0
 
 
 def run(context: Context) -> str | None:
-    """All four, on computed photographs."""
+    """Run all four parts on synthetic JPEGs."""
     small, checks = is_small(context), Checks(context)
     with tempfile.TemporaryDirectory() as folder:
-        photographs = write_photographs(Path(folder), 8 if small else 64)
-        compare(context, checks, open_source(photographs), num_images=4 if small else view_check.NUM_IMAGES)
-        link_copies(context, photographs)
-        source = open_source(photographs)
+        images = write_synthetic_jpegs(Path(folder), 8 if small else 64)
+        compare(context, checks, open_source(images), num_images=4 if small else view_check.NUM_IMAGES)
+        link_copies(context, images)
+        source = open_source(images)
         under_load(context, checks, source)
         for name, data in LOADERS.items():
             throughput(context, name, source, data)
@@ -60,18 +60,18 @@ def _config(context: Context, batch: int, data: dict[str, Any]) -> Config:
 
 
 def compare(context: Context, checks: Checks, source: ImageSource, *, num_images: int) -> None:
-    """Operators and views of all loaders beside torchvision's."""
+    """Compare operators and views of all loaders with torchvision's."""
     rows = []
     for loader, data in LOADERS.items():
         config = _config(context, BATCH, data)
         if not is_small(context):
             config = configs.replace(config, {"view1.size": PARITY_SIZE, "view2.size": PARITY_SIZE})
-        found = view_check.compare(source, config, torch.device(context.device), num_images=num_images)
-        rows += [(f"{name}, {loader}", error, limit) for name, error, limit in found]
+        results = view_check.compare(source, config, torch.device(context.device), num_images=num_images)
+        rows += [(f"{name}, {loader}", error, limit) for name, error, limit in results]
     lines = [f"{name:36s} {error!s:20s} at most {limit}" for name, error, limit in rows]
     (context.folder / "parity.txt").write_text("\n".join(lines) + "\n")
     failed = [row for row in rows if not row[1].within(row[2])]
-    checks("parity: rows beyond their limit", len(failed), 0, judged=len(rows))
+    checks("parity: rows beyond their limit", len(failed), 0, rows=len(rows))
     for name, error, limit in failed:
         context.record(f"parity: {name}", **error._replace(mean=rounded(error.mean))._asdict(), limit=str(limit))
 
@@ -80,14 +80,14 @@ def compare(context: Context, checks: Checks, source: ImageSource, *, num_images
 
 
 def under_load(context: Context, checks: Checks, source: ImageSource) -> None:
-    """Views that are made while the device is busy are those of a quiet one, bit for bit."""
+    """Views made while the device is busy equal those of an idle device, bit for bit."""
     for name, data in LOADERS.items():
         config = _config(context, 64, data)
-        quiet = _views(context, source, config)
+        idle = _views(context, source, config)
         with _busy(context):
             loaded = _views(context, source, config)
-        different = sum(not torch.equal(a, b) for a, b in zip(quiet, loaded, strict=True))
-        checks(f"under load: {name}, views that differ of {len(quiet)}", different, 0)
+        different = sum(not torch.equal(a, b) for a, b in zip(idle, loaded, strict=True))
+        checks(f"under load: {name}, views that differ of {len(idle)}", different, 0)
 
 
 def _views(context: Context, source: ImageSource, config: Config) -> list[Tensor]:
@@ -100,7 +100,7 @@ def _views(context: Context, source: ImageSource, config: Config) -> list[Tensor
 
 @contextmanager
 def _busy(context: Context) -> Iterator[None]:
-    """Keep arithmetic units and memory occupied, on a stream of its own and on the current one."""
+    """Keep arithmetic units and memory busy, on another stream and on the current one."""
     if context.device != "cuda":
         yield
         return
@@ -118,10 +118,10 @@ def _busy(context: Context) -> Iterator[None]:
 
 
 def _rounds(context: Context, loader: ViewLoader, work: Any, batches: int) -> tuple[Timing, float]:
-    """Seconds of a batch, round by round, and the share of the time that was spent waiting for the next one."""
+    """Seconds per batch, round by round, and the share of the time spent waiting for the next batch."""
     seconds, waited = [], 0.0
     for number in range(1 + (1 if is_small(context) else ROUNDS)):
-        began = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(batches):
             before = time.perf_counter()
             batch = next(loader)
@@ -130,7 +130,7 @@ def _rounds(context: Context, loader: ViewLoader, work: Any, batches: int) -> tu
         if context.device == "cuda":
             torch.cuda.synchronize()
         if number:
-            seconds.append((time.perf_counter() - began) / batches)
+            seconds.append((time.perf_counter() - start) / batches)
     return Timing(tuple(seconds)), waited / (sum(seconds) * batches)
 
 
@@ -141,7 +141,7 @@ def _record(context: Context, name: str, config: Config, timing: Timing, **value
 
 
 def throughput(context: Context, name: str, source: ImageSource, data: dict[str, Any]) -> None:
-    """Two 224 px views from JPEG by one loader, and nothing done with them.
+    """Two 224 px views from JPEG by one loader, without a training step.
 
     Args:
         context: of the item.
@@ -157,11 +157,11 @@ def throughput(context: Context, name: str, source: ImageSource, data: dict[str,
 
 
 def end_to_end(context: Context, source: ImageSource) -> None:
-    """From JPEG to trained weights: DALI, and the compiled and captured step."""
+    """From JPEG to trained weights: DALI and the captured step."""
     free(context)
     config = _config(context, BATCH, LOADERS["dali, kernels"])
     step = byol_fast_step(context, resnet50(context, BATCH), "graph")
-    flags = same_flags()
+    flags = set_flags()
     loader = make_loader(source, config, device=torch.device(context.device))
     step.step(next(loader), 0)
     timing, waited = _rounds(context, loader, lambda batch: step.step(batch, 0), 1 if is_small(context) else 8)

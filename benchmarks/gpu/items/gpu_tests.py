@@ -1,7 +1,7 @@
-"""Item: the tests marked gpu, a process for each group of them, four at a time.
+"""Item: the tests marked gpu, one process per group, four at a time.
 
-A group is a capability (`tests/gpu.py`), and of the kernels, which have the most tests, each file of them. So an error
-that ends one group's CUDA context is not taken for another's.
+A group is a capability (`tests/gpu.py`), or a single file of the kernels, which have the most tests. An error that
+ends the CUDA context of one group does not affect the others.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from benchmarks.gpu.items.common import ROOT, is_small
 from benchmarks.gpu.items.pytest_records import VARIABLE
 from tests.gpu import CAPABILITIES
 
-AT_A_TIME = 4
+NUM_PARALLEL = 4
 RESERVE = 6.0
-"""Seconds before the deadline at which what still runs is ended, so that the logs are packed."""
+"""Seconds before the deadline at which running groups are ended, so that the logs are packed."""
 LONGEST = ("training", "step", "kernels", "parity", "decode", "export")
-"""Capabilities whose tests take longest; they begin first, so that none is left running alone."""
+"""Capabilities whose tests take longest; they start first, so that none is left running alone."""
 ARCHIVE = "gpu_tests.tgz"
 
 
 @dataclass(frozen=True)
 class Group:
-    """Tests that share a process."""
+    """Tests that run in one process."""
 
     name: str
     capability: str
@@ -56,7 +56,7 @@ class Outcome:
 
 
 def run(context: Context) -> str | None:
-    """Run all groups until they are done or the time is over; logs and records of each test go into one archive."""
+    """Run all groups until the deadline; logs and records of each test go into one archive."""
     waiting = groups(small=is_small(context))
     total, unfinished = Counter[str](), []
     deadline = time.monotonic() + context.seconds_left() - RESERVE
@@ -64,7 +64,7 @@ def run(context: Context) -> str | None:
         running: list[Process] = []
         try:
             while (waiting and time.monotonic() < deadline) or running:
-                while waiting and len(running) < AT_A_TIME and time.monotonic() < deadline:
+                while waiting and len(running) < NUM_PARALLEL and time.monotonic() < deadline:
                     running.append(Process(waiting.pop(0), Path(folder), on_cpu=context.device == "cpu"))
                 over = time.monotonic() >= deadline
                 for process in [p for p in running if over or p.is_done()]:
@@ -81,16 +81,16 @@ def run(context: Context) -> str | None:
             with tarfile.open(context.folder / ARCHIVE, "w:gz") as archive:
                 archive.add(folder, arcname="gpu_tests")
     counts = {name: total[name] for name in ("passed", "failed", "skipped")}
-    context.record("all tests", **counts, not_begun=[group.name for group in waiting], cut_off=unfinished)
+    context.record("all tests", **counts, not_started=[group.name for group in waiting], cut_off=unfinished)
     missing = [group.name for group in waiting] + unfinished
     return f"no time for {', '.join(missing)}" if missing else None
 
 
 def groups(*, small: bool) -> list[Group]:
-    """Groups in the order in which they begin.
+    """Groups in the order in which they start.
 
     Args:
-        small: a few fast tests only.
+        small: only a few fast tests.
     """
     if small:
         return [Group("knn", "knn", ("tests/test_gpu.py",), ("-k", "neighbours_are"))]
@@ -98,16 +98,16 @@ def groups(*, small: bool) -> list[Group]:
     # The fixtures `device...` of the kernels' tests are marked, too.
     marked = tuple(str(path.relative_to(ROOT)) for path, text in texts.items() if re.search(r"\bgpu\b|\bdevice", text))
     names = [*LONGEST, *(name for name in CAPABILITIES if name not in LONGEST)]
-    found: list[Group] = []
+    result: list[Group] = []
     for name in [name for name in names if name in CAPABILITIES]:
         if name == "kernels":
             kernels = [path for path in marked if path.startswith("tests/kernels/")]
-            found += [Group(f"kernels, {Path(path).stem.removeprefix('test_')}", name, (path,)) for path in kernels]
+            result += [Group(f"kernels, {Path(path).stem.removeprefix('test_')}", name, (path,)) for path in kernels]
         else:
-            # Files that do not mention the capability cost a second of collecting each.
+            # Collecting a file takes a second, so files that do not mention the capability are left out.
             mentioning = tuple(path for path in marked if f'"{name}"' in texts[ROOT / path])
-            found.append(Group(name, name, mentioning or marked))
-    return found
+            result.append(Group(name, name, mentioning or marked))
+    return result
 
 
 class Process:
@@ -120,7 +120,7 @@ class Process:
     """
 
     def __init__(self, group: Group, folder: Path, *, on_cpu: bool) -> None:
-        self.group, self._began = group, time.monotonic()
+        self.group, self._start = group, time.monotonic()
         name = re.sub(r"\W+", "_", group.name)
         self._records, self._log = folder / f"{name}.jsonl", folder / f"{name}.log"
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--capability", group.capability]
@@ -136,62 +136,62 @@ class Process:
                 },
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # what tests have started ends with them
+                start_new_session=True,  # child processes of the tests end with them
             )
 
     def is_done(self) -> bool:
-        """True once the process has ended."""
+        """True if the process has ended."""
         return self._process.poll() is not None
 
     def end(self) -> None:
-        """Kill it and all that its tests have started."""
+        """Kill the process and its children."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def outcome(self, *, timed_out: bool) -> Outcome:
-        """Outcome of its tests, from the records that they wrote and its exit code.
+        """Outcome of the tests, from their records and the exit code.
 
         Args:
-            timed_out: it was ended because the time was over.
+            timed_out: the process was ended at the deadline.
         """
-        found = Outcome(seconds=time.monotonic() - self._began)
+        outcome = Outcome(seconds=time.monotonic() - self._start)
         current = ""
         lines = self._records.read_text().splitlines() if self._records.exists() else []
         for record in map(json.loads, lines):
             if record["kind"] == "start":
                 current = record["test"]
                 continue
-            _count(found, record)
+            _count(outcome, record)
             current = "" if record["when"] == "teardown" else current
         code = self._process.returncode
         if timed_out:
-            found.failures[current or "(collecting)"] = "had not ended when the time was over"
+            outcome.failures[current or "(collecting)"] = "still running at the deadline"
         elif code < 0 or code > 5:
-            how = f"signal {-code}" if code < 0 else f"exit code {code}"
-            found.failures[current or "(collecting)"] = f"its process ended: {how}"
-        elif code not in {0, 5} and not found.failures:
-            found.failures["(pytest)"] = f"exit code {code}: {last_line(self._log)}"
-        return found
+            reason = f"signal {-code}" if code < 0 else f"exit code {code}"
+            outcome.failures[current or "(collecting)"] = f"process ended: {reason}"
+        elif code not in {0, 5} and not outcome.failures:
+            outcome.failures["(pytest)"] = f"exit code {code}: {last_line(self._log)}"
+        return outcome
 
 
-def _count(found: Outcome, record: dict[str, Any]) -> None:
+def _count(outcome: Outcome, record: dict[str, Any]) -> None:
     if record["outcome"] == "failed":
-        found.failures[record["test"]] = record["why"]
+        outcome.failures[record["test"]] = record["why"]
     elif record["outcome"] == "skipped":
-        found.skips[record["why"]] += 1
+        outcome.skips[record["why"]] += 1
     elif record["when"] == "call":
-        found.passed += 1
+        outcome.passed += 1
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that is not empty."""
+    """Last non-empty line of a log."""
     lines = log.read_text(errors="replace").splitlines()
-    return next((line for line in reversed(lines) if line.strip()), "nothing printed")
+    return next((line for line in reversed(lines) if line.strip()), "no output")
 
 
 def _record(context: Context, group: Group, outcome: Outcome) -> Counter[str]:
-    """Record a group, and each of its failures; the counts."""
+    """Record a group and its failures; return the counts."""
     counts = {"passed": outcome.passed, "failed": len(outcome.failures), "skipped": outcome.skips.total()}
     reasons = [f"{why[:150]} ({number})" for why, number in outcome.skips.most_common(3)]
     values = {"skips": reasons} if reasons else {}

@@ -1,6 +1,6 @@
-"""Pytest plugin: only the tests of one GPU capability, and a JSON line for whatever happens to each test.
+"""Pytest plugin: selects the tests of one GPU capability, and writes a JSON line per event of each test.
 
-A line at a time, so that a process that dies leaves behind what it had found, and which test it was in.
+Lines are written at once, so that a process that dies leaves its results and the name of the running test.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ VARIABLE = "BYOL_FAST_TEST_RECORDS"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--capability NAME`, which tests/conftest.py obeys."""
-    parser.addoption("--capability", choices=sorted(CAPABILITIES), help="of the tests marked gpu, only this one's")
+    """Add `--capability NAME`, which tests/conftest.py evaluates."""
+    parser.addoption("--capability", choices=sorted(CAPABILITIES), help="run only the gpu tests of this capability")
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
-    """A test begins."""
+    """Record the start of a test."""
     _write(kind="start", test=nodeid)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Set-up, call or teardown of a test is over."""
+    """Record the outcome of a set-up, call or teardown."""
     _write(
         kind="report",
         test=report.nodeid,
@@ -41,7 +41,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
-    """A file could not be collected."""
+    """Record a file that could not be collected."""
     if report.failed:
         _write(kind="report", test=report.nodeid, when="collect", outcome="failed", seconds=0.0, why=_why(report))
 
@@ -52,7 +52,7 @@ def _write(**record: Any) -> None:
 
 
 def _why(report: pytest.TestReport | pytest.CollectReport) -> str:
-    """The reason of a skip, or the message of an error without its traceback."""
+    """Reason of a skip, or message of an error without its traceback."""
     if report.passed or report.longrepr is None:
         return ""
     if isinstance(report.longrepr, tuple):

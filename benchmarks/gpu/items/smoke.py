@@ -32,7 +32,11 @@ SHAPES: tuple[tuple[int, ...], ...] = ((64, 32, 3, 3), (300, 500), (4096,), (37,
 
 
 def run(context: Context) -> None:
-    """All checks; an error at the end where one failed."""
+    """Run all checks.
+
+    Raises:
+        AssertionError: a check failed.
+    """
     checks = Checks(context)
     of_the_step = (loss, ema, lars, lars_with_found_inf, running_stats)
     for part in (*of_the_step, params_and_crop, colors, blur, smoke_step.run):
@@ -68,12 +72,12 @@ def loss(context: Context, checks: Checks) -> None:
 
 
 def _parameters(context: Context, seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    made = [randn(shape, seed + i, dtype, device=context.device) for i, shape in enumerate(SHAPES)]
-    return [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in made]
+    tensors = [randn(shape, seed + i, dtype, device=context.device) for i, shape in enumerate(SHAPES)]
+    return [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in tensors]
 
 
 def ema(context: Context, checks: Checks) -> None:
-    """The average of a list of tensors, with tau on the device."""
+    """EMA of a list of tensors, with tau on the device."""
     tau = torch.tensor(0.97, device=context.device)
     for dtype in (torch.float32, torch.bfloat16):
         target, online = _parameters(context, 0, dtype), _parameters(context, 10, dtype)
@@ -100,7 +104,7 @@ class _LARS:
             p.grad_dtype = torch.bfloat16
 
     def step(self, context: Context, seed: int, poisoned: int | None = None) -> None:
-        """Take a step with gradients by a seed; the last element of one of them may be a NaN."""
+        """Take a step with gradients of a seed; the last element of gradient `poisoned` becomes a NaN."""
         for p, gradient in zip(self.params, _parameters(context, seed, torch.bfloat16), strict=True):
             p.grad = gradient
         if poisoned is not None:
@@ -115,51 +119,51 @@ class _LARS:
 
 
 def lars(context: Context, checks: Checks) -> None:
-    """Two steps of LARS with the average and copies; vectors neither decay nor adapt."""
-    made = _LARS(context)
+    """Two steps of LARS with EMA and copies; vectors neither decay nor adapt."""
+    case = _LARS(context)
     rate, tau = float(np.float32(0.3)), float(np.float32(0.97))
-    params, targets = [f64(p) for p in made.params], [f64(t) for t in made.targets]
+    params, targets = [f64(p) for p in case.params], [f64(t) for t in case.targets]
     momentum = [np.zeros_like(p) for p in params]
     for seed in (20, 30):
-        made.step(context, seed)
-        for i, p in enumerate(made.params):
+        case.step(context, seed)
+        for i, p in enumerate(case.params):
             assert p.grad is not None
             params[i], momentum[i] = oracle.lars_update(
                 params[i], f64(p.grad), momentum[i], lr=rate, momentum=0.9, weight_decay=1e-3, trust_coefficient=0.02
             )
         targets = [tau * t + (1 - tau) * p for t, p in zip(targets, params, strict=False)]
-    found = made.state()
+    state = case.state()
     expected = [*params, *momentum, *targets]
-    errors = [relative_error(a, b) for a, b in zip(found, expected, strict=False)]
-    # Twice as much as for one step: the second begins with what the first one rounded.
+    errors = [relative_error(a, b) for a, b in zip(state, expected, strict=False)]
+    # Twice the tolerance of one step: the second one starts from the rounded result of the first.
     checks("LARS, EMA: parameters, momentum, targets after 2 steps", max(errors), 2 * TOLERANCES[torch.float32])
-    errors = [relative_error(copy, f64(t.detach().bfloat16())) for t, copy in made.copies.items()]
+    errors = [relative_error(copy, f64(t.detach().bfloat16())) for t, copy in case.copies.items()]
     checks("LARS, bf16 copies", max(errors), 0.0)
 
 
 def lars_with_found_inf(context: Context, checks: Checks) -> None:
     """With found_inf nothing is written; a NaN in any gradient, of a matrix or a vector, sets it."""
-    made = _LARS(context)
-    made.step(context, 20)
-    before = [t.clone() for t in made.state()]
+    case = _LARS(context)
+    case.step(context, 20)
+    before = [t.clone() for t in case.state()]
     for poisoned in (None, *range(len(SHAPES))):
         found_inf = torch.full((), float(poisoned is None), device=context.device)
-        made.optimizer.found_inf = found_inf
-        made.step(context, 30, poisoned)
-        changed = sum(not torch.equal(a, b) for a, b in zip(before, made.state(), strict=True))
-        case = "set before" if poisoned is None else f"found in gradient {poisoned}"
-        checks(f"LARS, found_inf {case}: tensors that changed", changed, 0)
-        checks(f"LARS, found_inf {case}: distance from 1", abs(float(found_inf) - 1), 0)
+        case.optimizer.found_inf = found_inf
+        case.step(context, 30, poisoned)
+        changed = sum(not torch.equal(a, b) for a, b in zip(before, case.state(), strict=True))
+        name = "set before" if poisoned is None else f"found in gradient {poisoned}"
+        checks(f"LARS, found_inf {name}: tensors that changed", changed, 0)
+        checks(f"LARS, found_inf {name}: distance from 1", abs(float(found_inf) - 1), 0)
 
 
 def running_stats(context: Context, checks: Checks) -> None:
     """Two steps of two views each against torch's batch norm in float64, and a step that is skipped."""
     channels = (1, 67, 2048)
     for dtype in (torch.float32, torch.float64):
-        found = [nn.BatchNorm1d(c).to(context.device, dtype) for c in channels]
+        norms = [nn.BatchNorm1d(c).to(context.device, dtype) for c in channels]
         exact = [nn.BatchNorm1d(c).double() for c in channels]
 
-        def update(batches: list[Tensor], flag: float, norms: list[nn.BatchNorm1d] = found) -> None:
+        def update(batches: list[Tensor], flag: float, norms: list[nn.BatchNorm1d] = norms) -> None:
             both = [torch.var_mean(x.to(context.device, norms[0].weight.dtype), 1) for x in batches]
             update_running_stats_(
                 [norm.get_buffer("running_mean") for norm in norms],
@@ -178,7 +182,7 @@ def running_stats(context: Context, checks: Checks) -> None:
                 for view in views_of:
                     norm(view)
         pairs = [
-            (a, b) for x, y in zip(found, exact, strict=True) for a, b in zip(x.buffers(), y.buffers(), strict=True)
+            (a, b) for x, y in zip(norms, exact, strict=True) for a, b in zip(x.buffers(), y.buffers(), strict=True)
         ]
         errors = [relative_error(a, f64(b)) for a, b in pairs]
         checks(f"running statistics, {_dtype(dtype)}", max(errors), 10 * TOLERANCES[torch.float32])
@@ -192,7 +196,7 @@ def running_stats(context: Context, checks: Checks) -> None:
 
 
 def params_and_crop(context: Context, checks: Checks) -> None:
-    """Augmentation parameters, bit for bit as numpy draws them, and crops."""
+    """Augmentation parameters, bit for bit equal to numpy's, and crops."""
     view, index = ViewConfig(size=28, blur=0.5, solarize=0.2), np.arange(2000)
     numbers = torch.from_numpy(augment_params.params_table(view, 40, 36)).to(context.device)
     key = torch.tensor(augment_params.stream_key(7, 3, 1), device=context.device)
@@ -213,12 +217,12 @@ def params_and_crop(context: Context, checks: Checks) -> None:
     difference = (out.double() - torch.cat(exact).clamp(0, 255)).abs()
     if context.device == "cuda":
         checks("crop, levels", float(difference.max()), 0.5 + views.FLOAT32_LEVELS)
-    else:  # rounds between the passes, too
+    else:  # also rounds between the two passes
         checks("crop, mean of levels", float(difference.mean()), 0.4)
 
 
 def colors(context: Context, checks: Checks) -> None:
-    """Flip, jitter, grayscale and solarize, and normalized bf16; without a blur."""
+    """Flip, jitter, grayscale and solarize, also normalized to bf16; without blur."""
     names = ("flip", "jitter", "factors", "order", "grayscale", "solarize")
     for height, width in ((64, 64), (33, 47)):
         x, p = views.make_images(24, height, width, seed=2), views.set_masks(views.make_params(24, seed=5), blur=False)
@@ -232,11 +236,11 @@ def colors(context: Context, checks: Checks) -> None:
         normalized = (expected / 255 - mean) / std
         allowed = views.FLOAT32_LEVELS / 255 / min(STD) + 2.0**-8 * normalized.abs()
         share = float(((out - normalized).abs() / allowed).max())
-        checks(f"color, {name}, bf16, share of what is allowed", share, 1)
+        checks(f"color, {name}, bf16, share of the allowed error", share, 1)
 
 
 def blur(context: Context, checks: Checks) -> None:
-    """The blur alone, and as the second launch of the whole augmentation."""
+    """Blur alone, and as the second launch of the whole augmentation."""
     # Two products of float16 factors on a GPU, each rounded to the nearest level at the end.
     bound = views.FLOAT16_FACTORS if context.device == "cuda" else views.FLOAT32_LEVELS
     for height, width in ((64, 64), (33, 47)):

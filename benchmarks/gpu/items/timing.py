@@ -1,4 +1,4 @@
-"""Timing on a device: CUDA events after a warm-up, candidates in drawn orders, small launches as one CUDA graph."""
+"""Timing on a device: CUDA events after a warm-up, candidates in shuffled order, small launches as one CUDA graph."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from byol_fast.bench.timing import Timing
 Case = Callable[[], object]
 
 KERNELS, STEPS = 5e-3, 0.3
-"""Seconds of a sample of kernels (an event resolves half a microsecond) and of training steps (the first of them waits
-for the host, those behind it do not)."""
-MOST_CALLS = 200
+"""Seconds of a sample of kernels (events resolve half a microsecond) and of training steps (only the first one waits
+for the host)."""
+MAX_CALLS = 200
 RESERVE = 5.0
-"""Seconds before the deadline at which no further round begins."""
+"""Seconds before the deadline after which no further round starts."""
 
 
 def seconds_of(case: Case, device: str, calls: int = 1) -> float:
-    """Seconds of a call, of some in a row, until the device is done.
+    """Seconds per call, until the device is finished.
 
     Args:
-        case: what to call.
+        case: callable.
         device: "cuda" or "cpu".
-        calls: how often.
+        calls: number of calls in a row.
     """
     if device != "cuda":
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         for _ in range(calls):
             case()
-        return (time.perf_counter() - began) / calls
+        return (time.perf_counter() - start_time) / calls
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     start.record()
@@ -50,14 +50,14 @@ def seconds_of(case: Case, device: str, calls: int = 1) -> float:
 def interleaved(
     context: Context, cases: Mapping[str, Case], *, rounds: int = 11, warmup: int = 2, sample: float = KERNELS
 ) -> dict[str, Timing]:
-    """Time all cases once a round, in an order that is drawn anew each round.
+    """Time all cases once per round, in an order that is shuffled in each round.
 
-    So whatever slows the device down slows all of them. Three rounds are always made; more only while there is time.
+    Interference then slows down all cases alike. At least three rounds are run; more only while there is time.
 
     Args:
         context: of the item.
-        cases: name and what to call.
-        rounds: that count; 1 with tiny sizes.
+        cases: name and callable.
+        rounds: rounds that are counted; 1 with tiny sizes.
         warmup: calls of each case before, not counted.
         sample: seconds of a sample; short calls are repeated to fill it.
     """
@@ -66,37 +66,37 @@ def interleaved(
     for name, case in cases.items():
         for _ in range(0 if small else warmup):
             case()
-        once = seconds_of(case, context.device)
-        if once > 0 and not small:
-            calls[name] = max(1, min(MOST_CALLS, round(sample / once)))
+        single = seconds_of(case, context.device)
+        if single > 0 and not small:
+            calls[name] = max(1, min(MAX_CALLS, round(sample / single)))
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    order, draw = list(cases.items()), random.Random(0)
+    order, generator = list(cases.items()), random.Random(0)
     for number in range(1 if small else rounds):
         if number >= 3 and context.seconds_left() < RESERVE:
             break
-        draw.shuffle(order)
+        generator.shuffle(order)
         for name, case in order:
             seconds[name].append(seconds_of(case, context.device, calls[name]))
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
 def captured(case: Case, device: str) -> Case:
-    """Work as one CUDA graph, so that what is timed is the kernels and not the host; on a CPU the work itself.
+    """Capture work as one CUDA graph, so that kernels are timed without the host; on a CPU, the work itself.
 
     Args:
-        case: what to capture; it is called three times before, on a stream of its own.
+        case: callable to capture; it is called three times before, on a separate stream.
         device: "cuda" or "cpu".
     """
     return as_graph(case) if device == "cuda" else case
 
 
 def figures(timing: Timing, *, images: float | None = None, repeats: int = 1) -> dict[str, float]:
-    """Images a second; median, p20 and p80 in milliseconds; rounds.
+    """Images per second; median, p20 and p80 in milliseconds; number of rounds.
 
     Args:
         timing: of a call.
-        images: that a call processes.
-        repeats: how often the call does its work; the milliseconds are of once.
+        images: that one call processes.
+        repeats: times that one call does the work; milliseconds are divided by it.
     """
     values = {}
     if images is not None:
@@ -107,5 +107,5 @@ def figures(timing: Timing, *, images: float | None = None, repeats: int = 1) ->
 
 
 def rounded(value: float) -> float:
-    """A float with five significant digits: no measurement here has more."""
+    """A float rounded to five significant digits."""
     return float(f"{value:.5g}")

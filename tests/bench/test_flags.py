@@ -1,4 +1,4 @@
-"""Process-wide flags of a comparison: equal for all candidates of a precision, and recorded."""
+"""Backend flags of a comparison: equal for all candidates of a precision, and recorded."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from byol_fast.bench import end_to_end, networks
-from byol_fast.bench.networks import Contender, Problem
+from byol_fast.bench import end_to_end
+from byol_fast.bench.candidates import Candidate, ablation_candidates, baseline, build_step, library_candidates
+from byol_fast.bench.problem import Problem
 from byol_fast.bench.processes import measure
 from byol_fast.bench.results import Results
 from byol_fast.bench.timing import Timing
@@ -26,7 +27,7 @@ PROBLEM = Problem(encoder="resnet18_narrow", image_size=32, batch_size=4, hidden
 Flags = tuple[bool, bool, bool]
 """TF32 in cuDNN's convolutions, TF32 in matrix products, cudnn.benchmark."""
 
-# What torch starts with, and so what a loop that sets nothing runs with.
+# The defaults of torch, and so the flags of a loop that sets none.
 DEFAULTS: Flags = (True, False, False)
 EXPECTED: dict[str, Flags] = {"fp32": DEFAULTS, "bf16": DEFAULTS, "tf32": (True, True, False)}
 
@@ -48,7 +49,7 @@ def _flags_restored() -> Iterator[None]:
 
 
 class FlagsAtOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the flags at each convolution and matrix product, forward and backward."""
+    """Records the flags at each operator, forward and backward."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -67,28 +68,28 @@ def flags_during(call: Callable[[], object]) -> set[Flags]:
     return set.union(*(mode.seen[name] for name in operators))
 
 
-def candidates() -> dict[str, Contender]:
-    found = networks.peers(CPU)
+def candidates() -> dict[str, Candidate]:
+    steps = library_candidates(CPU)
     for precision in EXPECTED:
-        found |= networks.switches(CPU, precision, ("eager",))
-    return found
+        steps |= ablation_candidates(CPU, precision, ("eager",))
+    return steps
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.peers if c.needs else ()) for n, c in candidates().items()]
+    "name", [pytest.param(n, marks=pytest.mark.peers if c.requires else ()) for n, c in candidates().items()]
 )
-def test_every_candidate_of_a_precision_runs_with_the_same_flags(name: str) -> None:
+def test_candidates_of_a_precision_have_equal_flags(name: str) -> None:
     candidate = candidates()[name]
     if not candidate.is_installed:
-        pytest.skip(f"{candidate.needs} is not installed")
+        pytest.skip(f"{candidate.requires} is not installed")
     expected = EXPECTED[candidate.options.get("precision", "fp32")]
     for wanted, problem in (
         (expected, PROBLEM),
         ((*expected[:2], True), dataclasses.replace(PROBLEM, cudnn_benchmark=True)),
     ):
         job = candidate.job(problem)
-        set_flags((not wanted[0], not wanted[1], not wanted[2]))  # what ran before in this process does not matter
-        assert flags_during(networks.make(**job.arguments)) == {wanted}
+        set_flags((not wanted[0], not wanted[1], not wanted[2]))  # earlier settings of this process must not matter
+        assert flags_during(build_step(**job.arguments)) == {wanted}
 
 
 @pytest.fixture
@@ -101,29 +102,29 @@ def images(tmp_path: Path, photos: np.ndarray) -> Path:
 
 
 @pytest.mark.parametrize("lightly", [False, pytest.param(True, marks=pytest.mark.peers)], ids=["plain", "lightly"])
-def test_loops_from_images_run_with_the_same_flags(lightly: bool, images: Path) -> None:
+def test_end_to_end_loops_have_equal_flags(lightly: bool, images: Path) -> None:
     if lightly and find_spec("lightly") is None:
         pytest.skip("lightly is not installed")
-    jobs = end_to_end.jobs(PROBLEM, images, steps=1, precision="tf32", mode="eager", lightly=lightly)
+    jobs = end_to_end.build_jobs(PROBLEM, images, steps=1, precision="tf32", mode="eager", lightly=lightly)
     assert len(jobs) == 4 + lightly
     for name, job in jobs.items():
         wanted = EXPECTED["tf32" if name.endswith("tf32") else "fp32"]
         set_flags((not wanted[0], not wanted[1], not wanted[2]))
-        make = getattr(end_to_end, job.maker.partition(":")[2])
-        assert flags_during(make(**job.arguments)) == {wanted}, name
+        factory = getattr(end_to_end, job.factory.partition(":")[2])
+        assert flags_during(factory(**job.arguments)) == {wanted}, name
 
 
 def test_flags_of_a_process_are_recorded() -> None:
     problem = dataclasses.replace(PROBLEM, cudnn_benchmark=True)
-    jobs = {"tf32": networks.textbook(precision="tf32").job(problem), "fp32": networks.textbook().job(PROBLEM)}
-    found = measure(jobs, rounds=1, warmup=0, threads=1, device=CPU)
-    assert {name: m.extras["flags"] for name, m in found.items()} == {
+    jobs = {"tf32": baseline(precision="tf32").job(problem), "fp32": baseline().job(PROBLEM)}
+    measurements = measure(jobs, rounds=1, warmup=0, threads=1, device=CPU)
+    assert {name: m.extras["flags"] for name, m in measurements.items()} == {
         "tf32": "TF32 in convolutions on, in matrix products on; cudnn.benchmark on",
         "fp32": "TF32 in convolutions on, in matrix products off; cudnn.benchmark off",
     }
 
 
-def test_flags_are_printed_once_where_all_candidates_share_them(capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_shared_by_all_candidates_are_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
     times = {"a": Timing((1.0,)), "b": Timing((1.0,)), "c": Timing((1.0,))}
     results = Results("step", "cpu")
     results.add("same", times, extras={name: {"flags": "F"} for name in times})

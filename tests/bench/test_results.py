@@ -1,4 +1,4 @@
-"""Timing, results and their comparison, with real work where work is timed."""
+"""Timing, processes, results and their comparison."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from PIL import Image
 
 from byol_fast.bench.compare import compare
 from byol_fast.bench.options import Options
-from byol_fast.bench.photographs import write_photographs
 from byol_fast.bench.processes import Job, measure
 from byol_fast.bench.results import Results, load
-from byol_fast.bench.suites import Bench
+from byol_fast.bench.runner import Bench
+from byol_fast.bench.synthetic_jpegs import write_synthetic_jpegs
 from byol_fast.bench.timing import Timing, interleaved, ratio
 from byol_fast.cli import bench as command
 from byol_fast.config import ConfigError
 
 
-def test_rounds_are_interleaved_and_the_warm_up_is_thrown_away() -> None:
+def test_rounds_are_interleaved_and_warmup_is_discarded() -> None:
     calls: list[str] = []
     now = [0.0]
 
@@ -46,51 +46,50 @@ def test_rounds_are_interleaved_and_the_warm_up_is_thrown_away() -> None:
     assert times["b"].seconds == (3.0, 3.0, 3.0)
 
 
-def test_no_case_always_follows_the_same_other_one() -> None:
+def test_case_order_is_shuffled() -> None:
     calls: list[str] = []
     interleaved({name: functools.partial(calls.append, name) for name in "abc"}, rounds=12, warmup=0)
     followed = {pair for pair in itertools.pairwise(calls) if pair[0] != pair[1]}
     assert followed == set(itertools.permutations("abc", 2))
 
 
-def test_ratio_is_taken_round_by_round() -> None:
-    """A machine that slows down in one round slows both: the ratio does not see it."""
+def test_ratio_ignores_rounds_that_are_slow_for_both_cases() -> None:
     slow, fast = Timing((2.0, 20.0, 4.0)), Timing((1.0, 10.0, 2.0))
     assert ratio(slow, fast) == (2.0, 2.0, 2.0)
     assert fast.median == 2.0
 
 
-def test_no_cases_is_refused() -> None:
+def test_interleaved_without_cases_raises() -> None:
     with pytest.raises(ValueError, match="cases and rounds must be at least one"):
         interleaved({}, rounds=3)
 
 
 def results(times: dict[str, Timing], **options: Any) -> Results:
-    found = Results("step", "cpu", {"batch_size": 32})
-    found.add("suite", times, **options)
-    return found
+    built = Results("step", "cpu", {"batch_size": 32})
+    built.add("suite", times, **options)
+    return built
 
 
-def test_results_keep_what_they_print(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    times = {"ours": Timing((1.0, 2.0, 4.0)), "theirs": Timing((2.0, 4.0, 8.0))}
-    made = results(times, unit="images/s", amount=32, baseline="theirs", extras={"theirs": {"version": "1.6"}})
+def test_saved_results_are_loaded_unchanged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    times = {"byol_fast": Timing((1.0, 2.0, 4.0)), "other": Timing((2.0, 4.0, 8.0))}
+    original = results(times, unit="images/s", num_items=32, baseline="other", extras={"other": {"version": "1.6"}})
     assert "2.00x" in capsys.readouterr().out
-    made.save(tmp_path / "results")
+    original.save(tmp_path / "results")
     with (tmp_path / "results" / "step.csv").open() as file:
-        ours, theirs = csv.DictReader(file)
-    assert (float(ours["p50"]), float(theirs["p50"]), float(theirs["ratio"])) == (16.0, 8.0, 2.0)
-    assert float(ours["p20"]) < float(ours["p50"]) < float(ours["p80"])
-    assert (ours["version"], theirs["version"]) == ("", "1.6")
+        first, other = csv.DictReader(file)
+    assert (float(first["p50"]), float(other["p50"]), float(other["ratio"])) == (16.0, 8.0, 2.0)
+    assert float(first["p20"]) < float(first["p50"]) < float(first["p80"])
+    assert (first["version"], other["version"]) == ("", "1.6")
     record = json.loads((tmp_path / "results" / "environment.json").read_text())
     assert record["device"] == "cpu"
     assert {"commit", "dirty", "load", "date"} <= record.keys()
     content, (suite,) = load(tmp_path / "results" / "step.json")
     assert content["settings"] == {"batch_size": 32}
     assert content["environment"] == record
-    assert suite == made.suites[0]
+    assert suite == original.suites[0]
     with Image.open(tmp_path / "results" / "step.png") as picture:
-        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20) or []}
-    assert {(0x00, 0x72, 0xB2), (0x9A, 0xA5, 0xAD)} <= colours  # a bar of ours, and one of theirs
+        colors = {color for _, color in picture.convert("RGB").getcolors(1 << 20) or []}
+    assert {(0x00, 0x72, 0xB2), (0x9A, 0xA5, 0xAD)} <= colors  # a bar of byol_fast, and one of another candidate
 
 
 def rounds(seconds: float, spread: float, seed: int, machine: np.ndarray | None = None) -> Timing:
@@ -98,19 +97,22 @@ def rounds(seconds: float, spread: float, seed: int, machine: np.ndarray | None 
     return Timing(tuple(float(s) for s in seconds * noise * (1 if machine is None else machine)))
 
 
-def saved(folder: Path, ours: float, seed: int, *, baseline: str = "textbook") -> Path:
-    """Two contenders, each with 2 % noise, on a machine that gets up to 60 % slower and faster with time."""
+def save_results(folder: Path, seconds: float, seed: int, *, baseline: str = "baseline") -> Path:
+    """Two candidates, each with 2 % noise, on a machine whose speed varies by up to 60 % from round to round."""
     machine = 1 + 0.6 * np.random.default_rng(seed + 1).random(11)
-    times = {"textbook": rounds(1.0, 0.02, seed + 2, machine), "ours, bf16": rounds(ours, 0.02, seed + 3, machine)}
+    times = {
+        "baseline": rounds(1.0, 0.02, seed + 2, machine),
+        "byol_fast, bf16": rounds(seconds, 0.02, seed + 3, machine),
+    }
     results(times, baseline=baseline).save(folder)
     return folder
 
 
-def test_a_slowdown_of_15_percent_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before, after = saved(tmp_path / "a", 0.50, 0), saved(tmp_path / "b", 0.575, 10)
+def test_slowdown_of_15_percent_is_a_regression(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, after = save_results(tmp_path / "a", 0.50, 0), save_results(tmp_path / "b", 0.575, 10)
     (change,) = compare(before, after)
-    assert (change.contender, change.verdict) == ("ours, bf16", "slower")
-    assert change.share == pytest.approx(0.15, abs=0.03)
+    assert (change.candidate, change.verdict) == ("byol_fast, bf16", "slower")
+    assert change.relative == pytest.approx(0.15, abs=0.03)
     assert command.main(["compare", str(before), str(after)]) == 1
     assert "slower" in capsys.readouterr().out
     assert command.main(["compare", str(after), str(before)]) == 0  # faster is no regression
@@ -118,30 +120,30 @@ def test_a_slowdown_of_15_percent_is_noticed(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize("seed", range(0, 100, 20))
-def test_equal_runs_are_quiet(tmp_path: Path, seed: int) -> None:
-    before, after = saved(tmp_path / "a", 0.5, seed), saved(tmp_path / "b", 0.5, seed + 10)
+def test_equal_runs_have_no_changes(tmp_path: Path, seed: int) -> None:
+    before, after = save_results(tmp_path / "a", 0.5, seed), save_results(tmp_path / "b", 0.5, seed + 10)
     assert {c.verdict for c in compare(before, after)} == {"same"}
     assert command.main(["compare", str(before), str(after)]) == 0
 
 
-def test_what_is_noise_and_what_is_not_depends_on_the_rounds(tmp_path: Path) -> None:
-    for name, ours, spread in (("a", 0.5, 0.3), ("b", 0.56, 0.3)):
-        results({"ours": rounds(ours, spread, int(100 * ours))}).save(tmp_path / name)
+def test_noise_grows_with_the_spread_of_the_rounds(tmp_path: Path) -> None:
+    for name, seconds, spread in (("a", 0.5, 0.3), ("b", 0.56, 0.3)):
+        results({"byol_fast": rounds(seconds, spread, int(100 * seconds))}).save(tmp_path / name)
     (change,) = compare(tmp_path / "a", tmp_path / "b")
     assert change.noise > 0.2
     assert change.verdict == "same"
 
 
-def test_short_calls_depend_on_where_their_tensors_lie(tmp_path: Path) -> None:
-    for name, ours in (("a", 1.0), ("b", 1.2), ("c", 1.4)):
-        times = {"textbook": rounds(2e-3, 0.01, 0), "ours": rounds(ours * 1e-3, 0.01, 1)}
-        results(times, baseline="textbook").save(tmp_path / name)
+def test_short_calls_need_a_larger_change(tmp_path: Path) -> None:
+    for name, factor in (("a", 1.0), ("b", 1.2), ("c", 1.4)):
+        times = {"baseline": rounds(2e-3, 0.01, 0), "byol_fast": rounds(factor * 1e-3, 0.01, 1)}
+        results(times, baseline="baseline").save(tmp_path / name)
     assert [c.verdict for c in compare(tmp_path / "a", tmp_path / "b")] == ["same"]
     assert [c.verdict for c in compare(tmp_path / "a", tmp_path / "c")] == ["slower"]
 
 
 @pytest.mark.slow
-def test_planted_slowdown_of_real_work(tmp_path: Path) -> None:
+def test_slowdown_of_real_work_is_a_regression(tmp_path: Path) -> None:
     x = torch.randn(128, 128)
 
     def work(times: int) -> Callable[[], None]:
@@ -151,16 +153,16 @@ def test_planted_slowdown_of_real_work(tmp_path: Path) -> None:
 
         return run
 
-    for name, ours in (("a", 1000), ("equal", 1000), ("slow", 1150)):
-        cases = {"textbook": work(2000), "ours": work(ours)}
-        found = interleaved(cases, rounds=21, clock=time.process_time)
-        results(found, baseline="textbook").save(tmp_path / name)
+    for name, products in (("a", 1000), ("equal", 1000), ("slow", 1150)):
+        cases = {"baseline": work(2000), "byol_fast": work(products)}
+        times = interleaved(cases, rounds=21, clock=time.process_time)
+        results(times, baseline="baseline").save(tmp_path / name)
     assert command.main(["compare", str(tmp_path / "a"), str(tmp_path / "equal")]) == 0
     assert command.main(["compare", str(tmp_path / "a"), str(tmp_path / "slow")]) == 1
 
 
-def test_comparing_what_is_no_result_says_so(tmp_path: Path) -> None:
-    good = saved(tmp_path / "good", 0.5, 0)
+def test_comparison_of_invalid_files_raises(tmp_path: Path) -> None:
+    good = save_results(tmp_path / "good", 0.5, 0)
     with pytest.raises(ValueError, match="holds no results"):
         compare(good, tmp_path)
     (tmp_path / "bad").mkdir()
@@ -169,17 +171,17 @@ def test_comparing_what_is_no_result_says_so(tmp_path: Path) -> None:
         compare(good, tmp_path / "bad")
     content = json.loads((good / "step.json").read_text()) | {"format": 0}
     (tmp_path / "bad" / "step.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="must be of format 1, got 0"):
+    with pytest.raises(ValueError, match="must be of format 2, got 0"):
         compare(good, tmp_path / "bad")
     other = Results("step", "cpu")
-    other.add("another suite", {"ours": Timing((1.0,))})
+    other.add("another suite", {"byol_fast": Timing((1.0,))})
     other.save(tmp_path / "other")
     with pytest.raises(ValueError, match="must have a suite in common"):
         compare(good, tmp_path / "other")
 
 
 class Sleepy:
-    """A contender: sleeps, and fails after some calls."""
+    """A candidate that sleeps, and fails after some calls."""
 
     extras: dict[str, float]
 
@@ -193,17 +195,17 @@ class Sleepy:
             raise RuntimeError("tired")
 
 
-def test_a_contender_that_fails_is_left_out_with_its_reason() -> None:
+def test_failing_candidate_is_dropped_with_its_reason() -> None:
     jobs = {
-        "steady": Job(maker="tests.test_bench:Sleepy", arguments={"seconds": 0.02, "calls": 9}),
-        "tires": Job(maker="tests.test_bench:Sleepy", arguments={"seconds": 0.0, "calls": 2}),
-        "missing": Job(maker="tests.test_bench:NoSuchThing"),
+        "steady": Job(factory="tests.bench.test_results:Sleepy", arguments={"seconds": 0.02, "calls": 9}),
+        "tires": Job(factory="tests.bench.test_results:Sleepy", arguments={"seconds": 0.0, "calls": 2}),
+        "missing": Job(factory="tests.bench.test_results:NoSuchThing"),
     }
-    found = measure(jobs, rounds=3, warmup=1, threads=1, device=torch.device("cpu"))
-    assert "RuntimeError: tired" in found["tires"].failure
-    assert "AttributeError" in found["missing"].failure
-    assert found["tires"].wall == []
-    steady = found["steady"]
+    measurements = measure(jobs, rounds=3, warmup=1, threads=1, device=torch.device("cpu"))
+    assert "RuntimeError: tired" in measurements["tires"].failure
+    assert "AttributeError" in measurements["missing"].failure
+    assert measurements["tires"].wall == []
+    steady = measurements["steady"]
     assert steady.failure == ""
     assert len(steady.wall) == len(steady.cpu) == 3
     assert min(steady.wall) >= 0.02 > max(steady.cpu)  # asleep, it costs no CPU time
@@ -211,14 +213,14 @@ def test_a_contender_that_fails_is_left_out_with_its_reason() -> None:
     assert steady.extras["peak_gib"] > 0
 
 
-def test_synthetic_photographs_are_as_large_as_real_ones(tmp_path: Path) -> None:
-    sizes = [path.stat().st_size for path in write_photographs(tmp_path / "a", 4).iterdir()]
+def test_synthetic_jpegs_have_imagenet_like_sizes(tmp_path: Path) -> None:
+    sizes = [path.stat().st_size for path in write_synthetic_jpegs(tmp_path / "a", 4).iterdir()]
     assert 60_000 < np.mean(sizes) < 200_000
-    again = write_photographs(tmp_path / "b", 4)
+    again = write_synthetic_jpegs(tmp_path / "b", 4)
     assert all((tmp_path / "a" / path.name).read_bytes() == path.read_bytes() for path in again.iterdir())
 
 
-def test_a_recipe_decides_what_is_measured(tmp_path: Path) -> None:
+def test_recipe_sets_the_problem(tmp_path: Path) -> None:
     bench = Bench(Options(recipe="cifar10_resnet18", device="cpu", batch_size=16, precision="fp32"))
     assert (bench.problem.encoder, bench.problem.cifar_stem, bench.problem.image_size) == ("resnet18", True, 32)
     assert (bench.problem.batch_size, bench.precision.name, bench.mode) == (16, "fp32", "eager")
@@ -232,12 +234,12 @@ def test_a_recipe_decides_what_is_measured(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_all_suites_run(tmp_path: Path) -> None:
     options = Options(
-        device="cpu", batch_size=4, image_size=32, rounds=1, data_images=8, kernel_images=2, save=tmp_path / "found"
+        device="cpu", batch_size=4, image_size=32, rounds=1, data_images=8, kernel_images=2, save=tmp_path / "results"
     )
     Bench(options).run()
     for name in ("peers", "kernels", "data", "step", "end-to-end"):
-        _, suites = load(tmp_path / "found" / f"{name}.json")
+        _, suites = load(tmp_path / "results" / f"{name}.json")
         for suite in suites:
-            assert len(suite.contenders) >= 2, suite.name
-            assert not suite.baseline or suite.baseline in {c.name for c in suite.contenders}
-            assert any(c.name.startswith("ours") for c in suite.contenders)
+            assert len(suite.candidates) >= 2, suite.name
+            assert not suite.baseline or suite.baseline in {c.name for c in suite.candidates}
+            assert any(c.name.startswith("byol_fast") for c in suite.candidates)

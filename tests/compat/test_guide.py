@@ -21,7 +21,7 @@ from benchmarks import guide_original as original
 from byol_fast.compat import guide
 from byol_fast.config import ViewConfig
 from byol_fast.models.encoders import build_encoder
-from tests import guide_script
+from tests.compat import guide_script
 
 SMALL = ViewConfig(size=16, area=(0.2, 1.0), interpolation="bilinear", blur=0.5, blur_kernel=3)
 
@@ -39,7 +39,7 @@ def folder(tmp_path: Path, photos: np.ndarray) -> Path:
 @pytest.fixture(scope="session")
 def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first twelve training images of CIFAR-10, from BYOL_FAST_TEST_DATA or the shared folder."""
-    beside = Path(__file__).parents[2] / "shared" / "data"
+    beside = Path(__file__).parents[3] / "shared" / "data"
     archive = Path(os.environ.get("BYOL_FAST_TEST_DATA", beside)) / "cifar10_jpeg.tar.xz"
     if not archive.is_file():
         pytest.skip("no cifar10_jpeg.tar.xz; set BYOL_FAST_TEST_DATA to the folder that holds it")

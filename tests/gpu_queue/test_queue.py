@@ -1,4 +1,4 @@
-"""The GPU queue: real calls of `python -m benchmarks.gpu` with the items of tests/gpu_queue_items.py, on the CPU."""
+"""The GPU queue: runs of `python -m benchmarks.gpu` with the items of `queue_items.py`, on the CPU."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ import torch
 from benchmarks.gpu import plan, results
 from benchmarks.gpu.item import Item
 from benchmarks.gpu.items import ITEMS
-from benchmarks.gpu.summary import LIMIT, Outcome, summary
-from tests import gpu_queue_items
+from benchmarks.gpu.summary import MAX_CHARACTERS, Outcome, summary
+from tests.gpu_queue import queue_items
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BAD = ("careless", "second", "raises", "third", "crashes", "cut_short", "many", "long_one", "hangs", "last")
-LACKING = ("no_program", "no_file", "no_package", "gpu_only")
+MISSING = ("no_program", "no_file", "no_package", "gpu_only")
 
 
 def queue_command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "benchmarks.gpu", "--items", "tests.gpu_queue_items", *arguments]
+    return [sys.executable, "-m", "benchmarks.gpu", "--items", "tests.gpu_queue.queue_items", *arguments]
 
 
 @dataclass
-class Call:
-    """A call of the queue in a folder, and what it has left."""
+class QueueRun:
+    """A run of the queue in a folder, and its output."""
 
     folder: Path
     code: int = 0
@@ -42,7 +42,7 @@ class Call:
     errors: str = ""
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        for name in gpu_queue_items.ITEMS:
+        for name in queue_items.ITEMS:
             (self.folder / name.name).touch()
         paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
         environment = {"GPU_QUEUE_TEST_FOLDER": str(self.folder), "PYTHONPATH": os.pathsep.join(paths)}
@@ -56,7 +56,7 @@ class Call:
             text=True,
         )
 
-    def run(self, *arguments: str) -> Call:
+    def run(self, *arguments: str) -> QueueRun:
         process = self.start(*arguments)
         self.output, self.errors = process.communicate(timeout=120)
         self.code = process.returncode
@@ -64,7 +64,7 @@ class Call:
 
     @property
     def summary(self) -> str:
-        return self.output[self.output.index("Rehearsal, no figure means anything") :]
+        return self.output[self.output.index("Rehearsal, figures mean nothing") :]
 
     def line(self, item: str) -> str:
         """The summary's line of an item."""
@@ -99,93 +99,93 @@ def alive(pid: int) -> bool:
 
 
 @pytest.fixture(scope="module")
-def bad(tmp_path_factory: pytest.TempPathFactory) -> Call:
+def bad(tmp_path_factory: pytest.TempPathFactory) -> QueueRun:
     """A call with items that crash, raise, hang, and lack something."""
-    return Call(tmp_path_factory.mktemp("bad")).run("--only", ",".join((*BAD, *LACKING)), "--minutes", "2")
+    return QueueRun(tmp_path_factory.mktemp("bad")).run("--only", ",".join((*BAD, *MISSING)), "--minutes", "2")
 
 
-def test_flags_are_restored_between_items_of_one_process(bad: Call) -> None:
+def test_flags_are_restored_between_items_of_one_process(bad: QueueRun) -> None:
     assert bad.figure("careless", "pid") == bad.figure("second", "pid")
     for name in ("dtype", "flags"):
         assert bad.figure("careless", name) == bad.figure("second", name)
 
 
-def test_exception_fails_its_item_alone(bad: Call) -> None:
+def test_exception_fails_its_item_alone(bad: QueueRun) -> None:
     raised = bad.result("raises")
     assert raised.status == "failed" and [figure["figure"] for figure in raised.figures] == ["before"]
-    assert raised.end["why"].splitlines()[-1] == "ValueError: the reason that it gives"
-    assert "ValueError: the reason that it gives" in bad.summary
+    assert raised.footer["reason"].splitlines()[-1] == "ValueError: the reason of the error"
+    assert "ValueError: the reason of the error" in bad.summary
     assert bad.figure("third", "pid") == bad.figure("second", "pid") and bad.result("third").status == "complete"
 
 
-def test_crash_leaves_the_rest_to_a_fresh_process(bad: Call) -> None:
+def test_crash_leaves_the_rest_to_a_fresh_process(bad: QueueRun) -> None:
     assert bad.result("crashes").status == "failed"
-    assert "its process was ended by SIGSEGV" in bad.result("crashes").end["why"]
+    assert "its process was ended by SIGSEGV" in bad.result("crashes").footer["reason"]
     assert "Segmentation fault" in bad.archive()["results/cpu/crashes/log.txt"]
     assert bad.figure("last", "pid") != bad.figure("third", "pid")
     assert bad.result("last").status == "complete" and bad.code == 1
 
 
-def test_item_over_its_time_is_partial_and_leaves_no_process(bad: Call) -> None:
+def test_item_over_its_time_is_partial_and_its_processes_are_killed(bad: QueueRun) -> None:
     assert bad.result("hangs").status == "partial"
-    assert "more than 5 s" in bad.result("hangs").end["why"]
+    assert "limit of 5 s" in bad.result("hangs").footer["reason"]
     assert not any(alive(pid) for pid in bad.figure("hangs", "pids"))
 
 
-def test_item_that_says_what_is_missing_is_partial(bad: Call) -> None:
+def test_incomplete_item_is_partial(bad: QueueRun) -> None:
     assert bad.result("cut_short").status == "partial"
     assert bad.line("cut_short").endswith("no time for the rest")
 
 
-def test_item_that_does_not_fit_is_passed_over(bad: Call) -> None:
+def test_item_that_does_not_fit_is_skipped(bad: QueueRun) -> None:
     assert "skipped" in bad.line("long_one") and "needs 100000 s" in bad.line("long_one")
     assert not (bad.folder / "results" / "cpu" / "long_one.jsonl").exists()
 
 
-def test_missing_requirements_are_said(bad: Call) -> None:
-    assert "not here: program no-such-program" in bad.line("no_program")
-    assert "not here: file .gpu/no-such-file" in bad.line("no_file")
-    assert "not here: package nvidia.no_such_package" in bad.line("no_package")
+def test_missing_requirements_are_reported(bad: QueueRun) -> None:
+    assert "missing: program no-such-program" in bad.line("no_program")
+    assert "missing: file .gpu/no-such-file" in bad.line("no_file")
+    assert "missing: package nvidia.no_such_package" in bad.line("no_package")
     assert "cannot be rehearsed: a CPU has no power limit" in bad.line("gpu_only")
 
 
-def test_summary_is_short_and_last(bad: Call) -> None:
-    assert len(bad.summary) <= LIMIT and bad.summary.endswith("results.tgz\n")
+def test_summary_is_short_and_last(bad: QueueRun) -> None:
+    assert len(bad.summary) <= MAX_CHARACTERS and bad.summary.endswith("results.tgz\n")
     states = re.findall(r"^(done|partial|failed|skipped) +(\w+)", bad.summary, flags=re.MULTILINE)
-    in_order = [item.name for item in gpu_queue_items.ITEMS if item.name in BAD + LACKING]
+    in_order = [item.name for item in queue_items.ITEMS if item.name in BAD + MISSING]
     assert [name for _, name in states] == in_order
     assert "figure 0: milliseconds 0" in bad.summary and re.search(r"and \d+ more in its file", bad.summary)
 
 
-def test_result_says_what_was_measured_where(bad: Call) -> None:
-    about = bad.result("second").begin
+def test_result_records_environment_and_versions(bad: QueueRun) -> None:
+    header = bad.result("second").header
     assert (
-        about["environment"]["device"] == "cpu"
-        and about["environment"]["packages"]["torch"] == torch.__version__.partition("+")[0]
+        header["environment"]["device"] == "cpu"
+        and header["environment"]["packages"]["torch"] == torch.__version__.partition("+")[0]
     )
-    assert about["commit"] == about["environment"]["commit"]
-    assert about["versions"].keys() == {"torch", "triton"} and about["predicted"] == pytest.approx(1)
+    assert header["commit"] == header["environment"]["commit"]
+    assert header["versions"].keys() == {"torch", "triton"} and header["predicted"] == pytest.approx(1)
     assert bad.archive()["results/cpu/second/notes.txt"] == "a file of the result"
 
 
-def test_second_call_goes_on_where_time_ran_out(tmp_path: Path) -> None:
-    call = Call(tmp_path)
+def test_second_run_continues_after_the_time_limit(tmp_path: Path) -> None:
+    run = QueueRun(tmp_path)
     items = "second,quick,slow,later"
     (tmp_path / "be.slow").touch()
-    call.run("--only", items, "--minutes", "0.4")
-    assert call.result("second").status == call.result("quick").status == "complete"
-    assert call.result("slow").status == "partial" and "the time was over" in call.result("slow").end["why"]
-    assert [figure["figure"] for figure in call.result("slow").figures] == ["first"]
-    assert "0 are left" in call.line("later") and "results/cpu/later.jsonl" not in call.archive()
+    run.run("--only", items, "--minutes", "0.4")
+    assert run.result("second").status == run.result("quick").status == "complete"
+    assert run.result("slow").status == "partial" and "end of the time limit" in run.result("slow").footer["reason"]
+    assert [figure["figure"] for figure in run.result("slow").figures] == ["first"]
+    assert "0 are left" in run.line("later") and "results/cpu/later.jsonl" not in run.archive()
 
     (tmp_path / "be.slow").unlink()
     (tmp_path / "quick").write_text("a change")
-    call.run("--only", items, "--minutes", "1e6")
-    assert call.code == 0
-    assert call.line("second").startswith("skipped") and "answered" in call.line("second")
-    assert call.line("quick").startswith("done")
-    assert [figure["figure"] for figure in call.result("slow").figures] == ["first", "second"]
-    assert call.result("slow").status == call.result("later").status == "complete"
+    run.run("--only", items, "--minutes", "1e6")
+    assert run.code == 0
+    assert run.line("second").startswith("skipped") and "answered" in run.line("second")
+    assert run.line("quick").startswith("done")
+    assert [figure["figure"] for figure in run.result("slow").figures] == ["first", "second"]
+    assert run.result("slow").status == run.result("later").status == "complete"
     for again in (False, True):
         text = plan.listing(
             [slow_item(tmp_path)], seconds=1e9, parent=tmp_path / "results", rehearsal=True, again=again
@@ -195,29 +195,29 @@ def test_second_call_goes_on_where_time_ran_out(tmp_path: Path) -> None:
 
 def slow_item(folder: Path) -> Item:
     """The item `slow` with the file that it depends on in a test's folder."""
-    (slow,) = (one for one in gpu_queue_items.ITEMS if one.name == "slow")
+    (slow,) = (one for one in queue_items.ITEMS if one.name == "slow")
     return dataclasses.replace(slow, depends_on=(str(folder / "slow"),))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_ended_from_outside_what_was_measured_is_in_the_archive(tmp_path: Path, number: signal.Signals) -> None:
-    call = Call(tmp_path)
-    process = call.start("--only", "quick,hangs,last")
+def test_interrupted_run_archives_its_results(tmp_path: Path, number: signal.Signals) -> None:
+    run = QueueRun(tmp_path)
+    process = run.start("--only", "quick,hangs,last")
     until = time.monotonic() + 120
-    while not (tmp_path / "hangs.begun").exists():
+    while not (tmp_path / "hangs.started").exists():
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.05)
     process.send_signal(number)
-    call.output, call.errors = process.communicate(timeout=60)
-    assert call.result("quick").status == "complete"
-    begun = results.read(tmp_path / "results" / "cpu" / "hangs.jsonl")
-    assert begun is not None and begun.status == "partial"
+    run.output, run.errors = process.communicate(timeout=60)
+    assert run.result("quick").status == "complete"
+    interrupted = results.read(tmp_path / "results" / "cpu" / "hangs.jsonl")
+    assert interrupted is not None and interrupted.status == "partial"
     if number == signal.SIGTERM:
         assert process.returncode == 1
-        assert call.line("hangs").endswith("ended by SIGTERM") and call.line("last").endswith("not begun: SIGTERM")
-        assert call.result("hangs").figures == begun.figures
+        assert run.line("hangs").endswith("ended by SIGTERM") and run.line("last").endswith("not started: SIGTERM")
+        assert run.result("hangs").figures == interrupted.figures
     until = time.monotonic() + 20
-    while any(alive(pid) for pid in begun.figures[0]["pids"]):
+    while any(alive(pid) for pid in interrupted.figures[0]["pids"]):
         assert time.monotonic() < until
         time.sleep(0.05)
 
@@ -229,7 +229,7 @@ def item(**changes: Any) -> Item:
     return Item(**{"name": "x", "question": "", "run": "", "seconds": 60.0, "depends_on": (), **changes})
 
 
-def test_digest_is_of_names_and_contents_without_caches(tmp_path: Path) -> None:
+def test_digest_covers_names_and_contents_without_caches(tmp_path: Path) -> None:
     def digest() -> str:
         results._digest_of.cache_clear()
         return results.digest(item(depends_on=(str(tmp_path),)))
@@ -246,29 +246,29 @@ def test_digest_is_of_names_and_contents_without_caches(tmp_path: Path) -> None:
     assert len({first, second, digest()}) == 3
 
 
-def test_answered_only_with_the_same_versions(tmp_path: Path) -> None:
+def test_item_is_answered_only_with_the_same_versions(tmp_path: Path) -> None:
     path = results.path_of(tmp_path, item())
-    results.begin(path, item(), {}, 1.0)
-    results.finish(path, item(), "complete", 1.0, "")
+    results.write_header(path, item(), {}, 1.0)
+    results.write_footer(path, item(), "complete", 1.0, "")
     assert plan.answered(item(), tmp_path, results.versions())
     assert not plan.answered(item(), tmp_path, {"torch": "1.0", "triton": None})
     assert not plan.answered(item(depends_on=("Makefile",)), tmp_path, results.versions())
 
 
-def test_time_that_must_be_left() -> None:
+def test_least_seconds_of_an_item() -> None:
     assert plan.least_seconds(item(), warm=False) == 60
     assert plan.least_seconds(item(), warm=True) == 52
     assert plan.least_seconds(item(first_figure=20.0), warm=True) == 12
 
 
-def test_free_gpu_memory_is_a_requirement() -> None:
-    assert "needs 40 GiB of free GPU memory, 12.5 are free" in plan.lacking(
+def test_too_little_gpu_memory_is_a_missing_requirement() -> None:
+    assert "needs 40 GiB of free GPU memory, 12.5 are free" in plan.missing_requirements(
         item(memory_gib=40), rehearsal=False, free_gib=12.5
     )
-    assert not plan.lacking(item(memory_gib=40), rehearsal=False, free_gib=70)
+    assert not plan.missing_requirements(item(memory_gib=40), rehearsal=False, free_gib=70)
 
 
-def test_packages_are_found_without_being_imported() -> None:
+def test_importable_does_not_import_packages() -> None:
     code = (
         "import sys\nfrom benchmarks.gpu.plan import importable\n"
         "assert importable('torch.nn') and importable('byol_kernels') and importable('json')\n"
@@ -285,24 +285,24 @@ def test_summary_counts_checks_that_passed() -> None:
     assert "a: 2 checks passed\n  check 1: ok False, error 0.5\n  step: ms 2\n" in text
 
 
-def test_summary_of_very_much_is_short() -> None:
+def test_summary_is_limited_in_length() -> None:
     figures = [{"item": "x", "figure": "f" * 300, "value": 1.0}] * 50
     outcomes = [
-        Outcome(name=f"item_{number}", state="failed", predicted=1, why="w" * 900 + "\nlast", figures=figures)
+        Outcome(name=f"item_{number}", state="failed", predicted=1, reason="w" * 900 + "\nlast", figures=figures)
         for number in range(60)
     ]
-    assert len(summary("head", outcomes[:15], "foot")) <= LIMIT
+    assert len(summary("head", outcomes[:15], "foot")) <= MAX_CHARACTERS
     assert summary("head", outcomes[:15], "foot").endswith("\nfoot\n")
-    assert len(summary("head", outcomes, "foot")) <= LIMIT
+    assert len(summary("head", outcomes, "foot")) <= MAX_CHARACTERS
 
 
 # ------------------------------------------------------------------------------------------------ the command line
 
 
-def test_list_shows_the_plan_without_torch() -> None:
+def test_list_prints_the_plan_without_torch() -> None:
     code = (
         "import sys\nfrom benchmarks.gpu.queue import main\n"
-        "main(['--list', '--rehearse', '--items', 'tests.gpu_queue_items', '--minutes', '0.5'])\n"
+        "main(['--list', '--rehearse', '--items', 'tests.gpu_queue.queue_items', '--minutes', '0.5'])\n"
         "main(['--list'])\n"
         "assert 'torch' not in sys.modules"
     )
@@ -310,11 +310,11 @@ def test_list_shows_the_plan_without_torch() -> None:
     assert re.search(r"^careless +9 +9  what does careless do\?\n +runs$", shown, flags=re.MULTILINE)
     assert re.search(r"^second +9 +10  .*\n +runs$", shown, flags=re.MULTILINE)
     assert re.search(r"^long_one +.*\n +SKIPPED: needs 100000 s, \d+ are left$", shown, flags=re.MULTILINE)
-    assert re.search(r"^slow +.*\n +runs as far as it comes in the \d s that are left$", shown, flags=re.MULTILINE)
+    assert re.search(r"^slow +.*\n +runs partially in the \d s that are left$", shown, flags=re.MULTILINE)
     assert re.search(r"^gpu_only +.*\n +SKIPPED: cannot be rehearsed: .*$", shown, flags=re.MULTILINE)
 
 
-def test_make_lists_the_queue() -> None:
+def test_make_target_lists_the_queue() -> None:
     command = ["make", "gpu", "LIST=1", "MINUTES=6.3", f"PYTHON={sys.executable}", "NO_VENV=1"]
     shown = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stdout
     assert all(one.question in shown for one in ITEMS)
@@ -322,29 +322,29 @@ def test_make_lists_the_queue() -> None:
 
 
 @pytest.mark.parametrize("option", ["--results", "--out"])
-def test_rehearsal_stays_out_of_the_results(option: str) -> None:
+def test_rehearsal_rejects_the_results_folder(option: str) -> None:
     into = ROOT / "benchmarks" / "results" / "a_gpu"
     command = queue_command("--rehearse", option, str(into))
-    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert refused.returncode == 2 and "benchmarks/results" in refused.stderr.splitlines()[-1]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 2 and "benchmarks/results" in process.stderr.splitlines()[-1]
     assert not into.exists()
 
 
-def test_unknown_item_is_refused() -> None:
+def test_unknown_item_is_rejected() -> None:
     command = queue_command("--only", "quick,unknown")
-    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert refused.returncode == 2 and "got unknown" in refused.stderr
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 2 and "got unknown" in process.stderr
 
 
-def test_without_a_gpu_the_rehearsal_is_named(tmp_path: Path) -> None:
+def test_error_without_a_gpu_names_the_rehearsal(tmp_path: Path) -> None:
     command = queue_command("--out", str(tmp_path / "out"))
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    refused = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert refused.returncode == 2 and "there is no CUDA device here; REHEARSE=1" in refused.stderr
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 2 and "no CUDA device; REHEARSE=1" in process.stderr
 
 
 @pytest.mark.parametrize("one", ITEMS, ids=lambda one: one.name)
-def test_item_names_what_exists(one: Item) -> None:
+def test_item_dependencies_and_function_exist(one: Item) -> None:
     assert re.fullmatch(r"[a-z0-9_]+", one.name) and [other.name for other in ITEMS].count(one.name) == 1
     assert one.depends_on and all((ROOT / name).exists() for name in one.depends_on)
     module, _, function = one.run.partition(":")

@@ -1,6 +1,6 @@
 """A script as a reader of the practical guide would have it: the imports are ours, and nothing else.
 
-BYOL_FAST_DATA=path/to/cifar10/train python -m tests.guide_script
+BYOL_FAST_DATA=path/to/cifar10/train python -m tests.compat.guide_script
 """
 
 import torch

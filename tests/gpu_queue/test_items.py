@@ -1,4 +1,4 @@
-"""The items of the GPU queue, rehearsed on the CPU: some in every test run, slow: all of them."""
+"""The items of the GPU queue, rehearsed on the CPU; all of them only in slow runs."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from benchmarks.gpu.items.timing import figures, interleaved
 from byol_fast.bench.timing import Timing
 from byol_fast.profiling import inductor
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BY_NAME = {item.name: item for item in ITEMS}
 
 
 @pytest.fixture(autouse=True)
-def _backend_flags_come_back() -> Iterator[None]:
-    """Items set flags for the whole process; the queue's worker puts them back, here it is done so."""
+def _restore_backend_flags() -> Iterator[None]:
+    """Restore the process-wide flags set by items, as the queue's worker does."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32
     yield
     cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
-def context_of(item: Item, folder: Path, *, seconds: float = 600) -> Context:
+def make_context(item: Item, folder: Path, *, seconds: float = 600) -> Context:
     return Context(
         item,
         folder / "records.jsonl",
@@ -53,8 +53,8 @@ def context_of(item: Item, folder: Path, *, seconds: float = 600) -> Context:
 
 
 def rehearse(item: Item, folder: Path) -> dict[str, dict[str, Any]]:
-    """Run an item on the CPU; its figures by name. No check may have failed."""
-    context = context_of(item, folder)
+    """Run an item on the CPU and return its figures by name; no check may fail."""
+    context = make_context(item, folder)
     module, _, function = item.run.partition(":")
     assert getattr(importlib.import_module(module), function)(context) is None
     found = figures_in(context)
@@ -66,7 +66,7 @@ def rehearse(item: Item, folder: Path) -> dict[str, dict[str, Any]]:
 def figures_in(context: Context) -> dict[str, dict[str, Any]]:
     records = [json.loads(line) for line in context.records.read_text().splitlines()]
     found = {record["figure"]: record for record in records}
-    assert len(found) == len(records), "a figure has a name of its own"
+    assert len(found) == len(records), "names of figures are unique"
     return found
 
 
@@ -113,7 +113,7 @@ def test_cifar_speed_is_rehearsed(tmp_path: Path) -> None:
 
 @pytest.fixture
 def archive(tmp_path: Path, photos: np.ndarray) -> Path:
-    """Sixty JPEG files of three classes, in the folders that CIFAR-10's have."""
+    """Sixty JPEG files of three classes, in folders like those of CIFAR-10."""
     path = tmp_path / "images.tar.xz"
     with tarfile.open(path, "w:xz") as tar:
         for number, image in enumerate(photos):
@@ -126,14 +126,14 @@ def archive(tmp_path: Path, photos: np.ndarray) -> Path:
     return path
 
 
-def test_images_of_an_archive(archive: Path, photos: np.ndarray) -> None:
+def test_archive_images_are_decoded_with_their_labels(archive: Path, photos: np.ndarray) -> None:
     train, test = cifar.read_images(archive)
     assert (len(train), len(test)) == (45, 15) and train.classes == test.classes == ("a", "b", "c")
     assert train.labels is not None and train.labels.tolist() == sorted(train.labels.tolist())
     numbers = sorted((n for n in range(60) if n % 4), key=lambda n: (n % 3, n))
     errors = np.abs(train.images.astype(float) - photos[numbers]).mean(axis=(1, 2, 3))
     others = np.abs(train.images.astype(float) - photos[numbers[::-1]]).mean(axis=(1, 2, 3))
-    assert errors.max() < 10 < np.median(others)  # JPEG's loss, and what other images would differ by
+    assert errors.max() < 10 < np.median(others)  # loss of JPEG, and difference of unrelated images
 
 
 def test_cifar_recipe_is_rehearsed(archive: Path, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_cifar_recipe_is_rehearsed(archive: Path, tmp_path: Path) -> None:
     accuracies = found["kNN top-1 on the test images"]
     assert all(0 <= accuracies[f"knn_{k}_top1"] <= 1 for k in (20, 200))
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 3, 4]  # those that were measured left no trace
+    assert steps == [1, 2, 3, 4]  # the timed steps left no trace
 
 
 @pytest.mark.slow
@@ -154,7 +154,7 @@ def test_all_items_are_rehearsed(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_every_gpu_test_belongs_to_a_group(tmp_path: Path) -> None:
-    """pytest's own collection is the judge of the search for files by their text."""
+    """The search for files by their text finds all that pytest collects."""
     (tmp_path / "listing.py").write_text(
         "import json, os\n"
         "def pytest_collection_finish(session):\n"
@@ -173,33 +173,33 @@ def test_every_gpu_test_belongs_to_a_group(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ what they share
 
 
-def test_nan_fails_a_check_and_a_dry_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    context = context_of(BY_NAME["smoke"], tmp_path)
+def test_nan_fails_a_check_except_in_a_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = make_context(BY_NAME["smoke"], tmp_path)
     checks = common.Checks(context)
     assert checks("equal", 0.0, 0.0) and checks.problem() is None
     assert not checks("NaN", math.nan, 1.0)
     monkeypatch.setattr(common, "DRY", True)
     assert checks("NaN in a dry run", math.nan, 1.0)
     assert checks.problem() == "failed checks: NaN: error nan, allowed 1"
-    with common.values_matter(context, "a value"):
+    with common.skip_value_errors(context, "a value"):
         raise ValueError("garbage")
     assert [figure["ok"] for figure in figures_in(context).values()] == [True, False, False, False]
 
 
-def test_rounds_end_with_the_time(tmp_path: Path) -> None:
-    context = context_of(BY_NAME["kernels"], tmp_path, seconds=0)
+def test_rounds_stop_at_the_deadline(tmp_path: Path) -> None:
+    context = make_context(BY_NAME["kernels"], tmp_path, seconds=0)
     context.rehearsal = False
     timings = interleaved(context, {"a": lambda: None, "b": lambda: sum(range(10_000))}, rounds=100)
     assert {len(timing.seconds) for timing in timings.values()} == {3}
 
 
-def test_figures_are_of_one_piece_of_work() -> None:
+def test_figures_are_divided_by_repeats() -> None:
     found = figures(Timing((0.1, 0.2, 0.4)), images=100, repeats=10)
     assert found == {"ms": 20.0, "ms_p20": 14.0, "ms_p80": 32.0, "rounds": 3, "images_per_second": 500.0}
 
 
-def test_ncu_is_asked_for_the_heaviest_kernels(tmp_path: Path) -> None:
-    assert re.match(observe.chosen_kernels(tmp_path / "none.json"), "triton_poi_fused_relu_5")
+def test_kernel_pattern_matches_the_heaviest_kernels(tmp_path: Path) -> None:
+    assert re.match(observe.kernel_pattern(tmp_path / "none.json"), "triton_poi_fused_relu_5")
     kernels = [
         "Memcpy DtoD",
         "void cudnn::bn_fw_tr<float, int>(cudnnTensor)",
@@ -207,13 +207,13 @@ def test_ncu_is_asked_for_the_heaviest_kernels(tmp_path: Path) -> None:
         "nvjet_hsh_64x8",
     ]
     (tmp_path / "kernels.json").write_text(json.dumps([{"kernel": name} for name in kernels]))
-    pattern = observe.chosen_kernels(tmp_path / "kernels.json")
+    pattern = observe.kernel_pattern(tmp_path / "kernels.json")
     names = ["bn_fw_tr", "triton_red_fused_mul_7", "nvjet_hsh_64x8", "_lars_apply_kernel"]
     assert all(re.match(pattern, name) for name in names)
     assert not re.match(pattern, "triton_red_fused_mul_71") and not re.match(pattern, "Memcpy")
 
 
-def test_what_ncu_prints_is_recorded(tmp_path: Path) -> None:
+def test_ncu_output_is_recorded(tmp_path: Path) -> None:
     metrics = inductor.NCU_METRICS
     header = '"ID","Process ID","Kernel Name",' + ",".join(f'"{metric}"' for metric in metrics)
     rows = [
@@ -222,7 +222,7 @@ def test_what_ncu_prints_is_recorded(tmp_path: Path) -> None:
         '"0","7","triton_poi_5","3,000,000","1,000,000","2,000","40"',
         '"1","7","triton_poi_5","3,000,000","1,000,000","2,000","60"',
     ]
-    context = context_of(BY_NAME["ncu"], tmp_path)
+    context = make_context(BY_NAME["ncu"], tmp_path)
     observe.record_kernels(context, "\n".join(["==PROF== Connected", *rows]), "")
     kernel = figures_in(context)["ncu: triton_poi_5"]
     assert (kernel["launches"], kernel["read_gb"], kernel["written_gb"]) == (2, 0.006, 0.002)

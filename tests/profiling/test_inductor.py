@@ -57,7 +57,7 @@ def call(args):
 
 
 def test_inductors_code_is_read() -> None:
-    found = inductor.analyse([FORWARD, BACKWARD])
+    found = inductor.analyze([FORWARD, BACKWARD])
     forward, backward = found["graphs"]
     assert (forward["is_backward"], backward["is_backward"]) == (False, True)
     assert forward["extern"] == {"extern_kernels.convolution": 1, "extern_kernels.mm": 1}

@@ -1,4 +1,4 @@
-"""Items that tests/test_gpu_queue.py has the queue run: small ones, some of which do what must not stop the others."""
+"""Small items for tests/gpu_queue/test_queue.py; some of them crash, raise or hang."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from benchmarks.gpu.item import START_SECONDS, Context, Item
 
 FOLDER = Path(os.environ.get("GPU_QUEUE_TEST_FOLDER", "/nonexistent"))
-"""Where a test keeps the files that items depend on, and items leave what the test looks for."""
+"""Folder of a test: holds the files that items depend on, and markers that items write."""
 
 
-def fake(name: str, *, seconds: float = START_SECONDS + 1, **rest: Any) -> Item:
-    """An item whose function has its name, and that depends on a file of its name."""
+def build_item(name: str, *, seconds: float = START_SECONDS + 1, **rest: Any) -> Item:
+    """Item whose function and dependency have its name."""
     question = f"what does {name} do?"
     depends_on = (str(FOLDER / name),)
     return Item(name=name, question=question, run=f"{__name__}:{name}", seconds=seconds, depends_on=depends_on, **rest)
@@ -37,7 +37,7 @@ def flags() -> list[bool]:
 
 
 def careless(context: Context) -> None:
-    """Leaves every flag changed."""
+    """Change every flag."""
     import torch
 
     quick(context)
@@ -54,12 +54,12 @@ second = third = later = last = quick
 
 def many(context: Context) -> None:
     for number in range(400):
-        context.record(f"figure {number}", milliseconds=number / 7, note="as long as a line of text may well become")
+        context.record(f"figure {number}", milliseconds=number / 7, note="a text of some length, as in real figures")
 
 
 def raises(context: Context) -> None:
     context.record("before", value=1)
-    raise ValueError("the reason that it gives")
+    raise ValueError("the reason of the error")
 
 
 def crashes(_context: Context) -> None:
@@ -67,15 +67,15 @@ def crashes(_context: Context) -> None:
 
 
 def hangs(context: Context) -> None:
-    """Starts a process of another session, and waits for ever."""
+    """Start a process in another session and wait."""
     started = subprocess.Popen(["sleep", "300"], start_new_session=True)
     context.record("processes", pids=[os.getpid(), started.pid])
-    (FOLDER / "hangs.begun").touch()
+    (FOLDER / "hangs.started").touch()
     time.sleep(300)
 
 
 def slow(context: Context) -> str | None:
-    """Records as it goes, and is slow as long as it finds a file that says so."""
+    """Record two figures; wait between them while the file `be.slow` exists."""
     context.record("first", left=context.seconds_left())
     if (FOLDER / "be.slow").exists():
         time.sleep(300)
@@ -89,21 +89,21 @@ def cut_short(context: Context) -> str:
 
 
 ITEMS = (
-    fake("careless"),
-    fake("second"),
-    fake("raises"),
-    fake("third"),
-    fake("crashes"),
-    fake("cut_short"),
-    fake("many"),
-    fake("long_one", seconds=START_SECONDS + 1e5),
-    fake("quick"),
-    fake("slow", seconds=START_SECONDS + 1e5, first_figure=START_SECONDS + 1),
-    fake("later"),
-    fake("hangs", seconds=0.5, own_process=True),
-    fake("last"),
-    fake("no_program", programs=("no-such-program",)),
-    fake("no_file", files=(".gpu/no-such-file",)),
-    fake("no_package", modules=("nvidia.no_such_package",)),
-    fake("gpu_only", not_rehearsed="a CPU has no power limit"),
+    build_item("careless"),
+    build_item("second"),
+    build_item("raises"),
+    build_item("third"),
+    build_item("crashes"),
+    build_item("cut_short"),
+    build_item("many"),
+    build_item("long_one", seconds=START_SECONDS + 1e5),
+    build_item("quick"),
+    build_item("slow", seconds=START_SECONDS + 1e5, first_figure=START_SECONDS + 1),
+    build_item("later"),
+    build_item("hangs", seconds=0.5, own_process=True),
+    build_item("last"),
+    build_item("no_program", programs=("no-such-program",)),
+    build_item("no_file", files=(".gpu/no-such-file",)),
+    build_item("no_package", modules=("nvidia.no_such_package",)),
+    build_item("gpu_only", not_rehearsed="a CPU has no power limit"),
 )

@@ -1,4 +1,4 @@
-"""Photographs that nobody took: JPEG files as large and as rich in detail as real ones, where there is no folder."""
+"""Synthetic JPEGs with ImageNet-like sizes, for measurements without a data set."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from PIL import Image
 WIDTH, HEIGHT, QUALITY = 500, 375, 95
 
 
-def write_photographs(folder: Path, count: int = 64) -> Path:
-    """Write JPEG files of soft shapes, edges and grain, the same ones every time.
+def write_synthetic_jpegs(folder: Path, count: int = 64) -> Path:
+    """Write JPEG files of smooth shapes, edges and grain; their bytes are the same in every call.
 
-    At this size and quality they have some 110 kB, as the average ImageNet file has, and cost as much to decode.
+    They have about 110 kB, like an average ImageNet file, and take as long to decode.
 
     Args:
-        folder: where to; made when missing.
-        count: of files.
+        folder: to write to; created if missing.
+        count: number of files.
 
     Returns:
         The folder.
@@ -34,7 +34,7 @@ def write_photographs(folder: Path, count: int = 64) -> Path:
             y, x, radius = rng.uniform(0, HEIGHT), rng.uniform(0, WIDTH), rng.uniform(10, 90)
             inside = (rows - y) ** 2 + (columns - x) ** 2 < radius**2
             picture = np.where(inside[..., None], 0.5 * picture + 0.5 * rng.uniform(0, 255, 3), picture)
-        picture = picture + rng.normal(0, 9, (HEIGHT, WIDTH, 1))  # grain, alike in all channels
+        picture = picture + rng.normal(0, 9, (HEIGHT, WIDTH, 1))  # grain, equal in all channels
         image = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
         image.save(folder / f"{number:03d}.jpg", quality=QUALITY)
     return folder
