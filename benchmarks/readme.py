@@ -1,46 +1,110 @@
-"""Writes the performance tables of the README from `benchmarks/results/`.
+"""Writes the performance tables of README.md and docs/ from `benchmarks/results/`: no number there is typed by hand.
 
     python -m benchmarks.readme [--check]
 
-Between `<!-- results FOLDER/FILE.json [suites=TEXT] [extras=NAME,NAME] -->` and `<!-- end results -->` are the tables
-of the suites whose name contains the text, with these extras as columns.
+A table stands between `<!-- results FOLDER/FILE.json [suites=TEXT] [rows=NAME;NAME] [extras=NAME,NAME]
+[title=TEXT] -->` and `<!-- end results -->`: the suites whose name contains the text, their rows (default: all), these
+extras as columns, and a title instead of the suite's name.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 import shlex
 from pathlib import Path
 from typing import Any
 
-from byol_fast.bench.results import SuiteResult, load
+from byol_fast.bench.results import CandidateResult, SuiteResult, load
 from byol_fast.utils.files import atomic_write
 
 ROOT = Path(__file__).parents[1]
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 FROM_IMAGES = {"data", "end-to-end"}
 BLOCK = re.compile(r"<!-- results (.+?) -->\n.*?<!-- end results -->", re.DOTALL)
 TITLES = {
     "peak_gib": "peak memory, GiB", "ops": "operators per call", "host_syncs": "host syncs", "gb_per_s": "GB/s",
-    "share_of_copy": "share of a copy's bandwidth", "data_wait": "time waiting for data", "note": "difference",
+    "share_of_copy": "share of the bandwidth of a copy", "data_wait": "time waiting for data", "note": "details",
     "flags": "process-wide flags",
 }  # fmt: skip
 
+# Candidates that were measured and have been removed from the package since: PIL's color path, DALI's approximate
+# jitter, and the C code for CPUs.
+REMOVED = {
+    "byol_fast: threaded + PIL's operators",
+    "byol_fast: dali + its operators, color hsv",
+    "byol_fast: LARS.step(ema=...)",
+    "byol_fast: LARS.step(ema=..., copies=...), bfloat16",
+}
+# The candidate without that C code is the operator of today.
+RENAMED = {"byol_fast, where there is no C compiler": "byol_fast: LARS.step(ema=...)"}
 
-def table(suite: SuiteResult, extras: list[str]) -> list[str]:
-    """A suite as a Markdown table, byol_fast in bold."""
-    heads = [suite.name, suite.unit, "speed relative to the first", *(TITLES[name] for name in extras)]
+
+def table(suite: SuiteResult, extras: list[str], title: str = "") -> list[str]:
+    """A suite as Markdown, the rows of this package in bold."""
+    heads = [title or suite.name, suite.unit, "relative speed", *(TITLES[name] for name in extras)]
     rows = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * 2 + "|---" * len(extras) + "|"]
     for number, candidate in enumerate(suite.candidates):
         low, middle, high = suite.quantiles(candidate.timing)
-        time, time_low, time_high = suite.relative_to_first(candidate)
-        speed = "1" if number == 0 else f"{1 / time:.2f} [{1 / time_high:.2f} - {1 / time_low:.2f}]"
-        name = f"{candidate.name} {candidate.extras.get('version', '')}".strip()
+        over, over_low, over_high = suite.relative_to_first(candidate)
+        # The ratio is of times: its inverse is the speed relative to the first row.
+        speed = "1" if number == 0 else f"{1 / over:.2f} [{1 / over_high:.2f} - {1 / over_low:.2f}]"
+        name = _label(candidate)
         cells = [name, f"{_short(middle)} [{_short(low)} - {_short(high)}]", speed]
         if candidate.is_byol_fast:
             cells = [f"**{cell}**" for cell in cells]
         rows.append("| " + " | ".join(cells + [_extra(name, candidate.extras.get(name)) for name in extras]) + " |")
     return rows
+
+
+def caption(file: str, content: dict[str, Any]) -> str:
+    """Source of a table: file, machine, versions, commit."""
+    record, settings = content["environment"], content["settings"]
+    machine = record.get("gpu") or f"{record['cpu']}, {record['cpus']} cores"
+    threads = f", {settings['threads']} thread{'s' * (settings['threads'] != 1)}" if settings.get("threads") else ""
+    commit = f"commit {record['commit'][:9]}{' with changes' if record['dirty'] else ''}" if record["commit"] else ""
+    versions = f"torch {record['packages']['torch']}"
+    images = "synthetic JPEGs" if settings.get("images") == "synthetic" and content["name"] in FROM_IMAGES else ""
+    parts = (f"{machine}{threads}", images, versions, commit, record["date"], f"load {record['load']}")
+    where = ", ".join(filter(None, parts))
+    return f"(`benchmarks/results/{file}`: median [20 % - 80 % quantile] over rounds; {where})"
+
+
+def render(text: str, results: Path) -> str:
+    """The text with its tables made from the results.
+
+    Raises:
+        ValueError: a block names suites or rows that the file does not have.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        file, *words = shlex.split(match[1])
+        options = dict(word.split("=", 1) for word in words)
+        content, suites = load(results / file)
+        extras = list(filter(None, options.get("extras", "").split(",")))
+        rows = list(filter(None, options.get("rows", "").split(";")))
+        parts: list[str] = []
+        for suite in suites:
+            if options.get("suites", "") in suite.name:
+                parts += [*table(_selected(suite, rows, file), extras, options.get("title", "")), ""]
+        if not parts:
+            raise ValueError(f"readme: {file} must have suites whose name contains {options['suites']!r}, got none")
+        return f"<!-- results {match[1]} -->\n" + "\n".join([*parts, caption(file, content)]) + "\n<!-- end results -->"
+
+    return BLOCK.sub(block, text)
+
+
+def _selected(suite: SuiteResult, rows: list[str], file: str) -> SuiteResult:
+    """The suite without removed candidates, and with the candidates named by `rows` only, in their order."""
+    present = {_label(c): c for c in suite.candidates if c.name not in REMOVED}
+    if missing := [row for row in rows if row not in present]:
+        raise ValueError(f"readme: {file} must have rows {', '.join(missing)}, got {', '.join(present)}")
+    return dataclasses.replace(suite, candidates=tuple(present[row] for row in rows or present))
+
+
+def _label(candidate: CandidateResult) -> str:
+    return f"{RENAMED.get(candidate.name, candidate.name)} {candidate.extras.get('version', '')}".strip()
 
 
 def _short(value: float) -> str:
@@ -55,48 +119,18 @@ def _extra(name: str, value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def environment_line(content: dict[str, Any]) -> str:
-    """Machine, versions, commit and date of a measurement."""
-    record, settings = content["environment"], content["settings"]
-    machine = record.get("gpu") or f"{record['cpu']}, {record['cpus']} cores"
-    threads = f", {settings['threads']} thread{'s' * (settings['threads'] != 1)}" if settings.get("threads") else ""
-    commit = f"commit {record['commit'][:9]}{' with changes' if record['dirty'] else ''}" if record["commit"] else ""
-    versions = f"torch {record['packages']['torch']}"
-    images = "synthetic JPEGs" if settings.get("images") == "synthetic" and content["name"] in FROM_IMAGES else ""
-    parts = (f"{machine}{threads}", images, versions, commit, record["date"], f"load {record['load']}")
-    return ", ".join(filter(None, parts))
-
-
-def update_tables(text: str, results: Path) -> str:
-    """The text with its tables rebuilt from the results."""
-
-    def block(match: re.Match[str]) -> str:
-        file, *options = shlex.split(match[1])
-        filters = dict(option.split("=", 1) for option in options)
-        content, suites = load(results / file)
-        extras = [name for name in filters.get("extras", "").split(",") if name]
-        parts: list[str] = []
-        for suite in suites:
-            if filters.get("suites", "") in suite.name:
-                parts += [*table(suite, extras), ""]
-        if not parts:
-            raise ValueError(f"readme: {file} must have suites whose name contains {filters['suites']!r}, got none")
-        source = f"(`benchmarks/results/{file}`: median and the middle 60 % of the rounds; {environment_line(content)})"
-        return f"<!-- results {match[1]} -->\n" + "\n".join([*parts, source]) + "\n<!-- end results -->"
-
-    return BLOCK.sub(block, text)
-
-
 def main() -> None:
+    """Write the tables, or check them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a table is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a table is out of date")
     arguments = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    updated = update_tables(text, ROOT / "benchmarks" / "results")
-    if arguments.check:
-        raise SystemExit(0 if updated == text else "README.md is out of date: python -m benchmarks.readme")
-    atomic_write(readme, updated)
+    for path in DOCUMENTS:
+        text = path.read_text()
+        rendered = render(text, ROOT / "benchmarks" / "results")
+        if arguments.check and rendered != text:
+            raise SystemExit(f"{path.name} is out of date: python -m benchmarks.readme")
+        if rendered != text:
+            atomic_write(path, rendered)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Renders four scenes and makes the README's contact sheet of them: `python docs/contact_sheet.py`.
+"""Writes the contact sheet in `docs/data.md` from four computed scenes: `python docs/contact_sheet.py`.
 
-The scenes are computed here, so that the picture is free of anybody's rights.
+The scenes are computed, so that the picture has no copyright of others.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Y, X = np.mgrid[0:HEIGHT, 0:WIDTH] / HEIGHT
 
 
 def noise(rng: np.random.Generator, cells: int, octaves: int = 5, stretch: float = 1.0) -> Plane:
-    """Smooth noise about 0 with details of ever smaller size and amplitude, so many times as wide as high."""
+    """Smooth noise about 0 with details of ever smaller size and amplitude, `stretch` times as wide as high."""
     total = np.zeros((HEIGHT, WIDTH))
     for k in range(octaves):
         n = cells * 2**k
@@ -37,7 +37,7 @@ def noise(rng: np.random.Generator, cells: int, octaves: int = 5, stretch: float
     return total
 
 
-def colour(*rgb: float) -> Plane:
+def color(*rgb: float) -> Plane:
     """RGB from 0 to 255."""
     return np.array(rgb) / 255
 
@@ -49,7 +49,7 @@ def blend(below: Plane, above: Plane, alpha: Plane) -> Plane:
 
 
 def gradient(stops: list[tuple[float, tuple[float, float, float]]], at: Plane) -> Plane:
-    """Colours between those at given places."""
+    """Colors between those at given places."""
     places = [place for place, _ in stops]
     return np.stack([np.interp(at, places, [rgb[c] / 255 for _, rgb in stops]) for c in range(3)], axis=-1)
 
@@ -59,9 +59,9 @@ def lake(rng: np.random.Generator) -> Plane:
     shore = 0.60
     sky = gradient([(0, (38, 52, 104)), (0.3, (120, 98, 150)), (0.48, (238, 150, 120)), (0.6, (255, 214, 150))], Y)
     sun = np.hypot(X - 0.93, Y - 0.47)
-    sky = blend(sky, colour(255, 238, 200), 0.85 * np.exp(-((sun / 0.13) ** 2)) + (sun < 0.042))
+    sky = blend(sky, color(255, 238, 200), 0.85 * np.exp(-((sun / 0.13) ** 2)) + (sun < 0.042))
     clouds = noise(rng, 5, 5, 5) * np.exp(-(((Y - 0.22) / 0.16) ** 2))
-    sky = blend(sky, colour(255, 196, 176), 0.9 * np.clip(clouds - 0.05, 0, 1))
+    sky = blend(sky, color(255, 196, 176), 0.9 * np.clip(clouds - 0.05, 0, 1))
     for base, rough, near, far in (
         (0.43, 0.16, (112, 92, 138), (190, 140, 150)),
         (0.50, 0.11, (70, 62, 104), (140, 104, 128)),
@@ -106,13 +106,13 @@ def fruit(rng: np.random.Generator) -> Plane:
     blush = gradient([(0.2, (132, 14, 26)), (0.6, (206, 34, 40)), (0.95, (236, 160, 70))], streaks)
     image = ball(image, 0.40, 0.53, 0.18, blush, squash=0.94)
     stem = np.exp(-(((X - 0.405 - 0.25 * (0.37 - Y) ** 2) / 0.007) ** 4)) * (Y > 0.30) * (Y < 0.40)
-    image = blend(image, colour(70, 48, 30), stem)
+    image = blend(image, color(70, 48, 30), stem)
     peel = gradient([(0, (228, 116, 16)), (1, (246, 158, 44))], 0.5 + pores)
     image = ball(image, 0.99, 0.56, 0.155, peel, bumps=0.6 * pores)
     green = gradient([(0, (96, 140, 32)), (1, (176, 200, 72))], 0.5 + 0.3 * noise(rng, 14))
     image = ball(image, 0.70, 0.62, 0.145, green)
     for cx, cy in ((0.16, 0.74), (0.235, 0.785), (0.12, 0.82), (0.20, 0.86)):
-        image = ball(image, cx, cy, 0.052, np.broadcast_to(colour(92, 40, 110), image.shape))
+        image = ball(image, cx, cy, 0.052, np.broadcast_to(color(92, 40, 110), image.shape))
     return image
 
 
@@ -120,7 +120,7 @@ def balloons(rng: np.random.Generator) -> Plane:
     """Hot-air balloons over hills."""
     image = gradient([(0, (46, 116, 196)), (0.55, (150, 200, 236)), (0.72, (226, 238, 240))], Y)
     clouds = np.clip(noise(rng, 4, 6, 2.5) + 0.5 * noise(rng, 2, 2) - 0.35, 0, 1)
-    image = blend(image, colour(252, 252, 255) * (0.86 + 0.14 * noise(rng, 5)[..., None]), 1.1 * clouds * (Y < 0.8))
+    image = blend(image, color(252, 252, 255) * (0.86 + 0.14 * noise(rng, 5)[..., None]), 1.1 * clouds * (Y < 0.8))
     for base, rough, low, high in (
         (0.70, 0.05, (96, 140, 130), (130, 168, 140)),
         (0.79, 0.05, (66, 122, 66), (128, 168, 76)),
@@ -147,9 +147,9 @@ def balloons(rng: np.random.Generator) -> Plane:
         inside = (1 - np.abs(u)) * narrow * r * HEIGHT / 1.5 * (v < 1.2)
         image = blend(image, np.clip(cloth * shade[..., None], 0, 1), inside)
         ropes = (np.abs(np.abs(X - cx) - r * (0.10 + 0.1 * (1.62 - v))) < 0.0022) & (v > 1.15) & (v < 1.62)
-        image = blend(image, colour(60, 50, 44), ropes.astype(float))
+        image = blend(image, color(60, 50, 44), ropes.astype(float))
         basket = (np.abs(X - cx) < 0.13 * r) & (v > 1.58) & (v < 1.82)
-        image = blend(image, colour(130, 84, 44) * (0.8 + 0.3 * noise(rng, 60, 2)[..., None]), basket.astype(float))
+        image = blend(image, color(130, 84, 44) * (0.8 + 0.3 * noise(rng, 60, 2)[..., None]), basket.astype(float))
     return image
 
 
@@ -159,7 +159,7 @@ def flowers(rng: np.random.Generator) -> Plane:
     for _ in range(46):
         cx, cy, r = rng.uniform(0, WIDTH / HEIGHT), rng.uniform(0, 1), rng.uniform(0.02, 0.07)
         glow = [(255, 236, 150), (250, 250, 230), (180, 220, 120), (240, 160, 190)][rng.integers(4)]
-        image = blend(image, colour(*glow), 0.26 * np.clip((r - np.hypot(X - cx, Y - cy)) * 60, 0, 1) * (1.1 - cy))
+        image = blend(image, color(*glow), 0.26 * np.clip((r - np.hypot(X - cx, Y - cy)) * 60, 0, 1) * (1.1 - cy))
     blooms = (
         (0.33, 0.40, 0.26, 17, (250, 190, 30), (206, 110, 10)),
         (0.98, 0.33, 0.20, 13, (236, 80, 140), (150, 24, 90)),
@@ -182,9 +182,9 @@ def flowers(rng: np.random.Generator) -> Plane:
             image = image * (1 - 0.35 * np.exp(-((np.clip(-edge, 0, 9) / 0.12) ** 2)) * (edge < 0))[..., None]
             image = blend(image, np.clip(petal, 0, 1), edge * r * HEIGHT)
         seeds = noise(rng, 130, 2)
-        centre = np.hypot(X - cx, Y - cy) / (0.33 * r)
-        heart = gradient([(0, (40, 22, 12)), (0.7, (110, 64, 22)), (1, (190, 130, 40))], centre + 0.3 * seeds)
-        image = blend(image, heart, (1 - centre) * 0.33 * r * HEIGHT)
+        center = np.hypot(X - cx, Y - cy) / (0.33 * r)
+        heart = gradient([(0, (40, 22, 12)), (0.7, (110, 64, 22)), (1, (190, 130, 40))], center + 0.3 * seeds)
+        image = blend(image, heart, (1 - center) * 0.33 * r * HEIGHT)
     return image
 
 
@@ -202,10 +202,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for number, scene in enumerate(SCENES):
             render(scene, number).save(Path(folder) / f"{scene.__name__}.png")
-        config = configs.replace(recipes.imagenet_resnet50(), {"data.loader": "torchvision", "seed": SEED})
-        made = preview.samples(open_source(folder), config, device=torch.device("cpu"), num=len(SCENES))
-        made = [dataclasses.replace(sample, name=Path(sample.name).name) for sample in made]
-        sheet = preview.sheet(made, "imagenet_resnet50", f"224 px, seed {SEED}, epoch 0")
+        config = configs.replace(recipes.imagenet_resnet50(), {"seed": SEED})
+        samples = preview.samples(open_source(folder), config, device=torch.device("cpu"), num=len(SCENES))
+        samples = [dataclasses.replace(sample, name=Path(sample.name).name) for sample in samples]
+        sheet = preview.sheet(samples, "imagenet_resnet50", f"224 px, seed {SEED}, epoch 0")
         preview.write(sheet, Path(__file__).with_name("contact_sheet.png"))
 
 

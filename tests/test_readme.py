@@ -1,4 +1,4 @@
-"""The README's tables come from the committed results."""
+"""The performance tables of README and docs are those of the committed results."""
 
 from __future__ import annotations
 
@@ -6,29 +6,54 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.readme import BLOCK, ROOT, update_tables
+from benchmarks.readme import BLOCK, DOCUMENTS, ROOT, render
 from byol_fast.bench.results import Results
 from byol_fast.bench.timing import Timing
 
-
-def test_readme_tables_match_the_results() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert BLOCK.search(text)
-    assert update_tables(text, ROOT / "benchmarks" / "results") == text
+README = ROOT / "README.md"
 
 
-def test_tables_show_relative_speed_and_extras(tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_tables_equal_the_results(path: Path) -> None:
+    text = path.read_text()
+    assert render(text, ROOT / "benchmarks" / "results") == text
+
+
+def test_readme_is_short_and_has_one_table_of_speed() -> None:
+    text = README.read_text()
+    assert len(text.splitlines()) <= 150
+    assert len(BLOCK.findall(text)) == 1
+
+
+def test_table_gives_speed_relative_to_first_row(tmp_path: Path) -> None:
     results = Results("step", "cpu", {"threads": 1})
-    times = {"baseline": Timing((2.0,) * 5), "byol_fast": Timing((0.5,) * 5)}
+    times = {"baseline, fp32": Timing((2.0,) * 5), "lightly": Timing((4.0,) * 5), "byol_fast": Timing((0.5,) * 5)}
+    times["byol_fast: threaded + PIL's operators"] = Timing((9.0,) * 5)  # removed since
     results.add("a step", times, unit="images/s", num_items=64, extras={"byol_fast": {"peak_gib": 1.25}})
     results.save(tmp_path / "machine")
+
     text = "before\n<!-- results machine/step.json extras=peak_gib -->\nold\n<!-- end results -->\nafter\n"
-    updated = update_tables(text, tmp_path)
-    assert "| baseline | 32 [32 - 32] | 1 |  |" in updated
-    assert "| **byol_fast** | **128 [128 - 128]** | **4.00 [4.00 - 4.00]** | 1.25 |" in updated
-    assert updated.startswith("before\n")
-    assert updated.endswith("<!-- end results -->\nafter\n")
-    assert "old" not in updated
-    assert update_tables(updated, tmp_path) == updated
+    rendered = render(text, tmp_path)
+    assert "| baseline, fp32 | 32 [32 - 32] | 1 |  |" in rendered
+    assert "| **byol_fast** | **128 [128 - 128]** | **4.00 [4.00 - 4.00]** | 1.25 |" in rendered
+    assert "PIL" not in rendered
+    assert rendered.startswith("before\n")
+    assert rendered.endswith("<!-- end results -->\nafter\n")
+    assert "old" not in rendered
+    assert render(rendered, tmp_path) == rendered
+
+
+def test_table_of_selected_rows_is_relative_to_the_first_of_them(tmp_path: Path) -> None:
+    results = Results("step", "cpu")
+    times = {"baseline, fp32": Timing((2.0,) * 5), "lightly": Timing((4.0,) * 5), "byol_fast": Timing((0.5,) * 5)}
+    results.add("a step", times, unit="images/s", num_items=64)
+    results.save(tmp_path / "machine")
+
+    text = '<!-- results machine/step.json rows="lightly;baseline, fp32" title="One step" -->\n<!-- end results -->'
+    lines = render(text, tmp_path).splitlines()
+    assert lines[1].startswith("| One step | images/s | relative speed |")
+    assert lines[3:5] == ["| lightly | 16 [16 - 16] | 1 |", "| baseline, fp32 | 32 [32 - 32] | 2.00 [2.00 - 2.00] |"]
+    with pytest.raises(ValueError, match="must have rows nobody"):
+        render(text.replace("lightly;", "nobody;"), tmp_path)
     with pytest.raises(ValueError, match="must have suites whose name contains 'nothing'"):
-        update_tables(text.replace("extras=peak_gib", "suites=nothing"), tmp_path)
+        render(text.replace('title="One step"', "suites=nothing"), tmp_path)

@@ -62,7 +62,9 @@ def loss(context: Context, checks: Checks) -> None:
             gradients = torch.autograd.grad(value * 1.5, inputs)
             expected, *expected_gradients = byol_loss_and_grads(p1, p2, z1, z2)
             name = f"{shape[0]} x {shape[1]} {_dtype(dtype)}"
-            checks(f"loss, {name}", abs(float(value.detach()) - expected) / max(expected, 1e-30), TOLERANCES[torch.float32])
+            checks(
+                f"loss, {name}", abs(float(value.detach()) - expected) / max(expected, 1e-30), TOLERANCES[torch.float32]
+            )
             errors = [relative_error(g, 1.5 * e) for g, e in zip(gradients, expected_gradients, strict=True)]
             checks(f"loss gradients, {name}", max(errors), TOLERANCES[dtype])
             _, stats = byol_loss_with_stats(p1, p2, z1, z2)
