@@ -28,9 +28,9 @@ def test_balanced_subsets_are_nested() -> None:
 def test_balanced_subset_depends_on_seed_and_class_only() -> None:
     index = balanced_subset(LABELS, 0.1, seed=3)
     assert set(balanced_subset(LABELS, 0.1, seed=4)) != set(index)
-    # Without class 0 the others' choice stays: the k-th image of a class is chosen as before.
-    kept = np.flatnonzero(LABELS != 0)
-    without = kept[balanced_subset(LABELS[kept], 0.1, seed=3)]
+    # Without class 0 the selection from the other classes is the same.
+    others = np.flatnonzero(LABELS != 0)
+    without = others[balanced_subset(LABELS[others], 0.1, seed=3)]
     assert set(without) == set(index[LABELS[index] != 0])
 
 
