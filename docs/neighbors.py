@@ -1,4 +1,4 @@
-"""Writes the sheet of neighbors in `docs/evaluation.md`: `python docs/neighbors.py RUN`, with a run of `byol-fast demo`.
+"""Writes the sheet of neighbors in `docs/evaluation.md`: `python docs/neighbors.py RUN`, RUN from `byol-fast demo`.
 
 The images are the validation images of the packaged Fashion-MNIST (see `byol_fast/data/demo`).
 """

@@ -334,18 +334,19 @@ def test_make_targets_exist() -> None:
     assert targets <= defined
 
 
-def test_links_lead_somewhere() -> None:
+def test_links_and_paths_exist() -> None:
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
-        for link in re.findall(r"\]\(([^)#\s]*)(#[^)]*)?\)", path.read_text()):
-            file, anchor = link
-            if file.startswith("http"):
-                continue
+        text = path.read_text()
+        for file, anchor in re.findall(r"\]\((?!http)([^)#\s]*)(#[^)]*)?\)", text):
             target = (path.parent / file).resolve() if file else path
             assert target.exists(), f"{path.name}: {file}"
-            if anchor:
-                headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
-                anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-                assert anchor[1:] in anchors, f"{path.name}: {file}{anchor}"
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if anchor else []
+            anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert not anchor or anchor[1:] in anchors, f"{path.name}: {file}{anchor}"
+        for name in re.findall(r"`([\w/]+/[\w.]*\.(?:py|md|json|txt)|(?:tests|benchmarks|byol_fast)/[\w/.]*)`", text):
+            places = (ROOT, ROOT / "byol_fast", ROOT / "kernels")
+            generated = name.startswith(("runs/", "benchmarks/results/GPU"))
+            assert generated or any((place / name).exists() for place in places), f"{path.name}: {name}"
 
 
 def test_every_command_is_described() -> None:
