@@ -39,7 +39,7 @@ def npz(tmp_path: Path, photos: np.ndarray) -> Path:
 @pytest.fixture
 def tiny(npz: Path, tmp_path: Path) -> Config:
     """A run of seconds: 60 images, batches of 12, a narrow ResNet-18 at 16 px, on the CPU in fp32."""
-    view = {"size": 16, "blur": 0.3}
+    view = {"size": 16, "blur_p": 0.3}
     return configs.replace(
         recipes.cifar10_resnet18(),
         {

@@ -31,11 +31,11 @@ from byol_fast.utils import checkpoint as checkpoints
 def small_run(folder: Path) -> Config:
     images = np.random.default_rng(0).integers(0, 256, (60, 16, 16, 3), dtype=np.uint8)
     np.savez(folder / "images.npz", images=images)
-    view = {"size": 16, "blur": 0.0}
+    view = {"size": 16, "blur_p": 0.0}
     return configs.replace(
         recipes.cifar10_resnet18(),
         {
-            "data": {"root": folder / "images.npz", "threads": 1, "loader": "torchvision"},
+            "data": {"root": folder / "images.npz", "threads": 1, "loader": "threaded"},
             "view1": view,
             "view2": view,
             "model": {"encoder": "resnet18_narrow", "hidden_dim": 32, "projection_dim": 16},

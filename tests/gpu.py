@@ -44,7 +44,7 @@ CAPABILITIES = {
     "decode": "byol_fast/data/dali.py: a decoder that writes after its stream was said to be done; try hw_decoder_load "
     "0, then fancy upsampling",
     # data that lies on the GPU
-    "resident": "byol_fast/data/resident.py; byol_kernels/crop, augment_params",
+    "device_cache": "byol_fast/data/loaders/device_cache.py; byol_kernels/crop, augment_params",
     # one rank, NCCL
     "ddp": "byol_fast/distributed.py; NCCL_DEBUG=INFO; free space in /dev/shm",
     "knn": "byol_fast/evaluate/knn.py; allow_tf32 changes similarities",

@@ -93,7 +93,7 @@ def test_help_shows_every_field_with_the_recipes_value(capsys: pytest.CaptureFix
         main.main(["train", "cifar10_resnet18", "--help"])
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
-    for option in ("--data.root", "--view2.solarize", "--optim.warmup-steps", "--knn.temperature"):
+    for option in ("--data.root", "--view2.solarize_p-p", "--optim.warmup-steps", "--knn.temperature"):
         assert option in shown
     assert "LARS trust coefficient" in shown
     assert "0.02" in shown
@@ -109,5 +109,5 @@ def test_resume_is_taken_out_of_the_options(form: str, value: str) -> None:
 def test_an_option_reaches_its_field() -> None:
     from byol_fast.config import recipes
 
-    config = options.parse(recipes.demo(), ["--optim.warmup_steps", "6", "--view1.area", "0.5", "1"], "x")
-    assert config == configs.replace(recipes.demo(), {"optim.warmup_steps": 6, "view1.area": (0.5, 1.0)})
+    config = options.parse(recipes.demo(), ["--optim.warmup_steps", "6", "--view1.scale", "0.5", "1"], "x")
+    assert config == configs.replace(recipes.demo(), {"optim.warmup_steps": 6, "view1.scale": (0.5, 1.0)})

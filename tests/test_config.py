@@ -30,9 +30,9 @@ def test_every_recipe_survives_json(name: str) -> None:
     ("make", "field"),
     [
         (lambda: ViewConfig(size=0), "view.size"),
-        (lambda: ViewConfig(area=(0.5, 0.2)), "view.area"),
-        (lambda: ViewConfig(aspect=(0.0, 1.0)), "view.aspect"),
-        (lambda: ViewConfig(flip=1.5), "view.flip"),
+        (lambda: ViewConfig(scale=(0.5, 0.2)), "view.scale"),
+        (lambda: ViewConfig(ratio=(0.0, 1.0)), "view.ratio"),
+        (lambda: ViewConfig(hflip_p=1.5), "view.hflip_p"),
         (lambda: ViewConfig(hue=0.6), "view.hue"),
         (lambda: ViewConfig(contrast=float("nan")), "view.contrast"),
         (lambda: ViewConfig(blur_kernel=4), "view.blur_kernel"),
@@ -72,10 +72,10 @@ def test_bad_values_name_the_field(make: object, field: str) -> None:
 
 
 def test_replace_reaches_nested_fields_in_both_notations() -> None:
-    dotted = configs.replace(Config(), {"optim.lr": 0.5, "view1.area": [0.2, 1], "batch_size": 8})
-    nested = configs.replace(Config(), {"optim": {"lr": 0.5}, "view1": {"area": (0.2, 1.0)}, "batch_size": 8})
+    dotted = configs.replace(Config(), {"optim.lr": 0.5, "view1.scale": [0.2, 1], "batch_size": 8})
+    nested = configs.replace(Config(), {"optim": {"lr": 0.5}, "view1": {"scale": (0.2, 1.0)}, "batch_size": 8})
     assert dotted == nested
-    assert dotted.view1.area == (0.2, 1.0)
+    assert dotted.view1.scale == (0.2, 1.0)
     assert dotted.optim.trust_coefficient == Config().optim.trust_coefficient
 
 
@@ -86,7 +86,7 @@ def test_replace_reaches_nested_fields_in_both_notations() -> None:
         ({"batchsize": 1}, "did you mean 'batch_size'"),
         ({"batch_size": "8"}, "batch_size must be of type int, got '8'"),
         ({"batch_size": True}, "batch_size must be of type int"),
-        ({"view1.area": [0.1]}, "area must be of type"),
+        ({"view1.scale": [0.1]}, "scale must be of type"),
         ({"seed.x": 1}, "seed is a single value"),
         ({"optim": {"name": "lion"}}, "optim.name must be one of lars, sgd, adam, adamw"),
     ],
@@ -123,10 +123,10 @@ def test_imagenet_recipes_are_the_references(epochs: int, lr: float, weight_deca
     assert (config.optim.warmup_epochs, config.epochs) == (10, epochs)
     assert (config.model.hidden_dim, config.model.projection_dim, config.model.last_bias) == (4096, 256, False)
     first, second = config.view1, config.view2
-    assert (first.blur, first.solarize, second.blur, second.solarize) == (1.0, 0.0, 0.1, 0.2)
+    assert (first.blur_p, first.solarize_p, second.blur_p, second.solarize_p) == (1.0, 0.0, 0.1, 0.2)
     for view in (first, second):
-        assert (view.area, view.aspect, view.interpolation) == ((0.08, 1.0), (3 / 4, 4 / 3), "bicubic")
-        assert (view.flip, view.jitter, view.grayscale) == (0.5, 0.8, 0.2)
+        assert (view.scale, view.ratio, view.interpolation) == ((0.08, 1.0), (3 / 4, 4 / 3), "bicubic")
+        assert (view.hflip_p, view.color_jitter_p, view.grayscale_p) == (0.5, 0.8, 0.2)
         assert (view.brightness, view.contrast, view.saturation, view.hue) == (0.4, 0.4, 0.2, 0.1)
         assert (view.blur_kernel, view.blur_sigma, view.size) == (23, (0.1, 2.0), 224)
 
@@ -152,22 +152,32 @@ def test_cifar_recipe_is_solo_learns() -> None:
         0.02,
         0.99,
     )
-    assert (config.view1.blur, config.view2.blur, config.view1.solarize, config.view2.solarize) == (0, 0, 0, 0.2)
-    assert (config.view1.size, config.view1.area) == (32, (0.08, 1.0))
+    assert (config.view1.blur_p, config.view2.blur_p, config.view1.solarize_p, config.view2.solarize_p) == (
+        0,
+        0,
+        0,
+        0.2,
+    )
+    assert (config.view1.size, config.view1.scale) == (32, (0.08, 1.0))
 
 
 def test_guide_recipes() -> None:
     guide = recipes.seed_guide()
     assert guide.view1 == guide.view2
     view = guide.view1
-    assert (view.size, view.area, view.jitter, view.blur, view.blur_kernel) == (224, (0.2, 1.0), 1.0, 1.0, 3)
+    assert (view.size, view.scale, view.color_jitter_p, view.blur_p, view.blur_kernel) == (224, (0.2, 1.0), 1.0, 1.0, 3)
     assert (view.brightness, view.contrast, view.saturation, view.hue) == (0.4, 0.4, 0.4, 0.1)
     assert (guide.tau.base, guide.tau.schedule, guide.optim.name, guide.optim.lr) == (0.996, "constant", "adam", 1e-3)
     assert (guide.model.hidden_dim, guide.model.projection_dim, guide.model.last_bias) == (256, 256, True)
     assert guide.model.mean == guide.model.std == (0.5, 0.5, 0.5)
     five = recipes.five_steps()
     assert (five.model.encoder, five.model.hidden_dim, five.model.projection_dim) == ("resnet50", 4096, 256)
-    assert (five.view1.size, five.view1.area, five.view1.jitter, five.view1.blur) == (512, (0.3, 1.0), 0.8, 0.0)
+    assert (five.view1.size, five.view1.scale, five.view1.color_jitter_p, five.view1.blur_p) == (
+        512,
+        (0.3, 1.0),
+        0.8,
+        0.0,
+    )
 
 
 def test_unknown_recipe_suggests() -> None:
@@ -188,9 +198,9 @@ def test_simsiam_recipes_are_the_papers() -> None:
         assert heads == (2048, 2048, 512)
         assert config.model.projector_layers == layers
         assert config.view1 == config.view2
-        assert config.view1.area == (0.2, 1.0)
-        assert (config.view1.saturation, config.view1.solarize) == (0.4, 0.0)
-    assert (imagenet.view1.blur, cifar.view1.blur) == (0.5, 0.0)
+        assert config.view1.scale == (0.2, 1.0)
+        assert (config.view1.saturation, config.view1.solarize_p) == (0.4, 0.0)
+    assert (imagenet.view1.blur_p, cifar.view1.blur_p) == (0.5, 0.0)
 
 
 def test_mode_is_chosen_with_a_reason_and_refused_with_one() -> None:

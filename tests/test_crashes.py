@@ -48,9 +48,7 @@ def being_written(folder: Path) -> bool:
 @pytest.mark.slow
 def test_thirty_kills_at_random_moments_change_nothing(tiny: Config) -> None:
     steps = 10 * KILLS
-    config = configs.replace(
-        tiny, {"steps": steps, "checkpoint_every": 1, "log_every": 3, "data.loader": "torchvision"}
-    )
+    config = configs.replace(tiny, {"steps": steps, "checkpoint_every": 1, "log_every": 3, "data.loader": "threaded"})
     whole, cut = (configs.replace(config, {"name": name}) for name in ("whole", "cut"))
     assert start(whole).wait(timeout=900) == 0
 

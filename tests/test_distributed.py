@@ -71,7 +71,7 @@ def payload(run: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def several(tiny: Config) -> Config:
     # A rate at which five steps of a network of this size do not yet amplify rounding.
-    return configs.replace(tiny, {"optim.lr": 0.2, "steps": 5, "data.loader": "torchvision", "checkpoint_every": 2})
+    return configs.replace(tiny, {"optim.lr": 0.2, "steps": 5, "data.loader": "threaded", "checkpoint_every": 2})
 
 
 def test_two_processes_are_one_with_the_doubled_batch(several: Config, photos: np.ndarray) -> None:

@@ -144,7 +144,7 @@ def test_weights_after_steps_of_every_mode_are_the_eager_ones(mode: str, optimiz
 @pytest.mark.parametrize("mode", ["compile", "graph"])
 def test_every_mode_takes_the_steps_of_the_eager_one(small: Config, mode: str, precision: str) -> None:
     """Losses of six steps of a real run: rates, momentum and statistics move in a replay as they should."""
-    short = {"steps": 6, "data.loader": "torchvision", "optim.warmup_steps": 2, "optim.lr": 2.0, "precision": precision}
+    short = {"steps": 6, "data.loader": "threaded", "optim.warmup_steps": 2, "optim.lr": 2.0, "precision": precision}
     eager = losses(small, **short, name="eager", log_every=1)
     other = losses(small, **short, name=mode, mode=mode_here(mode), log_every=1)
     assert_alike(other, eager, precision)
@@ -176,7 +176,7 @@ def test_weight_copies_follow_in_a_graph() -> None:
 
 @pytest.mark.gpu("step")
 def test_gpu_and_cpu_take_the_same_first_step(gpu: Config) -> None:
-    short = {"steps": 1, "data.loader": "torchvision", "optim.warmup_steps": 0, "log_every": 1}
+    short = {"steps": 1, "data.loader": "threaded", "optim.warmup_steps": 0, "log_every": 1}
     (on_gpu,) = losses(gpu, **short, name="gpu", precision="fp32")
     (on_cpu,) = losses(gpu, **short, name="cpu", device="cpu")
     assert math.isclose(on_gpu, on_cpu, rel_tol=1e-4)
@@ -184,7 +184,7 @@ def test_gpu_and_cpu_take_the_same_first_step(gpu: Config) -> None:
 
 @pytest.mark.gpu("step")
 def test_a_captured_step_costs_no_synchronisation(small: Config) -> None:
-    config = {"mode": mode_here("graph"), "precision": "bf16", "data.loader": "torchvision"}
+    config = {"mode": mode_here("graph"), "precision": "bf16", "data.loader": "threaded"}
     trainer = Trainer(configs.replace(small, config))
     batch = next(trainer.state.loader)
     for k in range(3):
@@ -197,7 +197,7 @@ def test_a_captured_step_costs_no_synchronisation(small: Config) -> None:
 # ------------------------------------------------------------------------------------------------ training
 
 
-@pytest.mark.parametrize("loader", ["dali", "torchvision"])
+@pytest.mark.parametrize("loader", ["dali", "threaded"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_training_lowers_the_loss(gpu: Config, loader: str, precision: str) -> None:
     if loader == "dali":
@@ -213,7 +213,7 @@ def test_training_lowers_the_loss(gpu: Config, loader: str, precision: str) -> N
 @pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
 def test_a_captured_step_that_is_not_finite_is_undone(small: Config, optimizer: str) -> None:
     config = configs.replace(
-        small, {"mode": mode_here("graph"), "optim.name": optimizer, "data.loader": "torchvision", "precision": "fp32"}
+        small, {"mode": mode_here("graph"), "optim.name": optimizer, "data.loader": "threaded", "precision": "fp32"}
     )
     trainer = Trainer(config)
     step, loader = trainer.train_step, trainer.state.loader
@@ -238,7 +238,7 @@ def test_fp16_and_recomputation_train(gpu: Config) -> None:
     ):
         if REHEARSING and name == "fp16":
             continue  # CPUs have no fp16 training
-        found = losses(gpu, name=name, steps=30, **{"optim.lr": 2.0, "data.loader": "torchvision"}, **changes)
+        found = losses(gpu, name=name, steps=30, **{"optim.lr": 2.0, "data.loader": "threaded"}, **changes)
         assert np.mean(found[-8:]) < np.mean(found[:8]), name
 
 
@@ -249,13 +249,13 @@ def test_a_batch_that_does_not_fit_says_which_one_would(gpu: Config) -> None:
     held = torch.cuda.memory_reserved()
     torch.cuda.set_per_process_memory_fraction((held + 2**28) / total)
     try:
-        view = {"size": 128, "blur": 0.0}
+        view = {"size": 128, "blur_p": 0.0}
         big = {
             "view1": view,
             "view2": view,
             "batch_size": 60,
             "model.encoder": "resnet50",
-            "data.loader": "torchvision",
+            "data.loader": "threaded",
         }
         with pytest.raises(
             TrainingError, match=r"does not fit .*--batch-size \d+ --grad-accum-steps|not even 2 images fit"
@@ -271,7 +271,7 @@ def test_a_batch_that_does_not_fit_says_which_one_would(gpu: Config) -> None:
 @pytest.mark.gpu("resume")
 @pytest.mark.parametrize("mode", ["eager", "graph"])
 def test_resumed_run_goes_on_where_it_stopped(small: Config, mode: str) -> None:
-    small = configs.replace(small, {"mode": mode_here(mode), "precision": "fp32", "data.loader": "torchvision"})
+    small = configs.replace(small, {"mode": mode_here(mode), "precision": "fp32", "data.loader": "threaded"})
     whole = losses(small, name="whole")
     half = configs.replace(small, {"name": "half", "checkpoint_every": 6})
     trainer = Trainer(half)
@@ -299,7 +299,7 @@ distributed.World.is_single = property(lambda self: False)
 
 @pytest.mark.gpu("ddp")
 def test_one_rank_trains_as_a_process_alone(gpu: Config) -> None:
-    changes = {"optim.lr": 0.2, "steps": 5, "data.loader": "torchvision", "precision": "fp32", "log_every": 1}
+    changes = {"optim.lr": 0.2, "steps": 5, "data.loader": "threaded", "precision": "fp32", "log_every": 1}
     alone = configs.replace(gpu, {**changes, "name": "alone"})
     ranked = configs.replace(gpu, {**changes, "name": "ranked"})
     output = finished(torchrun(ranked, 1, before=ONE_OF_ONE))

@@ -123,7 +123,7 @@ def test_the_same_seed_repeats_a_run_and_another_does_not(tiny: Config) -> None:
     assert not same(final_weights(runs["a"]), final_weights(runs["c"]))
 
 
-@pytest.mark.parametrize("loader", ["dali", "torchvision"])
+@pytest.mark.parametrize("loader", ["dali", "threaded"])
 def test_killed_in_mid_epoch_and_resumed_is_the_uninterrupted_run(tiny: Config, loader: str) -> None:
     if loader == "dali":
         pytest.importorskip("nvidia.dali", reason="DALI is not installed")

@@ -34,8 +34,8 @@ from byol_fast.data.sources import ArraySource, EncodedSource
 from byol_fast.utils.env import version
 from byol_kernels import resized_crop
 
-JPEG_VIEWS = (ViewConfig(), ViewConfig(blur=0.1, solarize=0.2))
-ARRAY_VIEWS = (ViewConfig(size=32, blur=0.0), ViewConfig(size=32, blur=0.0, solarize=0.2))
+JPEG_VIEWS = (ViewConfig(), ViewConfig(blur_p=0.1, solarize_p=0.2))
+ARRAY_VIEWS = (ViewConfig(size=32, blur_p=0.0), ViewConfig(size=32, blur_p=0.0, solarize_p=0.2))
 MakeViews = Callable[[], tuple[Tensor, Tensor]]
 
 
@@ -44,14 +44,14 @@ MakeViews = Callable[[], tuple[Tensor, Tensor]]
 
 def loader_options(device: torch.device) -> dict[str, dict[str, Any]]:
     """Name and options of the loaders of byol_fast; the first is the one that ratios are relative to."""
-    threads = {"byol_fast: threaded + kernels": {"loader": "torchvision"}}
-    resident = {"byol_fast: device cache + kernels": {"loader": "resident"}}
+    threads = {"byol_fast: threaded + kernels": {"loader": "threaded"}}
+    device_cache = {"byol_fast: device cache + kernels": {"loader": "device_cache"}}
     dali = {
         "byol_fast: dali + kernels": {"loader": "dali"},
         "byol_fast: dali + its operators": {"loader": "dali", "augment": "dali"},
     }
     dali = dali if dali_installed() else {}
-    return dali | resident | threads if device.type == "cuda" else threads | resident | dali
+    return dali | device_cache | threads if device.type == "cuda" else threads | device_cache | dali
 
 
 class LoaderCase:
@@ -87,7 +87,7 @@ def loader_cases(
     cases: dict[str, Callable[[], object]] = {}
     batch_size = min(num_images, 32 if views[0].size > 64 else 256)
     for name, options in loader_options(device).items():
-        if options["loader"] == "resident" and not isinstance(source, ArraySource):
+        if options["loader"] == "device_cache" and not isinstance(source, ArraySource):
             continue
         data = DataConfig(threads=1 if device.type == "cpu" else 0, **options)
         config = Config(batch_size=batch_size, data=data, view1=views[0], view2=views[1])
@@ -113,13 +113,13 @@ def torchvision_transform(t: Any, view: ViewConfig, blur: Any, first: list[Any],
     """The paper's augmentation of one image by torchvision's transforms, v1 or v2."""
     jitter = t.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
     parts = [
-        t.RandomResizedCrop(view.size, view.area, view.aspect, interpolation=v2.InterpolationMode.BICUBIC),
-        t.RandomHorizontalFlip(view.flip),
-        t.RandomApply([jitter], p=view.jitter),
-        t.RandomGrayscale(view.grayscale),
+        t.RandomResizedCrop(view.size, view.scale, view.ratio, interpolation=v2.InterpolationMode.BICUBIC),
+        t.RandomHorizontalFlip(view.hflip_p),
+        t.RandomApply([jitter], p=view.color_jitter_p),
+        t.RandomGrayscale(view.grayscale_p),
     ]
-    parts += [t.RandomApply([blur], p=view.blur)] if view.blur else []
-    parts += [t.RandomSolarize(view.solarize_threshold, view.solarize)] if view.solarize else []
+    parts += [t.RandomApply([blur], p=view.blur_p)] if view.blur_p else []
+    parts += [t.RandomSolarize(view.solarize_threshold, view.solarize_p)] if view.solarize_p else []
     composed: Callable[..., Any] = t.Compose([*first, *parts, *last])
     return composed
 
@@ -148,10 +148,10 @@ def library_cases(
     cases: dict[str, Callable[[], object]] = {}
     if device.type == "cpu":
         to_tensor = [v1.PILToTensor()]
-        cases["torchvision v1, PIL" + ", PIL's blur" * bool(views[0].blur)] = torchvision_case(
+        cases["torchvision v1, PIL" + ", PIL's blur" * bool(views[0].blur_p)] = torchvision_case(
             v1, source.load, PILBlur(sigma), to_tensor
         )
-        if views[0].blur:
+        if views[0].blur_p:
             gaussian = v1.GaussianBlur(views[0].blur_kernel, sigma)
             cases["torchvision v1, PIL, Gaussian blur"] = torchvision_case(v1, source.load, gaussian, to_tensor)
         gaussian = v2.GaussianBlur(views[0].blur_kernel, sigma)
@@ -162,7 +162,7 @@ def library_cases(
             classes = (BYOLView1Transform, BYOLView2Transform)
             pair = BYOLTransform(
                 *(
-                    cls(input_size=v.size, gaussian_blur=v.blur, solarization_prob=v.solarize, normalize=None)
+                    cls(input_size=v.size, gaussian_blur=v.blur_p, solarization_prob=v.solarize_p, normalize=None)
                     for cls, v in zip(classes, views, strict=True)
                 )
             )
@@ -195,17 +195,17 @@ def kornia_case(
     import kornia.augmentation as K
 
     def random_crop(view: ViewConfig) -> Any:
-        return K.RandomResizedCrop((view.size, view.size), view.area, view.aspect, resample="BICUBIC")
+        return K.RandomResizedCrop((view.size, view.size), view.scale, view.ratio, resample="BICUBIC")
 
     def other_transforms(view: ViewConfig) -> Any:
         parts: list[Any] = [
-            K.RandomHorizontalFlip(p=view.flip),
-            K.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue, p=view.jitter),
-            K.RandomGrayscale(p=view.grayscale),
+            K.RandomHorizontalFlip(p=view.hflip_p),
+            K.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue, p=view.color_jitter_p),
+            K.RandomGrayscale(p=view.grayscale_p),
         ]
         kernel = (view.blur_kernel, view.blur_kernel)
-        parts += [K.RandomGaussianBlur(kernel, view.blur_sigma, p=view.blur)] if view.blur else []
-        parts += [K.RandomSolarize(0.0, 0.0, p=view.solarize)] if view.solarize else []
+        parts += [K.RandomGaussianBlur(kernel, view.blur_sigma, p=view.blur_p)] if view.blur_p else []
+        parts += [K.RandomSolarize(0.0, 0.0, p=view.solarize_p)] if view.solarize_p else []
         return K.AugmentationSequential(*parts)
 
     crops, others = [random_crop(view) for view in views], [other_transforms(view) for view in views]
@@ -302,7 +302,7 @@ def stages(results: Results, source: ImageSource, *, num_images: int, rounds: in
     for number, view in enumerate(JPEG_VIEWS):
         params = sample_params(view, np.arange(num_images), seed=0, epoch=0, view=number)
         windows = [
-            crop_windows(params.crop[i : i + 1], *x.shape[2:], view.aspect)  # type: ignore[call-arg]
+            crop_windows(params.crop[i : i + 1], *x.shape[2:], view.ratio)  # type: ignore[call-arg]
             for i, x in enumerate(tensors)
         ]
         boxes = [(s, t, s + w, t + h) for ((t, s, h, w),) in (window.tolist() for window in windows)]

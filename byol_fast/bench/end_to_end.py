@@ -93,7 +93,7 @@ class Loop:
 
 def view_configs(problem: Problem) -> tuple[ViewConfig, ViewConfig]:
     """The paper's two views at the size of a problem."""
-    return ViewConfig(size=problem.image_size), ViewConfig(size=problem.image_size, blur=0.1, solarize=0.2)
+    return ViewConfig(size=problem.image_size), ViewConfig(size=problem.image_size, blur_p=0.1, solarize_p=0.2)
 
 
 def byol_fast_loop(problem: Problem, images: str, steps: int, precision: str, mode: str) -> Loop:

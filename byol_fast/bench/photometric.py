@@ -48,7 +48,7 @@ class Problem:
         self.planes = images.to(device).contiguous()
         self.planar = list(self.planes)
         self.pil = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images] if self.on_cpu else []
-        params = sample_params(ViewConfig(solarize=0.2), np.arange(batch_size), seed=0, epoch=0, view=0)
+        params = sample_params(ViewConfig(solarize_p=0.2), np.arange(batch_size), seed=0, epoch=0, view=0)
         names = ("flip", "jitter", "factors", "order", "grayscale", "blur", "sigma", "window", "solarize")
         self.params = {name: torch.from_numpy(getattr(params, name)).to(device) for name in names}
         self.lists: dict[str, Any] = {name: values.tolist() for name, values in self.params.items()}

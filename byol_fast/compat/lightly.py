@@ -302,19 +302,19 @@ class BYOLView1Transform:
                 )
         self.config = ViewConfig(
             size=input_size,
-            area=(min_scale, 1.0),
+            scale=(min_scale, 1.0),
             interpolation="bilinear",
-            flip=hf_prob,
-            jitter=cj_prob,
+            hflip_p=hf_prob,
+            color_jitter_p=cj_prob,
             brightness=cj_strength * cj_bright,
             contrast=cj_strength * cj_contrast,
             saturation=cj_strength * cj_sat,
             hue=cj_strength * cj_hue,
-            grayscale=random_gray_scale,
-            blur=self.blur if gaussian_blur is None else gaussian_blur,
+            grayscale_p=random_gray_scale,
+            blur_p=self.blur if gaussian_blur is None else gaussian_blur,
             blur_sigma=sigmas,
             blur_kernel=0,
-            solarize=self.solarize if solarization_prob is None else solarization_prob,
+            solarize_p=self.solarize if solarization_prob is None else solarization_prob,
         )
         mean, std = ((0.0,) * 3, (1.0,) * 3) if normalize is None else (normalize["mean"], normalize["std"])
         self._normalize = Normalize(_triple("mean", mean), _triple("std", std))

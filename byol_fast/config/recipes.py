@@ -28,11 +28,11 @@ def demo() -> Config:
     """Packaged Fashion-MNIST, a ResNet-18 of half the width: learns within minutes on two CPU cores."""
     view = ViewConfig(
         size=28,
-        area=(0.3, 1.0),
+        scale=(0.3, 1.0),
         saturation=0.0,
         hue=0.0,
-        grayscale=0.0,
-        blur=0.5,
+        grayscale_p=0.0,
+        blur_p=0.5,
         blur_sigma=(0.1, 1.0),
     )
     return Config(
@@ -56,14 +56,14 @@ def cifar10_resnet18() -> Config:
 
     solo-learn's LARS clips the adaptation at the learning rate; ours is the reference's rule, which does not.
     """
-    view = ViewConfig(size=32, blur=0.0)
+    view = ViewConfig(size=32, blur_p=0.0)
     return Config(
         recipe="cifar10_resnet18",
         epochs=1000,
         batch_size=256,
         data=DataConfig(builtin="cifar10"),
         view1=view,
-        view2=ViewConfig(size=32, blur=0.0, solarize=0.2),
+        view2=ViewConfig(size=32, blur_p=0.0, solarize_p=0.2),
         model=ModelConfig(encoder="resnet18", cifar_stem=True, mean=CIFAR_MEAN, std=CIFAR_STD),
         optim=OptimConfig(name="lars", lr=1.0, weight_decay=1e-5, trust_coefficient=0.02),
         tau=TauConfig(base=0.99),
@@ -109,7 +109,13 @@ def imagenet_resnet50(epochs: int = 1000) -> Config:
 def seed_guide() -> Config:
     """A practical guide's settings: CIFAR-10 at 224 px, ResNet-18, small heads, Adam, constant tau."""
     view = ViewConfig(
-        area=(0.2, 1.0), interpolation="bilinear", jitter=1.0, saturation=0.4, blur=1.0, blur_kernel=3, solarize=0.0
+        scale=(0.2, 1.0),
+        interpolation="bilinear",
+        color_jitter_p=1.0,
+        saturation=0.4,
+        blur_p=1.0,
+        blur_kernel=3,
+        solarize_p=0.0,
     )
     return Config(
         recipe="seed_guide",
@@ -128,7 +134,7 @@ def seed_guide() -> Config:
 
 def five_steps() -> Config:
     """Large views of few images: ResNet-50 at 512 px, mild crops, no blur."""
-    view = ViewConfig(size=512, area=(0.3, 1.0), saturation=0.4, blur=0.0)
+    view = ViewConfig(size=512, scale=(0.3, 1.0), saturation=0.4, blur_p=0.0)
     return Config(
         recipe="five_steps",
         epochs=100,
@@ -143,7 +149,7 @@ def five_steps() -> Config:
 
 def simsiam_imagenet() -> Config:
     """SimSiam, ImageNet, ResNet-50, 100 epochs: the paper's settings (68.1 % linear at batch 512)."""
-    view = ViewConfig(area=(0.2, 1.0), interpolation="bilinear", saturation=0.4, blur=0.5, solarize=0.0)
+    view = ViewConfig(scale=(0.2, 1.0), interpolation="bilinear", saturation=0.4, blur_p=0.5, solarize_p=0.0)
     return Config(
         recipe="simsiam_imagenet",
         method="simsiam",
@@ -168,7 +174,7 @@ def simsiam_imagenet() -> Config:
 
 def simsiam_cifar10() -> Config:
     """SimSiam, CIFAR-10, ResNet-18 with the 3x3 stem, 800 epochs: the paper's settings (91.8 % linear there)."""
-    view = ViewConfig(size=32, area=(0.2, 1.0), interpolation="bilinear", saturation=0.4, blur=0.0, solarize=0.0)
+    view = ViewConfig(size=32, scale=(0.2, 1.0), interpolation="bilinear", saturation=0.4, blur_p=0.0, solarize_p=0.0)
     return Config(
         recipe="simsiam_cifar10",
         method="simsiam",

@@ -1,7 +1,7 @@
-"""What a run is: frozen dataclasses, every field validated, one JSON form.
+"""Configuration of a run: frozen dataclasses with validated fields.
 
 A recipe (`byol_fast.config.recipes`) is a function that returns a `Config`; the command line overrides single
-fields of it; the run folder keeps the result as `config.json`.
+fields of it; the run folder keeps the result as `config.json`. The docstrings of the fields are the texts of `--help`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 
 class ConfigError(ValueError):
-    """A field of a run's configuration is out of its contract."""
+    """Invalid value or unknown field of a configuration."""
 
 
 def _require(ok: bool, where: str, contract: str, got: object, fix: str = "") -> None:
@@ -44,49 +44,49 @@ def _one_of(where: str, value: str, allowed: object) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ViewConfig:
-    """How one of the two views is drawn from an image; the defaults are view 1 of the paper (appendix B)."""
+    """Augmentation of one view; the defaults are view 1 of the paper (appendix B)."""
 
     size: int = 224
     """Height and width of the view in pixels."""
-    area: tuple[float, float] = (0.08, 1.0)
-    """Share of the image's area that the random crop covers, smallest and largest."""
-    aspect: tuple[float, float] = (3 / 4, 4 / 3)
-    """Width / height of the random crop, smallest and largest (drawn uniformly in the logarithm)."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Area of the random crop as a fraction of the image's, smallest and largest."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Aspect ratio (width / height) of the random crop, smallest and largest; its logarithm is uniform."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    """How the crop is resized (always antialiased)."""
-    flip: float = 0.5
+    """Filter that resizes the crop (always antialiased)."""
+    hflip_p: float = 0.5
     """Probability of a horizontal flip."""
-    jitter: float = 0.8
-    """Probability of the colour jitter; its four parts are applied in random order."""
+    color_jitter_p: float = 0.8
+    """Probability of the color jitter; its four adjustments are applied in random order."""
     brightness: float = 0.4
-    """Brightness factor is drawn from 1 - brightness .. 1 + brightness."""
+    """The brightness factor is uniform on 1 - brightness .. 1 + brightness."""
     contrast: float = 0.4
-    """Contrast factor is drawn from 1 - contrast .. 1 + contrast (about the mean of the grey image)."""
+    """The contrast factor (about the mean of the gray image) is uniform on 1 - contrast .. 1 + contrast."""
     saturation: float = 0.2
-    """Saturation factor is drawn from 1 - saturation .. 1 + saturation."""
+    """The saturation factor is uniform on 1 - saturation .. 1 + saturation."""
     hue: float = 0.1
-    """Hue shift is drawn from -hue .. hue, in turns (0.5 is the opposite colour)."""
-    grayscale: float = 0.2
-    """Probability of dropping the colour."""
-    blur: float = 1.0
+    """The hue shift is uniform on -hue .. hue, in turns (0.5 is the opposite color)."""
+    grayscale_p: float = 0.2
+    """Probability of the conversion to gray."""
+    blur_p: float = 1.0
     """Probability of the Gaussian blur."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Standard deviation of the blur in pixels, smallest and largest."""
     blur_kernel: int = 23
-    """Width of the blur's window in pixels, odd; 0 lets the window follow sigma."""
-    solarize: float = 0.0
-    """Probability of solarizing (inverting every value at or above the threshold)."""
+    """Largest width of the blur kernel in pixels, odd (it covers three sigma to each side); 0 for no limit."""
+    solarize_p: float = 0.0
+    """Probability of solarization: values at or above the threshold are inverted."""
     solarize_threshold: int = 128
     """Threshold of the solarization, 0..256."""
 
     def __post_init__(self) -> None:
         _require(1 <= self.size <= 8192, "view.size", "be 1..8192 pixels", self.size)
-        for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
+        for name in ("hflip_p", "color_jitter_p", "grayscale_p", "blur_p", "solarize_p"):
             _probability(f"view.{name}", getattr(self, name))
-        lo, hi = self.area
-        _require(0 < lo <= hi <= 1, "view.area", "be two rising shares within (0, 1]", self.area)
-        lo, hi = self.aspect
-        _require(0 < lo <= hi and math.isfinite(hi), "view.aspect", "be two rising positive ratios", self.aspect)
+        lo, hi = self.scale
+        _require(0 < lo <= hi <= 1, "view.scale", "be two rising fractions within (0, 1]", self.scale)
+        lo, hi = self.ratio
+        _require(0 < lo <= hi and math.isfinite(hi), "view.ratio", "be two rising positive ratios", self.ratio)
         _one_of("view.interpolation", self.interpolation, Literal["bicubic", "bilinear"])
         for name in ("brightness", "contrast", "saturation"):
             _not_negative(f"view.{name}", getattr(self, name))
@@ -102,43 +102,45 @@ class ViewConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """Where the images come from and who makes views of them."""
+    """Images, data loader and augmentation back end."""
 
     root: Path | None = None
     """Images: a folder (nested, flat or class-per-folder), a list (.txt, .csv), tar shards (`train-{000..127}.tar`, a
     folder of them), Parquet files, or a `.npz` with uint8 `images` (and `labels`). A folder with `train` and `val` or
-    `test` inside is split accordingly. Without a root the recipe's own data set is used where it has one."""
+    `test` inside is split accordingly. Empty: the recipe's own data set, if it has one."""
     builtin: Literal["none", "cifar10", "demo"] = "none"
-    """Data set used when there is no root: CIFAR-10 (fetched by torchvision) or the packaged Fashion-MNIST."""
+    """Data set without a root: CIFAR-10 (downloaded by torchvision) or the packaged Fashion-MNIST."""
     cache: Path = Path("~/.cache/byol_fast")
-    """Folder that fetched data sets, indexes of tar shards, and the images of Parquet files are kept in."""
+    """Folder for downloaded data sets, indexes of tar shards and copies of Parquet files."""
     image_column: str = ""
-    """Parquet and Hugging Face: the column of encoded images; empty: found by name and type."""
+    """Parquet and Hugging Face: column of the encoded images; empty: detected by name and type."""
     label_column: str = ""
-    """Parquet and Hugging Face: the column of class numbers or names; empty: found by name."""
-    loader: Literal["auto", "dali", "torchvision", "resident"] = "auto"
-    """Who decodes and crops: DALI; torchvision on CPU threads; or `resident`: arrays, kept on the device. auto: arrays
-    that fit are resident on a GPU, else DALI on a GPU where it is installed, and torchvision on a CPU."""
+    """Parquet and Hugging Face: column of the class numbers or names; empty: detected by name."""
+    loader: Literal["auto", "dali", "threaded", "device_cache"] = "auto"
+    """Data loader: `dali`; `threaded` (CPU threads with torchvision's decoder); or `device_cache` (arrays that are kept
+    on the device). auto: on a GPU device_cache for arrays that fit, otherwise dali if it is installed; on a CPU
+    threaded."""
     augment: Literal["kernels", "dali"] = "kernels"
-    """Augmentation after the crop (color, grayscale, blur, solarize): our kernels, behind every loader; or `dali`, both
-    views entirely by DALI's own operators, which needs the loader dali (or auto, which is DALI then)."""
+    """Augmentation after the crop (color, grayscale, blur, solarize): our kernels, with every loader; or `dali`: all
+    views entirely by DALI's own operators, which requires loader dali (or auto, which is dali then)."""
     hw_decoder_load: float = 0.65
-    """Share of the JPEGs that DALI gives to a GPU's own decoder, where it has one; the rest takes its other units."""
+    """Fraction of the JPEGs that DALI decodes on a GPU's hardware decoder, if it has one."""
     threads: int = 0
     """Decoding and augmentation threads; 0 means one per CPU core this process may use."""
     prefetch: int = 2
     """Batches prepared ahead of the step."""
-    on_bad: Literal["raise", "skip"] = "raise"
-    """An image that cannot be read ends the run (what was learned is saved), or is passed over: listed in
-    `bad_images.jsonl`, its place taken by another image."""
-    max_bad: float = 0.01
-    """With on_bad skip: stop when more than this share of the images (and more than 100, or half of all) is bad."""
+    on_corrupt: Literal["raise", "skip"] = "raise"
+    """Images that cannot be read: `raise` ends the run (progress is saved); `skip` replaces them by other images and
+    lists them in `corrupt_images.jsonl`."""
+    max_corrupt_fraction: float = 0.01
+    """With on_corrupt skip: stop if more than this fraction of the images (and more than 100, or half of all) is
+    corrupt."""
     accept_changed: bool = False
-    """When resuming, go on with other images than the run was begun with (some were added, removed or renamed)."""
+    """Resume although images were added, removed or renamed since the run was started; it is then not bit-exact."""
 
     def __post_init__(self) -> None:
         _one_of("data.builtin", self.builtin, Literal["none", "cifar10", "demo"])
-        _one_of("data.loader", self.loader, Literal["auto", "dali", "torchvision", "resident"])
+        _one_of("data.loader", self.loader, Literal["auto", "dali", "threaded", "device_cache"])
         _one_of("data.augment", self.augment, Literal["kernels", "dali"])
         if self.augment == "dali":
             contract, fix = "be auto or dali with data.augment=dali", "set --data.augment kernels"
@@ -146,25 +148,24 @@ class DataConfig:
         _probability("data.hw_decoder_load", self.hw_decoder_load)
         _not_negative("data.threads", self.threads)
         _positive("data.prefetch", self.prefetch)
-        _one_of("data.on_bad", self.on_bad, Literal["raise", "skip"])
-        _probability("data.max_bad", self.max_bad)
+        _one_of("data.on_corrupt", self.on_corrupt, Literal["raise", "skip"])
+        _probability("data.max_corrupt_fraction", self.max_corrupt_fraction)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """The encoder and the two heads."""
+    """Encoder and heads."""
 
     encoder: str = "resnet50"
-    """A torchvision classification model by name, or `timm/NAME` where timm is installed; the classifier is removed
-    and the feature size found."""
+    """Torchvision classification model, or `timm/NAME` if timm is installed; its classifier is removed."""
     cifar_stem: bool = False
     """Replace a ResNet's stem for small images: 3x3 convolution, stride 1, padding 1, no max-pool."""
     zero_init_residual: bool = False
-    """Start every residual block of a ResNet as the identity (gamma of its last norm = 0); others have none."""
+    """ResNets: initialize every residual block as the identity (weight of its last norm = 0)."""
     pretrained: bool = False
-    """Start the encoder from torchvision's default weights (fetched from the network or torch's cache)."""
+    """Initialize the encoder with torchvision's default weights (downloaded, or from torch's cache)."""
     hidden_dim: int = 4096
-    """Width of the hidden layer of projector and predictor."""
+    """Width of the hidden layers of projector and predictor."""
     projection_dim: int = 256
     """Size of projections and predictions."""
     projector_layers: int = 2
@@ -174,12 +175,12 @@ class ModelConfig:
     last_bias: bool = False
     """BYOL only: give the last linear layer of the heads a bias (the reference has none)."""
     views: Literal["batched", "separate", "concat"] = "batched"
-    """How two views pass a network: in one pass with batch-norm statistics for each view (equal to separate passes, and
-    faster), in two passes, or in one pass with common statistics (another algorithm: other papers')."""
+    """Forward passes of two views: one pass with batch-norm statistics of each view (`batched`: equal to separate
+    passes, and faster), two passes (`separate`), or one pass with common statistics (`concat`: another algorithm)."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Channel means, of values scaled to 0..1, that the model subtracts from its input."""
+    """Channel means, of values from 0 to 1, for the normalization of the input."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Channel standard deviations that the model divides by."""
+    """Channel standard deviations, of values from 0 to 1, for the normalization of the input."""
 
     def __post_init__(self) -> None:
         _require(bool(self.encoder), "model.encoder", "name a model", self.encoder)
@@ -196,28 +197,28 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """The optimizer and its learning rate by step."""
+    """Optimizer and learning rate schedule."""
 
     name: Literal["lars", "sgd", "adam", "adamw"] = "lars"
-    """LARS by the reference's rule, or torch's SGD, Adam, AdamW."""
+    """LARS as in the reference implementation, or torch's SGD, Adam, AdamW."""
     lr: float = 0.2
     """Base learning rate, for a batch of 256."""
     scale_lr: bool = True
-    """Multiply the base learning rate by batch / 256 (off for Adam as most people use it)."""
+    """Multiply the base learning rate by batch size / 256; usually off for Adam."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """After the warm-up: cosine to 0, or constant."""
+    """Learning rate after the warmup: cosine to 0, or constant."""
     warmup_epochs: float = 10.0
-    """Epochs of linear warm-up from 0; cut to a quarter of a run that is too short for them."""
+    """Epochs of linear warmup from 0; at most a quarter of the run."""
     warmup_steps: int | None = None
-    """Steps of linear warm-up; taken as given, instead of warmup_epochs."""
+    """Steps of linear warmup, used as given; replaces warmup_epochs."""
     momentum: float = 0.9
     """Momentum of LARS and SGD."""
     weight_decay: float = 1.5e-6
     """Weight decay."""
     decay_1d: bool = False
-    """Apply the weight decay (and LARS's adaptation) to biases and norms too; the reference does not, SimSiam does."""
+    """Apply weight decay and LARS's adaptation to biases and norms, too; the reference does not, SimSiam does."""
     constant_predictor_lr: bool = False
-    """Keep the predictor's learning rate at its peak after the warm-up, whatever the schedule (SimSiam)."""
+    """Keep the predictor's learning rate constant after the warmup, with any schedule (SimSiam)."""
     trust_coefficient: float = 1e-3
     """LARS trust coefficient."""
 
@@ -235,12 +236,12 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TauConfig:
-    """The target network's decay: target = tau * target + (1 - tau) * online, after every optimizer step."""
+    """EMA of the target network: target = tau * target + (1 - tau) * online, after every optimizer step."""
 
     base: float = 0.996
-    """First tau."""
+    """Tau at the first step."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """Cosine from base to 1 over the run (the paper's), or constant."""
+    """Cosine from base to 1 over the run (as in the paper), or constant."""
 
     def __post_init__(self) -> None:
         _require(0.0 <= self.base <= 1.0, "tau.base", "be between 0 and 1", self.base)
@@ -249,20 +250,20 @@ class TauConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KNNConfig:
-    """k-nearest-neighbour evaluation of the online encoder during training; labels serve here and nowhere else."""
+    """k-nearest-neighbor evaluation of the online encoder during training; labels are not used for training."""
 
     enabled: Literal["auto", "on", "off"] = "auto"
-    """auto: when the training images have labels (class folders) and there are validation images."""
+    """auto: if the training images have labels (class folders) and there are validation images."""
     val_root: Path | None = None
-    """Validation images with the same classes; found by itself beside `train` as `val` or `test` in data.root."""
+    """Validation images with the same classes; empty: `val` or `test` beside `train` in data.root."""
     every_epochs: int = 10
-    """Evaluate after every so many epochs (and before the first step and after the last)."""
+    """Epochs between evaluations; also before the first step and after the last."""
     k: int = 20
-    """Neighbours that vote."""
+    """Number of neighbors."""
     temperature: float = 0.07
-    """Votes weigh exp(cosine similarity / temperature)."""
+    """Temperature of the votes, which are weighted by exp(cosine similarity / temperature)."""
     max_train: int = 0
-    """Compare with so many training images at most, evenly spaced; 0 means all."""
+    """Largest number of training images to compare with, evenly spaced; 0 means all."""
 
     def __post_init__(self) -> None:
         _one_of("knn.enabled", self.enabled, Literal["auto", "on", "off"])
@@ -274,12 +275,12 @@ class KNNConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProbeConfig:
-    """A linear classifier that learns beside the encoder, on features cut off from it; it changes nothing else."""
+    """Linear classifier trained online on detached features of the encoder; it does not change the training."""
 
     enabled: Literal["auto", "on", "off"] = "auto"
-    """auto: when the training images have labels (class folders)."""
+    """auto: if the training images have labels (class folders)."""
     lr: float = 1e-3
-    """Its learning rate (Adam)."""
+    """Learning rate of the classifier (Adam)."""
 
     def __post_init__(self) -> None:
         _one_of("probe.enabled", self.enabled, Literal["auto", "on", "off"])
@@ -288,83 +289,83 @@ class ProbeConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """A pre-training run."""
+    """Configuration of a pre-training run."""
 
     recipe: str = "custom"
-    """Name of the recipe this configuration began as."""
+    """Name of the recipe that this configuration is based on."""
     method: Literal["byol", "simsiam"] = "byol"
-    """BYOL, or SimSiam: the online network is its own target, without a moving average."""
+    """BYOL, or SimSiam: the online network is its own target, without EMA."""
     name: str = ""
     """Name of the run; its folder is OUT/NAME. Empty: recipe, date and time."""
     out: Path = Path("runs")
-    """Folder of run folders."""
+    """Folder in which run folders are created."""
     seed: int = 0
     """Seed of weights, shuffling and augmentation."""
     epochs: int = 100
     """Passes over the training images."""
     steps: int = 0
-    """Optimizer steps in all; 0 means as the epochs say."""
+    """Total number of optimizer steps; 0: determined by epochs."""
     batch_size: int = 256
-    """Images that a process takes at a time (each gives two views)."""
+    """Images per batch and process (each gives two views)."""
     grad_accum_steps: int = 1
-    """Batches whose gradients are averaged for one optimizer step; the target moves once. The learning rate scales
-    with batch_size * grad_accum_steps * processes."""
+    """Batches whose gradients are averaged for one optimizer step and one target update. The learning rate scales with
+    batch_size * grad_accum_steps * processes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the GPU where there is one."""
+    """auto: the GPU if there is one."""
     precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = "auto"
-    """Arithmetic of the networks (weights stay fp32); auto: bf16 on GPUs and CPUs with bf16 instructions. fp16 scales
-    the loss by itself; tf32 is fp32 with TF32 products on a GPU."""
+    """Arithmetic of the networks (weights stay fp32). auto: bf16 on GPUs and CPUs with bf16 instructions; fp16 scales
+    the loss automatically; tf32 is fp32 with TF32 products on a GPU."""
     mode: Literal["auto", "eager", "compile", "graph"] = "auto"
-    """How a step runs: eager, compiled by torch.compile, or compiled and captured whole into a CUDA graph. auto picks,
-    and the run says which and why."""
+    """Execution of a step: eager, compiled by torch.compile, or compiled and captured into a CUDA graph. auto: the run
+    logs its choice and the reason."""
     max_autotune: bool = False
-    """Where the step is compiled: let inductor time several variants of each kernel (max-autotune). For a ResNet-50
-    these are hundreds, tuned one after the other: an estimated 25 to 60 minutes of silence before the first step."""
+    """If the step is compiled: let inductor time several variants of each kernel (max-autotune). For a ResNet-50 this
+    is estimated to take 25 to 60 minutes before the first step."""
     cudnn_benchmark: bool = False
-    """On a GPU: let cuDNN time its algorithms for each convolution in the first steps and keep the fastest
-    (torch.backends.cudnn.benchmark). Shapes never change within a run."""
+    """On a GPU: let cuDNN time its algorithms for each convolution in the first steps and use the fastest
+    (torch.backends.cudnn.benchmark)."""
     activation_checkpointing: bool = False
-    """Keep only the encoder's block boundaries for the backward pass and compute the rest again: less memory, about a
+    """Store only the inputs of the encoder's blocks for the backward pass and recompute the rest: less memory, about a
     third more time."""
     sync_batchnorm: bool = True
-    """With several processes, take batch-norm statistics over all of them (the reference does)."""
+    """With several processes: compute batch-norm statistics over all of them (as the reference does)."""
     max_skipped_steps: int = 10
-    """Stop after so many steps in a row whose loss or gradient is not finite; each of them is skipped and counted."""
+    """Stop after this many consecutive steps with a non-finite loss or gradient; each is skipped and counted."""
     channels_last: bool = True
-    """Keep images and filters in NHWC memory."""
+    """Use the channels_last (NHWC) memory format."""
     log_every: int = 10
-    """Write the records of so many steps at a time to metrics.jsonl (every step gets one)."""
+    """Steps between writes to metrics.jsonl (which has a record of every step)."""
     checkpoint_every: int = 0
-    """Save a checkpoint after so many steps; 0 means after every epoch, or as many whole epochs as make 100 steps."""
+    """Steps between checkpoints; 0: an epoch, or as many whole epochs as make 100 steps."""
     keep_checkpoints: int = 3
-    """Checkpoints kept, besides the one with the best kNN accuracy; older ones are deleted."""
+    """Number of checkpoints to keep besides the one with the best kNN accuracy; older ones are deleted."""
     tensorboard: bool = True
-    """Write the metrics for TensorBoard too, into the run folder's `tb`."""
+    """Write the metrics for TensorBoard, too, into `tb` of the run folder."""
     timeout_minutes: float = 30.0
-    """With several processes: how long one waits for the others before the run fails."""
+    """With several processes: timeout of collective operations, in minutes."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Images and who loads them."""
+    """Images and data loader."""
     view1: ViewConfig = field(default_factory=ViewConfig)
     """Augmentation of the first view."""
-    view2: ViewConfig = field(default_factory=lambda: ViewConfig(blur=0.1, solarize=0.2))
+    view2: ViewConfig = field(default_factory=lambda: ViewConfig(blur_p=0.1, solarize_p=0.2))
     """Augmentation of the second view."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Encoder and heads."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and learning rate."""
     tau: TauConfig = field(default_factory=TauConfig)
-    """Decay of the target network."""
+    """EMA of the target network."""
     knn: KNNConfig = field(default_factory=KNNConfig)
-    """Evaluation during training."""
+    """kNN evaluation during training."""
     probe: ProbeConfig = field(default_factory=ProbeConfig)
-    """Classification during training."""
+    """Linear classifier trained online."""
 
     def __post_init__(self) -> None:
         _require("/" not in self.name and self.name not in {".", ".."}, "name", "be a plain folder name", self.name)
         _require(0 <= self.seed < 2**31, "seed", "be 0..2147483647", self.seed)
         _positive("epochs", self.epochs)
         _not_negative("steps", self.steps)
-        _require(self.batch_size >= 2, "batch_size", "be 2 or more", self.batch_size, "batch normalisation needs 2")
+        _require(self.batch_size >= 2, "batch_size", "be 2 or more", self.batch_size, "batch normalization needs 2")
         _one_of("device", self.device, Literal["auto", "cpu", "cuda"])
         _one_of("method", self.method, Literal["byol", "simsiam"])
         _positive("grad_accum_steps", self.grad_accum_steps)

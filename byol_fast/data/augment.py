@@ -43,12 +43,12 @@ def required_params(view: ViewConfig, *, flip: bool = True) -> tuple[str, ...]:
         view: configuration of the view.
         flip: the crops are not mirrored yet.
     """
-    names: list[str] = ["flip"] if flip and view.flip > 0 else []
-    if view.jitter > 0 and max(view.brightness, view.contrast, view.saturation, view.hue) > 0:
+    names: list[str] = ["flip"] if flip and view.hflip_p > 0 else []
+    if view.color_jitter_p > 0 and max(view.brightness, view.contrast, view.saturation, view.hue) > 0:
         names += ["jitter", "factors", "order"]
-    names += ["grayscale"] if view.grayscale > 0 else []
-    names += ["blur", "sigma", "window"] if view.blur > 0 else []
-    return (*names, "solarize") if view.solarize > 0 else tuple(names)
+    names += ["grayscale"] if view.grayscale_p > 0 else []
+    names += ["blur", "sigma", "window"] if view.blur_p > 0 else []
+    return (*names, "solarize") if view.solarize_p > 0 else tuple(names)
 
 
 def select_rows(params: AugmentParams, names: tuple[str, ...], rows: slice) -> dict[str, Tensor]:

@@ -24,6 +24,15 @@ ATTEMPTS = 10
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 """Numbers of the color adjustments in `AugmentParams.order`."""
 
+PROBABILITIES = {
+    "flip": "hflip_p",
+    "jitter": "color_jitter_p",
+    "grayscale": "grayscale_p",
+    "blur": "blur_p",
+    "solarize": "solarize_p",
+}
+"""Masks of `AugmentParams`, each with the probability in `ViewConfig` that it is sampled with."""
+
 _SHUFFLE, _SUBSTITUTE = 0xFFFF, 0xFFFE
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
@@ -69,22 +78,22 @@ def sample_params(config: ViewConfig, index: NDArray[np.int64], *, seed: int, ep
         view: number of the view, from 0.
     """
     u = _uniform(_key(seed, epoch, view, index), 2 * ATTEMPTS + 16)
-    area, log_aspect, offset, rest = np.split(u, [ATTEMPTS, 2 * ATTEMPTS, 2 * ATTEMPTS + 2], axis=1)
-    area = _between(area, *config.area)
-    aspect = _exp(_between(log_aspect, math.log(config.aspect[0]), math.log(config.aspect[1])))
+    area, log_ratio, offset, rest = np.split(u, [ATTEMPTS, 2 * ATTEMPTS, 2 * ATTEMPTS + 2], axis=1)
+    area = _between(area, *config.scale)
+    ratio = _exp(_between(log_ratio, math.log(config.ratio[0]), math.log(config.ratio[1])))
     sigma = _between(rest[:, 12], *config.blur_sigma).astype(np.float32)
     lowest, spread = factor_ranges(config)
     return AugmentParams(
-        crop=np.concatenate([np.sqrt(area * aspect), np.sqrt(area / aspect), offset], axis=1),
-        flip=rest[:, 0] < config.flip,
-        jitter=rest[:, 1] < config.jitter,
+        crop=np.concatenate([np.sqrt(area * ratio), np.sqrt(area / ratio), offset], axis=1),
+        flip=rest[:, 0] < config.hflip_p,
+        jitter=rest[:, 1] < config.color_jitter_p,
         factors=(lowest + rest[:, 2:6] * spread).astype(np.float32),
         order=np.argsort(rest[:, 6:10], axis=1, kind="stable").astype(np.int32),
-        grayscale=rest[:, 10] < config.grayscale,
-        blur=rest[:, 11] < config.blur,
+        grayscale=rest[:, 10] < config.grayscale_p,
+        blur=rest[:, 11] < config.blur_p,
         sigma=sigma,
         window=blur_window(sigma, config.blur_kernel),
-        solarize=rest[:, 13] < config.solarize,
+        solarize=rest[:, 13] < config.solarize_p,
     )
 
 
@@ -110,7 +119,7 @@ def blur_window(sigma: NDArray[np.float32], kernel: int) -> NDArray[np.int32]:
     return np.minimum(window, kernel, dtype=np.int32) if kernel else window
 
 
-def crop_windows(crop: NDArray[np.float64], height: int, width: int, aspect: tuple[float, float]) -> NDArray[np.int32]:
+def crop_windows(crop: NDArray[np.float64], height: int, width: int, ratio: tuple[float, float]) -> NDArray[np.int32]:
     """Crops of images of one size, by the rule of torchvision's RandomResizedCrop.
 
     The first candidate that fits into the image; if none does, the largest center crop with an allowed aspect ratio.
@@ -119,7 +128,7 @@ def crop_windows(crop: NDArray[np.float64], height: int, width: int, aspect: tup
         crop: rows of `AugmentParams.crop`, `[B, 2 * ATTEMPTS + 2]`.
         height: of the images in pixels.
         width: of the images in pixels.
-        aspect: smallest and largest width / height.
+        ratio: smallest and largest aspect ratio (width / height).
 
     Returns:
         Top, left, height and width in pixels, `[B, 4]`.
@@ -129,7 +138,7 @@ def crop_windows(crop: NDArray[np.float64], height: int, width: int, aspect: tup
     fits = (widths <= width) & (heights <= height)
     rows, first = np.arange(len(crop)), fits.argmax(axis=1)
     fits_any = fits[rows, first]
-    center_h, center_w = center_crop_size(height, width, aspect)
+    center_h, center_w = center_crop_size(height, width, ratio)
     h = np.where(fits_any, heights[rows, first], center_h)
     w = np.where(fits_any, widths[rows, first], center_w)
     top = np.where(fits_any, np.floor(crop[:, -2] * (height - h + 1)), (height - h) // 2)
@@ -138,7 +147,7 @@ def crop_windows(crop: NDArray[np.float64], height: int, width: int, aspect: tup
 
 
 def crop_window(
-    crop: NDArray[np.float64], height: int, width: int, aspect: tuple[float, float]
+    crop: NDArray[np.float64], height: int, width: int, ratio: tuple[float, float]
 ) -> tuple[int, int, int, int]:
     """`crop_windows` for one image, in a fraction of the time.
 
@@ -146,7 +155,7 @@ def crop_window(
         crop: a row of `AugmentParams.crop`, `[2 * ATTEMPTS + 2]`.
         height: of the image in pixels.
         width: of the image in pixels.
-        aspect: smallest and largest width / height.
+        ratio: smallest and largest aspect ratio (width / height).
     """
     root, values = math.sqrt(height * width), crop.tolist()
     for k in range(ATTEMPTS):
@@ -154,26 +163,26 @@ def crop_window(
         h = max(1, math.floor(root * values[ATTEMPTS + k] + 0.5))
         if w <= width and h <= height:
             return math.floor(values[-2] * (height - h + 1)), math.floor(values[-1] * (width - w + 1)), h, w
-    h, w = center_crop_size(height, width, aspect)
+    h, w = center_crop_size(height, width, ratio)
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def center_crop_size(height: int, width: int, aspect: tuple[float, float]) -> tuple[int, int]:
+def center_crop_size(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int]:
     """Height and width of the largest crop with an allowed aspect ratio."""
     return (
-        max(1, min(height, math.floor(width / aspect[0] + 0.5))),
-        max(1, min(width, math.floor(height * aspect[1] + 0.5))),
+        max(1, min(height, math.floor(width / ratio[0] + 0.5))),
+        max(1, min(width, math.floor(height * ratio[1] + 0.5))),
     )
 
 
 def params_table(config: ViewConfig, height: int, width: int) -> NDArray[np.float64]:
     """Argument `table` of `byol_kernels.sample_params` for images of one size; columns: its `TABLE_COLUMNS`."""
     lowest, spread = factor_ranges(config)
-    (area, largest_area), (sigma, largest_sigma) = config.area, config.blur_sigma
-    low, high = (math.log(aspect) for aspect in config.aspect)
+    (area, largest_area), (sigma, largest_sigma) = config.scale, config.blur_sigma
+    low, high = (math.log(ratio) for ratio in config.ratio)
     ranges = area, largest_area - area, low, high - low, sigma, largest_sigma - sigma
-    probabilities = config.flip, config.jitter, config.grayscale, config.blur, config.solarize
-    size = height, width, math.sqrt(height * width), *center_crop_size(height, width, config.aspect)
+    probabilities = [getattr(config, name) for name in PROBABILITIES.values()]
+    size = height, width, math.sqrt(height * width), *center_crop_size(height, width, config.ratio)
     return np.array([*ranges, *lowest, *spread, *probabilities, *size], np.float64)
 
 

@@ -55,7 +55,7 @@ class CorruptImageError(ValueError):
         self.reason = reason
         super().__init__(
             f"image: {path} {reason}; replace it and resume, or skip corrupt images with "
-            "--data.on-bad skip (also when resuming)"
+            "--data.on-corrupt skip (also when resuming)"
         )
 
     def __reduce__(self) -> tuple[type[CorruptImageError], tuple[Path, str]]:
@@ -71,7 +71,7 @@ class TooManyCorruptImagesError(CorruptImageError):
         message = (
             f"data: {count} of {total} images cannot be read{listed}, more than the {limit} that a run skips; "
             f"the last one, {last.image}, {last.reason}; check all with `byol-fast doctor --data.root ...`, or "
-            "raise --data.max-bad"
+            "raise --data.max-corrupt-fraction"
         )
         self.args = (message,)
 

@@ -90,14 +90,14 @@ def _judge_dali(f: Facts) -> Iterator[Check]:
     if cpu == "ok":
         yield Check("DALI", "ok", f.dali)
     else:  # on a CPU nothing needs it
-        advice = f"pip install --force-reinstall {f.dali.partition('==')[0]}, or train with --data.loader torchvision"
+        advice = f"pip install --force-reinstall {f.dali.partition('==')[0]}, or train with --data.loader threaded"
         yield Check("DALI", "broken" if f.gpus else "note", f"{f.dali}: {cpu}", advice)
     if f.gpus:
         gpu = f.probes.get("dali on the GPU", "was not tried")
         if gpu == "ok":
             yield Check("DALI on the GPU", "ok", "decodes JPEGs")
         else:
-            advice = "check the driver above; until then: --data.loader torchvision"
+            advice = "check the driver above; until then: --data.loader threaded"
             yield Check("DALI on the GPU", "broken", gpu, advice)
 
 

@@ -90,7 +90,7 @@ def _print_scan(name: str, found: dict[str, Any], console: Console) -> None:
         console.print(f"{entry['image']} {entry['reason']}", soft_wrap=True, markup=False, style="red")
     if bad:
         more = f"{len(bad) - SHOWN} more: see --json. " if len(bad) > SHOWN else ""
-        advice = "Replace them or remove them, or train with --data.on-bad skip."
+        advice = "Replace them or remove them, or train with --data.on-corrupt skip."
         console.print(more + advice, soft_wrap=True, markup=False)
 
 

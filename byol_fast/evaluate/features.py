@@ -105,7 +105,7 @@ def embed_folder(
         interpolation=metadata.get("interpolation", "bicubic"),
         threads=threads,
         device=torch_device,
-        on_bad=on_corrupt,
+        on_corrupt=on_corrupt,
     )
     features, index = _extract_to_cpu(
         network.to(torch_device),

@@ -74,7 +74,7 @@ class EvalContext:
             interpolation=pretrained.interpolation,
             threads=self.settings.threads,
             device=self.device,
-            on_bad=self.settings.on_corrupt,
+            on_corrupt=self.settings.on_corrupt,
         )
 
     def features(

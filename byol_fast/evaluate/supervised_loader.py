@@ -32,13 +32,17 @@ class SupervisedLoader:
     ) -> None:
         settings = context.settings
         view = ViewConfig(
-            size=pretrained.image_size, interpolation=pretrained.interpolation, jitter=0.0, grayscale=0.0, blur=0.0
+            size=pretrained.image_size,
+            interpolation=pretrained.interpolation,
+            color_jitter_p=0.0,
+            grayscale_p=0.0,
+            blur_p=0.0,
         )
         self.batch_size = min(batch_size, len(source))
         config = Config(
             batch_size=self.batch_size,
             seed=seed,
-            data=DataConfig(threads=settings.threads, on_bad=settings.on_corrupt),
+            data=DataConfig(threads=settings.threads, on_corrupt=settings.on_corrupt),
         )
         self._loader = make_loader(source, config, (view,), device=context.device)
         self._labels, self._device = labels_of(source), context.device

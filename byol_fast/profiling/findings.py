@@ -120,7 +120,7 @@ def _data(profile: dict[str, Any]) -> Iterator[Finding]:
         change = "the images are prepared on the cores that train: smaller images, or arrays (.npz), or more cores"
     else:
         change = (
-            f"all {cores} cores prepare images already: more cores a GPU, data.loader dali, or resident for small "
+            f"all {cores} cores prepare images already: more cores a GPU, data.loader dali, or device_cache for small "
             "data; smaller originals decode faster"
         )
     yield Finding(

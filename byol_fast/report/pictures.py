@@ -49,7 +49,9 @@ def picture_sections(run: RunFiles, *, images: Path | None, num: int) -> list[Se
         return [Section("Images", paragraph("Left out: without a readable config.json the images are not known."))]
     # The run's loader may not be available on this machine; the augmentation parameters are the same with every one.
     changes: dict[str, object] = {"data.loader": "auto", "data.augment": "kernels"}
-    changes |= {"data.on_bad": "skip", "device": "auto"} | ({} if images is None else {"data.root": images.absolute()})
+    changes |= {"data.on_corrupt": "skip", "device": "auto"} | (
+        {} if images is None else {"data.root": images.absolute()}
+    )
     config = configs.replace(run.config, changes)
     try:
         train, val = split(config)
@@ -94,7 +96,7 @@ def features_of(
         interpolation=config.view1.interpolation,
         threads=config.data.threads,
         device=device,
-        on_bad="skip",
+        on_corrupt="skip",
     )
     features, positions = extract_features(
         encoder.to(device),

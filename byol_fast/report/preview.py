@@ -16,6 +16,7 @@ from byol_fast.data.augment_params import (
     BRIGHTNESS,
     CONTRAST,
     HUE,
+    PROBABILITIES,
     SATURATION,
     AugmentParams,
     crop_windows,
@@ -83,7 +84,7 @@ def samples(source: ImageSource, config: Config, *, device: torch.device, num: i
     Raises:
         ConfigError: `num` or `epoch` is out of its contract.
         SourceError: there are fewer than two images.
-        CorruptImageError: an image cannot be read, and `DataConfig.on_bad` is "raise".
+        CorruptImageError: an image cannot be read, and `DataConfig.on_corrupt` is "raise".
     """
     if num < 1:
         raise ConfigError(f"preview: num must be 1 or more, got {num}")
@@ -107,7 +108,7 @@ def samples(source: ImageSource, config: Config, *, device: torch.device, num: i
         original = source.load(i)
         windows, facts = [], []
         for view, d in zip(views, draws, strict=True):
-            top, left, h, w = crop_windows(d.crop[row : row + 1], original.height, original.width, view.aspect)[0]
+            top, left, h, w = crop_windows(d.crop[row : row + 1], original.height, original.width, view.ratio)[0]
             windows.append((int(top), int(left), int(h), int(w)))
             facts.append(_facts(view, views, d, row, windows[-1], original.size))
         made.append(
@@ -149,15 +150,15 @@ def _facts(
     parts = [p for p in d.order[row].tolist() if spread[p] > 0]
     shown = [f"{_PARTS[p]} {d.factors[row, p]:{'+' if p == HUE else ''}.2f}" for p in parts]
     jitter = [", ".join(shown[k : k + 2]) + ("," if k + 2 < len(shown) else "") for k in range(0, len(shown), 2)]
-    for coin, label, values in (
+    for mask, label, values in (
         ("flip", "flip", ["yes"]),
         ("jitter", "jitter", jitter or ["nothing to change"]),
         ("grayscale", "gray", ["yes"]),
         ("blur", "blur", [f"sigma {d.sigma[row]:.2f}"]),
         ("solarize", "solarize", [f"from {view.solarize_threshold}"]),
     ):
-        if any(getattr(v, coin) > 0 for v in views):
-            facts.append((label, values if getattr(d, coin)[row] else []))
+        if any(getattr(v, PROBABILITIES[mask]) > 0 for v in views):
+            facts.append((label, values if getattr(d, mask)[row] else []))
     return facts
 
 

@@ -37,7 +37,7 @@ class RunFiles:
     evaluations: list[Record]
     """`eval/*.json`, by name."""
     corrupt_images: list[Record]
-    """`bad_images*.jsonl`, of all processes."""
+    """`corrupt_images*.jsonl`, of all processes."""
     starts: list[datetime]
     """Times at which the run was started and resumed, from the names of TensorBoard's files."""
     notes: list[str] = field(default_factory=list)
@@ -146,7 +146,9 @@ def read_run(folder: Path) -> RunFiles:
         evaluation = _read_json(path, notes)
         if evaluation:
             evaluations.append({"name": path.stem} | evaluation)
-    corrupt_images = [line for path in sorted(folder.glob("bad_images*.jsonl")) for line in _read_lines(path, notes)]
+    corrupt_images = [
+        line for path in sorted(folder.glob("corrupt_images*.jsonl")) for line in _read_lines(path, notes)
+    ]
     return RunFiles(
         folder=folder,
         records=records,

@@ -16,7 +16,7 @@ def corrupt_images(run: RunFiles) -> list[Section]:
     shown = run.corrupt_images[:50]
     rows = [[str(r.get("image", "?")), str(r.get("reason", "?")), as_text(r.get("step", ""))] for r in shown]
     num_more = len(run.corrupt_images) - len(shown)
-    rest = paragraph(f"{num_more} more are listed in bad_images.jsonl.", "faint") if num_more else ""
+    rest = paragraph(f"{num_more} more are listed in corrupt_images.jsonl.", "faint") if num_more else ""
     return [Section("Corrupt images", table(["image", "reason", "step"], rows) + rest)]
 
 

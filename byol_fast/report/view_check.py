@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 
 from byol_fast.config import Config, ViewConfig
 from byol_fast.data import eval_batches, make_loader
-from byol_fast.data.augment_params import AugmentParams, crop_windows, sample_params
+from byol_fast.data.augment_params import PROBABILITIES, AugmentParams, crop_windows, sample_params
 from byol_fast.data.loaders.backend import resolve_backend
 from byol_fast.data.sources import ArraySource, ImageSource
 from byol_fast.data.sources.base import evenly_spaced
@@ -78,17 +78,17 @@ def compare(
         Name, error and limit.
 
     Raises:
-        CorruptImageError: an image cannot be read, and `DataConfig.on_bad` is "raise"; or too many cannot.
+        CorruptImageError: an image cannot be read, and `DataConfig.on_corrupt` is "raise"; or too many cannot.
     """
     backend = resolve_backend(config.data, source, device)
     data = replace(config.data, loader=backend.loader, augment=backend.augment, prefetch=1)
     source = source.subset(evenly_spaced(len(source), num_images))
     middles = eval_batches(
-        source, config.view1.size, 64, interpolation=config.view1.interpolation, on_bad=config.data.on_bad
+        source, config.view1.size, 64, interpolation=config.view1.interpolation, on_corrupt=config.data.on_corrupt
     )
     squares = ArraySource(torch.cat([images for images, _ in middles]).permute(0, 2, 3, 1).numpy())
     # torchvision's PIL rounds between the two passes of a resize as our crops on a CPU do; its float tensors do not.
-    rounds_twice = backend.loader == "torchvision" or (backend.loader == "resident" and device.type == "cpu")
+    rounds_twice = backend.loader == "threaded" or (backend.loader == "device_cache" and device.type == "cpu")
     crop: Against = "PIL" if rounds_twice else "tensors"
     for name, number, views in _cases(config.view1, config.view2):
         whole, limit = name in {"crop", "view 1", "view 2"}, LIMITS[name]
@@ -118,14 +118,14 @@ def compare(
 
 def _cases(view1: ViewConfig, view2: ViewConfig) -> Iterator[tuple[str, int, tuple[ViewConfig, ViewConfig]]]:
     """Name, number of the view that is compared, and both views."""
-    off: dict[str, Any] = dict.fromkeys(("flip", "jitter", "grayscale", "blur", "solarize"), 0.0)
+    off: dict[str, Any] = dict.fromkeys(PROBABILITIES.values(), 0.0)
     crop = replace(view1, **off)
     yield "crop", 0, (crop, crop)
-    for name in off:
-        view = max((view1, view2), key=lambda view: float(getattr(view, name)))
-        if getattr(view, name) == 0:
+    for name, probability in PROBABILITIES.items():
+        view = max((view1, view2), key=lambda view: float(getattr(view, probability)))
+        if getattr(view, probability) == 0:
             continue
-        alone = replace(view, **off | {name: 1.0, "area": (1.0, 1.0), "aspect": (1.0, 1.0)})
+        alone = replace(view, **off | {probability: 1.0, "scale": (1.0, 1.0), "ratio": (1.0, 1.0)})
         parts = [part for part in PARTS if getattr(view, part) > 0] if name == "jitter" else []
         for part in parts:
             others: dict[str, Any] = dict.fromkeys((other for other in parts if other != part), 0.0)
@@ -152,7 +152,7 @@ def torchvision_views(
     made, how = [], F.InterpolationMode(view.interpolation)
     for i, image in enumerate(images):
         x: Any = F.pil_to_tensor(image).float() if crop == "tensors" else image
-        top, left, h, w = crop_windows(d.crop[i : i + 1], image.height, image.width, view.aspect)[0].tolist()
+        top, left, h, w = crop_windows(d.crop[i : i + 1], image.height, image.width, view.ratio)[0].tolist()
         x = F.resized_crop(x, top, left, h, w, [view.size, view.size], interpolation=how, antialias=True)
         if crop == "tensors":
             x = F.to_pil_image(x.round().clamp(0, 255).to(torch.uint8))

@@ -133,7 +133,7 @@ class KNNMonitor:
             threads=data.threads,
             loader=data.loader,
             device=self.device,
-            on_bad=data.on_bad,
+            on_corrupt=data.on_corrupt,
         )
 
 

@@ -23,7 +23,14 @@ RESUMABLE_CHANGES = frozenset(
     {"name", "out", "log_every", "checkpoint_every", "keep_checkpoints", "data.root", "data.cache", "data.prefetch"}
     | {"data.threads", "knn.val_root", "mode", "max_autotune", "cudnn_benchmark", "tensorboard"}
     | {"timeout_minutes", "max_skipped_steps"}
-    | {"activation_checkpointing", "data.on_bad", "data.max_bad", "data.accept_changed", "probe.enabled", "probe.lr"}
+    | {
+        "activation_checkpointing",
+        "data.on_corrupt",
+        "data.max_corrupt_fraction",
+        "data.accept_changed",
+        "probe.enabled",
+        "probe.lr",
+    }
 )
 
 

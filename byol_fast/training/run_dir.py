@@ -59,7 +59,7 @@ class RunDir:
 
     def corrupt_images(self, rank: int) -> Path:
         """List of the corrupt images that a process has passed over."""
-        return self.path / ("bad_images.jsonl" if rank == 0 else f"bad_images.{rank}.jsonl")
+        return self.path / ("corrupt_images.jsonl" if rank == 0 else f"corrupt_images.{rank}.jsonl")
 
     def prepare(self, *, resume: bool) -> str | None:
         """Check that this run may use the directory; a directory in which no checkpoint was ever saved is reused.
@@ -80,7 +80,7 @@ class RunDir:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"config: {self.path} must be a folder, it is a file; choose another name")
         present = {p.name for p in self.path.iterdir() if p != self.checkpoints} if self.path.exists() else set()
-        present = {name for name in present if not name.startswith("bad_images.")}
+        present = {name for name in present if not name.startswith("corrupt_images.")}
         if self.has_checkpoints() or present - _BEFORE_FIRST_CHECKPOINT:
             raise ConfigError(
                 f"config: {self.path} must be a new run's folder, it is not empty; continue it with "

@@ -23,7 +23,7 @@ from byol_fast.config import ViewConfig
 from byol_fast.models.encoders import build_encoder
 from tests.compat import guide_script
 
-SMALL = ViewConfig(size=16, area=(0.2, 1.0), interpolation="bilinear", blur=0.5, blur_kernel=3)
+SMALL = ViewConfig(size=16, scale=(0.2, 1.0), interpolation="bilinear", blur_p=0.5, blur_kernel=3)
 
 
 @pytest.fixture

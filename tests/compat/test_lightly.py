@@ -370,10 +370,10 @@ def test_view_parameters_become_ours(photos: np.ndarray) -> None:
     plain, strong = lightly.BYOLView1Transform(), lightly.BYOLView2Transform(cj_prob=0.3, cj_strength=0.5, hf_prob=0.1)
     paper = ViewConfig(interpolation="bilinear", blur_kernel=0)
     assert plain.config == paper
-    assert (strong.config.brightness, strong.config.hue, strong.config.flip) == (0.2, 0.05, 0.1)
-    assert strong.config.jitter == 0.3
-    assert (strong.config.blur, strong.config.solarize) == (0.1, 0.2)
-    assert lightly.BYOLView2Transform(gaussian_blur=1.0).config.blur == 1.0
+    assert (strong.config.brightness, strong.config.hue, strong.config.hflip_p) == (0.2, 0.05, 0.1)
+    assert strong.config.color_jitter_p == 0.3
+    assert (strong.config.blur_p, strong.config.solarize_p) == (0.1, 0.2)
+    assert lightly.BYOLView2Transform(gaussian_blur=1.0).config.blur_p == 1.0
     pair = lightly.BYOLTransform(lightly.BYOLView1Transform(input_size=16), lightly.BYOLView2Transform(input_size=16))
     batch = torch.from_numpy(photos[:3]).permute(0, 3, 1, 2)
     torch.manual_seed(0)

@@ -15,7 +15,7 @@ from byol_fast.data.loaders.backend import dali_installed
 from byol_fast.data.sources import ArraySource, FileSource, open_source
 
 
-@pytest.fixture(params=["dali", "torchvision"])
+@pytest.fixture(params=["dali", "threaded"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Both loaders, one after the other."""
     name: str = request.param
@@ -24,7 +24,7 @@ def backend(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.fixture(params=["dali", "dali+kernels", "torchvision"])
+@pytest.fixture(params=["dali", "dali+kernels", "threaded"])
 def files_backend(request: pytest.FixtureRequest) -> str:
     """Every loader of encoded images; see `helpers.config_of`."""
     name: str = request.param
@@ -33,7 +33,7 @@ def files_backend(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.fixture(params=["dali", "dali+kernels", "torchvision", "resident"])
+@pytest.fixture(params=["dali", "dali+kernels", "threaded", "device_cache"])
 def any_backend(request: pytest.FixtureRequest) -> str:
     """Every loader, DALI with its own operators and with our kernels; see `helpers.config_of`."""
     name: str = request.param

@@ -179,8 +179,8 @@ def intact_png(seed: int) -> bytes:
 
 
 def config(backend: str, policy: str) -> Config:
-    view = plain(SIZE, area=(1.0, 1.0), aspect=(0.01, 100.0))
-    return replace(config_of(backend, view, batch_size=8), {"data.on_bad": policy})
+    view = plain(SIZE, scale=(1.0, 1.0), ratio=(0.01, 100.0))
+    return replace(config_of(backend, view, batch_size=8), {"data.on_corrupt": policy})
 
 
 def outcome(folder: Path, backend: str, policy: str, damage: Callable[[Path], Any] | None = None) -> str:
@@ -206,8 +206,8 @@ def outcome(folder: Path, backend: str, policy: str, damage: Callable[[Path], An
 
 
 def main() -> None:
-    backends = ["torchvision", *(["dali"] if dali_installed() else [])]
-    print("| file | loader | on_bad raise: the run stops with | on_bad skip |\n|---|---|---|---|")
+    backends = ["threaded", *(["dali"] if dali_installed() else [])]
+    print("| file | loader | on_corrupt raise: the run stops with | on_corrupt skip |\n|---|---|---|---|")
 
     def show(kind: str, name: str, data: bytes, damage: Callable[[Path], Any] | None = None) -> None:
         lines: dict[tuple[str, str], list[str]] = {}

@@ -9,13 +9,14 @@ import torch
 from numpy.typing import NDArray
 
 from byol_fast.config import Config, DataConfig, ViewConfig
+from byol_fast.data.augment_params import PROBABILITIES
 from byol_fast.data.batch import Batch, ViewLoader
 from byol_fast.data.loaders.factory import make_loader
 from byol_fast.data.sources import ImageSource
 
 CPU = torch.device("cpu")
-OFF: dict[str, Any] = {"flip": 0.0, "jitter": 0.0, "grayscale": 0.0, "blur": 0.0, "solarize": 0.0}
-WHOLE: dict[str, Any] = {"area": (1.0, 1.0), "aspect": (1.0, 1.0)}
+OFF: dict[str, Any] = dict.fromkeys(PROBABILITIES.values(), 0.0)
+WHOLE: dict[str, Any] = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
 
 
 def plain(size: int, **changes: Any) -> ViewConfig:
@@ -34,7 +35,7 @@ def config_of(
 ) -> Config:
     """`backend` is a loader, with our kernels behind it; "dali" alone is DALI's own views, "dali+kernels" its crops."""
     loader, _, _ = backend.partition("+")
-    assert backend in {"dali", "dali+kernels", "torchvision", "resident"}
+    assert backend in {"dali", "dali+kernels", "threaded", "device_cache"}
     options: dict[str, Any] = {"loader": loader, "augment": "dali" if backend == "dali" else "kernels"}
     data = DataConfig(**options, threads=threads)
     return Config(batch_size=batch_size, seed=seed, data=data, view1=view1, view2=view2 or view1)

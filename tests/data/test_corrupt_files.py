@@ -32,7 +32,7 @@ def test_corrupt_file_is_explained(kind: str, backend: str, tmp_path: Path) -> N
     fill(tmp_path)
     (tmp_path / name).write_bytes(data)
     with pytest.raises(
-        CorruptImageError, match=rf"image: .*{name} ({message}).*; replace it .*--data\.on-bad skip"
+        CorruptImageError, match=rf"image: .*{name} ({message}).*; replace it .*--data\.on-corrupt skip"
     ) as caught:
         loader = loader_of(open_source(tmp_path), config(backend, "raise"))
         for _ in range(3):
@@ -81,9 +81,9 @@ def test_corrupt_files_are_passed_over(backend: str, tmp_path: Path) -> None:
     """Intact images stay at their positions; every corrupt file is reported once."""
     bad = fill_with_corrupt(tmp_path / "images")
     source = open_source(tmp_path / "images")
-    report = tmp_path / "run" / "bad_images.jsonl"
+    report = tmp_path / "run" / "corrupt_images.jsonl"
     loader = loader_of(source, config(backend, "skip"), report=report)
-    clean = loader_of(source, config("torchvision", "skip")).sampler  # type: ignore[attr-defined]
+    clean = loader_of(source, config("threaded", "skip")).sampler  # type: ignore[attr-defined]
     assert loader.steps_per_epoch == len(source) // 8
     seen = []
     for step in range(3 * loader.steps_per_epoch):
@@ -96,7 +96,7 @@ def test_corrupt_files_are_passed_over(backend: str, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in report.read_text().splitlines()]
     assert {Path(line["image"]).name for line in lines} == bad and len(lines) == len(bad)
     assert all(source.sample_name(line["index"]) == line["image"] and line["reason"] for line in lines)
-    other = loader_of(source, config("torchvision", "skip"))
+    other = loader_of(source, config("threaded", "skip"))
     assert all(torch.equal(next(other).index, index) for index in seen)
 
 
@@ -131,7 +131,7 @@ def test_corrupt_image_of_every_source_is_named_or_skipped(kind: str, backend: s
     loader_name: Any = backend
     with pytest.raises(CorruptImageError):
         list(eval_batches(source, 16, 7, loader=loader_name))
-    indices = torch.cat([i for _, i in eval_batches(source, 16, 7, loader=loader_name, on_bad="skip")])
+    indices = torch.cat([i for _, i in eval_batches(source, 16, 7, loader=loader_name, on_corrupt="skip")])
     assert indices.tolist() == [i for i in range(40) if i != CORRUPT_INDEX]
 
 
@@ -140,7 +140,7 @@ def test_evaluation_skips_corrupt_files(backend: str, tmp_path: Path) -> None:
     source = open_source(tmp_path)
     name: Any = backend
     whole: dict[int, torch.Tensor] = {}
-    for batch, index in eval_batches(source, SIZE, 4, loader=name, on_bad="skip"):
+    for batch, index in eval_batches(source, SIZE, 4, loader=name, on_corrupt="skip"):
         whole |= dict(zip(index.tolist(), batch, strict=True))
     assert [Path(source.sample_name(i)).name for i in whole] == sorted(f"good {i}.png" for i in range(20))
     assert len(whole) + len(bad) == len(source)
@@ -201,8 +201,8 @@ def test_intact_images_keep_their_views(tmp_path: Path) -> None:
     """Corrupt images do not change the views of the others."""
     images = pictures()
     views = {"view1": {"size": VIEW1.size}, "view2": {"size": VIEW2.size}}
-    good = loader_of(make("tar", tmp_path / "good", images), replace(config("torchvision", "skip"), views))
-    bad = loader_of(make("tar", tmp_path / "bad", with_one_bad(images)), replace(config("torchvision", "skip"), views))
+    good = loader_of(make("tar", tmp_path / "good", images), replace(config("threaded", "skip"), views))
+    bad = loader_of(make("tar", tmp_path / "bad", with_one_bad(images)), replace(config("threaded", "skip"), views))
     for _ in range(10):
         a, b = next(good), next(bad)
         rows = a.index == b.index
@@ -211,7 +211,7 @@ def test_intact_images_keep_their_views(tmp_path: Path) -> None:
 
 
 def small_run(root: Path, **changes: Any) -> Config:
-    view = {"size": 16, "blur": 0.3}
+    view = {"size": 16, "blur_p": 0.3}
     return replace(
         recipes.cifar10_resnet18(),
         {
@@ -231,7 +231,7 @@ def small_run(root: Path, **changes: Any) -> Config:
 
 
 def test_resume_with_skip_equals_a_run_with_skip(tmp_path: Path) -> None:
-    """The fix that the error suggests: resume with --data.on-bad skip."""
+    """The fix that the error suggests: resume with --data.on-corrupt skip."""
     (tmp_path / "data").mkdir()
     fill(tmp_path / "data", 40)
     whole = Trainer(small_run(tmp_path / "data", name="whole")).fit()
@@ -242,11 +242,11 @@ def test_resume_with_skip_equals_a_run_with_skip(tmp_path: Path) -> None:
         Trainer(small_run(tmp_path / "data", name="stopped")).fit()
     stopped = tmp_path / "runs" / "stopped"
     assert 0 < max(checkpoints.steps_in(stopped / "checkpoints")) <= 3
-    skip = {"data.on_bad": "skip"}
+    skip = {"data.on_corrupt": "skip"}
     resumed = Trainer(replace(small_run(tmp_path / "data", name="stopped"), skip), resume=stopped).fit()
     straight = Trainer(replace(small_run(tmp_path / "data", name="straight"), skip)).fit()
     assert resumed.encoder.read_bytes() == straight.encoder.read_bytes() != whole.encoder.read_bytes()
-    reports = [(run / "bad_images.jsonl").read_text() for run in (stopped, straight.run_dir)]
+    reports = [(run / "corrupt_images.jsonl").read_text() for run in (stopped, straight.run_dir)]
     assert reports[0] == reports[1] and reports[0].count("is empty") == 1
 
 
@@ -262,10 +262,10 @@ def test_run_with_skip_reports_corrupt_files(tmp_path: Path, caplog: Any) -> Non
     run = small_run(tmp_path / "data", name="stopped")
     with pytest.raises(CorruptImageError, match=r"(cut|empty)\.jpg"):
         Trainer(run).fit()
-    skipping = replace(run, {"data.on_bad": "skip", "name": "clean"})
+    skipping = replace(run, {"data.on_corrupt": "skip", "name": "clean"})
     result = Trainer(skipping).fit()
     assert result.steps == 6 and result.knn_top1 is not None
-    lines = [json.loads(line) for line in (result.run_dir / "bad_images.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (result.run_dir / "corrupt_images.jsonl").read_text().splitlines()]
     assert {Path(line["image"]).name for line in lines} == {"cut.jpg", "empty.jpg"}
     assert all("/train/" in line["image"] for line in lines)
     assert "empty.jpg is empty (0 bytes): evaluated without it" in caplog.text

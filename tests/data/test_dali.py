@@ -40,8 +40,8 @@ def make(request: pytest.FixtureRequest) -> Make:
 
     def loader(source: ImageSource) -> DALILoader:
         backend = "dali" if request.param == "dali" else "dali+kernels"
-        config = config_of(backend, plain(SIZE, solarize=0.5), plain(SIZE, solarize=0.2), batch_size=BATCH)
-        made = loader_of(source, replace(config, {"data.on_bad": "skip"}))
+        config = config_of(backend, plain(SIZE, solarize_p=0.5), plain(SIZE, solarize_p=0.2), batch_size=BATCH)
+        made = loader_of(source, replace(config, {"data.on_corrupt": "skip"}))
         assert isinstance(made, DALILoader)
         if request.param == "kernels beside the step":
             made._on_cpu = False

@@ -18,19 +18,19 @@ from tests.data.conftest import photo_like
 from tests.data.helpers import config_of, loader_of, same
 
 VIEW1 = ViewConfig(size=24)
-VIEW2 = ViewConfig(size=24, blur=0.1, solarize=0.2, interpolation="bilinear", blur_kernel=0)
+VIEW2 = ViewConfig(size=24, blur_p=0.1, solarize_p=0.2, interpolation="bilinear", blur_kernel=0)
 
 
 def test_the_device_draws_what_the_planner_plans() -> None:
     """Bit for bit, with the loader's own table and keys, over epochs."""
-    views, seed = (VIEW1, ViewConfig(size=24, area=(0.9, 1.0), aspect=(0.2, 0.3), hue=0.5)), 2**40 + 1
+    views, seed = (VIEW1, ViewConfig(size=24, scale=(0.9, 1.0), ratio=(0.2, 0.3), hue=0.5)), 2**40 + 1
     sampler = BatchSampler(500, views, batch_size=500, seed=seed)
     for epoch in range(3):
         spec = sampler(epoch)
         for number, (view, expected) in enumerate(zip(views, spec.params, strict=True)):
             key, columns = torch.tensor(stream_key(seed, epoch, number)), torch.from_numpy(params_table(view, 40, 56))
             drawn = sample_params(torch.from_numpy(spec.index), key, columns, blur_kernel=view.blur_kernel)
-            assert np.array_equal(drawn.crop, crop_windows(expected.crop, 40, 56, view.aspect))
+            assert np.array_equal(drawn.crop, crop_windows(expected.crop, 40, 56, view.ratio))
             for name in drawn._fields[1:]:
                 assert np.array_equal(getattr(drawn, name), getattr(expected, name)), name
 
@@ -42,7 +42,7 @@ def test_makes_the_views_of_the_other_loader_to_the_bit(shards: int) -> None:
     for shard in range(shards):
         loaders = [
             loader_of(source, config_of(name, VIEW1, VIEW2, batch_size=4), shard_id=shard, num_shards=shards)
-            for name in ("resident", "torchvision")
+            for name in ("device_cache", "threaded")
         ]
         assert all(same(*(next(loader) for loader in loaders)) for _ in range(10))
 
@@ -50,11 +50,11 @@ def test_makes_the_views_of_the_other_loader_to_the_bit(shards: int) -> None:
 def test_read_only_arrays_are_taken_without_a_warning(recwarn: Any) -> None:
     images = photo_like(8, 24, 24)
     images.setflags(write=False)
-    next(loader_of(ArraySource(images), config_of("resident", VIEW1, VIEW2)))
+    next(loader_of(ArraySource(images), config_of("device_cache", VIEW1, VIEW2)))
     assert not [w for w in recwarn if "writable" in str(w.message)]
 
 
 def test_arrays_are_not_copied_on_a_cpu(arrays: ArraySource) -> None:
-    loader = loader_of(arrays, config_of("resident", VIEW1, VIEW2))
+    loader = loader_of(arrays, config_of("device_cache", VIEW1, VIEW2))
     assert isinstance(loader, DeviceCacheLoader)
     assert loader._images.data_ptr() == arrays.images.ctypes.data

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torchvision.transforms import RandomResizedCrop
 
 from byol_fast.config import ViewConfig, recipes
-from byol_fast.data.augment_params import AugmentParams, crop_windows, permutation, sample_params
+from byol_fast.data.augment_params import PROBABILITIES, AugmentParams, crop_windows, permutation, sample_params
 
 N = 20_000
 COMPARISONS = 10_000  # more than are made here: Bonferroni
@@ -76,9 +76,9 @@ def chi2_bound(degrees: NDArray[Any] | float) -> Any:
 
 
 @pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("coin", ["flip", "jitter", "grayscale", "blur", "solarize"])
-def test_coins_have_their_probability(coin: str, view: str) -> None:
-    assert_share(getattr(drawn(view), coin), getattr(VIEWS[view][0], coin))
+@pytest.mark.parametrize("mask", PROBABILITIES)
+def test_masks_have_their_probability(mask: str, view: str) -> None:
+    assert_share(getattr(drawn(view), mask), getattr(VIEWS[view][0], PROBABILITIES[mask]))
 
 
 def test_the_views_are_as_different_as_in_the_paper() -> None:
@@ -127,9 +127,9 @@ def test_all_orders_of_the_jitter_are_equally_likely(view: str) -> None:
 
 def test_area_aspect_and_position_are_uniform_where_every_crop_fits() -> None:
     """4000 x 4000 pixels and at most half of them: rounding to pixels moves the distribution functions little."""
-    view = ViewConfig(area=(0.08, 0.5))
+    view = ViewConfig(scale=(0.08, 0.5))
     d = sample_params(view, np.arange(N), seed=0, epoch=0, view=0)
-    top, left, h, w = crop_windows(d.crop, 4000, 4000, view.aspect).T.astype(float)
+    top, left, h, w = crop_windows(d.crop, 4000, 4000, view.ratio).T.astype(float)
     # A pixel is at most 1/980 of a side. The logarithm of the aspect ranges over 0.58, the area over 0.42.
     assert_uniform(np.clip(h * w / 4000**2, 0.08, 0.5), 0.08, 0.5, slack=0.5 / 980 / 0.42)
     low, high = math.log(3 / 4), math.log(4 / 3)
@@ -152,16 +152,16 @@ SHAPES = {
 
 
 @pytest.mark.parametrize(
-    "view", [ViewConfig(), ViewConfig(area=(0.7, 1.0), aspect=(0.6, 1.0))], ids=["paper", "large and upright"]
+    "view", [ViewConfig(), ViewConfig(scale=(0.7, 1.0), ratio=(0.6, 1.0))], ids=["paper", "large and upright"]
 )
 @pytest.mark.parametrize("shape", SHAPES)
 def test_crops_are_distributed_as_torchvisions(shape: str, view: ViewConfig) -> None:
     """Its own `get_params`, the fallback to the centre included."""
     height, width = SHAPES[shape]
-    ours = crop_windows(sample_params(view, np.arange(N), seed=0, epoch=0, view=0).crop, height, width, view.aspect)
+    ours = crop_windows(sample_params(view, np.arange(N), seed=0, epoch=0, view=0).crop, height, width, view.ratio)
     torch.manual_seed(0)
     blank = torch.empty(3, height, width)
-    params = [RandomResizedCrop.get_params(blank, list(view.area), list(view.aspect)) for _ in range(2000)]
+    params = [RandomResizedCrop.get_params(blank, list(view.scale), list(view.ratio)) for _ in range(2000)]
     mine, theirs = (features(np.array(x, float), height, width, view) for x in (ours, params))
     for name, values in mine.items():
         assert_same_distribution(values, theirs[name])
@@ -172,7 +172,7 @@ def test_crops_are_distributed_as_torchvisions(shape: str, view: ViewConfig) -> 
 
 def features(windows: Values, height: int, width: int, view: ViewConfig) -> Mapping[str, Values]:
     top, left, h, w = windows.T
-    largest_h, largest_w = min(height, round(width / view.aspect[0])), min(width, round(height * view.aspect[1]))
+    largest_h, largest_w = min(height, round(width / view.ratio[0])), min(width, round(height * view.ratio[1]))
     return {
         "area": h * w / (height * width),
         "aspect": np.log(w / h),
@@ -184,9 +184,9 @@ def features(windows: Values, height: int, width: int, view: ViewConfig) -> Mapp
 
 def test_the_fallback_comes_as_often_as_no_candidate_fits() -> None:
     """100 x 400: a crop fits if its height is at most 100; a tenth power of the others remains."""
-    view = ViewConfig(area=(0.2, 1.0))
+    view = ViewConfig(scale=(0.2, 1.0))
     d = sample_params(view, np.arange(N), seed=0, epoch=0, view=0)
-    windows = crop_windows(d.crop, 100, 400, view.aspect)
+    windows = crop_windows(d.crop, 100, 400, view.ratio)
     is_centre = (windows == (0, 133, 100, 133)).all(axis=1)
     # height^2 = area * 40000 / aspect <= 100.5^2, area uniform on 0.2 .. 1, log(aspect) uniform on +- log(4/3)
     log_aspect = np.linspace(math.log(3 / 4), math.log(4 / 3), 100_001)

@@ -23,8 +23,8 @@ from tests.data.helpers import CPU, config_of, error, pixels, same
 from tests.gpu import DEVICE, REHEARSING, Captured, host_syncs_are_errors, launches, only_on_a_gpu
 
 VIEW1 = ViewConfig(size=32)
-VIEW2 = ViewConfig(size=32, blur=0.1, solarize=0.5)
-KERNELS = ["torchvision", "dali+kernels", "resident"]
+VIEW2 = ViewConfig(size=32, blur_p=0.1, solarize_p=0.5)
+KERNELS = ["threaded", "dali+kernels", "device_cache"]
 GPU = torch.device(DEVICE)
 
 
@@ -37,7 +37,7 @@ def on_both(capability: str) -> pytest.MarkDecorator:
 def source_of(backend: str, files: FileSource, arrays: ArraySource) -> ImageSource:
     if backend.startswith("dali") and not dali_installed():
         pytest.skip("DALI is not installed")
-    return arrays if backend.startswith("resident") else files
+    return arrays if backend.startswith("device_cache") else files
 
 
 def settings(backend: str, **changes: Any) -> Config:
@@ -68,10 +68,10 @@ def busy(device: torch.device) -> Iterator[None]:
     torch.cuda.synchronize(device)
 
 
-# Levels of 255. Colours in float32 on both sides: next to a half, the next level; the blur has factors of float16.
-# Crops of the torchvision loader are the same bytes; resident ones are rounded once on a GPU and twice on a CPU; DALI's
-# decoder and resize on a GPU are other code than on a CPU, within two levels at most places.
-MEAN_ERROR = {"torchvision": 0.1, "resident": 0.5, "dali+kernels": 1.9}
+# Levels of 255. Colors in float32 on both sides: next to a half, the next level; the blur has factors of float16.
+# Crops of the threaded loader are the same bytes; those of the device cache are rounded once on a GPU and twice on a CPU;
+# DALI's decoder and resize on a GPU are other code than on a CPU, within two levels at most places.
+MEAN_ERROR = {"threaded": 0.1, "device_cache": 0.5, "dali+kernels": 1.9}
 
 
 @on_both("parity")
@@ -106,7 +106,7 @@ def test_views_are_right_under_load(backend: str, device: torch.device, files: A
 def test_the_decoders_of_a_gpu_agree_with_the_cpus(load: float, files: FileSource) -> None:
     """Under load, and whatever share the GPU's own decoder takes: an image that was not written yet is far off."""
     source = source_of("dali", files, files)  # type: ignore[arg-type]
-    plain = {"jitter": 0.0, "grayscale": 0.0, "blur": 0.0, "solarize": 0.0}
+    plain = {"color_jitter_p": 0.0, "grayscale_p": 0.0, "blur_p": 0.0, "solarize_p": 0.0}
     config = replace(settings("dali", hw_decoder_load=load), {"view1": plain, "view2": plain})
     expected = take(make_loader(source, config, device=CPU), 4)
     with busy(GPU):
@@ -118,7 +118,7 @@ def test_the_decoders_of_a_gpu_agree_with_the_cpus(load: float, files: FileSourc
 @on_both("resume")
 @pytest.mark.parametrize("backend", KERNELS)
 def test_resume_is_exact(backend: str, device: torch.device, files: Any, arrays: Any) -> None:
-    if device.type == "cpu" and backend != "resident" and not REHEARSING:
+    if device.type == "cpu" and backend != "device_cache" and not REHEARSING:
         pytest.skip("test_loaders.py has it")
     source = source_of(backend, files, arrays)
     loader = make_loader(source, settings(backend), device=device)
@@ -133,7 +133,7 @@ def test_resume_is_exact(backend: str, device: torch.device, files: Any, arrays:
 @on_both("decode")
 @pytest.mark.parametrize("backend", KERNELS)
 def test_views_stay_valid_while_held(backend: str, device: torch.device, files: Any, arrays: Any) -> None:
-    if device.type == "cpu" and backend != "resident" and not REHEARSING:
+    if device.type == "cpu" and backend != "device_cache" and not REHEARSING:
         pytest.skip("test_loaders.py has it")
     loader = make_loader(source_of(backend, files, arrays), settings(backend), device=device)
     held = next(loader)
@@ -157,25 +157,25 @@ def test_memory_does_not_grow(backend: str, files: Any, arrays: Any) -> None:
     assert torch.cuda.memory_reserved() <= before + 2**21  # one more block of the allocator
 
 
-@pytest.mark.gpu("resident")
+@pytest.mark.gpu("device_cache")
 def test_resident_data_keep_nobody_waiting(arrays: ArraySource) -> None:
-    loader = make_loader(arrays, settings("resident"), device=GPU)
+    loader = make_loader(arrays, settings("device_cache"), device=GPU)
     take(loader, 3)
     with host_syncs_are_errors():
         take(loader, 10)  # new epochs among them
 
 
-@pytest.mark.gpu("resident")
+@pytest.mark.gpu("device_cache")
 def test_resident_views_take_a_handful_of_launches(arrays: ArraySource) -> None:
-    loader = make_loader(arrays, settings("resident"), device=GPU)
+    loader = make_loader(arrays, settings("device_cache"), device=GPU)
     take(loader, 2)  # the first call of `launches` begins an epoch, the second is in the middle of it
     kernels = ["_sample_params_kernel", "_resized_crop_kernel", "_photometric_kernel", "_gaussian_blur_kernel"]
     assert sorted(launches(lambda: next(loader)) or 2 * kernels) == sorted(2 * kernels)
 
 
-@pytest.mark.gpu("resident")
+@pytest.mark.gpu("device_cache")
 def test_resident_views_can_be_captured_in_a_graph(arrays: ArraySource) -> None:
-    loader = make_loader(arrays, settings("resident"), device=GPU)
+    loader = make_loader(arrays, settings("device_cache"), device=GPU)
     assert isinstance(loader, DeviceCacheLoader)
     first = on_host(next(loader))
     index, keys = loader._index_and_keys(0)

@@ -26,7 +26,7 @@ from byol_fast.models.base import stack_views
 from tests.data.helpers import CPU, config_of, error, loader_of, pixels, plain, same
 
 VIEW1 = ViewConfig(size=16)
-VIEW2 = ViewConfig(size=16, blur=0.1, solarize=0.2)
+VIEW2 = ViewConfig(size=16, blur_p=0.1, solarize_p=0.2)
 
 
 @pytest.fixture
@@ -38,12 +38,12 @@ def backend(any_backend: str) -> str:
 def source(request: pytest.FixtureRequest, files: FileSource, arrays: ArraySource) -> ImageSource:
     if request.param == "arrays":
         return arrays
-    if "backend" in request.fixturenames and request.getfixturevalue("backend").startswith("resident"):
-        pytest.skip("resident data are arrays")
+    if "backend" in request.fixturenames and request.getfixturevalue("backend").startswith("device_cache"):
+        pytest.skip("the device cache takes arrays")
     return files
 
 
-@pytest.fixture(params=["dali", "torchvision"])
+@pytest.fixture(params=["dali", "threaded"])
 def decoder(request: pytest.FixtureRequest) -> Any:
     if request.param == "dali" and not dali_installed():
         pytest.skip("DALI is not installed")
@@ -63,7 +63,7 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_batches_are_raw_channels_last_and_numbered(backend: str, arrays: ArraySource) -> None:
-    loader = loader_of(arrays, config_of(backend, plain(64), plain(64, solarize=1.0), batch_size=16))
+    loader = loader_of(arrays, config_of(backend, plain(64), plain(64, solarize_p=1.0), batch_size=16))
     for batch in take(loader, 3):
         assert batch.is_raw and batch.index.dtype == torch.int64
         assert batch.views[0].shape == (16, 3, 64, 64)
@@ -141,8 +141,8 @@ def test_resume_is_exact(backend: str, source: ImageSource) -> None:
     [
         ({"seed": 1}, "seed"),
         ({"batch_size": 4}, "batch_size"),
-        ({"view1": {"blur": 0.5}}, "view1"),
-        ({"view2": {"solarize": 0.5}}, "view2"),
+        ({"view1": {"blur_p": 0.5}}, "view1"),
+        ({"view2": {"solarize_p": 0.5}}, "view2"),
     ],
 )
 def test_a_state_of_something_else_is_refused(
@@ -155,7 +155,7 @@ def test_a_state_of_something_else_is_refused(
 
 
 def test_a_state_of_other_images_or_shards_is_refused(files: FileSource, arrays: ArraySource) -> None:
-    config = config_of("torchvision", VIEW1, VIEW2)
+    config = config_of("threaded", VIEW1, VIEW2)
     state = loader_of(arrays, config).state_dict()
     brighter = ArraySource(np.bitwise_or(arrays.images, 1, dtype=np.uint8))
     for other in (files, brighter, ArraySource(arrays.images[:-1])):
@@ -167,7 +167,7 @@ def test_a_state_of_other_images_or_shards_is_refused(files: FileSource, arrays:
 
 def test_the_other_loader_continues_with_the_same_draws(dali: None, arrays: ArraySource, caplog: Any) -> None:
     state = loader_of(arrays, config_of("dali", VIEW1, VIEW2)).state_dict() | {"step": 4}
-    ours, theirs = (loader_of(arrays, config_of(b, VIEW1, VIEW2)) for b in ("dali", "torchvision"))
+    ours, theirs = (loader_of(arrays, config_of(b, VIEW1, VIEW2)) for b in ("dali", "threaded"))
     ours.load_state_dict(state)
     assert "pixels may differ" not in caplog.text
     theirs.load_state_dict(state)
@@ -203,7 +203,7 @@ def test_shards_are_parts_of_one_epoch(backend: str, arrays: ArraySource) -> Non
 
 @pytest.mark.parametrize("num_views", [1, 3])
 def test_number_of_views_does_not_change_their_pixels(num_views: int, backend: str, source: ImageSource) -> None:
-    views = (VIEW1, VIEW2, plain(16, flip=0.5))[:num_views]
+    views = (VIEW1, VIEW2, plain(16, hflip_p=0.5))[:num_views]
     config = config_of(backend, VIEW1, VIEW2)
     for both, batch in zip(
         take(loader_of(source, config), 3), take(loader_of(source, config, views=views), 3), strict=True
@@ -243,7 +243,7 @@ def test_a_bad_file_is_named(kind: str, files_backend: str, files: FileSource, t
         take(loader_of(open_source(tmp_path), config_of(files_backend, VIEW1, VIEW2, batch_size=4)), 2)
     assert caught.value.path == bad
     with pytest.raises(CorruptImageError, match=r"5\.jpg"):
-        list(eval_batches(open_source(tmp_path), 16, 4, loader="dali" if "dali" in files_backend else "torchvision"))
+        list(eval_batches(open_source(tmp_path), 16, 4, loader="dali" if "dali" in files_backend else "threaded"))
 
 
 def test_a_file_that_vanishes_is_named(files_backend: str, files: FileSource, tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_rows_of_bad_files_are_made_anew_of_others(files_backend: str, files: Fi
         for i in range(8):
             (tmp_path / folder / f"{i}.jpg").write_bytes(files.path(i).read_bytes())
     (tmp_path / "bad" / "5.jpg").write_bytes(b"not an image")
-    config = replace(config_of(files_backend, VIEW1, VIEW2), {"data.on_bad": "skip"})
+    config = replace(config_of(files_backend, VIEW1, VIEW2), {"data.on_corrupt": "skip"})
     expected, found = (next(loader_of(open_source(tmp_path / name), config)) for name in ("good", "bad"))
     assert 5 in expected.index.tolist() and 5 not in found.index.tolist()
     where = [expected.index.tolist().index(i) for i in found.index.tolist()]
@@ -345,11 +345,11 @@ def test_without_dali_torchvision_takes_over_and_says_so_once(monkeypatch: Any, 
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     module._warn_without_dali.cache_clear()
     gpu = torch.device("cuda")
-    data = config_of("torchvision", VIEW1).data
-    assert [resolve_backend(data, files, gpu) for _ in range(2)] == [Backend("torchvision", "kernels")] * 2
+    data = config_of("threaded", VIEW1).data
+    assert [resolve_backend(data, files, gpu) for _ in range(2)] == [Backend("threaded", "kernels")] * 2
     assert not caplog.text
     auto = DataConfig()
-    assert [resolve_backend(auto, files, gpu) for _ in range(2)] == [Backend("torchvision", "kernels")] * 2
+    assert [resolve_backend(auto, files, gpu) for _ in range(2)] == [Backend("threaded", "kernels")] * 2
     assert caplog.text.count("pip install nvidia-dali-cuda130") == 1
     with pytest.raises(SourceError, match=r"data\.loader: dali is not installed; pip install"):
         resolve_decoder("dali", CPU)
@@ -361,8 +361,8 @@ def test_loader_names(backend: str, arrays: ArraySource) -> None:
     names = {
         "dali": f"dali {CPU}",
         "dali+kernels": f"dali {CPU}, kernels",
-        "torchvision": "torchvision, kernels",
-        "resident": f"resident {CPU}",
+        "threaded": "threaded, kernels",
+        "device_cache": f"device_cache {CPU}",
     }
     assert loader_of(arrays, config_of(backend, VIEW1)).name == names[backend]
 
@@ -377,21 +377,21 @@ def test_what_auto_chooses(files: FileSource, arrays: ArraySource, monkeypatch: 
         backend = resolve_backend(DataConfig(**data), source, device)
         return backend.loader, backend.augment
 
-    assert chosen(files, CPU) == chosen(arrays, CPU) == ("torchvision", "kernels")
+    assert chosen(files, CPU) == chosen(arrays, CPU) == ("threaded", "kernels")
     assert chosen(files, gpu) == chosen(arrays, gpu, small) == ("dali", "kernels")
-    assert chosen(arrays, gpu) == chosen(arrays, CPU, loader="resident") == ("resident", "kernels")
+    assert chosen(arrays, gpu) == chosen(arrays, CPU, loader="device_cache") == ("device_cache", "kernels")
     assert chosen(files, CPU, augment="dali") == chosen(arrays, gpu, augment="dali") == ("dali", "dali")
-    assert chosen(arrays, gpu, loader="torchvision") == ("torchvision", "kernels")
+    assert chosen(arrays, gpu, loader="threaded") == ("threaded", "kernels")
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         (
-            {"loader": "torchvision", "augment": "dali"},
-            r"must be auto or dali with .*, got 'torchvision'; set --data.augment k",
+            {"loader": "threaded", "augment": "dali"},
+            r"must be auto or dali with .*, got 'threaded'; set --data.augment k",
         ),
-        ({"loader": "resident", "augment": "dali"}, r"data\.loader must be auto or dali with data\.augment=dali"),
+        ({"loader": "device_cache", "augment": "dali"}, r"data\.loader must be auto or dali with data\.augment=dali"),
         ({"hw_decoder_load": 1.5}, r"data\.hw_decoder_load must be a probability"),
         ({"augment": "pil"}, r"data\.augment must be one of kernels, dali"),
     ],
@@ -402,8 +402,8 @@ def test_options_that_exclude_each_other_are_refused(data: dict[str, Any], messa
 
 
 def test_resident_data_must_be_in_memory(files: FileSource) -> None:
-    with pytest.raises(SourceError, match=r"data\.loader: resident must have images in memory, got 40 images"):
-        loader_of(files, config_of("resident", VIEW1))
+    with pytest.raises(SourceError, match=r"data\.loader: device_cache must have images in memory, got 40 images"):
+        loader_of(files, config_of("device_cache", VIEW1))
 
 
 def test_threads_of_a_loader_use_one_core_each_and_leave_the_others_alone() -> None:
@@ -437,7 +437,7 @@ def test_ordinary_jpegs_decode_to_the_bytes_of_pil(files: FileSource, photograph
 
 
 def test_without_torchvisions_decoder_pil_decodes(files: FileSource, monkeypatch: Any) -> None:
-    config = config_of("torchvision", VIEW1, VIEW2)
+    config = config_of("threaded", VIEW1, VIEW2)
     expected = take(loader_of(files, config), 2)
     monkeypatch.setattr(threaded, "_decode_jpeg", None)
     assert all(same(a, b) for a, b in zip(expected, take(loader_of(files, config), 2), strict=True))

@@ -24,8 +24,8 @@ from tests.data.helpers import CPU, config_of, error, loader_of, pixels, plain
 JITTER = ["brightness", "contrast", "saturation", "hue", "jitter"]
 COLORS = ["flip", *JITTER, "grayscale", "blur", "solarize"]
 ALL = ["crop", *COLORS, "view 1", "view 2"]
-STRONG = dict[str, Any](brightness=0.8, contrast=0.8, saturation=0.8, hue=0.5, blur=0.5, blur_kernel=7)
-STRONG |= dict[str, Any](solarize=0.5, solarize_threshold=64, interpolation="bilinear")
+STRONG = dict[str, Any](brightness=0.8, contrast=0.8, saturation=0.8, hue=0.5, blur_p=0.5, blur_kernel=7)
+STRONG |= dict[str, Any](solarize_p=0.5, solarize_threshold=64, interpolation="bilinear")
 
 
 def paper(backend: str, size: int, **changes: Any) -> Config:
@@ -84,8 +84,8 @@ def test_dali_decodes_to_the_bytes_of_pil(files: FileSource, dali: None) -> None
 # ---- errors show ---------------------------------------------------------------------------------------------------
 
 # Settings that are wrong by a tenth; a largest sigma of 1.8 for 2.
-WRONG = dict[str, Any](interpolation="bilinear", flip=0.45, brightness=0.36, contrast=0.36, saturation=0.18)
-WRONG |= dict[str, Any](hue=0.09, grayscale=0.5, blur_sigma=(0.1, 1.8), solarize_threshold=127)
+WRONG = dict[str, Any](interpolation="bilinear", hflip_p=0.45, brightness=0.36, contrast=0.36, saturation=0.18)
+WRONG |= dict[str, Any](hue=0.09, grayscale_p=0.5, blur_sigma=(0.1, 1.8), solarize_threshold=127)
 
 
 def compare_with_wrong_loader(
@@ -110,13 +110,18 @@ def test_every_wrong_operator_fails(any_backend: str, arrays: ArraySource, monke
 
 @pytest.mark.parametrize(
     ("wrong", "operator"),
-    [({"hue": 0.0}, "jitter"), ({"blur_kernel": 5}, "blur"), ({"flip": 0.4}, "view 2"), ({"solarize": 0.1}, "view 2")],
+    [
+        ({"hue": 0.0}, "jitter"),
+        ({"blur_kernel": 5}, "blur"),
+        ({"hflip_p": 0.4}, "view 2"),
+        ({"solarize_p": 0.1}, "view 2"),
+    ],
     ids=str,
 )
 def test_missing_part_fails(
     wrong: dict[str, Any], operator: str, arrays: ArraySource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = compare_with_wrong_loader(wrong, monkeypatch, arrays, paper("torchvision", 32))
+    found = compare_with_wrong_loader(wrong, monkeypatch, arrays, paper("threaded", 32))
     assert operator in failures(found)
 
 
@@ -134,7 +139,7 @@ def test_figures_of_an_error() -> None:
 @pytest.mark.parametrize("tensors", [False, True], ids=["PIL", "tensors"])
 def test_the_reference_is_torchvisions_own_pipeline(tensors: bool, arrays: ArraySource, monkeypatch: Any) -> None:
     """Its transforms as a training script composes them, with drawn parameters in the place of their own."""
-    view = ViewConfig(size=48, blur=0.5, solarize=0.5, grayscale=0.3)
+    view = ViewConfig(size=48, blur_p=0.5, solarize_p=0.5, grayscale_p=0.3)
     d = sample_params(view, np.arange(len(arrays)), seed=0, epoch=0, view=0)
     given: dict[type, dict[str, Any]] = {}
     images, expected = [arrays.load(i) for i in range(len(arrays))], []
@@ -142,7 +147,7 @@ def test_the_reference_is_torchvisions_own_pipeline(tensors: bool, arrays: Array
         monkeypatch.setattr(transform, "make_params", lambda self, _: given[type(self)])
     for i, image in enumerate(images):
         sigma = float(d.sigma[i])
-        window = crop_windows(d.crop[i : i + 1], 64, 64, view.aspect)[0].tolist()
+        window = crop_windows(d.crop[i : i + 1], 64, 64, view.ratio)[0].tolist()
         given[T.RandomResizedCrop] = dict(zip(("top", "left", "height", "width"), window, strict=True))
         factors = zip(("brightness", "contrast", "saturation", "hue"), d.factors[i].tolist(), strict=True)
         given[T.ColorJitter] = {"fn_idx": torch.from_numpy(d.order[i])} | {f"{k}_factor": v for k, v in factors}
@@ -165,7 +170,7 @@ def test_the_reference_is_torchvisions_own_pipeline(tensors: bool, arrays: Array
 def test_parts_of_the_jitter_without_a_range_are_left_out() -> None:
     """As torchvision's ColorJitter does: PIL's way to HSV and back is not free, even for no turn at all."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
-    view = plain(8, jitter=1.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0)
+    view = plain(8, color_jitter_p=1.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0)
     d = sample_params(view, np.arange(1), seed=0, epoch=0, view=0)
     assert sorted(d.order[0].tolist()) == [0, 1, 2, 3]
     assert np.array_equal(torchvision_views([image], d, view)[0], np.asarray(image))
@@ -181,11 +186,11 @@ def test_the_whole_of_an_image_is_left_as_it_is(any_backend: str, arrays: ArrayS
 
 def test_a_crop_in_dali_is_rounded_once(arrays: ArraySource, dali: None) -> None:
     """Same window, same antialiased cubic filter as torch's in float64, of upward and downward resizes."""
-    view = plain(48, area=(0.08, 1.0), aspect=(3 / 4, 4 / 3))
+    view = plain(48, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
     batch = next(loader_of(arrays, config_of("dali", view, batch_size=48)))
     d = sample_params(view, batch.index.numpy(), seed=0, epoch=0, view=0)
     expected = []
-    for k, (top, left, h, w) in zip(batch.index, crop_windows(d.crop, 64, 64, view.aspect), strict=True):
+    for k, (top, left, h, w) in zip(batch.index, crop_windows(d.crop, 64, 64, view.ratio), strict=True):
         image = torch.from_numpy(arrays.images[int(k)]).permute(2, 0, 1).double()
         crop = image[None, :, top : top + h, left : left + w]
         resized = torch.nn.functional.interpolate(crop, (48, 48), mode="bicubic", antialias=True, align_corners=False)
@@ -204,10 +209,10 @@ def test_crops_agree_for_all_shapes_of_files(tmp_path: Path, dali: None) -> None
         ramp = np.stack([x * 255 / max(w - 1, 1), y * 255 / max(h - 1, 1), (x + y) * 255 / max(h + w - 2, 1)], axis=2)
         Image.fromarray(ramp.round().astype(np.uint8)).save(tmp_path / f"{n:03}.png")
     source = open_source(tmp_path)
-    view = plain(24, area=(0.08, 1.0), aspect=(3 / 4, 4 / 3), flip=0.5, interpolation="bilinear")
+    view = plain(24, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), hflip_p=0.5, interpolation="bilinear")
     views = [
         next(loader_of(source, config_of(b, view, batch_size=64))).views[0]
-        for b in ("torchvision", "dali", "dali+kernels")
+        for b in ("threaded", "dali", "dali+kernels")
     ]
     for other in views[1:]:
         assert error(pixels(views[0]), pixels(other)).max() <= 1

@@ -21,11 +21,11 @@ from byol_fast.data.sources import ArraySource, FileSource, open_source
 from byol_fast.report import preview, view_check
 from tests.data.helpers import CPU, config_of, loader_of, pixels, plain
 
-VIEW1 = ViewConfig(size=56, blur=0.5)
-VIEW2 = ViewConfig(size=56, blur=0.3, solarize=0.3)
+VIEW1 = ViewConfig(size=56, blur_p=0.5)
+VIEW2 = ViewConfig(size=56, blur_p=0.3, solarize_p=0.3)
 
 
-def made(source: Any, backend: str = "torchvision", epoch: int = 0, num: int = 12, **views: Any) -> Any:
+def made(source: Any, backend: str = "threaded", epoch: int = 0, num: int = 12, **views: Any) -> Any:
     config = config_of(backend, views.get("view1", VIEW1), views.get("view2", VIEW2), seed=3)
     return preview.samples(source, config, device=CPU, num=num, epoch=epoch)
 
@@ -56,7 +56,7 @@ def test_the_views_are_those_that_training_takes_first(any_backend: str, arrays:
 
 
 def test_what_it_says_is_what_was_drawn(arrays: ArraySource) -> None:
-    index = loader_of(arrays, config_of("torchvision", VIEW1, VIEW2, seed=3, batch_size=12)).__next__().index.numpy()
+    index = loader_of(arrays, config_of("threaded", VIEW1, VIEW2, seed=3, batch_size=12)).__next__().index.numpy()
     names = {BRIGHTNESS: "brightness", CONTRAST: "contrast", SATURATION: "saturation", HUE: "hue"}
     for number, view in enumerate((VIEW1, VIEW2)):
         d = sample_params(view, index, seed=3, epoch=0, view=number)
@@ -82,7 +82,7 @@ def test_what_it_says_is_what_was_drawn(arrays: ArraySource) -> None:
 
 
 def test_what_it_says_is_what_happened_to_the_pixels(arrays: ArraySource) -> None:
-    view = plain(64, flip=0.5, solarize=0.5, solarize_threshold=100)
+    view = plain(64, hflip_p=0.5, solarize_p=0.5, solarize_threshold=100)
     seen = set()
     for sample in made(arrays, view1=view, view2=view, num=24):
         for shown, facts in zip(sample.views, sample.facts, strict=True):
@@ -97,7 +97,7 @@ def test_what_it_says_is_what_happened_to_the_pixels(arrays: ArraySource) -> Non
 
 
 def test_operators_that_neither_view_has_are_left_out(arrays: ArraySource) -> None:
-    (sample, *_) = made(arrays, view1=plain(32), view2=plain(32, blur=0.1))
+    (sample, *_) = made(arrays, view1=plain(32), view2=plain(32, blur_p=0.1))
     assert [[label for label, _ in facts] for facts in sample.facts] == [["crop", "blur"]] * 2
 
 
@@ -105,7 +105,7 @@ def test_operators_that_neither_view_has_are_left_out(arrays: ArraySource) -> No
     ("size", "num", "shown"), [(28, 3, 224), (96, 3, 192), (224, 1, 224), (224, 3, 224), (300, 2, 300), (512, 2, None)]
 )
 def test_the_sheet_holds_every_pixel_of_the_views(size: int, num: int, shown: int | None, arrays: ArraySource) -> None:
-    samples = made(arrays, num=num, view1=ViewConfig(size=size), view2=ViewConfig(size=size, solarize=1.0))
+    samples = made(arrays, num=num, view1=ViewConfig(size=size), view2=ViewConfig(size=size, solarize_p=1.0))
     sheet = np.asarray(preview.sheet(samples, "title", "subtitle"))
     for sample in samples:
         for view in sample.views:
@@ -116,7 +116,7 @@ def test_the_sheet_holds_every_pixel_of_the_views(size: int, num: int, shown: in
 def test_both_crops_are_outlined_where_they_are() -> None:
     """Black images in a sheet: blue is the first crop's outline, orange the second's (too small to hide the other)."""
     source = ArraySource(np.zeros((6, 200, 300, 3), np.uint8))
-    for sample in made(source, num=6, view1=ViewConfig(area=(0.3, 0.9)), view2=ViewConfig(area=(0.05, 0.06))):
+    for sample in made(source, num=6, view1=ViewConfig(scale=(0.3, 0.9)), view2=ViewConfig(scale=(0.05, 0.06))):
         sheet = np.asarray(preview.sheet([sample], "", ""))
         original = sheet[100 : 110 + preview.TILE, preview.MARGIN : preview.MARGIN + preview.TILE]
         ys, xs = np.nonzero((original == 0).all(axis=2))
@@ -164,7 +164,7 @@ def test_a_bad_image_is_named_or_passed_over(files: FileSource, tmp_path: Path) 
     source = open_source(tmp_path)
     with pytest.raises(CorruptImageError, match=r"3\.jpg is not an image"):
         made(source, num=6)
-    config: Config = configs.replace(config_of("torchvision", VIEW1, VIEW2), {"data.on_bad": "skip"})
+    config: Config = configs.replace(config_of("threaded", VIEW1, VIEW2), {"data.on_corrupt": "skip"})
     shown = preview.samples(source, config, device=CPU, num=6)
     assert len(shown) == 6 and not any(sample.name.endswith("3.jpg") for sample in shown)
 
@@ -201,7 +201,7 @@ def test_the_command_fails_where_an_error_is_too_large(
 
     monkeypatch.setattr(view_check, "make_loader", make_wrong_loader)
     to = tmp_path / "sheet.png"
-    options = ["--data.root", str(npz), "--data.threads", "1", "--view1.blur", "0.5", "--output", str(to)]
+    options = ["--data.root", str(npz), "--data.threads", "1", "--view1.blur_p", "0.5", "--output", str(to)]
     with pytest.raises(SystemExit) as stopped:
         main.main(["preview", "cifar10_resnet18", *options, "--check"])
     assert stopped.value.code == 1

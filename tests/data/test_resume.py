@@ -27,7 +27,7 @@ from tests.data.helpers import config_of, loader_of
 from tests.data.kinds import KINDS, available, encoded, make
 
 VIEW1 = ViewConfig(size=16)
-VIEW2 = ViewConfig(size=16, blur=0.1, solarize=0.2)
+VIEW2 = ViewConfig(size=16, blur_p=0.1, solarize_p=0.2)
 STEPS = 8  # of 10 images: 40 images are 4 steps an epoch
 BAD = 13  # one image that cannot be read
 
@@ -45,7 +45,7 @@ def with_one_bad(images: list[bytes]) -> list[bytes]:
 
 def pairs() -> list[tuple[str, str, bool]]:
     """Kind of source, loader, whether one image is bad (and passed over)."""
-    backends = ["torchvision", *(["dali"] if dali_installed() else [])]
+    backends = ["threaded", *(["dali"] if dali_installed() else [])]
     whole = [(kind, backend, False) for kind in available() for backend in backends]
     return whole + [(kind, backend, True) for kind in ("folder", "tar") for backend in backends]
 
@@ -53,7 +53,7 @@ def pairs() -> list[tuple[str, str, bool]]:
 def open_pair(folder: Path, kind: str, backend: str, bad: bool) -> tuple[ImageSource, ViewLoader]:
     images = with_one_bad(pictures()) if bad else pictures()
     source = make(kind, folder / f"{kind}{'-bad' * bad}", images)
-    config = replace(config_of(backend, VIEW1, VIEW2, batch_size=10), {"data.on_bad": "skip"})
+    config = replace(config_of(backend, VIEW1, VIEW2, batch_size=10), {"data.on_corrupt": "skip"})
     return source, loader_of(source, config, report=folder / f"{kind}-{backend}-{bad}.jsonl" if bad else None)
 
 
@@ -124,7 +124,7 @@ def test_the_remaining_batches_are_the_same(kind: str, backend: str, bad: bool, 
 
 @pytest.mark.parametrize("kind", [kind for kind in available() if kind != "array"])
 def test_a_state_of_other_images_is_refused_unless_asked_for(kind: str, tmp_path: Path, caplog: Any) -> None:
-    config = config_of("torchvision", VIEW1, VIEW2)
+    config = config_of("threaded", VIEW1, VIEW2)
     state = loader_of(make(kind, tmp_path / "all", pictures()), config).state_dict()
     fewer = make(kind, tmp_path / "fewer", pictures()[1:])
     with pytest.raises(ValueError, match=r"images changed \(images was 40 with .* now is 39 with .*--data\.accept"):
@@ -143,7 +143,7 @@ def test_a_replaced_image_is_noted_and_a_replaced_data_set_refused(kind: str, tm
     if kind not in available():
         pytest.skip("datasets is not installed")
     images = pictures()
-    config = config_of("torchvision", VIEW1, VIEW2)
+    config = config_of("threaded", VIEW1, VIEW2)
     state = loader_of(make(kind, tmp_path / "bad", with_one_bad(images)), config).state_dict()
     loader_of(make(kind, tmp_path / "bad", images), config).load_state_dict(state)
     assert "of 40 that were compared, 1 have another size in bytes" in caplog.text
@@ -153,9 +153,9 @@ def test_a_replaced_image_is_noted_and_a_replaced_data_set_refused(kind: str, tm
     loader_of(smaller, replace(config, {"data.accept_changed": True})).load_state_dict(state)
 
 
-def test_bad_images_stay_out_after_a_restart_even_if_they_were_repaired(tmp_path: Path) -> None:
+def test_corrupt_images_stay_out_after_a_restart_even_if_they_were_repaired(tmp_path: Path) -> None:
     """The run goes on as if it had not been stopped: who stood in for the image still does."""
-    config = replace(config_of("torchvision", VIEW1, VIEW2), {"data.on_bad": "skip"})
+    config = replace(config_of("threaded", VIEW1, VIEW2), {"data.on_corrupt": "skip"})
     source = make("folder", tmp_path / "x", with_one_bad(pictures()))
     assert isinstance(source, FileSource)
     loader = loader_of(source, config)

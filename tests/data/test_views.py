@@ -13,7 +13,7 @@ from byol_fast.data.sources import ArraySource
 from tests.data.helpers import config_of, loader_of, pixels, plain
 
 N = 20_000
-VIEW = ViewConfig(grayscale=0.2, blur=0.1, solarize=0.2, hue=0.1, saturation=0.2)
+VIEW = ViewConfig(grayscale_p=0.2, blur_p=0.1, solarize_p=0.2, hue=0.1, saturation=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def fields(d: AugmentParams) -> dict[str, Any]:
 
 
 def test_where_nothing_fits_the_middle_is_taken() -> None:
-    crop = sample_params(ViewConfig(area=(0.9, 1.0)), np.arange(50), seed=0, epoch=0, view=0).crop
+    crop = sample_params(ViewConfig(scale=(0.9, 1.0)), np.arange(50), seed=0, epoch=0, view=0).crop
     for (height, width), window in {
         (10, 1000): (0, 493, 10, 13),
         (1000, 10): (493, 0, 13, 10),
@@ -36,11 +36,11 @@ def test_where_nothing_fits_the_middle_is_taken() -> None:
 
 
 def test_the_crop_of_one_image_is_that_of_many() -> None:
-    for view in (VIEW, ViewConfig(area=(0.9, 1.0), aspect=(0.2, 0.3))):
+    for view in (VIEW, ViewConfig(scale=(0.9, 1.0), ratio=(0.2, 0.3))):
         crop = sample_params(view, np.arange(300), seed=0, epoch=0, view=0).crop
         for height, width in ((375, 500), (32, 32), (100, 900), (1, 7)):
-            one_by_one = [crop_window(row, height, width, view.aspect) for row in crop]
-            assert np.array_equal(one_by_one, crop_windows(crop, height, width, view.aspect))
+            one_by_one = [crop_window(row, height, width, view.ratio) for row in crop]
+            assert np.array_equal(one_by_one, crop_windows(crop, height, width, view.ratio))
 
 
 def test_draws_depend_on_seed_epoch_image_and_view_only() -> None:
@@ -56,7 +56,7 @@ def test_draws_depend_on_seed_epoch_image_and_view_only() -> None:
 
 def test_changing_one_probability_changes_nothing_else(draws: AugmentParams) -> None:
     other = fields(
-        sample_params(ViewConfig(grayscale=0.2, blur=0.7, solarize=0.2), np.arange(N), seed=0, epoch=0, view=0)
+        sample_params(ViewConfig(grayscale_p=0.2, blur_p=0.7, solarize_p=0.2), np.arange(N), seed=0, epoch=0, view=0)
     )
     for name, values in fields(draws).items():
         assert np.array_equal(values, other[name]) == (name != "blur"), name
@@ -65,7 +65,7 @@ def test_changing_one_probability_changes_nothing_else(draws: AugmentParams) -> 
 def test_samples_of_a_batch_are_augmented_independently(any_backend: str, arrays: ArraySource) -> None:
     """One image 256 times, through the pipeline: each decides for itself, and the two views apart."""
     same = ArraySource(np.repeat(arrays.images[:1], 256, axis=0))
-    view = plain(64, flip=0.5, solarize=0.3)
+    view = plain(64, hflip_p=0.5, solarize_p=0.3)
     batch = next(loader_of(same, config_of(any_backend, view, batch_size=256)))
     original = arrays.images[0]
     variants = [

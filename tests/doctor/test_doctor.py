@@ -75,8 +75,8 @@ def test_a_machine_where_all_is_well(facts: Facts) -> None:
         (CPU, {"dali": None}, "DALI", "note", "torchvision decodes instead"),
         (CPU, {"dali": None, "system": "Linux x86_64"}, "DALI", "note", "pip install nvidia-dali-cuda130"),
         (GPU, {"dali": None, "driver": "550.54"}, "DALI", "note", "pip install nvidia-dali-cuda120"),
-        (GPU, {"probes": {"kernels": "ok", "dali": "ImportError: x"}}, "DALI", "broken", "--data.loader torchvision"),
-        (CPU, {"probes": {"kernels": "ok", "dali": "ImportError: x"}}, "DALI", "note", "--data.loader torchvision"),
+        (GPU, {"probes": {"kernels": "ok", "dali": "ImportError: x"}}, "DALI", "broken", "--data.loader threaded"),
+        (CPU, {"probes": {"kernels": "ok", "dali": "ImportError: x"}}, "DALI", "note", "--data.loader threaded"),
         (GPU, {"probes": {"kernels": "ok", "dali": "ok", "dali on the GPU": "no"}}, "DALI on the GPU", "broken", "no"),
         (GPU, {"probes": {"kernels": "CompilationError: gcc"}}, "kernels", "broken", "CompilationError: gcc"),
         (GPU, {"compiler": None}, "C compiler", "broken", "apt install gcc"),
@@ -193,7 +193,7 @@ def test_the_report_of_images(tmp_path: Path, capsys: Any) -> None:
     assert f"{tmp_path / 'train' / 'dog' / 'x[1].jpg'} is a truncated JPEG (300 bytes)" in shown
     assert "training images: 19 images of 2 classes" in shown and "validation images: 8 images of 2 classes" in shown
     assert "2: from 9 images (cat) to 10 (dog)" in shown
-    assert "Replace them or remove them, or train with --data.on-bad skip." in shown
+    assert "Replace them or remove them, or train with --data.on-corrupt skip." in shown
     assert "shorter side, pixels" in shown and "smallest 40, 5 % 40, median 40" in shown
     assert json.loads(json.dumps(found))["training"]["bad"][0]["reason"] == "is a truncated JPEG (300 bytes)"
 

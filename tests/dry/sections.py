@@ -108,16 +108,16 @@ def _small_step(combination: Combination, recorder: operators.OperatorRecorder) 
 
 # Every pair of two of these: mode, precision, optimizer, loader.
 RUNS = (
-    ("eager", "bf16", "lars", "torchvision"),
-    ("eager", "fp16", "sgd", "resident"),
-    ("eager", "fp32", "adamw", "torchvision"),
-    ("compile", "bf16", "sgd", "torchvision"),
-    ("compile", "fp16", "adamw", "torchvision"),
-    ("compile", "fp32", "lars", "resident"),
-    ("compile", "fp16", "lars", "torchvision"),
-    ("graph", "bf16", "adamw", "resident"),
-    ("graph", "bf16", "lars", "resident"),
-    ("graph", "fp32", "sgd", "torchvision"),
+    ("eager", "bf16", "lars", "threaded"),
+    ("eager", "fp16", "sgd", "device_cache"),
+    ("eager", "fp32", "adamw", "threaded"),
+    ("compile", "bf16", "sgd", "threaded"),
+    ("compile", "fp16", "adamw", "threaded"),
+    ("compile", "fp32", "lars", "device_cache"),
+    ("compile", "fp16", "lars", "threaded"),
+    ("graph", "bf16", "adamw", "device_cache"),
+    ("graph", "bf16", "lars", "device_cache"),
+    ("graph", "fp32", "sgd", "threaded"),
 )
 
 
@@ -221,8 +221,8 @@ def write_images(folder: Path) -> None:
 
 def run_config(folder: Path, mode: str, precision: str, optimizer: str, loader: str) -> Config:
     """A run of some steps on the images that `write_images` has written."""
-    view = {"size": 16, "blur": 0.3}
-    root = folder / ("images.npz" if loader == "resident" else "images")
+    view = {"size": 16, "blur_p": 0.3}
+    root = folder / ("images.npz" if loader == "device_cache" else "images")
     return configs.replace(
         recipes.cifar10_resnet18(),
         {

@@ -282,7 +282,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             path = root / "images" / part / CLASSES[source.labels[i]] / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             source.load(i).save(path)
-    view = {"size": 16, "blur": 0.0}
+    view = {"size": 16, "blur_p": 0.0}
     config = configs.replace(
         Config(),
         {

@@ -30,6 +30,11 @@ RENAMED: dict[str, str] = {
     "collapse_std": "embedding_std",
     "undone": "skipped",
     "library": "dali",
+    "torchvision": "threaded",
+    "resident": "device_cache",
+    "view1.blur": "view1.blur_p",
+    "view2.blur": "view2.blur_p",
+    "view1.solarize": "view1.solarize_p",
     "to": "output",
 }
 # Keys of records that are times or memory.

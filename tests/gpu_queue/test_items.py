@@ -107,7 +107,7 @@ def test_eager_step_is_rehearsed(tmp_path: Path) -> None:
 def test_cifar_speed_is_rehearsed(tmp_path: Path) -> None:
     found = rehearse(BY_NAME["resnet18_cifar"], tmp_path)
     for mode in ("eager", "graph"):
-        for views in ("ready views", "resident loader"):
+        for views in ("ready views", "device cache"):
             assert found[f"byol_fast, {mode}, {views}, batch 4"]["images_per_second"] > 0
 
 

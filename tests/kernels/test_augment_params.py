@@ -17,10 +17,10 @@ from tests.kernels.conftest import INTERPRETED, not_interpreted
 
 VIEWS = {
     "paper": ViewConfig(),
-    "second": ViewConfig(blur=0.1, solarize=0.2),
-    "nothing fits": ViewConfig(area=(0.9, 1.0), aspect=(0.2, 0.3)),
-    "strong": ViewConfig(aspect=(0.05, 30.0), area=(1e-4, 1.0), brightness=1.7, hue=0.5, blur_kernel=0),
-    "narrow": ViewConfig(area=(0.5, 0.5), aspect=(1.0, 1.0), blur_sigma=(1.0, 1.0), blur_kernel=3),
+    "second": ViewConfig(blur_p=0.1, solarize_p=0.2),
+    "nothing fits": ViewConfig(scale=(0.9, 1.0), ratio=(0.2, 0.3)),
+    "strong": ViewConfig(ratio=(0.05, 30.0), scale=(1e-4, 1.0), brightness=1.7, hue=0.5, blur_kernel=0),
+    "narrow": ViewConfig(scale=(0.5, 0.5), ratio=(1.0, 1.0), blur_sigma=(1.0, 1.0), blur_kernel=3),
 }
 SIZES = [(32, 32), (17, 400), (1, 1)]
 if INTERPRETED:
@@ -32,21 +32,21 @@ STREAMS = ((0, 0, 0), (2**63 + 11, 977, 1))[INTERPRETED:]
 def table(view: ViewConfig, height: int, width: int) -> Tensor:
     """Column by column from the configuration, by the names that the operator gives them."""
     lowest, spread = numpy_params.factor_ranges(view)
-    center = numpy_params.center_crop_size(height, width, view.aspect)
+    center = numpy_params.center_crop_size(height, width, view.ratio)
     values = {
-        "scale_min": view.area[0],
-        "scale_range": view.area[1] - view.area[0],
-        "log_ratio_min": math.log(view.aspect[0]),
-        "log_ratio_range": math.log(view.aspect[1]) - math.log(view.aspect[0]),
+        "scale_min": view.scale[0],
+        "scale_range": view.scale[1] - view.scale[0],
+        "log_ratio_min": math.log(view.ratio[0]),
+        "log_ratio_range": math.log(view.ratio[1]) - math.log(view.ratio[0]),
         "sigma_min": view.blur_sigma[0],
         "sigma_range": view.blur_sigma[1] - view.blur_sigma[0],
         **{f"{n}_min": s for n, s in zip(("brightness", "contrast", "saturation", "hue"), lowest, strict=True)},
         **{f"{n}_range": s for n, s in zip(("brightness", "contrast", "saturation", "hue"), spread, strict=True)},
-        "hflip_p": view.flip,
-        "color_jitter_p": view.jitter,
-        "grayscale_p": view.grayscale,
-        "blur_p": view.blur,
-        "solarize_p": view.solarize,
+        "hflip_p": view.hflip_p,
+        "color_jitter_p": view.color_jitter_p,
+        "grayscale_p": view.grayscale_p,
+        "blur_p": view.blur_p,
+        "solarize_p": view.solarize_p,
         "height": height,
         "width": width,
         "sqrt_area": math.sqrt(height * width),
@@ -70,7 +70,7 @@ def test_parameters_equal_numpy(name: str, size: tuple[int, int], device: str) -
             table(view, *size).to(device),
             blur_kernel=view.blur_kernel,
         )
-        assert np.array_equal(ours.crop.cpu(), numpy_params.crop_windows(expected.crop, *size, view.aspect))
+        assert np.array_equal(ours.crop.cpu(), numpy_params.crop_windows(expected.crop, *size, view.ratio))
         for field in ours._fields[1:]:
             out, numbers = getattr(ours, field).cpu().numpy(), getattr(expected, field)
             assert out.dtype == numbers.dtype and np.array_equal(out, numbers), field

@@ -76,7 +76,7 @@ def _lars(*, ema: bool, copies: bool) -> Callable[[], object]:
 
 def _images(names: tuple[str, ...]) -> tuple[Tensor, dict[str, Any]]:
     pixels = torch.randint(0, 256, (4, 224, 224, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-    params = sample_params(ViewConfig(solarize=0.2), np.arange(4), seed=0, epoch=0, view=0)
+    params = sample_params(ViewConfig(solarize_p=0.2), np.arange(4), seed=0, epoch=0, view=0)
     return pixels.to(DEVICE), {name: torch.from_numpy(getattr(params, name)).to(DEVICE) for name in names}
 
 

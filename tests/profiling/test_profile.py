@@ -36,7 +36,7 @@ CORES = env.num_cpus()
 @pytest.fixture
 def run(tiny: Config) -> Config:
     """A run of small images, in the precision that the machine likes."""
-    changes = {"view1.size": 32, "view2.size": 32, "view1.blur": 0.0, "view2.blur": 0.0, "steps": 1000}
+    changes = {"view1.size": 32, "view2.size": 32, "view1.blur_p": 0.0, "view2.blur_p": 0.0, "steps": 1000}
     return configs.replace(tiny, changes | {"precision": "auto", "batch_size": 48, "model.cifar_stem": False})
 
 

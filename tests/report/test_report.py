@@ -145,7 +145,7 @@ def test_skipped_steps_corrupt_images_and_waiting_are_reported(tmp_path: Path) -
         records[i] |= {"loss": None, "embedding_std": None, "skipped": True}
     folder = run_folder(tmp_path / "run", records)
     bad = {"image": f"a/{HOSTILE}.jpg", "reason": "truncated", "step": 3, "index": 1}
-    (folder / "bad_images.jsonl").write_text(json.dumps(bad) + "\n")
+    (folder / "corrupt_images.jsonl").write_text(json.dumps(bad) + "\n")
     page = page_of(folder)
     assert "2 steps were skipped" in page.text
     assert "Steps waited for data 50% of the time" in page.text
@@ -288,7 +288,7 @@ def test_wrong_arguments_are_explained(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_run_writes_its_report_and_the_command_adds_pictures(tiny: Config, npz: Path) -> None:
-    result = byol_fast.pretrain(recipe=configs.replace(tiny, {"data.on_bad": "skip", "steps": 4}))
+    result = byol_fast.pretrain(recipe=configs.replace(tiny, {"data.on_corrupt": "skip", "steps": 4}))
     first = read((result.run_dir / "report.html").read_text())
     assert f"Loss{result.loss:.4f}" in first.text
     assert "Views" not in first.headings

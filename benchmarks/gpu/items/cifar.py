@@ -62,7 +62,7 @@ def speed(context: Context) -> str | None:
     """Images per second, eager and captured, on a fixed batch and through the loader that caches data on the GPU."""
     for batch in (4,) if is_small(context) else (256, 512):
         problem = resnet18(context, batch)
-        config = _config({"batch_size": problem.batch_size, "data": {"loader": "resident"}})
+        config = _config({"batch_size": problem.batch_size, "data": {"loader": "device_cache"}})
         for mode in MODES:
             if mode == "graph" and context.seconds_left() < COMPILATION:
                 return f"no time was left to compile for batch {batch}"
@@ -73,7 +73,7 @@ def speed(context: Context) -> str | None:
             peak = peak_gib(context, step)  # of the first call, because a replay allocates nothing
             first = {"peak_gib": peak, "first_call_seconds": rounded(time.perf_counter() - start)}
             loader = make_loader(_random_images(problem.batch_size), config, device=torch.device(context.device))
-            cases: dict[str, Case] = {"ready views": step, "resident loader": _Loop(step, loader)}
+            cases: dict[str, Case] = {"ready views": step, "device cache": _Loop(step, loader)}
             if mode == "eager":
                 cases["loader alone"] = functools.partial(next, loader)
             for name, timing in interleaved(context, cases, rounds=7, sample=STEPS).items():

@@ -27,7 +27,7 @@ BATCH = 256
 LOADERS: dict[str, dict[str, Any]] = {
     "dali, kernels": {"loader": "dali", "augment": "kernels"},
     "dali, its operators": {"loader": "dali", "augment": "dali"},
-    "torchvision, kernels": {"loader": "torchvision", "augment": "kernels"},
+    "threaded, kernels": {"loader": "threaded", "augment": "kernels"},
 }
 ROUNDS = 5
 PARITY_SIZE = 96

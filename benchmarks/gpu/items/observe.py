@@ -52,10 +52,10 @@ def profile(context: Context) -> None:
             "name": "profile",
         }
         if small:
-            view = {"size": 32, "blur": 0.1}
+            view = {"size": 32, "blur_p": 0.1}
             model = {"encoder": "resnet18_narrow", "hidden_dim": 32, "projection_dim": 16}
             changes |= {"batch_size": 4, "view1": view, "view2": view, "model": model, "max_skipped_steps": 1000}
-            changes |= {"data.loader": "torchvision"}  # DALI needs a real GPU
+            changes |= {"data.loader": "threaded"}  # DALI needs a real GPU
         record, folder = profile_run(configs.replace(recipes.imagenet_resnet50(), changes), steps=2 if small else 20)
         for kind in ("json", "html"):
             shutil.copy(folder / f"profile.{kind}", context.folder / f"profile.{kind}")

@@ -199,7 +199,7 @@ def running_stats(context: Context, checks: Checks) -> None:
 
 def params_and_crop(context: Context, checks: Checks) -> None:
     """Augmentation parameters, bit for bit equal to numpy's, and crops."""
-    view, index = ViewConfig(size=28, blur=0.5, solarize=0.2), np.arange(2000)
+    view, index = ViewConfig(size=28, blur_p=0.5, solarize_p=0.2), np.arange(2000)
     numbers = torch.from_numpy(augment_params.params_table(view, 40, 36)).to(context.device)
     key = torch.tensor(augment_params.stream_key(7, 3, 1), device=context.device)
     params = sample_params(torch.from_numpy(index).to(context.device), key, numbers, blur_kernel=view.blur_kernel)

@@ -26,7 +26,7 @@ from start to start and a resumed run should choose the same loader."""
 class Backend:
     """Loader and augmentation of a run: `DataConfig.loader` and `.augment` without "auto"."""
 
-    loader: Literal["dali", "torchvision", "resident"]
+    loader: Literal["dali", "threaded", "device_cache"]
     augment: Literal["kernels", "dali"]
 
 
@@ -34,7 +34,7 @@ def resolve_backend(data: DataConfig, source: ImageSource, device: torch.device)
     """Loader and augmentation for a configuration; measurements: `benchmarks/NOTES.md`.
 
     Raises:
-        SourceError: DALI is asked for and is not installed; `resident` is, and the images are not in memory.
+        SourceError: DALI is asked for and is not installed; `device_cache` is, and the images are not in memory.
     """
     if data.augment == "dali":
         if not dali_installed():
@@ -42,17 +42,17 @@ def resolve_backend(data: DataConfig, source: ImageSource, device: torch.device)
                 f"data.augment: dali is not installed; {DALI_INSTALL_HINT}, or use --data.augment kernels"
             )
         return Backend("dali", "dali")
-    if data.loader == "resident" and not isinstance(source, ArraySource):
+    if data.loader == "device_cache" and not isinstance(source, ArraySource):
         raise SourceError(
-            f"data.loader: resident must have images in memory, got {source.describe()}; give arrays (.npz), or use "
-            "--data.loader auto"
+            f"data.loader: device_cache must have images in memory, got {source.describe()}; give arrays (.npz), or "
+            "use --data.loader auto"
         )
-    if data.loader == "resident" or (data.loader == "auto" and _fits_on_gpu(source, device)):
-        return Backend("resident", "kernels")
+    if data.loader == "device_cache" or (data.loader == "auto" and _fits_on_gpu(source, device)):
+        return Backend("device_cache", "kernels")
     return Backend(resolve_decoder(data.loader, device), "kernels")
 
 
-def resolve_decoder(loader: str, device: torch.device) -> Literal["dali", "torchvision"]:
+def resolve_decoder(loader: str, device: torch.device) -> Literal["dali", "threaded"]:
     """Decoder of images: for "auto" torchvision on a CPU, and on a GPU DALI if it is installed.
 
     Raises:
@@ -61,13 +61,13 @@ def resolve_decoder(loader: str, device: torch.device) -> Literal["dali", "torch
     if loader == "dali":
         if dali_installed():
             return "dali"
-        raise SourceError(f"data.loader: dali is not installed; {DALI_INSTALL_HINT}, or use --data.loader torchvision")
-    if loader == "torchvision" or device.type == "cpu":
-        return "torchvision"
+        raise SourceError(f"data.loader: dali is not installed; {DALI_INSTALL_HINT}, or use --data.loader threaded")
+    if loader == "threaded" or device.type == "cpu":
+        return "threaded"
     if dali_installed():
         return "dali"
     _warn_without_dali()
-    return "torchvision"
+    return "threaded"
 
 
 def dali_installed() -> bool:

@@ -73,8 +73,8 @@ class DeterministicLoader(ABC):
         self.corrupt = CorruptImages(
             source.sample_name,
             len(source),
-            on_corrupt=config.data.on_bad,
-            max_fraction=config.data.max_bad,
+            on_corrupt=config.data.on_corrupt,
+            max_fraction=config.data.max_corrupt_fraction,
             report=report,
         )
         self.sampler.excluded = self.corrupt.by_index.keys()

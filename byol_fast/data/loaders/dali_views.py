@@ -22,7 +22,7 @@ _dali: Any = nvidia.dali  # much of it is made at import time, out of sight of a
 fn, types = _dali.fn, _dali.types
 Node = Any  # nvidia.dali.data_node.DataNode, with the operators of arithmetic
 
-CROPS_ONLY: dict[str, Any] = {"jitter": 0.0, "grayscale": 0.0, "blur": 0.0, "solarize": 0.0}
+CROPS_ONLY: dict[str, Any] = {"color_jitter_p": 0.0, "grayscale_p": 0.0, "blur_p": 0.0, "solarize_p": 0.0}
 """Changes of a view's configuration for a graph that leaves the rest to our kernels."""
 
 INTERPOLATION = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
@@ -44,10 +44,10 @@ def view_inputs(d: AugmentParams, view: ViewConfig, size: tuple[int, int] | None
         inputs["position"] = d.crop[:, 2 * ATTEMPTS :]
         inputs["mirror"] = d.flip.astype(np.float64)
     else:
-        window = crop_windows(d.crop, *size, view.aspect)
+        window = crop_windows(d.crop, *size, view.ratio)
         inputs["start"], inputs["extent"] = window[:, :2], window[:, 2:]
         inputs["from"], inputs["to"] = _corners(window[:, 2:].astype(np.float32), d.flip)
-    if view.jitter > 0:
+    if view.color_jitter_p > 0:
         inputs["jitter"] = d.jitter
         if view.hue > 0:
             inputs["hue"] = d.factors[:, HUE]
@@ -58,11 +58,11 @@ def view_inputs(d: AugmentParams, view: ViewConfig, size: tuple[int, int] | None
             inputs["hue_at"] = is_hue.argmax(axis=1).astype(np.int32)
             for k in range(3):
                 inputs[f"part{k}"], inputs[f"value{k}"] = parts[:, k], values[:, k]
-    if view.grayscale > 0:
+    if view.grayscale_p > 0:
         inputs["grayscale"] = d.grayscale
-    if view.blur > 0:
+    if view.blur_p > 0:
         inputs["blur"], inputs["sigma"], inputs["window"] = d.blur, d.sigma, d.window
-    if view.solarize > 0:
+    if view.solarize_p > 0:
         inputs["solarize"] = d.solarize
     return {name: np.ascontiguousarray(value) for name, value in inputs.items()}
 
@@ -77,13 +77,13 @@ def _corners(extent: NDArray[np.float32], flip: NDArray[np.bool_]) -> tuple[NDAr
 def augment(image: Node, inputs: dict[str, Node], view: ViewConfig, gpu: bool) -> Node:
     """One view `[S, S, 3]` of an image, in the reference's order: crop, flip, jitter, grayscale, blur, solarize."""
     x = crop_flip(image, inputs, view)
-    if view.jitter > 0 and inputs["jitter"]:
+    if view.color_jitter_p > 0 and inputs["jitter"]:
         x = jitter(x, inputs, view, gpu)
-    if view.grayscale > 0 and inputs["grayscale"]:
+    if view.grayscale_p > 0 and inputs["grayscale"]:
         x = grayscale(x)
-    if view.blur > 0 and inputs["blur"]:
+    if view.blur_p > 0 and inputs["blur"]:
         x = fn.gaussian_blur(x, sigma=inputs["sigma"], window_size=inputs["window"])
-    if view.solarize > 0 and inputs["solarize"]:
+    if view.solarize_p > 0 and inputs["solarize"]:
         x = solarize(x, view.solarize_threshold)
     return x
 
@@ -119,7 +119,7 @@ def crop_window_in_graph(image: Node, inputs: dict[str, Node], view: ViewConfig)
     chosen = fn.expand_dims(fn.cast(rank == best, dtype=types.INT32) * found, axes=1)
     # reductions take no float64; the sizes are whole numbers by now
     extent = fn.reductions.sum(fn.cast(candidates, dtype=types.INT32) * chosen, axes=[0])
-    widest = types.Constant(np.array([1.0 / view.aspect[0], view.aspect[1]]))
+    widest = types.Constant(np.array([1.0 / view.ratio[0], view.ratio[1]]))
     largest = dm.max(dm.min(dm.floor(fn.stack(width, height) * widest + 0.5), room), 1.0)
     extent = extent + largest * (1 - found)
     # where nothing fits: the center

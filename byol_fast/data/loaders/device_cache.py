@@ -42,7 +42,7 @@ class DeviceCacheLoader(DeterministicLoader):
     def __init__(self, source: ImageSource, config: Config, views: tuple[ViewConfig, ...], **options: Any) -> None:
         super().__init__(source, config, views, **options)
         assert isinstance(source, ArraySource)
-        self.name = f"resident {self.device}"
+        self.name = f"device_cache {self.device}"
         height, width = source.images.shape[1:3]
         self._names = tuple(required_params(view) for view in views)
         self._images = _as_tensor(source.images).permute(0, 3, 1, 2).to(self.device)

@@ -30,9 +30,9 @@ def eval_batches(
     *,
     interpolation: Interpolation = "bicubic",
     threads: int = 0,
-    loader: Literal["auto", "dali", "torchvision", "resident"] = "auto",
+    loader: Literal["auto", "dali", "threaded", "device_cache"] = "auto",
     device: torch.device | None = None,
-    on_bad: Literal["raise", "skip"] = "raise",
+    on_corrupt: Literal["raise", "skip"] = "raise",
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """All images of a source once, in order, without augmentation, for evaluation.
 
@@ -46,13 +46,13 @@ def eval_batches(
         threads: decoding threads; 0 means one per CPU core that this process may use.
         loader: the decoder, as in `DataConfig.loader`.
         device: where the images go; None for the CPU.
-        on_bad: raise an error if an image cannot be read, or skip it: its position is then not yielded.
+        on_corrupt: raise an error if an image cannot be read, or skip it: its position is then not yielded.
 
     Yields:
         Images, uint8 `[b, 3, size, size]`, channels_last, and their positions in the source, int64 `[b]` on the CPU.
 
     Raises:
-        CorruptImageError: an image cannot be read, and `on_bad` is "raise"; or half of all cannot.
+        CorruptImageError: an image cannot be read, and `on_corrupt` is "raise"; or half of all cannot.
     """
     device = device or torch.device("cpu")
     if isinstance(source, ArraySource) and source.images.shape[1:3] == (size, size):
@@ -64,7 +64,9 @@ def eval_batches(
         from byol_fast.data.loaders.dali import center_crops  # an optional package
     else:
         center_crops = _center_crops
-    corrupt = CorruptImages(source.sample_name, len(source), on_corrupt=on_bad, max_fraction=0.5, action="evaluated")
+    corrupt = CorruptImages(
+        source.sample_name, len(source), on_corrupt=on_corrupt, max_fraction=0.5, action="evaluated"
+    )
     yield from center_crops(source, size, batch_size, interpolation, threads, device, corrupt)
 
 

@@ -34,7 +34,7 @@ def make_loader(
         device: where the batches go.
         shard_id: part of every epoch that this process takes.
         num_shards: number of parts.
-        report: file that lists skipped corrupt images (`DataConfig.on_bad`), a JSON object a line.
+        report: file that lists skipped corrupt images (`DataConfig.on_corrupt`), a JSON object a line.
 
     Raises:
         SourceError: fewer images than one batch takes; DALI asked for and not installed.
@@ -46,6 +46,6 @@ def make_loader(
         from byol_fast.data.loaders.dali import DALILoader  # an optional package
 
         return DALILoader(*arguments, augment=backend.augment, **options)
-    if backend.loader == "resident":
+    if backend.loader == "device_cache":
         return DeviceCacheLoader(*arguments, **options)
     return ThreadedLoader(*arguments, **options)

@@ -63,7 +63,7 @@ class ThreadedLoader(DeterministicLoader):
 
     def __init__(self, source: ImageSource, config: Config, views: tuple[ViewConfig, ...], **options: Any) -> None:
         super().__init__(source, config, views, **options)
-        self.name = "torchvision, kernels"
+        self.name = "threaded, kernels"
         self._names = tuple(required_params(view) for view in views)
         self._on_gpu = self.device.type == "cuda"
         self._stream = PrefetchStream(self.device, ahead=config.data.prefetch + 1)
@@ -122,7 +122,7 @@ class ThreadedLoader(DeterministicLoader):
     def _crop_arrays(self, source: ArraySource, crops: list[Tensor], spec: BatchSpec, rows: slice) -> None:
         images = torch.from_numpy(source.images[spec.index[rows]]).permute(0, 3, 1, 2)
         for crop, params, view in zip(crops, spec.params, self.views, strict=True):
-            windows = crop_windows(params.crop[rows], images.shape[2], images.shape[3], view.aspect)
+            windows = crop_windows(params.crop[rows], images.shape[2], images.shape[3], view.ratio)
             crop[:] = resized_crop(images, torch.from_numpy(windows), view.size, interpolation=view.interpolation)
 
     def _crop_files(self, crops: list[Tensor], spec: BatchSpec, rows: slice) -> Unreadable:
@@ -135,7 +135,7 @@ class ThreadedLoader(DeterministicLoader):
                 unreadable.append((int(spec.index[row]), error.reason))
                 continue
             for crop, params, view in zip(crops, spec.params, self.views, strict=True):
-                window = torch.tensor([crop_window(params.crop[row], image.shape[2], image.shape[3], view.aspect)])
+                window = torch.tensor([crop_window(params.crop[row], image.shape[2], image.shape[3], view.ratio)])
                 crop[k] = resized_crop(image, window, view.size, interpolation=view.interpolation)[0]
         return unreadable
 
