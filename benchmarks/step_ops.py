@@ -99,7 +99,7 @@ def main() -> None:
             writer = csv.writer(file)
             writer.writerow(("provider", "ops", "host_syncs"))
             writer.writerows((name, *count) for name, count in counts)
-        record = env.measured_on(torch.device("cpu"))
+        record = env.describe_measurement(torch.device("cpu"))
         atomic_write(arguments.save / "environment.json", json.dumps(record, indent=2) + "\n")
 
 

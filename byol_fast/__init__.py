@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["BYOL", "Callback", "Config", "RunResult", "SimSiam", "Trainer", "knn_predict", "load_encoder", "pretrain"]
 __version__ = "0.1.0"
 
-_HOME = {
+_MODULES = {
     "BYOL": "models",
     "Callback": "training.callbacks",
     "Config": "config",
@@ -43,9 +43,9 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: `byol-fast --help` need not wait for torch."""
+    """Import on first use, so that `byol-fast --help` does not import torch."""
     if name in _SUBMODULES:
         return importlib.import_module(f"byol_fast.{name}")
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module 'byol_fast' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"byol_fast.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(f"byol_fast.{_MODULES[name]}"), name)

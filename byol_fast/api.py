@@ -1,4 +1,4 @@
-"""One call from images to a trained encoder."""
+"""`pretrain`: from images to a trained encoder in one call."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def pretrain(
 
     Args:
         data: folder or list of images, tar or Parquet shards, `.npz` file, uint8 array `[N, H, W, 3]` or `[N, H, W]`,
-            or a dataset (torchvision's, Hugging Face's, any indexable one of images): see
-            `byol_fast.data.open_source`. None: the recipe's own data set.
+            or a dataset (torchvision, Hugging Face, any map-style dataset of images): see
+            `byol_fast.data.open_source`. None: the dataset of the recipe.
         recipe: name of a recipe (`byol_fast.config.recipes.RECIPES`), or a `Config`.
-        resume: run folder to continue, with the configuration it was started with; `recipe` then plays no part.
-        callbacks: hooks into the run, see `byol_fast.Callback`.
+        resume: run folder to continue with its own configuration; `recipe` is then ignored.
+        callbacks: hooks called during the run, see `byol_fast.Callback`.
         **overrides: fields of the configuration, nested ones as mappings: `epochs=100, optim={"lr": 0.3}`.
 
     Returns:
         Paths, loss and kNN accuracy of the finished run.
 
     Raises:
-        ConfigError: unknown recipe or field, value out of contract.
-        ValueError: no such data, or too little of it.
+        ConfigError: unknown recipe or field, or invalid value.
+        ValueError: the data do not exist, or are too few.
 
     Example:
         >>> result = byol_fast.pretrain("photos", recipe="imagenet_resnet50_100", batch_size=128)

@@ -99,7 +99,7 @@ class Faults:
         resume_config = configs.replace(config, resume_with or {})
         if resume_with is not None:
             seen = self.attempt(lambda: Trainer(resume_config, resume=run))
-        left = ", ".join(map(str, checkpoints.steps_in(run / "checkpoints"))) or "none"
+        left = ", ".join(map(str, checkpoints.saved_steps(run / "checkpoints"))) or "none"
         outcome: list[str] = []
         message = self.attempt(lambda: outcome.append(self.compare(Trainer(config, resume=run).fit().run_dir)))
         seen = seen or message
@@ -191,7 +191,7 @@ def disk_full(trainer: Trainer) -> None:
 
 def newest(run: Path) -> Path:
     folder = run / "checkpoints"
-    return checkpoints.path_of(folder, checkpoints.steps_in(folder)[-1])
+    return checkpoints.path_at_step(folder, checkpoints.saved_steps(folder)[-1])
 
 
 def flip_bit(path: Path) -> None:

@@ -57,13 +57,13 @@ def test_thirty_kills_at_random_moments_change_nothing(tiny: Config) -> None:
     kills = in_mid_write = 0
     while kills < KILLS:
         process = start(cut)
-        begun = max(checkpoints.steps_in(folder), default=0)
+        begun = max(checkpoints.saved_steps(folder), default=0)
         wait_for_writing = kills % 2 == 0
         until_step = begun + dice.randint(0, 5)
         pause = dice.uniform(0, 0.05)
         deadline = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:
-            if max(checkpoints.steps_in(folder), default=0) > until_step and (
+            if max(checkpoints.saved_steps(folder), default=0) > until_step and (
                 not wait_for_writing or being_written(folder)
             ):
                 break

@@ -103,7 +103,7 @@ def test_two_processes_are_one_with_the_doubled_batch(several: Config, photos: n
     output, _ = refused.communicate(timeout=300)
     assert refused.returncode != 0
     assert "the number of processes must be the run's, 2, got 1" in output
-    assert checkpoints.steps_in(two.out / "two" / "checkpoints")[-1] == 5
+    assert checkpoints.saved_steps(two.out / "two" / "checkpoints")[-1] == 5
 
 
 @pytest.mark.slow
@@ -114,7 +114,7 @@ def test_a_killed_process_is_started_again_and_the_run_ends_as_if_nothing_had_be
     finished(torchrun(whole, 2))
     process = torchrun(cut, 2, "spec", "--name", "cut", "--resume", "auto", restarts=2)
     folder, deadline = cut.out / "cut" / "checkpoints", time.monotonic() + 120
-    while not any(step >= 10 for step in checkpoints.steps_in(folder)):
+    while not any(step >= 10 for step in checkpoints.saved_steps(folder)):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -74,7 +74,7 @@ def run_in_process(config: Config, *arguments: str, wait_for_step: int | None = 
     if kill:
         assert wait_for_step is not None
         folder, deadline = config.out / config.name / "checkpoints", time.monotonic() + 120
-        while not any(step >= wait_for_step for step in checkpoints.steps_in(folder)):
+        while not any(step >= wait_for_step for step in checkpoints.saved_steps(folder)):
             assert process.poll() is None, "the run ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -110,7 +110,7 @@ def test_a_run_leaves_what_it_promises(tiny: Config) -> None:
         assert record["epoch"] == round(step / 5, 4)
         assert 0 < record["loss"] < 8
         assert 0 < record["embedding_std"] < 1.5
-    assert checkpoints.steps_in(run / "checkpoints") == [5, 10, 12]
+    assert checkpoints.saved_steps(run / "checkpoints") == [5, 10, 12]
 
 
 def test_the_same_seed_repeats_a_run_and_another_does_not(tiny: Config) -> None:
@@ -201,7 +201,7 @@ def test_a_run_that_died_before_its_first_checkpoint_is_begun_anew(tiny: Config)
         with pytest.raises(KeyboardInterrupt):
             trainer.fit()
         assert (tiny.out / "tiny" / "config.json").exists()
-        assert checkpoints.steps_in(tiny.out / "tiny" / "checkpoints") == []
+        assert checkpoints.saved_steps(tiny.out / "tiny" / "checkpoints") == []
         again = Trainer(tiny, resume=resume)
         assert any("starting from the beginning" in note for note in startup_summary(again._parts))
         assert list(by_step(again.fit().run_dir)) == list(range(1, 13))
@@ -233,7 +233,7 @@ def test_weights_that_are_not_finite_are_not_saved(tiny: Config) -> None:
     trainer.train_step.update_weights_and_target = spoil  # type: ignore[method-assign]
     with pytest.raises(TrainingError, match=r"not finite after step 10; the last good checkpoint is of step 5"):
         trainer.fit()
-    assert checkpoints.steps_in(trainer.run_dir / "checkpoints") == [5]
+    assert checkpoints.saved_steps(trainer.run_dir / "checkpoints") == [5]
 
 
 def test_resume_refuses_another_computation_and_says_what_differs(tiny: Config) -> None:
@@ -262,7 +262,7 @@ def test_a_used_run_folder_is_not_overwritten(tiny: Config) -> None:
 def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tiny: Config) -> None:
     run = Trainer(tiny).fit().run_dir
     whole = final_weights(run)
-    newest = checkpoints.path_of(run / "checkpoints", 12)
+    newest = checkpoints.path_at_step(run / "checkpoints", 12)
     newest.write_bytes(newest.read_bytes()[:1000])
     assert checkpoints.load_latest(run / "checkpoints")["step"] == 10
     Trainer(tiny, resume=run).fit()
@@ -286,7 +286,7 @@ def test_steps_that_are_not_finite_are_undone_counted_and_end_the_run_when_they_
     assert [s for s in records if records[s].get("skipped")] == [2, 8, 9, 10]
     assert [s for s in records if records[s]["loss"] is None] == [2, 8, 9, 10]
     assert [s for s in records if records[s]["probe_top1"] is None] == [2, 8, 9, 10]
-    assert checkpoints.steps_in(trainer.run_dir / "checkpoints") == [5]
+    assert checkpoints.saved_steps(trainer.run_dir / "checkpoints") == [5]
     assert all(torch.isfinite(t).all() for t in trainer.model.state_dict().values())
 
 

@@ -47,7 +47,7 @@ def main() -> None:
         _reply(replies, error="no CUDA device; REHEARSE=1 (--rehearse) runs the queue on the CPU")
         return
     items: dict[str, Item] = {item.name: item for item in importlib.import_module(options.items).ITEMS}
-    environment = env.measured_on(torch.device(device))
+    environment = env.describe_measurement(torch.device(device))
     _reply(replies, environment=environment, free_gib=_free_gib(device))
     reset = _torch_state()
     while True:

@@ -132,7 +132,7 @@ class Results:
         from byol_fast.bench.plot import bars
 
         folder.mkdir(parents=True, exist_ok=True)
-        record = env.measured_on(self.device)
+        record = env.describe_measurement(self.device)
         content = {
             "format": FORMAT,
             "name": self.name,

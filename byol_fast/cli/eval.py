@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
     def on_result(evaluation: Evaluation) -> None:
         evaluations.append(evaluation)
         for path in save_figures(evaluation.to_dict(), output_dir):
-            progress.say(str(path))
+            progress.print(str(path))
 
     evaluate: Any = {"knn": evaluate_knn, "linear": evaluate_linear, "finetune": evaluate_finetune}[protocol]
     evaluate(

@@ -21,30 +21,30 @@ byol-fast {__version__}: fast, correct BYOL pre-training
 
 usage: byol-fast COMMAND ...
 
-  demo                            learn from packaged images in a few minutes; start here
+  demo                            train on packaged images in a few minutes; start here
   train RECIPE [--option ...]     pre-train an encoder; `train --help` lists recipes, `train RECIPE --help` options
   train --resume RUN              continue a run exactly where it stopped
-  preview RECIPE [--check]        a contact sheet of the views that training sees; a check against torchvision
-  doctor [--data.root FOLDER]     check this machine, and every image; say what to do about what is wrong
-  export RUN [--format ...]       write the encoder of a run's newest checkpoint: safetensors, ONNX, torch.export, timm
-  eval PROTOCOL ENCODER           judge an encoder with labels: knn, linear or finetune; `eval --help` says more
-  embed RUN FOLDER                write the features of every image, and a sheet of nearest neighbors
-  report RUN [RUN ...]            one HTML page about a run: curves, evaluations, views, neighbors; or several compared
-  bench [SUITE ...]               measure this beside what else one could use; `bench compare A B`: what has changed
-  profile RECIPE | --resume RUN   where the time of a run's steps goes, and what to change
-  roofline RECIPE [--gpu H100]    how fast a step could be at most, on GPUs one need not have
+  preview RECIPE [--check]        write a contact sheet of augmented views; --check compares them with torchvision
+  doctor [--data.root FOLDER]     check your environment and data; suggests a fix for each problem
+  export RUN [--format ...]       export the encoder of the newest checkpoint: safetensors, ONNX, torch.export, timm
+  eval PROTOCOL ENCODER           evaluate an encoder with labels: knn, linear, finetune, retrieval; see `eval --help`
+  embed RUN FOLDER                write the features of every image; --neighbors adds a sheet of nearest neighbors
+  report RUN [RUN ...]            write an HTML page: curves, evaluations, views, neighbors; several runs are compared
+  bench [SUITE ...]               measure speed beside other libraries; `bench compare A B` compares two results
+  profile RECIPE | --resume RUN   profile training steps: where the time goes, and which options to change
+  roofline RECIPE [--gpu H100]    estimate the maximum speed of a step on a GPU, without having one
   --version                       print the version
 """
 
-# Each is a module of `byol_fast.cli`, imported when it is asked for.
+# Each command is a module of `byol_fast.cli`, imported on use.
 COMMANDS = ("demo", "train", "preview", "doctor", "export", "eval", "embed", "report", "bench", "profile", "roofline")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command and exit: 0 done, 1 the run failed, 2 the command is wrong, 128 + signal when interrupted."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_LogLines()])
-    # Until training takes signals over, Ctrl-C ends the process plainly: an exception in the middle of importing torch
-    # would come out as a long traceback, or be swallowed.
+    """Run a command and exit: 0 success, 1 the run failed, 2 wrong arguments, 128 + signal when interrupted."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_ConsoleHandler()])
+    # Until training installs its handlers, Ctrl-C terminates the process: a KeyboardInterrupt while torch is being
+    # imported would show a long traceback, or be swallowed.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler and argv is None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
@@ -52,14 +52,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             code = _run(list(sys.argv[1:] if argv is None else argv))
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output, `head` say, has seen enough
+    except BrokenPipeError:  # the reader of the output, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     sys.exit(code)
 
 
-class _LogLines(logging.Handler):
-    """Log records as lines on standard error, above the progress bar where there is one."""
+class _ConsoleHandler(logging.Handler):
+    """Prints log records on standard error, above the progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         style = "yellow" if record.levelno >= logging.WARNING else "dim"
@@ -80,7 +80,7 @@ def _run(argv: list[str]) -> int:
     try:
         code: int = importlib.import_module(f"byol_fast.cli.{argv[0]}").main(argv[1:])
     except KeyboardInterrupt:
-        return complain("stopped at once, without saving; what was saved before is intact", 130)
+        return complain("stopped without saving; earlier checkpoints are intact", 130)
     except ConfigError as error:
         return complain(str(error), 2)
     except Exception as error:
@@ -89,19 +89,19 @@ def _run(argv: list[str]) -> int:
 
 
 def _explain(error: Exception) -> int:
-    """Show an error the user can act on without its traceback; let any other one through."""
+    """Print an expected error without its traceback and return the exit code; re-raise any other error."""
     from byol_fast.data import CorruptImageError
     from byol_fast.training.distributed import MainProcessError
     from byol_fast.training.errors import Interrupted, TrainingError
     from byol_fast.utils.checkpoint import CheckpointError
 
     if isinstance(error, MainProcessError):
-        return 1  # the leader has told it
+        return 1  # already printed by the main process
     if isinstance(error, Interrupted):
         return complain(str(error), 128 + error.signum)
     expected = CheckpointError | TrainingError | CorruptImageError | ValueError | FileNotFoundError
     if not isinstance(error, expected) or os.environ.get("BYOL_FAST_TRACEBACK"):
         raise error
     wrong_input = isinstance(error, ValueError | FileNotFoundError) and not isinstance(error, CorruptImageError)
-    where = "\n(BYOL_FAST_TRACEBACK=1 shows where)" if type(error) is ValueError else ""
-    return complain(f"{error}{where}", 2 if wrong_input else 1)
+    hint = "\n(set BYOL_FAST_TRACEBACK=1 for the traceback)" if type(error) is ValueError else ""
+    return complain(f"{error}{hint}", 2 if wrong_input else 1)

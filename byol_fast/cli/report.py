@@ -9,7 +9,7 @@ import tyro
 
 
 def main(argv: list[str]) -> int:
-    """Run it; return the exit code."""
+    """Run the command and return its exit code."""
 
     def report(
         runs: tyro.conf.Positional[tuple[Path, ...]],
@@ -18,14 +18,14 @@ def main(argv: list[str]) -> int:
         no_images: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
         num: int = 2000,
     ) -> None:
-        """Write one HTML page about a run: curves, evaluations, views, neighbors, a map of the features, options.
+        """Write an HTML page about a run: curves, evaluations, views, neighbors, a map of the features, options.
 
         Args:
-            runs: the run folder; several are compared.
-            output: the file to write; report.html in the run folder by default, ./report.html for several runs.
-            images: where the run's images are now, if they were moved.
+            runs: run folder; several are compared.
+            output: output file; report.html in the run folder by default, ./report.html for several runs.
+            images: current location of the images, if they were moved.
             no_images: read no image and no encoder: report only the run folder's records.
-            num: images that are embedded at most, for neighbors and map.
+            num: largest number of images that are embedded for neighbors and map.
         """
         from byol_fast.report.build import report as write
 

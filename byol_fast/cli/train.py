@@ -19,8 +19,8 @@ usage: byol-fast train RECIPE [--data.root FOLDER] [--option value ...]
        byol-fast train RECIPE --resume auto [--option value ...]
 
   --data.root FOLDER   images: nested, flat or class-per-folder; or a list (.txt, .csv), tar or Parquet shards, a .npz
-  --resume RUN         continue the run in this folder, with its own options
-  --resume auto        continue OUT/NAME, or without a name the newest unfinished run like this; if none, start it
+  --resume RUN         continue the run in this folder, with its options
+  --resume auto        continue OUT/NAME, or without a name the newest unfinished run with these options, else start it
 
 `byol-fast train RECIPE --help` lists every option with the recipe's value.
 
@@ -29,7 +29,7 @@ recipes:
 
 
 def main(argv: list[str]) -> int:
-    """Run it; return the exit code."""
+    """Run the command and return its exit code."""
     resume, argv = take_resume(argv)
     name = argv.pop(0) if argv and not argv[0].startswith("-") else None
     if name is None and (resume is None or resume == "auto"):
@@ -38,11 +38,11 @@ def main(argv: list[str]) -> int:
             print(f"  {recipe:24s}{summary(make)}")
         if argv and argv[0] in {"-h", "--help"}:
             return 0
-        named = [word for word in argv if word in recipes.RECIPES]
-        hint = f"; it comes first: byol-fast train {named[0]} ..." if named else ""
+        misplaced = [word for word in argv if word in recipes.RECIPES]
+        hint = f"; it comes first: byol-fast train {misplaced[0]} ..." if misplaced else ""
         return complain(f"byol-fast train: a recipe is missing{hint}", 2)
     if name is not None and Path(name).exists() and name not in recipes.RECIPES:
-        raise ConfigError(f"byol-fast train: {name} is no recipe; images are given as --data.root {name}")
+        raise ConfigError(f"byol-fast train: {name} is not a recipe; for images, use --data.root {name}")
 
     folder: Path | None = None
     if resume is None or resume == "auto":
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
         config = parse(stored, argv, f"byol-fast train --resume {resume}")
 
     from byol_fast.report.callback import ReportCallback
-    from byol_fast.training import distributed  # torch takes seconds to import: only once the options are right
+    from byol_fast.training import distributed  # imports torch: after parsing, so that errors are instant
     from byol_fast.training.resume import find_resumable
     from byol_fast.training.trainer import Trainer
 
@@ -70,12 +70,12 @@ def main(argv: list[str]) -> int:
     finally:
         distributed.destroy_process_group()
     if world.is_main_process:
-        summarise(result)
+        print_outputs(result)
     return 0
 
 
 def take_resume(argv: list[str]) -> tuple[str | None, list[str]]:
-    """Split `--resume X` off; the rest belongs to the configuration."""
+    """Value of `--resume`, or None, and the remaining arguments."""
     rest: list[str] = []
     resume = None
     words = iter(argv)
@@ -90,15 +90,15 @@ def take_resume(argv: list[str]) -> tuple[str | None, list[str]]:
 
 
 def summary(make: Callable[[], Config]) -> str:
-    """First line of a recipe's docstring; what is known of one without."""
+    """First line of a recipe's docstring, or a summary of its configuration."""
     if make.__doc__:
         return make.__doc__.splitlines()[0]
     config = make()
     return f"{config.model.encoder}, {config.epochs} epochs, base lr {config.optim.lr}, tau {config.tau.base}"
 
 
-def summarise(result: RunResult) -> None:
-    """Where a run's results lie."""
+def print_outputs(result: RunResult) -> None:
+    """Print the paths of the run outputs."""
     print(f"encoder: {result.encoder}\nmetrics: {result.run_dir / 'metrics.jsonl'}")
     if (result.run_dir / "report.html").exists():
         print(f"report: {result.run_dir / 'report.html'}")

@@ -1,4 +1,4 @@
-"""A look at every image of a source before training: which cannot be read, how large they are, how many a class has."""
+"""Scan of an image source: corrupt images, image sizes, images per class."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from byol_fast.data.integrity import FORMATS, CorruptImageError, check_bytes
 from byol_fast.data.sources import ArraySource, EncodedSource, ImageSource
 from byol_fast.data.sources.base import NUM_SAMPLED_SIZES, evenly_spaced
 
-_AT_A_TIME = 32
+_CHUNK_SIZE = 32
 
-Found = tuple[int, str | None, tuple[int, int] | None]
-"""Position, what is wrong, width and height where they were looked at."""
+Finding = tuple[int, str | None, tuple[int, int] | None]
+"""Index, defect or None, (width, height) or None if not measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """What was found."""
+    """Result of a scan."""
 
     description: str
-    """The source in a line."""
+    """Summary of the source."""
     images: int
-    """How many there are."""
+    """Number of images."""
     decoded: int
-    """How many of them were decoded."""
+    """Number of decoded images."""
     bad: tuple[tuple[str, str], ...]
-    """Names of images that cannot be read, and why."""
+    """Name and defect of each corrupt image."""
     widths: NDArray[np.int64]
-    """In pixels, of the images that were measured."""
+    """Widths of the measured images, in pixels."""
     heights: NDArray[np.int64]
-    """The same."""
+    """Heights of the measured images, in pixels."""
     per_class: dict[str, int]
-    """Images of each class; empty without labels."""
+    """Number of images by class name; empty without labels."""
     seconds: float
-    """How long it took."""
+    """Duration of the scan."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """JSON representation."""
         return {
             "source": self.description,
             "images": self.images,
@@ -58,13 +58,13 @@ class Scan:
         }
 
     def pixels(self) -> dict[str, dict[str, int]]:
-        """Smallest, 5 %, median, 95 % and largest of width, height and the shorter side."""
+        """Percentiles of width, height and shorter side: smallest, 5 %, median, 95 %, largest."""
         if not len(self.widths):
             return {}
         sides = {"width": self.widths, "height": self.heights, "shorter side": np.minimum(self.widths, self.heights)}
-        names, shares = ("smallest", "5 %", "median", "95 %", "largest"), (0, 5, 50, 95, 100)
+        names, percents = ("smallest", "5 %", "median", "95 %", "largest"), (0, 5, 50, 95, 100)
         return {
-            side: {name: int(v) for name, v in zip(names, np.percentile(x, shares), strict=True)}
+            side: {name: int(v) for name, v in zip(names, np.percentile(x, percents), strict=True)}
             for side, x in sides.items()
         }
 
@@ -72,64 +72,66 @@ class Scan:
 def scan(
     source: ImageSource, *, threads: int, fast: bool = False, progress: Callable[[int], None] = lambda done: None
 ) -> Scan:
-    """Look at every image of a source.
+    """Scan every image of a source.
 
     Args:
         source: the images.
-        threads: that decode.
-        fast: look at the first and last bytes of each image only, decode those that look wrong, and measure up to
-            1,000: what this misses is damage in the middle of a file.
-        progress: called with the number of images that are done.
+        threads: number of decoding threads.
+        fast: read the first and last bytes of each image, decode only those that look incomplete, and measure up to
+            1,000 images. Damage in the middle of a file is not detected.
+        progress: called with the number of scanned images.
     """
-    began = time.monotonic()
-    found = _scan_all(source, threads, fast, progress)
-    measured = np.array([size for _, _, size in found if size is not None], np.int64).reshape(-1, 2)
+    start = time.monotonic()
+    findings = _scan_all(source, threads, fast, progress)
+    measured = np.array([size for _, _, size in findings if size is not None], np.int64).reshape(-1, 2)
     counts = Counter(() if source.labels is None else source.labels.tolist())
     return Scan(
         description=source.describe(),
         images=len(source),
-        decoded=len(source) if not fast else sum(size is not None or reason is not None for _, reason, size in found),
-        bad=tuple((source.sample_name(i), reason) for i, reason, _ in found if reason is not None),
+        decoded=len(source)
+        if not fast
+        else sum(size is not None or reason is not None for _, reason, size in findings),
+        bad=tuple((source.sample_name(i), reason) for i, reason, _ in findings if reason is not None),
         widths=measured[:, 0],
         heights=measured[:, 1],
         per_class={name: counts[k] for k, name in enumerate(source.classes)},
-        seconds=time.monotonic() - began,
+        seconds=time.monotonic() - start,
     )
 
 
-def _scan_all(source: ImageSource, threads: int, fast: bool, progress: Callable[[int], None]) -> list[Found]:
+def _scan_all(source: ImageSource, threads: int, fast: bool, progress: Callable[[int], None]) -> list[Finding]:
     if isinstance(source, ArraySource):
         progress(len(source))
         height, width = source.images.shape[1:3]
         return [(i, None, (width, height)) for i in range(len(source))]
     to_measure = set(evenly_spaced(len(source), NUM_SAMPLED_SIZES).tolist())
 
-    def look(i: int) -> Found:
+    def scan_one(i: int) -> Finding:
         try:
             if not isinstance(source, EncodedSource):
                 return (i, None, source.load(i).size) if not fast or i in to_measure else (i, None, None)
             if not fast:
                 return i, None, source.load(i).size
-            wrong = check_bytes(source.read(i)) if source.needs_check(i) else None
-            measure = wrong is None and i in to_measure
-            return i, wrong, _size(source.read(i)) if measure else None
+            defect = check_bytes(source.read(i)) if source.needs_check(i) else None
+            measure = defect is None and i in to_measure
+            return i, defect, _size(source.read(i)) if measure else None
         except CorruptImageError as error:
             return i, error.reason, None
 
-    def several(start: int) -> list[Found]:
-        return [look(i) for i in range(start, min(start + _AT_A_TIME, len(source)))]
+    def scan_chunk(start: int) -> list[Finding]:
+        return [scan_one(i) for i in range(start, min(start + _CHUNK_SIZE, len(source)))]
 
-    found: list[Found] = []
+    findings: list[Finding] = []
     with ThreadPoolExecutor(threads, "byol-fast-scan") as pool:
-        for part in pool.map(several, range(0, len(source), _AT_A_TIME)):
-            found.extend(part)
-            progress(len(found))
-    return found
+        for part in pool.map(scan_chunk, range(0, len(source), _CHUNK_SIZE)):
+            findings.extend(part)
+            progress(len(findings))
+    return findings
 
 
 def _size(data: bytes) -> tuple[int, int] | None:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return image.size
-    except Exception:  # its ends looked right and its header is not: only decoding could have told
+    except Exception:  # both ends are valid, the header is not: damage that only decoding detects
         return None

@@ -109,7 +109,7 @@ def embed_folder(
     )
     features, index = _extract_to_cpu(
         network.to(torch_device),
-        (progress or Progress()).over(batches, len(source), "images"),
+        (progress or Progress()).track(batches, len(source), "images"),
         len(source),
         metadata,
         device=torch_device,

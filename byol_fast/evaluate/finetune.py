@@ -239,13 +239,13 @@ def grid_search(
                 description=name,
             )
         except DivergedError as error:
-            context.progress.say(str(error))
+            context.progress.print(str(error))
             trials.append(Trial(lr, epochs, 0.0))
             num_diverged += 1
             continue
         logits, y = context.features(pretrained, result.network, val, "held-out images")
         trials.append(Trial(lr, epochs, accuracy(logits, y)))
-        context.progress.say(f"{name}: {trials[-1].accuracy:.1%} of {len(y)} held-out images")
+        context.progress.print(f"{name}: {trials[-1].accuracy:.1%} of {len(y)} held-out images")
     if num_diverged == len(trials):
         raise DivergedError(
             f"finetune: the loss must be finite, it is not for any of {len(trials)} candidates; use a smaller --lr"

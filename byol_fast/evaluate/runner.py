@@ -103,7 +103,7 @@ class EvalContext:
         Raises:
             ValueError: a feature is not finite.
         """
-        batches = self.progress.over(self.batches(pretrained, source, size), len(source), description)
+        batches = self.progress.track(self.batches(pretrained, source, size), len(source), description)
         x, index = extract_features(
             network,
             ((images.flip(3) if flip else images, index) for images, index in batches),
@@ -129,7 +129,7 @@ class EvalContext:
         batches = self.batches(pretrained, source)
         return recalibrate_bn(
             network,
-            self.progress.over(batches, len(source), "calibrating the untrained encoder"),
+            self.progress.track(batches, len(source), "calibrating the untrained encoder"),
             normalize=pretrained.normalize.to(self.device),
             device=self.device,
             autocast=self.precision.autocast,
@@ -174,9 +174,9 @@ class EvalRun(Generic[S]):
         self.context = EvalContext(self.settings, self.progress)
         self.pretrained = encoder if isinstance(encoder, PretrainedEncoder) else load_pretrained(encoder)
         self.images = open_images(self.pretrained, train, test, self.settings)
-        self.progress.say(f"{self.pretrained.name}, on {self.context.device} in {self.context.precision.name}")
-        self.progress.say(f"training images: {self.images.train.describe()}")
-        self.progress.say(f"test images: {self.images.test.describe()}")
+        self.progress.print(f"{self.pretrained.name}, on {self.context.device} in {self.context.precision.name}")
+        self.progress.print(f"training images: {self.images.train.describe()}")
+        self.progress.print(f"test images: {self.images.test.describe()}")
 
     def entries(self, *, raw_pixels: bool = True) -> Iterator[Entry]:
         """The encoder, then the baselines of the settings: untrained encoder and raw pixels. Built when needed."""
@@ -230,11 +230,13 @@ class EvalRun(Generic[S]):
             curve_label=curve_label,
             seconds=time.monotonic() - (self.start_time if start_time is None else start_time),
             date=time.strftime("%Y-%m-%d"),
-            environment=env.describe(self.context.device) | {"precision": self.context.precision.name} | env.checkout(),
+            environment=env.describe(self.context.device)
+            | {"precision": self.context.precision.name}
+            | env.git_state(),
         )
         if self.output_dir is not None:
             for path in write(evaluation, self.output_dir):
-                self.progress.say(str(path))
+                self.progress.print(str(path))
         if self.on_result is not None:
             self.on_result(evaluation)
         return evaluation

@@ -90,7 +90,7 @@ def export_run(run: Path, folder: Path | None = None) -> tuple[Path, Path]:
 
 def load_latest_encoder(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The online encoder of a run's latest checkpoint; without checkpoints, that of `load_encoder`."""
-    if (path / "config.json").exists() and checkpoints.steps_in(path / "checkpoints"):
+    if (path / "config.json").exists() and checkpoints.saved_steps(path / "checkpoints"):
         return _from_checkpoint(path)[1:]
     return load_encoder(path)
 
@@ -131,7 +131,7 @@ def load_encoder(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
             raise FileNotFoundError(f"load_encoder: {file} does not exist; write it with `byol-fast export RUN`")
     metadata = json.loads(metadata_path.read_text())
     folder = weights_path.parent
-    checkpoint_steps = checkpoints.steps_in(folder / "checkpoints")
+    checkpoint_steps = checkpoints.saved_steps(folder / "checkpoints")
     if checkpoint_steps and checkpoint_steps[-1] > metadata["step"]:
         log.warning(
             "%s: encoder.safetensors is of step %d, the latest checkpoint of step %d; update it: byol-fast export %s",

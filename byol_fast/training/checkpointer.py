@@ -32,7 +32,7 @@ class Checkpointer:
         epoch = max(state.loader.steps_per_epoch // config.grad_accum_steps, 1)
         self.every = config.checkpoint_every or -(-MIN_CHECKPOINT_STEPS // epoch) * epoch
         """Steps between checkpoints: by default whole epochs."""
-        exists = state.world.run_on_main(checkpoints.path_of(self._folder, state.step).exists)
+        exists = state.world.run_on_main(checkpoints.path_at_step(self._folder, state.step).exists)
         self.saved_step = state.step if state.step and exists else -1
         """Step of the newest checkpoint; -1 for none."""
 
@@ -59,8 +59,8 @@ class Checkpointer:
 
     def keep_as_best(self) -> None:
         """Keep the checkpoint of the current step until another one is better."""
-        path = checkpoints.path_of(self._folder, self._components.state.step)
-        self._components.world.run_on_main(lambda: checkpoints.keep_as_best(path))
+        path = checkpoints.path_at_step(self._folder, self._components.state.step)
+        self._components.world.run_on_main(lambda: checkpoints.save_as_best(path))
 
     def _check_weights_finite(self) -> None:
         """A checkpoint of non-finite weights would pass for a good one."""
@@ -71,6 +71,6 @@ class Checkpointer:
 
     def divergence_message(self, problem: str) -> str:
         """Error message of a run that diverged, with its last good checkpoint and what usually helps."""
-        saved = checkpoints.steps_in(self._folder)
+        saved = checkpoints.saved_steps(self._folder)
         last = f"the last good checkpoint is of step {saved[-1]}" if saved else "there is no checkpoint yet"
         return f"training: {problem}; {last}. A smaller optim.lr, a longer warm-up or precision fp32 usually helps"

@@ -96,7 +96,7 @@ def find_resumable(config: Config) -> Path | None:
     else:
         folders = []
     for folder in folders:
-        if not checkpoints.steps_in(folder / "checkpoints"):
+        if not checkpoints.saved_steps(folder / "checkpoints"):
             continue
         try:
             stored = configs.load(folder / "config.json")

@@ -90,7 +90,7 @@ class RunDir:
 
     def has_checkpoints(self) -> bool:
         """True if a checkpoint was saved."""
-        return bool(checkpoints.steps_in(self.checkpoints))
+        return bool(checkpoints.saved_steps(self.checkpoints))
 
     def write_config(self, config: Config, environment: dict[str, Any]) -> None:
         """Write `config.json` and `environment.json`; creates the directory."""

@@ -101,7 +101,7 @@ class TrainStep:
         self.running_stats = RunningStats(model.networks(), collected=model.views_note is None)
         self.found_inf = torch.zeros((), device=self.device)
         """1 once the current step has met a non-finite value."""
-        self.grad_scaler = GradScaler(self.device) if precision.scales_loss else None
+        self.grad_scaler = GradScaler(self.device) if precision.needs_grad_scaler else None
         self._all_reduce_found_inf = all_reduce_found_inf
         # The copies' gradients have low precision: fine for one batch and one process, too coarse for sums of them.
         possible = isinstance(optimizer, LARS) and grad_accum_steps == 1 and all_reduce_found_inf is None

@@ -113,7 +113,7 @@ class Trainer:
         notes = self.world.run_on_main(self._write_run_files)
         with self._shutdown.catch_signals(), training_bar(self._parts) as bar:
             for line in [*startup_summary(self._parts), *notes, f"run folder: {self.run_dir}"]:
-                bar.progress.say(line)
+                bar.progress.print(line)
             self.call_hooks("on_run_begin")
             self._evaluate_if_due(bar.progress)  # the untrained encoder
             while self.state.step < self.total_steps and not self._should_stop:
@@ -216,7 +216,7 @@ class Trainer:
             self._raise_if_interrupted()
             return
         which = "untrained, norms calibrated" if state.step == 0 else f"epoch {state.epoch:.4g}"
-        progress.say(f"{result.summary(self.config.knn.k)}  ({which})")
+        progress.print(f"{result.summary(self.config.knn.k)}  ({which})")
         self.read_records()
         record = {"step": state.step, "epoch": round(state.epoch, 4), **result.to_dict(self.config.knn.k)}
         if state.step > 0 and result.knn.top1 > state.best:

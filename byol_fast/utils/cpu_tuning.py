@@ -1,4 +1,4 @@
-"""What makes a step faster on CPUs: convolutions of small maps, and memory that is kept."""
+"""CPU performance: convolutions of small feature maps, and reuse of freed memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Positions of an output map up to which products by hand were measured to be faster (benchmarks/NOTES.md).
+# Largest number of output positions for which explicit matrix products were measured to be faster
+# (benchmarks/NOTES.md).
 SMALL_MAP = 4
 SMALL_MAP_WEIGHT_GRADIENT = 9
 
@@ -18,13 +19,13 @@ Pair = tuple[int, int]
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library keep large freed blocks for the next step instead of giving them back to the system.
+    """Make the C library reuse large freed blocks instead of returning them to the system.
 
-    A step allocates activations of tens of megabytes. By default those above 32 MB come as fresh pages every time, and
-    the kernel clears each of them. The price: the process stays as large as it was at its peak.
+    A step allocates activations of tens of megabytes. By default, blocks above 32 MB are mapped anew each time, and the
+    kernel clears every page. The cost: the resident size of the process stays at its peak.
 
     Returns:
-        Whether it is done; only glibc has the switches (`man mallopt`).
+        True on success; only glibc has the settings (`man mallopt`).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
@@ -34,34 +35,34 @@ def keep_freed_memory() -> bool:
 
 
 def use_small_map_convolutions(network: nn.Module) -> int:
-    """Let a network's convolutions compute maps of a few pixels by matrix products over what lies inside the image.
+    """Compute convolutions with few output positions as matrix products over the pixels inside the image.
 
-    A 3x3 kernel on a 2x2 map multiplies 20 of 36 times with the padding, and weights larger than the map are brought
-    into another layout in each call. Same function, other roundings. Only channels_last networks in eager mode on CPUs
-    gain; all other calls are torch's own.
+    A 3x3 kernel on a 2x2 map multiplies 20 of 36 times by padding, and torch reorders the weights, which are larger
+    than the map, in each call. The function is the same, its rounding differs. Only channels_last networks in eager
+    mode on a CPU are affected; in all other cases the convolutions call torch.
 
     Args:
-        network: any network, changed in place; parameters keep their names and values.
+        network: any network, converted in place; parameters keep their names and values.
 
     Returns:
-        How many convolutions are of a kind that can gain.
+        Number of converted convolutions.
     """
-    kept = [m for m in network.modules() if type(m) is nn.Conv2d and _suits(m)]
-    for module in kept:
+    converted = [m for m in network.modules() if type(m) is nn.Conv2d and _is_supported(m)]
+    for module in converted:
         module.__class__ = SmallMapConv2d
-    return len(kept)
+    return len(converted)
 
 
-def _suits(conv: nn.Conv2d) -> bool:
+def _is_supported(conv: nn.Conv2d) -> bool:
     plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.bias is None and conv.padding_mode == "zeros"
     return plain and not isinstance(conv.padding, str)
 
 
 class SmallMapConv2d(nn.Conv2d):
-    """`nn.Conv2d` without bias that takes another way where the map is small."""
+    """`nn.Conv2d` without bias, with another implementation for small output maps."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """As `nn.Conv2d`."""
+        """The function of `nn.Conv2d`."""
         if torch.compiler.is_compiling() or input.device.type != "cpu" or input.ndim != 4:
             return super().forward(input)
         geometry = _Geometry(
@@ -81,7 +82,7 @@ class SmallMapConv2d(nn.Conv2d):
 
 
 class _Geometry(NamedTuple):
-    """Sizes of a convolution, each height and width."""
+    """Sizes of a convolution, each as (height, width)."""
 
     map: Pair
     kernel: Pair
@@ -96,12 +97,12 @@ class _Geometry(NamedTuple):
 
     @property
     def small(self) -> bool:
-        """Whether output and input gradient are faster by hand."""
+        """True if output and input gradient are faster as matrix products."""
         height, width = self.out
         return height * width <= SMALL_MAP
 
     def rows(self) -> Iterator[tuple[Pair, tuple[int, slice], tuple[int, slice]]]:
-        """For each output position each kernel row inside the image: position, its piece of image and of kernel."""
+        """Position, image slice and kernel slice, for each output position and each kernel row inside the image."""
         for i in range(self.out[0]):
             first_row, row_taps = _inside(i, 0, self)
             for j in range(self.out[1]):
@@ -120,14 +121,14 @@ class _Geometry(NamedTuple):
 
 
 def _inside(position: int, axis: int, geometry: _Geometry) -> tuple[int, range]:
-    """First image index under the kernel at an output index, and the kernel's taps that lie inside the image."""
+    """First image index under the kernel at an output index, and the range of taps inside the image."""
     start = position * geometry.stride[axis] - geometry.padding[axis]
     taps = range(max(0, -start), min(geometry.kernel[axis], geometry.map[axis] - start))
     return start + taps.start, taps
 
 
 class _SmallMapConv(torch.autograd.Function):
-    """Matrix products on views of the NHWC memory; no padding, no copies of the weights."""
+    """Convolution as matrix products on views of NHWC memory, without padding or copies of the weights."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:

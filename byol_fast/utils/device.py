@@ -1,4 +1,4 @@
-"""The device of a configuration."""
+"""Device selection."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from byol_fast.config import ConfigError
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device by `Config.device`: `auto` is the current GPU if there is one.
+    """Device for `Config.device`; `auto` is the current GPU if there is one, else the CPU.
 
     Raises:
-        ConfigError: a GPU is asked for and there is none.
+        ConfigError: the name is `cuda` and there is no GPU.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("config: device is 'cuda', but torch sees no GPU; check `nvidia-smi`, or set device to 'cpu'")
+        raise ConfigError(
+            "config: device='cuda' requires a GPU, but torch finds none; check `nvidia-smi`, or set device='cpu'"
+        )
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())

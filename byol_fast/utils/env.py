@@ -1,4 +1,4 @@
-"""What a run or a measurement was made on."""
+"""Environment of a run or measurement: machine, versions, commit."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bf16 in hardware; without that, bf16 is slower than fp32."""
+    """Return True if the CPU has bf16 matrix instructions; without them, bf16 is slower than fp32."""
     flags = _cpuinfo().get("flags", "").split()
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def cpu_name() -> str:
-    """What the CPU calls itself."""
+    """Model name of the CPU."""
     return _cpuinfo().get("model name", platform.processor())
 
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Machine, versions and threads as plain JSON values."""
-    import torch  # here: `byol-fast doctor` asks for the CPU where torch may be broken
+    import torch  # imported here: `byol-fast doctor` reads the CPU even if torch cannot be imported
 
     record: dict[str, Any] = {
         "python": platform.python_version(),
@@ -78,28 +78,28 @@ def describe(device: torch.device) -> dict[str, Any]:
     return record
 
 
-def measured_on(device: torch.device) -> dict[str, Any]:
-    """`describe`, and what a measurement depends on beyond: commit, load, the GPU's driver, clocks and power limit."""
+def describe_measurement(device: torch.device) -> dict[str, Any]:
+    """`describe`, plus date, commit, load, and the GPU's driver, clocks and power limit."""
     record = describe(device) | {
         "date": time.strftime("%Y-%m-%d"),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        **checkout(),
+        **git_state(),
     }
     if device.type == "cuda":
         index = device.index or 0
-        listed = _output(
+        line = _output(
             "nvidia-smi", f"--id={index}", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits"
         )
-        values = listed.split(", ") if listed else []
+        values = line.split(", ") if line else []
         record["nvidia_smi"] = dict(zip(GPU_FIELDS, values, strict=False))
     return record
 
 
-def checkout() -> dict[str, Any]:
-    """The commit that the package runs from, and whether anything was changed since; None where nobody can tell."""
+def git_state() -> dict[str, Any]:
+    """Commit of the checkout, and whether it has uncommitted changes; None if unknown."""
     root = Path(__file__).parents[1]
     if not _output("git", "-C", str(root), "ls-files", "--error-unmatch", "byol_fast/__init__.py"):
-        # Not a checkout of its own: only who copied it there can tell.
+        # A copy without its repository: the process that copied it passes the commit.
         return {"commit": os.environ.get("BYOL_FAST_COMMIT"), "dirty": None}
     return {
         "commit": _output("git", "-C", str(root), "rev-parse", "HEAD"),
@@ -108,7 +108,7 @@ def checkout() -> dict[str, Any]:
 
 
 def _output(*command: str) -> str:
-    """What a program prints; nothing where it is missing or fails."""
+    """Standard output of a program; empty if it is missing or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -116,10 +116,10 @@ def _output(*command: str) -> str:
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Fields that decide whether a run continues bit for bit, where they differ: `"name: then -> now"`."""
+    """Differences in the fields that bit-exact resuming depends on: `"name: then -> now"`."""
     fields = (
         "cpu", "torch_threads", "device", "gpu", "precision", "mode", "max_autotune", "cudnn_benchmark"
     )  # fmt: skip
-    found = [f"{name}: {then.get(name)} -> {now.get(name)}" for name in fields if then.get(name) != now.get(name)]
+    changed = [f"{name}: {then.get(name)} -> {now.get(name)}" for name in fields if then.get(name) != now.get(name)]
     old, new = then.get("packages", {}), now.get("packages", {})
-    return found + [f"{name}: {old.get(name)} -> {new.get(name)}" for name in new if old.get(name) != new.get(name)]
+    return changed + [f"{name}: {old.get(name)} -> {new.get(name)}" for name in new if old.get(name) != new.get(name)]

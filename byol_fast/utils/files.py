@@ -1,4 +1,4 @@
-"""Writing files so that a reader, or a crash, never sees half of one."""
+"""Atomic file writes: readers never see a partial file, also after a crash."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place, on the disk, when the block ends well.
+    """Temporary path that replaces `path`, synced to disk, when the block succeeds.
 
-    When the block raises, `path` is as it was and the temporary file is gone.
+    If the block raises, `path` is unchanged and the temporary file is removed.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
@@ -35,7 +35,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def atomic_write(path: Path, text: str) -> None:
-    """Write a text file at once or not at all."""
+    """Write a text file atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text)
 

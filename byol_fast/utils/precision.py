@@ -1,4 +1,4 @@
-"""What numbers the networks compute with; weights, losses and updates are fp32 in any case."""
+"""Compute precision of the networks. Weights, losses and updates are always fp32."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ Name = Literal["bf16", "fp16", "tf32", "fp32"]
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """Arithmetic of the networks."""
+    """Compute precision of the networks."""
 
     name: Name
     autocast: torch.dtype | None
-    """Dtype of the products; None leaves the weights' own."""
+    """Autocast dtype; None disables autocast."""
 
     @property
-    def scales_loss(self) -> bool:
-        """Whether gradients would underflow without a loss scale."""
+    def needs_grad_scaler(self) -> bool:
+        """True if gradients would underflow without loss scaling."""
         return self.name == "fp16"
 
     def apply_to_backends(self) -> None:
-        """Allow TF32 products or forbid them, for the whole process: torch has no narrower switch."""
+        """Enable or disable TF32 for the whole process; torch has no narrower setting."""
         allowed = self.name != "fp32"
         torch.backends.cuda.matmul.allow_tf32 = allowed
         torch.backends.cudnn.allow_tf32 = allowed
 
 
 def resolve_precision(name: str, device: torch.device) -> Precision:
-    """The precision of a configuration; `auto` is bf16 where the hardware multiplies it, else tf32 or fp32."""
+    """Precision of a configuration; `auto` is bf16 if the hardware supports it, else tf32 (GPU) or fp32 (CPU)."""
     cuda = device.type == "cuda"
     if name == "auto":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else env.cpu_has_bf16()
-        name = "bf16" if fast else ("tf32" if cuda else "fp32")
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else env.cpu_has_bf16()
+        name = "bf16" if has_bf16 else ("tf32" if cuda else "fp32")
     dtypes: dict[str, tuple[Name, torch.dtype | None]] = {
         "bf16": ("bf16", torch.bfloat16),
         "fp16": ("fp16", torch.float16),
@@ -49,9 +49,9 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
 
 
 class GradScaler:
-    """The dynamic loss scale of `torch.amp.GradScaler`, kept on the device: nothing ever waits for it.
+    """Dynamic loss scale with the rule of `torch.amp.GradScaler`, kept on the device, so that no step synchronizes.
 
-    Doubles after 2,000 good steps, halves after a found_inf one.
+    The scale doubles after 2,000 consecutive finite steps and halves after a non-finite one.
     """
 
     INITIAL, GROWTH, BACKOFF, INTERVAL = 65536.0, 2.0, 0.5, 2000
@@ -61,22 +61,22 @@ class GradScaler:
         self._good_steps = torch.zeros((), dtype=torch.int32, device=device)
 
     def update(self, found_inf: Tensor) -> None:
-        """Adapt the scale after a step.
+        """Update the scale after a step.
 
         Args:
-            found_inf: fp32 scalar, 1 where the step's gradients were not finite.
+            found_inf: fp32 scalar, 1 if any gradient of the step is non-finite.
         """
         torch._amp_update_scale_(self.scale, self._good_steps, found_inf, self.GROWTH, self.BACKOFF, self.INTERVAL)
 
     def tensors(self) -> list[Tensor]:
-        """All that changes."""
+        """Tensors that `update` changes."""
         return [self.scale, self._good_steps]
 
     def state_dict(self) -> dict[str, float]:
-        """The scale and the good steps since it changed."""
+        """The scale, and the number of finite steps since it changed."""
         return {"scale": self.scale.item(), "good_steps": self._good_steps.item()}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on where `state` was taken."""
+        """Restore a state."""
         self.scale.fill_(state["scale"])
         self._good_steps.fill_(int(state["good_steps"]))

@@ -33,8 +33,8 @@ def record_range(name: Phase) -> AbstractContextManager[object]:
 
 @contextmanager
 def marked(mark: Mark) -> Iterator[None]:
-    """Within this, every range enters the context manager that `mark` returns for its name."""
-    global _mark  # noqa: PLW0603  (the step must not carry a profiler through all its calls)
+    """Enter the context manager `mark(name)` around every range inside the block."""
+    global _mark  # noqa: PLW0603  (otherwise a profiler would be passed through all calls of the step)
     before, _mark = _mark, mark
     try:
         yield

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a line every ten seconds elsewhere."""
+"""Progress of long operations: a bar on a terminal, otherwise a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -20,24 +20,26 @@ class Progress:
     """Lines and progress bars on one console.
 
     Args:
-        console: where to print; None: nowhere.
+        console: None prints nothing.
     """
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(quiet=True)
 
-    def say(self, text: str) -> None:
-        """Print a line that stays."""
+    def print(self, text: str) -> None:
+        """Print a line above the progress bars."""
         self.console.print(text, soft_wrap=True, markup=False)
 
     def bar(self, total: int, description: str) -> ProgressBar:
-        """A bar that is removed at its end; a context manager."""
+        """Progress bar that is removed at the end; a context manager."""
         return ProgressBar(self, total, description)
 
-    def over(self, batches: Iterable[tuple[Tensor, Tensor]], total: int, what: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Hand batches through and count their images."""
+    def track(
+        self, batches: Iterable[tuple[Tensor, Tensor]], total: int, description: str
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield `(images, index)` batches and show the number of images."""
         done = 0
-        with self.bar(total, what) as bar:
+        with self.bar(total, description) as bar:
             for batch, index in batches:
                 yield batch, index
                 done += len(index)
@@ -45,15 +47,15 @@ class Progress:
 
 
 class ProgressBar:
-    """Progress of one thing.
+    """Progress of one operation.
 
     Args:
-        progress: where to print.
+        progress: the console.
         total: number of items.
         description: text before the bar.
-        done: items finished before.
-        line: format of a line where there is no terminal.
-        keep: leave the bar where it is at the end; without a terminal, print the first and the last state as well.
+        done: number of items that are finished at the start.
+        line: format of a line, if the console is not a terminal.
+        keep: keep the bar at the end; if the console is not a terminal, print the first and the last state as well.
     """
 
     def __init__(
@@ -90,11 +92,11 @@ class ProgressBar:
         self._bars.stop()
 
     def advance(self, done: int) -> None:
-        """Move the bar; never prints a line."""
+        """Move the bar; prints no line."""
         self._bars.update(self._task, completed=done)
 
     def update(self, done: int, note: str = "", *, description: str | None = None) -> None:
-        """Move the bar and show a note beside it; without a terminal, as a line now and then."""
+        """Move the bar and show a note beside it; if the console is not a terminal, print a line every ten seconds."""
         self.description = description or self.description
         self._bars.update(self._task, completed=done, note=note, description=self.description)
         now = time.monotonic()
@@ -102,4 +104,4 @@ class ProgressBar:
         if due and not self.progress.console.is_terminal:
             self._last_line = now
             line = self._line.format(description=self.description, done=done, total=self.total, note=note)
-            self.progress.say(line.rstrip())
+            self.progress.print(line.rstrip())

@@ -1,4 +1,4 @@
-"""Ending a run on request: after the step under way, with everything saved."""
+"""Graceful shutdown on SIGINT and SIGTERM: after the current step, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from types import FrameType
 
 
 class GracefulShutdown:
-    """Remembers that SIGINT or SIGTERM has arrived."""
+    """Records SIGINT and SIGTERM, so that training can stop after the current step."""
 
     def __init__(self) -> None:
         self.signum = 0
-        """The signal; 0 while there was none."""
+        """Number of the received signal; 0 if none."""
 
     @contextmanager
     def catch_signals(self) -> Iterator[None]:
-        """Take note of signals during the block instead of dying; a second SIGINT ends the process at once."""
+        """Record signals during the block instead of terminating; a second SIGINT terminates immediately."""
 
-        def note(signum: int, _frame: FrameType | None) -> None:
+        def record(signum: int, _frame: FrameType | None) -> None:
             self.signum = signum
             signal.signal(signal.SIGINT, signal.default_int_handler)
             name = signal.Signals(signum).name
@@ -28,8 +28,8 @@ class GracefulShutdown:
 
         self.signum = 0
         try:
-            before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread: whoever owns that one handles signals
+            before = {number: signal.signal(number, record) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # signal handlers can only be set in the main thread
             yield
             return
         try:

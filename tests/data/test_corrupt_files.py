@@ -241,7 +241,7 @@ def test_resume_with_skip_equals_a_run_with_skip(tmp_path: Path) -> None:
     with pytest.raises(CorruptImageError, match="is empty"):
         Trainer(small_run(tmp_path / "data", name="stopped")).fit()
     stopped = tmp_path / "runs" / "stopped"
-    assert 0 < max(checkpoints.steps_in(stopped / "checkpoints")) <= 3
+    assert 0 < max(checkpoints.saved_steps(stopped / "checkpoints")) <= 3
     skip = {"data.on_corrupt": "skip"}
     resumed = Trainer(replace(small_run(tmp_path / "data", name="stopped"), skip), resume=stopped).fit()
     straight = Trainer(replace(small_run(tmp_path / "data", name="straight"), skip)).fit()

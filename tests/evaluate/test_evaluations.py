@@ -243,10 +243,10 @@ def test_untrained_baseline_needs_init_fn(pretrained: PretrainedEncoder) -> None
 
 def test_interruption_keeps_earlier_record(pretrained: PretrainedEncoder, tmp_path: Path) -> None:
     class Interrupting(Progress):
-        def over(self, batches: Any, total: int, what: str) -> Iterator[tuple[Tensor, Tensor]]:
-            if "test images" in what:
+        def track(self, batches: Any, total: int, description: str) -> Iterator[tuple[Tensor, Tensor]]:
+            if "test images" in description:
                 raise KeyboardInterrupt
-            return super().over(batches, total, what)
+            return super().track(batches, total, description)
 
     images = labeled_images(60, 0), labeled_images(30, 1)
     run("linear", pretrained, *images, output_dir=tmp_path)

@@ -128,19 +128,19 @@ def test_resumed_run_restores_probe_or_starts_one(tiny: Config) -> None:
     whole.fit()
     folder = whole.run_dir / "checkpoints"
     expected = read(whole.run_dir / "metrics.jsonl")
-    end = checkpoints.load(checkpoints.path_of(folder, 8))
-    checkpoints.path_of(folder, 8).unlink()
+    end = checkpoints.load(checkpoints.path_at_step(folder, 8))
+    checkpoints.path_at_step(folder, 8).unlink()
     Trainer(configs.replace(tiny, {"name": "whole"}), resume=whole.run_dir).fit()
-    resumed = checkpoints.load(checkpoints.path_of(folder, 8))
+    resumed = checkpoints.load(checkpoints.path_at_step(folder, 8))
     torch.testing.assert_close(resumed["probe"], end["probe"], rtol=0, atol=0)
     records = read(whole.run_dir / "metrics.jsonl")
     assert [r["probe_top1"] for r in records] == [r["probe_top1"] for r in expected]
 
-    checkpoints.path_of(folder, 8).unlink()
-    older = checkpoints.load(checkpoints.path_of(folder, 5)) | {"probe": None}
+    checkpoints.path_at_step(folder, 8).unlink()
+    older = checkpoints.load(checkpoints.path_at_step(folder, 5)) | {"probe": None}
     checkpoints.save(folder, 5, {k: v for k, v in older.items() if k not in {"format", "step"}}, keep=3)
     Trainer(configs.replace(tiny, {"name": "whole"}), resume=whole.run_dir).fit()
-    again = checkpoints.load(checkpoints.path_of(folder, 8))
+    again = checkpoints.load(checkpoints.path_at_step(folder, 8))
     assert again["probe"]["steps"] == 3
     torch.testing.assert_close(again["model"], end["model"], rtol=0, atol=0)
 
@@ -178,7 +178,7 @@ def test_crash_after_evaluation_does_not_repeat_it(evaluated: Config) -> None:
     evaluations = [r for r in records if "knn_top1" in r]
     assert all(1 <= r["rankme"] <= 60 for r in evaluations)
     assert ["probe_val_top1" in r for r in evaluations] == [False, True, True, True]
-    best = checkpoints.best_in(run / "checkpoints")
+    best = checkpoints.best_path(run / "checkpoints")
     assert best is not None
 
     for step in (10, 12):
@@ -192,5 +192,5 @@ def test_crash_after_evaluation_does_not_repeat_it(evaluated: Config) -> None:
         assert [{k: v for k, v in r.items() if k not in timings} for r in read(run / "metrics.jsonl")] == [
             {k: v for k, v in r.items() if k not in timings} for r in records
         ]
-        assert checkpoints.best_in(run / "checkpoints") == best
+        assert checkpoints.best_path(run / "checkpoints") == best
         assert checkpoints.load(best)["step"] == int(best.stem.rpartition("_")[2])

@@ -19,7 +19,7 @@ DTYPES: tuple[Dtype, ...] = ("bf16", "tf32", "fp32")
 def run(context: Context) -> None:
     """Record versions and clocks, copy bandwidth and matrix products."""
     device = torch.device(context.device)
-    record = env.measured_on(device)
+    record = env.describe_measurement(device)
     packages = record.pop("packages")
     context.record("environment", **record, **packages, cudnn=torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
     for dtype in DTYPES[:1] if is_small(context) else DTYPES:

@@ -1,4 +1,4 @@
-"""What the CPU's step is made faster with."""
+"""CPU performance: small-map convolutions and reuse of freed memory."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ NHWC = torch.channels_last
 CASES: dict[str, tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int]]] = {
     "3x3 on 2x2": ((2, 2), (3, 3), (1, 1), (1, 1)),
     "3x3 on 1x1": ((1, 1), (3, 3), (1, 1), (1, 1)),
-    "3x3 on 3x3, by hand for the weights only": ((3, 3), (3, 3), (1, 1), (1, 1)),
-    "3x3 on 4x4, torch's": ((4, 4), (3, 3), (1, 1), (1, 1)),
+    "3x3 on 3x3, weight gradient only": ((3, 3), (3, 3), (1, 1), (1, 1)),
+    "3x3 on 4x4, by torch": ((4, 4), (3, 3), (1, 1), (1, 1)),
     "stride 2": ((4, 4), (3, 3), (2, 2), (1, 1)),
     "stride 2, odd": ((3, 3), (3, 3), (2, 2), (1, 1)),
     "1x1, stride 2": ((4, 4), (1, 1), (2, 2), (0, 0)),
@@ -35,19 +35,19 @@ CASES: dict[str, tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_small_maps_are_convolved_as_by_torch(name: str) -> None:
+def test_small_map_convolution_equals_torch(name: str) -> None:
     size, kernel, stride, padding = CASES[name]
     conv = nn.Conv2d(5, 7, kernel, stride=stride, padding=padding, bias=False).double().to(memory_format=NHWC)
     small = copy.deepcopy(conv)
     assert use_small_map_convolutions(small) == 1
     x = torch.randn(3, 5, *size, dtype=torch.float64).contiguous(memory_format=NHWC)
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-    expected, found = conv(a), small(b)
-    by_hand = expected.shape[2] * expected.shape[3] <= 9
-    assert ("SmallMapConv" in type(found.grad_fn).__name__) == by_hand
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    expected, actual = conv(a), small(b)
+    is_small = expected.shape[2] * expected.shape[3] <= 9
+    assert ("SmallMapConv" in type(actual.grad_fn).__name__) == is_small
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     dy = torch.randn_like(expected)
-    for y in (expected, found):
+    for y in (expected, actual):
         y.backward(dy)
     torch.testing.assert_close(b.grad, a.grad, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(small.weight.grad, conv.weight.grad, rtol=1e-12, atol=1e-12)
@@ -55,30 +55,30 @@ def test_small_maps_are_convolved_as_by_torch(name: str) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
-def test_low_precision_is_at_most_twice_as_far_from_the_truth_as_torch(size: int, weights: torch.dtype) -> None:
+def test_low_precision_error_is_at_most_twice_that_of_torch(size: int, weights: torch.dtype) -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(64, 32, 3, padding=1, bias=False).to(weights).to(memory_format=NHWC)
     small = copy.deepcopy(conv)
     use_small_map_convolutions(small)
     x = torch.randn(16, 64, size, size).bfloat16().float().contiguous(memory_format=NHWC)
     dy = torch.randn(16, 32, size, size).bfloat16().contiguous(memory_format=NHWC)
-    truth = everything(F.conv2d, x.double(), conv.weight.detach().bfloat16().double(), dy.double())
+    truth = output_and_gradients(F.conv2d, x.double(), conv.weight.detach().bfloat16().double(), dy.double())
     with torch.autocast("cpu", torch.bfloat16):
-        outputs = [everything(lambda x, w, padding, c=c: c(x), x, c.weight, dy) for c in (conv, small)]
-    for true, torchs, ours in zip(truth, *outputs, strict=True):
-        assert ours.dtype == torchs.dtype
-        error, allowed = ((t.double() - true).norm() for t in (ours, torchs))
+        outputs = [output_and_gradients(lambda x, w, padding, c=c: c(x), x, c.weight, dy) for c in (conv, small)]
+    for true, by_torch, ours in zip(truth, *outputs, strict=True):
+        assert ours.dtype == by_torch.dtype
+        error, allowed = ((t.double() - true).norm() for t in (ours, by_torch))
         assert error <= 2 * allowed + 1e-12
 
 
-def everything(conv: Any, x: Tensor, weight: Tensor, dy: Tensor) -> list[Tensor]:
-    """Output and both gradients."""
+def output_and_gradients(conv: Any, x: Tensor, weight: Tensor, dy: Tensor) -> list[Tensor]:
+    """Output and the gradients of input and weight."""
     x, weight = x.detach().requires_grad_(), weight if weight.requires_grad else weight.requires_grad_()
     y = conv(x, weight, padding=1)
     return [y.detach(), *torch.autograd.grad(y, [x, weight], dy.to(y.dtype))]
 
 
-def test_a_network_stays_what_it_is() -> None:
+def test_converted_resnet_equals_the_original() -> None:
     torchvision = pytest.importorskip("torchvision")
     network = torchvision.models.resnet18(num_classes=4).double().to(memory_format=NHWC)
     small = copy.deepcopy(network)
@@ -86,14 +86,14 @@ def test_a_network_stays_what_it_is() -> None:
     assert use_small_map_convolutions(small) == 0
     assert list(small.state_dict()) == list(network.state_dict())
     x = torch.randn(4, 3, 64, 64, dtype=torch.float64).contiguous(memory_format=NHWC)
-    expected, found = network(x), small(x)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    for y in (expected, found):
+    expected, actual = network(x), small(x)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    for y in (expected, actual):
         y.square().sum().backward()
     for a, b in zip(small.parameters(), network.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-8, atol=1e-8)
         assert a.grad is not None
-        assert a.grad.stride() == a.stride()  # autograd would copy it otherwise
+        assert a.grad.stride() == a.stride()  # otherwise autograd copies it
 
 
 @pytest.mark.parametrize(
@@ -108,11 +108,11 @@ def test_a_network_stays_what_it_is() -> None:
     ],
     ids=str,
 )
-def test_other_convolutions_stay_torchs(conv: nn.Module) -> None:
+def test_unsupported_convolutions_are_not_converted(conv: nn.Module) -> None:
     assert use_small_map_convolutions(conv) == 0
 
 
-def test_whatever_it_is_not_made_for_is_torchs_own() -> None:
+def test_unsupported_inputs_use_torch() -> None:
     conv = nn.Conv2d(4, 4, 3, padding=1, bias=False)
     use_small_map_convolutions(conv)
     assert isinstance(conv, SmallMapConv2d)
@@ -128,28 +128,28 @@ def test_whatever_it_is_not_made_for_is_torchs_own() -> None:
     torch.testing.assert_close(compiled(x), conv(x))
 
 
-def test_kept_memory_is_not_cleared_again() -> None:
-    """64 MB are written again and again; once the heap has a hole that an aligned block fits into, no page is new."""
+def test_freed_memory_is_reused_without_page_faults() -> None:
+    """After some 64 MB blocks the heap has a free block that fits the next one: no page is mapped anew."""
     program = """
 import resource
-from byol_fast.cpu import keep_freed_memory
+from byol_fast.utils.cpu_tuning import keep_freed_memory
 import torch
 torch.set_num_threads(1)
-done = keep_freed_memory()
+supported = keep_freed_memory()
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(40):
     torch.ones(2**24)
 before = faults()
 torch.ones(2**24)
-print(done, faults() - before)
+print(supported, faults() - before)
 """
-    done, faults = subprocess.run(
+    supported, faults = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     ).stdout.split()
-    if done == "False":
+    if supported == "False":
         pytest.skip("the C library has no mallopt")
     assert int(faults) < 2**26 / resource.getpagesize() / 10
 
 
-def test_keeping_memory_twice_does_no_harm() -> None:
+def test_keep_freed_memory_can_be_called_twice() -> None:
     assert keep_freed_memory() == keep_freed_memory()

@@ -49,7 +49,7 @@ def test_bar_on_a_terminal_shows_counts_and_note(monkeypatch: Any) -> None:
     out = io.StringIO()
     shown = Progress(Console(file=out, force_terminal=True, width=100))
     batches = [(torch.zeros(2), torch.arange(2))] * 3
-    assert len(list(shown.over(batches, 6, "test images"))) == 3
+    assert len(list(shown.track(batches, 6, "test images"))) == 3
     with ProgressBar(shown, 9, "epoch 0.00", done=4, keep=True) as bar:
         bar.update(5, "loss 0.5", description="epoch 0.55")
     text = out.getvalue()
@@ -58,7 +58,7 @@ def test_bar_on_a_terminal_shows_counts_and_note(monkeypatch: Any) -> None:
 
 def test_nothing_is_shown_without_a_console(capsys: pytest.CaptureFixture[str]) -> None:
     shown = Progress()
-    shown.say("x")
+    shown.print("x")
     with ProgressBar(shown, 1, "x", keep=True) as bar:
         bar.update(1)
     assert capsys.readouterr() == ("", "")

@@ -1,0 +1,110 @@
+"""The command line: exit codes, messages, options, and the path from training to an exported encoder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from byol_fast import config as configs
+from byol_fast.cli import main, options, train
+from byol_fast.config import recipes
+from byol_fast.utils import checkpoint as checkpoints
+
+SMALL = [
+    *("--view1.size", "16", "--view2.size", "16", "--batch-size", "12", "--steps", "4", "--log-every", "2"),
+    *("--model.encoder", "resnet18_narrow", "--model.hidden-dim", "32", "--model.projection-dim", "16"),
+    *("--device", "cpu", "--data.threads", "1", "--name", "it"),
+]
+
+
+def exit_code(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main.main(arguments)
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+def test_train_resume_and_export(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training runs in a process of its own, as a user starts it; the other commands run in this one."""
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, "-m", "byol_fast", "train", "cifar10_resnet18", "--data.root", str(npz), *SMALL]
+    trained = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert trained.returncode == 0, trained.stderr
+    run = tmp_path / "runs" / "it"
+    assert "run folder: runs/it" in trained.stdout
+    assert "step 4/4" in trained.stdout
+    assert checkpoints.saved_steps(run / "checkpoints") == [4]
+
+    assert exit_code("train", "--resume", "runs/it") == 0
+    assert exit_code("train", "--resume", "runs/it", "--optim.lr", "3") == 2
+    assert "optim.lr was 1.0 and is 3.0" in capsys.readouterr().err
+    assert exit_code("train", "cifar10_resnet18", "--resume", "auto", "--data.root", str(npz), *SMALL) == 0
+    assert "already complete at step 4 of 4" in capsys.readouterr().out
+
+    assert exit_code("export", "runs/it", "--output", "out") == 0
+    assert capsys.readouterr().out.split() == ["out/encoder.safetensors", "out/encoder.json"]
+    assert (tmp_path / "out" / "encoder.safetensors").read_bytes() == (run / "encoder.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "did you mean 'train'"),
+        (["train", "cifar_resnet18"], "did you mean 'cifar10_resnet18'"),
+        (["train"], "a recipe is missing"),
+        (["train", "cifar10_resnet18", "--optim.lr", "-1"], "optim.lr must be positive"),
+        (["train", "cifar10_resnet18", "--optim.weight-decy", "1"], "--optim.weight-decay"),
+        (["train", "--resume"], "--resume must be followed by a run folder"),
+        (["train", "--resume", "nowhere"], "nowhere/config.json does not exist"),
+        (["train", "imagenet_resnet50", "--data.root", "nowhere"], "nowhere"),
+        (["train", "imagenet_resnet50"], "data.root must be set"),
+        (["train", "--seed", "1", "demo"], "it comes first: byol-fast train demo"),
+        (["train", "/tmp"], "for images, use --data.root /tmp"),
+        (["export", "nowhere"], "nowhere/config.json does not exist"),
+    ],
+)
+def test_wrong_arguments_are_explained(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert exit_code(*arguments) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_error_in_a_process_has_exit_code_and_no_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "byol_fast", "train", "imagenet_resnet50", "--data.root", "nowhere"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=240, check=False)
+    assert ended.returncode == 2
+    assert "nowhere does not exist" in " ".join(ended.stderr.split())
+    assert "Traceback" not in ended.stderr
+
+
+def test_help_shows_every_field_with_the_recipe_value(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("train", "cifar10_resnet18", "--help") == 0
+    shown = capsys.readouterr().out
+    for option in ("--data.root", "--view2.solarize-p", "--optim.warmup-steps", "--knn.temperature"):
+        assert option in shown
+    assert "LARS trust coefficient" in shown
+    assert "0.02" in shown
+
+
+@pytest.mark.parametrize("value", ["runs/x", "auto"])
+@pytest.mark.parametrize("form", ["--resume {}", "--resume={}"])
+def test_resume_is_split_from_the_options(form: str, value: str) -> None:
+    words = ["cifar10_resnet18", *form.format(value).split(), "--seed", "3"]
+    assert train.take_resume(words) == (value, ["cifar10_resnet18", "--seed", "3"])
+
+
+def test_options_set_their_fields() -> None:
+    config = options.parse(recipes.demo(), ["--optim.warmup_steps", "6", "--view1.scale", "0.5", "1"], "x")
+    assert config == configs.replace(recipes.demo(), {"optim.warmup_steps": 6, "view1.scale": (0.5, 1.0)})
