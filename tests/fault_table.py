@@ -1,8 +1,8 @@
-"""What goes wrong in a run, what the user sees, and what is left: each fault is brought about and its outcome printed.
+"""Faults in a run: the message, the remaining checkpoints, and the result of resuming, as a Markdown table.
 
     python -m tests.fault_table
 
-A Markdown table. Every row ends with a resumed run whose final weights are compared with the undisturbed run's.
+Each fault is injected into a run of its own, which is then resumed; final weights are compared with an undisturbed run.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ import torch
 from byol_fast import config as configs
 from byol_fast.config import Config, recipes
 from byol_fast.data import Batch
+from byol_fast.models import encoders
 from byol_fast.training.trainer import Trainer
 from byol_fast.utils import checkpoint as checkpoints
+from tests.networks import SmallResidualNetwork
 
 
 def small_run(folder: Path) -> Config:
@@ -38,7 +40,7 @@ def small_run(folder: Path) -> Config:
             "data": {"root": folder / "images.npz", "threads": 1, "loader": "threaded"},
             "view1": view,
             "view2": view,
-            "model": {"encoder": "resnet18_narrow", "hidden_dim": 32, "projection_dim": 16},
+            "model": {"encoder": "small", "hidden_dim": 32, "projection_dim": 16},
             "batch_size": 12,
             "steps": 12,
             "log_every": 1,
@@ -53,16 +55,18 @@ def small_run(folder: Path) -> Config:
 
 
 class _Warnings(logging.Handler):
+    """Collects warnings."""
+
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.seen: list[str] = []
+        self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.seen.append(f"warning: {record.getMessage()}")
+        self.messages.append(f"warning: {record.getMessage()}")
 
 
 class Faults:
-    """Brings faults about, one run each."""
+    """Injects faults, one run each."""
 
     def __init__(self, folder: Path) -> None:
         self.config = small_run(folder)
@@ -70,8 +74,8 @@ class Faults:
         self.rows: list[tuple[str, str, str]] = []
 
     def weights(self, run: Path) -> dict[str, torch.Tensor]:
-        found: dict[str, torch.Tensor] = checkpoints.load_latest(run / "checkpoints")["model"]
-        return found
+        weights: dict[str, torch.Tensor] = checkpoints.load_latest(run / "checkpoints")["model"]
+        return weights
 
     def add(
         self,
@@ -81,79 +85,81 @@ class Faults:
         damage: Callable[[Path], object] | None = None,
         resume_with: dict[str, object] | None = None,
     ) -> None:
-        """Run with a disturbance, or run whole and damage the folder; then resume plainly and compare."""
+        """Run with `disturb`, or run nine steps and `damage` the folder; then resume and compare."""
         config = configs.replace(self.config, {"name": f"run{len(self.rows)}"})
         run = config.out / config.name
-        seen = ""
+        message = ""
         if disturb is not None:
             trainer = Trainer(config)
             disturb(trainer)
-            seen = self.attempt(trainer.fit)
+            message = self.attempt(trainer.fit)
         else:
             stopped = Trainer(config)
-            stopped.total_steps = 9  # as if it had been killed there
+            stopped.total_steps = 9  # as if killed there
             stopped.fit()
             (run / "encoder.safetensors").unlink()
         if damage is not None:
             damage(run)
         resume_config = configs.replace(config, resume_with or {})
         if resume_with is not None:
-            seen = self.attempt(lambda: Trainer(resume_config, resume=run))
-        left = ", ".join(map(str, checkpoints.saved_steps(run / "checkpoints"))) or "none"
+            message = self.attempt(lambda: Trainer(resume_config, resume=run))
+        steps = ", ".join(map(str, checkpoints.saved_steps(run / "checkpoints"))) or "none"
         outcome: list[str] = []
-        message = self.attempt(lambda: outcome.append(self.compare(Trainer(config, resume=run).fit().run_dir)))
-        seen = seen or message
+        resumed = self.attempt(lambda: outcome.append(self.compare(Trainer(config, resume=run).fit().run_dir)))
         end = f"then {outcome[0]}" if outcome else "cannot be resumed"
-        self.rows.append((fault, seen or "nothing", f"checkpoints {left}; {end}"))
+        self.rows.append((fault, message or resumed or "nothing", f"checkpoints {steps}; {end}"))
 
     def attempt(self, call: Callable[[], object]) -> str:
-        """The error that a call ends with, or the warnings it gave."""
+        """The error of a call, or its warnings."""
         warnings = _Warnings()
         logging.getLogger("byol_fast").addHandler(warnings)
         try:
             call()
         except Exception as error:
-            warnings.seen = [f"{type(error).__name__}: {error}"]
+            warnings.messages = [f"{type(error).__name__}: {error}"]
         finally:
             logging.getLogger("byol_fast").removeHandler(warnings)
-        return "; ".join(warnings.seen).replace(str(self.config.out.parent), "...")
+        return "; ".join(warnings.messages).replace(str(self.config.out.parent), "...")
 
     def compare(self, run: Path) -> str:
-        found = self.weights(run)
-        equal = all(torch.equal(found[name], self.expected[name]) for name in found)
-        return "final weights equal" if equal else "final weights are of a run without the skipped steps"
+        weights = self.weights(run)
+        equal = all(torch.equal(weights[name], self.expected[name]) for name in weights)
+        return "final weights equal" if equal else "final weights differ: steps were skipped"
 
     def table(self) -> str:
-        lines = ["| fault | what the user sees | afterwards |", "|---|---|---|"]
+        lines = ["| fault | message | afterwards |", "|---|---|---|"]
         return "\n".join([*lines, *(f"| {a} | {b} | {c} |" for a, b, c in self.rows)])
 
 
 def at_step(trainer: Trainer, step: int, act: Callable[[], object]) -> None:
-    """Do something just before a step."""
+    """Call `act` before a step."""
     plain = trainer.train_step.__call__
 
-    def disturbed(batch: Any, number: int) -> Any:
+    def disturbed(batches: list[Batch], number: int) -> Any:
         if number == step:
             act()
-        return plain(batch, number)
+        return plain(batches, number)
 
     trainer.train_step = disturbed  # type: ignore[assignment]
 
 
 def poison(trainer: Trainer, steps: range) -> None:
+    """Set the first view of these steps to NaN."""
     plain = trainer.train_step.__call__
 
-    def poisoned(batch: Any, number: int) -> Any:
+    def poisoned(batches: list[Batch], number: int) -> Any:
         if number in steps:
-            view1 = batch.views[0].float() * math.nan
-            batch = Batch((view1, batch.views[1].float()), batch.labels, batch.index)
-        return plain(batch, number)
+            batches = [
+                Batch((batch.views[0].float() * math.nan, batch.views[1].float()), batch.labels, batch.index)
+                for batch in batches
+            ]
+        return plain(batches, number)
 
     trainer.train_step = poisoned  # type: ignore[assignment]
 
 
 def no_memory(trainer: Trainer) -> None:
-    """As a GPU that holds six images would answer."""
+    """Raise as a GPU with memory for six images would."""
     forward = trainer.train_step.forward
 
     def too_large(view1: torch.Tensor, view2: torch.Tensor) -> Any:
@@ -177,10 +183,10 @@ def _file_size_limit(size: int) -> Any:
 
 
 def disk_full(trainer: Trainer) -> None:
-    """From step 7 on no file can grow beyond 100 kB."""
+    """Limit files to 20 kB from step 7 on."""
     fit = trainer.fit
     stack = contextlib.ExitStack()
-    at_step(trainer, 7, lambda: stack.enter_context(_file_size_limit(100_000)))
+    at_step(trainer, 7, lambda: stack.enter_context(_file_size_limit(20_000)))
 
     def limited() -> Any:
         with stack:
@@ -201,11 +207,11 @@ def flip_bit(path: Path) -> None:
 
 
 def unwritable(trainer: Trainer) -> None:
-    """The checkpoint folder is replaced by a file: also root cannot write into that."""
+    """Replace the checkpoint folder by a file, into which root cannot write either."""
 
     def replace() -> None:
         folder = trainer.run_dir / "checkpoints"
-        folder.rename(folder.with_name("kept"))
+        folder.rename(folder.with_name("moved"))
         folder.write_text("")
 
     at_step(trainer, 7, replace)
@@ -217,19 +223,20 @@ def make_old(run: Path) -> None:
         torch.save({"format": 1}, path)
 
 
-def give_back(run: Path) -> None:
+def restore_folder(run: Path) -> None:
     (run / "checkpoints").unlink()
-    (run / "kept").rename(run / "checkpoints")
+    (run / "moved").rename(run / "checkpoints")
 
 
 def main() -> None:
     torch.set_num_threads(1)
+    encoders.OWN_ENCODERS["small"] = lambda **_: SmallResidualNetwork()
     with tempfile.TemporaryDirectory() as folder:
         faults = Faults(Path(folder))
         faults.add("SIGTERM in mid-epoch", lambda t: at_step(t, 7, lambda: os.kill(os.getpid(), signal.SIGTERM)))
         faults.add("SIGINT in mid-epoch", lambda t: at_step(t, 7, lambda: os.kill(os.getpid(), signal.SIGINT)))
         faults.add("disk full while a checkpoint is written", disk_full)
-        faults.add("checkpoint folder cannot be written", unwritable, damage=give_back)
+        faults.add("checkpoint folder cannot be written", unwritable, damage=restore_folder)
         faults.add("newest checkpoint cut off", damage=lambda run: os.truncate(newest(run), 1000))
         faults.add("one bit of the newest checkpoint flipped", damage=lambda run: flip_bit(newest(run)))
         faults.add("newest checkpoint deleted", damage=lambda run: newest(run).unlink())
@@ -245,7 +252,7 @@ def main() -> None:
         faults.add("resumed with other images", resume_with={"data.root": other})
         faults.add("one step with a NaN in a view", lambda t: poison(t, range(7, 8)))
         faults.add("NaN in every view from step 8 on", lambda t: poison(t, range(7, 99)))
-        faults.add("a batch that the GPU's memory does not hold", no_memory)
+        faults.add("a batch that does not fit in GPU memory", no_memory)
         print(faults.table())
 
 

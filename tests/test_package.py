@@ -1,4 +1,4 @@
-"""The package as a whole: who may import whom, and that the built wheel works away from the checkout."""
+"""The package as a whole: third-party imports, import side effects, and the built wheel."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def imported(path: Path) -> set[str]:
+def imports_of(path: Path) -> set[str]:
+    """Top-level packages that a file imports."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -23,33 +24,27 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def test_dependencies_point_one_way() -> None:
+def test_third_party_imports() -> None:
     standard = set(sys.stdlib_module_names)
     for path in (ROOT / "kernels").rglob("*.py"):
-        assert imported(path) - standard <= {"torch", "triton", "byol_kernels"}, path
+        assert imports_of(path) - standard <= {"torch", "triton", "byol_kernels"}, path
     for path in (ROOT / "byol_fast").rglob("*.py"):
-        assert not imported(path) & {"tests", "benchmarks", "kernels"}, path
+        assert not imports_of(path) & {"tests", "benchmarks", "kernels"}, path
 
 
-def test_importing_touches_neither_cuda_nor_dali() -> None:
-    code = (
-        "import sys, torch, byol_kernels, byol_fast, byol_fast.training.trainer, byol_fast.data, byol_fast.cli.main;"
-        "assert not torch.cuda.is_initialized(); assert not any(m.startswith('nvidia.dali') for m in sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_help_does_not_wait_for_torch() -> None:
+def test_help_does_not_import_torch_and_imports_touch_neither_cuda_nor_dali() -> None:
     code = (
         "import sys, byol_fast.cli.main as c\n"
         "try: c.main(['train', 'demo', '--help'])\n"
         "except SystemExit: pass\n"
-        "assert 'torch' not in sys.modules"
+        "assert 'torch' not in sys.modules\n"
+        "import torch, byol_kernels, byol_fast, byol_fast.training.trainer, byol_fast.data\n"
+        "assert not torch.cuda.is_initialized(); assert not any(m.startswith('nvidia.dali') for m in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
-def test_wheel_installs_and_imports_away_from_the_checkout(tmp_path: Path) -> None:
+def test_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
     if not (ROOT / "pyproject.toml").exists():
         pytest.skip("not in a checkout")
     built = subprocess.run(

@@ -1,6 +1,6 @@
-"""How an epoch is dealt out to several processes: properties for any size, batch and number of shards.
+"""Order of an epoch on several processes: properties for any size, batch size and number of shards.
 
-`python -m tests.data.test_shards` prints the table of sizes, shards, steps and repeats.
+`python -m tests.data.test_sampler` prints a table of sizes, shards, steps and repetitions.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ def samplers(n: int, shards: int, batch: int, seed: int = 0) -> list[BatchSample
 
 
 def epoch_of(parts: list[BatchSampler], epoch: int) -> NDArray[np.int64]:
-    """All places of an epoch in the order in which they are dealt: `[steps * batch, shards]`, flattened."""
+    """Image indices of an epoch in the order of the steps: `[steps * batch, shards]`, flattened."""
     steps = parts[0].steps_per_epoch
-    dealt = [np.concatenate([p(epoch * steps + s).index for s in range(steps)]) for p in parts]
-    return np.stack(dealt, axis=1).ravel()
+    indices = [np.concatenate([p(epoch * steps + s).index for s in range(steps)]) for p in parts]
+    return np.stack(indices, axis=1).ravel()
 
 
 @settings(max_examples=80, deadline=None)
 @given(n=SIZES, shards=SHARDS, batch=BATCHES, seed=SEEDS, epoch=st.integers(0, 50))
 def test_epoch_covers_all_images(n: int, shards: int, batch: int, seed: int, epoch: int) -> None:
-    """Against the rule written down another way: the epoch's order, filled up from its own front, cut into batches."""
+    """Equals the definition: the permutation of the epoch, padded from its own start, split into batches."""
     per_shard = -(-n // shards)
     assume(batch <= per_shard and shards <= n)
     parts = samplers(n, shards, batch, seed)
@@ -61,7 +61,7 @@ def test_epoch_covers_all_images(n: int, shards: int, batch: int, seed: int, epo
 @settings(max_examples=60, deadline=None)
 @given(n=st.integers(16, 300), shards=st.integers(2, 8), seed=SEEDS)
 def test_order_does_not_depend_on_world_size(n: int, shards: int, seed: int) -> None:
-    """The images of step s on all shards together are those of step s of one process with all the batch."""
+    """The images of a step on all shards are those of one process with the global batch."""
     assume(n >= 2 * shards)
     many, one = epoch_of(samplers(n, shards, 2, seed), 3), epoch_of(samplers(n, 1, 2 * shards, seed), 3)
     common = min(len(many), len(one))
@@ -69,7 +69,7 @@ def test_order_does_not_depend_on_world_size(n: int, shards: int, seed: int) -> 
 
 
 def test_permutations_are_uniform_and_uncorrelated() -> None:
-    """All orders of 4 images are equally likely over epochs and over seeds (chi-square, p > 1e-6), and unrelated."""
+    """All orders of 4 images are equally likely over epochs and seeds (chi-square, p > 1e-6)."""
     for many in (
         [permutation(4, seed=1, epoch=e) for e in range(12_000)],
         [permutation(4, seed=s, epoch=1) for s in range(12_000)],
@@ -85,17 +85,17 @@ def test_permutations_are_uniform_and_uncorrelated() -> None:
 
 
 def test_ranks_have_disjoint_images_and_parameters() -> None:
-    """Ranks share one seed: a draw is a function of the image and the epoch, and no two ranks have the same images."""
+    """Ranks share one seed: parameters are a function of image and epoch, and no two ranks have the same images."""
     parts = samplers(96, 4, 8, seed=5)
-    plans = [[p(s) for s in range(3)] for p in parts]
-    images = [{int(i) for spec in rank for i in spec.index} for rank in plans]
+    specs = [[p(s) for s in range(3)] for p in parts]
+    images = [{int(i) for spec in rank for i in spec.index} for rank in specs]
     assert all(not (a & b) for k, a in enumerate(images) for b in images[:k])
-    crops = [tuple(row) for rank in plans for spec in rank for d in spec.params for row in d.crop]
-    assert len(set(crops)) == 2 * 96  # no two views of an epoch are drawn alike, on whatever rank
+    crops = [tuple(row) for rank in specs for spec in rank for d in spec.params for row in d.crop]
+    assert len(set(crops)) == 2 * 96  # all views of an epoch have different parameters
 
 
 def test_repeated_image_has_equal_views() -> None:
-    """The padding rule: 10 images on 4 shards, two are shown twice in the epoch, with the same views both times."""
+    """10 images on 4 shards: two are repeated in the epoch, with the same views both times."""
     parts = samplers(10, 4, 1, seed=2)
     rows: dict[int, list[bytes]] = {}
     for p in parts:
@@ -106,8 +106,10 @@ def test_repeated_image_has_equal_views() -> None:
     assert all(len(set(views)) == 1 for views in rows.values())
 
 
-def lazily(parts: list[BatchSampler], epoch: int, bad: Collection[int]) -> tuple[NDArray[np.int64], set[int]]:
-    """An epoch where each shard learns which images are bad only when it meets them."""
+def epoch_with_late_discovery(
+    parts: list[BatchSampler], epoch: int, bad: Collection[int]
+) -> tuple[NDArray[np.int64], set[int]]:
+    """Epoch in which each shard finds corrupt images when it reads them."""
     steps = parts[0].steps_per_epoch
     dealt: list[NDArray[np.int64]] = []
     for p in parts:
@@ -130,15 +132,15 @@ def test_replacements_do_not_depend_on_discovery_time(
     assume(batch <= -(-n // shards))
     bad = data.draw(st.sets(st.integers(0, n - 1), max_size=n // 2))
     before = epoch_of(samplers(n, shards, batch, seed), 1)
-    knowing = samplers(n, shards, batch, seed)
-    for p in knowing:
+    informed = samplers(n, shards, batch, seed)
+    for p in informed:
         p.excluded = bad
-    whole = epoch_of(knowing, 1)
+    whole = epoch_of(informed, 1)
     assert not set(whole.tolist()) & bad
     stays = ~np.isin(before, list(bad))
-    assert np.array_equal(whole[stays], before[stays])  # nobody else moves
-    assert np.array_equal(lazily(samplers(n, shards, batch, seed), 1, bad)[0], whole)
-    assert {p.steps_per_epoch for p in knowing} == {-(-n // shards) // batch}
+    assert np.array_equal(whole[stays], before[stays])  # all other images stay in place
+    assert np.array_equal(epoch_with_late_discovery(samplers(n, shards, batch, seed), 1, bad)[0], whole)
+    assert {p.steps_per_epoch for p in informed} == {-(-n // shards) // batch}
 
 
 def test_replacements_differ_between_epochs() -> None:
@@ -158,14 +160,14 @@ def test_epoch_counts(n: int) -> None:
 
 
 def row(n: int, shards: int, batch: int) -> tuple[int, int, int, int, int]:
-    """Images, shards, steps of an epoch on each, images shown twice, images left out."""
+    """Images, shards, steps per epoch and shard, repeated images, dropped images."""
     parts = samplers(n, shards, batch)
     counts = Counter(epoch_of(parts, 0).tolist())
     return n, shards, parts[0].steps_per_epoch, sum(c - 1 for c in counts.values()), n - len(counts)
 
 
 if __name__ == "__main__":
-    print("| images | shards | batch | steps an epoch, on each | shown twice | left out of the epoch |")
+    print("| images | shards | batch | steps per epoch and shard | repeated | dropped |")
     print("|---|---|---|---|---|---|")
     for n_, batch_ in ((37, 1), (101, 4), (1000, 16), (10_007, 32)):
         for shards_ in range(1, 9):
