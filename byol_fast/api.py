@@ -8,6 +8,7 @@ from typing import Any
 
 from byol_fast import config as configs
 from byol_fast.config import Config, recipes
+from byol_fast.profiling.page import run_sections
 from byol_fast.report.callback import ReportCallback
 from byol_fast.training.callbacks import Callback
 from byol_fast.training.run_dir import RunResult
@@ -52,5 +53,8 @@ def pretrain(
         config = recipes.get(str(recipe))
     folder = None if resume is None else Path(resume)
     return Trainer(
-        configs.replace(config, overrides), data=data, resume=folder, callbacks=[*callbacks, ReportCallback()]
+        configs.replace(config, overrides),
+        data=data,
+        resume=folder,
+        callbacks=[*callbacks, ReportCallback(run_sections)],
     ).fit()

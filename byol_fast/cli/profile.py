@@ -14,39 +14,39 @@ USAGE = """\
 usage: byol-fast profile RECIPE [--steps N] [--option value ...]
        byol-fast profile --resume RUN [--steps N] [--option value ...]
 
-Runs N steps (20) as training would, saves nothing of them, and says where their time goes and what to change.
+Runs N steps (20) as in training without saving weights, measures where their time goes, and suggests changes.
 Writes OUT/NAME/profile/: profile.html, profile.json, trace.json.gz for Perfetto, and on a GPU a memory snapshot.
 `byol-fast profile RECIPE --help` lists every option of the run with the recipe's value.
 """
 
 
 def main(argv: list[str]) -> int:
-    """Run it; return the exit code."""
+    """Run the command and return the exit code."""
     resume, argv = take_resume(argv)
     steps, argv = _take_steps(argv)
     name = argv.pop(0) if argv and not argv[0].startswith("-") else None
     if (name is None) == (resume is None):
         print(USAGE, end="")
-        asked = argv and argv[0] in {"-h", "--help"}
-        return 0 if asked else complain("byol-fast profile: a recipe, or --resume RUN, is needed: one of the two", 2)
+        is_help = argv and argv[0] in {"-h", "--help"}
+        return 0 if is_help else complain("byol-fast profile: pass a recipe, or --resume RUN: one of the two", 2)
     if resume is not None:
         config = parse(configs.load(Path(resume) / "config.json"), argv, f"byol-fast profile --resume {resume}")
     else:
         assert name is not None
         config = parse(recipes.get(name), argv, f"byol-fast profile {name}")
 
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read once, by torch's import; its lines help nobody here
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported; hides the log of its profiler
     from byol_fast.profiling.page import show
     from byol_fast.profiling.run import profile
 
-    found, folder = profile(config, resume=None if resume is None else Path(resume), steps=steps)
-    show(found)
+    record, folder = profile(config, resume=None if resume is None else Path(resume), steps=steps)
+    show(record)
     print(folder / "profile.html")
     return 0
 
 
 def _take_steps(argv: list[str]) -> tuple[int, list[str]]:
-    """Split `--steps N` off: here it is how many are profiled, not how many the run has."""
+    """Split off `--steps N`: the number of profiled steps, not a field of the configuration."""
     rest: list[str] = []
     steps = "20"
     words = iter(argv)

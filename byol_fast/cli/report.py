@@ -27,9 +27,10 @@ def main(argv: list[str]) -> int:
             no_images: read no image and no encoder: report only the run folder's records.
             num: largest number of images that are embedded for neighbors and map.
         """
+        from byol_fast.profiling.page import run_sections
         from byol_fast.report.build import report as write
 
-        print(write(runs, output, images=images, pictures=not no_images, num=num))
+        print(write(runs, output, images=images, pictures=not no_images, num=num, extra_sections=run_sections))
 
     tyro.cli(report, args=argv, prog="byol-fast report")
     return 0

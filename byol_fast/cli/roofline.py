@@ -14,14 +14,14 @@ from byol_fast.config import Config, recipes
 USAGE = """\
 usage: byol-fast roofline RECIPE [--gpu H100 ...] [--measure] [--output FILE.json] [--plot FILE.svg] [--option ...]
 
-Counts the FLOPs and the least memory traffic of a training step, at four levels of fusion, and says how many images a
-second GPUs could do at most: A100, H100, H200, RTX 4090, none of which is needed; or, with --measure, this machine.
+Counts the FLOPs and the least memory traffic of a training step at four levels of fusion, and predicts the maximum
+images per second of GPUs (A100, H100, H200, RTX 4090; none is needed) or, with --measure, of this machine.
 `byol-fast roofline RECIPE --help` lists every option with the recipe's value.
 """
 
 
 def main(argv: list[str]) -> int:
-    """Run it; return the exit code."""
+    """Run the command and return the exit code."""
     name = argv.pop(0) if argv and not argv[0].startswith("-") else None
     if name is None:
         print(USAGE, end="")
@@ -36,15 +36,15 @@ def main(argv: list[str]) -> int:
         output: Path | None = None,
         plot: Path | None = None,
     ) -> tuple[Config, tuple[str, ...], bool, str, Path | None, Path | None]:
-        """Count the work of a training step, and how fast devices could do it at most.
+        """Count FLOPs and memory traffic of a training step, and predict the maximum speed of devices.
 
         Args:
             config: of the run.
-            gpu: A100, H100, H200, RTX 4090; by default all of them.
+            gpu: A100, H100, H200, RTX 4090; all by default.
             measure: measure the ceilings of this machine, and predict for it.
-            level: of the plot: A eager, B as torch.compile fuses, D batch norm within convolutions, E bound.
-            output: JSON file to write, with a row for each layer, phase and family.
-            plot: SVG file to write: the roofline of the first device with each layer on it.
+            level: of the plot: A eager, B fused by torch.compile, D batch norm fused with convolutions, E bound.
+            output: JSON file to write, with a row per layer, phase and family.
+            plot: SVG file to write: roofline of the first device with a point per block of layers.
         """
         return config, gpu, measure, level, output, plot
 

@@ -57,6 +57,7 @@ def main(argv: list[str]) -> int:
             )
         config = parse(stored, argv, f"byol-fast train --resume {resume}")
 
+    from byol_fast.profiling.page import run_sections
     from byol_fast.report.callback import ReportCallback
     from byol_fast.training import distributed  # imports torch: after parsing, so that errors are instant
     from byol_fast.training.resume import find_resumable
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> int:
     try:
         if resume == "auto":
             folder = world.run_on_main(lambda: find_resumable(config))
-        result = Trainer(config, resume=folder, callbacks=[ReportCallback()]).fit()
+        result = Trainer(config, resume=folder, callbacks=[ReportCallback(run_sections)]).fit()
     finally:
         distributed.destroy_process_group()
     if world.is_main_process:

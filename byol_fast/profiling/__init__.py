@@ -1,4 +1,4 @@
-"""How fast a step could be, and where its time goes."""
+"""Roofline of a training step, and profiles of its time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: the report of a run shows a profile without waiting for torch."""
+    """Import on first use: the report of a run shows a profile without importing torch."""
     if name not in _HOME:
         raise AttributeError(f"module 'byol_fast.profiling' has no attribute {name!r}")
     return getattr(importlib.import_module(f"byol_fast.profiling.{_HOME[name]}"), name)

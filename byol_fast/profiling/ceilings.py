@@ -1,4 +1,4 @@
-"""A device's two ceilings: how fast it copies memory and how fast it multiplies matrices."""
+"""Ceilings of a device: its speed of copying memory and of multiplying matrices."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ Dtype = Literal["bf16", "fp16", "tf32", "fp32"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ceilings:
-    """What a device can do at most."""
+    """Maximum speeds of a device."""
 
     name: str
-    """Of the device."""
+    """Name of the device."""
     dtype: Dtype
-    """Of the products."""
+    """Precision of the products."""
     bytes_per_s: float
-    """Reads and writes together of a large copy."""
+    """Reads plus writes of a large copy."""
     flops_per_s: float
-    """Of a large matrix product."""
+    """FLOP/s of a large matrix product."""
     peak_flops_per_s: float
-    """The data sheet's, dense, for MFU; where there is none (a CPU), what was measured."""
+    """Dense peak of the data sheet, for MFU; without one (a CPU), the measured value."""
     source: str
-    """`measured`, or where the figures are from."""
+    """`measured`, or the origin of the values."""
 
     @property
     def ridge(self) -> float:
-        """FLOPs a byte at which a kernel stops to be bound by memory."""
+        """FLOP per byte above which a kernel is no longer bound by memory."""
         return self.flops_per_s / self.bytes_per_s
 
 
@@ -45,7 +45,7 @@ _SHEETS: dict[str, tuple[float, float, float, float]] = {
     "RTX 4090": (165.2, 82.6, 82.6, 1.008),
 }
 # Achieved copies: 3.0 of the H100's 3.35 TB/s, 4.3 of the H200's 4.8; achieved products: 798 of Hopper's 989.4 TFLOP/s.
-# Nobody measured the other two for this table: they get Hopper's shares.
+# Not measured for the other two GPUs, which get the shares of Hopper.
 _COPY_TB: dict[str, float] = {"H100": 3.0, "H200": 4.3}
 _COPY_SHARE = 3.0 / 3.35
 _PRODUCT_SHARE = 798 / 989.4
@@ -53,7 +53,7 @@ GPUS = tuple(_SHEETS)
 
 
 def stated(gpu: str, dtype: Dtype = "bf16") -> Ceilings:
-    """Ceilings of a GPU that one need not have, from its data sheet and the shares of it that Hopper was seen to reach.
+    """Ceilings of a GPU by its data sheet and the measured shares of it that Hopper reaches; needs no GPU.
 
     Args:
         gpu: `A100`, `H100`, `H200` or `RTX 4090` (also `4090`), in any case.
@@ -65,10 +65,12 @@ def stated(gpu: str, dtype: Dtype = "bf16") -> Ceilings:
     names = {name.lower(): name for name in GPUS} | {"4090": "RTX 4090", "rtx4090": "RTX 4090"}
     name = names.get(gpu.lower())
     if name is None:
-        raise ValueError(f"roofline: gpu must be one of {', '.join(GPUS)}, got {gpu!r}; --measure takes the one here")
+        raise ValueError(
+            f"roofline: gpu must be one of {', '.join(GPUS)}, got {gpu!r}; --measure measures this machine"
+        )
     half, tf32, fp32, bandwidth = _SHEETS[name]
     peak = {"bf16": half, "fp16": half, "tf32": tf32, "fp32": fp32}[dtype] * 1e12
-    shares = "measured shares" if name in _COPY_TB else "Hopper's shares, assumed"
+    shares = "measured shares" if name in _COPY_TB else "shares of Hopper, assumed"
     return Ceilings(
         name=name,
         dtype=dtype,
@@ -83,18 +85,18 @@ def measure(device: torch.device, dtype: Dtype, *, seconds: float = 0.3) -> Ceil
     """Ceilings of this machine: the best of several sizes of a copy and of a matrix product.
 
     Args:
-        device: to measure; on a CPU with torch's present number of threads.
+        device: to measure; on a CPU with the current number of torch's threads.
         dtype: of the products.
-        seconds: spent on each size, about.
+        seconds: approximate time spent on each size.
     """
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32)
     cuda = device.type == "cuda"
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = dtype != "fp32"
     try:
-        # Well beyond any cache: 256 MiB and more on each side.
+        # Larger than any cache: 256 MiB and more on each side.
         bandwidth = max(_copy(size, device, seconds) for size in ((2**28, 2**29, 2**30) if cuda else (2**28, 2**29)))
-        # Small ones too on a CPU: they are done before another process takes the core away.
+        # Also small ones on a CPU: they finish before another process gets the core.
         sizes = (4096, 8192, 16384) if cuda else (256, 512, 1024, 2048)
         flops = max(_product(size, torch_dtype, device, seconds) for size in sizes)
     finally:
@@ -108,14 +110,14 @@ def measure(device: torch.device, dtype: Dtype, *, seconds: float = 0.3) -> Ceil
 
 
 def _copy(num_bytes: int, device: torch.device, seconds: float) -> float:
-    """Bytes a second, read and written."""
+    """Bytes per second, read and written."""
     source = torch.ones(num_bytes // 4, device=device)
     target = torch.empty_like(source)
     return 2 * num_bytes / _best(lambda: target.copy_(source), device, seconds)
 
 
 def _product(size: int, dtype: torch.dtype, device: torch.device, seconds: float) -> float:
-    """FLOPs a second of a square product."""
+    """FLOP/s of a square product."""
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)
     out = torch.empty(size, size, dtype=dtype, device=device)
@@ -123,21 +125,21 @@ def _product(size: int, dtype: torch.dtype, device: torch.device, seconds: float
 
 
 def _best(work: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Seconds of the fastest call: whatever else the machine does only slows it down."""
+    """Seconds of the fastest call, because interference only slows it down."""
     cuda = device.type == "cuda"
     work()
     if cuda:
         torch.cuda.synchronize(device)
     best, end = float("inf"), time.perf_counter() + seconds
     while True:
-        begin = time.perf_counter()
-        # On a GPU several calls in a row, so that launching is not what is measured.
+        start = time.perf_counter()
+        # Several calls in a row on a GPU, so that launch latency is not measured.
         calls = 10 if cuda else 1
         for _ in range(calls):
             work()
         if cuda:
             torch.cuda.synchronize(device)
         now = time.perf_counter()
-        best = min(best, (now - begin) / calls)
+        best = min(best, (now - start) / calls)
         if now > end:
             return best

@@ -1,4 +1,4 @@
-"""What a profile says, in words, and what to change."""
+"""Findings of a profile: what slows the run down, and how to change it."""
 
 from __future__ import annotations
 
@@ -6,191 +6,203 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-DATA_WAIT = 0.10
-"""Share of a step spent waiting for images: less is the noise of a loader that keeps up."""
-BATCH_GAIN = 1.4
-"""An image in a batch twice as large takes less time by this factor: the step's fixed work weighs."""
-BF16_GAIN = 1.15
-"""Forward and backward are faster in bf16 by this factor."""
-CORES_GAIN = 1.1
-"""Forward and backward are faster on all cores by this factor."""
-GPU_IDLE = 0.15
+MIN_DATA_WAIT = 0.10
+"""Share of a step spent waiting for images; less is the noise of a loader that keeps up."""
+MIN_BATCH_GAIN = 1.4
+"""Speed-up per image in a batch twice as large, above which the fixed costs of a step dominate."""
+MIN_BF16_GAIN = 1.15
+"""Speed-up of forward and backward in bf16."""
+MIN_CORES_GAIN = 1.1
+"""Speed-up of forward and backward on all cores."""
+MIN_GPU_IDLE = 0.15
 """Share of the time in which no kernel runs."""
-SIDE_WORK = 0.05
-"""Share of a step for metrics or callbacks."""
-OTHERS = 0.3
-"""Cores that other processes keep busy; above, the figures of a CPU are not this run's alone."""
-MEMORY_USED = 0.45
-"""Of a GPU's memory: with less, twice the batch fits."""
-POWER = 0.97
-"""Of the power limit, while clocks are below this share of their maximum too."""
+MIN_SIDE_WORK = 0.05
+"""Share of a step spent on metrics or callbacks."""
+MAX_OTHER_CORES = 0.3
+"""Cores kept busy by other processes; above, values of a CPU are unreliable."""
+LOW_MEMORY_USE = 0.45
+"""Share of a GPU's memory below which twice the batch fits."""
+POWER_LIMITED = 0.97
+"""Share of the power limit above which, and share of the maximum clock below which, a GPU is limited by power."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that costs time, and what to do about it."""
+    """A cause of lost time, and its remedy."""
 
     kind: str
     """`slow data`, `one thread`, `tiny batch`, `precision`, `host sync`, `host-bound`, ..."""
     share: float
-    """Of the step's time that it costs, measured or estimated from measurements: the rank."""
+    """Share of the step's time that it costs, measured or estimated from measurements; findings are sorted by it."""
     text: str
-    """What was measured."""
+    """The measurement."""
     change: str
-    """What to do."""
+    """The remedy."""
 
 
 def findings(profile: dict[str, Any]) -> list[Finding]:
-    """What there is to change, the costliest first.
+    """All findings of a profile, the most expensive first.
 
     Args:
-        profile: as `byol_fast.profiling.profile` returns it.
+        profile: result of `byol_fast.profiling.profile`.
     """
-    return sorted(_all(profile), key=lambda finding: -finding.share)
-
-
-def _all(profile: dict[str, Any]) -> Iterator[Finding]:
-    machine, probes, step = profile["machine"], profile["probes"], profile["step"]
-    yield from _data(profile)
-
-    threads, cores, more = machine["torch_threads"], machine["cores"], probes["all_cores"]
-    busy = more is not None and more["others"] >= OTHERS
-    if more is not None and (busy or more["gain"] >= CORES_GAIN):
-        told = "how much all would bring cannot be measured while other processes keep them busy"
-        share = 0.0 if busy else 1 - 1 / more["gain"]
-        yield Finding(
-            "one thread" if threads == 1 else "few threads",
-            share,
-            f"torch computes with {threads} of {cores} cores; "
-            + (told if busy else f"on all of them forward and backward take {share:.0%} less time"),
-            f"set OMP_NUM_THREADS={cores} (or leave it out), or call torch.set_num_threads({cores})",
-        )
-
-    gain = probes["twice_the_batch"]
-    if gain is not None and gain >= BATCH_GAIN:
-        batch = profile["batch_size"]
-        yield Finding(
-            "tiny batch",
-            1 - 1 / gain,
-            f"with batches of {2 * batch} instead of {batch} an image takes {1 - 1 / gain:.0%} less time: a step's "
-            "fixed work outweighs its images",
-            f"raise batch_size to {2 * batch} or more (the learning rate scales with it)",
-        )
-
-    gain = probes["bf16"]
-    if gain is not None and gain >= BF16_GAIN:
-        yield Finding(
-            "precision",
-            1 - 1 / gain,
-            f"forward and backward take {1 - 1 / gain:.0%} less time in bf16 than in {profile['precision']} here",
-            "set precision to bf16 (or auto)",
-        )
-
-    for sync in probes["host_syncs"]:
-        where = "free on this CPU; a GPU's host" if profile["on_cpu"] else "the host"
-        yield Finding(
-            "host sync",
-            0.02 if profile["on_cpu"] else profile["gpu"]["idle"],
-            f"{sync['a_step']} times a step a value is fetched from the device at {sync['place']}: {where} waits for "
-            "it, and launches nothing meanwhile",
-            "keep the value a tensor (torch.where instead of if), or fetch it once every log_every steps",
-        )
-
-    for phase, change in (
-        ("metrics", f"raise log_every (now {profile['config']['log_every']})"),
-        ("callbacks", "do less in on_step_end, or do it every so many steps"),
-    ):
-        share = _share(profile, phase)
-        if share >= SIDE_WORK:
-            yield Finding(phase, share, f"{phase} take {share:.0%} of the step", change)
-
-    if profile["gpu"] is not None:
-        yield from _of_gpu(profile, step)
+    parts = (_data, _threads, _batch_size, _precision, _host_syncs, _side_work, _gpu)
+    return sorted((finding for part in parts for finding in part(profile)), key=lambda finding: -finding.share)
 
 
 def _data(profile: dict[str, Any]) -> Iterator[Finding]:
     share = profile["step"]["data_wait"]
-    if share < DATA_WAIT:
+    if share < MIN_DATA_WAIT:
         return
     data, cores = profile["config"]["data"], profile["machine"]["cores"]
     threads = data["threads"] or cores
     if threads < cores:
         change = f"raise data.threads (now {threads} of {cores} cores)"
     elif profile["on_cpu"]:
-        change = "the images are prepared on the cores that train: smaller images, or arrays (.npz), or more cores"
+        change = "loading and training share the cores: smaller images, or arrays (.npz), or more cores"
     else:
         change = (
-            f"all {cores} cores prepare images already: more cores a GPU, data.loader dali, or device_cache for small "
-            "data; smaller originals decode faster"
+            f"all {cores} cores prepare images already: more cores per GPU, data.loader dali, or device_cache for "
+            "small data; smaller originals decode faster"
         )
     yield Finding(
         "slow data",
         share,
-        f"data-bound: {share:.0%} of the step waits for images ({profile['backend']} loader, {threads} threads)",
+        f"data-bound: {share:.0%} of the step waits for images ({profile['loader']} loader, {threads} threads)",
         change,
     )
 
 
-def _of_gpu(profile: dict[str, Any], step: dict[str, Any]) -> Iterator[Finding]:
-    gpu, sampled = profile["gpu"], profile["machine"]["gpu"]
-    waits = step["data_wait"] + _share(profile, "metrics") + _share(profile, "callbacks")
-    host_bound = gpu["idle"] - waits
-    if host_bound >= GPU_IDLE:
-        change = "raise batch_size" if profile["mode"] == "graph" else "set mode to graph, or raise batch_size"
+def _threads(profile: dict[str, Any]) -> Iterator[Finding]:
+    threads, cores = profile["machine"]["torch_threads"], profile["machine"]["cores"]
+    experiment = profile["probes"]["all_cores"]
+    if experiment is None:
+        return
+    is_disturbed = experiment["others"] >= MAX_OTHER_CORES
+    if not is_disturbed and experiment["gain"] < MIN_CORES_GAIN:
+        return
+    share = 0.0 if is_disturbed else 1 - 1 / experiment["gain"]
+    effect = (
+        "the gain of more cannot be measured while other processes keep them busy"
+        if is_disturbed
+        else f"on all of them forward and backward take {share:.0%} less time"
+    )
+    yield Finding(
+        "one thread" if threads == 1 else "few threads",
+        share,
+        f"torch uses {threads} of {cores} cores; {effect}",
+        f"set OMP_NUM_THREADS={cores} (or unset it), or call torch.set_num_threads({cores})",
+    )
+
+
+def _batch_size(profile: dict[str, Any]) -> Iterator[Finding]:
+    gain, batch_size = profile["probes"]["double_batch"], profile["batch_size"]
+    if gain is not None and gain >= MIN_BATCH_GAIN:
+        share = 1 - 1 / gain
+        yield Finding(
+            "tiny batch",
+            share,
+            f"with a batch size of {2 * batch_size} instead of {batch_size} an image takes {share:.0%} less time: "
+            "the fixed costs of a step dominate",
+            f"raise batch_size to {2 * batch_size} or more (the learning rate scales with it)",
+        )
+
+
+def _precision(profile: dict[str, Any]) -> Iterator[Finding]:
+    gain = profile["probes"]["bf16"]
+    if gain is not None and gain >= MIN_BF16_GAIN:
+        yield Finding(
+            "precision",
+            1 - 1 / gain,
+            f"forward and backward take {1 - 1 / gain:.0%} less time in bf16 than in {profile['precision']}",
+            "set precision to bf16 (or auto)",
+        )
+
+
+def _host_syncs(profile: dict[str, Any]) -> Iterator[Finding]:
+    for sync in profile["probes"]["host_syncs"]:
+        cost = "free on this CPU, but the host of a GPU" if profile["on_cpu"] else "the host"
+        yield Finding(
+            "host sync",
+            0.02 if profile["on_cpu"] else profile["gpu"]["idle"],
+            f"{sync['per_step']} times per step a value is read from the device at {sync['place']}: {cost} waits for "
+            "it and launches no kernels meanwhile",
+            "keep the value a tensor (torch.where instead of if), or read it once every log_every steps",
+        )
+
+
+def _side_work(profile: dict[str, Any]) -> Iterator[Finding]:
+    for phase, change in (
+        ("metrics", f"raise log_every (now {profile['config']['log_every']})"),
+        ("callbacks", "do less in on_step_end, or do it less often"),
+    ):
+        share = _share(profile, phase)
+        if share >= MIN_SIDE_WORK:
+            yield Finding(phase, share, f"{phase} take {share:.0%} of the step", change)
+
+
+def _gpu(profile: dict[str, Any]) -> Iterator[Finding]:
+    gpu, telemetry = profile["gpu"], profile["machine"]["gpu"]
+    if gpu is None:
+        return
+    waits = profile["step"]["data_wait"] + _share(profile, "metrics") + _share(profile, "callbacks")
+    launch_bound = gpu["idle"] - waits
+    if launch_bound >= MIN_GPU_IDLE:
         yield Finding(
             "host-bound",
-            host_bound,
-            f"the GPU does nothing for {gpu['idle']:.0%} of the time, {host_bound:.0%} not for want of images: the "
-            f"host is slow to launch its {gpu['launches']:.0f} kernels a step",
-            change,
+            launch_bound,
+            f"GPU idle {gpu['idle']:.0%} ({launch_bound:.0%} not waiting for data): launch-bound, "
+            f"{gpu['launches']:.0f} kernels per step",
+            "raise batch_size" if profile["mode"] == "graph" else "set mode to graph, or raise batch_size",
         )
-    used = gpu["peak_bytes"] / gpu["memory_bytes"]
-    if used < MEMORY_USED:
+    memory_use = gpu["peak_bytes"] / gpu["memory_bytes"]
+    if memory_use < LOW_MEMORY_USE:
         yield Finding(
             "memory to spare",
             0.0,
-            f"{used:.0%} of the GPU's memory is used",
+            f"{memory_use:.0%} of the GPU's memory is used",
             "a larger batch_size would fit" + ("; turn activation_checkpointing off" if gpu["checkpointing"] else ""),
         )
-    if sampled is not None and sampled["power_w"] >= POWER * sampled["power_limit_w"]:
-        slow = 1 - sampled["sm_clock_mhz"] / sampled["sm_clock_max_mhz"]
-        if slow >= 1 - POWER:
+    if telemetry is not None and telemetry["power_w"] >= POWER_LIMITED * telemetry["power_limit_w"]:
+        slowdown = 1 - telemetry["sm_clock_mhz"] / telemetry["sm_clock_max_mhz"]
+        if slowdown >= 1 - POWER_LIMITED:
             yield Finding(
                 "power limit",
-                slow,
-                f"the GPU is at its power limit ({sampled['power_limit_w']:.0f} W), its clock {slow:.0%} too low",
-                "raise the limit (nvidia-smi -pl), if you may, or compare with other runs at the same limit",
+                slowdown,
+                f"the GPU is at its power limit ({telemetry['power_limit_w']:.0f} W), its clock {slowdown:.0%} below "
+                "the maximum",
+                "raise the limit (nvidia-smi -pl) if permitted, or compare with runs at the same limit",
             )
 
 
 def _share(profile: dict[str, Any], phase: str) -> float:
-    return float(next((row["share"] for row in profile["phases"] if row["phase"] == phase), 0.0))
+    return float(sum(row["share"] for row in profile["phases"] if row["phase"] == phase))
 
 
 def notes(profile: dict[str, Any]) -> list[str]:
-    """What one should know before believing the figures."""
-    said = []
-    machine = profile["machine"]
-    if profile["on_cpu"] and machine["others"] >= OTHERS:
-        said.append(
-            f"Other processes kept {machine['others']:.1f} of {machine['cores']} cores busy: repeat this on a quiet "
-            "machine."
+    """Limits of the measurement."""
+    lines = []
+    machine, roofline = profile["machine"], profile["roofline"]
+    if profile["on_cpu"] and machine["others"] >= MAX_OTHER_CORES:
+        lines.append(
+            f"Other processes kept {machine['others']:.1f} of {machine['cores']} cores busy: repeat the profile on an "
+            "idle machine."
         )
-    if profile["on_cpu"] and profile["roofline"] is not None:
-        said.append("A CPU's caches hold part of what the roofline counts as traffic: its floors are for memory alone.")
+    if profile["on_cpu"] and roofline is not None:
+        lines.append("CPU caches hold part of the traffic of the roofline, whose floors assume memory alone.")
     if profile["needs_gpu"]:
-        said.append(f"Not here, as they need a GPU: {'; '.join(profile['needs_gpu'])}.")
-    if profile["machine"]["gpu_problem"] and not profile["on_cpu"]:
-        said.append(f"No power, clocks and energy: {profile['machine']['gpu_problem']}.")
+        lines.append(f"Only on a GPU: {'; '.join(profile['needs_gpu'])}.")
+    if machine["gpu_problem"] and not profile["on_cpu"]:
+        lines.append(f"No power, clocks and energy: {machine['gpu_problem']}.")
     if profile["views_note"]:
-        said.append(f"The views pass the networks one by one: {profile['views_note']}.")
+        lines.append(f"The views pass the networks one by one: {profile['views_note']}.")
     if profile["mode"] != "eager":
-        said.append(
-            "The forward passes are compiled into one, and stand under `rest`; phases were timed without a CUDA graph, "
+        lines.append(
+            "The forward passes are compiled into one and are part of `rest`; phases were timed without a CUDA graph, "
             "the step with it."
         )
-    if profile["roofline"] is None:
-        said.append(f"No roofline: {profile['no_roofline']}.")
-    elif profile["roofline"]["unmodelled"]:
-        said.append(f"Roofline: {', '.join(profile['roofline']['unmodelled'])} counted by inputs and outputs alone.")
-    return said
+    if roofline is None:
+        lines.append(f"No roofline: {profile['no_roofline']}.")
+    elif roofline["unmodeled"]:
+        lines.append(f"Roofline: {', '.join(roofline['unmodeled'])} counted by inputs and outputs alone.")
+    return lines

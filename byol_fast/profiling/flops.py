@@ -1,4 +1,4 @@
-"""Floating-point operations: those of matrix products and convolutions, a multiply-add counted as two."""
+"""Floating-point operations of matrix products and convolutions; a multiply-add counts as two."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 from torch.utils.flop_counter import flop_registry
 
 ATTENTION_BACKWARD = 2.5
-"""Backward over forward of fused attention: of its five products one repeats the forward pass's (Dao, arXiv 2307.08691,
-section 4.1)."""
+"""Ratio of backward to forward FLOPs of fused attention: one of its five products repeats the forward pass
+(Dao, arXiv 2307.08691, section 4.1)."""
 
 
 def forward_flops(func: Any, args: Any, kwargs: Any, output: Any) -> int:
-    """FLOPs of one ATen operation by torch's own formulas; 0 for those without products.
+    """FLOPs of one ATen operation by torch's formulas; 0 for operations without products.
 
     Args:
-        func: the operation's overload.
-        args: what it was called with.
-        kwargs: likewise.
-        output: what it returned.
+        func: overload of the operation.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        output: its result.
     """
     formula = flop_registry.get(func.overloadpacket)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=output))
@@ -39,12 +39,12 @@ def attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[in
 
 
 def mfu(flops: float, seconds: float, peak_flops_per_s: float) -> float:
-    """Model FLOPs utilisation: share of the peak that a step's necessary FLOPs are (PaLM, arXiv 2204.02311, app. B).
+    """Model FLOPs utilization: necessary FLOPs per second over the peak (PaLM, arXiv 2204.02311, app. B).
 
     Args:
-        flops: of a step, `Roofline.total(level).flops`; recomputed activations do not count.
-        seconds: of a step.
-        peak_flops_per_s: the data sheet's figure, dense, in the step's precision.
+        flops: per step, `Roofline.total(level).flops`; recomputed activations do not count.
+        seconds: per step.
+        peak_flops_per_s: dense value of the data sheet, in the step's precision.
     """
     if seconds <= 0 or peak_flops_per_s <= 0:
         raise ValueError(f"mfu: seconds and peak must be positive, got {seconds} and {peak_flops_per_s}")

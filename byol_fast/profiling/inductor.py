@@ -1,8 +1,8 @@
-"""What torch's inductor made of a step: which kernels, what the backward pass reads, how much memory each one moves.
+"""Analysis of inductor's output code and of ncu's tables: kernels, tensors saved for the backward pass, memory traffic.
 
-Three questions about a network of convolutions and batch norms decide whether fusing the two by hand is worth it: have
-1x1 convolutions become matrix products whose prologue applies the norm and the ReLU; does the backward pass read what
-the ReLU gave, so that it had to be written; and which kernels move the most bytes.
+Three questions decide if fusing convolutions and batch norms by hand is worthwhile: have 1x1 convolutions become matrix
+products whose prologue applies the norm and the ReLU; does the backward pass read the outputs of ReLUs, so that they
+had to be written; and which kernels move the most bytes.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _SIZES = re.compile(r"assert_size_stride\((\w+), \(([\d, ]*)\)")
 
 
 def analyze(codes: Sequence[str]) -> dict[str, Any]:
-    """Read inductor's output code.
+    """Summarize inductor's output code.
 
     Args:
         codes: sources as `torch._inductor.utils.run_and_get_code` returns them: a forward and a backward graph.
 
     Returns:
-        `graphs`, one for each: `is_backward`, `kernels` (calls by name), `extern` (calls by operator), `templates` and
-        `templates_with_prologue` (matrix products and convolutions that inductor generated, and those that compute
-        before their product), `saved` (of a backward graph: number and elements of what it takes from the forward
-        pass, by what made it); and `answers` in words.
+        `graphs`, one per source: `is_backward`, `kernels` (calls by name), `extern` (calls by operator), `templates`,
+        `templates_with_prologue` (generated matrix products and convolutions, and those that compute before their
+        product), `saved` (of a backward graph: number and elements of the tensors saved by the forward pass, by
+        producer); and `answers` as text.
     """
     graphs = [_graph(code) for code in codes]
     return {"graphs": graphs, "answers": _answers(graphs)}
@@ -72,15 +72,15 @@ def _graph(code: str) -> dict[str, Any]:
 
 
 def computes_before_product(source: str) -> bool:
-    """Whether a generated matrix product does arithmetic on what it has loaded, before it multiplies.
+    """True if a generated matrix product computes on its loaded operands before it multiplies.
 
     Args:
-        source: of a Triton template's kernel.
+        source: of the kernel of a Triton template.
     """
     before, product, _ = source.partition("tl.dot(")
     if not product:
         return False
-    # What inductor fuses it calls tmp0, tmp1 ...; the template itself calls its operands a and b, or matrix_x and _w.
+    # Fused operations are named tmp0, tmp1 ...; the operands of the template are a and b, or matrix_x and matrix_w.
     return any(
         re.search(r"^\s*tmp\d+ = ", line) and not re.search(r"= (tl\.load|tl\.full|tl\.broadcast_to)\(", line)
         for line in before.splitlines()
@@ -99,9 +99,9 @@ def _answers(graphs: Iterable[dict[str, Any]]) -> list[str]:
     calls = Counter(name for g in graphs for name, n in g["kernels"].items() for _ in range(n))
     generated = f"{len(templates)} kernels, {sum(calls[t] for t in templates)} calls"
     some = f" ({', '.join(prologues[:4])})" if prologues else ""
-    told = [
-        f"calls of the library: {convolutions} convolutions forward, {backward} backward, {products} matrix products",
-        f"products and convolutions that inductor generated: {generated}",
+    answers = [
+        f"library calls: {convolutions} convolutions forward, {backward} backward, {products} matrix products",
+        f"generated products and convolutions: {generated}",
         f"prologues: {len(prologues)} of {len(templates)} generated products compute before they multiply{some}",
     ]
     saved: Counter[str] = Counter()
@@ -110,33 +110,34 @@ def _answers(graphs: Iterable[dict[str, Any]]) -> list[str]:
             saved[kind] += entry["elements"]
     relu, whole = sum(n for kind, n in saved.items() if "relu" in kind), saved.total()
     listed = ", ".join(f"{kind} {n / 1e6:.1f}" for kind, n in saved.most_common(6))
-    told.append(
-        f"backward: it takes {relu / 1e6:.1f} M elements that ReLUs gave, of {whole / 1e6:.1f} M in all (M: {listed})"
+    answers.append(
+        f"backward: reads {relu / 1e6:.1f} M elements of ReLU outputs, of {whole / 1e6:.1f} M saved elements "
+        f"(M: {listed})"
     )
-    return told
+    return answers
 
 
 def read_ncu(text: str) -> list[dict[str, Any]]:
-    """Kernels by name from `ncu --csv --page raw --print-units base`, those that move most first.
+    """Kernels by name from `ncu --csv --page raw --print-units base`, those with the most traffic first.
 
     Args:
-        text: what ncu has printed, its messages included.
+        text: output of ncu, including its messages.
 
     Returns:
         `kernel`, `family`, `launches`, `read_bytes`, `written_bytes`, `seconds`, `gb_per_s`, `occupancy_percent`
-        (mean of the launches, of the warps that fit); empty where there is no table.
+        (mean over launches of active over maximum warps); empty if there is no table.
     """
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if start is None:
         return []
-    found: dict[str, dict[str, Any]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for row in csv.DictReader(io.StringIO("\n".join(lines[start:]))):
         name = row.get("Kernel Name") or ""
         if not name:  # the row of units
             continue
         read, written, nanoseconds, occupancy = (_number(row.get(metric)) for metric in NCU_METRICS)
-        entry = found.setdefault(
+        entry = rows.setdefault(
             name,
             {
                 "kernel": name,
@@ -153,11 +154,11 @@ def read_ncu(text: str) -> list[dict[str, Any]]:
         entry["written_bytes"] += written
         entry["seconds"] += nanoseconds * 1e-9
         entry["occupancy_percent"] += occupancy
-    for entry in found.values():
+    for entry in rows.values():
         moved = entry["read_bytes"] + entry["written_bytes"]
         entry["gb_per_s"] = moved / entry["seconds"] / 1e9 if entry["seconds"] else 0.0
         entry["occupancy_percent"] /= entry["launches"]
-    return sorted(found.values(), key=lambda e: -(e["read_bytes"] + e["written_bytes"]))
+    return sorted(rows.values(), key=lambda e: -(e["read_bytes"] + e["written_bytes"]))
 
 
 def _number(text: str | None) -> float:
@@ -168,15 +169,15 @@ def _number(text: str | None) -> float:
 
 
 def by_family(kernels: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same, summed by family.
+    """Sums of kernels by family.
 
     Args:
-        kernels: as `read_ncu` returns them.
+        kernels: result of `read_ncu`.
     """
-    found: dict[str, dict[str, Any]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for kernel in kernels:
-        entry = found.setdefault(kernel["family"], {"family": kernel["family"], "launches": 0, "gb": 0.0, "ms": 0.0})
+        entry = rows.setdefault(kernel["family"], {"family": kernel["family"], "launches": 0, "gb": 0.0, "ms": 0.0})
         entry["launches"] += kernel["launches"]
         entry["gb"] += (kernel["read_bytes"] + kernel["written_bytes"]) / 1e9
         entry["ms"] += kernel["seconds"] * 1e3
-    return sorted(found.values(), key=lambda e: -e["gb"])
+    return sorted(rows.values(), key=lambda e: -e["gb"])

@@ -1,4 +1,4 @@
-"""What kind of work a GPU kernel, or an operation on a CPU, is: read from its name."""
+"""Family of a GPU kernel, or of an operation on a CPU, by its name."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ FAMILIES = (
     "pointwise", "pool", "loss", "optimizer + EMA", "augmentation", "copies", "other",
 )  # fmt: skip
 
-# The first that fits decides. Names are cuDNN's, CUTLASS's, cuBLAS's, ATen's, inductor's (after the operations that it
-# fused) and ours.
+# The first match decides. Names are those of cuDNN, CUTLASS, cuBLAS, ATen, byol_kernels and inductor, which names a
+# kernel after the fused operations.
 _KERNELS = [
     ("copies", r"^memcpy|^memset|copy_kernel|direct_copy|CatArray|nchwToNhwc|nhwcToNchw|transpose_kernel"),
     ("loss", r"normalized_mse"),
@@ -51,11 +51,11 @@ _KERNEL_RULES, _OP_RULES = _compiled(_KERNELS), _compiled(_OPS)
 
 
 def family_of(name: str, *, on_gpu: bool) -> str:
-    """The family of a kernel or operation, one of `FAMILIES`.
+    """Family of a kernel or operation, one of `FAMILIES`.
 
     Args:
-        name: a GPU kernel's, or an ATen operation's (`aten::add_`).
-        on_gpu: which of the two.
+        name: of a GPU kernel, or of an ATen operation (`aten::add_`).
+        on_gpu: True for a GPU kernel.
     """
     for family, pattern in _KERNEL_RULES if on_gpu else _OP_RULES:
         if pattern.search(name):

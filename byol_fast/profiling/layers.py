@@ -1,4 +1,4 @@
-"""The operations of a network and what flows between them, found by running it on tensors without memory."""
+"""Operations of a network and the values between them, recorded on meta tensors."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from byol_fast.profiling.flops import attention_flops, forward_flops
 
 Kind = Literal[
-    "conv", "matmul", "attention", "batch norm", "norm", "pointwise", "pool", "copy", "cat", "free", "unmodelled"
+    "conv", "matmul", "attention", "batch norm", "norm", "pointwise", "pool", "copy", "cat", "free", "unmodeled"
 ]
 Saved = Literal["nothing", "output", "input", "others"]
-"""What a pointwise operation's derivative is computed from, besides the gradient."""
+"""Tensors that the derivative of a pointwise operation is computed from, besides the gradient."""
 
 
 @dataclass(eq=False, slots=True)
 class Value:
-    """What one tensor's memory holds at one time; views of it are the same value."""
+    """Content of a tensor's memory at one time; views of it are the same value."""
 
     numel: int
     width: int | None
-    """Bytes an element; None: floating point, as wide as the run's precision makes it."""
+    """Bytes per element; None for floating point, whose width is that of the run's precision."""
     is_vector: bool
-    """All its elements lie along one dimension: statistics, biases, gammas. Their traffic is not counted."""
+    """All elements lie along one dimension: statistics, biases, gammas. Their traffic is not counted."""
     is_weight: bool
     needs_grad: bool
     producer: Op | None = None
@@ -41,7 +41,7 @@ class Value:
 
 @dataclass(eq=False, slots=True)
 class Use:
-    """A value as an operation reads it: all of it or, through a view, a part."""
+    """Read access of an operation to a value: to all of it or, through a view, to a part."""
 
     value: Value
     numel: int
@@ -53,28 +53,28 @@ class Op:
     """One operation of the forward pass."""
 
     name: str
-    """ATen's name without the overload, `"convolution"` say."""
+    """Name in ATen without the overload, such as `"convolution"`."""
     kind: Kind
     saved: Saved
     layer: str
-    """Dotted name of the innermost module that ran it."""
+    """Dotted name of the innermost module."""
     inputs: list[Use]
     output: Value
     flops: int
     indices: int
-    """Elements of a second output that is kept for the backward pass (max-pooling's positions)."""
+    """Elements of a second output that is saved for the backward pass (positions of max-pooling)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """The operations of a forward pass, in order."""
+    """Operations of a forward pass, in order."""
 
     ops: list[Op]
     outputs: list[Value]
 
-    def unmodelled(self) -> list[str]:
-        """Names of operations of which only reads and writes are known."""
-        return sorted({op.name for op in self.ops if op.kind == "unmodelled"})
+    def unmodeled(self) -> list[str]:
+        """Names of operations of which only inputs and outputs are known."""
+        return sorted({op.name for op in self.ops if op.kind == "unmodeled"})
 
 
 _CONVS = {"convolution", "_convolution", "cudnn_convolution"}
@@ -130,27 +130,27 @@ def _classify(name: str, overload: str) -> tuple[Kind, Saved]:
     for names, kind in ((_POOLS, "pool"), (_COPIES, "copy"), (_FREE, "free"), ({"cat", "stack"}, "cat")):
         if name in names:
             return kind, "nothing"  # type: ignore[return-value]
-    return "unmodelled", "input"
+    return "unmodeled", "input"
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes every ATen operation; what is a view of something stays that thing."""
+    """Records every ATen operation; a view is the same value as its base."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.ops: list[Op] = []
         self.layers: list[str] = [""]
         self._values: dict[int, Value] = {}
-        self._alive: list[Tensor] = []  # an address that is used again would be taken for the old tensor
+        self._alive: list[Tensor] = []  # otherwise a reused address would be taken for the old tensor
 
-    def know(self, tensor: Tensor, *, is_weight: bool, needs_grad: bool) -> None:
-        """Take note of a tensor before the pass."""
+    def add_tensor(self, tensor: Tensor, *, is_weight: bool, needs_grad: bool) -> None:
+        """Register a tensor before the pass."""
         self._values[_memory(tensor)] = self._new(tensor, is_weight=is_weight, needs_grad=needs_grad)
 
     def value_of(self, tensor: Tensor) -> Value:
-        """The value that a tensor's memory holds now."""
+        """Current value of a tensor's memory."""
         if _memory(tensor) not in self._values:
-            self.know(tensor, is_weight=False, needs_grad=False)
+            self.add_tensor(tensor, is_weight=False, needs_grad=False)
         return self._values[_memory(tensor)]
 
     def _new(self, tensor: Tensor, *, is_weight: bool, needs_grad: bool) -> Value:
@@ -169,21 +169,23 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         schema_name, _, overload = func.name().partition("::")[2].partition(".")
         if func.is_view or schema_name in {"_unsafe_view", "_reshape_alias"}:
             base = self.value_of(_tensors((args, kwargs))[0])
-            for new in _tensors(outputs):  # the unsafe view has a storage object of its own
+            for new in _tensors(outputs):  # an unsafe view has its own storage object
                 self._alive.append(new)
                 self._values.setdefault(_memory(new), base)
             return outputs
         name = schema_name.removesuffix("_") if func._schema.is_mutable else schema_name
-        made = _tensors(outputs)
+        results = _tensors(outputs)
         kind, saved = _classify(name, overload)
-        if made and kind != "free":
-            self.record(name, kind, saved, _tensors((args, kwargs)), made, forward_flops(func, args, kwargs, outputs))
+        if results and kind != "free":
+            self.record(
+                name, kind, saved, _tensors((args, kwargs)), results, forward_flops(func, args, kwargs, outputs)
+            )
         return outputs
 
     def record(
         self, name: str, kind: Kind, saved: Saved, inputs: list[Tensor], outputs: list[Tensor], flops: int
     ) -> None:
-        """Add an operation, unless nothing in it is larger than a vector."""
+        """Add an operation, unless all its tensors are vectors."""
         values = [self.value_of(t) for t in inputs]
         needs_grad = any(v.needs_grad and v.width is None for v in values) and outputs[0].is_floating_point()
         new = self._new(outputs[0], is_weight=False, needs_grad=needs_grad)
@@ -197,18 +199,18 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             value.uses.append(use)
         new.producer = op
         self._values[_memory(outputs[0])] = new
-        if kind == "unmodelled":
+        if kind == "unmodeled":
             for other in outputs[1:]:
-                self.know(other, is_weight=False, needs_grad=False)
+                self.add_tensor(other, is_weight=False, needs_grad=False)
         self.ops.append(op)
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Attention as the one kernel that it is on a GPU; without memory torch would take it apart."""
+        """Attention as one kernel, as on a GPU; on meta tensors torch would decompose it."""
         del args, kwargs
-        made = torch.empty((*query.shape[:-1], value.shape[-1]), dtype=query.dtype, device=query.device)
+        output = torch.empty((*query.shape[:-1], value.shape[-1]), dtype=query.dtype, device=query.device)
         flops = attention_flops(query.shape, key.shape, value.shape)
-        self.record("attention", "attention", "input", [query, key, value], [made], flops)
-        return made
+        self.record("attention", "attention", "input", [query, key, value], [output], flops)
+        return output
 
 
 def _memory(tensor: Tensor) -> int:
@@ -220,30 +222,30 @@ def _tensors(tree: object) -> list[Tensor]:
 
 
 def trace(network: nn.Module, inputs: Sequence[Tensor]) -> Graph:
-    """The operations of a network's forward pass, in train mode.
+    """Record the operations of a network's forward pass, in train mode.
 
     Args:
         network: on the meta device.
         inputs: its arguments, on the meta device; gradients flow to those that require them.
 
     Raises:
-        ValueError: the network decides by values what it does, so that it cannot run on tensors without memory.
+        ValueError: the network depends on values, so that it cannot run on meta tensors.
     """
     recorder = _Recorder()
     for parameter in network.parameters():
-        recorder.know(parameter, is_weight=True, needs_grad=parameter.requires_grad)
+        recorder.add_tensor(parameter, is_weight=True, needs_grad=parameter.requires_grad)
     for tensor in inputs:
-        recorder.know(tensor, is_weight=False, needs_grad=tensor.requires_grad)
+        recorder.add_tensor(tensor, is_weight=False, needs_grad=tensor.requires_grad)
     was_training = network.training
     network.train()
     try:
-        with torch.no_grad(), _named(network, recorder.layers), _one_kernel(recorder), recorder:
+        with torch.no_grad(), _track_modules(network, recorder.layers), _record_attention(recorder), recorder:
             outputs = network(*inputs)
     except (NotImplementedError, RuntimeError) as error:
         raise ValueError(
             f"roofline: the encoder must run on meta tensors (shapes without values), {type(network).__name__} failed "
-            f"with: {str(error).splitlines()[0]}; set the views' size to what it takes, and leave out what depends "
-            "on values"
+            f"with: {str(error).splitlines()[0]}; set the size of the views to what it takes, and remove "
+            "operations that depend on values"
         ) from error
     finally:
         network.train(was_training)
@@ -254,8 +256,8 @@ def trace(network: nn.Module, inputs: Sequence[Tensor]) -> Graph:
 
 
 @contextmanager
-def _named(network: nn.Module, layers: list[str]) -> Iterator[None]:
-    """Keep the name of the module that runs on top of the stack."""
+def _track_modules(network: nn.Module, layers: list[str]) -> Iterator[None]:
+    """Keep the name of the running module on top of the stack."""
     hooks = []
     for name, module in network.named_modules():
         hooks.append(module.register_forward_pre_hook(partial(_enter, layers, name)))
@@ -276,8 +278,8 @@ def _leave(layers: list[str], *_: object) -> None:
 
 
 @contextmanager
-def _one_kernel(recorder: _Recorder) -> Iterator[None]:
-    """Let attention be recorded whole. torch's own layers and timm's look the function up when they call it."""
+def _record_attention(recorder: _Recorder) -> Iterator[None]:
+    """Record attention as one operation. Layers of torch and timm look the function up when they call it."""
     original = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = recorder.attention
     try:

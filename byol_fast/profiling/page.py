@@ -1,8 +1,10 @@
-"""A profile as text in the terminal and as sections of a page. Needs no torch."""
+"""A profile as text in the terminal and as sections of a page. Does not import torch."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -12,10 +14,10 @@ from byol_fast.report.charts import Series, bar_chart, scatter, timeline
 from byol_fast.report.page import Section, chart_grid, details, facts, paragraph, table
 
 _LEVELS = {
-    "A": "each operation a kernel",
-    "B": "as inductor fuses",
-    "D": "batch norm within convolutions",
-    "E": "no library has it",
+    "A": "one kernel per operation",
+    "B": "fused by inductor",
+    "D": "batch norm fused with convolutions",
+    "E": "lower bound",
 }
 
 
@@ -23,25 +25,36 @@ def sections(profile: dict[str, Any]) -> list[Section]:
     """Sections of a page about a profile.
 
     Args:
-        profile: the content of `profile.json`.
+        profile: content of `profile.json`.
     """
     sections = [
-        Section("Profile: what to change", _glance(profile) + _findings(profile)),
-        Section("Profile: where the time goes", _time(profile)),
+        Section("Profile: findings", _key_figures(profile) + _findings(profile)),
+        Section("Profile: time", _time(profile)),
     ]
     if profile["roofline"] is not None:
-        sections.append(Section("Profile: the hardware's limit", _limit(profile)))
+        sections.append(Section("Profile: roofline", _limit(profile)))
     return [*sections, Section("Profile: machine and kernels", _machine(profile))]
 
 
+def run_sections(run_dir: Path) -> list[Section]:
+    """Sections about the profile in a run folder; none if the run was not profiled."""
+    path = run_dir / "profile" / "profile.json"
+    if not path.exists():
+        return []
+    try:
+        return sections(json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError) as error:
+        return [Section("Profile", paragraph(f"Left out: {path} could not be shown ({error})."))]
+
+
 def show(profile: dict[str, Any], console: Console | None = None) -> None:
-    """Print a profile: phases, families, limits, and what to change."""
+    """Print a profile: phases, families, limits and findings."""
     console = console or Console()
-    step, against = profile["step"], profile["roofline"]
+    step, limit = profile["step"], profile["roofline"]
     console.print(_headline(profile), soft_wrap=True, markup=False)
 
     phases = Table(title="phases of a step", title_justify="left")
-    for column in ("phase", "ms", "share", "at least, ms", _memory_title(profile)):
+    for column in ("phase", "ms", "share", "floor, ms", _memory_title(profile)):
         phases.add_column(column, justify="left" if column == "phase" else "right")
     for row in profile["phases"]:
         phases.add_row(*_phase_cells(row))
@@ -54,11 +67,11 @@ def show(profile: dict[str, Any], console: Console | None = None) -> None:
         families.add_row(row["family"], f"{1e3 * row['seconds']:.3g}", f"{row['calls']:.4g}")
     console.print(families)
 
-    if against is not None:
-        floor = 1e3 * against["floor_seconds"][against["level"]]
+    if limit is not None:
+        floor = 1e3 * limit["floor_seconds"][limit["level"]]
         console.print(
-            f"MFU {against['mfu']:.1%}, bandwidth {against['bandwidth_use']:.1%} of what "
-            f"{against['ceilings']['name']} reaches; at least {floor:.3g} ms a step (this takes "
+            f"MFU {limit['mfu']:.1%}, bandwidth {limit['bandwidth_use']:.1%} of the ceilings of "
+            f"{limit['ceilings']['name']}; floor {floor:.3g} ms per step (measured: "
             f"{1e3 * step['seconds']:.4g})",
             soft_wrap=True,
             markup=False,
@@ -66,7 +79,7 @@ def show(profile: dict[str, Any], console: Console | None = None) -> None:
     for number, finding in enumerate(profile["findings"], 1):
         console.print(f"{number}. {_sentence(finding)}", soft_wrap=True, markup=False, style="bold")
     if not profile["findings"]:
-        console.print("Nothing found to change.", style="green")
+        console.print("No findings.", style="green")
     for note in profile["notes"]:
         console.print(note, soft_wrap=True, markup=False, style="dim")
 
@@ -78,13 +91,13 @@ def roofline_chart(
     title: str,
     measured: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> str:
-    """Roofline chart as SVG: the throughput of blocks of layers below the limits of a device.
+    """Roofline chart as SVG: the throughput of blocks of layers below the ceilings of a device.
 
     Args:
         points: FLOP/byte and TFLOP/s of each block, by group.
-        ceilings: the fields of a `Ceilings`.
+        ceilings: fields of a `Ceilings`.
         title: of the chart.
-        measured: FLOP/byte and TFLOP/s of a profiled step by phase, a group of its own.
+        measured: FLOP/byte and TFLOP/s of a profiled step by phase, as a separate group.
     """
     groups = [Series(name, list(x), list(y)) for name, (x, y) in points.items()]
     if measured is not None and measured[0]:
@@ -103,8 +116,8 @@ def _headline(profile: dict[str, Any]) -> str:
     step = profile["step"]
     return (
         f"{profile['recipe']}: {profile['encoder']}, batch {profile['global_batch_size']}, {profile['precision']}, "
-        f"{profile['mode']}, {profile['device']}: {1e3 * step['seconds']:.4g} ms a step, "
-        f"{step['images_per_second']:.4g} images a second"
+        f"{profile['mode']}, {profile['device']}: {1e3 * step['seconds']:.4g} ms per step, "
+        f"{step['images_per_second']:.4g} images per second"
     )
 
 
@@ -112,37 +125,39 @@ def _sentence(finding: dict[str, Any]) -> str:
     return f"{finding['kind']}: {finding['text']}. {finding['change'][0].upper()}{finding['change'][1:]}."
 
 
-def _glance(profile: dict[str, Any]) -> str:
-    step, against, machine = profile["step"], profile["roofline"], profile["machine"]
-    shown = [
-        ("Images a second", f"{step['images_per_second']:.4g}", f"batch {profile['global_batch_size']}"),
+def _key_figures(profile: dict[str, Any]) -> str:
+    step, limit, machine = profile["step"], profile["roofline"], profile["machine"]
+    figures = [
+        ("Images per second", f"{step['images_per_second']:.4g}", f"batch {profile['global_batch_size']}"),
         (
-            "A step",
+            "Step time",
             f"{1e3 * step['seconds']:.4g} ms",
             f"p20 to p80: {1e3 * step['seconds_p20']:.4g} to {1e3 * step['seconds_p80']:.4g}",
         ),
-        ("Waiting for images", f"{step['data_wait']:.1%}", "of a step"),
+        ("Waiting for data", f"{step['data_wait']:.1%}", "of a step"),
     ]
-    if against is not None:
-        floor = against["floor_seconds"][against["level"]]
-        shown += [
-            ("MFU", f"{against['mfu']:.1%}", f"of {against['ceilings']['peak_flops_per_s'] / 1e12:.3g} TFLOP/s"),
-            ("Memory bandwidth", f"{against['bandwidth_use']:.1%}", "least traffic over measured copies"),
+    if limit is not None:
+        floor = limit["floor_seconds"][limit["level"]]
+        figures += [
+            ("MFU", f"{limit['mfu']:.1%}", f"of {limit['ceilings']['peak_flops_per_s'] / 1e12:.3g} TFLOP/s"),
+            ("Memory bandwidth", f"{limit['bandwidth_use']:.1%}", "of a copy, for the least traffic"),
             (
-                "Times the floor",
+                "Step / floor",
                 f"{step['seconds'] / floor:.2f}",
-                f"at least {1e3 * floor:.3g} ms when fused like this",
+                f"floor {1e3 * floor:.3g} ms at this level of fusion",
             ),
         ]
-    gpu, sampled = profile["gpu"], machine["gpu"]
+    gpu, telemetry = profile["gpu"], machine["gpu"]
     if gpu is not None:
-        shown.append(("GPU idle", f"{gpu['idle']:.1%}", f"{gpu['launches']:.0f} launches a step"))
-    if sampled is not None:
-        shown.append(("Energy an image", f"{sampled['energy_j_per_image']:.3g} J", f"{sampled['power_w']:.0f} W"))
+        figures.append(("GPU idle", f"{gpu['idle']:.1%}", f"{gpu['launches']:.0f} launches per step"))
+    if telemetry is not None:
+        figures.append(
+            ("Energy per image", f"{telemetry['energy_j_per_image']:.3g} J", f"{telemetry['power_w']:.0f} W")
+        )
     if gpu is None:
         used = f"{machine['torch_threads']} torch threads, {machine['cores']} cores"
-        shown.append(("Cores used", f"{machine['cores_used']:.2f}", used))
-    return paragraph(_headline(profile), "faint") + facts(shown)
+        figures.append(("Cores used", f"{machine['cores_used']:.2f}", used))
+    return paragraph(_headline(profile), "faint") + facts(figures)
 
 
 def _findings(profile: dict[str, Any]) -> str:
@@ -151,20 +166,20 @@ def _findings(profile: dict[str, Any]) -> str:
         for number, f in enumerate(profile["findings"], 1)
     ]
     html = (
-        table(("", "finding", "measured", "change", "of the step"), rows)
+        table(("", "finding", "measured", "change", "share of step"), rows)
         if rows
-        else paragraph("Nothing found to change.", "good")
+        else paragraph("No findings.", "good")
     )
     return html + "".join(paragraph(note, "faint") for note in profile["notes"])
 
 
 def _time(profile: dict[str, Any]) -> str:
-    phases, begin = [], 0.0
+    phases, start = [], 0.0
     for row in profile["phases"]:
         if row["share"] > 0:
-            end = begin + 1e3 * row["seconds"]
-            phases.append((row["phase"], [(begin, end, row["phase"])]))
-            begin = end
+            end = start + 1e3 * row["seconds"]
+            phases.append((row["phase"], [(start, end, row["phase"])]))
+            start = end
     charts = [timeline(phases, title="Phases in sequence, mean of all steps")]
     step = profile["timeline"]
     rows = [("phases", [(p["begin"], p["end"], p["phase"]) for p in step["phases"]])]
@@ -180,7 +195,7 @@ def _time(profile: dict[str, Any]) -> str:
             x_label="ms",
         )
     )
-    rows_of_table = [
+    table_rows = [
         (
             row["phase"],
             1e3 * row["seconds"],
@@ -190,34 +205,34 @@ def _time(profile: dict[str, Any]) -> str:
         )
         for row in profile["phases"]
     ]
-    headers = ("phase", "ms", "% of the step", "at least, ms", _memory_title(profile))
-    return chart_grid(charts) + table(headers, rows_of_table)
+    headers = ("phase", "ms", "% of the step", "floor, ms", _memory_title(profile))
+    return chart_grid(charts) + table(headers, table_rows)
 
 
 def _limit(profile: dict[str, Any]) -> str:
-    against = profile["roofline"]
+    limit = profile["roofline"]
     seconds = {row["phase"]: row["seconds"] for row in profile["phases"]}
-    work = {phase: w for phase, w in against["phases"].items() if w["flops"] and seconds.get(phase)}
+    work = {phase: w for phase, w in limit["phases"].items() if w["flops"] and seconds.get(phase)}
     measured = (
         [w["flops"] / w["bytes"] for w in work.values()],
         [w["flops"] / seconds[phase] / 1e12 for phase, w in work.items()],
     )
-    points = {name: (p["x"], p["y"]) for name, p in against["points"].items()}
+    points = {name: (p["x"], p["y"]) for name, p in limit["points"].items()}
     chart = roofline_chart(
-        points, against["ceilings"], title="Limit of each block of layers, and measured phases", measured=measured
+        points, limit["ceilings"], title="Roofline of each block of layers, and measured phases", measured=measured
     )
-    c = against["ceilings"]
+    c = limit["ceilings"]
     text = (
-        f"A step takes {against['flops'] / 1e12:.4g} TFLOP and moves at least {against['bytes'] / 1e9:.4g} GB at "
-        f"fusion level {against['level']}. {c['name']} ({c['source']}): {c['bytes_per_s'] / 1e9:.4g} GB/s copied, "
-        f"{c['flops_per_s'] / 1e12:.4g} TFLOP/s in {c['dtype']} products; MFU is over "
+        f"A step needs {limit['flops'] / 1e12:.4g} TFLOP and moves at least {limit['bytes'] / 1e9:.4g} GB at "
+        f"fusion level {limit['level']}. {c['name']} ({c['source']}): {c['bytes_per_s'] / 1e9:.4g} GB/s copied, "
+        f"{c['flops_per_s'] / 1e12:.4g} TFLOP/s in {c['dtype']} products; MFU is relative to "
         f"{c['peak_flops_per_s'] / 1e12:.4g}."
     )
     rows = [
         (level, _LEVELS[level], 1e3 * floor, profile["global_batch_size"] / floor)
-        for level, floor in against["floor_seconds"].items()
+        for level, floor in limit["floor_seconds"].items()
     ]
-    return paragraph(text) + chart_grid([chart]) + table(("level", "fusion", "at least, ms", "at most, images/s"), rows)
+    return paragraph(text) + chart_grid([chart]) + table(("level", "fusion", "floor, ms", "maximum images/s"), rows)
 
 
 def _machine(profile: dict[str, Any]) -> str:
@@ -226,24 +241,24 @@ def _machine(profile: dict[str, Any]) -> str:
         ("cores used", machine["cores_used"]),
         ("cores", machine["cores"]),
         ("torch threads", machine["torch_threads"]),
-        ("cores kept busy by others", machine["others"]),
+        ("cores used by other processes", machine["others"]),
     ]
     for group in (machine["gpu"] or {}, {k: v for k, v in (gpu or {}).items() if k != "gaps"}):
         rows += [(name.replace("_", " "), value) for name, value in group.items()]
     html = table(("machine", "value"), rows)
     if gpu is not None and gpu["gaps"]:
-        html += "<h3>Longest pauses of the GPU</h3>"
+        html += "<h3>Longest gaps between kernels</h3>"
         html += table(("ms", "before"), [(gap["milliseconds"], gap["before"]) for gap in gpu["gaps"]])
     kernels = [(k["name"][:90], k["family"], 1e3 * k["seconds"], k["calls"]) for k in profile["kernels"]]
-    listed = table(("kernel" if gpu is not None else "operation", "family", "ms a step", "calls a step"), kernels)
+    listed = table(("kernel" if gpu is not None else "operation", "family", "ms per step", "calls per step"), kernels)
     files = paragraph(
         f"Beside this page: {', '.join(profile['files'])}. trace.json.gz opens at https://ui.perfetto.dev.", "faint"
     )
-    return html + details("The longest of them", listed) + files
+    return html + details("Longest kernels" if gpu is not None else "Longest operations", listed) + files
 
 
 def _families_title(profile: dict[str, Any]) -> str:
-    return "Operations on the CPU, slowed by the profiler" if profile["on_cpu"] else "GPU kernels by family"
+    return "CPU operations, slowed down by the profiler" if profile["on_cpu"] else "GPU kernels by family"
 
 
 def _memory_title(profile: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Small experiments on a run's own step: what another batch or precision would bring, and where the host waits."""
+"""Experiments on the step of a run: speed with another batch size, precision or threads, and host synchronizations."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from byol_fast.data.batch import Batch
-from byol_fast.profiling.telemetry import Telemetry, others
+from byol_fast.profiling.telemetry import Telemetry, other_cores
 from byol_fast.training.train_step import TrainStep
 from byol_fast.utils import env
 from byol_fast.utils.precision import Precision
 
 ROUNDS = 5
-"""Interleaved rounds of an experiment, of which the fastest of each side counts: everything else only slows it down."""
-SETTLED = 3, 0.02
-"""More follow until so many in a row were not this much faster than those before, on either side."""
-MOST_ROUNDS = 20
+"""Minimum number of interleaved rounds; the fastest of each case counts, because interference only slows it down."""
+CALM_ROUNDS, IMPROVEMENT = 3, 0.02
+"""More rounds follow until this many in a row have not improved any case by this share."""
+MAX_ROUNDS = 20
 BUDGET = 20.0
-"""Seconds after which an experiment begins no further round."""
+"""Seconds after which an experiment starts no further round."""
 CPU_BATCH = 128
-"""Batches of so many images are not tiny on a CPU."""
+"""Batches of at least this many images are not tested as tiny on a CPU."""
 _TORCH = str(Path(torch.__file__).parent)
-_OURS = (str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "kernels"))
+_PACKAGES = (str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "kernels"))
 
 
-class _Syncs(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes from where a value is fetched from the device, and so waited for."""
+class _SyncRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records the places in the code that read a value from the device and so wait for it."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -56,7 +56,7 @@ def _leaves_gpu(args: Any, result: Any) -> bool:
 
 
 def _caller() -> str:
-    """The innermost line of code that is not torch's."""
+    """Innermost line of code outside torch."""
     for frame in reversed(traceback.extract_stack()):
         if frame.filename != __file__ and not frame.filename.startswith((_TORCH, "<")):
             return f"{frame.filename}:{frame.lineno} in {frame.name}"
@@ -66,28 +66,28 @@ def _caller() -> str:
 def host_syncs(step: TrainStep, one_step: Callable[[], None]) -> list[dict[str, Any]]:
     """Places where a step waits for a value of the device.
 
-    On a CPU those of this package are left out: it asks there because asking is free, and not on a GPU.
+    On a CPU those of this package are left out: it reads values there because that is free, and does not on a GPU.
 
     Args:
-        step: run eagerly meanwhile, so that everything is seen.
+        step: runs eagerly in the meantime, so that all operators are visible.
         one_step: a whole step with its callbacks.
 
     Returns:
-        `place` (file, line, function) and how often `a_step`.
+        `place` (file, line, function) and `per_step`, the number of times.
     """
-    seen = _Syncs()
-    with _eager(step), seen:
+    recorder = _SyncRecorder()
+    with _eager(step), recorder:
         one_step()
     on_cpu = step.device.type == "cpu"
-    kept = {place: n for place, n in seen.places.items() if not (on_cpu and place.startswith(_OURS))}
-    return [{"place": place, "a_step": n} for place, n in sorted(kept.items(), key=lambda item: -item[1])]
+    places = {place: n for place, n in recorder.places.items() if not (on_cpu and place.startswith(_PACKAGES))}
+    return [{"place": place, "per_step": n} for place, n in sorted(places.items(), key=lambda item: -item[1])]
 
 
-def twice_the_batch(step: TrainStep, views: Sequence[Tensor]) -> float | None:
-    """Time an image takes in a batch over its time in one twice as large; None where that does not fit or is not known.
+def double_batch(step: TrainStep, views: Sequence[Tensor]) -> float | None:
+    """Time per image over that in a batch twice as large; None if that does not fit in memory or was not tested.
 
     Args:
-        step: whose whole body is timed: forward, backward, update.
+        step: timed as a whole: forward, backward, update.
         views: of a batch, each `[B, 3, H, W]`.
     """
 
@@ -100,25 +100,25 @@ def twice_the_batch(step: TrainStep, views: Sequence[Tensor]) -> float | None:
         return None
     try:
         with _eager(step):
-            once, twice = _interleaved([with_batch(1), with_batch(2)], step.device)
+            single, double = _interleaved([with_batch(1), with_batch(2)], step.device)
     except torch.OutOfMemoryError:
         return None
-    return 2 * once / twice
+    return 2 * single / double
 
 
 def in_bf16(step: TrainStep, views: Sequence[Tensor], *, images: int) -> float | None:
-    """Time of a forward and backward pass over its time in bf16; None where bf16 is used already, or is not fast here.
+    """Time of a forward and backward pass over its time in bf16; None if bf16 is used already, or not in hardware.
 
     Args:
-        step: whose networks are timed.
+        step: its networks are timed.
         views: of a batch, each `[B, 3, H, W]`.
-        images: how many of the batch to take.
+        images: number of images of the batch to use.
     """
     on_gpu = step.device.type == "cuda"
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else env.cpu_has_bf16()
-    if not fast or step.precision.name in {"bf16", "fp16"}:
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else env.cpu_has_bf16()
+    if not has_bf16 or step.precision.name in {"bf16", "fp16"}:
         return None
-    before, part = step.precision, step.to_device([view[:images] for view in views])
+    precision, part = step.precision, step.to_device([view[:images] for view in views])
 
     def passes(precision: Precision) -> Callable[[], object]:
         def work() -> None:
@@ -130,25 +130,25 @@ def in_bf16(step: TrainStep, views: Sequence[Tensor], *, images: int) -> float |
 
     try:
         with _eager(step):
-            now, then = _interleaved([passes(before), passes(Precision("bf16", torch.bfloat16))], step.device)
+            current, bf16 = _interleaved([passes(precision), passes(Precision("bf16", torch.bfloat16))], step.device)
     finally:
-        step.precision = before
-    return now / then
+        step.precision = precision
+    return current / bf16
 
 
 def on_all_cores(step: TrainStep, views: Sequence[Tensor], *, images: int) -> dict[str, float] | None:
-    """What more threads of torch would bring on a CPU; None where there is none to spare, and on a GPU.
+    """Speed-up by more threads of torch on a CPU; None if there are no more cores, and on a GPU.
 
-    Hyperthreads of one core gain little: half as many threads as cores, as torch takes by itself, are enough.
+    Hyperthreads of one core gain little: half as many threads as cores, torch's default, are enough.
 
     Args:
-        step: whose networks are timed, forward and backward.
+        step: its networks are timed, forward and backward.
         views: of a batch, each `[B, 3, H, W]`.
-        images: how many of the batch to take.
+        images: number of images of the batch to use.
 
     Returns:
-        `gain`, least time now over that on all cores, and `others`, cores that other processes kept busy meanwhile:
-        with these the gain says little.
+        `gain`, least time with the current threads over that on all cores, and `others`, cores kept busy by other
+        processes in the meantime, which make the gain unreliable.
     """
     threads, cores = torch.get_num_threads(), env.num_cpus()
     if step.device.type != "cpu" or not (threads == 1 < cores or 2 * threads < cores):
@@ -160,45 +160,47 @@ def on_all_cores(step: TrainStep, views: Sequence[Tensor], *, images: int) -> di
             for _ in range(ROUNDS):
                 for number in (threads, cores):
                     torch.set_num_threads(number)
-                    begin = time.perf_counter()
+                    start = time.perf_counter()
                     step.forward_backward(part)
-                    best[number] = min(best[number], time.perf_counter() - begin)
+                    best[number] = min(best[number], time.perf_counter() - start)
                     step.optimizer.zero_grad(set_to_none=True)
         finally:
             torch.set_num_threads(threads)
-    return {"gain": best[threads] / best[cores], "others": others(telemetry.record(1))}
+    return {"gain": best[threads] / best[cores], "others": other_cores(telemetry.record(1))}
 
 
 def _eager(step: TrainStep) -> AbstractContextManager[None]:
-    """Within this, the step runs uncompiled: compiling it for an experiment would take minutes."""
+    """Context in which the step runs uncompiled, because compiling it for an experiment would take minutes."""
     return step.without_cuda_graph(forward=step.model.forward_train)
 
 
 def _interleaved(cases: list[Callable[[], object]], device: torch.device) -> list[float]:
     """Least seconds of each case.
 
-    On a CPU of the process's own time, on one thread: other processes do not count in it, nor threads that wait for
-    each other.
+    On a CPU, CPU time of the process on one thread, which excludes other processes and threads that wait for each
+    other.
     """
     cuda = device.type == "cuda"
     clock = time.perf_counter if cuda else time.process_time
     best = [math.inf for _ in cases]
-    threads, began = torch.get_num_threads(), time.perf_counter()
+    threads, first_start = torch.get_num_threads(), time.perf_counter()
     if not cuda:
         torch.set_num_threads(1)
     try:
-        calm, (enough, faster) = 0, SETTLED
-        for number in range(MOST_ROUNDS):
-            before = list(best)
-            for place, case in enumerate(cases):
-                begin = clock()
+        num_calm = 0
+        for number in range(MAX_ROUNDS):
+            previous = list(best)
+            for i, case in enumerate(cases):
+                start = clock()
                 case()
                 if cuda:
                     torch.cuda.synchronize(device)
-                best[place] = min(best[place], clock() - begin)
-            improved = any(now < (1 - faster) * then for now, then in zip(best, before, strict=True))
-            calm = 0 if improved else calm + 1
-            if (number + 1 >= ROUNDS and calm >= enough) or (number and time.perf_counter() - began > BUDGET):
+                best[i] = min(best[i], clock() - start)
+            improved = any(new < (1 - IMPROVEMENT) * old for new, old in zip(best, previous, strict=True))
+            num_calm = 0 if improved else num_calm + 1
+            if (number + 1 >= ROUNDS and num_calm >= CALM_ROUNDS) or (
+                number and time.perf_counter() - first_start > BUDGET
+            ):
                 break
     finally:
         torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""How fast a training step could be: its FLOPs and least bytes against a device's ceilings. Needs no GPU."""
+"""Roofline of a training step: its FLOPs and least memory traffic, and the ceilings of a device. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from byol_fast.profiling.layers import trace
 from byol_fast.profiling.traffic import GRADIENT_WIDTH, LEVEL_NAMES, LEVELS, Kernel, Level, Traffic
 
 WIDTHS: dict[Dtype, int] = {"bf16": 2, "fp16": 2, "tf32": 4, "fp32": 4}
-"""Bytes of an activation."""
+"""Bytes per element of an activation."""
 PHASES = ("online forward", "backward", "target forward", "loss", "optimizer + EMA")
 
 
 class Totals(NamedTuple):
-    """Work of a step, or of a part of it."""
+    """FLOPs and bytes of a step, or of a part of it."""
 
     flops: int
     bytes: int
@@ -37,103 +37,105 @@ class Totals(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Work of one family in one layer and phase."""
+    """FLOPs and bytes of one family in one layer and phase."""
 
     layer: str
     phase: str
     family: str
     flops: dict[Level, int]
-    """By level of fusion; a level at which there is no such kernel is missing."""
+    """By level of fusion; levels without such a kernel are missing."""
     bytes: dict[Level, int]
-    """Likewise."""
+    """By level of fusion, too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Roofline:
-    """Work of one training step at four levels of fusion."""
+    """FLOPs and bytes of one training step at four levels of fusion."""
 
     encoder: str
     """Name of the encoder."""
     batch_size: int
-    """Images of a step."""
+    """Images per step."""
     views: int
-    """Views of each image."""
+    """Views per image."""
     image_size: int
-    """Height and width of the views, in pixels."""
+    """Height and width of the views in pixels."""
     dtype: Dtype
-    """Of activations and products."""
+    """Precision of activations and products."""
     optimizer: str
     """`lars`, `sgd`, `adam` or `adamw`."""
-    optimised: int
-    """Parameters that the optimizer updates."""
-    averaged: int
-    """Parameters of the target."""
-    unmodelled: tuple[str, ...]
-    """Operations counted by their inputs and outputs alone: nothing is known of what they do inside."""
+    num_trainable: int
+    """Number of parameters updated by the optimizer."""
+    num_target: int
+    """Number of parameters of the target."""
+    unmodeled: tuple[str, ...]
+    """Operations without a model, counted by their inputs and outputs alone."""
     kernels: dict[Level, list[Kernel]]
-    """All kernels, by level."""
+    """All kernels, by level of fusion."""
 
     @property
     def rows(self) -> list[Row]:
-        """The kernels of each layer, phase and family together, all levels side by side."""
-        found: dict[tuple[str, str, str], Row] = {}
+        """Sums over the kernels of each layer, phase and family, for all levels."""
+        rows: dict[tuple[str, str, str], Row] = {}
         for level, kernels in self.kernels.items():
             for k in kernels:
                 key = (k.layer, k.phase, k.family)
-                row = found.setdefault(key, Row(*key, {}, {}))
+                row = rows.setdefault(key, Row(*key, {}, {}))
                 row.flops[level] = row.flops.get(level, 0) + k.flops
                 row.bytes[level] = row.bytes.get(level, 0) + k.bytes
-        return list(found.values())
+        return list(rows.values())
 
     def total(self, level: Level, *, phase: str | None = None, family: str | None = None) -> Totals:
         """FLOPs and bytes of a step.
 
         Args:
             level: of fusion: `A` eager, `B` inductor, `D` batch norm fused into convolutions, `E` bound.
-            phase: only this one of `PHASES`.
-            family: only this one, `"conv forward"` say.
+            phase: one of `PHASES`; None for all.
+            family: of kernels, such as `"conv forward"`; None for all.
         """
         kernels = [k for k in self.kernels[level] if phase in {None, k.phase} and family in {None, k.family}]
         return Totals(sum(k.flops for k in kernels), sum(k.bytes for k in kernels))
 
     def floor(
-        self, ceilings: Ceilings, level: Level, *, how: Literal["sum", "overlap"] = "sum", phase: str | None = None
+        self, ceilings: Ceilings, level: Level, *, schedule: Literal["sum", "overlap"] = "sum", phase: str | None = None
     ) -> float:
         """Least seconds of a step.
 
         Args:
             ceilings: of the device.
             level: of fusion.
-            how: `sum`: one kernel after the other, each `max(flops / F, bytes / B)`; `overlap`: memory and arithmetic
-                are busy all the time, `max` of the totals.
-            phase: only this one of `PHASES`.
+            schedule: `sum`: one kernel after the other, each `max(flops / F, bytes / B)`; `overlap`: memory and
+                arithmetic are always busy, `max` of the totals.
+            phase: one of `PHASES`; None for all.
         """
         kernels = [k for k in self.kernels[level] if phase in {None, k.phase}]
-        if how == "overlap":
+        if schedule == "overlap":
             return max(
                 sum(k.flops for k in kernels) / ceilings.flops_per_s,
                 sum(k.bytes for k in kernels) / ceilings.bytes_per_s,
             )
         return sum(max(k.flops / ceilings.flops_per_s, k.bytes / ceilings.bytes_per_s) for k in kernels)
 
-    def images_per_second(self, ceilings: Ceilings, level: Level, *, how: Literal["sum", "overlap"] = "sum") -> float:
-        """Most images a second: `batch_size / floor`."""
-        return self.batch_size / self.floor(ceilings, level, how=how)
+    def images_per_second(
+        self, ceilings: Ceilings, level: Level, *, schedule: Literal["sum", "overlap"] = "sum"
+    ) -> float:
+        """Maximum images per second: `batch_size / floor`."""
+        return self.batch_size / self.floor(ceilings, level, schedule=schedule)
 
     def blocks(self, level: Level) -> dict[tuple[str, str], list[Kernel]]:
-        """The kernels of each block and phase; a block is a layer's name cut to three parts (`encoder.layer1.0`)."""
-        found: dict[tuple[str, str], list[Kernel]] = {}
+        """Kernels of each block and phase; a block is a layer's name cut to three parts (`encoder.layer1.0`)."""
+        blocks: dict[tuple[str, str], list[Kernel]] = {}
         for k in self.kernels[level]:
-            found.setdefault((".".join(k.layer.split(".")[:3]), k.phase), []).append(k)
-        return found
+            blocks.setdefault((".".join(k.layer.split(".")[:3]), k.phase), []).append(k)
+        return blocks
 
     def to_json(self, ceilings: Sequence[Ceilings] = ()) -> dict[str, Any]:
-        """All of it as plain JSON values; with predictions for the given devices."""
-        about = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in {"kernels", "unmodelled"}
+        """Plain JSON values, with predictions for the given devices."""
+        values = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in {"kernels", "unmodeled"}
         }
-        return about | {
-            "unmodelled": list(self.unmodelled),
+        return values | {
+            "unmodeled": list(self.unmodeled),
             "levels": {
                 level: {"name": LEVEL_NAMES[level], **self.total(level)._asdict()}
                 | {"phases": {phase: self.total(level, phase=phase)._asdict() for phase in PHASES}}
@@ -146,7 +148,7 @@ class Roofline:
                     "levels": {
                         level: {
                             "seconds": self.floor(c, level),
-                            "seconds_overlap": self.floor(c, level, how="overlap"),
+                            "seconds_overlap": self.floor(c, level, schedule="overlap"),
                             "images_per_second": self.images_per_second(c, level),
                         }
                         for level in LEVELS
@@ -157,13 +159,13 @@ class Roofline:
         }
 
     def show(self, ceilings: Sequence[Ceilings], console: Console | None = None) -> None:
-        """Print the work of a step and what the devices could do at most."""
+        """Print the traffic of a step and the maximum speed of the devices."""
         console = console or Console()
         title = (
             f"{self.encoder}, {self.batch_size} images x {self.views} views of {self.image_size} px, {self.dtype}: "
-            f"{self.total('A').flops / 1e12:.4g} TFLOP a step"
+            f"{self.total('A').flops / 1e12:.4g} TFLOP per step"
         )
-        table = Table(title=f"{title}\nleast memory traffic, GB a step", title_justify="left")
+        table = Table(title=f"{title}\nleast memory traffic, GB per step", title_justify="left")
         table.add_column("phase")
         for level in LEVELS:
             table.add_column(f"{level} {LEVEL_NAMES[level]}", justify="right")
@@ -175,7 +177,7 @@ class Roofline:
         table.add_row("all", *(f"{self.total(level).bytes / 1e9:.4g}" for level in LEVELS))
         console.print(table)
 
-        table = Table(title="at most, images a second (milliseconds a step)", title_justify="left")
+        table = Table(title="maximum images per second (milliseconds per step)", title_justify="left")
         table.add_column("device")
         table.add_column("TB/s", justify="right")
         table.add_column("TFLOP/s", justify="right")
@@ -193,28 +195,28 @@ class Roofline:
         for source in dict.fromkeys(c.source for c in ceilings):
             names = ", ".join(c.name for c in ceilings if c.source == source)
             console.print(f"ceilings of {names}: {source}", markup=False, soft_wrap=True)
-        if self.unmodelled:
+        if self.unmodeled:
             console.print(
-                f"counted by their inputs and outputs alone: {', '.join(self.unmodelled)}", markup=False, soft_wrap=True
+                f"counted by their inputs and outputs alone: {', '.join(self.unmodeled)}", markup=False, soft_wrap=True
             )
 
     def points(self, ceilings: Ceilings, level: Level) -> dict[str, tuple[list[float], list[float]]]:
-        """FLOPs a byte, and TFLOP/s at most, of each block of layers, by phase.
+        """FLOP per byte and maximum TFLOP/s of each block of layers, by phase.
 
-        A block with its norms lies below the roof: they take time and count no FLOPs.
+        Blocks with norms lie below the roof, because norms take time and count no FLOPs.
         """
-        found: dict[str, tuple[list[float], list[float]]] = {}
+        points: dict[str, tuple[list[float], list[float]]] = {}
         for (_, phase), kernels in self.blocks(level).items():
             flops, num_bytes = sum(k.flops for k in kernels), sum(k.bytes for k in kernels)
             if flops:
                 seconds = sum(max(k.flops / ceilings.flops_per_s, k.bytes / ceilings.bytes_per_s) for k in kernels)
-                x, y = found.setdefault(phase, ([], []))
+                x, y = points.setdefault(phase, ([], []))
                 x.append(flops / num_bytes)
                 y.append(flops / seconds / 1e12)
-        return found
+        return points
 
     def chart(self, ceilings: Ceilings, level: Level) -> str:
-        """The roofline plot as SVG, see `points`.
+        """Roofline chart as SVG, see `points`.
 
         Args:
             ceilings: of the device.
@@ -237,22 +239,65 @@ def roofline(
     image_size: int | None = None,
     dtype: Dtype = "bf16",
 ) -> Roofline:
-    """FLOPs and least bytes of a BYOL or SimSiam step with any encoder, on tensors without memory.
+    """FLOPs and least bytes of a BYOL or SimSiam step with any encoder, from meta tensors.
 
     Args:
-        encoder: a name or module as `BYOL` takes it (heads of the reference, LARS), or a run's configuration.
-        batch_size: images of a step; by default the configuration's, or 256.
-        views: views of each image.
+        encoder: name or module as in `BYOL` (heads of the reference, LARS), or the configuration of a run.
+        batch_size: images per step; by default the configuration's, or 256.
+        views: views per image.
         image_size: height and width of the views in pixels; by default the configuration's, or 224.
-        dtype: of activations and products.
+        dtype: precision of activations and products.
 
     Raises:
-        ValueError: the encoder is unknown, does not take such images, or cannot run on meta tensors.
+        ValueError: the encoder is unknown, rejects such images, or cannot run on meta tensors.
 
     Example:
         >>> r = roofline("resnet50", batch_size=256, image_size=224)
         >>> r.total("B").bytes, r.images_per_second(stated("H100"), "B")
     """
+    if views < 1:
+        raise ValueError(f"roofline: views must be 1 or more, got {views}")
+    if dtype not in WIDTHS:
+        raise ValueError(f"roofline: dtype must be one of {', '.join(WIDTHS)}, got {dtype!r}")
+    config = _config(encoder, batch_size, image_size)
+    with torch.device("meta"):
+        model = _build_model(encoder, config)
+        images = torch.empty(config.batch_size * views, 3, config.view1.size, config.view1.size)
+    width = WIDTHS[dtype]
+
+    # --- the passes of each network, all views in one batch
+    graphs = [trace(model.online, [images])]
+    passes = [Traffic(graphs[0], width=width, phase="online forward", backward=True)]
+    for network in model.networks():
+        if network is not model.online:
+            graphs.append(trace(network, [images]))
+            passes.append(Traffic(graphs[-1], width=width, phase="target forward", backward=False))
+
+    # --- the kernels of a step at each level
+    num_rows, size = config.batch_size * max(views // 2, 1), config.model.projection_dim
+    num_trainable = sum(p.numel() for p in model.trainable_parameters() if p.requires_grad)
+    num_target = sum(p.numel() for p in model.target_parameters())
+    kernels: dict[Level, list[Kernel]] = {}
+    for level in LEVELS:
+        one_batch = [kernel for traffic in passes for kernel in traffic.kernels(level)]
+        one_batch += _loss(num_rows, size, width, level)
+        update = _update(config.optim.name, num_trainable, num_target, width, level)
+        kernels[level] = [*(config.grad_accum_steps * one_batch), update]
+    return Roofline(
+        encoder=type(encoder).__name__ if isinstance(encoder, nn.Module) else config.model.encoder,
+        batch_size=config.batch_size * config.grad_accum_steps,
+        views=views,
+        image_size=config.view1.size,
+        dtype=dtype,
+        optimizer=config.optim.name,
+        num_trainable=num_trainable,
+        num_target=num_target,
+        unmodeled=tuple(sorted({op for graph in graphs for op in graph.unmodeled()})),
+        kernels=kernels,
+    )
+
+
+def _config(encoder: str | nn.Module | Config, batch_size: int | None, image_size: int | None) -> Config:
     config = encoder if isinstance(encoder, Config) else Config()
     changes: dict[str, object] = {"model.views": "separate", "model.pretrained": False}
     if isinstance(encoder, str):
@@ -261,53 +306,17 @@ def roofline(
         changes |= {"view1.size": image_size, "view2.size": image_size}
     if batch_size is not None:
         changes["batch_size"] = batch_size
-    config = configs.replace(config, changes)
-    if views < 1:
-        raise ValueError(f"roofline: views must be 1 or more, got {views}")
-    if dtype not in WIDTHS:
-        raise ValueError(f"roofline: dtype must be one of {', '.join(WIDTHS)}, got {dtype!r}")
-    name = type(encoder).__name__ if isinstance(encoder, nn.Module) else config.model.encoder
-    with torch.device("meta"):
-        model = _on_meta(encoder, config) if isinstance(encoder, nn.Module) else build_model(config, pretrained=False)
-        images = torch.empty(config.batch_size * views, 3, config.view1.size, config.view1.size)
-    width = WIDTHS[dtype]
-    graph = trace(model.online, [images])
-    passes = [Traffic(graph, width=width, phase="online forward", backward=True)]
-    graphs = [graph]
-    for network in model.networks():
-        if network is not model.online:
-            graphs.append(trace(network, [images]))
-            passes.append(Traffic(graphs[-1], width=width, phase="target forward", backward=False))
-    rows, size = config.batch_size * max(views // 2, 1), config.model.projection_dim
-    optimised = sum(p.numel() for p in model.trainable_parameters() if p.requires_grad)
-    averaged = sum(p.numel() for p in model.target_parameters())
-    kernels: dict[Level, list[Kernel]] = {}
-    for level in LEVELS:
-        work = config.grad_accum_steps * [kernel for one in passes for kernel in one.kernels(level)]
-        work += config.grad_accum_steps * _loss(rows, size, width, level)
-        work.append(_update(config.optim.name, optimised, averaged, width, level))
-        kernels[level] = work
-    return Roofline(
-        encoder=name,
-        batch_size=config.batch_size * config.grad_accum_steps,
-        views=views,
-        image_size=config.view1.size,
-        dtype=dtype,
-        optimizer=config.optim.name,
-        optimised=optimised,
-        averaged=averaged,
-        unmodelled=tuple(sorted({op for g in graphs for op in g.unmodelled()})),
-        kernels=kernels,
-    )
+    return configs.replace(config, changes)
 
 
-def _on_meta(encoder: nn.Module, config: Config) -> SSLModel:
-    module = copy.deepcopy(encoder).to("meta")
-    return BYOL(module, image_size=config.view1.size, views="separate")
+def _build_model(encoder: str | nn.Module | Config, config: Config) -> SSLModel:
+    if isinstance(encoder, nn.Module):
+        return BYOL(copy.deepcopy(encoder).to("meta"), image_size=config.view1.size, views="separate")
+    return build_model(config, pretrained=False)
 
 
-class _TextbookLoss(nn.Module):
-    """BYOL's loss as one writes it."""
+class _EagerLoss(nn.Module):
+    """BYOL's loss in separate operators, as levels A and B run it."""
 
     def forward(self, p1: Tensor, z2: Tensor, p2: Tensor, z1: Tensor) -> Tensor:
         return sum(  # type: ignore[return-value]
@@ -315,31 +324,33 @@ class _TextbookLoss(nn.Module):
         )
 
 
-def _loss(rows: int, size: int, width: int, level: Level) -> list[Kernel]:
-    """Both directions of the loss; fused it reads four tensors and writes two gradients, in one kernel."""
+def _loss(num_rows: int, size: int, width: int, level: Level) -> list[Kernel]:
+    """Both directions of the loss; the fused kernel reads four tensors and writes two gradients."""
     if level in {"D", "E"}:
-        return [Kernel("", "loss", "loss", 0, 6 * rows * size * width)]
-    p1, z2, p2, z1 = (torch.empty(rows, size, device="meta", requires_grad=grad) for grad in (True, False, True, False))
-    work = Traffic(trace(_TextbookLoss(), [p1, z2, p2, z1]), width=width, phase="loss", backward=True)
-    return [Kernel("", "loss", "loss", k.flops, k.bytes) for k in work.kernels(level)]
+        return [Kernel("", "loss", "loss", 0, 6 * num_rows * size * width)]
+    p1, z2, p2, z1 = (
+        torch.empty(num_rows, size, device="meta", requires_grad=grad) for grad in (True, False, True, False)
+    )
+    traffic = Traffic(trace(_EagerLoss(), [p1, z2, p2, z1]), width=width, phase="loss", backward=True)
+    return [Kernel("", "loss", "loss", k.flops, k.bytes) for k in traffic.kernels(level)]
 
 
-# Bytes a parameter, fp32: reads of p, g and the state, writes of p and the state.
+# Bytes per parameter, fp32: reads of p, g and the state, writes of p and the state.
 _OPTIMIZERS = {"lars": 20, "sgd": 20, "adam": 28, "adamw": 28}
 
 
-def _update(optimizer: str, optimised: int, averaged: int, width: int, level: Level) -> Kernel:
-    """Optimizer and moving average, one after the other or (D, E) in one pass that also writes low-precision weights.
+def _update(optimizer: str, num_trainable: int, num_target: int, width: int, level: Level) -> Kernel:
+    """Optimizer and EMA, one after the other or (D, E) in one pass that also writes low-precision weights.
 
-    LARS reads p and g once more for their norms; at E they are still in a cache. The average reads both networks and
-    writes one; on its own it also reads what the optimizer has just written. Weights are cast to the products'
+    LARS reads p and g once more for their norms; at E they are still in a cache. The EMA reads both networks and writes
+    one; as a separate pass it also reads the weights just written by the optimizer. Weights are cast to the products'
     precision in each step (read 4, write `width`) unless the pass writes them.
     """
     norms = 8 if optimizer == "lars" and level != "E" else 0
     low = width if width < GRADIENT_WIDTH else 0
     if level in {"A", "B"}:
         cast = 4 + low if low else 0
-        num_bytes = optimised * (_OPTIMIZERS[optimizer] + norms + cast) + averaged * (12 + cast)
+        num_bytes = num_trainable * (_OPTIMIZERS[optimizer] + norms + cast) + num_target * (12 + cast)
     else:
-        num_bytes = optimised * (_OPTIMIZERS[optimizer] + norms + low) + averaged * (8 + low)
+        num_bytes = num_trainable * (_OPTIMIZERS[optimizer] + norms + low) + num_target * (8 + low)
     return Kernel("", "optimizer + EMA", "optimizer + EMA", 0, num_bytes)

@@ -1,4 +1,4 @@
-"""What the machine says of itself while steps run: power, clocks, energy, cores, memory."""
+"""Power, clocks, energy, CPU use and memory while steps run."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ import torch
 from byol_fast.utils import env
 
 PERIOD = 0.05
-"""Seconds between two samples; NVML renews its power reading about as often."""
+"""Seconds between two samples, about the update period of NVML's power reading."""
 
 
 class Telemetry:
-    """Samples a GPU through NVML, and the process through the operating system, within a `with` block.
+    """Samples a GPU by NVML and the process by the operating system, within a `with` block.
 
     Args:
-        device: that the steps run on.
+        device: of the steps.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.problem: str | None = None
-        """Why there are no figures of a GPU."""
+        """Reason why there are no GPU values; None if there are."""
         self._nvml, self._handle = self._open()
         self._samples: list[tuple[float, float, float, float]] = []
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._begin: dict[str, float] = {}
+        self._start: dict[str, float] = {}
         self._end: dict[str, float] = {}
 
     def __enter__(self) -> Telemetry:
-        self._begin = self._counters()
+        self._start = self._counters()
         if self._handle is not None:
             self._thread.start()
         return self
@@ -51,15 +51,15 @@ class Telemetry:
         self._end = self._counters()
 
     def record(self, images: int) -> dict[str, Any]:
-        """What was seen, as plain JSON values.
+        """The measurements as plain JSON values.
 
         Args:
-            images: that were trained on meanwhile.
+            images: processed in the meantime.
         """
-        spent = {name: self._end[name] - value for name, value in self._begin.items()}
+        spent = {name: self._end[name] - value for name, value in self._start.items()}
         seconds = spent["wall"]
         cores = env.num_cpus()
-        found: dict[str, Any] = {
+        record: dict[str, Any] = {
             "seconds": seconds,
             "cpu_seconds": spent["cpu"],
             "cores_used": spent["cpu"] / seconds,
@@ -72,7 +72,7 @@ class Telemetry:
         if self._samples:
             power, clock, memory_clock, temperature = zip(*self._samples, strict=True)
             energy = spent.get("energy")
-            found["gpu"] = {
+            record["gpu"] = {
                 "power_w": statistics.fmean(power),
                 "power_max_w": max(power),
                 "power_limit_w": self._nvml.nvmlDeviceGetEnforcedPowerLimit(self._handle) / 1e3,
@@ -82,7 +82,7 @@ class Telemetry:
                 "temperature_c": max(temperature),
                 "energy_j_per_image": (energy if energy else statistics.fmean(power) * seconds) / images,
             }
-        return found
+        return record
 
     def _open(self) -> tuple[Any, Any]:
         if self.device.type != "cuda":
@@ -92,7 +92,7 @@ class Telemetry:
             import pynvml  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
             pynvml.nvmlInit()
-            # NVML counts all GPUs, CUDA those it was shown: the UUID is the same for both.
+            # NVML numbers all GPUs, CUDA only the visible ones; the UUID is the same for both.
             uuid = f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
             return pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid)
         except ImportError:
@@ -114,27 +114,27 @@ class Telemetry:
             )
 
     def _counters(self) -> dict[str, float]:
-        found = {"wall": time.perf_counter(), "cpu": time.process_time()} | _machine()
+        counters = {"wall": time.perf_counter(), "cpu": time.process_time()} | _machine_ticks()
         if self._handle is not None:
             try:
-                found["energy"] = self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1e3
-            except self._nvml.NVMLError:  # GPUs before Volta do not count it
-                found["energy"] = 0.0
-        return found
+                counters["energy"] = self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1e3
+            except self._nvml.NVMLError:  # GPUs before Volta have no energy counter
+                counters["energy"] = 0.0
+        return counters
 
 
-def others(record: dict[str, Any]) -> float:
-    """Cores that other processes kept busy; 0 where the system does not say.
+def other_cores(record: dict[str, Any]) -> float:
+    """Number of cores kept busy by other processes; 0 if the system does not report it.
 
     Args:
-        record: as `Telemetry.record` returns it.
+        record: result of `Telemetry.record`.
     """
     busy = record["machine_busy"]
     return 0.0 if busy is None else max(busy * (os.cpu_count() or 1) - record["cores_used"], 0.0)
 
 
-def _machine() -> dict[str, float]:
-    """Time of all cores, and how much of it was idle, in ticks; zeros where the system does not say."""
+def _machine_ticks() -> dict[str, float]:
+    """Total and idle time of all cores in ticks; zeros if the system does not report them."""
     try:
         first = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
     except OSError:
@@ -144,7 +144,7 @@ def _machine() -> dict[str, float]:
 
 
 def memory_now(device: torch.device) -> int:
-    """Bytes in use now: by tensors on a GPU, by the process on a CPU."""
+    """Bytes in use: by tensors on a GPU, by the process on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
     try:

@@ -1,14 +1,14 @@
 """The least memory traffic of a network's passes, kernel by kernel, at four levels of fusion.
 
-Counted are reads and writes of whole tensors in device memory: nothing stays in a cache between kernels. Activations
-and the weights that products read have the precision's width, weights' gradients are fp32. Vectors (statistics, biases,
-gammas) are not counted. `y` is an operation's output, `x` its input, `g` a gradient, `W` the weights.
+Reads and writes of whole tensors in device memory are counted: nothing stays in a cache between kernels. Activations
+and the weights that products read have the width of the precision, gradients of weights are fp32. Vectors (statistics,
+biases, gammas) are not counted. `y` is an operation's output, `x` its input, `g` a gradient, `W` the weights.
 
 | | A: eager | B: inductor | D: fused with convolutions | E: bound |
 |---|---|---|---|---|
 | conv, matmul | x + y + W | as A | as A | as A |
-| their dgrad | g + W + x | as A | + x, and + y if normalised behind it | one kernel with wgrad: what both |
-| their wgrad | g + x + W | as A | + y if normalised behind it | read is read once |
+| their dgrad | g + W + x | as A | + x, and + y if normalized behind it | one kernel with wgrad: what both |
+| their wgrad | g + x + W | as A | + y if normalized behind it | read is read once |
 | batch norm | 2 x + y | statistics x, the rest joins its group | 0 | 0 |
 | a group of pointwise operations | each on its own: inputs + y | inputs + y | 0, or all but one input + y | as D |
 | its backward | BN 5, ReLU 3, each | see `_group_backward` | 0 | 0 |
@@ -16,10 +16,10 @@ gammas) are not counted. `y` is an operation's output, `x` its input, `g` a grad
 | pooling | x + y + positions | as A | as A | as A |
 | backward of a mean over all pixels | g + x | read by the group | 0 | 0 |
 
-A group is what inductor makes of neighbouring pointwise operations: it ends where a value is needed by another kind of
-operation, or by two. At D and E a group with one full-size input is computed while the next product reads it, and one
-with several (a residual sum) is written besides; its backward is in the epilogue of the product's dgrad, which reads
-the operand x again for that. D and E are bounds: no library has all of it.
+A group (`fusion.py`) is what inductor makes of neighboring pointwise operations. At D and E a group with one full-size
+input is computed while the next product reads it, and one with several (a residual sum) is written besides; its
+backward is in the epilogue of the product's dgrad, which reads the operand x again for that. D and E are bounds: no
+library implements all of it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from byol_fast.profiling.flops import ATTENTION_BACKWARD
+from byol_fast.profiling.fusion import Group, branch_inputs, build_group, is_stored, joins, saved_inputs
 from byol_fast.profiling.layers import Graph, Op, Use, Value
 
 Level = Literal["A", "B", "D", "E"]
@@ -40,12 +41,12 @@ LEVEL_NAMES: dict[Level, str] = {
     "E": "bound",
 }
 GRADIENT_WIDTH = 4
-"""Bytes of an element of a weight's gradient: fp32."""
+"""Bytes per element of a weight's gradient: fp32."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One piece of work that reads its inputs from memory and writes its outputs there."""
+    """A kernel that reads its inputs from memory and writes its outputs there."""
 
     layer: str
     """Dotted name of the module."""
@@ -57,29 +58,19 @@ class Kernel:
     bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """Pointwise operations that end in one value."""
-
-    out: Value
-    ops: list[Op]
-    leaves: list[Use]
-    """The values it reads, each once."""
-
-
 class Traffic:
     """Kernels of a network's passes.
 
     Args:
         graph: of the network.
-        width: bytes of an activation.
+        width: bytes per element of an activation.
         phase: of the forward pass.
-        backward: whether one follows.
+        backward: also count the backward pass.
     """
 
     def __init__(self, graph: Graph, *, width: int, phase: str, backward: bool) -> None:
         self.graph, self.width, self.phase, self.backward = graph, width, phase, backward
-        self._groups = {id(v): self._group(v) for v in self._values() if _joins(v.producer) and _is_stored(v)}
+        self._groups = {id(v): build_group(v) for v in self._values() if joins(v.producer) and is_stored(v)}
 
     def kernels(self, level: Level) -> list[Kernel]:
         """All kernels of the passes at a level of fusion."""
@@ -102,17 +93,17 @@ class Traffic:
             return 0
         return use.numel * GRADIENT_WIDTH if use.value.is_weight else self._bytes(use.value, use.numel)
 
-    def _arriving(self, value: Value) -> int:
-        """Gradients that arrive at a value, each of its size: parts of it count as what they cover."""
+    def _num_gradients(self, value: Value) -> int:
+        """Number of gradients that arrive at a value; those of a part of it count by their share."""
         read = sum(use.numel for use in value.uses if use.op.output.needs_grad)
         return max(1, round(read / value.numel))
 
-    def _gradients(self, value: Value) -> int:
-        """Bytes of the gradients that arrive at a value; that of a mean is the same for all it was taken of."""
-        arriving = [use for use in value.uses if use.op.output.needs_grad]
-        spread = sum(self._bytes(use.op.output) for use in arriving if _spreads(use.op))
-        whole = sum(self._bytes(value, use.numel) for use in arriving if not _spreads(use.op))
-        return spread + whole if arriving else self._bytes(value)
+    def _gradient_bytes(self, value: Value) -> int:
+        """Bytes of the gradients that arrive at a value; the gradient of a mean is one number for many elements."""
+        gradients = [use for use in value.uses if use.op.output.needs_grad]
+        broadcast = sum(self._bytes(use.op.output) for use in gradients if _is_broadcast(use.op))
+        full = sum(self._bytes(value, use.numel) for use in gradients if not _is_broadcast(use.op))
+        return broadcast + full if gradients else self._bytes(value)
 
     def _values(self) -> Iterator[Value]:
         for op in self.graph.ops:
@@ -126,7 +117,7 @@ class Traffic:
         if num_bytes or flops:
             yield Kernel(layer, "backward", family, flops, num_bytes)
 
-    # ------------------------------------------------------------------ A: every operation on its own
+    # ------------------------------------------------------------------ A: every operation is a kernel
 
     def _eager(self) -> Iterator[Kernel]:
         for op in self.graph.ops:
@@ -136,7 +127,7 @@ class Traffic:
             elif op.kind == "pool":
                 yield from self._pool(op, 8, out)
             else:
-                # Eager batch norm reads its input for the statistics and again to normalise.
+                # Eager batch norm reads its input for the statistics and again to normalize.
                 extra = self._bytes(op.inputs[0].value) if op.kind == "batch norm" else 0
                 yield from self._forward(op, _FAMILIES[op.kind], self._read(op.inputs) + extra + out)
                 if self.backward and op.output.needs_grad:
@@ -145,26 +136,26 @@ class Traffic:
                 yield from self._sum_of_gradients(op.output, op.layer)
 
     def _eager_backward(self, op: Op, out: int) -> int:
-        wanted = [use for use in op.inputs if use.value.needs_grad]
+        needed = [use for use in op.inputs if use.value.needs_grad]
         if op.kind == "batch norm":
             return 5 * out  # sums: g, x; then g, x, and the result
         if op.kind == "norm":
             # One kernel for x, and for layer norms one for gamma and beta that reads g and x again.
-            return 3 * out + (2 * out if op.saved == "input" and len(wanted) > 1 else 0)
-        if op.kind == "unmodelled":
-            return out + self._read(op.inputs) + sum(map(self._gradient, wanted))
+            return 3 * out + (2 * out if op.saved == "input" and len(needed) > 1 else 0)
+        if op.kind == "unmodeled":
+            return out + self._read(op.inputs) + sum(map(self._gradient, needed))
         total = 0
-        for use in wanted:
-            if op.saved == "nothing":  # the gradient itself, or its sum over what was repeated
-                whole = use.numel == op.output.numel or op.kind == "cat"
-                scaled = op.name in {"mul", "div", "neg"}
-                total += 0 if whole and not scaled else out + self._gradient(use)
+        for use in needed:
+            if op.saved == "nothing":  # the gradient itself, or its sum over repeated elements
+                is_whole = use.numel == op.output.numel or op.kind == "cat"
+                is_scaled = op.name in {"mul", "div", "neg"}
+                total += 0 if is_whole and not is_scaled else out + self._gradient(use)
             else:
                 total += out + self._saved(op, use) + self._gradient(use)
         return total
 
     def _saved(self, op: Op, use: Use) -> int:
-        """What the derivative with respect to one input is computed from."""
+        """Bytes that the derivative with respect to one input is computed from."""
         if op.saved == "output":
             return self._bytes(op.output)
         if op.saved == "input":
@@ -172,49 +163,49 @@ class Traffic:
         return self._read(other for other in op.inputs if other is not use)
 
     def _sum_of_gradients(self, value: Value, layer: str) -> Iterator[Kernel]:
-        """Eager adds gradients that arrive one by one; those of disjoint parts it puts together."""
+        """Eager adds gradients one by one; it concatenates those of disjoint parts."""
         uses = [use for use in value.uses if use.op.output.needs_grad]
         if not value.needs_grad or len(uses) < 2:
             return
-        parts = sum(use.numel for use in uses) <= value.numel
-        times = 2 if parts else 3 * (self._arriving(value) - 1)
+        are_parts = sum(use.numel for use in uses) <= value.numel
+        times = 2 if are_parts else 3 * (self._num_gradients(value) - 1)
         yield from self._back(layer, "gradient sum", times * self._bytes(value))
 
     # ------------------------------------------------------------------ products and pools, at all levels
 
     def _product(self, op: Op, level: Level) -> Iterator[Kernel]:
         """Convolutions, matrix products and attention."""
-        out, what = self._bytes(op.output), _FAMILIES[op.kind]
-        yield from self._forward(op, _forward_name(what), self._read(op.inputs) + out, op.flops)
-        wanted = [use for use in op.inputs if use.value.needs_grad and not use.value.is_vector]
-        if not self.backward or not wanted:
+        out, family = self._bytes(op.output), _FAMILIES[op.kind]
+        yield from self._forward(op, _forward_name(family), self._read(op.inputs) + out, op.flops)
+        needed = [use for use in op.inputs if use.value.needs_grad and not use.value.is_vector]
+        if not self.backward or not needed:
             return
         if op.kind == "attention":
             # q, k, v, the output and its gradient in, three gradients out
-            num_bytes = self._read(op.inputs) + 2 * out + sum(map(self._gradient, wanted))
-            yield from self._back(op.layer, what, num_bytes, int(ATTENTION_BACKWARD * op.flops))
+            num_bytes = self._read(op.inputs) + 2 * out + sum(map(self._gradient, needed))
+            yield from self._back(op.layer, family, num_bytes, int(ATTENTION_BACKWARD * op.flops))
             return
         fused = level in {"D", "E"}
-        gradient = out + (out if fused and _is_normalised(op.output) else 0)
-        for use in wanted if level != "E" else []:
+        gradient = out + (out if fused and _is_normalized(op.output) else 0)
+        for use in needed if level != "E" else []:
             others = self._read(other for other in op.inputs if other is not use)
             epilogue = self._bytes(use.value, use.numel) if fused and not use.value.is_weight else 0
-            name = what if op.kind == "matmul" else "conv wgrad" if use.value.is_weight else "conv dgrad"
+            name = family if op.kind == "matmul" else "conv wgrad" if use.value.is_weight else "conv dgrad"
             yield from self._back(op.layer, name, gradient + others + epilogue + self._gradient(use), op.flops)
         if level == "E":
-            # Every operand is read once: as the other's factor, for the epilogue, or both.
-            dgrad = any(not use.value.is_weight for use in wanted)
+            # Every operand is read once: as a factor, for the epilogue, or both.
+            dgrad = any(not use.value.is_weight for use in needed)
             operands = self._read(use for use in op.inputs if dgrad or not use.value.is_weight)
-            name = what if op.kind == "matmul" else "conv dgrad + wgrad"
-            num_bytes = gradient + operands + sum(map(self._gradient, wanted))
-            yield from self._back(op.layer, name, num_bytes, op.flops * len(wanted))
+            name = family if op.kind == "matmul" else "conv dgrad + wgrad"
+            num_bytes = gradient + operands + sum(map(self._gradient, needed))
+            yield from self._back(op.layer, name, num_bytes, op.flops * len(needed))
 
     def _pool(self, op: Op, index_width: int, gradient: int, level: Level = "A") -> Iterator[Kernel]:
         """Pooling and other reductions: the input once, the output once."""
-        later = level in {"D", "E"} or (level == "B" and _joins(op.inputs[0].value.producer))
+        is_fused = level in {"D", "E"} or (level == "B" and joins(op.inputs[0].value.producer))
         x, out, indices = self._read(op.inputs), self._bytes(op.output), op.indices * index_width
         yield from self._forward(op, "pool", x + out + (indices if self.backward or index_width == 8 else 0))
-        if self.backward and op.output.needs_grad and not (_spreads(op) and later):
+        if self.backward and op.output.needs_grad and not (_is_broadcast(op) and is_fused):
             yield from self._back(op.layer, "pool", gradient + indices + sum(map(self._gradient, op.inputs)))
 
     # ------------------------------------------------------------------ B, D, E: groups
@@ -225,26 +216,26 @@ class Traffic:
             if op.kind in _PRODUCTS:
                 yield from self._product(op, level)
             elif op.kind == "pool":
-                yield from self._pool(op, 1, self._gradients(value) if level == "B" else self._bytes(value), level)
+                yield from self._pool(op, 1, self._gradient_bytes(value) if level == "B" else self._bytes(value), level)
             elif op.kind == "cat":
                 yield from self._cat(op, level)
-            elif op.kind == "unmodelled":
-                yield from self._forward(op, "unmodelled", self._read(op.inputs) + self._bytes(value))
+            elif op.kind == "unmodeled":
+                yield from self._forward(op, "unmodeled", self._read(op.inputs) + self._bytes(value))
                 if self.backward and value.needs_grad:
-                    yield from self._back(op.layer, "unmodelled", self._eager_backward(op, self._bytes(value)))
+                    yield from self._back(op.layer, "unmodeled", self._eager_backward(op, self._bytes(value)))
             else:
                 yield from self._pointwise(op, level)
-            if self.backward and value.needs_grad and self._arriving(value) > 1:
+            if self.backward and value.needs_grad and self._num_gradients(value) > 1:
                 if level != "B":
-                    extra = (self._arriving(value) - 1) * self._bytes(value)
+                    extra = (self._num_gradients(value) - 1) * self._bytes(value)
                     yield from self._back(op.layer, "gradient sum", extra)
-                elif not _joins(op) and op.kind != "pool":  # those two read all gradients themselves
-                    yield from self._back(op.layer, "gradient sum", self._gradients(value) + self._bytes(value))
+                elif not joins(op) and op.kind != "pool":  # those read all gradients themselves
+                    yield from self._back(op.layer, "gradient sum", self._gradient_bytes(value) + self._bytes(value))
 
     def _cat(self, op: Op, level: Level) -> Iterator[Kernel]:
-        """Pointwise producers write to where the whole will be; at D and E products do so too."""
+        """Pointwise producers write directly into the result; at D and E products do, too."""
         if level == "B":
-            copied = [use for use in op.inputs if not (_joins(use.value.producer) and len(use.value.uses) == 1)]
+            copied = [use for use in op.inputs if not (joins(use.value.producer) and len(use.value.uses) == 1)]
             yield from self._forward(op, "copy", 2 * self._read(copied))
 
     def _pointwise(self, op: Op, level: Level) -> Iterator[Kernel]:
@@ -261,44 +252,44 @@ class Traffic:
                 for num_bytes in self._group_backward(group):
                     yield from self._back(op.layer, family, num_bytes)
             return
-        # The next kernel reads the largest input in place of the group's output.
+        # The next kernel reads the largest input instead of the group's output.
         sizes = sorted((self._bytes(use.value, use.numel) for use in group.leaves), reverse=True)
-        written = len(sizes) > 1 and sizes[1] >= out
+        is_written = len(sizes) > 1 and sizes[1] >= out
         if group.out.uses:
-            yield from self._forward(op, family, sum(sizes[1:]) + (out if written else 0))
+            yield from self._forward(op, family, sum(sizes[1:]) + (out if is_written else 0))
         else:
             yield from self._forward(op, family, sum(sizes) + out)
 
-    def _group_backward(self, group: _Group) -> Iterator[int]:
+    def _group_backward(self, group: Group) -> Iterator[int]:
         """Bytes of the kernels that turn the gradients of a group's output into those of its inputs, at level B.
 
-        With one batch norm and one gradient: pass 1 (sums) g + mask + x, pass 2 g + mask + x + the result. Where
-        several gradients arrive, or several inputs want one, pass 1 adds and masks them and writes that once; the
-        passes after it read it. The mask of a ReLU at the end is its output; one inside the group is computed anew.
+        With one batch norm and one gradient: pass 1 (sums) g + mask + x, pass 2 g + mask + x + the result. If several
+        gradients arrive, or several inputs need one, pass 1 adds and masks them and writes the result; later passes
+        read it. The mask of a ReLU at the end is its output; one inside the group is recomputed.
         """
         out = self._bytes(group.out)
-        several = self._arriving(group.out) > 1
+        has_several = self._num_gradients(group.out) > 1
         masks = self._bytes(group.out) if group.ops[-1].saved == "output" else 0
         norms = [op.inputs[0] for op in group.ops if op.kind == "batch norm"]
-        normalised = {id(use.value) for use in norms}
-        passed = self._passed_on(group)
-        wanted = [
+        normalized = {id(use.value) for use in norms}
+        branches = branch_inputs(group)
+        needed = [
             use for use in group.leaves
-            if self._gradient(use) and use.value.needs_grad and id(use.value) not in normalised | passed
+            if self._gradient(use) and use.value.needs_grad and id(use.value) not in normalized | branches
         ]  # fmt: skip
-        handed_on = any(id(use.value) in passed and use.value.needs_grad for use in group.leaves)
-        others = self._needed(group, normalised)
-        sources = self._gradients(group.out) + masks
-        if len(norms) == 1 and not wanted and not handed_on and not several:
+        has_branches = any(id(use.value) in branches and use.value.needs_grad for use in group.leaves)
+        others = self._read(saved_inputs(group, normalized))
+        sources = self._gradient_bytes(group.out) + masks
+        if len(norms) == 1 and not needed and not has_branches and not has_several:
             x = self._read(norms)
             yield sources + x + others
             yield sources + x + others + x
             return
-        common = out if several or masks else 0
+        common = out if has_several or masks else 0
         if not norms:
-            if wanted or common:
-                shared = common if handed_on else 0
-                yield sources + (others if wanted else 0) + shared + sum(map(self._gradient, wanted))
+            if needed or common:
+                shared = common if has_branches else 0
+                yield sources + (others if needed else 0) + shared + sum(map(self._gradient, needed))
             return
         first, *further = [self._bytes(use.value, use.numel) for use in norms]
         yield sources + others + first + common
@@ -306,74 +297,14 @@ class Traffic:
         for x in further:
             yield out + x
             yield out + x + x
-        if wanted:
-            yield out + others + sum(map(self._gradient, wanted))
-
-    def _group(self, out: Value) -> _Group:
-        """Collect what is computed together with a value."""
-        ops: list[Op] = []
-        leaves: dict[int, Use] = {}
-
-        def visit(op: Op) -> None:
-            for use in op.inputs:
-                producer = use.value.producer
-                if producer is not None and _joins(producer) and not _is_stored(use.value):
-                    visit(producer)
-                elif id(use.value) not in leaves or leaves[id(use.value)].numel < use.numel:
-                    leaves[id(use.value)] = use
-            ops.append(op)
-
-        assert out.producer is not None
-        visit(out.producer)
-        return _Group(out, ops, list(leaves.values()))
-
-    def _passed_on(self, group: _Group) -> set[int]:
-        """Inputs whose gradient is the group's own, unchanged: the branches of a sum."""
-        found: set[int] = set()
-        members = {id(op.output): op for op in group.ops}
-
-        def visit(op: Op) -> None:
-            ends = op is group.ops[-1] and op.name in {"relu", "hardtanh"}
-            if not ends and op.name not in {"add", "clone"}:
-                return
-            for use in op.inputs:
-                inner = members.get(id(use.value))
-                if inner is not None:
-                    visit(inner)
-                elif use.numel == group.out.numel and not use.value.is_weight:
-                    found.add(id(use.value))
-
-        visit(group.ops[-1])
-        return found
-
-    def _needed(self, group: _Group, normalised: set[int]) -> int:
-        """Bytes of the inputs, besides the batch norms', that derivatives are computed from."""
-        members = {id(op.output): op for op in group.ops}
-        found: dict[int, Use] = {}
-
-        def all_of(use: Use) -> None:
-            inner = members.get(id(use.value))
-            if inner is None:
-                if id(use.value) not in normalised:
-                    found[id(use.value)] = use
-            else:
-                for below in inner.inputs:
-                    all_of(below)
-
-        for op in group.ops:
-            if op.kind == "batch norm" or op.saved == "nothing" or (op is group.ops[-1] and op.saved == "output"):
-                continue
-            for use in op.inputs:
-                other_wants = any(o.value.needs_grad for o in op.inputs if o is not use)
-                if op.saved != "others" or other_wants:
-                    all_of(use)
-        return self._read(found.values())
+        if needed:
+            yield out + others + sum(map(self._gradient, needed))
 
 
 _PRODUCTS = {"conv", "matmul", "attention"}
 _FAMILIES = {
     "conv": "conv", "matmul": "matmul", "attention": "attention", "batch norm": "batch norm", "norm": "norm",
-    "pointwise": "pointwise", "pool": "pool", "copy": "copy", "cat": "copy", "unmodelled": "unmodelled",
+    "pointwise": "pointwise", "pool": "pool", "copy": "copy", "cat": "copy", "unmodeled": "unmodeled",
 }  # fmt: skip
 
 
@@ -381,24 +312,11 @@ def _forward_name(family: str) -> str:
     return "conv forward" if family == "conv" else family
 
 
-def _joins(op: Op | None) -> bool:
-    """Whether an operation becomes part of a group of pointwise ones."""
-    return op is not None and op.kind in {"batch norm", "norm", "pointwise", "copy"}
-
-
-def _is_stored(value: Value) -> bool:
-    """Whether a pointwise result has to lie in memory: somebody else than one pointwise operation needs it."""
-    if value.is_output or len(value.uses) != 1:
-        return True
-    reader = value.uses[0].op
-    return not _joins(reader) or reader.kind == "batch norm"
-
-
-def _spreads(op: Op) -> bool:
-    """Whether the gradient of an input is one number for many elements, which whoever reads it can spread."""
+def _is_broadcast(op: Op) -> bool:
+    """True if the gradient of an input is one number for many elements, which its reader can broadcast."""
     return op.name in {"mean", "sum"}
 
 
-def _is_normalised(value: Value) -> bool:
-    """Whether a norm reads the value, so that its backward pass needs the value again."""
+def _is_normalized(value: Value) -> bool:
+    """True if a norm reads the value, so that the backward pass needs it again."""
     return any(use.op.kind in {"batch norm", "norm"} for use in value.uses)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
 
 from byol_fast.config import ConfigError
 from byol_fast.report import settings
@@ -17,6 +14,8 @@ from byol_fast.report.page import Section, paragraph, write_page
 from byol_fast.report.reading import RunFiles, read_run
 from byol_fast.report.summary import summary
 
+ExtraSections = Callable[[Path], list[Section]]
+
 
 def report(
     runs: Sequence[Path],
@@ -25,6 +24,7 @@ def report(
     images: Path | None = None,
     pictures: bool = True,
     num: int = 2000,
+    extra_sections: ExtraSections = lambda run_dir: [],
 ) -> Path:
     """Write the report of a run, or one that compares several.
 
@@ -35,6 +35,7 @@ def report(
         pictures: show views, nearest neighbors and a map of the features, for which images are read and embedded;
             without them, the page is written from the run folder alone within seconds.
         num: maximum number of images to embed.
+        extra_sections: further sections of a single run, from its folder.
 
     Returns:
         The path of the file.
@@ -51,7 +52,10 @@ def report(
         raise ConfigError(f"report: output must be a file that ends in .html, got {output}")
     files = [read_run(folder) for folder in runs]
     if len(files) == 1:
-        title, sections = f"BYOL run {files[0].name}", _sections(files[0], images=images, pictures=pictures, num=num)
+        title, sections = (
+            f"BYOL run {files[0].name}",
+            _sections(files[0], images=images, pictures=pictures, num=num, extra_sections=extra_sections),
+        )
     else:
         title, sections = f"{len(files)} BYOL runs", comparison(files)
     try:
@@ -62,7 +66,9 @@ def report(
     return output
 
 
-def _sections(run: RunFiles, *, images: Path | None, pictures: bool, num: int) -> list[Section]:
+def _sections(
+    run: RunFiles, *, images: Path | None, pictures: bool, num: int, extra_sections: ExtraSections
+) -> list[Section]:
     sections = [summary(run), *curves([run]), *evaluations(run)]
     if pictures:
         from byol_fast.report.pictures import picture_sections  # imports torch and the loaders
@@ -71,18 +77,5 @@ def _sections(run: RunFiles, *, images: Path | None, pictures: bool, num: int) -
     else:
         command = f"Views, nearest neighbors and a map of the features: byol-fast report {run.folder}"
         sections.append(Section("Images", paragraph(command, "faint")))
-    sections += _profile(run)
+    sections += extra_sections(run.folder)
     return [*sections, *settings.corrupt_images(run), *settings.options(run), *settings.environment(run)]
-
-
-def _profile(run: RunFiles) -> list[Section]:
-    """Results of `byol-fast profile`. Imported by name, as profiling builds on this package."""
-    path = run.folder / "profile" / "profile.json"
-    if not path.exists():
-        return []
-    try:
-        profile = json.loads(path.read_text())
-        page = importlib.import_module("byol_fast.profiling.page")
-        return cast(list[Section], page.sections(profile))
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        return [Section("Profile", paragraph(f"Left out: {path} could not be shown ({error})."))]

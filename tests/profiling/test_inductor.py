@@ -1,4 +1,4 @@
-"""Readers of inductor's generated code and of ncu's table."""
+"""Analysis of inductor's output code and of ncu's tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from byol_fast.profiling import inductor
 
-# A forward and a backward graph as inductor writes them for a GPU, shortened.
+# A forward and a backward graph of inductor for a GPU, shortened.
 FORWARD = """
 triton_tem_fused__native_batch_norm_legit_convolution_relu_3 = async_compile.triton('triton_tem_fused_conv', '''
 def triton_tem_fused_conv(arg_X, arg_W, in_ptr2, out_ptr0):
@@ -56,7 +56,7 @@ def call(args):
 """
 
 
-def test_inductors_code_is_read() -> None:
+def test_inductor_code_is_analyzed() -> None:
     found = inductor.analyze([FORWARD, BACKWARD])
     forward, backward = found["graphs"]
     assert (forward["is_backward"], backward["is_backward"]) == (False, True)
@@ -68,10 +68,10 @@ def test_inductors_code_is_read() -> None:
     assert backward["saved"]["convolution"] == {"tensors": 1, "elements": 2048}
     library, generated, prologues, saved = found["answers"]
     assert "1 convolutions forward, 1 backward, 1 matrix products" in library
-    assert "2 kernels, 3 calls" in generated and "1 of 2" in prologues and "0.0 M elements that ReLUs gave" in saved
+    assert "2 kernels, 3 calls" in generated and "1 of 2" in prologues and "0.0 M elements of ReLU outputs" in saved
 
 
-def test_what_ncu_prints_is_read() -> None:
+def test_ncu_table_is_read() -> None:
     header = '"ID","Process ID","Kernel Name",' + ",".join(f'"{metric}"' for metric in inductor.NCU_METRICS)
     rows: list[Any] = [header, '"","","","byte","byte","ns"', '"0","7","triton_poi_fused_relu_5","1,000","500","10"']
     rows += ['"1","7","_lars_apply_kernel","4000","4000","2"', '"2","7","triton_poi_fused_relu_5","1000","500","10"']

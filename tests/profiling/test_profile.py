@@ -1,4 +1,4 @@
-"""A profile of real runs: each planted fault is named, and a run without faults gets none of the names."""
+"""Profiles of real runs: each planted fault has a finding, and a run without faults has none of them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from byol_fast.config import Config, ConfigError
 from byol_fast.models import encoders
 from byol_fast.profiling import Ceilings, profile
 from byol_fast.profiling.kernels import family_of
-from byol_fast.profiling.page import sections
-from byol_fast.profiling.trace import pauses
+from byol_fast.profiling.page import run_sections, sections
+from byol_fast.profiling.trace import find_gaps
+from byol_fast.report.build import report
 from byol_fast.utils import env
 
-PLANTED = {"slow data", "one thread", "tiny batch", "precision", "host sync"}
+FAULTS = {"slow data", "one thread", "tiny batch", "precision", "host sync"}
 CEILINGS = Ceilings(
     name="this machine", dtype="fp32", bytes_per_s=1e10, flops_per_s=1e11, peak_flops_per_s=1e11, source="assumed"
 )
@@ -35,14 +36,14 @@ CORES = env.num_cpus()
 
 @pytest.fixture
 def run(tiny: Config) -> Config:
-    """A run of small images, in the precision that the machine likes."""
+    """A run on small images, in the machine's default precision."""
     changes = {"view1.size": 32, "view2.size": 32, "view1.blur_p": 0.0, "view2.blur_p": 0.0, "steps": 1000}
     return configs.replace(tiny, changes | {"precision": "auto", "batch_size": 48, "model.cifar_stem": False})
 
 
 @pytest.fixture
 def one_core() -> Iterator[None]:
-    """Where there is one core, one thread is right."""
+    """Restrict the process to one core."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(before)})
     yield
@@ -65,14 +66,14 @@ def finding(found: dict[str, Any], kind: str) -> dict[str, Any]:
 # ------------------------------------------------------------------ findings
 
 
-def test_a_run_without_faults_gets_none_of_their_names(run: Config, one_core: None) -> None:
+def test_run_without_faults_has_none_of_their_findings(run: Config, one_core: None) -> None:
     found = profiled(run, steps=4)
-    assert not kinds(found) & PLANTED, found["findings"]
+    assert not kinds(found) & FAULTS, found["findings"]
     assert found["machine"]["cores"] == found["machine"]["torch_threads"] == 1
 
 
-class Sleeping:
-    """Images that take their time."""
+class SlowImages:
+    """Images whose loading takes 0.1 s."""
 
     def __init__(self, images: np.ndarray) -> None:
         self.images = images
@@ -86,9 +87,9 @@ class Sleeping:
         return item
 
 
-def test_slow_data_is_named(run: Config, photos: np.ndarray) -> None:
+def test_slow_data_is_found(run: Config, photos: np.ndarray) -> None:
     changes = {"data.root": None, "data.threads": 1, "data.prefetch": 1, "batch_size": 8}
-    found = profiled(configs.replace(run, changes), data=Sleeping(photos))
+    found = profiled(configs.replace(run, changes), data=SlowImages(photos))
     named = finding(found, "slow data")
     assert found["step"]["data_wait"] > 0.3
     assert named["share"] == found["step"]["data_wait"]
@@ -97,26 +98,26 @@ def test_slow_data_is_named(run: Config, photos: np.ndarray) -> None:
 
 
 @pytest.mark.skipif(CORES < 2, reason="one core needs no second thread")
-def test_one_thread_is_named(run: Config) -> None:
+def test_one_thread_is_found(run: Config) -> None:
     assert torch.get_num_threads() == 1  # as conftest sets it
     heavy = configs.replace(run, {"batch_size": 6, "model.cifar_stem": True, "precision": "fp32"})
     assert f"1 of {CORES} cores" in finding(profiled(heavy), "one thread")["text"]
 
 
-def test_a_tiny_batch_is_named(run: Config) -> None:
+def test_tiny_batch_is_found(run: Config) -> None:
     found = profiled(configs.replace(run, {"batch_size": 2, "model.hidden_dim": 512}))
     assert "raise batch_size to 4 or more" in finding(found, "tiny batch")["change"]
 
 
 @pytest.mark.skipif(not env.cpu_has_bf16(), reason="bf16 is not fast on this CPU")
-def test_fp32_is_named_where_bf16_is_fast(run: Config) -> None:
+def test_fp32_is_found_if_bf16_is_faster(run: Config) -> None:
     found = profiled(configs.replace(run, {"precision": "fp32", "batch_size": 6, "model.cifar_stem": True}))
     assert found["precision"] == "fp32"
     assert "bf16 than in fp32" in finding(found, "precision")["text"]
 
 
-class Waits(nn.Module):
-    """An encoder that looks at a value in every forward pass."""
+class SyncingEncoder(nn.Module):
+    """An encoder that reads a value from the device in every forward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,32 +129,32 @@ class Waits(nn.Module):
         return features if features.mean().item() < 1e6 else features * 0
 
 
-class Looks(Callback):
+class SyncingCallback(Callback):
     def on_step_end(self, trainer: Any, metrics: Any) -> None:
         float(metrics.loss)
 
 
-def test_a_host_sync_is_named_with_its_place(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(encoders.OWN_ENCODERS, "waits", lambda **_: Waits())
+def test_host_sync_is_found_with_its_place(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(encoders.OWN_ENCODERS, "waits", lambda **_: SyncingEncoder())
     monkeypatch.setattr(encoders, "_remove_classifier", lambda *_: None)
-    found = profiled(configs.replace(run, {"model.encoder": "waits", "batch_size": 8}), callbacks=[Looks()])
-    places = {sync["place"]: sync["a_step"] for sync in found["probes"]["host_syncs"]}
+    found = profiled(configs.replace(run, {"model.encoder": "waits", "batch_size": 8}), callbacks=[SyncingCallback()])
+    places = {sync["place"]: sync["per_step"] for sync in found["probes"]["host_syncs"]}
     assert [place.partition(":")[0] for place in places] == [__file__] * 2
     by_function = {place.rpartition(" in ")[2]: n for place, n in places.items()}
     assert by_function == {"forward": 2, "on_step_end": 1}  # the online network and the target
     named = [f for f in found["findings"] if f["kind"] == "host sync"]
     assert len(named) == 2
     assert all(f["share"] > 0 for f in named)
-    # Such a network has no shapes without values: the rest of the profile is there all the same.
+    # Such a network cannot run on meta tensors; the rest of the profile is complete.
     assert found["roofline"] is None
     assert any("No roofline" in note for note in found["notes"])
-    assert "Profile: the hardware's limit" not in {s.title for s in sections(found)}
+    assert "Profile: roofline" not in {s.title for s in sections(found)}
 
 
 # ------------------------------------------------------------------ what is written
 
 
-def test_command_writes_a_page_and_learns_nothing(
+def test_command_writes_a_page_and_no_checkpoint(
     run: Config, npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--data.root", str(npz), "--view1.size", "32", "--view2.size", "32", "--batch-size", "8"]
@@ -180,23 +181,28 @@ def test_command_writes_a_page_and_learns_nothing(
     for section in sections(record):
         assert section.title in page
     assert all(f["text"] in page for f in record["findings"])
-    assert "they need a GPU" in page
+    assert "Only on a GPU:" in page
     assert (folder / "profile" / "trace.json.gz").stat().st_size > 1000
 
 
-def test_a_run_is_profiled_from_its_checkpoint_and_stays_as_it_was(run: Config) -> None:
+def test_profile_of_a_checkpoint_leaves_the_run_unchanged(run: Config) -> None:
     from byol_fast import Trainer
 
     short = configs.replace(run, {"steps": 2, "batch_size": 8, "knn.enabled": "off", "tensorboard": False})
     folder = Trainer(short).fit().run_dir
     before = {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-    found, written = profile(configs.load(folder / "config.json"), resume=folder, steps=1, ceilings=CEILINGS)
+    record, written = profile(configs.load(folder / "config.json"), resume=folder, steps=1, ceilings=CEILINGS)
     assert written == folder / "profile"
-    assert found["step"]["images_per_second"] > 0
+    assert record["step"]["images_per_second"] > 0
     assert {p: p.read_bytes() for p in before} == before
 
+    page = report([folder], pictures=False, extra_sections=run_sections).read_text()
+    assert all(section.title in html.unescape(page) for section in sections(record))
+    (written / "profile.json").write_text("{}")
+    assert "could not be shown" in run_sections(folder)[0].html
 
-def test_what_is_wrong_with_the_command(run: Config, capsys: pytest.CaptureFixture[str]) -> None:
+
+def test_invalid_arguments_are_rejected(run: Config, capsys: pytest.CaptureFixture[str]) -> None:
     for argv, message in (
         (["profile"], "a recipe, or --resume RUN"),
         (["profile", "demo", "--resume", "x"], "one of the two"),
@@ -213,13 +219,13 @@ def test_what_is_wrong_with_the_command(run: Config, capsys: pytest.CaptureFixtu
 # ------------------------------------------------------------------ parts
 
 
-def test_pauses_between_kernels() -> None:
-    # In microseconds: two that overlap, a pause of 20, one kernel, a pause of 5 that is just the launch, one more.
+def test_gaps_between_kernels() -> None:
+    # In microseconds: two kernels that overlap, a gap of 20, a kernel, a gap of 5 below the threshold, a kernel.
     work = [("a", 0.0, 50.0), ("b", 30.0, 60.0), ("late", 80.0, 95.0), ("last", 100.0, 125.0)]
-    idle, gaps = pauses(work[::-1])
+    idle, gaps = find_gaps(work[::-1])
     assert idle == pytest.approx(25 / 125)
     assert gaps == [{"milliseconds": 0.02, "before": "late"}]
-    assert pauses([]) == (0.0, [])
+    assert find_gaps([]) == (0.0, [])
 
 
 @pytest.mark.parametrize(
@@ -243,5 +249,5 @@ def test_pauses_between_kernels() -> None:
         ("something_new", "other"),
     ],
 )
-def test_kernels_belong_to_families(name: str, family: str) -> None:
+def test_family_of_kernel_names(name: str, family: str) -> None:
     assert family_of(name, on_gpu=True) == family

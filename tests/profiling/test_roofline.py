@@ -1,4 +1,4 @@
-"""The roofline: FLOPs against torch's counter, bytes against counts made by hand."""
+"""The roofline: FLOPs compared with torch's counter, bytes with counts by hand."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def total_bytes(network: nn.Module, level: Level) -> int:
     ("encoder", "size", "cifar_stem"),
     [("resnet50", 64, False), ("resnet18", 32, True), ("vgg16", 64, False)],
 )
-def test_flops_of_a_step_are_torch_s(encoder: str, size: int, cifar_stem: bool) -> None:
+def test_flops_equal_torch_flop_counter(encoder: str, size: int, cifar_stem: bool) -> None:
     with torch.device("meta"):
         model = BYOL(encoder, image_size=size, cifar_stem=cifar_stem, views="separate").train()
         view1, view2 = torch.empty(2, 4, 3, size, size).unbind(0)
@@ -52,7 +52,7 @@ def test_flops_of_a_step_are_torch_s(encoder: str, size: int, cifar_stem: bool) 
         assert found.total(level, phase="backward").flops == backward.get_total_flops()
 
 
-def test_attention_counts_as_the_two_products_that_it_is() -> None:
+def test_attention_flops_are_those_of_two_products() -> None:
     # 4 images, 2 heads, 17 tokens, 8 numbers each: Q K^T and its product with V, a multiply-add is two operations.
     q = torch.empty(4, 2, 17, 8, device="meta", requires_grad=True)
 
@@ -113,7 +113,7 @@ def two_layers() -> nn.Module:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_bytes_of_two_layers_are_those_counted_by_hand(level: Level) -> None:
+def test_bytes_of_two_layers_equal_counts_by_hand(level: Level) -> None:
     assert total_bytes(two_layers(), level) == TWO_LAYERS[level]
 
 
@@ -154,11 +154,11 @@ RESIDUAL = {
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_a_residual_sum_is_found_by_what_flows_where(level: Level) -> None:
+def test_bytes_of_a_residual_block_equal_counts_by_hand(level: Level) -> None:
     assert total_bytes(Residual(), level) == RESIDUAL[level]
 
 
-def test_resnet50_is_what_was_computed_before() -> None:
+def test_resnet50_equals_published_counts() -> None:
     found = roofline("resnet50", batch_size=256, image_size=224)
     assert found.total("A").flops / 1e12 == pytest.approx(16.67, abs=0.005)
     # The earlier count left out the heads' norms, and at A added gradients of the last block's output, which has one.
@@ -171,8 +171,8 @@ def test_resnet50_is_what_was_computed_before() -> None:
 # ------------------------------------------------------------------ other networks
 
 
-class Odd(nn.Module):
-    """Something that no rule is for."""
+class Unmodeled(nn.Module):
+    """A network with an operation that has no model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -183,16 +183,16 @@ class Odd(nn.Module):
 
 
 def test_what_is_not_modelled_is_counted_and_named() -> None:
-    found = roofline(Odd(), batch_size=4, image_size=8)
-    assert found.unmodelled == ("cumsum",)
+    found = roofline(Unmodeled(), batch_size=4, image_size=8)
+    assert found.unmodeled == ("cumsum",)
     size = 8 * 8 * 6 * 6 * 2  # of the map, bytes: 8 views
     for level in LEVELS:
-        assert found.total(level, phase="target forward", family="unmodelled").bytes == 2 * size
-        assert found.total(level, phase="backward", family="unmodelled").bytes == 3 * size
+        assert found.total(level, phase="target forward", family="unmodeled").bytes == 2 * size
+        assert found.total(level, phase="backward", family="unmodeled").bytes == 3 * size
 
 
-def test_what_depends_on_values_is_refused() -> None:
-    class Branches(Odd):
+def test_network_that_depends_on_values_raises() -> None:
+    class Branches(Unmodeled):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x if bool(x.sum() > 0) else -x)
 
@@ -201,21 +201,21 @@ def test_what_depends_on_values_is_refused() -> None:
 
 
 @pytest.mark.parametrize("encoder", ["vit_b_16", "convnext_tiny", "efficientnet_b0", "swin_t"])
-def test_every_level_of_fusion_saves_traffic(encoder: str) -> None:
+def test_traffic_decreases_with_the_level_of_fusion(encoder: str) -> None:
     found = roofline(encoder, batch_size=2, image_size=64)
-    assert found.unmodelled == ()
+    assert found.unmodeled == ()
     by_level = [found.total(level).bytes for level in LEVELS]
     assert by_level == sorted(by_level, reverse=True)
     assert len({found.total(level).flops for level in LEVELS}) == 1
 
 
-def test_a_step_has_its_optimizer_and_as_many_batches_as_it_takes() -> None:
+def test_step_counts_optimizer_and_accumulated_batches() -> None:
     config = recipes.demo()
     once = roofline(config, dtype="fp32")
     twice = roofline(configs.replace(config, {"grad_accum_steps": 2}), dtype="fp32")
     update = once.total("E", phase="optimizer + EMA").bytes
     # SGD reads and writes p and v and reads g; the target is read and written.
-    assert update == 20 * once.optimised + 8 * once.averaged
+    assert update == 20 * once.num_trainable + 8 * once.num_target
     assert twice.total("B").bytes - update_of(twice) == 2 * (once.total("B").bytes - update_of(once))
     assert twice.batch_size == 2 * once.batch_size
     assert roofline(recipes.get("simsiam_cifar10"), batch_size=2).total("A", phase="target forward").bytes == 0
@@ -228,7 +228,7 @@ def update_of(found: Roofline) -> int:
 # ------------------------------------------------------------------ floors
 
 
-def test_floors_are_the_larger_of_both_ceilings() -> None:
+def test_floor_is_the_larger_of_both_ceilings() -> None:
     found = roofline(two_layers(), batch_size=4, image_size=8)
     slow_memory = Ceilings(
         name="", dtype="bf16", bytes_per_s=1.0, flops_per_s=1e30, peak_flops_per_s=1e30, source="test"
@@ -236,23 +236,23 @@ def test_floors_are_the_larger_of_both_ceilings() -> None:
     slow_products = Ceilings(
         name="", dtype="bf16", bytes_per_s=1e30, flops_per_s=1.0, peak_flops_per_s=1.0, source="test"
     )
-    for how in ("sum", "overlap"):
-        assert found.floor(slow_memory, "A", how=how) == pytest.approx(found.total("A").bytes)
-        assert found.floor(slow_products, "A", how=how) == pytest.approx(found.total("A").flops)
+    for schedule in ("sum", "overlap"):
+        assert found.floor(slow_memory, "A", schedule=schedule) == pytest.approx(found.total("A").bytes)
+        assert found.floor(slow_products, "A", schedule=schedule) == pytest.approx(found.total("A").flops)
     mixed = Ceilings(
         name="", dtype="bf16", bytes_per_s=1.0, flops_per_s=10.0, peak_flops_per_s=10.0, source="test"
     )  # the convolutions are bound by products, the rest by memory
-    assert found.floor(mixed, "A") > found.floor(mixed, "A", how="overlap")
+    assert found.floor(mixed, "A") > found.floor(mixed, "A", schedule="overlap")
     assert found.images_per_second(mixed, "A") == 4 / found.floor(mixed, "A")
 
 
-def test_mfu_is_a_share_of_the_peak() -> None:
+def test_mfu_of_known_values() -> None:
     assert mfu(1e12, 0.01, 400e12) == pytest.approx(0.25)
     with pytest.raises(ValueError, match="must be positive"):
         mfu(1e12, 0.0, 1e12)
 
 
-def test_ceilings_of_this_machine_are_measured() -> None:
+def test_measured_ceilings_are_plausible() -> None:
     found = measure(torch.device("cpu"), "fp32", seconds=0.01)
     assert 1e8 < found.bytes_per_s < 1e13
     assert 1e8 < found.flops_per_s < 1e15
@@ -261,7 +261,7 @@ def test_ceilings_of_this_machine_are_measured() -> None:
         stated("H900")
 
 
-def test_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_writes_json_and_svg(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     to, plot = tmp_path / "roofline.json", tmp_path / "roofline.svg"
     with pytest.raises(SystemExit) as end:
         main(["roofline", "demo", "--gpu", "H100", "--batch-size", "32", "--output", str(to), "--plot", str(plot)])

@@ -64,7 +64,7 @@ def profile(context: Context) -> None:
         "byol_fast, eager, from JPEG",
         images_per_second=rounded(step["images_per_second"]),
         data_wait=rounded(step["data_wait"]),
-        loader=record["backend"],
+        loader=record["loader"],
     )
     for phase in record["phases"]:
         seconds, floor = phase["seconds"], phase["floor_seconds"]
