@@ -6,7 +6,7 @@ import tyro
 
 
 def main(argv: list[str]) -> int:
-    """Run it; return the exit code."""
-    from byol_fast.doctor.main import Options, examine
+    """Run the command and return the exit code."""
+    from byol_fast.doctor import main as doctor
 
-    return examine(tyro.cli(Options, args=argv, prog="byol-fast doctor"))
+    return doctor.main(tyro.cli(doctor.Options, args=argv, prog="byol-fast doctor"))

@@ -12,16 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from byol_fast.config import Config, ConfigError, DataConfig, KNNConfig
-from byol_fast.doctor.checks import judge
-from byol_fast.doctor.system_info import gather
+from byol_fast.doctor.checks import run_checks
+from byol_fast.doctor.system_info import collect
 from byol_fast.utils.env import num_cpus
 from byol_fast.utils.progress import Progress
 
 PLAIN_WIDTH = 120
-"""Columns of the report where there is no terminal."""
-
-
-SHOWN = 20
+"""Columns of the report without a terminal."""
+MAX_SHOWN = 20
 """Bad images that are named; `--json` names all."""
 
 
@@ -30,10 +28,10 @@ SHOWN = 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScanData:
-    """Images to look at."""
+    """Images to check."""
 
     root: Path | None = None
-    """Whatever `byol-fast train --data.root` takes: every image is decoded, and the bad ones are named."""
+    """Images in any form that `byol-fast train --data.root` accepts; every image is decoded."""
     cache: Path = Path("~/.cache/byol_fast")
     """Folder for indexes of tar shards and the images of Parquet files."""
     image_column: str = ""
@@ -45,10 +43,10 @@ class ScanData:
 
 
 def scan_data(data: ScanData, *, fast: bool, console: Console) -> dict[str, Any]:
-    """Look at training and validation images, and print what was found.
+    """Scan training and validation images and print the results.
 
     Returns:
-        A `Scan` as plain values for `training`, and for `validation` where there are such images.
+        A `Scan` as plain values for `training`, and for `validation` if there are such images.
 
     Raises:
         SourceError: there are no images.
@@ -60,36 +58,36 @@ def scan_data(data: ScanData, *, fast: bool, console: Console) -> dict[str, Any]
         root=data.root, cache=data.cache, image_column=data.image_column, label_column=data.label_column
     )
     parts = zip(("training", "validation"), split(Config(data=options, knn=KNNConfig())), strict=True)
-    found: dict[str, Any] = {}
+    scans: dict[str, Any] = {}
     for name, source in parts:
         if source is None:
             continue
-        shown = Console(stderr=True)
-        with Progress(shown if shown.is_terminal else None).bar(len(source), f"{name} images") as bar:
+        stderr = Console(stderr=True)
+        with Progress(stderr if stderr.is_terminal else None).bar(len(source), f"{name} images") as bar:
             result = scan(source, threads=data.threads or num_cpus(), fast=fast, progress=bar.advance)
-        found[name] = result.as_dict()
-        _print_scan(name, found[name], console)
-    return found
+        scans[name] = result.as_dict()
+        _print_scan(name, scans[name], console)
+    return scans
 
 
-def _print_scan(name: str, found: dict[str, Any], console: Console) -> None:
-    table = Table(title=f"{name} images: {found['source']}", show_header=False, title_justify="left")
-    how = f"{found['decoded']:,} of {found['images']:,} decoded in {found['seconds']:.1f} s"
-    table.add_row("images", how)
-    for side, values in found["pixels"].items():
+def _print_scan(name: str, scan: dict[str, Any], console: Console) -> None:
+    table = Table(title=f"{name} images: {scan['source']}", show_header=False, title_justify="left")
+    decoded = f"{scan['decoded']:,} of {scan['images']:,} decoded in {scan['seconds']:.1f} s"
+    table.add_row("images", decoded)
+    for side, values in scan["pixels"].items():
         table.add_row(f"{side}, pixels", ", ".join(f"{key} {value}" for key, value in values.items()))
-    if counts := found["classes"]:
+    if counts := scan["classes"]:
         least, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
         table.add_row("classes", f"{len(counts)}: from {counts[least]:,} images ({least}) to {counts[most]:,} ({most})")
     else:
-        table.add_row("classes", "no labels: train works, kNN and linear evaluation need them")
-    bad = found["bad"]
-    table.add_row("cannot be read", f"[red]{len(bad):,}[/red]" if bad else "[green]none[/green]")
+        table.add_row("classes", "no labels: not needed for training, but for kNN and linear evaluation")
+    corrupt = scan["corrupt"]
+    table.add_row("cannot be read", f"[red]{len(corrupt):,}[/red]" if corrupt else "[green]none[/green]")
     console.print(table)
-    for entry in bad[:SHOWN]:
+    for entry in corrupt[:MAX_SHOWN]:
         console.print(f"{entry['image']} {entry['reason']}", soft_wrap=True, markup=False, style="red")
-    if bad:
-        more = f"{len(bad) - SHOWN} more: see --json. " if len(bad) > SHOWN else ""
+    if corrupt:
+        more = f"{len(corrupt) - MAX_SHOWN} more: see --json. " if len(corrupt) > MAX_SHOWN else ""
         advice = "Replace them or remove them, or train with --data.on-corrupt skip."
         console.print(more + advice, soft_wrap=True, markup=False)
 
@@ -99,43 +97,43 @@ def _print_scan(name: str, found: dict[str, Any], console: Console) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """Check whether this machine can train, and that every image can be read."""
+    """Check your environment and data: versions, GPU, DALI, CPU, memory, and every image."""
 
     data: ScanData = field(default_factory=ScanData)
-    """Images to look at."""
+    """Images to check."""
     fast: bool = False
-    """Look only at the ends of each image file: finds what was cut off or is no image, in 16 us each."""
+    """Check only the first and last bytes of each file (16 us): finds truncated files and files that are no images."""
     json: bool = False
     """Print the report as JSON."""
 
 
-def examine(options: Options) -> int:
-    """Check this machine, and images where some are given; print a report.
+def main(options: Options) -> int:
+    """Check this machine and, if given, images; print a report.
 
     Returns:
-        0, or 1 when something required is broken or an image cannot be read.
+        0, or 1 if a required part is broken or an image cannot be read.
     """
     data, fast, as_json = options.data, options.fast, options.json
     if fast and data.root is None:
-        raise ConfigError("doctor: --fast is about images; give --data.root too")
+        raise ConfigError("doctor: --fast requires images; pass --data.root, too")
     console = Console(highlight=False, quiet=as_json, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
-    checks = judge(gather())
-    table = Table(title="this machine", title_justify="left")
-    for column in ("", "", "found", "what to do"):
+    checks = run_checks(collect())
+    table = Table(title="environment", title_justify="left")
+    for column in ("", "", "result", "advice"):
         table.add_column(column, overflow="fold")
     marks = {"ok": "[green]ok[/green]", "note": "[yellow]note[/yellow]", "broken": "[red]broken[/red]"}
     for check in checks:
-        table.add_row(marks[check.status], check.name, check.found.replace("[", r"\["), check.advice)
+        table.add_row(marks[check.status], check.name, check.result.replace("[", r"\["), check.advice)
     console.print(table)
     usable = all(check.status != "broken" for check in checks)
     images = scan_data(data, fast=fast, console=console) if data.root is not None else {}
-    readable = not any(part["bad"] for part in images.values())
+    readable = not any(part["corrupt"] for part in images.values())
     if as_json:
         report = {"usable": usable, "checks": [asdict(check) for check in checks], "images": images}
         print(json.dumps(report, indent=2))
     elif usable:
-        console.print("This machine can train." if readable else "This machine can train; some images cannot be read.")
+        console.print("Ready to train." if readable else "Ready to train, but some images cannot be read.")
     else:
         broken = ", ".join(check.name for check in checks if check.status == "broken")
-        console.print(f"[red]Something required is broken: {broken}.[/red]")
+        console.print(f"[red]Required, but broken: {broken}.[/red]")
     return 0 if usable and readable else 1

@@ -1,4 +1,4 @@
-"""Scan of an image source: corrupt images, image sizes, images per class."""
+"""Scan of a data set: corrupt images, image sizes and class counts."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from byol_fast.data.integrity import FORMATS, CorruptImageError, check_bytes
 from byol_fast.data.sources import ArraySource, EncodedSource, ImageSource
 from byol_fast.data.sources.base import NUM_SAMPLED_SIZES, evenly_spaced
 
-_CHUNK_SIZE = 32
+_CHUNK = 32
 
-Finding = tuple[int, str | None, tuple[int, int] | None]
-"""Index, defect or None, (width, height) or None if not measured."""
+Result = tuple[int, str | None, tuple[int, int] | None]
+"""Position, problem, and width and height if they were measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,42 +29,42 @@ class Scan:
     """Result of a scan."""
 
     description: str
-    """Summary of the source."""
+    """One line about the source."""
     images: int
     """Number of images."""
     decoded: int
     """Number of decoded images."""
-    bad: tuple[tuple[str, str], ...]
-    """Name and defect of each corrupt image."""
+    corrupt: tuple[tuple[str, str], ...]
+    """Names of images that cannot be read, and why."""
     widths: NDArray[np.int64]
-    """Widths of the measured images, in pixels."""
+    """Widths in pixels of the measured images."""
     heights: NDArray[np.int64]
-    """Heights of the measured images, in pixels."""
+    """Heights of the same images."""
     per_class: dict[str, int]
-    """Number of images by class name; empty without labels."""
+    """Number of images per class; empty without labels."""
     seconds: float
-    """Duration of the scan."""
+    """Duration."""
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON representation."""
+        """Plain values for JSON."""
         return {
             "source": self.description,
             "images": self.images,
             "decoded": self.decoded,
-            "bad": [{"image": image, "reason": reason} for image, reason in self.bad],
+            "corrupt": [{"image": image, "reason": reason} for image, reason in self.corrupt],
             "pixels": self.pixels(),
             "classes": self.per_class,
             "seconds": round(self.seconds, 2),
         }
 
     def pixels(self) -> dict[str, dict[str, int]]:
-        """Percentiles of width, height and shorter side: smallest, 5 %, median, 95 %, largest."""
+        """Smallest, 5 %, median, 95 % and largest value of width, height and the shorter side."""
         if not len(self.widths):
             return {}
         sides = {"width": self.widths, "height": self.heights, "shorter side": np.minimum(self.widths, self.heights)}
-        names, percents = ("smallest", "5 %", "median", "95 %", "largest"), (0, 5, 50, 95, 100)
+        names, shares = ("smallest", "5 %", "median", "95 %", "largest"), (0, 5, 50, 95, 100)
         return {
-            side: {name: int(v) for name, v in zip(names, np.percentile(x, percents), strict=True)}
+            side: {name: int(v) for name, v in zip(names, np.percentile(x, shares), strict=True)}
             for side, x in sides.items()
         }
 
@@ -77,21 +77,19 @@ def scan(
     Args:
         source: the images.
         threads: number of decoding threads.
-        fast: read the first and last bytes of each image, decode only those that look incomplete, and measure up to
-            1,000 images. Damage in the middle of a file is not detected.
-        progress: called with the number of scanned images.
+        fast: check only the first and last bytes of each image, decode suspicious ones, and measure up to 1,000; misses
+            damage in the middle of a file.
+        progress: called with the number of finished images.
     """
     start = time.monotonic()
-    findings = _scan_all(source, threads, fast, progress)
-    measured = np.array([size for _, _, size in findings if size is not None], np.int64).reshape(-1, 2)
+    results = _scan_all(source, threads, fast, progress)
+    measured = np.array([size for _, _, size in results if size is not None], np.int64).reshape(-1, 2)
     counts = Counter(() if source.labels is None else source.labels.tolist())
     return Scan(
         description=source.describe(),
         images=len(source),
-        decoded=len(source)
-        if not fast
-        else sum(size is not None or reason is not None for _, reason, size in findings),
-        bad=tuple((source.sample_name(i), reason) for i, reason, _ in findings if reason is not None),
+        decoded=len(source) if not fast else sum(size is not None or reason is not None for _, reason, size in results),
+        corrupt=tuple((source.sample_name(i), reason) for i, reason, _ in results if reason is not None),
         widths=measured[:, 0],
         heights=measured[:, 1],
         per_class={name: counts[k] for k, name in enumerate(source.classes)},
@@ -99,39 +97,39 @@ def scan(
     )
 
 
-def _scan_all(source: ImageSource, threads: int, fast: bool, progress: Callable[[int], None]) -> list[Finding]:
+def _scan_all(source: ImageSource, threads: int, fast: bool, progress: Callable[[int], None]) -> list[Result]:
     if isinstance(source, ArraySource):
         progress(len(source))
         height, width = source.images.shape[1:3]
         return [(i, None, (width, height)) for i in range(len(source))]
     to_measure = set(evenly_spaced(len(source), NUM_SAMPLED_SIZES).tolist())
 
-    def scan_one(i: int) -> Finding:
+    def scan_one(i: int) -> Result:
         try:
             if not isinstance(source, EncodedSource):
                 return (i, None, source.load(i).size) if not fast or i in to_measure else (i, None, None)
             if not fast:
                 return i, None, source.load(i).size
-            defect = check_bytes(source.read(i)) if source.needs_check(i) else None
-            measure = defect is None and i in to_measure
-            return i, defect, _size(source.read(i)) if measure else None
+            problem = check_bytes(source.read(i)) if source.needs_check(i) else None
+            measure = problem is None and i in to_measure
+            return i, problem, _size(source.read(i)) if measure else None
         except CorruptImageError as error:
             return i, error.reason, None
 
-    def scan_chunk(start: int) -> list[Finding]:
-        return [scan_one(i) for i in range(start, min(start + _CHUNK_SIZE, len(source)))]
+    def scan_chunk(start: int) -> list[Result]:
+        return [scan_one(i) for i in range(start, min(start + _CHUNK, len(source)))]
 
-    findings: list[Finding] = []
+    results: list[Result] = []
     with ThreadPoolExecutor(threads, "byol-fast-scan") as pool:
-        for part in pool.map(scan_chunk, range(0, len(source), _CHUNK_SIZE)):
-            findings.extend(part)
-            progress(len(findings))
-    return findings
+        for chunk in pool.map(scan_chunk, range(0, len(source), _CHUNK)):
+            results.extend(chunk)
+            progress(len(results))
+    return results
 
 
 def _size(data: bytes) -> tuple[int, int] | None:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return image.size
-    except Exception:  # both ends are valid, the header is not: damage that only decoding detects
+    except Exception:  # the ends are valid, but the header is not: only decoding finds that
         return None

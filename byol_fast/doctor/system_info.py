@@ -1,4 +1,4 @@
-"""Facts about this machine: versions, GPU, DALI, CPU, memory and disk."""
+"""Information about this machine: versions, GPU, DALI, CPU, memory and disk."""
 
 from __future__ import annotations
 
@@ -18,64 +18,58 @@ from typing import Any
 
 from byol_fast.utils.env import cpu_has_bf16, cpu_name, num_cpus, version
 
-DRIVERS = {"nvidia-dali-cuda130": 580, "nvidia-dali-cuda120": 525}
-"""Oldest major version of NVIDIA's driver that a distribution of DALI runs with."""
-
-
+DALI_DRIVERS = {"nvidia-dali-cuda130": 580, "nvidia-dali-cuda120": 525}
+"""Oldest major version of NVIDIA's driver for a distribution of DALI."""
 CUDA_DRIVERS = {"13": 580, "12": 525}
-"""The same for the CUDA that torch was built with, by its major version."""
-
-
+"""The same for the CUDA version of torch, by its major version."""
 PROBE_SECONDS = 300
+"""Timeout of the probes."""
 
 
 @dataclass(kw_only=True, slots=True)
-class Facts:
-    """What was found on the machine; `judge` says what to think of it."""
+class SystemInfo:
+    """Input of `run_checks`."""
 
     python: tuple[int, int] = (0, 0)
     system: str = ""
     torch: str | None = None
     torch_cuda: str | None = None
-    """CUDA version that torch was built with; None for a build without."""
+    """CUDA version that torch was built with; None for a build without CUDA."""
     torchvision: str | None = None
     triton: str | None = None
     gpus: list[str] = field(default_factory=list)
-    """Those that torch can use."""
+    """GPUs that torch can use."""
     driver: str | None = None
-    """NVIDIA's driver, whether torch can use it or not."""
+    """Version of NVIDIA's driver, even if torch cannot use it."""
     dali: str | None = None
-    """Which distribution of DALI is installed, and its version: `name==version`."""
+    """Installed distribution of DALI: `name==version`."""
     probes: dict[str, str] = field(default_factory=dict)
-    """What was tried in another process: `ok` or what went wrong, by name."""
+    """Results of the tests in another process by name: `ok` or the problem."""
     compiler: str | None = None
     cpu: str = ""
     cpus: int = 1
     cpu_quota: float | None = None
-    """CPU cores that a container may keep busy; None for no limit."""
+    """CPU cores that the container may use; None for no limit."""
     torch_threads: int = 1
     bf16: bool = False
     memory_gib: float | None = None
     shm_gib: float | None = None
     disk_gib: float = 0.0
-    """Free below the current folder, where runs are written."""
+    """Free space in the current folder, where runs are written."""
     writable: bool = True
-    """Whether files can be made there."""
+    """True if files can be written there."""
     open_files: int | None = None
     optional: dict[str, str | None] = field(default_factory=dict)
-    """Packages that some options need, by name."""
+    """Versions of optional packages by name; None if not installed."""
 
 
-# ---- the facts -----------------------------------------------------------------------------------------------------
-
-
-def gather() -> Facts:
-    """Look at this machine. What might end a process is tried in another one."""
-    f = Facts(
+def collect() -> SystemInfo:
+    """Collect the information. Tests that may crash a process run in another one."""
+    info = SystemInfo(
         python=(sys.version_info.major, sys.version_info.minor),
         system=f"{platform.system()} {platform.machine()}",
         triton=version("triton"),
-        dali=next((f"{name}=={found}" for name in DRIVERS if (found := version(name)) is not None), None),
+        dali=next((f"{name}=={number}" for name in DALI_DRIVERS if (number := version(name)) is not None), None),
         driver=_driver(),
         compiler=_compiler(),
         cpu=cpu_name(),
@@ -88,41 +82,41 @@ def gather() -> Facts:
         writable=os.access(Path.cwd(), os.W_OK),
         optional={name: version(name) for name in ("tensorboard", "pyarrow", "timm", "datasets")},
     )
-    f.probes = _probe_elsewhere()
-    f.torch = f.probes.pop("torch version", None)
-    f.torch_cuda = f.probes.pop("torch cuda", None)
-    f.torchvision = f.probes.pop("torchvision version", None)
-    f.torch_threads = int(f.probes.pop("torch threads", "1"))
-    f.gpus = [f.probes.pop(name) for name in sorted(f.probes) if name.startswith("gpu ")]
+    info.probes = _run_probes()
+    info.torch = info.probes.pop("torch version", None)
+    info.torch_cuda = info.probes.pop("torch cuda", None)
+    info.torchvision = info.probes.pop("torchvision version", None)
+    info.torch_threads = int(info.probes.pop("torch threads", "1"))
+    info.gpus = [info.probes.pop(name) for name in sorted(info.probes) if name.startswith("gpu ")]
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
-        f.open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return f
+        info.open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return info
 
 
-def _probe_elsewhere() -> dict[str, str]:
-    """Run `probe` in a process of its own: a broken driver or DALI may end or hang it."""
+def _run_probes() -> dict[str, str]:
+    """Run `probe` in another process, because a broken driver or DALI may crash or block it."""
     command = [sys.executable, "-c", "from byol_fast.doctor.system_info import probe; probe()"]
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False)
-        output, ending = ended.stdout, f"the process ended with {ended.returncode}: {_last_line(ended.stderr)}"
+        process = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False)
+        output, problem = process.stdout, f"the process ended with {process.returncode}: {_last_line(process.stderr)}"
     except subprocess.TimeoutExpired as error:
-        said = error.stdout or b""
-        output = said.decode(errors="replace") if isinstance(said, bytes) else said
-        ending = f"nothing happened for {PROBE_SECONDS} s"
+        stdout = error.stdout or b""
+        output = stdout.decode(errors="replace") if isinstance(stdout, bytes) else stdout
+        problem = f"no answer within {PROBE_SECONDS} s"
     results: dict[str, str] = {}
-    under_way = None
+    running = None
     for line in output.splitlines():
         with contextlib.suppress(json.JSONDecodeError, ValueError):
-            name, said = json.loads(line)
-            if said is None:
-                under_way = name
+            name, result = json.loads(line)
+            if result is None:
+                running = name
             else:
-                results[name] = said
-                under_way = None if name == under_way else under_way
-    if under_way is not None:
-        results[under_way] = ending
+                results[name] = result
+                running = None if name == running else running
+    if running is not None:
+        results[running] = problem
     return results
 
 
@@ -132,56 +126,56 @@ def _last_line(text: str) -> str:
 
 
 def probe() -> None:
-    """Try what might fail, and print what came of it: JSON, one `[name, outcome]` a line, null when it begins."""
+    """Run the tests that may crash; print a JSON line `[name, result]` at the start (null) and end of each."""
 
-    def tell(name: str, outcome: str | None) -> None:
-        print(json.dumps([name, outcome]), flush=True)
+    def report(name: str, result: str | None) -> None:
+        print(json.dumps([name, result]), flush=True)
 
     def attempt(name: str, action: Callable[[], None]) -> bool:
-        tell(name, None)
+        report(name, None)
         try:
             action()
-        except Exception as error:  # whatever it is, it is the report
-            tell(name, f"{type(error).__name__}: {' '.join(str(error).split())[:400]}")
+        except Exception as error:  # any error is the result
+            report(name, f"{type(error).__name__}: {' '.join(str(error).split())[:400]}")
             return False
-        tell(name, "ok")
+        report(name, "ok")
         return True
 
-    if not attempt("torch", lambda: _probe_torch(tell)):
+    if not attempt("torch", lambda: _probe_torch(report)):
         return
-    attempt("torchvision", lambda: _probe_torchvision(tell))
-    has_gpu = attempt("cuda", lambda: _probe_cuda(tell))
+    attempt("torchvision", lambda: _probe_torchvision(report))
+    has_gpu = attempt("cuda", lambda: _probe_cuda(report))
     attempt("kernels", lambda: _probe_kernels("cuda" if has_gpu else "cpu"))
-    if any(version(name) for name in DRIVERS):
+    if any(version(name) for name in DALI_DRIVERS):
         attempt("dali", lambda: _probe_dali("cpu"))
         if has_gpu:
             attempt("dali on the GPU", lambda: _probe_dali("mixed"))
 
 
-def _probe_torch(tell: Callable[[str, str | None], None]) -> None:
+def _probe_torch(report: Callable[[str, str | None], None]) -> None:
     import torch
 
-    tell("torch version", torch.__version__)
+    report("torch version", torch.__version__)
     if torch.version.cuda is not None:
-        tell("torch cuda", torch.version.cuda)
-    tell("torch threads", str(torch.get_num_threads()))
+        report("torch cuda", torch.version.cuda)
+    report("torch threads", str(torch.get_num_threads()))
 
 
-def _probe_torchvision(tell: Callable[[str, str | None], None]) -> None:
+def _probe_torchvision(report: Callable[[str, str | None], None]) -> None:
     import torchvision.transforms.v2.functional
 
-    tell("torchvision version", torchvision.__version__)
+    report("torchvision version", torchvision.__version__)
 
 
-def _probe_cuda(tell: Callable[[str, str | None], None]) -> None:
+def _probe_cuda(report: Callable[[str, str | None], None]) -> None:
     import torch
 
     torch.cuda.init()  # type: ignore[no-untyped-call]
     for number in range(torch.cuda.device_count()):
-        found = torch.cuda.get_device_properties(number)
-        tell(
+        gpu = torch.cuda.get_device_properties(number)
+        report(
             f"gpu {number:03d}",
-            f"{found.name}, {found.total_memory / 2**30:.0f} GiB, compute capability {found.major}.{found.minor}",
+            f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute capability {gpu.major}.{gpu.minor}",
         )
 
 
@@ -217,9 +211,9 @@ def _probe_dali(device: str) -> None:
 
     (images,) = pipeline().run()
     images = images.as_cpu() if device == "mixed" else images
-    off = float(np.abs(images.as_array()[0].astype(float) - ramp).mean())
-    if off > 4:
-        raise ArithmeticError(f"a JPEG is decoded {off:.1f} levels off")
+    error = float(np.abs(images.as_array()[0].astype(float) - ramp).mean())
+    if error > 4:
+        raise ArithmeticError(f"a decoded JPEG differs by {error:.1f} levels")
 
 
 def _driver() -> str | None:
@@ -229,8 +223,8 @@ def _driver() -> str | None:
             return match[1]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
-        if match := re.match(r"\d+\.[\d.]+", said):
+        stdout = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
+        if match := re.match(r"\d+\.[\d.]+", stdout):
             return match[0]
     return None
 
@@ -241,7 +235,7 @@ def _compiler() -> str | None:
 
 
 def _cpu_quota() -> float | None:
-    """CPU cores that a container's control group allows, by cgroup 2, else 1."""
+    """CPU cores allowed by the container's control group, of cgroup version 2 or 1."""
     with contextlib.suppress(OSError, ValueError):
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return None if quota == "max" else int(quota) / int(period)

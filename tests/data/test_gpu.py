@@ -69,8 +69,8 @@ def busy(device: torch.device) -> Iterator[None]:
 
 
 # Levels of 255. Colors in float32 on both sides: next to a half, the next level; the blur has factors of float16.
-# Crops of the threaded loader are the same bytes; those of the device cache are rounded once on a GPU and twice on a CPU;
-# DALI's decoder and resize on a GPU are other code than on a CPU, within two levels at most places.
+# Crops of the threaded loader are the same bytes; those of the device cache are rounded once on a GPU and twice on a
+# CPU; DALI's decoder and resize on a GPU are other code than on a CPU, within two levels at most places.
 MEAN_ERROR = {"threaded": 0.1, "device_cache": 0.5, "dali+kernels": 1.9}
 
 

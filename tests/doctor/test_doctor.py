@@ -1,4 +1,4 @@
-"""`byol-fast doctor`: what it says of machines that are not at hand, of this one, and of images."""
+"""`byol-fast doctor`: checks of described machines, of this machine, and of images."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from byol_fast.cli import main
+from byol_fast.cli import main as cli
 from byol_fast.data import open_source
-from byol_fast.doctor.checks import Check, judge
-from byol_fast.doctor.main import Options, ScanData, examine, scan_data
+from byol_fast.doctor.checks import Check, run_checks
+from byol_fast.doctor.main import Options, ScanData, main, scan_data
 from byol_fast.doctor.scan import scan
-from byol_fast.doctor.system_info import Facts, _probe_elsewhere
+from byol_fast.doctor.system_info import SystemInfo, _run_probes
 from byol_fast.utils.env import version
 from tests.data.corrupt_files import CORRUPT, JPEG, fill
 from tests.data.kinds import available, make
 from tests.data.test_resume import pictures, with_one_bad
 
-GPU = Facts(
+GPU = SystemInfo(
     python=(3, 12),
     system="Linux x86_64",
     torch="2.15.0+cu132",
@@ -49,25 +49,25 @@ GPU = Facts(
 CPU = replace(GPU, gpus=[], driver=None, torch_threads=16, probes={"kernels": "ok", "dali": "ok"}, bf16=True)
 
 
-def by_name(facts: Facts) -> dict[str, Check]:
-    checks = judge(facts)
+def by_name(info: SystemInfo) -> dict[str, Check]:
+    checks = run_checks(info)
     assert len({check.name for check in checks}) == len(checks)
-    assert all(check.advice for check in checks if check.status != "ok")  # nothing is wrong without a way out
+    assert all(check.advice for check in checks if check.status != "ok")  # every problem has a remedy
     return {check.name: check for check in checks}
 
 
-@pytest.mark.parametrize("facts", [GPU, CPU], ids=["GPU", "CPU"])
-def test_a_machine_where_all_is_well(facts: Facts) -> None:
-    checks = by_name(facts)
-    assert {name for name, check in checks.items() if check.status != "ok"} == (set() if facts.gpus else {"GPU"})
+@pytest.mark.parametrize("info", [GPU, CPU], ids=["GPU", "CPU"])
+def test_complete_machine_has_no_problems(info: SystemInfo) -> None:
+    checks = by_name(info)
+    assert {name for name, check in checks.items() if check.status != "ok"} == (set() if info.gpus else {"GPU"})
     assert checks["GPU"].status in {"ok", "note"}
 
 
 @pytest.mark.parametrize(
-    ("base", "changes", "name", "status", "said"),
+    ("base", "changes", "name", "status", "text"),
     [
-        (GPU, {"driver": "550.54"}, "driver", "broken", "nvidia-dali-cuda130==2.4.0 needs 580"),
-        (GPU, {"driver": "550.54", "dali": "nvidia-dali-cuda120==2.4.0"}, "driver", "broken", "torch needs 580"),
+        (GPU, {"driver": "550.54"}, "driver", "broken", "nvidia-dali-cuda130==2.4.0 requires 580"),
+        (GPU, {"driver": "550.54", "dali": "nvidia-dali-cuda120==2.4.0"}, "driver", "broken", "torch requires 580"),
         (GPU, {"driver": "550.54", "dali": "nvidia-dali-cuda120==2", "torch_cuda": "12.8"}, "driver", "ok", "550.54"),
         (GPU, {"gpus": [], "torch_cuda": None}, "GPU", "broken", "but torch was built without CUDA"),
         (GPU, {"gpus": [], "probes": {"cuda": "RuntimeError: no"}}, "GPU", "broken", "but RuntimeError: no"),
@@ -80,13 +80,13 @@ def test_a_machine_where_all_is_well(facts: Facts) -> None:
         (GPU, {"probes": {"kernels": "ok", "dali": "ok", "dali on the GPU": "no"}}, "DALI on the GPU", "broken", "no"),
         (GPU, {"probes": {"kernels": "CompilationError: gcc"}}, "kernels", "broken", "CompilationError: gcc"),
         (GPU, {"compiler": None}, "C compiler", "broken", "apt install gcc"),
-        (CPU, {"compiler": None}, "C compiler", "note", "no --mode compile"),
+        (CPU, {"compiler": None}, "C compiler", "note", "--mode compile is not available"),
         (CPU, {"torch": None, "probes": {"torch": "OSError: libtorch"}}, "torch", "broken", "OSError: libtorch"),
         (CPU, {"torch": "2.9.1"}, "torch", "broken", "pip install 'torch>=2.11'"),
         (CPU, {"torch": "2.11.0"}, "torch", "ok", "2.11.0"),
-        (CPU, {"torchvision": None}, "torchvision", "broken", "belongs to torch 2.15.0"),
+        (CPU, {"torchvision": None}, "torchvision", "broken", "install the version for torch 2.15.0"),
         (CPU, {"python": (3, 13)}, "Python", "note", "3.13"),
-        (CPU, {"cpu_quota": 3.5}, "CPU", "note", "only 3.5 busy"),
+        (CPU, {"cpu_quota": 3.5}, "CPU", "note", "may use only 3.5"),
         (CPU, {"cpu_quota": 3.5}, "CPU", "note", "--data.threads 4"),
         (GPU, {"cpus": 2}, "CPU", "note", "2 cores for this process for 1 GPUs"),
         (CPU, {"torch_threads": 1}, "threads", "note", "1 of 16 cores"),
@@ -100,11 +100,11 @@ def test_a_machine_where_all_is_well(facts: Facts) -> None:
         (CPU, {"optional": {"timm": None, "pyarrow": "20"}}, "optional", "ok", "pyarrow 20, not installed: timm"),
     ],
 )  # fmt: skip
-def test_what_is_missing_is_named_with_what_to_do(
-    base: Facts, changes: dict[str, Any], name: str, status: str, said: str
+def test_problem_is_reported_with_advice(
+    base: SystemInfo, changes: dict[str, Any], name: str, status: str, text: str
 ) -> None:
     check = by_name(replace(base, **changes))[name]
-    assert check.status == status and said in f"{check.found} {check.advice}"
+    assert check.status == status and text in f"{check.result} {check.advice}"
 
 
 def test_this_machine(monkeypatch: Any, tmp_path: Path) -> None:
@@ -117,18 +117,18 @@ def test_this_machine(monkeypatch: Any, tmp_path: Path) -> None:
     checks = {check["name"]: check for check in report["checks"]}
     import torch
 
-    assert checks["torch"]["status"] == "ok" and checks["torch"]["found"].startswith(torch.__version__)
-    assert checks["kernels"]["found"].startswith("give the right loss")
+    assert checks["torch"]["status"] == "ok" and checks["torch"]["result"].startswith(torch.__version__)
+    assert checks["kernels"]["result"].startswith("correct loss")
     assert checks["DALI"]["status"] != "ok"
     if version("nvidia-dali-cuda130") is not None:
-        assert "import of nvidia.dali halted" in checks["DALI"]["found"]
+        assert "import of nvidia.dali halted" in checks["DALI"]["result"]
     assert ended.returncode == int(not report["usable"])
     if not torch.cuda.is_available():
         assert report["usable"]
 
 
-def test_a_probe_that_dies_or_hangs_is_reported(monkeypatch: Any, tmp_path: Path) -> None:
-    """As a broken driver does; the probes before it count."""
+def test_crash_or_timeout_of_a_probe_is_reported(monkeypatch: Any, tmp_path: Path) -> None:
+    """As with a broken driver; results of earlier probes are kept."""
     import byol_fast.doctor.system_info as module
 
     real = subprocess.run
@@ -136,13 +136,13 @@ def test_a_probe_that_dies_or_hangs_is_reported(monkeypatch: Any, tmp_path: Path
     begin += "print(json.dumps(['b', None]), flush=True);"
     for end, timeout, ending in (
         ("os.abort()", 60, "the process ended with -6"),
-        ("time.sleep(60)", 1, "nothing happened for 1 s"),
+        ("time.sleep(60)", 1, "no answer within 1 s"),
     ):
         code = begin + end
         monkeypatch.setattr(module, "PROBE_SECONDS", timeout)
         command = [sys.executable, "-c", code]
         monkeypatch.setattr(subprocess, "run", lambda _, command=command, **more: real(command, **more))
-        results = _probe_elsewhere()
+        results = _run_probes()
         assert results["a"] == "ok" and results["b"].startswith(ending)
 
 
@@ -155,73 +155,73 @@ def test_every_source_is_scanned(kind: str, fast: bool, tmp_path: Path) -> None:
     images = pictures() if kind == "array" else with_one_bad(pictures())
     source = make(kind, tmp_path / "x", images)
     progress: list[int] = []
-    found = scan(source, threads=2, fast=fast, progress=progress.append)
-    assert found.images == 40 == progress[-1] and progress == sorted(progress)
+    result = scan(source, threads=2, fast=fast, progress=progress.append)
+    assert result.images == 40 == progress[-1] and progress == sorted(progress)
     expected = [] if kind == "array" else [source.sample_name(13)]
-    assert [image for image, _ in found.bad] == expected
+    assert [image for image, _ in result.corrupt] == expected
     sizes = [source.load(i).size for i in range(40) if source.sample_name(i) not in expected]
-    assert list(zip(found.widths.tolist(), found.heights.tolist(), strict=True)) == sizes
-    assert found.pixels()["width"]["largest"] == max(w for w, _ in sizes)
-    assert found.pixels()["shorter side"]["median"] == int(np.median([min(size) for size in sizes]))
+    assert list(zip(result.widths.tolist(), result.heights.tolist(), strict=True)) == sizes
+    assert result.pixels()["width"]["largest"] == max(w for w, _ in sizes)
+    assert result.pixels()["shorter side"]["median"] == int(np.median([min(size) for size in sizes]))
     if source.labels is not None:
-        assert list(found.per_class) == list(source.classes) and list(found.per_class.values()) == [10] * 4
+        assert list(result.per_class) == list(source.classes) and list(result.per_class.values()) == [10] * 4
 
 
-def test_a_fast_look_finds_what_has_wrong_ends_and_decodes_little(tmp_path: Path) -> None:
+def test_fast_scan_finds_invalid_ends_only(tmp_path: Path) -> None:
     fill(tmp_path, 10)
     for number, (name, data, _) in enumerate(CORRUPT.values()):
         (tmp_path / f"{number} {name}").write_bytes(data)
     slow, fast = (scan(open_source(tmp_path), threads=2, fast=fast) for fast in (False, True))
-    assert {Path(image).name for image, _ in slow.bad} == {
+    assert {Path(image).name for image, _ in slow.corrupt} == {
         f"{n} {name}" for n, (name, _, _) in enumerate(CORRUPT.values())
     }
-    missed = {Path(image).name for image, _ in slow.bad} - {Path(image).name for image, _ in fast.bad}
+    missed = {Path(image).name for image, _ in slow.corrupt} - {Path(image).name for image, _ in fast.corrupt}
     inside = ("JPEG with a piece missing", "garbage in a JPEG's frame", "PNG with damaged pixels")
     assert missed == {f"{number} {CORRUPT[kind][0]}" for number, kind in enumerate(CORRUPT) if kind in inside}
-    assert dict(fast.bad).items() <= dict(slow.bad).items()
+    assert dict(fast.corrupt).items() <= dict(slow.corrupt).items()
 
 
-def test_the_report_of_images(tmp_path: Path, capsys: Any) -> None:
+def test_report_of_images(tmp_path: Path, capsys: Any) -> None:
     for part, count in (("train", 9), ("val", 4)):
         for name in ("cat", "dog"):
             (tmp_path / part / name).mkdir(parents=True)
             fill(tmp_path / part / name, count)
     (tmp_path / "train" / "dog" / "x[1].jpg").write_bytes(JPEG[:300])
     data = ScanData(root=tmp_path, threads=1)
-    found = scan_data(data, fast=False, console=Console(width=200))
+    result = scan_data(data, fast=False, console=Console(width=200))
     shown = capsys.readouterr().out
     assert f"{tmp_path / 'train' / 'dog' / 'x[1].jpg'} is a truncated JPEG (300 bytes)" in shown
     assert "training images: 19 images of 2 classes" in shown and "validation images: 8 images of 2 classes" in shown
     assert "2: from 9 images (cat) to 10 (dog)" in shown
     assert "Replace them or remove them, or train with --data.on-corrupt skip." in shown
     assert "shorter side, pixels" in shown and "smallest 40, 5 % 40, median 40" in shown
-    assert json.loads(json.dumps(found))["training"]["bad"][0]["reason"] == "is a truncated JPEG (300 bytes)"
+    assert json.loads(json.dumps(result))["training"]["corrupt"][0]["reason"] == "is a truncated JPEG (300 bytes)"
 
 
 def test_exit_codes_and_json(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     import byol_fast.doctor.main as module
 
     fill(tmp_path, 3)
-    for facts, bad, code in ((CPU, False, 0), (CPU, True, 1), (replace(CPU, torchvision=None), False, 1)):
-        monkeypatch.setattr(module, "gather", lambda facts=facts: facts)
+    for info, bad, code in ((CPU, False, 0), (CPU, True, 1), (replace(CPU, torchvision=None), False, 1)):
+        monkeypatch.setattr(module, "collect", lambda info=info: info)
         (tmp_path / "x.jpg").write_bytes(b"" if bad else JPEG)
-        assert examine(Options(data=ScanData(root=tmp_path), json=True)) == code
+        assert main(Options(data=ScanData(root=tmp_path), json=True)) == code
         report = json.loads(capsys.readouterr().out)
-        assert report["usable"] is (facts.torchvision is not None)
-        assert len(report["images"]["training"]["bad"]) == int(bad)
-        assert {"name", "status", "found", "advice"} == set(report["checks"][0])
-        assert examine(Options(data=ScanData(root=tmp_path), fast=True)) == code
+        assert report["usable"] is (info.torchvision is not None)
+        assert len(report["images"]["training"]["corrupt"]) == int(bad)
+        assert {"name", "status", "result", "advice"} == set(report["checks"][0])
+        assert main(Options(data=ScanData(root=tmp_path), fast=True)) == code
         shown = capsys.readouterr().out
-        ends = {(0, True): "This machine can train.", (1, True): "some images cannot be read."}
-        assert ends.get((code, facts.torchvision is not None), "required is broken: torchvision") in shown
-    with pytest.raises(ValueError, match="--fast is about images; give --data.root too"):
-        examine(Options(fast=True))
+        ends = {(0, True): "Ready to train.", (1, True): "some images cannot be read."}
+        assert ends.get((code, info.torchvision is not None), "Required, but broken: torchvision") in shown
+    with pytest.raises(ValueError, match="--fast requires images; pass --data.root, too"):
+        main(Options(fast=True))
 
 
-def test_images_that_are_not_there(monkeypatch: Any, capsys: Any) -> None:
+def test_missing_folder_is_an_error(monkeypatch: Any, capsys: Any) -> None:
     import byol_fast.doctor.main as module
 
-    monkeypatch.setattr(module, "gather", lambda: CPU)
-    assert main._run(["doctor", "--data.root", "nowhere"]) == 2
+    monkeypatch.setattr(module, "collect", lambda: CPU)
+    assert cli._run(["doctor", "--data.root", "nowhere"]) == 2
     shown = capsys.readouterr()
     assert "nowhere does not exist; give a folder" in shown.err and "torchvision" in shown.out
