@@ -183,7 +183,7 @@ def test_gpu_and_cpu_take_the_same_first_step(gpu: Config) -> None:
 
 
 @pytest.mark.gpu("step")
-def test_a_captured_step_costs_no_synchronisation(small: Config) -> None:
+def test_a_captured_step_costs_no_synchronization(small: Config) -> None:
     config = {"mode": mode_here("graph"), "precision": "bf16", "data.loader": "threaded"}
     trainer = Trainer(configs.replace(small, config))
     batch = next(trainer.state.loader)
@@ -291,7 +291,7 @@ def test_resumed_run_goes_on_where_it_stopped(small: Config, mode: str) -> None:
 
 ONE_OF_ONE = """
 from byol_fast import distributed
-# A world of one does all that several do: it joins a group, wraps the network, synchronises statistics, votes.
+# A world of one does all that several do: it joins a group, wraps the network, synchronizes statistics, votes.
 distributed.started_by_torchrun = lambda: True
 distributed.World.is_single = property(lambda self: False)
 """
@@ -319,8 +319,8 @@ def test_one_rank_trains_as_a_process_alone(gpu: Config) -> None:
 
 @pytest.mark.gpu("knn")
 @pytest.mark.parametrize("k", [1, 20, 200])
-def test_neighbours_are_those_of_the_cpu(k: int) -> None:
-    """Against float64 there: random features have no ties, and a TF32 product would swap neighbours."""
+def test_neighbors_are_those_of_the_cpu(k: int) -> None:
+    """Against float64 there: random features have no ties, and a TF32 product would swap neighbors."""
     generator = torch.Generator().manual_seed(k)
     centres = torch.randn(10, 128, generator=generator)
     train_y, test_y = (torch.randint(0, 10, (n,), generator=generator) for n in (5000, 1000))
@@ -335,13 +335,13 @@ def test_neighbours_are_those_of_the_cpu(k: int) -> None:
 
 
 @pytest.mark.gpu("knn")
-def test_the_neighbours_of_a_run_are_found(gpu: Config, photos: np.ndarray, tmp_path: Path) -> None:
+def test_the_neighbors_of_a_run_are_found(gpu: Config, photos: np.ndarray, tmp_path: Path) -> None:
     val = tmp_path / "val.npz"
     np.savez(val, images=photos[:30], labels=np.arange(30) % 3)
     run = Trainer(configs.replace(gpu, {"steps": 4, "knn": {"val_root": val, "k": 1}})).fit().run_dir
     found = [r["knn_top1"] for r in read(run / "metrics.jsonl") if "knn_top1" in r]
     assert len(found) == 2  # untrained, trained
-    assert found == [1.0, 1.0]  # every image's nearest neighbour among the training images is itself
+    assert found == [1.0, 1.0]  # every image's nearest neighbor among the training images is itself
 
 
 @pytest.mark.gpu("export")

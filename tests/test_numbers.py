@@ -10,7 +10,7 @@ Tolerances are errors relative to the largest entry of the compared tensor (or t
 - fp32: one unit of rounding is u = 6e-8. The loss of one row takes a norm, a dot product and a difference over D <= 256
   terms: at most (log2 D + 8) u of pairwise summation, about 1e-6 of a value of order one; 4e-6 is allowed. A training
   step passes about 30 roundings forward and back; batch normalization multiplies an error by the ratio of a channel's
-  spread to what is left after centring, some 10 here; over three steps 3 * 30 * 10 * u = 5e-5, so 1e-4 is allowed
+  spread to what is left after centering, some 10 here; over three steps 3 * 30 * 10 * u = 5e-5, so 1e-4 is allowed
   (found: 8e-6). `test_tolerance_tells_mistakes` shows that the mistakes known from other packages lie far above it.
 """
 

@@ -110,7 +110,7 @@ class SSLModel(nn.Module, ABC):
     feature_dim: int
     """Size of the encoder's features."""
     views: Views
-    """How views pass the networks; `separate` if `batched` was asked for but is impossible, see `views_note`."""
+    """The way views pass the networks; `separate` if `batched` was asked for but is impossible, see `views_note`."""
     collect_batch_stats: bool = False
     """If set, `forward_train` returns batch statistics instead of updating the running ones, because the step may still
     be skipped. Set it with `collecting_batch_stats`."""

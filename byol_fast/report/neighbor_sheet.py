@@ -13,12 +13,12 @@ from torch import Tensor
 from byol_fast.config import ConfigError
 from byol_fast.data import ImageSource
 from byol_fast.evaluate.neighbors import Matrix, nearest, select_queries
-from byol_fast.report.preview import FAINT, INK, PAPER, TRAY, VIEW_COLOURS
+from byol_fast.report.preview import FAINT, INK, PAPER, TRAY, VIEW_COLORS
 from byol_fast.utils.files import atomic_path
 
 TILE, GAP, MARGIN, LINE = 102, 12, 24, 15  # a tile has room for 32 pixels three times enlarged, and the frame
 TEXT, TITLE, FRAME = 11, 18, 3
-SAME, OTHER = VIEW_COLOURS
+SAME, OTHER = VIEW_COLORS
 """Frames of neighbors of the query's class, and of other classes."""
 
 

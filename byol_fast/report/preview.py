@@ -29,7 +29,7 @@ from byol_fast.data.sources import ImageSource, SourceError
 from byol_fast.utils.files import atomic_path
 
 INK, FAINT, PAPER, TRAY = "#1f2328", "#8b949e", "#ffffff", "#f3f4f6"
-VIEW_COLOURS = ("#0969da", "#c2590a")
+VIEW_COLORS = ("#0969da", "#c2590a")
 
 TILE = 224
 """Room for a view in pixels, and for the text below it."""
@@ -53,7 +53,7 @@ class Sample:
     original: Image.Image
     """As stored."""
     views: tuple[Image.Image, Image.Image]
-    """As the network gets them, before they are normalised."""
+    """As the network gets them, before they are normalized."""
     windows: tuple[Box, Box]
     """The crops: top, left, height, width."""
     facts: tuple[list[Fact], list[Fact]]
@@ -189,10 +189,10 @@ def sheet(made: list[Sample], title: str, subtitle: str) -> Image.Image:
     pen.text((MARGIN, MARGIN - 4), title, INK, font(TITLE))
     pen.text((MARGIN, MARGIN + TITLE + 4), subtitle, FAINT, font(TEXT))
     for column in range(columns):
-        for k, (name, colour) in enumerate(zip(("original", "view 1", "view 2"), (INK, *VIEW_COLOURS), strict=True)):
+        for k, (name, color) in enumerate(zip(("original", "view 1", "view 2"), (INK, *VIEW_COLORS), strict=True)):
             left = column * card[0] + MARGIN + k * step
-            pen.text((left, top - HEADING), name, colour, font(TEXT + 2))
-            pen.line((left, top - 5, left + step - GAP - 1, top - 5), colour, 2)
+            pen.text((left, top - HEADING), name, color, font(TEXT + 2))
+            pen.line((left, top - 5, left + step - GAP - 1, top - 5), color, 2)
     for n, sample in enumerate(made):
         row, column = divmod(n, columns)
         _draw_card(canvas, sample, (column * card[0] + MARGIN, top + row * card[1]), tile, step)
@@ -213,7 +213,7 @@ def _draw_card(canvas: Image.Image, sample: Sample, at: tuple[int, int], tile: i
         canvas.paste(view.resize((tile, tile), how), (left, top))
         line = below
         for label, values in facts:
-            pen.text((left, line), label, VIEW_COLOURS[k] if values else FAINT, font)
+            pen.text((left, line), label, VIEW_COLORS[k] if values else FAINT, font)
             for value in values or ["-"]:
                 pen.text((left + LABEL_WIDTH, line), value, INK if values else FAINT, font)
                 line += LINE
@@ -247,10 +247,10 @@ def _draw_original(canvas: Image.Image, sample: Sample, at: tuple[int, int], til
         x0, y0 = left + round(x * scale), top + round(y * scale)
         x1, y1 = max(left + round((x + w) * scale), x0 + TAG), max(top + round((y + h) * scale), y0 + TAG)
         pen.rectangle((x0, y0, x1 - 1, y1 - 1), outline=PAPER, width=4)
-        pen.rectangle((x0 + 1, y0 + 1, x1 - 2, y1 - 2), outline=VIEW_COLOURS[number], width=2)
+        pen.rectangle((x0 + 1, y0 + 1, x1 - 2, y1 - 2), outline=VIEW_COLORS[number], width=2)
         tags.append(((x0 + 1, y0 + 1), (x1 - TAG, y1 - TAG))[number])
     for number, (x, y) in enumerate(tags):
-        pen.rectangle((x, y, x + TAG - 2, y + TAG - 2), VIEW_COLOURS[number])
+        pen.rectangle((x, y, x + TAG - 2, y + TAG - 2), VIEW_COLORS[number])
         pen.text((x + TAG / 2 - 1, y + TAG / 2 - 1), str(number + 1), PAPER, font, anchor="mm")
 
 

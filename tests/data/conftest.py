@@ -50,15 +50,15 @@ def dali() -> None:
 
 
 def photo_like(n: int, height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
-    """Smooth noise, more of light than of colour, with edges and saturated patches, `[n, height, width, 3]`."""
+    """Smooth noise, more of light than of color, with edges and saturated patches, `[n, height, width, 3]`."""
     rng = np.random.default_rng(seed)
     out = np.empty((n, height, width, 3), np.uint8)
     for image in out:
         total = np.zeros((height, width, 3))
-        for cells, light, colour in ((3, 120.0, 60.0), (7, 60.0, 30.0), (24, 20.0, 10.0)):
+        for cells, light, color in ((3, 120.0, 60.0), (7, 60.0, 30.0), (24, 20.0, 10.0)):
             noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
             smooth = np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC)) / 127.5 - 1
-            total += light * smooth[..., :1] + colour * smooth
+            total += light * smooth[..., :1] + color * smooth
         edge = rng.integers(0, width)
         total[:, edge:] += rng.uniform(-60, 60, 3)
         image[:] = np.clip(128 + total, 0, 255)

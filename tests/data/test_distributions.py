@@ -156,7 +156,7 @@ SHAPES = {
 )
 @pytest.mark.parametrize("shape", SHAPES)
 def test_crops_are_distributed_as_torchvisions(shape: str, view: ViewConfig) -> None:
-    """Its own `get_params`, the fallback to the centre included."""
+    """Its own `get_params`, the fallback to the center included."""
     height, width = SHAPES[shape]
     ours = crop_windows(sample_params(view, np.arange(N), seed=0, epoch=0, view=0).crop, height, width, view.ratio)
     torch.manual_seed(0)
@@ -284,7 +284,7 @@ def test_an_image_is_anywhere_in_an_epoch() -> None:
     assert_independent(places[1:], places[:-1])
 
 
-def test_neighbours_of_an_epoch_are_no_neighbours_in_the_source() -> None:
+def test_neighbors_of_an_epoch_are_no_neighbors_in_the_source() -> None:
     order = permutation(N, seed=0, epoch=0).astype(np.float64)[:, None]
     assert_independent(order[1:], order[:-1])
     assert_independent(order, np.arange(N, dtype=np.float64)[:, None])

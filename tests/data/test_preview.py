@@ -121,9 +121,9 @@ def test_both_crops_are_outlined_where_they_are() -> None:
         original = sheet[100 : 110 + preview.TILE, preview.MARGIN : preview.MARGIN + preview.TILE]
         ys, xs = np.nonzero((original == 0).all(axis=2))
         top, left, scale = ys.min(), xs.min(), preview.TILE / 300
-        for (y, x, h, w), colour in zip(sample.windows, preview.VIEW_COLOURS, strict=True):
-            rows, columns = np.nonzero((original == ImageColor.getrgb(colour)).all(axis=2))
-            # Half a pixel of rounding, and the white line around the coloured one.
+        for (y, x, h, w), color in zip(sample.windows, preview.VIEW_COLORS, strict=True):
+            rows, columns = np.nonzero((original == ImageColor.getrgb(color)).all(axis=2))
+            # Half a pixel of rounding, and the white line around the colored one.
             assert abs(rows.min() - top - y * scale) <= 2.5 and abs(rows.max() - top - (y + h) * scale) <= 3.5
             assert abs(columns.min() - left - x * scale) <= 2.5 and abs(columns.max() - left - (x + w) * scale) <= 3.5
 

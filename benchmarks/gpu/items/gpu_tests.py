@@ -93,7 +93,7 @@ def groups(*, small: bool) -> list[Group]:
         small: only a few fast tests.
     """
     if small:
-        return [Group("knn", "knn", ("tests/test_gpu.py",), ("-k", "neighbours_are"))]
+        return [Group("knn", "knn", ("tests/test_gpu.py",), ("-k", "neighbors_are"))]
     texts = {path: path.read_text() for path in sorted((ROOT / "tests").rglob("test_*.py"))}
     # The fixtures `device...` of the kernels' tests are marked, too.
     marked = tuple(str(path.relative_to(ROOT)) for path, text in texts.items() if re.search(r"\bgpu\b|\bdevice", text))

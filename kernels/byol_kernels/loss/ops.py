@@ -163,7 +163,7 @@ class LossStats(NamedTuple):
     """[N, D]: per-dimension standard deviation over the batch (correction 0) of the normalized predictions. Its mean
     times sqrt(D) is about 1 for a healthy representation and 0 for a collapsed one."""
     z_std: Tensor
-    """The same for the normalised target projections, [N, D]."""
+    """The same for the normalized target projections, [N, D]."""
 
 
 def normalized_mse_loss(p_BD: Tensor, z_BD: Tensor, *, eps: float = 1e-12) -> Tensor:

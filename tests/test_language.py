@@ -1,0 +1,125 @@
+"""The field's words: identifiers that were replaced, and spellings, stay out of the code and the documentation."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("byol_fast", "kernels", "tests", "benchmarks", "docs")
+SUFFIXES = {".py", ".md", ".toml"}
+
+REPLACED = {
+    # models
+    "SelfSupervisedTask": "SSLModel",
+    "TaskOutput": "ModelOutput",
+    "training_output": "forward_train",
+    "make_task": "build_model",
+    "more_to_come": "no_sync",
+    "call_online_through": "wrap_online",
+    "collapse_std": "embedding_std",
+    "views_stacked": "num_splits",
+    "keep_to_itself": "disable_sync",
+    # training
+    "CapturedStep": "CUDAGraphStep",
+    "leave_no_trace": "restore_state_after",
+    "choose_mode": "resolve_mode",
+    "weights_changed": "on_weights_loaded",
+    "LossScale": "GradScaler",
+    "BufferGuard": "BufferSnapshot",
+    "WeightCopies": "LowPrecisionWeights",
+    "hand_over_gradients": "move_grads",
+    "StopRequest": "GracefulShutdown",
+    "max_bad_steps": "max_skipped_steps",
+    "effective_batch": "global_batch_size",
+    # processes
+    "from_leader": "run_on_main",
+    "leader_first": "main_process_first",
+    "LeaderError": "MainProcessError",
+    # data
+    "ViewDraws": "AugmentParams",
+    "PlannedLoader": "DeterministicLoader",
+    "SideStream": "PrefetchStream",
+    "ResidentLoader": "DeviceCacheLoader",
+    "draw_view": "sample_params",
+    "BadImageError": "CorruptImageError",
+    "bad_images": "corrupt_images",
+    "on_bad": "on_corrupt",
+    "max_bad": "max_corrupt_fraction",
+    # evaluation, tools
+    "Workplace": "EvalContext",
+    "hold_out": "train_val_split",
+    "contender": "candidate",
+    "textbook": "baseline",
+    "restatement": "reference",
+    "images_per_s": "images_per_second",
+}
+ALLOWED = {
+    "SelfSupervisedTask": {
+        "benchmarks/guide_original.py",
+        "byol_fast/compat/guide.py",
+        "tests/compat/guide_script.py",
+        "tests/compat/test_guide.py",
+    },
+}
+"""The name of a class in the practical guide, whose script runs unchanged."""
+
+SPELLINGS = {
+    r"normalis": "normaliz",
+    r"colour": "color",
+    r"\b(?:un)?cent(?:re|red|ring)\b": "center",
+    r"neighbour": "neighbor",
+    r"behaviour": "behavior",
+    r"labell": "label",
+    r"recognis": "recogniz",
+    r"synchronis": "synchroniz",
+    r"initialis": "initializ",
+    r"optimis": "optimiz",
+    r"regularis": "regulariz",
+    r"standardis": "standardiz",
+    r"summaris": "summariz",
+    r"\bgrey": "gray",
+    r"judgement": "judgment",
+}
+
+
+def texts() -> dict[str, str]:
+    """Text of each source and document, by its path in the repository, without this file and the measurements."""
+    paths = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "pyproject.toml"]
+    paths += [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in SUFFIXES]
+    names = {str(path.relative_to(ROOT)): path for path in paths if path.is_file()}
+    return {name: path.read_text() for name, path in names.items() if is_checked(name)}
+
+
+def is_checked(name: str) -> bool:
+    """False for this file, records of measurements, and the comparison with an earlier commit."""
+    return name != "tests/test_language.py" and not name.startswith(("benchmarks/results/", "tests/goldens/"))
+
+
+def test_replaced_identifiers_are_gone() -> None:
+    found = []
+    for name, text in texts().items():
+        for old, new in REPLACED.items():
+            if re.search(rf"\b{old}\b", text) and name not in ALLOWED.get(old, ()):
+                found.append(f"{name}: {old} is called {new}")
+    assert not found, "\n".join(found)
+
+
+def test_spelling_is_american() -> None:
+    found = []
+    for name, text in texts().items():
+        for number, line in enumerate(text.splitlines(), 1):
+            for pattern, spelling in SPELLINGS.items():
+                if match := re.search(pattern, line, re.IGNORECASE):
+                    found.append(f"{name}:{number}: {match[0]!r} is spelled with {spelling!r}")
+    assert not found, "\n".join(found)
+
+
+def test_docstrings_say_what_a_thing_is() -> None:
+    """A first line is a noun or a verb, not a question word."""
+    question = re.compile(r'^\s*"""(What|Whether|How|Who|Why|So many|As many)\b', re.MULTILINE)
+    found = []
+    for name, text in texts().items():
+        if name.startswith(("byol_fast/", "kernels/")):
+            found += [f"{name}: {match[0].strip()}" for match in question.finditer(text)]
+    assert not found, "\n".join(found)
