@@ -203,9 +203,9 @@ def main() -> None:
         for number, scene in enumerate(SCENES):
             render(scene, number).save(Path(folder) / f"{scene.__name__}.png")
         config = configs.replace(recipes.imagenet_resnet50(), {"seed": SEED})
-        samples = preview.samples(open_source(folder), config, device=torch.device("cpu"), num=len(SCENES))
+        samples = preview.load_samples(open_source(folder), config, device=torch.device("cpu"), num=len(SCENES))
         samples = [dataclasses.replace(sample, name=Path(sample.name).name) for sample in samples]
-        sheet = preview.sheet(samples, "imagenet_resnet50", f"224 px, seed {SEED}, epoch 0")
+        sheet = preview.draw_sheet(samples, "imagenet_resnet50", f"224 px, seed {SEED}, epoch 0")
         preview.write(sheet, Path(__file__).with_name("contact_sheet.png"))
 
 

@@ -97,7 +97,7 @@ def test_replace_explains_what_it_refuses(changes: dict[str, object], message: s
 
 
 def test_load_explains_missing_and_broken_files(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="does not exist; give a run folder"):
+    with pytest.raises(ConfigError, match="does not exist; give the run folder"):
         configs.load(tmp_path / "config.json")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="not valid JSON"):

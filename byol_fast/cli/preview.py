@@ -14,14 +14,14 @@ from byol_fast.config import Config, recipes
 USAGE = """\
 usage: byol-fast preview RECIPE [--data.root FOLDER] [--num N] [--output FILE.png] [--epoch E] [--check] [--option ...]
 
-Draws originals, both views as training would see them, and their parameters, into preview.png. With --check it also
-compares every operator with torchvision on your images, and exits with 1 where an error is too large.
+Draws images, their two views as in training and the augmentation parameters into preview.png. With --check it also
+compares every operator with torchvision on your images, and exits with 1 if an error is too large.
 `byol-fast preview RECIPE --help` lists every option with the recipe's value.
 """
 
 
 def main(argv: list[str]) -> int:
-    """Run it; return the exit code."""
+    """Run the command; return the exit code."""
     name = argv.pop(0) if argv and not argv[0].startswith("-") else None
     if name is None:
         print(USAGE, end="")
@@ -35,13 +35,13 @@ def main(argv: list[str]) -> int:
         epoch: int = 0,
         check: bool = False,
     ) -> tuple[Config, int, Path, int, bool]:
-        """Draw a contact sheet of the views that training sees.
+        """Draw a contact sheet of images and their views in training.
 
         Args:
             config: of the run.
-            num: images on the sheet: the first ones of the epoch.
-            output: the PNG file to write.
-            epoch: pass over the data, from 0; each has its own views.
+            num: number of images: the first ones of the epoch.
+            output: PNG file.
+            epoch: pass over the data, from 0; each has other views.
             check: compare every operator with torchvision on these images, and exit with 1 if an error is too large.
         """
         return config, num, output, epoch, check
@@ -59,11 +59,11 @@ def main(argv: list[str]) -> int:
     print(output)
     if not check:
         return 0
-    judged = failed = 0
+    num_checks = num_failed = 0
     for name, error, limit in view_check.compare(source, config, device):
         ok = error.within(limit)
         print(f"{name:12s} {error!s:20s} at most {limit!s:20s} {'OK' if ok else 'FAIL'}", flush=True)
-        judged, failed = judged + 1, failed + (not ok)
+        num_checks, num_failed = num_checks + 1, num_failed + (not ok)
     print("errors in levels of 255: largest / 99.9 % / mean")
-    print(f"{judged} errors judged, {failed or 'none'} too large")
-    return 1 if failed else 0
+    print(f"{num_checks} errors checked, {num_failed or 'none'} too large")
+    return 1 if num_failed else 0

@@ -1,4 +1,4 @@
-"""The configuration of a run: documented and validated frozen dataclasses, recipes, reading and changing."""
+"""Configuration of a run: documented and validated frozen dataclasses, recipes, JSON and overrides."""
 
 from byol_fast.config.io import differences, from_dict, load, replace, to_dict
 from byol_fast.config.schema import (

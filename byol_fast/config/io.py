@@ -1,4 +1,4 @@
-"""Configurations from and to dictionaries and JSON files, changed by dotted names, compared."""
+"""Configurations: overrides by dotted names, conversion to and from dictionaries and JSON, comparison."""
 
 from __future__ import annotations
 
@@ -46,39 +46,38 @@ def replace(config: T, changes: Mapping[str, object]) -> T:
             raise ConfigError(f"config: {type(config).__name__} has no field {name!r}; {hint}")
     hints = get_type_hints(type(config))
     values = {name: _typed(name, hints[name], value) for name, value in flat.items()}
-    for name, inner in nested.items():
+    for name, fields in nested.items():
         if not dataclasses.is_dataclass(getattr(config, name)):
-            raise ConfigError(f"config: {name} is a single value, got fields {', '.join(inner)} for it")
-        values[name] = replace(getattr(config, name), inner)
+            raise ConfigError(f"config: {name} is a single value, got fields {', '.join(fields)} for it")
+        values[name] = replace(getattr(config, name), fields)
     return dataclasses.replace(config, **values)
 
 
 def _typed(name: str, hint: Any, value: Any) -> Any:
-    """Accept what JSON and Python callers write for a field of this type; refuse anything else."""
+    """Value of a field, converted from JSON types; a ConfigError if it does not fit the type of the field."""
     if get_origin(hint) in {Union, types.UnionType}:
         if value is None:
             return None
         hint = next(a for a in get_args(hint) if a is not type(None))
     if get_origin(hint) is tuple:
-        kinds = get_args(hint)
-        if kinds[-1] is Ellipsis and isinstance(value, list | tuple):
-            kinds = (kinds[0],) * len(value)
-        if isinstance(value, list | tuple) and len(value) == len(kinds):
-            return tuple(_typed(name, kind, v) for kind, v in zip(kinds, value, strict=True))
+        hints = get_args(hint)
+        if hints[-1] is Ellipsis and isinstance(value, list | tuple):
+            hints = (hints[0],) * len(value)
+        if isinstance(value, list | tuple) and len(value) == len(hints):
+            return tuple(_typed(name, inner, v) for inner, v in zip(hints, value, strict=True))
     elif hint is Path and isinstance(value, str | Path):
         return Path(value)
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     elif get_origin(hint) is Literal and isinstance(value, str):
-        return value  # __post_init__ names the choices
+        return value  # __post_init__ checks the choices
     elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    shown = getattr(hint, "__name__", str(hint))
-    raise ConfigError(f"config: {name} must be of type {shown}, got {value!r}")
+    raise ConfigError(f"config: {name} must be of type {getattr(hint, '__name__', hint)}, got {value!r}")
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The configuration as plain JSON values."""
+    """A configuration as plain JSON values."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -92,7 +91,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(values: Mapping[str, object]) -> Config:
-    """The inverse of `to_dict`; fields that are missing take their defaults, unknown ones are refused."""
+    """Inverse of `to_dict`; missing fields have their defaults, an unknown one is a ConfigError."""
     return replace(Config(), values)
 
 
@@ -105,7 +104,7 @@ def load(path: Path) -> Config:
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"config: {path} does not exist; give a run folder made by `byol-fast train`") from None
+        raise ConfigError(f"config: {path} does not exist; give the run folder of a `byol-fast train`") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"config: {path} is not valid JSON ({error}); restore it or start a new run") from None
     return from_dict(values)
@@ -113,14 +112,14 @@ def load(path: Path) -> Config:
 
 def differences(a: Config, b: Config) -> dict[str, tuple[object, object]]:
     """Dotted names of the fields in which two configurations differ, with both values."""
-    found: dict[str, tuple[object, object]] = {}
+    result: dict[str, tuple[object, object]] = {}
 
     def walk(x: Mapping[str, Any], y: Mapping[str, Any], prefix: str) -> None:
         for name, value in x.items():
             if isinstance(value, dict):
                 walk(value, y[name], f"{prefix}{name}.")
             elif value != y[name]:
-                found[prefix + name] = (value, y[name])
+                result[prefix + name] = (value, y[name])
 
     walk(to_dict(a), to_dict(b), "")
-    return found
+    return result

@@ -1,4 +1,4 @@
-"""Recipes: complete, published settings by name. Each is a function that returns a `Config`."""
+"""Recipes: published settings by name, each a function that returns a complete `Config`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2470, 0.2435, 0.2616)
 
 
-# Epochs that fit the demo's minutes on a GPU.
 DEMO_GPU_EPOCHS = 40
+"""Epochs of the demo on a GPU: a few minutes."""
 
 
 def demo() -> Config:
-    """Packaged Fashion-MNIST, a ResNet-18 of half the width: learns within minutes on two CPU cores."""
+    """Packaged Fashion-MNIST, ResNet-18 of half the width: some minutes on two CPU cores."""
     view = ViewConfig(
         size=28,
         scale=(0.3, 1.0),
@@ -52,9 +52,9 @@ def demo() -> Config:
 
 
 def cifar10_resnet18() -> Config:
-    """CIFAR-10, ResNet-18 with the 3x3 stem, 1000 epochs: solo-learn's settings (92.6 % linear there).
+    """CIFAR-10, ResNet-18 with the 3x3 stem, 1000 epochs: solo-learn's settings (its linear accuracy: 92.6 %).
 
-    solo-learn's LARS clips the adaptation at the learning rate; ours is the reference's rule, which does not.
+    solo-learn's LARS clips the adaptation at the learning rate; ours, as the reference, does not.
     """
     view = ViewConfig(size=32, blur_p=0.0)
     return Config(
@@ -71,20 +71,20 @@ def cifar10_resnet18() -> Config:
     )
 
 
-# Epochs: base learning rate, weight decay, first tau (deepmind-research `byol/configs/byol.py`).
 IMAGENET_PRESETS = {
     40: (0.45, 1e-6, 0.97),
     100: (0.45, 1e-6, 0.99),
     300: (0.3, 1e-6, 0.99),
     1000: (0.2, 1.5e-6, 0.996),
 }
+"""Base learning rate, weight decay and base tau by epochs (deepmind-research `byol/configs/byol.py`)."""
 
 
 def imagenet_resnet50(epochs: int = 1000) -> Config:
-    """ImageNet, ResNet-50: the reference's settings (1000 epochs: 74.3 % linear at batch 4096).
+    """ImageNet, ResNet-50: the reference's settings (linear accuracy after 1000 epochs at batch size 4096: 74.3 %).
 
     Args:
-        epochs: 40, 100, 300 or 1000; each has its own learning rate, weight decay and tau.
+        epochs: 40, 100, 300 or 1000; they differ in learning rate, weight decay and tau.
 
     Raises:
         ConfigError: the reference has no settings for that many epochs.
@@ -148,7 +148,7 @@ def five_steps() -> Config:
 
 
 def simsiam_imagenet() -> Config:
-    """SimSiam, ImageNet, ResNet-50, 100 epochs: the paper's settings (68.1 % linear at batch 512)."""
+    """SimSiam, ImageNet, ResNet-50, 100 epochs: the paper's settings (linear accuracy at batch size 512: 68.1 %)."""
     view = ViewConfig(scale=(0.2, 1.0), interpolation="bilinear", saturation=0.4, blur_p=0.5, solarize_p=0.0)
     return Config(
         recipe="simsiam_imagenet",
@@ -173,7 +173,7 @@ def simsiam_imagenet() -> Config:
 
 
 def simsiam_cifar10() -> Config:
-    """SimSiam, CIFAR-10, ResNet-18 with the 3x3 stem, 800 epochs: the paper's settings (91.8 % linear there)."""
+    """SimSiam, CIFAR-10, ResNet-18 with the 3x3 stem, 800 epochs: the paper's settings (linear accuracy: 91.8 %)."""
     view = ViewConfig(size=32, scale=(0.2, 1.0), interpolation="bilinear", saturation=0.4, blur_p=0.0, solarize_p=0.0)
     return Config(
         recipe="simsiam_cifar10",
@@ -215,10 +215,10 @@ RECIPES: dict[str, Callable[[], Config]] = {
 
 
 def get(name: str) -> Config:
-    """The recipe of this name.
+    """Configuration of a recipe.
 
     Raises:
-        ConfigError: unknown name; the nearest is suggested.
+        ConfigError: unknown name; the closest one is suggested.
     """
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=1)

@@ -1,4 +1,4 @@
-"""Images in, two augmented views out."""
+"""Data: sources of images, and loaders of batches of augmented views."""
 
 from byol_fast.data.batch import Batch, ViewLoader
 from byol_fast.data.integrity import CorruptImageError

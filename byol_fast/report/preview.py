@@ -1,4 +1,4 @@
-"""A contact sheet: images, the two views of each as the run's own loader makes them, and what was drawn for them."""
+"""Contact sheet of images, their two views from the run's own loader, and the augmentation parameters of these."""
 
 from __future__ import annotations
 
@@ -32,16 +32,17 @@ INK, FAINT, PAPER, TRAY = "#1f2328", "#8b949e", "#ffffff", "#f3f4f6"
 VIEW_COLORS = ("#0969da", "#c2590a")
 
 TILE = 224
-"""Room for a view in pixels, and for the text below it."""
+"""Width of a view, and of the text below it, in pixels."""
 MARGIN, GAP, HEADING, LINE = 28, 20, 26, 16
 TEXT, TITLE = 12, 20
 LABEL_WIDTH, TAG = 52, 16
 MAX_COLUMNS = 2
 
 Box = tuple[int, int, int, int]
-Fact = tuple[str, list[str]]
+Operation = tuple[str, list[str]]
+"""Name of an operator, and its parameters in lines; no lines if it was not applied."""
 
-_PARTS = {BRIGHTNESS: "brightness", CONTRAST: "contrast", SATURATION: "saturation", HUE: "hue"}
+_ADJUSTMENTS = {BRIGHTNESS: "brightness", CONTRAST: "contrast", SATURATION: "saturation", HUE: "hue"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,40 +50,42 @@ class Sample:
     """An image and its two views."""
 
     name: str
-    """Where it comes from."""
+    """Name in its source."""
     original: Image.Image
-    """As stored."""
+    """The image as stored."""
     views: tuple[Image.Image, Image.Image]
-    """As the network gets them, before they are normalized."""
+    """Inputs of the network before the normalization."""
     windows: tuple[Box, Box]
-    """The crops: top, left, height, width."""
-    facts: tuple[list[Fact], list[Fact]]
-    """What was drawn for each view: an operator, and its values in lines; no lines where it did not happen."""
+    """Crops: top, left, height, width."""
+    operations: tuple[list[Operation], list[Operation]]
+    """Operators of each view."""
 
 
 def contact_sheet(
     source: ImageSource, config: Config, *, device: torch.device, num: int, epoch: int = 0
 ) -> Image.Image:
-    """Show the first images of an epoch, and what a run makes of them; see `samples` for the arguments and errors."""
-    made = samples(source, config, device=device, num=num, epoch=epoch)
+    """Draw the first images of an epoch and their views; see `load_samples` for the arguments and errors."""
+    samples = load_samples(source, config, device=device, num=num, epoch=epoch)
     backend = resolve_backend(config.data, source, device)
-    work = f"{backend.loader} on {device.type}, colors by {'our kernels' if backend.augment == 'kernels' else 'DALI'}"
-    about = f"{config.view1.size} px, seed {config.seed}, epoch {epoch}; {work}; {source.describe()}"
-    return sheet(made, config.recipe, about)
+    loader = f"{backend.loader} on {device.type}, colors by {'our kernels' if backend.augment == 'kernels' else 'DALI'}"
+    subtitle = f"{config.view1.size} px, seed {config.seed}, epoch {epoch}; {loader}; {source.describe()}"
+    return draw_sheet(samples, config.recipe, subtitle)
 
 
-def samples(source: ImageSource, config: Config, *, device: torch.device, num: int, epoch: int = 0) -> list[Sample]:
-    """Make the views of the first images of an epoch, by the loader and with the draws that a run has.
+def load_samples(
+    source: ImageSource, config: Config, *, device: torch.device, num: int, epoch: int = 0
+) -> list[Sample]:
+    """Load the first images of an epoch and their views, with the loader and the parameters of a run.
 
     Args:
         source: the training images.
         config: of it the views, the seed and `data` are used.
-        device: where the loader is to work.
-        num: so many images, or all where there are fewer.
+        device: where the views are computed.
+        num: number of images; all if there are fewer.
         epoch: pass over the data, from 0.
 
     Raises:
-        ConfigError: `num` or `epoch` is out of its contract.
+        ConfigError: `num` or `epoch` is out of range.
         SourceError: there are fewer than two images.
         CorruptImageError: an image cannot be read, and `DataConfig.on_corrupt` is "raise".
     """
@@ -91,184 +94,180 @@ def samples(source: ImageSource, config: Config, *, device: torch.device, num: i
     if epoch < 0:
         raise ConfigError(f"preview: epoch must be 0 or more, got {epoch}")
     if len(source) < 2:
-        raise SourceError(f"preview: at least 2 images must be there, got {len(source)}; a batch takes no fewer")
+        raise SourceError(f"preview: data.root must have at least 2 images, got {len(source)}; a batch has 2 or more")
     num = min(num, len(source))
     loader = make_loader(source, dataclasses.replace(config, batch_size=max(num, 2)), device=device)
     loader.load_state_dict(loader.state_dict() | {"step": epoch * loader.steps_per_epoch})
     batch = next(loader)
     loader.close()
     index = batch.index.numpy()[:num]
-    pixels = _levels(batch, config)
+    pixels = _to_uint8(batch, config)
     views = (config.view1, config.view2)
-    draws = [
-        sample_params(view, index, seed=config.seed, epoch=epoch, view=number) for number, view in enumerate(views)
-    ]
-    made = []
+    params = [sample_params(view, index, seed=config.seed, epoch=epoch, view=i) for i, view in enumerate(views)]
+    samples = []
     for row, i in enumerate(index.tolist()):
         original = source.load(i)
-        windows, facts = [], []
-        for view, d in zip(views, draws, strict=True):
-            top, left, h, w = crop_windows(d.crop[row : row + 1], original.height, original.width, view.ratio)[0]
+        windows, operations = [], []
+        for view, p in zip(views, params, strict=True):
+            top, left, h, w = crop_windows(p.crop[row : row + 1], original.height, original.width, view.ratio)[0]
             windows.append((int(top), int(left), int(h), int(w)))
-            facts.append(_facts(view, views, d, row, windows[-1], original.size))
-        made.append(
+            operations.append(_operations(view, views, p, row, windows[-1], original.size))
+        samples.append(
             Sample(
                 name=source.sample_name(i),
                 original=original,
                 views=(Image.fromarray(pixels[0][row]), Image.fromarray(pixels[1][row])),
                 windows=(windows[0], windows[1]),
-                facts=(facts[0], facts[1]),
+                operations=(operations[0], operations[1]),
             )
         )
-    return made
+    return samples
 
 
-def _levels(batch: Batch, config: Config) -> list[NDArray[np.uint8]]:
-    """Both views as uint8 `[B, S, S, 3]`."""
-    found = []
+def _to_uint8(batch: Batch, config: Config) -> list[NDArray[np.uint8]]:
+    """Views as uint8 `[B, S, S, 3]`."""
+    views = []
     for view in batch.views:
         x = view.permute(0, 2, 3, 1).cpu()
         if not batch.is_raw:
             x = x.float() * torch.tensor(config.model.std) + torch.tensor(config.model.mean)
             x = (x * 255).round().clamp(0, 255).to(torch.uint8)
-        found.append(x.numpy())
-    return found
+        views.append(x.numpy())
+    return views
 
 
-def _facts(
+def _operations(
     view: ViewConfig,
     views: tuple[ViewConfig, ViewConfig],
-    d: AugmentParams,
+    params: AugmentParams,
     row: int,
     window: Box,
     size: tuple[int, int],
-) -> list[Fact]:
-    """What was drawn, for the operators that either view may have."""
+) -> list[Operation]:
+    """Operators of one view of an image; of those that either view may have."""
     top, left, h, w = window
-    facts = [("crop", [f"{w} x {h} at {left}, {top} ({h * w / (size[0] * size[1]):.0%})"])]
+    operations = [("crop", [f"{w} x {h} at {left}, {top} ({h * w / (size[0] * size[1]):.0%})"])]
     spread = {BRIGHTNESS: view.brightness, CONTRAST: view.contrast, SATURATION: view.saturation, HUE: view.hue}
-    parts = [p for p in d.order[row].tolist() if spread[p] > 0]
-    shown = [f"{_PARTS[p]} {d.factors[row, p]:{'+' if p == HUE else ''}.2f}" for p in parts]
-    jitter = [", ".join(shown[k : k + 2]) + ("," if k + 2 < len(shown) else "") for k in range(0, len(shown), 2)]
-    for mask, label, values in (
+    order = [a for a in params.order[row].tolist() if spread[a] > 0]
+    values = [f"{_ADJUSTMENTS[a]} {params.factors[row, a]:{'+' if a == HUE else ''}.2f}" for a in order]
+    jitter = [", ".join(values[k : k + 2]) + ("," if k + 2 < len(values) else "") for k in range(0, len(values), 2)]
+    for mask, label, lines in (
         ("flip", "flip", ["yes"]),
-        ("jitter", "jitter", jitter or ["nothing to change"]),
+        ("jitter", "jitter", jitter or ["no adjustments"]),
         ("grayscale", "gray", ["yes"]),
-        ("blur", "blur", [f"sigma {d.sigma[row]:.2f}"]),
+        ("blur", "blur", [f"sigma {params.sigma[row]:.2f}"]),
         ("solarize", "solarize", [f"from {view.solarize_threshold}"]),
     ):
         if any(getattr(v, PROBABILITIES[mask]) > 0 for v in views):
-            facts.append((label, values if getattr(d, mask)[row] else []))
-    return facts
+            operations.append((label, lines if getattr(params, mask)[row] else []))
+    return operations
 
 
 # ---- the sheet -----------------------------------------------------------------------------------------------------
 
 
-def sheet(made: list[Sample], title: str, subtitle: str) -> Image.Image:
+def draw_sheet(samples: list[Sample], title: str, subtitle: str) -> Image.Image:
     """Draw a contact sheet.
 
     Args:
-        made: what to show, at least one.
-        title: of the sheet.
-        subtitle: a line of small print beneath it.
+        samples: images and their views, at least one.
+        title: title of the sheet.
+        subtitle: a line of small print below it.
 
     Returns:
-        An RGB image. The views are shown pixel by pixel, small ones enlarged a whole number of times; only those of
-        448 pixels and more are reduced, to 224.
+        An RGB image. Views keep their pixels, enlarged by an integer factor if they are small; views of 448 pixels and
+        more are reduced to 224.
     """
-    size = made[0].views[0].width
+    size = samples[0].views[0].width
     tile = size * round(TILE / size) or TILE
     step = max(tile, TILE) + GAP
-    columns = min(MAX_COLUMNS, len(made))
-    num_lines = max(sum(max(len(values), 1) for _, values in facts) for sample in made for facts in sample.facts)
+    columns = min(MAX_COLUMNS, len(samples))
+    num_lines = max(
+        sum(max(len(lines), 1) for _, lines in operations) for sample in samples for operations in sample.operations
+    )
     card = (3 * step - GAP + 2 * MARGIN, tile + GAP // 2 + num_lines * LINE + MARGIN)
     top = MARGIN + TITLE + LINE + 2 * GAP + HEADING
-    canvas = Image.new("RGB", (columns * card[0], top + -(-len(made) // columns) * card[1]), PAPER)
-    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default
-    pen.text((MARGIN, MARGIN - 4), title, INK, font(TITLE))
-    pen.text((MARGIN, MARGIN + TITLE + 4), subtitle, FAINT, font(TEXT))
+    canvas = Image.new("RGB", (columns * card[0], top + -(-len(samples) // columns) * card[1]), PAPER)
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default
+    draw.text((MARGIN, MARGIN - 4), title, INK, font(TITLE))
+    draw.text((MARGIN, MARGIN + TITLE + 4), subtitle, FAINT, font(TEXT))
     for column in range(columns):
         for k, (name, color) in enumerate(zip(("original", "view 1", "view 2"), (INK, *VIEW_COLORS), strict=True)):
             left = column * card[0] + MARGIN + k * step
-            pen.text((left, top - HEADING), name, color, font(TEXT + 2))
-            pen.line((left, top - 5, left + step - GAP - 1, top - 5), color, 2)
-    for n, sample in enumerate(made):
+            draw.text((left, top - HEADING), name, color, font(TEXT + 2))
+            draw.line((left, top - 5, left + step - GAP - 1, top - 5), color, 2)
+    for n, sample in enumerate(samples):
         row, column = divmod(n, columns)
         _draw_card(canvas, sample, (column * card[0] + MARGIN, top + row * card[1]), tile, step)
     return canvas
 
 
 def _draw_card(canvas: Image.Image, sample: Sample, at: tuple[int, int], tile: int, step: int) -> None:
-    """An image, its views, and below each of them what there is to say."""
-    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(TEXT)
+    """Draw an image and its views, with their descriptions below."""
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(TEXT)
     left, top = at
     below = top + tile + GAP // 2
     _draw_original(canvas, sample, at, tile)
-    pen.text((left, below), _shortened(sample.name, pen, step - GAP), INK, font)
-    pen.text((left, below + LINE), f"{sample.original.width} x {sample.original.height}", FAINT, font)
-    for k, (view, facts) in enumerate(zip(sample.views, sample.facts, strict=True)):
+    draw.text((left, below), _shortened(sample.name, draw, step - GAP), INK, font)
+    draw.text((left, below + LINE), f"{sample.original.width} x {sample.original.height}", FAINT, font)
+    for k, (view, operations) in enumerate(zip(sample.views, sample.operations, strict=True)):
         left += step
-        how = Image.Resampling.NEAREST if tile >= view.width else Image.Resampling.LANCZOS
-        canvas.paste(view.resize((tile, tile), how), (left, top))
-        line = below
-        for label, values in facts:
-            pen.text((left, line), label, VIEW_COLORS[k] if values else FAINT, font)
-            for value in values or ["-"]:
-                pen.text((left + LABEL_WIDTH, line), value, INK if values else FAINT, font)
-                line += LINE
+        resampling = Image.Resampling.NEAREST if tile >= view.width else Image.Resampling.LANCZOS
+        canvas.paste(view.resize((tile, tile), resampling), (left, top))
+        y = below
+        for label, lines in operations:
+            draw.text((left, y), label, VIEW_COLORS[k] if lines else FAINT, font)
+            for line in lines or ["-"]:
+                draw.text((left + LABEL_WIDTH, y), line, INK if lines else FAINT, font)
+                y += LINE
 
 
-def _shortened(name: str, pen: ImageDraw.ImageDraw, width: int) -> str:
-    """The end of a path, whole folders where possible."""
+def _shortened(name: str, draw: ImageDraw.ImageDraw, width: int) -> str:
+    """End of a path that fits into a width, from a folder's name on if possible."""
     font = ImageFont.load_default(TEXT)
     parts = Path(name).parts
     shown = name
     for k in range(1, len(parts)):
-        if pen.textlength(shown, font) <= width:
+        if draw.textlength(shown, font) <= width:
             break
         shown = "../" + "/".join(parts[k:])
-    while len(shown) > 4 and pen.textlength(shown, font) > width:
+    while len(shown) > 4 and draw.textlength(shown, font) > width:
         shown = ".." + shown[3:]
     return shown
 
 
 def _draw_original(canvas: Image.Image, sample: Sample, at: tuple[int, int], tile: int) -> None:
-    """The whole image, with both crops outlined."""
-    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(TEXT)
+    """Draw the whole image with the outlines of both crops."""
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(TEXT)
     scale = tile / max(sample.original.size)
     width, height = (max(1, round(side * scale)) for side in sample.original.size)
     left, top = at[0] + (tile - width) // 2, at[1] + (tile - height) // 2
-    how = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
-    pen.rectangle((*at, at[0] + tile - 1, at[1] + tile - 1), TRAY)
-    canvas.paste(sample.original.resize((width, height), how), (left, top))
+    resampling = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
+    draw.rectangle((*at, at[0] + tile - 1, at[1] + tile - 1), TRAY)
+    canvas.paste(sample.original.resize((width, height), resampling), (left, top))
     tags = []
     for number, (y, x, h, w) in enumerate(sample.windows):
         x0, y0 = left + round(x * scale), top + round(y * scale)
         x1, y1 = max(left + round((x + w) * scale), x0 + TAG), max(top + round((y + h) * scale), y0 + TAG)
-        pen.rectangle((x0, y0, x1 - 1, y1 - 1), outline=PAPER, width=4)
-        pen.rectangle((x0 + 1, y0 + 1, x1 - 2, y1 - 2), outline=VIEW_COLORS[number], width=2)
+        draw.rectangle((x0, y0, x1 - 1, y1 - 1), outline=PAPER, width=4)
+        draw.rectangle((x0 + 1, y0 + 1, x1 - 2, y1 - 2), outline=VIEW_COLORS[number], width=2)
         tags.append(((x0 + 1, y0 + 1), (x1 - TAG, y1 - TAG))[number])
     for number, (x, y) in enumerate(tags):
-        pen.rectangle((x, y, x + TAG - 2, y + TAG - 2), VIEW_COLORS[number])
-        pen.text((x + TAG / 2 - 1, y + TAG / 2 - 1), str(number + 1), PAPER, font, anchor="mm")
+        draw.rectangle((x, y, x + TAG - 2, y + TAG - 2), VIEW_COLORS[number])
+        draw.text((x + TAG / 2 - 1, y + TAG / 2 - 1), str(number + 1), PAPER, font, anchor="mm")
 
 
 def check_path(path: Path) -> None:
-    """Refuse a file name that is no PNG's.
-
-    Raises:
-        ConfigError: so it is.
-    """
+    """Raise a ConfigError unless the path has the suffix of a PNG file."""
     if path.suffix.lower() != ".png":
         raise ConfigError(f"preview: output must be a file that ends in .png, got {path}")
 
 
 def write(image: Image.Image, path: Path) -> None:
-    """Save a sheet as PNG, whole or not at all.
+    """Save a sheet as a PNG file, atomically.
 
     Raises:
-        ConfigError: the path is no PNG's, or cannot be written.
+        ConfigError: the path does not end in .png, or cannot be written.
     """
     check_path(path)
     try:

@@ -14,7 +14,7 @@ from torchvision.transforms import v2 as T
 
 from byol_fast import config as configs
 from byol_fast.config import Config, ViewConfig, recipes
-from byol_fast.data import eval_batches, make_loader
+from byol_fast.data import ViewLoader, eval_batches, make_loader
 from byol_fast.data.augment_params import crop_windows, sample_params
 from byol_fast.data.sources import ArraySource, FileSource, ImageSource, open_source
 from byol_fast.report import view_check
@@ -96,8 +96,10 @@ def compare_with_wrong_loader(
     def changed(view: ViewConfig) -> ViewConfig:
         return replace(view, **{name: value for name, value in wrong.items() if getattr(view, name)})
 
-    def make_wrong_loader(source: ImageSource, config: Config, **options: Any) -> Any:
-        return make_loader(source, replace(config, view1=changed(config.view1), view2=changed(config.view2)), **options)
+    def make_wrong_loader(
+        source: ImageSource, config: Config, views: tuple[ViewConfig, ...], **options: Any
+    ) -> ViewLoader:
+        return make_loader(source, config, tuple(changed(view) for view in views), **options)
 
     monkeypatch.setattr(view_check, "make_loader", make_wrong_loader)
     return compare(source, config, 48)

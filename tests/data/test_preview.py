@@ -1,4 +1,4 @@
-"""The contact sheet shows what training sees, and says what was drawn for it."""
+"""Contact sheets: the views of training and their augmentation parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image, ImageColor
 from byol_fast import config as configs
 from byol_fast.cli import main
 from byol_fast.config import Config, ConfigError, ViewConfig, recipes
-from byol_fast.data import CorruptImageError, SourceError, make_loader, split
+from byol_fast.data import CorruptImageError, SourceError, ViewLoader, make_loader, split
 from byol_fast.data.augment_params import BRIGHTNESS, CONTRAST, HUE, SATURATION, sample_params
 from byol_fast.data.sources import ArraySource, FileSource, open_source
 from byol_fast.report import preview, view_check
@@ -25,13 +25,13 @@ VIEW1 = ViewConfig(size=56, blur_p=0.5)
 VIEW2 = ViewConfig(size=56, blur_p=0.3, solarize_p=0.3)
 
 
-def made(source: Any, backend: str = "threaded", epoch: int = 0, num: int = 12, **views: Any) -> Any:
+def load_samples(source: Any, backend: str = "threaded", epoch: int = 0, num: int = 12, **views: Any) -> Any:
     config = config_of(backend, views.get("view1", VIEW1), views.get("view2", VIEW2), seed=3)
-    return preview.samples(source, config, device=CPU, num=num, epoch=epoch)
+    return preview.load_samples(source, config, device=CPU, num=num, epoch=epoch)
 
 
 def is_in(small: NDArray[np.uint8], large: NDArray[np.uint8]) -> bool:
-    """Whether one picture is a part of another, pixel by pixel."""
+    """True if one picture is a part of another, pixel by pixel."""
     h, w = small.shape[:2]
     corner = (large[: large.shape[0] - h + 1, : large.shape[1] - w + 1] == small[0, 0]).all(axis=2)
     return any(
@@ -41,11 +41,11 @@ def is_in(small: NDArray[np.uint8], large: NDArray[np.uint8]) -> bool:
 
 
 @pytest.mark.parametrize("epoch", [0, 2])
-def test_the_views_are_those_that_training_takes_first(any_backend: str, arrays: ArraySource, epoch: int) -> None:
+def test_preview_views_are_those_of_training(any_backend: str, arrays: ArraySource, epoch: int) -> None:
     """Whatever the batch size of the run."""
     loader = loader_of(arrays, config_of(any_backend, VIEW1, VIEW2, seed=3, batch_size=16))
     batches = [next(loader) for _ in range(3 * epoch + 1)]
-    samples = made(arrays, any_backend, epoch)
+    samples = load_samples(arrays, any_backend, epoch)
     assert len(samples) == 12
     for row, sample in enumerate(samples):
         index = int(batches[-1].index[row])
@@ -55,38 +55,38 @@ def test_the_views_are_those_that_training_takes_first(any_backend: str, arrays:
             assert np.array_equal(pixels(view)[row], np.asarray(shown))
 
 
-def test_what_it_says_is_what_was_drawn(arrays: ArraySource) -> None:
+def test_operations_are_the_sampled_parameters(arrays: ArraySource) -> None:
     index = loader_of(arrays, config_of("threaded", VIEW1, VIEW2, seed=3, batch_size=12)).__next__().index.numpy()
     names = {BRIGHTNESS: "brightness", CONTRAST: "contrast", SATURATION: "saturation", HUE: "hue"}
     for number, view in enumerate((VIEW1, VIEW2)):
         d = sample_params(view, index, seed=3, epoch=0, view=number)
-        for row, sample in enumerate(made(arrays)):
-            facts = dict(sample.facts[number])
-            assert list(facts) == ["crop", "flip", "jitter", "gray", "blur", "solarize"]
+        for row, sample in enumerate(load_samples(arrays)):
+            operations = dict(sample.operations[number])
+            assert list(operations) == ["crop", "flip", "jitter", "gray", "blur", "solarize"]
             top, left, h, w = sample.windows[number]
-            assert facts["crop"] == [f"{w} x {h} at {left}, {top} ({h * w / 4096:.0%})"]
-            for coin, label in (
+            assert operations["crop"] == [f"{w} x {h} at {left}, {top} ({h * w / 4096:.0%})"]
+            for mask, label in (
                 ("flip", "flip"),
                 ("jitter", "jitter"),
                 ("grayscale", "gray"),
                 ("solarize", "solarize"),
             ):
-                assert bool(facts[label]) == getattr(d, coin)[row]
-            assert facts["blur"] == ([f"sigma {d.sigma[row]:.2f}"] if d.blur[row] else [])
+                assert bool(operations[label]) == getattr(d, mask)[row]
+            assert operations["blur"] == ([f"sigma {d.sigma[row]:.2f}"] if d.blur[row] else [])
             if d.jitter[row]:
-                parts = [part.split() for part in " ".join(facts["jitter"]).split(", ")]
+                parts = [part.split() for part in " ".join(operations["jitter"]).split(", ")]
                 assert [name for name, _ in parts] == [names[part] for part in d.order[row].tolist()]
                 shown = dict(parts)
                 for part, name in names.items():
                     assert float(shown[name]) == pytest.approx(d.factors[row, part], abs=0.0051)
 
 
-def test_what_it_says_is_what_happened_to_the_pixels(arrays: ArraySource) -> None:
+def test_operations_match_the_pixels(arrays: ArraySource) -> None:
     view = plain(64, hflip_p=0.5, solarize_p=0.5, solarize_threshold=100)
     seen = set()
-    for sample in made(arrays, view1=view, view2=view, num=24):
-        for shown, facts in zip(sample.views, sample.facts, strict=True):
-            expected, happened = np.asarray(sample.original), dict(facts)
+    for sample in load_samples(arrays, view1=view, view2=view, num=24):
+        for shown, operations in zip(sample.views, sample.operations, strict=True):
+            expected, happened = np.asarray(sample.original), dict(operations)
             expected = expected[:, ::-1] if happened["flip"] == ["yes"] else expected
             expected = np.where(expected < 100, expected, 255 - expected) if happened["solarize"] else expected
             assert happened["crop"] == ["64 x 64 at 0, 0 (100%)"]
@@ -96,28 +96,28 @@ def test_what_it_says_is_what_happened_to_the_pixels(arrays: ArraySource) -> Non
     assert len(seen) == 4
 
 
-def test_operators_that_neither_view_has_are_left_out(arrays: ArraySource) -> None:
-    (sample, *_) = made(arrays, view1=plain(32), view2=plain(32, blur_p=0.1))
-    assert [[label for label, _ in facts] for facts in sample.facts] == [["crop", "blur"]] * 2
+def test_unused_operators_are_omitted(arrays: ArraySource) -> None:
+    (sample, *_) = load_samples(arrays, view1=plain(32), view2=plain(32, blur_p=0.1))
+    assert [[label for label, _ in operations] for operations in sample.operations] == [["crop", "blur"]] * 2
 
 
 @pytest.mark.parametrize(
     ("size", "num", "shown"), [(28, 3, 224), (96, 3, 192), (224, 1, 224), (224, 3, 224), (300, 2, 300), (512, 2, None)]
 )
-def test_the_sheet_holds_every_pixel_of_the_views(size: int, num: int, shown: int | None, arrays: ArraySource) -> None:
-    samples = made(arrays, num=num, view1=ViewConfig(size=size), view2=ViewConfig(size=size, solarize_p=1.0))
-    sheet = np.asarray(preview.sheet(samples, "title", "subtitle"))
+def test_sheet_keeps_every_pixel_of_the_views(size: int, num: int, shown: int | None, arrays: ArraySource) -> None:
+    samples = load_samples(arrays, num=num, view1=ViewConfig(size=size), view2=ViewConfig(size=size, solarize_p=1.0))
+    sheet = np.asarray(preview.draw_sheet(samples, "title", "subtitle"))
     for sample in samples:
         for view in sample.views:
             large = view.resize((shown, shown), 0) if shown else view.resize((224, 224), Image.Resampling.LANCZOS)
             assert is_in(np.asarray(large), sheet)
 
 
-def test_both_crops_are_outlined_where_they_are() -> None:
+def test_crops_are_outlined() -> None:
     """Black images in a sheet: blue is the first crop's outline, orange the second's (too small to hide the other)."""
     source = ArraySource(np.zeros((6, 200, 300, 3), np.uint8))
-    for sample in made(source, num=6, view1=ViewConfig(scale=(0.3, 0.9)), view2=ViewConfig(scale=(0.05, 0.06))):
-        sheet = np.asarray(preview.sheet([sample], "", ""))
+    for sample in load_samples(source, num=6, view1=ViewConfig(scale=(0.3, 0.9)), view2=ViewConfig(scale=(0.05, 0.06))):
+        sheet = np.asarray(preview.draw_sheet([sample], "", ""))
         original = sheet[100 : 110 + preview.TILE, preview.MARGIN : preview.MARGIN + preview.TILE]
         ys, xs = np.nonzero((original == 0).all(axis=2))
         top, left, scale = ys.min(), xs.min(), preview.TILE / 300
@@ -133,39 +133,39 @@ def test_extreme_shapes_are_drawn(tmp_path: Path) -> None:
         Image.new("RGB", (width, height), (10 * n, 200, 90)).save(
             tmp_path / f"a name that is far too long for it {n}.png"
         )
-    samples = made(open_source(tmp_path), num=4)
-    sheet = preview.sheet(samples, "title", "subtitle")
+    samples = load_samples(open_source(tmp_path), num=4)
+    sheet = preview.draw_sheet(samples, "title", "subtitle")
     assert {sample.original.size for sample in samples} == {(3000, 8), (8, 3000), (1, 1), (5000, 4000)}
     assert all(is_in(np.asarray(s.views[0].resize((224, 224), 0)), np.asarray(sheet)) for s in samples)
 
 
-def test_all_images_are_shown_where_there_are_fewer(files: FileSource) -> None:
+def test_num_is_limited_to_the_images(files: FileSource) -> None:
     few = files.subset(np.arange(3))
-    assert sorted(sample.name for sample in made(few, num=8)) == sorted(few.sample_name(i) for i in range(3))
+    assert sorted(sample.name for sample in load_samples(few, num=8)) == sorted(few.sample_name(i) for i in range(3))
 
 
 @pytest.mark.parametrize(
     ("changes", "error"), [({"num": 0}, "num must be 1 or more, got 0"), ({"epoch": -1}, "epoch must")]
 )
-def test_numbers_out_of_contract_are_refused(changes: dict[str, Any], error: str, arrays: ArraySource) -> None:
+def test_numbers_out_of_range_are_refused(changes: dict[str, Any], error: str, arrays: ArraySource) -> None:
     with pytest.raises(ConfigError, match=error):
-        made(arrays, **changes)
+        load_samples(arrays, **changes)
 
 
-def test_one_image_is_too_few(arrays: ArraySource) -> None:
-    with pytest.raises(SourceError, match="at least 2 images must be there, got 1"):
-        made(arrays.subset(np.arange(1)))
+def test_one_image_is_refused(arrays: ArraySource) -> None:
+    with pytest.raises(SourceError, match="must have at least 2 images, got 1"):
+        load_samples(arrays.subset(np.arange(1)))
 
 
-def test_a_bad_image_is_named_or_passed_over(files: FileSource, tmp_path: Path) -> None:
+def test_corrupt_image_is_named_or_skipped(files: FileSource, tmp_path: Path) -> None:
     for i in range(6):
         (tmp_path / f"{i}.jpg").write_bytes(files.path(0).read_bytes())
     (tmp_path / "3.jpg").write_bytes(b"no image")
     source = open_source(tmp_path)
     with pytest.raises(CorruptImageError, match=r"3\.jpg is not an image"):
-        made(source, num=6)
+        load_samples(source, num=6)
     config: Config = configs.replace(config_of("threaded", VIEW1, VIEW2), {"data.on_corrupt": "skip"})
-    shown = preview.samples(source, config, device=CPU, num=6)
+    shown = preview.load_samples(source, config, device=CPU, num=6)
     assert len(shown) == 6 and not any(sample.name.endswith("3.jpg") for sample in shown)
 
 
@@ -177,12 +177,12 @@ def byol_fast(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=240, check=False)
 
 
-def test_the_command_writes_a_sheet_and_checks_the_loader(tmp_path: Path) -> None:
+def test_command_writes_a_sheet_and_checks_the_loader(tmp_path: Path) -> None:
     ended = byol_fast("demo", "--num", "3", "--output", "a/sheet.png", "--check", "--data.threads", "1", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     lines = ended.stdout.splitlines()
     assert lines[0] == "a/sheet.png"
-    assert lines[-1].endswith("errors judged, none too large")
+    assert lines[-1].endswith("errors checked, none too large")
     assert any(line.startswith("jitter") and line.endswith("OK") for line in lines)
     assert not any("FAIL" in line for line in lines)
     with Image.open(tmp_path / "a" / "sheet.png") as sheet:
@@ -191,17 +191,15 @@ def test_the_command_writes_a_sheet_and_checks_the_loader(tmp_path: Path) -> Non
         assert sheet.tobytes() == preview.contact_sheet(source, config, device=CPU, num=3).tobytes()
 
 
-def test_the_command_fails_where_an_error_is_too_large(
-    npz: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
-) -> None:
+def test_command_fails_if_an_error_is_too_large(npz: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     """A loader that blurs less than it was asked to."""
 
-    def make_wrong_loader(source: Any, config: Config, **options: Any) -> Any:
-        return make_loader(source, configs.replace(config, {"view1.blur_kernel": 5}), **options)
+    def make_wrong_loader(source: Any, config: Config, views: tuple[ViewConfig, ...], **options: Any) -> ViewLoader:
+        return make_loader(source, config, tuple(configs.replace(v, {"blur_kernel": 5}) for v in views), **options)
 
     monkeypatch.setattr(view_check, "make_loader", make_wrong_loader)
     to = tmp_path / "sheet.png"
-    options = ["--data.root", str(npz), "--data.threads", "1", "--view1.blur_p", "0.5", "--output", str(to)]
+    options = ["--data.root", str(npz), "--data.threads", "1", "--view1.blur-p", "0.5", "--output", str(to)]
     with pytest.raises(SystemExit) as stopped:
         main.main(["preview", "cifar10_resnet18", *options, "--check"])
     assert stopped.value.code == 1
@@ -223,7 +221,7 @@ def test_the_command_fails_where_an_error_is_too_large(
     ],
     ids=str,
 )
-def test_mistakes_are_explained(
+def test_wrong_arguments_are_explained(
     arguments: list[str], message: str, tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,7 +1,7 @@
-"""One view of an image in a DALI graph: its crop and, where DALI makes whole views, all of its augmentation.
+"""DALI graph of one view: crop and flip and, with `--data.augment dali`, all of its augmentation.
 
-`--data.augment dali` runs everything here; with our kernels the graph only crops (`CROPS_ONLY`). The color jitter is
-torchvision's: random order, hue in HSV, each part rounded to bytes.
+With our kernels the graph only crops and flips (`CROPS_ONLY`). The color jitter is torchvision's: random order, hue in
+HSV, each adjustment rounded to bytes.
 
 Import this module only where DALI is wanted: it imports DALI.
 """
@@ -18,64 +18,64 @@ from numpy.typing import NDArray
 from byol_fast.config import ViewConfig
 from byol_fast.data.augment_params import ATTEMPTS, BRIGHTNESS, CONTRAST, HUE, AugmentParams, crop_windows
 
-_dali: Any = nvidia.dali  # much of it is made at import time, out of sight of a type checker
+_dali: Any = nvidia.dali  # many of its attributes are created at import time, which a type checker cannot see
 fn, types = _dali.fn, _dali.types
-Node = Any  # nvidia.dali.data_node.DataNode, with the operators of arithmetic
+Node = Any  # nvidia.dali.data_node.DataNode, with arithmetic operators
 
 CROPS_ONLY: dict[str, Any] = {"color_jitter_p": 0.0, "grayscale_p": 0.0, "blur_p": 0.0, "solarize_p": 0.0}
-"""Changes of a view's configuration for a graph that leaves the rest to our kernels."""
+"""Overrides of a `ViewConfig` for a graph without the operators that our kernels replace."""
 
 INTERPOLATION = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
 
 
-def view_inputs(d: AugmentParams, view: ViewConfig, size: tuple[int, int] | None) -> dict[str, NDArray[Any]]:
-    """The parameters of a view as its graph takes them: those that the view needs, one array `[B, ...]` for each use.
+def view_inputs(params: AugmentParams, view: ViewConfig, size: tuple[int, int] | None) -> dict[str, NDArray[Any]]:
+    """Inputs of a view's graph: the required parameters, one array `[B, ...]` for each use.
 
-    DALI spends about as much on picking a number out of an array as on a small operator, so nothing is left to pick.
+    Indexing an array costs DALI about as much as a small operator, so the graph does not index.
 
     Args:
-        d: parameters of B images.
-        view: the view's configuration.
-        size: height and width of all images; None where only the decoder knows them.
+        params: parameters of B images.
+        view: configuration of the view.
+        size: height and width of all images; None if only the decoder knows them.
     """
     inputs: dict[str, NDArray[Any]] = {}
     if size is None:
-        inputs["sizes"] = np.stack([d.crop[:, ATTEMPTS : 2 * ATTEMPTS], d.crop[:, :ATTEMPTS]], axis=2)
-        inputs["position"] = d.crop[:, 2 * ATTEMPTS :]
-        inputs["mirror"] = d.flip.astype(np.float64)
+        inputs["sizes"] = np.stack([params.crop[:, ATTEMPTS : 2 * ATTEMPTS], params.crop[:, :ATTEMPTS]], axis=2)
+        inputs["position"] = params.crop[:, 2 * ATTEMPTS :]
+        inputs["mirror"] = params.flip.astype(np.float64)
     else:
-        window = crop_windows(d.crop, *size, view.ratio)
+        window = crop_windows(params.crop, *size, view.ratio)
         inputs["start"], inputs["extent"] = window[:, :2], window[:, 2:]
-        inputs["from"], inputs["to"] = _corners(window[:, 2:].astype(np.float32), d.flip)
+        inputs["from"], inputs["to"] = _corners(window[:, 2:].astype(np.float32), params.flip)
     if view.color_jitter_p > 0:
-        inputs["jitter"] = d.jitter
+        inputs["jitter"] = params.jitter
         if view.hue > 0:
-            inputs["hue"] = d.factors[:, HUE]
-        if _has_affine_parts(view):
-            is_hue = d.order == HUE
-            parts = d.order[~is_hue].reshape(-1, 3)
-            values = np.take_along_axis(d.factors, parts, axis=1)
-            inputs["hue_at"] = is_hue.argmax(axis=1).astype(np.int32)
+            inputs["hue"] = params.factors[:, HUE]
+        if _has_affine_adjustments(view):
+            is_hue = params.order == HUE
+            adjustments = params.order[~is_hue].reshape(-1, 3)
+            factors = np.take_along_axis(params.factors, adjustments, axis=1)
+            inputs["hue_position"] = is_hue.argmax(axis=1).astype(np.int32)
             for k in range(3):
-                inputs[f"part{k}"], inputs[f"value{k}"] = parts[:, k], values[:, k]
+                inputs[f"adjustment{k}"], inputs[f"factor{k}"] = adjustments[:, k], factors[:, k]
     if view.grayscale_p > 0:
-        inputs["grayscale"] = d.grayscale
+        inputs["grayscale"] = params.grayscale
     if view.blur_p > 0:
-        inputs["blur"], inputs["sigma"], inputs["window"] = d.blur, d.sigma, d.window
+        inputs["blur"], inputs["sigma"], inputs["window"] = params.blur, params.sigma, params.window
     if view.solarize_p > 0:
-        inputs["solarize"] = d.solarize
+        inputs["solarize"] = params.solarize
     return {name: np.ascontiguousarray(value) for name, value in inputs.items()}
 
 
 def _corners(extent: NDArray[np.float32], flip: NDArray[np.bool_]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Where a resize begins and ends in a crop `[B, (h, w)]`: a mirrored one runs from right to left."""
+    """Start and end of the resize within each crop `[B, (h, w)]`: from right to left to mirror it."""
     begin, end = np.zeros_like(extent), extent.copy()
     begin[flip, 1], end[flip, 1] = extent[flip, 1], 0
     return begin, end
 
 
 def augment(image: Node, inputs: dict[str, Node], view: ViewConfig, gpu: bool) -> Node:
-    """One view `[S, S, 3]` of an image, in the reference's order: crop, flip, jitter, grayscale, blur, solarize."""
+    """One view `[S, S, 3]`, in the order of the reference: crop, flip, jitter, grayscale, blur, solarize."""
     x = crop_flip(image, inputs, view)
     if view.color_jitter_p > 0 and inputs["jitter"]:
         x = jitter(x, inputs, view, gpu)
@@ -89,10 +89,10 @@ def augment(image: Node, inputs: dict[str, Node], view: ViewConfig, gpu: bool) -
 
 
 def crop_flip(image: Node, inputs: dict[str, Node], view: ViewConfig) -> Node:
-    """Cut out, resize, mirror or not.
+    """Crop, resize, and mirror if the parameters say so.
 
-    The crop is cut out before it is resized: DALI's own random resized crop lets the filter reach beyond the crop
-    (up to 60 levels at the border). The resize mirrors for free.
+    The image is sliced before it is resized: the filter of DALI's own random resized crop reaches beyond the crop
+    (errors up to 60 levels at the border). The resize mirrors for free.
     """
     if "start" not in inputs:
         inputs = inputs | crop_window_in_graph(image, inputs, view)
@@ -107,23 +107,23 @@ def crop_flip(image: Node, inputs: dict[str, Node], view: ViewConfig) -> Node:
 
 
 def crop_window_in_graph(image: Node, inputs: dict[str, Node], view: ViewConfig) -> dict[str, Node]:
-    """`augment_params.crop_windows` for images whose size only the decoder knows; vectors are (height, width)."""
+    """`augment_params.crop_windows` in the graph, for images of unknown size; vectors are (height, width)."""
     shape = image.shape()
     height, width = fn.cast(shape[0], dtype=types.FLOAT64), fn.cast(shape[1], dtype=types.FLOAT64)
-    room = fn.stack(height, width)
+    size = fn.stack(height, width)
     candidates = dm.max(dm.floor(dm.sqrt(height * width) * inputs["sizes"] + 0.5), 1.0)
-    fits = fn.reductions.min(fn.cast(candidates <= room, dtype=types.INT32), axes=[1])
+    fits = fn.reductions.min(fn.cast(candidates <= size, dtype=types.INT32), axes=[1])
     rank = fits * types.Constant(np.arange(ATTEMPTS, 0, -1, dtype=np.int32))
     best = fn.reductions.max(rank)
-    found = fn.cast(best > 0, dtype=types.INT32)
-    chosen = fn.expand_dims(fn.cast(rank == best, dtype=types.INT32) * found, axes=1)
-    # reductions take no float64; the sizes are whole numbers by now
-    extent = fn.reductions.sum(fn.cast(candidates, dtype=types.INT32) * chosen, axes=[0])
+    any_fits = fn.cast(best > 0, dtype=types.INT32)
+    is_first = fn.expand_dims(fn.cast(rank == best, dtype=types.INT32) * any_fits, axes=1)
+    # reductions do not take float64; the sizes are whole numbers here
+    extent = fn.reductions.sum(fn.cast(candidates, dtype=types.INT32) * is_first, axes=[0])
     widest = types.Constant(np.array([1.0 / view.ratio[0], view.ratio[1]]))
-    largest = dm.max(dm.min(dm.floor(fn.stack(width, height) * widest + 0.5), room), 1.0)
-    extent = extent + largest * (1 - found)
-    # where nothing fits: the center
-    start = dm.floor((room - extent + found) * (inputs["position"] * found + 0.5 * (1 - found)))
+    largest = dm.max(dm.min(dm.floor(fn.stack(width, height) * widest + 0.5), size), 1.0)
+    extent = extent + largest * (1 - any_fits)
+    # a center crop if no candidate fits
+    start = dm.floor((size - extent + any_fits) * (inputs["position"] * any_fits + 0.5 * (1 - any_fits)))
     mirror = inputs["mirror"] * types.Constant(np.array([0.0, 1.0]))
     return {
         "start": fn.cast(start, dtype=types.INT32),
@@ -134,33 +134,33 @@ def crop_window_in_graph(image: Node, inputs: dict[str, Node], view: ViewConfig)
 
 
 def jitter(x: Node, inputs: dict[str, Node], view: ViewConfig, gpu: bool) -> Node:
-    """Torchvision's ColorJitter: four parts in random order, each rounded to bytes.
+    """Torchvision's ColorJitter: four adjustments in random order, each rounded to bytes.
 
-    The hue shift is the expensive part: it is in the graph once, with room for the other three before and after it.
+    The expensive hue shift is in the graph once, with slots for the other three before and after it.
     """
-    slots = 3 if _has_affine_parts(view) else 0
-    for k in range(slots):
-        if inputs["hue_at"] > k:
-            x = _affine_part(x, inputs[f"part{k}"], inputs[f"value{k}"], view, gpu)
+    num_slots = 3 if _has_affine_adjustments(view) else 0
+    for k in range(num_slots):
+        if inputs["hue_position"] > k:
+            x = _affine_adjustment(x, inputs[f"adjustment{k}"], inputs[f"factor{k}"], view, gpu)
     if view.hue > 0:
         x = hue(x, inputs["hue"], gpu)
-    for k in range(slots):
-        if inputs["hue_at"] <= k:
-            x = _affine_part(x, inputs[f"part{k}"], inputs[f"value{k}"], view, gpu)
+    for k in range(num_slots):
+        if inputs["hue_position"] <= k:
+            x = _affine_adjustment(x, inputs[f"adjustment{k}"], inputs[f"factor{k}"], view, gpu)
     return x
 
 
-def _has_affine_parts(view: ViewConfig) -> bool:
+def _has_affine_adjustments(view: ViewConfig) -> bool:
     return view.brightness > 0 or view.contrast > 0 or view.saturation > 0
 
 
-def _affine_part(x: Node, part: Node, value: Node, view: ViewConfig, gpu: bool) -> Node:
-    if part == BRIGHTNESS:
-        x = brightness(x, value) if view.brightness > 0 else x
-    elif part == CONTRAST:
-        x = contrast(x, value, gpu) if view.contrast > 0 else x
+def _affine_adjustment(x: Node, adjustment: Node, factor: Node, view: ViewConfig, gpu: bool) -> Node:
+    if adjustment == BRIGHTNESS:
+        x = brightness(x, factor) if view.brightness > 0 else x
+    elif adjustment == CONTRAST:
+        x = contrast(x, factor, gpu) if view.contrast > 0 else x
     else:
-        x = saturation(x, value, gpu) if view.saturation > 0 else x
+        x = saturation(x, factor, gpu) if view.saturation > 0 else x
     return x
 
 
@@ -170,7 +170,7 @@ def brightness(x: Node, factor: Node) -> Node:
 
 
 def contrast(x: Node, factor: Node, gpu: bool) -> Node:
-    """`factor * x + (1 - factor) * m`, m the mean of the gray image, rounded as PIL does."""
+    """`factor * x + (1 - factor) * m`, with m the mean of the gray image, rounded as in PIL."""
     mean = dm.floor(fn.reductions.mean(_gray(x), dtype=types.FLOAT) + 0.5)
     if gpu:  # contrast_center would have to be on the CPU
         return fn.cast(x * factor.gpu() + mean * (1.0 - factor).gpu(), dtype=types.UINT8)
@@ -186,12 +186,12 @@ def saturation(x: Node, factor: Node, gpu: bool) -> Node:
 
 
 def hue(x: Node, turns: Node, gpu: bool) -> Node:
-    """Shift the hue in HSV by a share of the full circle.
+    """Shift the hue in HSV by a fraction of the full circle.
 
     With V = max, m = min, C = V - m and D = C * (hue in sixths), channel c of the result is
     clip(V + C - e_c, m, V), where e_c is the distance of D + C * (shift - o_c) to the nearest multiple of 6 C and
-    o = 0, 2, 4 for R, G, B. There is no division. DALI's own `hue` is a linear rotation of the color plane and
-    worse than no hue shift at all.
+    o = 0, 2, 4 for R, G, B. There is no division. DALI's own `hue` is a linear rotation of the color plane, with a
+    larger error than no hue shift.
     """
     f = fn.cast(x, dtype=types.FLOAT)
     r, g, b = f[:, :, 0:1], f[:, :, 1:2], f[:, :, 2:3]
@@ -216,7 +216,7 @@ def grayscale(x: Node) -> Node:
 
 
 def solarize(x: Node, threshold: int) -> Node:
-    """Invert the values at or above the threshold."""
+    """Invert values at or above the threshold."""
     values = [float(v if v < threshold else 255 - v) for v in range(256)]
     return fn.lookup_table(x, keys=list(range(256)), values=values, dtype=types.UINT8)
 
