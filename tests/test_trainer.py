@@ -320,7 +320,7 @@ def test_too_long_a_warm_up_is_refused(tiny: Config) -> None:
 def test_gpu_asked_for_and_absent_is_explained(tiny: Config) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(ConfigError, match="device is 'cuda', but torch sees no GPU"):
+    with pytest.raises(ConfigError, match="device='cuda' requires a GPU"):
         Trainer(configs.replace(tiny, {"device": "cuda"}))
 
 

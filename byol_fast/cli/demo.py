@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     table.add_column("encoder")
     table.add_column(f"kNN-{config.knn.k} top-1", justify="right")
     if result.knn_top1 is not None and result.knn_top1_untrained is not None:
-        table.add_row("untrained (BN recalibrated)", f"{result.knn_top1_untrained:.1%}")
+        table.add_row("untrained (norms calibrated)", f"{result.knn_top1_untrained:.1%}")
         table.add_row("after BYOL, without labels", f"{result.knn_top1:.1%}")
         gain = round(100 * result.knn_top1, 1) - round(100 * result.knn_top1_untrained, 1)
         table.add_row("gain", f"{gain:+.1f} points")
