@@ -28,7 +28,7 @@ from byol_fast.training.trainer import Trainer
 from byol_fast.utils import checkpoint as checkpoints
 from tests.gpu import DEVICE, REHEARSING, host_syncs_are_errors, only_on_a_gpu
 from tests.networks import SmallResidualNetwork
-from tests.test_distributed import finished, torchrun
+from tests.training.test_distributed import finished, torchrun
 
 pytestmark = pytest.mark.gpu("training")
 

@@ -17,7 +17,7 @@ from byol_fast.optim.schedules import RunSchedule
 from byol_fast.training.train_step import TrainStep
 from tests.gpu import DEVICE, only_on_a_gpu
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_no_capture_ends_because_of_another_thread() -> None:
