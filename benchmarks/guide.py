@@ -27,6 +27,7 @@ from benchmarks import guide_original
 from byol_fast.bench.processes import Job, measure
 from byol_fast.bench.results import Results
 from byol_fast.compat import guide
+from byol_fast.compat.guide_data import DATA_VARIABLE
 from byol_fast.data import open_source
 from byol_fast.data.loaders.threaded import decode_image
 from byol_fast.models.layers import Normalize
@@ -92,7 +93,7 @@ def check() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default=os.environ.get(guide.FOLDER), help="folder of CIFAR-10's training images")
+    parser.add_argument("--data", default=os.environ.get(DATA_VARIABLE), help="folder of CIFAR-10's training images")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
@@ -100,7 +101,7 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="folder for the results")
     arguments = parser.parse_args()
     if not arguments.data:
-        parser.error(f"--data must name a folder of images; or set {guide.FOLDER}")
+        parser.error(f"--data must name a folder of images; or set {DATA_VARIABLE}")
     print(check())
     device = torch.device(arguments.device)
     settings = {"batch_size": arguments.batch_size, "threads": arguments.threads, "view": 224, "encoder": "resnet18"}

@@ -1,4 +1,4 @@
-"""Drop-ins for lightly: loss, LARS, EMA update and transforms with its names, signatures and numbers."""
+"""Drop-in replacements for lightly: loss, LARS, EMA update and transforms with its names, signatures and results."""
 
 from __future__ import annotations
 
@@ -30,23 +30,19 @@ __all__ = [
     "update_momentum",
 ]
 
-
-# ------------------------------------------------------------------------------------------------ lightly
-
-
-_LARGEST_EPS = 1e-6
+_MAX_EPS = 1e-6
 
 
 class NegativeCosineSimilarity(nn.Module):
-    """The loss of lightly: minus the mean cosine of partners, `-mean(x0 x1 / (max(|x0|, eps) max(|x1|, eps)))`.
+    """Loss of lightly: negative mean cosine similarity, `-mean(x0 x1 / (max(|x0|, eps) max(|x1|, eps)))`.
 
-    One launch for rows `[B, D]` where only `x0` wants a gradient, as in BYOL and SimSiam; anything else (other
-    dimensions, a gradient to `x1`, an eps above 1e-6) goes to torch's own function. Rows that are shorter than eps but
-    not zero get another gradient than torch's: none along the row, as if they were divided by the constant eps.
+    One launch for rows `[B, D]` if only `x0` needs a gradient, as in BYOL and SimSiam; otherwise (other dimensions, a
+    gradient of `x1`, an eps above 1e-6) torch's own function. The gradient differs from torch's for rows whose norm is
+    below eps but not zero: they are treated as divided by the constant eps.
 
     Args:
-        dim: along which the cosine is taken.
-        eps: smallest norm that is divided by.
+        dim: dimension of the cosine.
+        eps: smallest norm to divide by.
     """
 
     def __init__(self, dim: int = 1, eps: float = 1e-8) -> None:
@@ -54,26 +50,26 @@ class NegativeCosineSimilarity(nn.Module):
         self.dim, self.eps = dim, eps
 
     def forward(self, x0: Tensor, x1: Tensor) -> Tensor:
-        """The mean negative cosine similarity.
+        """Mean negative cosine similarity.
 
         Args:
-            x0: `[B, D]`, the predictions.
-            x1: `[B, D]`, the targets.
+            x0: predictions `[B, D]`.
+            x1: targets `[B, D]`.
         """
-        rows = x0.ndim == 2 and self.dim in {1, -1} and x0.shape == x1.shape and x0.numel() > 0
-        alike = x0.dtype == x1.dtype and x0.device == x1.device and x0.is_floating_point()
-        both_learn = x1.requires_grad and torch.is_grad_enabled()
-        if both_learn or not (rows and alike and 0 < self.eps <= _LARGEST_EPS):
+        are_rows = x0.ndim == 2 and self.dim in {1, -1} and x0.shape == x1.shape and x0.numel() > 0
+        match = x0.dtype == x1.dtype and x0.device == x1.device and x0.is_floating_point()
+        x1_needs_grad = x1.requires_grad and torch.is_grad_enabled()
+        if x1_needs_grad or not (are_rows and match and 0 < self.eps <= _MAX_EPS):
             return -F.cosine_similarity(x0, x1, self.dim, self.eps).mean()
         return normalized_mse_loss(x0, x1, eps=self.eps) * 0.5 - 1.0
 
 
 def update_momentum(model: nn.Module, model_ema: nn.Module, m: float) -> None:
-    """The moving average of lightly: `ema = m * ema + (1 - m) * model`, parameters only, in one launch.
+    """EMA update of lightly: `ema = m * ema + (1 - m) * model`, parameters only, in one launch.
 
     Args:
-        model: the network that is trained.
-        model_ema: the one that follows.
+        model: trained network.
+        model_ema: network that is updated.
         m: decay from 0 to 1.
 
     Raises:
@@ -83,25 +79,28 @@ def update_momentum(model: nn.Module, model_ema: nn.Module, m: float) -> None:
 
 
 class LARS(torch.optim.Optimizer):
-    """lightly's LARS (the rule that others call LARC), without a host synchronisation on a GPU.
+    """LARS of lightly (its rule is also known as LARC), without host synchronization on a GPU.
 
     Per tensor of a group with weight decay: `r = trust_coefficient |p| / (|g| + weight_decay |p| + eps)`, and
     `d = r (g + weight_decay p)`; `d = g` in a group without, and where |p| or |g| is 0. Then SGD with momentum:
-    `v = momentum v + (1 - dampening) d` (`v = d` at first), `p -= lr v`. `byol_kernels.LARS` is the reference's rule,
-    in two launches on a GPU, the target's average among them.
+    `v = momentum v + (1 - dampening) d` (`v = d` in the first step), `p -= lr v`. `byol_kernels.LARS` has the rule of
+    BYOL's reference, in two launches on a GPU, including the EMA of the target.
+
+    With momentum on a CPU, each tensor takes one pass of torch's fused SGD after its norms; operators over lists, which
+    need no host synchronization, take 2.7 times as long there.
 
     Args:
         params: parameters, or groups of them.
         lr: learning rate.
         momentum: decay of the momentum.
-        dampening: of the momentum.
-        weight_decay: L2 penalty; 0 also leaves the adaptation out.
-        nesterov: Nesterov's momentum.
-        trust_coefficient: of the adaptation.
+        dampening: dampening of the momentum.
+        weight_decay: L2 penalty; 0 also disables the adaptation.
+        nesterov: use Nesterov momentum.
+        trust_coefficient: factor of the adaptation.
         eps: added to the denominator.
 
     Raises:
-        ValueError: hyperparameters out of range.
+        ValueError: invalid hyperparameters.
     """
 
     def __init__(
@@ -120,8 +119,8 @@ class LARS(torch.optim.Optimizer):
                 raise ValueError(f"LARS: {name} must be 0 or more, got {value}; BYOL's are 0.2, 0.9 and 1.5e-6")
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError(
-                f"LARS: nesterov must go with a momentum and without dampening, got momentum {momentum} and dampening "
-                f"{dampening}; leave nesterov out"
+                f"LARS: nesterov must be used with momentum and without dampening, got momentum {momentum} and "
+                f"dampening {dampening}; set nesterov=False"
             )
         defaults = {
             "lr": lr,
@@ -136,53 +135,53 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step.
+        """Take one step.
 
         Args:
-            closure: evaluates the model again and returns the loss.
+            closure: reevaluates the model and returns the loss.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+            groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    by_kind.setdefault((p.device, p.dtype), []).append(p)
-            for (device, dtype), params in by_kind.items():
-                one_pass = device.type == "cpu" and dtype in {torch.float32, torch.float64}
-                if one_pass and group["momentum"] != 0 and not group["nesterov"]:
-                    self._in_one_pass(params, group)
+                    groups.setdefault((p.device, p.dtype), []).append(p)
+            for (device, dtype), params in groups.items():
+                can_fuse = device.type == "cpu" and dtype in {torch.float32, torch.float64}
+                if can_fuse and group["momentum"] != 0 and not group["nesterov"]:
+                    self._step_fused(params, group)
                 else:
-                    self._step(params, group)
+                    self._step_foreach(params, group)
         return loss
 
-    def _in_one_pass(self, params: list[Tensor], group: Mapping[str, Any]) -> None:
-        """On a CPU: norms, then all else while a tensor is read once; torch's fused SGD has `1 - dampening` for r."""
+    def _step_fused(self, params: list[Tensor], group: Mapping[str, Any]) -> None:
+        """Norms, then one pass of torch's fused SGD per tensor, whose factor `1 - dampening` serves as the ratio."""
         decay, momentum = group["weight_decay"], group["momentum"]
-        plain: list[Tensor] = []
+        unscaled: list[Tensor] = []
         for p in params:
-            grad, first = p.grad, "momentum_buffer" not in self.state[p]
+            grad, is_first = p.grad, "momentum_buffer" not in self.state[p]
             assert grad is not None
-            if grad.dtype != p.dtype or not (same_layout(grad, p) and (first or same_layout(self._buffer(p), p))):
-                self._step([p], group)
+            if grad.dtype != p.dtype or not (same_layout(grad, p) and (is_first or same_layout(self._buffer(p), p))):
+                self._step_foreach([p], group)
                 continue
             ratio = self._ratio(p, grad, group)
-            share = (1.0 if ratio is None else ratio) * (1.0 if first else 1.0 - group["dampening"])
-            if first:
+            factor = (1.0 if ratio is None else ratio) * (1.0 if is_first else 1.0 - group["dampening"])
+            if is_first:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            if ratio is None and share == 1.0:
-                plain.append(p)
+            if ratio is None and factor == 1.0:
+                unscaled.append(p)
                 continue
-            _fused_sgd([p], [grad], [self._buffer(p)], group["lr"], momentum, 0.0 if ratio is None else decay, share)
-        if plain:
-            grads = [cast("Tensor", p.grad) for p in plain]
-            _fused_sgd(plain, grads, [self._buffer(p) for p in plain], group["lr"], momentum, 0.0, 1.0)
+            _fused_sgd([p], [grad], [self._buffer(p)], group["lr"], momentum, 0.0 if ratio is None else decay, factor)
+        if unscaled:
+            grads = [cast("Tensor", p.grad) for p in unscaled]
+            _fused_sgd(unscaled, grads, [self._buffer(p) for p in unscaled], group["lr"], momentum, 0.0, 1.0)
 
     @staticmethod
     def _ratio(p: Tensor, grad: Tensor, group: Mapping[str, Any]) -> float | None:
-        """The adaptation on a CPU; None where the gradient is taken as it is."""
+        """Ratio of the adaptation as a number on the host; None if the gradient is used unchanged."""
         if group["weight_decay"] == 0:
             return None
         p_norm, g_norm = torch.linalg.vector_norm(p).item(), torch.linalg.vector_norm(grad).item()
@@ -190,8 +189,8 @@ class LARS(torch.optim.Optimizer):
             return None
         return float(group["trust_coefficient"] * p_norm / (g_norm + p_norm * group["weight_decay"] + group["eps"]))
 
-    def _step(self, params: list[Tensor], group: Mapping[str, Any]) -> None:
-        """On any device, in operators that take lists of tensors; nothing is brought to the host."""
+    def _step_foreach(self, params: list[Tensor], group: Mapping[str, Any]) -> None:
+        """Operators over lists of tensors, on any device and without host synchronization."""
         decay, momentum = group["weight_decay"], group["momentum"]
         grads = [cast("Tensor", p.grad) for p in params]
         updates: list[Tensor] = grads
@@ -203,14 +202,18 @@ class LARS(torch.optim.Optimizer):
             updates = list(torch._foreach_mul(grads, list(of_grad.unbind())))
             torch._foreach_addcmul_(updates, params, list(of_param.unbind()))
         if momentum != 0:
-            known = ["momentum_buffer" in self.state[p] for p in params]
-            for p, update, is_known in zip(params, updates, known, strict=True):
-                if not is_known:
+            has_buffer = ["momentum_buffer" in self.state[p] for p in params]
+            for p, update, initialized in zip(params, updates, has_buffer, strict=True):
+                if not initialized:
                     self.state[p]["momentum_buffer"] = update.clone()
-            later = [(self._buffer(p), u) for p, u, is_known in zip(params, updates, known, strict=True) if is_known]
-            if later:
-                torch._foreach_mul_([b for b, _ in later], momentum)
-                torch._foreach_add_([b for b, _ in later], [u for _, u in later], alpha=1 - group["dampening"])
+            old = [
+                (self._buffer(p), u)
+                for p, u, initialized in zip(params, updates, has_buffer, strict=True)
+                if initialized
+            ]
+            if old:
+                torch._foreach_mul_([b for b, _ in old], momentum)
+                torch._foreach_add_([b for b, _ in old], [u for _, u in old], alpha=1 - group["dampening"])
             buffers = [self._buffer(p) for p in params]
             updates = list(torch._foreach_add(updates, buffers, alpha=momentum)) if group["nesterov"] else buffers
         torch._foreach_add_(params, updates, alpha=-group["lr"])
@@ -226,11 +229,11 @@ def _fused_sgd(
     lr: float,
     momentum: float,
     decay: float,
-    share: float,
+    factor: float,
 ) -> None:
-    """`v = momentum v + share (g + decay p)`, then `p -= lr v`."""
+    """`v = momentum v + factor (g + decay p)`, then `p -= lr v`."""
     torch._fused_sgd_(
-        params, grads, buffers, weight_decay=decay, momentum=momentum, lr=lr, dampening=1.0 - share,
+        params, grads, buffers, weight_decay=decay, momentum=momentum, lr=lr, dampening=1.0 - factor,
         nesterov=False, maximize=False, is_first_step=False,
     )  # fmt: skip
 
@@ -239,36 +242,36 @@ IMAGENET_NORMALIZE: dict[str, Sequence[float]] = {"mean": IMAGENET_MEAN, "std": 
 
 
 class BYOLView1Transform:
-    """lightly's first view under its parameters' names, drawn by our kernels; `config` says the same in ours.
+    """First view of lightly, with its parameter names and our kernels; `config` holds them as a `ViewConfig`.
 
-    Crops are bilinear, as torchvision's default; the blur is a Gaussian, where PIL's is three boxes. What has no kernel
-    here (vertical flips, rotations) is refused.
+    Crops are bilinear, torchvision's default; the blur is a true Gaussian, PIL's three box filters. Vertical flips and
+    rotations are not supported.
 
     Args:
         input_size: height and width of the view in pixels.
-        cj_prob: probability of the colour jitter.
-        cj_strength: factor of the four that follow.
+        cj_prob: probability of color jitter.
+        cj_strength: factor of the next four.
         cj_bright: brightness.
         cj_contrast: contrast.
         cj_sat: saturation.
         cj_hue: hue.
-        min_scale: smallest share of the image's area that a crop covers.
-        random_gray_scale: probability of dropping the colour.
-        gaussian_blur: probability of the blur; None: 1, for the second view 0.1.
+        min_scale: smallest area of a crop, relative to the image.
+        random_gray_scale: probability of grayscale.
+        gaussian_blur: probability of blur; None: 1, for the second view 0.1.
         solarization_prob: probability of solarizing; None: 0, for the second view 0.2.
-        sigmas: standard deviation of the blur in pixels, smallest and largest.
-        vf_prob: 0.
-        hf_prob: probability of mirroring left and right.
-        rr_prob: 0.
-        rr_degrees: None: there are no rotations.
-        normalize: `mean` and `std` of the result; None leaves it from 0 to 1.
+        sigmas: smallest and largest standard deviation of the blur in pixels.
+        vf_prob: must be 0.
+        hf_prob: probability of a horizontal flip.
+        rr_prob: must be 0.
+        rr_degrees: must be None.
+        normalize: `mean` and `std`; None for values from 0 to 1.
 
     Raises:
-        ValueError: a parameter out of range, or one that asks for what there is not.
+        ValueError: a parameter is out of range or not supported.
     """
 
     blur, solarize = 1.0, 0.0
-    """Probabilities where none are given."""
+    """Default probabilities."""
 
     def __init__(
         self,
@@ -290,15 +293,15 @@ class BYOLView1Transform:
         rr_degrees: float | tuple[float, float] | None = None,
         normalize: Mapping[str, Sequence[float]] | None = IMAGENET_NORMALIZE,
     ) -> None:
-        for name, value, nothing in (
+        for name, value, off in (
             ("vf_prob", vf_prob, 0),
             ("rr_prob", rr_prob, 0),
             ("rr_degrees", rr_degrees, None),
         ):
-            if value != nothing:
+            if value != off:
                 raise ValueError(
-                    f"{type(self).__name__}: {name} must be {nothing}, got {value}; there are no vertical flips and "
-                    "rotations here: transform the images before, or use lightly's"
+                    f"{type(self).__name__}: {name} must be {off}, got {value}; vertical flips and "
+                    "rotations are not supported: apply them before, or use lightly's transform"
                 )
         self.config = ViewConfig(
             size=input_size,
@@ -320,17 +323,17 @@ class BYOLView1Transform:
         self._normalize = Normalize(_triple("mean", mean), _triple("std", std))
 
     def __call__(self, image: Any) -> Tensor:
-        """A view of an image, or of each image of a batch.
+        """View of an image, or of each image of a batch.
 
         Args:
             image: a PIL image, a uint8 array `[H, W, 3]`, or a tensor `[3, H, W]` or `[B, 3, H, W]`: uint8, or floating
                 point from 0 to 1. A batch on a GPU stays there.
 
         Returns:
-            fp32 `[3, S, S]` or `[B, 3, S, S]`, normalised.
+            fp32 `[3, S, S]` or `[B, 3, S, S]`, normalized.
 
         Raises:
-            ValueError: no such image.
+            ValueError: not such an image.
         """
         what = type(self).__name__
         tensor = image_tensor(what, image)
@@ -346,17 +349,17 @@ class BYOLView1Transform:
 
 
 class BYOLView2Transform(BYOLView1Transform):
-    """lightly's second view: as the first, but blurred in one case of ten and solarized in two."""
+    """Second view of lightly: like the first, with probability 0.1 of blur and 0.2 of solarization."""
 
     blur, solarize = 0.1, 0.2
 
 
 class BYOLTransform:
-    """lightly's pair of views: called with an image, or a batch, it returns the list of both.
+    """Pair of views of lightly: called with an image or a batch, it returns a list of both.
 
     Args:
-        view_1_transform: makes the first view; `BYOLView1Transform()` when None.
-        view_2_transform: makes the second view; `BYOLView2Transform()` when None.
+        view_1_transform: of the first view; `BYOLView1Transform()` if None.
+        view_2_transform: of the second view; `BYOLView2Transform()` if None.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Views of images that come from anywhere: for loops and data sets of one's own. Runs of byol_fast draw by number."""
+"""Random views of given images, for training loops outside of byol_fast. Runs sample views by image number instead."""
 
 from __future__ import annotations
 
@@ -16,47 +16,47 @@ from byol_kernels import resized_crop, sample_params
 
 
 def random_view(images: Tensor, view: ViewConfig) -> Tensor:
-    """A view of each image, drawn from torch's default generator: `torch.manual_seed` repeats it.
+    """A view of each image, with parameters from torch's default generator: `torch.manual_seed` makes it repeatable.
 
     Args:
         images: uint8 `[B, 3, H, W]`, on any device.
-        view: what is drawn, and from which ranges.
+        view: probabilities and ranges.
 
     Returns:
-        uint8 `[B, 3, S, S]`, channels_last, on the images' device; every image has draws of its own.
+        uint8 `[B, 3, S, S]`, channels_last, on the device of the images.
     """
     key = torch.randint(-(2**63), 2**63 - 1, ())
-    numbers = torch.arange(len(images), device=images.device)
+    rows = torch.arange(len(images), device=images.device)
     ranges = torch.from_numpy(params_table(view, images.shape[2], images.shape[3])).to(images.device)
-    drawn = sample_params(numbers, key.to(images.device), ranges, blur_kernel=view.blur_kernel)
-    crops = resized_crop(images, drawn.crop, view.size, interpolation=view.interpolation)
-    return apply_photometric(crops, {name: getattr(drawn, name) for name in required_params(view)}, view)
+    params = sample_params(rows, key.to(images.device), ranges, blur_kernel=view.blur_kernel)
+    crops = resized_crop(images, params.crop, view.size, interpolation=view.interpolation)
+    return apply_photometric(crops, {name: getattr(params, name) for name in required_params(view)}, view)
 
 
 def image_tensor(what: str, image: Any) -> Tensor:
     """An image, or a batch of them, as a tensor.
 
     Args:
-        what: who asks, for messages.
+        what: name of the caller, for messages.
         image: a tensor `[3, H, W]` or `[B, 3, H, W]` of any dtype; or a PIL image or a uint8 array `[H, W, 3]`.
 
     Returns:
         The tensor, or uint8 `[3, H, W]`.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: none of these.
     """
     if not isinstance(image, Tensor):
-        picture = as_image(image)
-        if picture is None:
+        pil_image = as_image(image)
+        if pil_image is None:
             raise ValueError(
                 f"{what}: image must be a tensor [3, H, W] or [B, 3, H, W], a uint8 array [H, W, 3] or a PIL "
                 f"image, got {type(image).__name__}; convert it first"
             )
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        return torch.from_numpy(np.array(pil_image)).permute(2, 0, 1)
     if image.ndim not in {3, 4} or image.shape[-3] != 3:
         raise ValueError(
-            f"{what}: image must be [3, H, W] or [B, 3, H, W], got {list(image.shape)}; channels come before "
-            "height and width, and there are three of them"
+            f"{what}: image must be [3, H, W] or [B, 3, H, W], got {list(image.shape)}; three channels come before "
+            "height and width"
         )
     return image

@@ -1,4 +1,4 @@
-"""Drop-in for timm's `ModelEmaV3`."""
+"""Drop-in replacement for timm's `ModelEmaV3`."""
 
 from __future__ import annotations
 
@@ -10,33 +10,31 @@ from torch import Tensor, nn
 
 from byol_kernels import ema_update_
 
-# ------------------------------------------------------------------------------------------------ timm
-
 
 class ModelEmaV3(nn.Module):
-    """The moving average of a model in timm: `ema = decay * ema + (1 - decay) * model`, all parameters in one launch.
+    """EMA of a model as in timm: `ema = decay * ema + (1 - decay) * model`, all parameters in one launch.
 
-    Buffers as timm has them: averaged where they are floating point and part of the state, copied where they are
-    integers; or all copied with `exclude_buffers`. (BYOL's target keeps buffers of its own: `update_momentum`.) There
-    is no stochastic rounding: an average in bfloat16 needs `dtype`, or stochastic_rounding=False. A parameter that two
-    layers share is averaged once; timm does it once for each.
+    Buffers as in timm: floating-point buffers of the state are averaged, integer ones copied; with `exclude_buffers`
+    all are copied. (BYOL's target keeps its own buffers: `update_momentum`.) Stochastic rounding is not supported: an
+    EMA in bfloat16 needs `dtype`, or stochastic_rounding=False. A parameter shared by two layers is averaged once; in
+    timm, once per layer.
 
     Args:
-        model: what is averaged; `module` is a copy of it in eval mode.
+        model: network to average; `module` is a copy of it in eval mode.
         decay: from 0 to 1.
-        min_decay: least decay of the warm-up.
-        update_after_step: up to this step and the next the average is the model.
+        min_decay: smallest decay of the warm-up.
+        update_after_step: the EMA equals the model until one step after this one.
         use_warmup: `decay = 1 - (1 + step / warmup_gamma) ** -warmup_power`, between the two.
-        warmup_gamma: see there.
-        warmup_power: see there.
-        device: where the average is kept; None: with the model.
-        dtype: of the average; None: the model's.
-        stochastic_rounding: must be False where the average is in bfloat16.
-        foreach: all tensors at once; False: one after the other, by torch.
+        warmup_gamma: see `use_warmup`.
+        warmup_power: see `use_warmup`.
+        device: of the EMA; None for the model's.
+        dtype: of the EMA; None for the model's.
+        stochastic_rounding: must be False for an EMA in bfloat16.
+        foreach: all tensors at once; False: one by one, by torch.
         exclude_buffers: copy the buffers.
 
     Raises:
-        ValueError: an average in bfloat16 with stochastic rounding.
+        ValueError: an EMA in bfloat16 with stochastic rounding.
     """
 
     def __init__(
@@ -61,15 +59,15 @@ class ModelEmaV3(nn.Module):
         self.foreach, self.exclude_buffers = foreach, exclude_buffers
         if stochastic_rounding and any(p.dtype == torch.bfloat16 for p in self.module.parameters()):
             raise ValueError(
-                "ModelEmaV3: dtype must be torch.float32 for a model in bfloat16, got bfloat16, whose average needs "
-                "stochastic rounding, which is not here; pass dtype=torch.float32, or stochastic_rounding=False"
+                "ModelEmaV3: dtype must be torch.float32 for a model in bfloat16, got bfloat16, whose EMA needs "
+                "stochastic rounding, which is not supported; pass dtype=torch.float32, or stochastic_rounding=False"
             )
 
     def get_decay(self, step: int | None = None) -> float:
-        """The decay of a step.
+        """Decay of a step.
 
         Args:
-            step: steps that were finished; None: without warm-up.
+            step: number of finished steps; None: without warm-up.
         """
         if step is None:
             return self.decay
@@ -83,10 +81,10 @@ class ModelEmaV3(nn.Module):
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int | None = None) -> None:
-        """Let the average follow the model; call it after the optimizer's step.
+        """Update the EMA; call it after the optimizer's step.
 
         Args:
-            model: the same network.
+            model: trained network.
             step: see `get_decay`.
         """
         averages: list[Tensor] = list(self.module.parameters())
@@ -95,35 +93,35 @@ class ModelEmaV3(nn.Module):
             copied = list(zip(self.module.buffers(), model.buffers(), strict=True))
         else:
             pairs = list(zip(_stored_buffers(self.module), _stored_buffers(model), strict=True))
-            averages += [mine for mine, _ in pairs if mine.is_floating_point()]
-            values += [theirs for mine, theirs in pairs if mine.is_floating_point()]
+            averages += [average for average, _ in pairs if average.is_floating_point()]
+            values += [value for average, value in pairs if average.is_floating_point()]
             copied = [pair for pair in pairs if not pair[0].is_floating_point()]
         decay = self.get_decay(step)
-        values = [value.to(mine.device) for mine, value in zip(averages, values, strict=True)]
+        values = [value.to(average.device) for average, value in zip(averages, values, strict=True)]
         if self.foreach:
             ema_update_(averages, values, decay)
         else:
-            for mine, value in zip(averages, values, strict=True):
-                mine.lerp_(value.to(mine.dtype), 1.0 - decay)
-        for mine, theirs in copied:
-            mine.copy_(theirs)
+            for average, value in zip(averages, values, strict=True):
+                average.lerp_(value.to(average.dtype), 1.0 - decay)
+        for average, value in copied:
+            average.copy_(value)
 
     @torch.no_grad()
     def set(self, model: nn.Module) -> None:
-        """Make the average the model, all of its state."""
-        for mine, theirs in zip(self.module.state_dict().values(), model.state_dict().values(), strict=True):
-            mine.copy_(theirs)
+        """Copy the state of the model."""
+        for average, value in zip(self.module.state_dict().values(), model.state_dict().values(), strict=True):
+            average.copy_(value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The averaged model's output."""
+        """Output of the averaged model."""
         return self.module(*args, **kwargs)
 
 
 def _stored_buffers(network: nn.Module) -> list[Tensor]:
-    """The buffers that are part of a network's state, each once."""
-    found: dict[int, Tensor] = {}
+    """Buffers that are part of a network's state, each once."""
+    buffers: dict[int, Tensor] = {}
     for module in network.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
-                found.setdefault(id(buffer), buffer)
-    return list(found.values())
+                buffers.setdefault(id(buffer), buffer)
+    return list(buffers.values())

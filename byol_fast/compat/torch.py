@@ -1,4 +1,4 @@
-"""Drop-ins for `torch.optim.swa_utils`: `AveragedModel` and `get_ema_multi_avg_fn`."""
+"""Drop-in replacements for `torch.optim.swa_utils`: `AveragedModel` and `get_ema_multi_avg_fn`."""
 
 from __future__ import annotations
 
@@ -11,21 +11,17 @@ from torch.optim import swa_utils
 
 from byol_kernels import ema_update_
 
-# ------------------------------------------------------------------------------------------------ torch
-
 
 def get_ema_multi_avg_fn(decay: float = 0.999) -> Callable[[Sequence[Tensor], Sequence[Tensor], Any], None]:
-    """The function of that name in torch, for `AveragedModel(model, multi_avg_fn=...)`, ours or torch's.
+    """EMA function for the argument `multi_avg_fn` of `AveragedModel`, of this module or of torch; one launch per call.
 
-    One launch for all tensors that it is called with.
-
-    Buffers of integers (with `use_buffers`) are averaged and truncated, as torch's.
+    Integer buffers (with `use_buffers`) are averaged and truncated, as in torch.
 
     Args:
         decay: from 0 to 1.
 
     Raises:
-        ValueError: decay out of range.
+        ValueError: decay is out of range.
     """
     if not 0.0 <= decay <= 1.0:
         raise ValueError(f"get_ema_multi_avg_fn: decay must be from 0 to 1, got {decay}; a usual one is 0.999")
@@ -38,7 +34,7 @@ class _Average:
 
     @torch.no_grad()
     def __call__(self, averages: Sequence[Tensor], values: Sequence[Tensor], num_averaged: Any) -> None:
-        """Move averages of one device and dtype towards the values."""
+        """Update the EMA of tensors of one device and dtype."""
         if averages[0].is_floating_point():
             ema_update_(averages, values, self.decay)
         else:
@@ -47,17 +43,17 @@ class _Average:
 
 
 class AveragedModel(swa_utils.AveragedModel):
-    """The class of that name in torch; with `get_ema_multi_avg_fn` from here an update has no detours.
+    """`AveragedModel` of torch whose EMA update is one launch if `multi_avg_fn` is from this module.
 
-    Other averages, and the first update, which copies, are torch's own.
+    Other averages, and the first update, which copies, use torch's implementation.
     """
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """Let the average follow the model; call it after the optimizer's step.
+        """Update the average; call it after the optimizer's step.
 
         Args:
-            model: the same network.
+            model: trained network.
         """
         update = self.multi_avg_fn
         if not isinstance(update, _Average) or self.n_averaged == 0:
@@ -65,17 +61,17 @@ class AveragedModel(swa_utils.AveragedModel):
             return
         averages: list[Tensor] = list(self.module.parameters())
         values: list[Tensor] = list(model.parameters())
-        mine, theirs = list(self.module.buffers()), list(model.buffers())
+        buffers, model_buffers = list(self.module.buffers()), list(model.buffers())
         if self.use_buffers:
-            averages += mine
-            values += theirs
+            averages += buffers
+            values += model_buffers
         else:
-            torch._foreach_copy_(mine, theirs)
-        by_kind: dict[tuple[torch.device, bool], tuple[list[Tensor], list[Tensor]]] = {}
+            torch._foreach_copy_(buffers, model_buffers)
+        groups: dict[tuple[torch.device, bool], tuple[list[Tensor], list[Tensor]]] = {}
         for average, value in zip(averages, values, strict=True):
-            pair = by_kind.setdefault((average.device, average.is_floating_point()), ([], []))
+            pair = groups.setdefault((average.device, average.is_floating_point()), ([], []))
             pair[0].append(average)
             pair[1].append(value.to(average.device))
-        for pair in by_kind.values():
+        for pair in groups.values():
             update(*pair, None)
         self.n_averaged += 1

@@ -1,4 +1,4 @@
-"""A script as a reader of the practical guide would have it: the imports are ours, and nothing else.
+"""A script of a reader of the practical guide; only its imports were changed.
 
 BYOL_FAST_DATA=path/to/cifar10/train python -m tests.compat.guide_script
 """
@@ -22,7 +22,7 @@ from byol_fast.compat.guide import (
 
 def main(batch_size: int = 256, num_workers: int = 10, num_epochs: int = 10) -> BYOL:
     train_loader = load_data(batch_size=batch_size, num_workers=num_workers)
-    logger.info("images are normalised with mean %s and std %s", CIFAR10_MEAN, CIFAR10_STD)
+    logger.info("images are normalized with mean %s and std %s", CIFAR10_MEAN, CIFAR10_STD)
 
     base_model = models.resnet18()
     feature_extractor = nn.Sequential(*list(base_model.children())[:-1])
