@@ -25,7 +25,7 @@ SOURCES := byol_fast kernels tests benchmarks
 define install # folder, constraints, extras
 	$(PYTHON) -m venv --clear $(1)
 	$(1)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt uv
-	$(1)/bin/uv pip install -q --python $(1)/bin/python -c $(2) -b constraints.txt -e '.[$(3)]'
+	$(1)/bin/uv pip install -q --compile-bytecode --python $(1)/bin/python -c $(2) -b constraints.txt -e '.[$(3)]'
 	touch $(1)/.ready
 endef
 

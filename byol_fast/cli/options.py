@@ -1,4 +1,4 @@
-"""What commands share: complaints, and configurations from options."""
+"""Shared by the commands: error output, and configurations from options."""
 
 from __future__ import annotations
 

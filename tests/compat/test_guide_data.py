@@ -27,8 +27,8 @@ def folder(tmp_path: Path, photos: np.ndarray) -> Path:
 
 def test_normalization_is_undone_exactly() -> None:
     levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(3, 16, 16).contiguous()
-    normalise = transforms.Normalize(guide.CIFAR10_MEAN, guide.CIFAR10_STD)
-    x = normalise(levels / 255)[None]
+    normalize = transforms.Normalize(guide.CIFAR10_MEAN, guide.CIFAR10_STD)
+    x = normalize(levels / 255)[None]
     assert torch.equal(guide_model.to_bytes(x, guide.CIFAR10_MEAN, guide.CIFAR10_STD)[0], levels)
     # The guide's own code wraps values around.
     wrapped = np.asarray(transforms.ToPILImage()(x[0]))
