@@ -1,4 +1,4 @@
-"""Images to test with: generated ones by default, the shared real ones where they are."""
+"""Images of the tests: generated ones, and real ones if they are there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from byol_fast.data.sources import ArraySource, FileSource, open_source
 
 @pytest.fixture(params=["dali", "threaded"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Both loaders, one after the other."""
+    """Loaders of files, DALI with its own operators."""
     name: str = request.param
     if name == "dali" and not dali_installed():
         pytest.skip("DALI is not installed")
@@ -26,7 +26,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=["dali", "dali+kernels", "threaded"])
 def files_backend(request: pytest.FixtureRequest) -> str:
-    """Every loader of encoded images; see `helpers.config_of`."""
+    """All loaders of encoded images; see `helpers.config_of`."""
     name: str = request.param
     if name.startswith("dali") and not dali_installed():
         pytest.skip("DALI is not installed")
@@ -35,7 +35,7 @@ def files_backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=["dali", "dali+kernels", "threaded", "device_cache"])
 def any_backend(request: pytest.FixtureRequest) -> str:
-    """Every loader, DALI with its own operators and with our kernels; see `helpers.config_of`."""
+    """All loaders, DALI with its own operators and with our kernels; see `helpers.config_of`."""
     name: str = request.param
     if name.startswith("dali") and not dali_installed():
         pytest.skip("DALI is not installed")
@@ -44,13 +44,13 @@ def any_backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def dali() -> None:
-    """Skip where DALI is not installed."""
+    """Skip if DALI is not installed."""
     if not dali_installed():
         pytest.skip("DALI is not installed")
 
 
 def photo_like(n: int, height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
-    """Smooth noise, more of light than of color, with edges and saturated patches, `[n, height, width, 3]`."""
+    """Smooth noise, more in luminance than in color, with edges and saturated patches, `[n, height, width, 3]`."""
     rng = np.random.default_rng(seed)
     out = np.empty((n, height, width, 3), np.uint8)
     for image in out:

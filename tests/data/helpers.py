@@ -1,4 +1,4 @@
-"""Small configurations and pixel arithmetic."""
+"""Small configurations and loaders, and comparisons of pixels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WHOLE: dict[str, Any] = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
 
 
 def plain(size: int, **changes: Any) -> ViewConfig:
-    """The whole of a square image with nothing done to it, but for `changes`."""
+    """View of a whole square image without augmentation, except for `changes`."""
     return ViewConfig(**{**OFF, **WHOLE, "size": size, **changes})
 
 
@@ -33,7 +33,7 @@ def config_of(
     seed: int = 0,
     threads: int = 2,
 ) -> Config:
-    """`backend` is a loader, with our kernels behind it; "dali" alone is DALI's own views, "dali+kernels" its crops."""
+    """`backend` is a loader with our kernels; "dali" has DALI's own operators, "dali+kernels" ours."""
     loader, _, _ = backend.partition("+")
     assert backend in {"dali", "dali+kernels", "threaded", "device_cache"}
     options: dict[str, Any] = {"loader": loader, "augment": "dali" if backend == "dali" else "kernels"}
@@ -52,9 +52,9 @@ def pixels(view: torch.Tensor) -> NDArray[np.uint8]:
 
 
 def error(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:
-    """Absolute difference in levels."""
+    """Absolute difference in levels of 255."""
     return np.abs(a.astype(np.float64) - b.astype(np.float64))
 
 
 def same(a: Batch, b: Batch) -> bool:
-    return all(torch.equal(x, y) for x, y in ((a.views[0], b.views[0]), (a.views[1], b.views[1]), (a.index, b.index)))
+    return all(torch.equal(x, y) for x, y in zip((*a.views, a.index), (*b.views, b.index), strict=True))

@@ -22,8 +22,8 @@ from byol_fast.utils import checkpoint as checkpoints
 from tests.data.corrupt_files import CORRUPT, DAMAGED, JPEG, SIZE, UNUSUAL, config, fill, outcome
 from tests.data.helpers import error, loader_of, pixels, same
 from tests.data.kinds import available, make
-from tests.data.test_resume import BAD as CORRUPT_INDEX
-from tests.data.test_resume import VIEW1, VIEW2, pictures, with_one_bad
+from tests.data.test_resume import CORRUPT as CORRUPT_INDEX
+from tests.data.test_resume import VIEW1, VIEW2, pictures, with_one_corrupt
 
 
 @pytest.mark.parametrize("kind", CORRUPT)
@@ -118,7 +118,7 @@ def test_replacements_do_not_depend_on_prefetching_or_restarts(backend: str, tmp
 
 @pytest.mark.parametrize("kind", [kind for kind in available() if kind != "array"])
 def test_corrupt_image_of_every_source_is_named_or_skipped(kind: str, backend: str, tmp_path: Path) -> None:
-    source = make(kind, tmp_path / "x", with_one_bad(pictures()))
+    source = make(kind, tmp_path / "x", with_one_corrupt(pictures()))
     views = {"view1": {"size": 16}, "view2": {"size": 16}, "batch_size": 20}
     with pytest.raises(CorruptImageError) as caught:
         loader = loader_of(source, replace(config(backend, "raise"), views))
@@ -202,7 +202,7 @@ def test_intact_images_keep_their_views(tmp_path: Path) -> None:
     images = pictures()
     views = {"view1": {"size": VIEW1.size}, "view2": {"size": VIEW2.size}}
     good = loader_of(make("tar", tmp_path / "good", images), replace(config("threaded", "skip"), views))
-    bad = loader_of(make("tar", tmp_path / "bad", with_one_bad(images)), replace(config("threaded", "skip"), views))
+    bad = loader_of(make("tar", tmp_path / "bad", with_one_corrupt(images)), replace(config("threaded", "skip"), views))
     for _ in range(10):
         a, b = next(good), next(bad)
         rows = a.index == b.index

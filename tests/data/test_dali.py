@@ -1,4 +1,4 @@
-"""DALI's batches are what their index says, from the first one on, on each of the ways that lead to a batch.
+"""Views of DALI's batches belong to their index, with its own operators and with our kernels.
 
 On a GPU our kernels work on a stream beside the step, on a CPU on threads. The way of a GPU runs here on the CPU, all
 but the stream itself: what it does in which order is the same.
@@ -29,23 +29,23 @@ from byol_fast.data.loaders.dali import DALILoader
 
 SIZE, COUNT, BATCH = 8, 24, 8  # 3 batches an epoch
 LEVELS = 10 * np.arange(COUNT, dtype=np.uint8)
-"""Image i has this level everywhere: a view of it shows which image it is of, and whether it was solarized."""
+"""Level of all pixels of image i: a view of it shows its number, and if it was solarized."""
 
 Make = Callable[[ImageSource], DALILoader]
 
 
 @pytest.fixture(params=["dali", "kernels on threads", "kernels beside the step"])
 def make(request: pytest.FixtureRequest) -> Make:
-    """Makes a loader that takes one of the three ways."""
+    """Builds a loader with one of the three ways to augment."""
 
     def loader(source: ImageSource) -> DALILoader:
         backend = "dali" if request.param == "dali" else "dali+kernels"
         config = config_of(backend, plain(SIZE, solarize_p=0.5), plain(SIZE, solarize_p=0.2), batch_size=BATCH)
-        made = loader_of(source, replace(config, {"data.on_corrupt": "skip"}))
-        assert isinstance(made, DALILoader)
+        result = loader_of(source, replace(config, {"data.on_corrupt": "skip"}))
+        assert isinstance(result, DALILoader)
         if request.param == "kernels beside the step":
-            made._on_cpu = False
-        return made
+            result._on_cpu = False
+        return result
 
     return loader
 
@@ -63,8 +63,8 @@ def assert_views_match_index(loader: DALILoader, batch: Batch, step: int) -> Non
     spec = loader.sampler(step)
     assert np.array_equal(batch.index.numpy(), spec.index)
     levels = LEVELS[batch.index.numpy()]
-    for view, draws in zip((batch.views[0], batch.views[1]), spec.params, strict=True):
-        expected = np.where(draws.solarize & (levels >= 128), 255 - levels, levels)
+    for view, params in zip((batch.views[0], batch.views[1]), spec.params, strict=True):
+        expected = np.where(params.solarize & (levels >= 128), 255 - levels, levels)
         assert np.array_equal(pixels(view), np.broadcast_to(expected[:, None, None, None], (BATCH, SIZE, SIZE, 3)))
 
 
@@ -87,7 +87,7 @@ def test_views_match_the_index_after_a_resume(make: Make, source: ImageSource, s
 
 
 def test_views_match_the_index_after_a_corrupt_image(make: Make, tmp_path: Path) -> None:
-    """The pipeline is built anew in the batch that holds the image, and once more after `close`."""
+    """The pipeline is rebuilt in the batch that contains the image, and again after `close`."""
     for i, image in enumerate(flat_images()):
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, "PNG")
@@ -101,8 +101,8 @@ def test_views_match_the_index_after_a_corrupt_image(make: Make, tmp_path: Path)
         assert_views_match_index(loader, next(loader), step)
 
 
-def test_index_is_not_the_planners_memory(make: Make, source: ImageSource) -> None:
-    """A user may write into a batch: the epoch's order stays as it is."""
+def test_index_does_not_share_memory_with_the_sampler(make: Make, source: ImageSource) -> None:
+    """Writing into a batch does not change the order of the epoch."""
     loader, other = make(source), make(source)
     for _ in range(3):
         next(loader).index.zero_()

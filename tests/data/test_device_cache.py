@@ -1,4 +1,4 @@
-"""Data on the device: the views that all loaders make, from draws made there."""
+"""Device cache: the views of all other loaders, from parameters that are sampled on the device."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ VIEW1 = ViewConfig(size=24)
 VIEW2 = ViewConfig(size=24, blur_p=0.1, solarize_p=0.2, interpolation="bilinear", blur_kernel=0)
 
 
-def test_the_device_draws_what_the_planner_plans() -> None:
-    """Bit for bit, with the loader's own table and keys, over epochs."""
+def test_device_params_equal_the_samplers() -> None:
+    """Bit for bit, with the loader's own table and keys, in several epochs."""
     views, seed = (VIEW1, ViewConfig(size=24, scale=(0.9, 1.0), ratio=(0.2, 0.3), hue=0.5)), 2**40 + 1
     sampler = BatchSampler(500, views, batch_size=500, seed=seed)
     for epoch in range(3):
         spec = sampler(epoch)
         for number, (view, expected) in enumerate(zip(views, spec.params, strict=True)):
             key, columns = torch.tensor(stream_key(seed, epoch, number)), torch.from_numpy(params_table(view, 40, 56))
-            drawn = sample_params(torch.from_numpy(spec.index), key, columns, blur_kernel=view.blur_kernel)
-            assert np.array_equal(drawn.crop, crop_windows(expected.crop, 40, 56, view.ratio))
-            for name in drawn._fields[1:]:
-                assert np.array_equal(getattr(drawn, name), getattr(expected, name)), name
+            params = sample_params(torch.from_numpy(spec.index), key, columns, blur_kernel=view.blur_kernel)
+            assert np.array_equal(params.crop, crop_windows(expected.crop, 40, 56, view.ratio))
+            for name in params._fields[1:]:
+                assert np.array_equal(getattr(params, name), getattr(expected, name)), name
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_makes_the_views_of_the_other_loader_to_the_bit(shards: int) -> None:
+def test_views_equal_those_of_the_threaded_loader(shards: int) -> None:
     """On a CPU both crop with the same operator; images are not square, epochs change, shards differ."""
     source = ArraySource(photo_like(30, 40, 28))
     for shard in range(shards):
@@ -47,7 +47,7 @@ def test_makes_the_views_of_the_other_loader_to_the_bit(shards: int) -> None:
         assert all(same(*(next(loader) for loader in loaders)) for _ in range(10))
 
 
-def test_read_only_arrays_are_taken_without_a_warning(recwarn: Any) -> None:
+def test_read_only_arrays_cause_no_warning(recwarn: Any) -> None:
     images = photo_like(8, 24, 24)
     images.setflags(write=False)
     next(loader_of(ArraySource(images), config_of("device_cache", VIEW1, VIEW2)))

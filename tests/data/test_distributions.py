@@ -1,4 +1,4 @@
-"""Twenty thousand draws: each parameter has its distribution, and nothing depends on anything.
+"""Distributions and independence of 20,000 samples of each augmentation parameter.
 
 All bounds follow from one number: a correct implementation fails any test of this file with a probability of one in a
 million. Seeds are fixed, so a test that passes goes on to pass.
@@ -22,7 +22,7 @@ from byol_fast.config import ViewConfig, recipes
 from byol_fast.data.augment_params import PROBABILITIES, AugmentParams, crop_windows, permutation, sample_params
 
 N = 20_000
-COMPARISONS = 10_000  # more than are made here: Bonferroni
+COMPARISONS = 10_000  # more than there are in this file: Bonferroni
 ALPHA = 1e-6 / COMPARISONS
 LOG = math.log(2 / ALPHA)
 PAPER = recipes.imagenet_resnet50()
@@ -31,25 +31,25 @@ Values = NDArray[np.float64]
 
 
 @functools.cache
-def drawn(view: str, seed: int = 0, epoch: int = 0, first: int = 0) -> AugmentParams:
+def sampled(view: str, seed: int = 0, epoch: int = 0, first: int = 0) -> AugmentParams:
     config, number = VIEWS[view]
     return sample_params(config, np.arange(first, first + N), seed=seed, epoch=epoch, view=number)
 
 
-def assert_share(coin: NDArray[np.bool_], p: float) -> None:
-    """Bernstein's inequality."""
-    n = len(coin)
-    assert abs(int(coin.sum()) - n * p) <= math.sqrt(2 * n * p * (1 - p) * LOG) + LOG / 3
+def assert_share(mask: NDArray[np.bool_], p: float) -> None:
+    """Bound by Bernstein's inequality."""
+    n = len(mask)
+    assert abs(int(mask.sum()) - n * p) <= math.sqrt(2 * n * p * (1 - p) * LOG) + LOG / 3
 
 
 def assert_uniform(values: NDArray[Any], lo: float, hi: float, slack: float = 0.0) -> None:
-    """Kolmogorov and Smirnov's distance with the bound of Dvoretzky, Kiefer, Wolfowitz and Massart.
+    """Kolmogorov-Smirnov distance with the bound of Dvoretzky, Kiefer, Wolfowitz and Massart.
 
     Args:
-        values: supposed to be uniform on lo .. hi.
+        values: samples of a uniform distribution on lo .. hi.
         lo: smallest.
         hi: largest.
-        slack: by how much rounding may move the distribution function.
+        slack: effect of rounding on the distribution function.
     """
     u = (np.sort(np.asarray(values, np.float64)) - lo) / (hi - lo)
     rank = np.arange(len(u) + 1) / len(u)
@@ -68,7 +68,7 @@ def assert_same_distribution(ours: Values, theirs: Values) -> None:
 
 
 def chi2_bound(degrees: NDArray[Any] | float) -> Any:
-    """No chi-square of so many degrees of freedom is larger (Laurent and Massart 2000, lemma 1)."""
+    """Upper bound of chi-square by degrees of freedom (Laurent and Massart 2000, lemma 1)."""
     return degrees + 2 * np.sqrt(degrees * LOG) + 2 * LOG
 
 
@@ -78,11 +78,11 @@ def chi2_bound(degrees: NDArray[Any] | float) -> Any:
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("mask", PROBABILITIES)
 def test_masks_have_their_probability(mask: str, view: str) -> None:
-    assert_share(getattr(drawn(view), mask), getattr(VIEWS[view][0], PROBABILITIES[mask]))
+    assert_share(getattr(sampled(view), mask), getattr(VIEWS[view][0], PROBABILITIES[mask]))
 
 
-def test_the_views_are_as_different_as_in_the_paper() -> None:
-    first, second = (drawn(view) for view in VIEWS)
+def test_views_differ_as_in_the_paper() -> None:
+    first, second = (sampled(view) for view in VIEWS)
     assert first.blur.all() and not first.solarize.any()
     assert_share(second.blur, 0.1)
     assert_share(second.solarize, 0.2)
@@ -94,15 +94,15 @@ def test_the_views_are_as_different_as_in_the_paper() -> None:
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_factors_and_sigma_are_uniform_in_their_range(view: str) -> None:
-    d = drawn(view)
+    d = sampled(view)
     for values, (lo, hi) in zip(d.factors.T, ((0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1)), strict=True):
         assert_uniform(values, lo, hi)
-        assert_uniform(values[d.jitter], lo, hi)  # of those that count, too
+        assert_uniform(values[d.jitter], lo, hi)  # also where the mask selects them
     assert_uniform(d.sigma, 0.1, 2.0)
     assert_uniform(d.sigma[d.blur], 0.1, 2.0)
 
 
-def test_a_factor_is_never_negative() -> None:
+def test_factors_are_not_negative() -> None:
     """torchvision's ColorJitter(2.0): from max(0, 1 - 2) to 3."""
     d = sample_params(
         ViewConfig(brightness=2.0, contrast=1.0, saturation=0.0, hue=0.5), np.arange(N), seed=0, epoch=0, view=0
@@ -115,7 +115,7 @@ def test_a_factor_is_never_negative() -> None:
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_all_orders_of_the_jitter_are_equally_likely(view: str) -> None:
-    order = drawn(view).order
+    order = sampled(view).order
     assert np.array_equal(np.sort(order, axis=1), np.tile(np.arange(4), (N, 1)))
     _, counts = np.unique(order @ [64, 16, 4, 1], return_counts=True)
     assert len(counts) == 24
@@ -156,7 +156,7 @@ SHAPES = {
 )
 @pytest.mark.parametrize("shape", SHAPES)
 def test_crops_are_distributed_as_torchvisions(shape: str, view: ViewConfig) -> None:
-    """Its own `get_params`, the fallback to the center included."""
+    """Against its own `get_params`, the fallback to the center included."""
     height, width = SHAPES[shape]
     ours = crop_windows(sample_params(view, np.arange(N), seed=0, epoch=0, view=0).crop, height, width, view.ratio)
     torch.manual_seed(0)
@@ -182,7 +182,7 @@ def features(windows: Values, height: int, width: int, view: ViewConfig) -> Mapp
     }
 
 
-def test_the_fallback_comes_as_often_as_no_candidate_fits() -> None:
+def test_center_crop_has_its_probability() -> None:
     """100 x 400: a crop fits if its height is at most 100; a tenth power of the others remains."""
     view = ViewConfig(scale=(0.2, 1.0))
     d = sample_params(view, np.arange(N), seed=0, epoch=0, view=0)
@@ -198,15 +198,15 @@ def test_the_fallback_comes_as_often_as_no_candidate_fits() -> None:
 
 
 def table(d: AugmentParams) -> Values:
-    """Every drawn number of every sample `[N, columns]`; of the crop the last candidate, as good as any."""
+    """All parameters of all samples `[N, columns]`; of the crop the last candidate only."""
     width, height = d.crop[:, 9], d.crop[:, 19]
-    coins = [d.flip, d.jitter, d.grayscale, d.blur, d.solarize]
+    masks = [d.flip, d.jitter, d.grayscale, d.blur, d.solarize]
     parts = [width * height, width / height, d.crop[:, 20], d.crop[:, 21], *d.factors.T, *d.order.T[:3], d.sigma]
-    return np.column_stack([*parts, *coins]).astype(np.float64)
+    return np.column_stack([*parts, *masks]).astype(np.float64)
 
 
 def cells(columns: Values) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Each column in up to four classes of about the same size, and how many there are."""
+    """Each column in up to four classes of about the same size, and the number of classes."""
     out = np.empty(columns.shape, np.int64)
     for k, column in enumerate(columns.T):
         values = np.unique(column)
@@ -216,12 +216,12 @@ def cells(columns: Values) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 
 def assert_independent(a: Values, b: Values, *, but: set[tuple[int, int]] | None = None) -> None:
-    """Correlation, and the chi-square of the table of classes, of every column of one with every one of the other."""
+    """Correlation, and chi-square of the contingency table, of each column of one with each of the other."""
     skip = np.zeros((a.shape[1], b.shape[1]), bool)
     for pair in but or ():
         skip[pair] = True
     spread = a.std(axis=0)[:, None] * b.std(axis=0)[None, :]
-    skip |= spread == 0  # a coin of probability 0 or 1
+    skip |= spread == 0  # a mask of probability 0 or 1
     covariance = (a - a.mean(axis=0)).T @ (b - b.mean(axis=0)) / len(a)
     correlation = np.where(skip, 0, covariance) / np.where(skip, 1, spread)
     assert np.abs(correlation).max() <= NormalDist().inv_cdf(1 - ALPHA / 2) / math.sqrt(len(a))
@@ -238,32 +238,32 @@ def assert_independent(a: Values, b: Values, *, but: set[tuple[int, int]] | None
 
 def test_parameters_are_independent_of_each_other() -> None:
     for view in VIEWS:
-        columns = table(drawn(view))
+        columns = table(sampled(view))
         k = columns.shape[1]
-        order = range(8, 11)  # what comes first cannot come second
+        order = range(8, 11)  # the first adjustment cannot be the second, too
         assert_independent(columns, columns, but={(i, i) for i in range(k)} | {(i, j) for i in order for j in order})
 
 
 def test_candidates_of_a_crop_are_independent_of_each_other() -> None:
-    crop = drawn("view 1").crop
+    crop = sampled("view 1").crop
     area, aspect = crop[:, :10] * crop[:, 10:20], crop[:, :10] / crop[:, 10:20]
     columns = np.concatenate([area, aspect], axis=1)
     assert_independent(columns, columns, but={(i, i) for i in range(20)})
 
 
 def test_views_epochs_seeds_and_samples_are_independent() -> None:
-    mine = table(drawn("view 1"))
-    assert_independent(mine, table(drawn("view 2")))
-    assert_independent(mine, table(drawn("view 1", epoch=1)))
-    assert_independent(mine, table(drawn("view 1", seed=1)))
-    assert_independent(mine, table(drawn("view 2", epoch=1)))
-    assert_independent(table(drawn("view 1", seed=0, epoch=1)), table(drawn("view 1", seed=1, epoch=0)))
+    mine = table(sampled("view 1"))
+    assert_independent(mine, table(sampled("view 2")))
+    assert_independent(mine, table(sampled("view 1", epoch=1)))
+    assert_independent(mine, table(sampled("view 1", seed=1)))
+    assert_independent(mine, table(sampled("view 2", epoch=1)))
+    assert_independent(table(sampled("view 1", seed=0, epoch=1)), table(sampled("view 1", seed=1, epoch=0)))
     for distance in (1, 2, 256, 4096):
-        assert_independent(mine, table(drawn("view 1", first=distance)))
+        assert_independent(mine, table(sampled("view 1", first=distance)))
     assert_independent(mine, mine[permutation(N, seed=0, epoch=0)])
 
 
-def test_one_image_over_many_epochs_is_drawn_as_many_images_are() -> None:
+def test_one_image_over_many_epochs_has_the_same_distributions() -> None:
     parts = [sample_params(PAPER.view2, np.array([7]), seed=0, epoch=epoch, view=1) for epoch in range(2000)]
     columns = np.concatenate([table(d) for d in parts])
     assert_uniform(columns[:, 2], 0, 1)
@@ -275,7 +275,7 @@ def test_one_image_over_many_epochs_is_drawn_as_many_images_are() -> None:
 # ---- the order of the images ---------------------------------------------------------------------------------------
 
 
-def test_an_image_is_anywhere_in_an_epoch() -> None:
+def test_position_in_an_epoch_is_uniform() -> None:
     orders = np.array([permutation(10, seed=4, epoch=e) for e in range(5000)])
     assert np.array_equal(np.sort(orders, axis=1), np.tile(np.arange(10), (5000, 1)))
     counts = np.array([np.bincount(place, minlength=10) for place in orders.T])
@@ -284,7 +284,7 @@ def test_an_image_is_anywhere_in_an_epoch() -> None:
     assert_independent(places[1:], places[:-1])
 
 
-def test_neighbors_of_an_epoch_are_no_neighbors_in_the_source() -> None:
+def test_consecutive_images_are_not_consecutive_in_the_source() -> None:
     order = permutation(N, seed=0, epoch=0).astype(np.float64)[:, None]
     assert_independent(order[1:], order[:-1])
     assert_independent(order, np.arange(N, dtype=np.float64)[:, None])

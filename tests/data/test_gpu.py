@@ -1,4 +1,4 @@
-"""What only a GPU can show of the loaders: same views as on the CPU, right ones under load, no waiting, no growth.
+"""Loaders on a GPU: views equal to the CPU's, also under load; no host synchronization, no growth of memory.
 
 Where it makes sense a test runs on the CPU too, with nothing of its own to show there: a rehearsal of its code.
 """
@@ -29,7 +29,7 @@ GPU = torch.device(DEVICE)
 
 
 def on_both(capability: str) -> pytest.MarkDecorator:
-    """Run a test on the CPU, and on a GPU to show something there."""
+    """Parametrize a test with the CPU, and mark its GPU case."""
     gpu = pytest.param(GPU, marks=pytest.mark.gpu(capability), id="gpu")
     return pytest.mark.parametrize("device", [pytest.param(CPU, id="cpu"), gpu])
 
@@ -54,7 +54,7 @@ def on_host(batch: Batch) -> Batch:
 
 @contextmanager
 def busy(device: torch.device) -> Iterator[None]:
-    """Keep a GPU's arithmetic units and memory occupied, on a stream of its own and on the current one."""
+    """Keep a GPU busy with arithmetic and memory traffic, on its own stream and on the current one."""
     if device.type == "cpu":
         yield
         return
@@ -76,7 +76,7 @@ MEAN_ERROR = {"threaded": 0.1, "device_cache": 0.5, "dali+kernels": 1.9}
 
 @on_both("parity")
 @pytest.mark.parametrize("backend", KERNELS)
-def test_views_are_those_of_the_cpu(backend: str, device: torch.device, files: Any, arrays: Any) -> None:
+def test_views_equal_those_of_the_cpu(backend: str, device: torch.device, files: Any, arrays: Any) -> None:
     source = source_of(backend, files, arrays)
     loaders = [make_loader(source, settings(backend), device=d) for d in (CPU, device)]
     for _ in range(4):  # two epochs
@@ -90,8 +90,8 @@ def test_views_are_those_of_the_cpu(backend: str, device: torch.device, files: A
 
 @on_both("decode")
 @pytest.mark.parametrize("backend", [*KERNELS, "dali"])
-def test_views_are_right_under_load(backend: str, device: torch.device, files: Any, arrays: Any) -> None:
-    """A decoder that wrote after its stream was said to be done would show here: the bytes are those of a quiet GPU."""
+def test_views_do_not_change_under_load(backend: str, device: torch.device, files: Any, arrays: Any) -> None:
+    """Finds a decoder that still writes after its stream has ended: the bytes are those of an idle GPU."""
     if device.type == "cpu" and backend.startswith("dali") and not REHEARSING:
         pytest.skip("shows nothing on a CPU")
     source = source_of(backend, files, arrays)
@@ -103,8 +103,8 @@ def test_views_are_right_under_load(backend: str, device: torch.device, files: A
 
 @pytest.mark.gpu("decode")
 @pytest.mark.parametrize("load", [0.0, 0.65, 1.0])
-def test_the_decoders_of_a_gpu_agree_with_the_cpus(load: float, files: FileSource) -> None:
-    """Under load, and whatever share the GPU's own decoder takes: an image that was not written yet is far off."""
+def test_gpu_decoders_agree_with_the_cpu(load: float, files: FileSource) -> None:
+    """Under load, for every share of the hardware decoder: an image that is not written yet differs by far."""
     source = source_of("dali", files, files)  # type: ignore[arg-type]
     plain = {"color_jitter_p": 0.0, "grayscale_p": 0.0, "blur_p": 0.0, "solarize_p": 0.0}
     config = replace(settings("dali", hw_decoder_load=load), {"view1": plain, "view2": plain})
@@ -158,7 +158,7 @@ def test_memory_does_not_grow(backend: str, files: Any, arrays: Any) -> None:
 
 
 @pytest.mark.gpu("device_cache")
-def test_resident_data_keep_nobody_waiting(arrays: ArraySource) -> None:
+def test_device_cache_does_not_synchronize(arrays: ArraySource) -> None:
     loader = make_loader(arrays, settings("device_cache"), device=GPU)
     take(loader, 3)
     with host_syncs_are_errors():
@@ -166,7 +166,7 @@ def test_resident_data_keep_nobody_waiting(arrays: ArraySource) -> None:
 
 
 @pytest.mark.gpu("device_cache")
-def test_resident_views_take_a_handful_of_launches(arrays: ArraySource) -> None:
+def test_device_cache_takes_eight_launches(arrays: ArraySource) -> None:
     loader = make_loader(arrays, settings("device_cache"), device=GPU)
     take(loader, 2)  # the first call of `launches` begins an epoch, the second is in the middle of it
     kernels = ["_sample_params_kernel", "_resized_crop_kernel", "_photometric_kernel", "_gaussian_blur_kernel"]
@@ -174,7 +174,7 @@ def test_resident_views_take_a_handful_of_launches(arrays: ArraySource) -> None:
 
 
 @pytest.mark.gpu("device_cache")
-def test_resident_views_can_be_captured_in_a_graph(arrays: ArraySource) -> None:
+def test_device_cache_can_be_captured_in_a_graph(arrays: ArraySource) -> None:
     loader = make_loader(arrays, settings("device_cache"), device=GPU)
     assert isinstance(loader, DeviceCacheLoader)
     first = on_host(next(loader))

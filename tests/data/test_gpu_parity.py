@@ -1,4 +1,4 @@
-"""Every operator and whole views against torchvision on a GPU: DALI's decoder and operators there, the CUDA kernels."""
+"""Operators and whole views against torchvision on a GPU: DALI's decoder and operators, the CUDA kernels."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def test_photographs_from_files(files_backend: str, photographs: FileSource) -> 
 
 
 def test_generated_files_of_odd_sizes(files_backend: str, files: FileSource) -> None:
-    """There is always something to compare, also where the photographs are not."""
+    """Runs without the photographs, too."""
     assert_parity(files, files_backend, 48, 40)
 
 
 def test_photographs_in_memory(any_backend: str, photographs: FileSource) -> None:
-    """No decoder in the way: what is left is the GPU's arithmetic; and the loader of data that lies on the GPU."""
+    """Without a decoder: only the GPU's arithmetic differs; includes the device cache."""
     squares = np.stack([center_crop(photographs.load(i), 160, "bicubic") for i in range(64)])
     assert_parity(ArraySource(squares), any_backend, 96, 64)

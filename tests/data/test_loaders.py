@@ -1,4 +1,4 @@
-"""What a stream of batches promises: order, determinism, exact resume, shards, and how it ends badly."""
+"""Loaders: order, determinism, exact resume, shards, corrupt images, evaluation batches, choice of the loader."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
     return loaded
 
 
-def test_batches_are_raw_channels_last_and_numbered(backend: str, arrays: ArraySource) -> None:
+def test_batches_are_raw_channels_last_and_indexed(backend: str, arrays: ArraySource) -> None:
     loader = loader_of(arrays, config_of(backend, plain(64), plain(64, solarize_p=1.0), batch_size=16))
     for batch in take(loader, 3):
         assert batch.is_raw and batch.index.dtype == torch.int64
@@ -87,7 +87,7 @@ def test_epochs_visit_every_image_once_in_new_orders(backend: str, source: Image
     assert first.tolist() != sorted(first.tolist())
 
 
-def test_same_seed_same_views_whatever_the_threads(backend: str, source: ImageSource) -> None:
+def test_views_do_not_depend_on_threads(backend: str, source: ImageSource) -> None:
     config = config_of(backend, VIEW1, VIEW2)
     one, three = (
         take(loader_of(source, replace(config, {"data": changes})), 7)
@@ -96,20 +96,20 @@ def test_same_seed_same_views_whatever_the_threads(backend: str, source: ImageSo
     assert all(same(a, b) for a, b in zip(one, three, strict=True))
 
 
-def test_another_seed_makes_other_views(backend: str, arrays: ArraySource) -> None:
+def test_views_depend_on_the_seed(backend: str, arrays: ArraySource) -> None:
     config = config_of(backend, VIEW1, VIEW2)
     one, other = (take(loader_of(arrays, replace(config, {"seed": seed})), 3) for seed in (0, 1))
     assert not any(same(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_an_image_gets_new_views_each_epoch(backend: str, arrays: ArraySource) -> None:
+def test_views_differ_between_epochs(backend: str, arrays: ArraySource) -> None:
     only = ArraySource(arrays.images[:2])
     batches = take(loader_of(only, config_of(backend, VIEW1, VIEW2, batch_size=2)), 4)
     views = [view[b.index.tolist().index(0)] for b in batches for view in (b.views[0], b.views[1])]
     assert all(not torch.equal(a, b) for i, a in enumerate(views) for b in views[:i])
 
 
-def test_views_stay_valid_while_later_batches_are_made(backend: str, source: ImageSource) -> None:
+def test_views_stay_valid_while_later_batches_are_loaded(backend: str, source: ImageSource) -> None:
     loader = loader_of(source, config_of(backend, VIEW1, VIEW2))
     held = next(loader)
     copies = [held.views[0].clone(), held.views[1].clone(), held.index.clone()]
@@ -130,9 +130,9 @@ def test_resume_is_exact(backend: str, source: ImageSource) -> None:
         fresh = loader_of(source, config)
         fresh.load_state_dict(states[step])
         assert all(same(a, b) for a, b in zip(batches[step : step + 4], take(fresh, 4), strict=True))
-    loader.load_state_dict(states[7])  # the same loader goes back
+    loader.load_state_dict(states[7])  # back to an earlier step with the same loader
     again = take(loader, 2)
-    loader.close()  # and goes on after that
+    loader.close()  # and continues after that
     assert all(same(a, b) for a, b in zip(batches[7:], again + take(loader, 3), strict=True))
 
 
@@ -145,7 +145,7 @@ def test_resume_is_exact(backend: str, source: ImageSource) -> None:
         ({"view2": {"solarize_p": 0.5}}, "view2"),
     ],
 )
-def test_a_state_of_something_else_is_refused(
+def test_state_of_other_settings_is_refused(
     changes: dict[str, Any], field: str, arrays: ArraySource, dali: None
 ) -> None:
     config = config_of("dali", VIEW1, VIEW2)
@@ -154,7 +154,7 @@ def test_a_state_of_something_else_is_refused(
         loader_of(arrays, replace(config, changes)).load_state_dict(state)
 
 
-def test_a_state_of_other_images_or_shards_is_refused(files: FileSource, arrays: ArraySource) -> None:
+def test_state_of_other_images_or_shards_is_refused(files: FileSource, arrays: ArraySource) -> None:
     config = config_of("threaded", VIEW1, VIEW2)
     state = loader_of(arrays, config).state_dict()
     brighter = ArraySource(np.bitwise_or(arrays.images, 1, dtype=np.uint8))
@@ -165,7 +165,7 @@ def test_a_state_of_other_images_or_shards_is_refused(files: FileSource, arrays:
         loader_of(arrays, config, num_shards=2).load_state_dict(state)
 
 
-def test_the_other_loader_continues_with_the_same_draws(dali: None, arrays: ArraySource, caplog: Any) -> None:
+def test_other_loader_continues_with_the_same_parameters(dali: None, arrays: ArraySource, caplog: Any) -> None:
     state = loader_of(arrays, config_of("dali", VIEW1, VIEW2)).state_dict() | {"step": 4}
     ours, theirs = (loader_of(arrays, config_of(b, VIEW1, VIEW2)) for b in ("dali", "threaded"))
     ours.load_state_dict(state)
@@ -179,7 +179,7 @@ def test_the_other_loader_continues_with_the_same_draws(dali: None, arrays: Arra
 
 @pytest.mark.parametrize("n", [16, 37, 101])
 @pytest.mark.parametrize("shards", [1, 2, 3, 5, 8])
-def test_shards_cover_everything(n: int, shards: int) -> None:
+def test_shards_cover_all_images(n: int, shards: int) -> None:
     samplers = [
         BatchSampler(n, (VIEW1, VIEW2), batch_size=1, seed=3, shard_id=i, num_shards=shards) for i in range(shards)
     ]
@@ -188,7 +188,7 @@ def test_shards_cover_everything(n: int, shards: int) -> None:
     for epoch in range(2):
         seen = [int(p(epoch * p.steps_per_epoch + s).index[0]) for p in samplers for s in range(p.steps_per_epoch)]
         assert set(seen) == set(range(n))
-        assert len(seen) - n == (-n) % shards  # repeated, to fill up the last deal
+        assert len(seen) - n == (-n) % shards  # repeated, to fill the last round
 
 
 def test_shards_are_parts_of_one_epoch(backend: str, arrays: ArraySource) -> None:
@@ -198,7 +198,7 @@ def test_shards_are_parts_of_one_epoch(backend: str, arrays: ArraySource) -> Non
     for step, batch in enumerate(whole):
         for i in range(2):
             assert torch.equal(batch.index[i::2], parts[i][step].index)
-            assert torch.equal(batch.views[0][i::2], parts[i][step].views[0])  # nor do the pixels depend on the batch
+            assert torch.equal(batch.views[0][i::2], parts[i][step].views[0])  # pixels do not depend on the batch size
 
 
 @pytest.mark.parametrize("num_views", [1, 3])
@@ -232,7 +232,7 @@ BAD: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_file_is_named(kind: str, files_backend: str, files: FileSource, tmp_path: Path) -> None:
+def test_corrupt_file_is_named(kind: str, files_backend: str, files: FileSource, tmp_path: Path) -> None:
     spoil, reason = BAD[kind]
     good = files.path(0).read_bytes()
     for i in range(8):
@@ -246,7 +246,7 @@ def test_a_bad_file_is_named(kind: str, files_backend: str, files: FileSource, t
         list(eval_batches(open_source(tmp_path), 16, 4, loader="dali" if "dali" in files_backend else "threaded"))
 
 
-def test_a_file_that_vanishes_is_named(files_backend: str, files: FileSource, tmp_path: Path) -> None:
+def test_removed_file_is_named(files_backend: str, files: FileSource, tmp_path: Path) -> None:
     for i in range(4):
         (tmp_path / f"{i}.jpg").write_bytes(files.path(0).read_bytes())
     source = open_source(tmp_path)
@@ -255,23 +255,23 @@ def test_a_file_that_vanishes_is_named(files_backend: str, files: FileSource, tm
         next(loader_of(source, config_of(files_backend, VIEW1, batch_size=4)))
 
 
-def test_rows_of_bad_files_are_made_anew_of_others(files_backend: str, files: FileSource, tmp_path: Path) -> None:
-    """A view depends on its image alone: the others, and whoever stands in, look as if no file were bad."""
+def test_rows_of_corrupt_files_are_replaced(files_backend: str, files: FileSource, tmp_path: Path) -> None:
+    """A view depends on its image alone: the others, and replacements, are as without a corrupt file."""
     for folder in ("bad", "good"):
         (tmp_path / folder).mkdir()
         for i in range(8):
             (tmp_path / folder / f"{i}.jpg").write_bytes(files.path(i).read_bytes())
     (tmp_path / "bad" / "5.jpg").write_bytes(b"not an image")
     config = replace(config_of(files_backend, VIEW1, VIEW2), {"data.on_corrupt": "skip"})
-    expected, found = (next(loader_of(open_source(tmp_path / name), config)) for name in ("good", "bad"))
-    assert 5 in expected.index.tolist() and 5 not in found.index.tolist()
-    where = [expected.index.tolist().index(i) for i in found.index.tolist()]
-    assert torch.equal(found.views[0], expected.views[0][where]) and torch.equal(
-        found.views[1], expected.views[1][where]
+    expected, result = (next(loader_of(open_source(tmp_path / name), config)) for name in ("good", "bad"))
+    assert 5 in expected.index.tolist() and 5 not in result.index.tolist()
+    where = [expected.index.tolist().index(i) for i in result.index.tolist()]
+    assert torch.equal(result.views[0], expected.views[0][where]) and torch.equal(
+        result.views[1], expected.views[1][where]
     )
 
 
-def test_odd_but_good_files_are_read(files_backend: str, tmp_path: Path) -> None:
+def test_unusual_files_are_read(files_backend: str, tmp_path: Path) -> None:
     from PIL import Image
 
     ramp = np.linspace(0, 255, 40 * 40 * 3).reshape(40, 40, 3).astype(np.uint8)
@@ -317,8 +317,8 @@ def test_eval_batches_are_in_order_and_complete(decoder: Any, source: ImageSourc
         assert torch.equal(images, same_images)
 
 
-def test_eval_batches_resize_and_crop_the_middle(decoder: Any, source: ImageSource) -> None:
-    """Against PIL's own thumbnails: shorter side to 256 / 224 of the size (also upwards), then the middle."""
+def test_eval_batches_resize_and_crop_the_center(decoder: Any, source: ImageSource) -> None:
+    """Against PIL: shorter side to 256 / 224 of the size (also upwards), then the center."""
     from PIL import Image
 
     for size in (24, 112):
@@ -334,12 +334,12 @@ def test_eval_batches_resize_and_crop_the_middle(decoder: Any, source: ImageSour
                 assert error(image, expected).mean() <= (0.3 if decoder == "dali" else 0)
 
 
-def test_eval_hands_out_arrays_of_the_right_size_untouched(arrays: ArraySource) -> None:
+def test_eval_batches_keep_arrays_of_the_right_size(arrays: ArraySource) -> None:
     images = torch.cat([images for images, _ in eval_batches(arrays, 64, 20)])
     assert np.array_equal(pixels(images), arrays.images)
 
 
-def test_without_dali_torchvision_takes_over_and_says_so_once(monkeypatch: Any, caplog: Any, files: Any) -> None:
+def test_without_dali_threads_decode_with_one_warning(monkeypatch: Any, caplog: Any, files: Any) -> None:
     from byol_fast.data.loaders import backend as module
 
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
@@ -367,21 +367,21 @@ def test_loader_names(backend: str, arrays: ArraySource) -> None:
     assert loader_of(arrays, config_of(backend, VIEW1)).name == names[backend]
 
 
-def test_what_auto_chooses(files: FileSource, arrays: ArraySource, monkeypatch: Any, dali: None) -> None:
+def test_automatic_loader(files: FileSource, arrays: ArraySource, monkeypatch: Any, dali: None) -> None:
     gpu = torch.device("cuda")
     small = types.SimpleNamespace(total_memory=9 * arrays.images.nbytes)
     large = types.SimpleNamespace(total_memory=11 * arrays.images.nbytes)
 
-    def chosen(source: ImageSource, device: torch.device, memory: Any = large, **data: Any) -> tuple[str, str]:
+    def resolved(source: ImageSource, device: torch.device, memory: Any = large, **data: Any) -> tuple[str, str]:
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: memory)
         backend = resolve_backend(DataConfig(**data), source, device)
         return backend.loader, backend.augment
 
-    assert chosen(files, CPU) == chosen(arrays, CPU) == ("threaded", "kernels")
-    assert chosen(files, gpu) == chosen(arrays, gpu, small) == ("dali", "kernels")
-    assert chosen(arrays, gpu) == chosen(arrays, CPU, loader="device_cache") == ("device_cache", "kernels")
-    assert chosen(files, CPU, augment="dali") == chosen(arrays, gpu, augment="dali") == ("dali", "dali")
-    assert chosen(arrays, gpu, loader="threaded") == ("threaded", "kernels")
+    assert resolved(files, CPU) == resolved(arrays, CPU) == ("threaded", "kernels")
+    assert resolved(files, gpu) == resolved(arrays, gpu, small) == ("dali", "kernels")
+    assert resolved(arrays, gpu) == resolved(arrays, CPU, loader="device_cache") == ("device_cache", "kernels")
+    assert resolved(files, CPU, augment="dali") == resolved(arrays, gpu, augment="dali") == ("dali", "dali")
+    assert resolved(arrays, gpu, loader="threaded") == ("threaded", "kernels")
 
 
 @pytest.mark.parametrize(
@@ -396,17 +396,17 @@ def test_what_auto_chooses(files: FileSource, arrays: ArraySource, monkeypatch: 
         ({"augment": "pil"}, r"data\.augment must be one of kernels, dali"),
     ],
 )
-def test_options_that_exclude_each_other_are_refused(data: dict[str, Any], message: str) -> None:
+def test_incompatible_options_are_refused(data: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DataConfig(**data)
 
 
-def test_resident_data_must_be_in_memory(files: FileSource) -> None:
+def test_device_cache_requires_arrays(files: FileSource) -> None:
     with pytest.raises(SourceError, match=r"data\.loader: device_cache must have images in memory, got 40 images"):
         loader_of(files, config_of("device_cache", VIEW1))
 
 
-def test_threads_of_a_loader_use_one_core_each_and_leave_the_others_alone() -> None:
+def test_loader_threads_use_one_core_and_do_not_change_others() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -418,8 +418,8 @@ def test_threads_of_a_loader_use_one_core_each_and_leave_the_others_alone() -> N
                 together.wait()
                 return torch.get_num_threads()
 
-            found = [pool.submit(threads_here) for _ in range(4)]
-            assert [each.result() for each in found] == [1] * 4
+            futures = [pool.submit(threads_here) for _ in range(4)]
+            assert [future.result() for future in futures] == [1] * 4
             other = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
             seen: list[int] = []
             other.start()
@@ -429,21 +429,21 @@ def test_threads_of_a_loader_use_one_core_each_and_leave_the_others_alone() -> N
         torch.set_num_threads(before)
 
 
-def test_ordinary_jpegs_decode_to_the_bytes_of_pil(files: FileSource, photographs: FileSource) -> None:
+def test_common_jpegs_decode_to_the_bytes_of_pil(files: FileSource, photographs: FileSource) -> None:
     for source in (files, photographs):
         for i in range(len(source)):
             assert is_common_jpeg(source.read(i))
             assert np.array_equal(pixels(decode_image(source, i))[0], np.asarray(source.load(i)))
 
 
-def test_without_torchvisions_decoder_pil_decodes(files: FileSource, monkeypatch: Any) -> None:
+def test_pil_decodes_without_torchvisions_decoder(files: FileSource, monkeypatch: Any) -> None:
     config = config_of("threaded", VIEW1, VIEW2)
     expected = take(loader_of(files, config), 2)
     monkeypatch.setattr(threaded, "_decode_jpeg", None)
     assert all(same(a, b) for a, b in zip(expected, take(loader_of(files, config), 2), strict=True))
 
 
-def test_other_images_are_left_to_pil() -> None:
+def test_other_images_are_not_common_jpegs() -> None:
     from PIL import Image
 
     image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
@@ -454,8 +454,8 @@ def test_other_images_are_left_to_pil() -> None:
         return buffer.getvalue()
 
     good = saved("RGB", "jpeg")
-    for ordinary in (good, saved("L", "jpeg"), saved("RGB", "jpeg", progressive=True)):
-        assert is_common_jpeg(ordinary)
+    for common in (good, saved("L", "jpeg"), saved("RGB", "jpeg", progressive=True)):
+        assert is_common_jpeg(common)
     for other in (saved("CMYK", "jpeg"), saved("RGB", "png"), good[:20], good[:2], b"", bytes(64), good[2:]):
         assert not is_common_jpeg(other)
     start = good.index(b"\xff\xc0")

@@ -1,4 +1,4 @@
-"""Every operator alone, and whole views, against torchvision with the same parameters; and that errors show."""
+"""Operators and whole views against torchvision with the same parameters; wrong operators are detected."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def paper(backend: str, size: int, **changes: Any) -> Config:
 
 def compare(source: ImageSource, config: Config, num_images: int) -> dict[str, tuple[Levels, Levels]]:
     """Error and limit of every operator and view."""
-    found = view_check.compare(source, config, CPU, num_images=num_images)
-    return {name: (error, limit) for name, error, limit in found}
+    errors = view_check.compare(source, config, CPU, num_images=num_images)
+    return {name: (error, limit) for name, error, limit in errors}
 
 
 def failures(found: dict[str, tuple[Levels, Levels]]) -> dict[str, str]:
@@ -48,29 +48,29 @@ def failures(found: dict[str, tuple[Levels, Levels]]) -> dict[str, str]:
 
 
 def test_operators_and_views_of_photographs(files_backend: str, photographs: FileSource) -> None:
-    found = compare(photographs, paper(files_backend, 96), 32)
-    assert not failures(found) and list(found) == ALL
+    errors = compare(photographs, paper(files_backend, 96), 32)
+    assert not failures(errors) and list(errors) == ALL
 
 
 def test_operators_and_views_of_files_of_odd_sizes(files_backend: str, files: FileSource) -> None:
-    found = compare(files, paper(files_backend, 48), 40)
-    assert not failures(found) and list(found) == ALL
+    errors = compare(files, paper(files_backend, 48), 40)
+    assert not failures(errors) and list(errors) == ALL
 
 
 @pytest.mark.parametrize("changes", [{}, STRONG], ids=["paper", "strong"])
 def test_operators_and_views_of_arrays(changes: dict[str, Any], any_backend: str, arrays: ArraySource) -> None:
-    found = compare(arrays, paper(any_backend, 48, **changes), 48)
-    assert not failures(found) and list(found) == ALL
+    errors = compare(arrays, paper(any_backend, 48, **changes), 48)
+    assert not failures(errors) and list(errors) == ALL
 
 
-def test_operators_that_the_run_does_not_use_are_left_out(arrays: ArraySource) -> None:
-    found = compare(arrays, configs.replace(recipes.demo(), {"data.threads": 1}), 8)
-    assert list(found) == ["crop", "flip", "brightness", "contrast", "jitter", "blur", "view 1", "view 2"]
-    assert not failures(found)
+def test_unused_operators_are_omitted(arrays: ArraySource) -> None:
+    errors = compare(arrays, configs.replace(recipes.demo(), {"data.threads": 1}), 8)
+    assert list(errors) == ["crop", "flip", "brightness", "contrast", "jitter", "blur", "view 1", "view 2"]
+    assert not failures(errors)
 
 
 def test_dali_decodes_to_the_bytes_of_pil(files: FileSource, dali: None) -> None:
-    """Evaluation does not resize an image of the right size: the middles of images are decoded and no more."""
+    """Evaluation does not resize an image of the right size: only the decoder is compared."""
     sides = np.array([min(files.load(i).size) for i in range(len(files))])
     for side in np.unique(sides)[:8].tolist():
         source = files.subset(np.flatnonzero(sides == side))
@@ -81,7 +81,7 @@ def test_dali_decodes_to_the_bytes_of_pil(files: FileSource, dali: None) -> None
                 assert np.array_equal(image, expected[top : top + side, left : left + side])
 
 
-# ---- errors show ---------------------------------------------------------------------------------------------------
+# ---- detection of errors ------------------------------------------------------------------------------------------
 
 # Settings that are wrong by a tenth; a largest sigma of 1.8 for 2.
 WRONG = dict[str, Any](interpolation="bilinear", hflip_p=0.45, brightness=0.36, contrast=0.36, saturation=0.18)
@@ -91,7 +91,7 @@ WRONG |= dict[str, Any](hue=0.09, grayscale_p=0.5, blur_sigma=(0.1, 1.8), solari
 def compare_with_wrong_loader(
     wrong: dict[str, Any], monkeypatch: pytest.MonkeyPatch, source: ImageSource, config: Config
 ) -> dict[str, tuple[Levels, Levels]]:
-    """Compare with a loader that has other settings than it was asked for, where these are in use."""
+    """Compare with a loader that has other settings of the operators in use."""
 
     def changed(view: ViewConfig) -> ViewConfig:
         return replace(view, **{name: value for name, value in wrong.items() if getattr(view, name)})
@@ -106,8 +106,8 @@ def compare_with_wrong_loader(
 
 
 def test_every_wrong_operator_fails(any_backend: str, arrays: ArraySource, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = compare_with_wrong_loader(WRONG, monkeypatch, arrays, paper(any_backend, 32))
-    assert list(failures(found)) == ALL
+    errors = compare_with_wrong_loader(WRONG, monkeypatch, arrays, paper(any_backend, 32))
+    assert list(failures(errors)) == ALL
 
 
 @pytest.mark.parametrize(
@@ -123,11 +123,11 @@ def test_every_wrong_operator_fails(any_backend: str, arrays: ArraySource, monke
 def test_missing_part_fails(
     wrong: dict[str, Any], operator: str, arrays: ArraySource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = compare_with_wrong_loader(wrong, monkeypatch, arrays, paper("threaded", 32))
-    assert operator in failures(found)
+    errors = compare_with_wrong_loader(wrong, monkeypatch, arrays, paper("threaded", 32))
+    assert operator in failures(errors)
 
 
-def test_figures_of_an_error() -> None:
+def test_statistics_of_an_error() -> None:
     ours, theirs = np.full(10000, 255, np.uint8), np.full(10000, 255, np.uint8)
     theirs[:5010] = [254] * 5000 + [252] * 9 + [55]
     expected = Levels(max=200, p999=1, mean=(5000 + 27 + 200) / 10000)
@@ -139,8 +139,8 @@ def test_figures_of_an_error() -> None:
 
 
 @pytest.mark.parametrize("tensors", [False, True], ids=["PIL", "tensors"])
-def test_the_reference_is_torchvisions_own_pipeline(tensors: bool, arrays: ArraySource, monkeypatch: Any) -> None:
-    """Its transforms as a training script composes them, with drawn parameters in the place of their own."""
+def test_reference_equals_torchvisions_transforms(tensors: bool, arrays: ArraySource, monkeypatch: Any) -> None:
+    """Transforms as a training script composes them, with our parameters instead of their own."""
     view = ViewConfig(size=48, blur_p=0.5, solarize_p=0.5, grayscale_p=0.3)
     d = sample_params(view, np.arange(len(arrays)), seed=0, epoch=0, view=0)
     given: dict[type, dict[str, Any]] = {}
@@ -169,8 +169,8 @@ def test_the_reference_is_torchvisions_own_pipeline(tensors: bool, arrays: Array
     assert np.array_equal(ours, np.stack(expected))
 
 
-def test_parts_of_the_jitter_without_a_range_are_left_out() -> None:
-    """As torchvision's ColorJitter does: PIL's way to HSV and back is not free, even for no turn at all."""
+def test_adjustments_without_a_range_are_omitted() -> None:
+    """As in torchvision's ColorJitter: PIL's conversion to HSV and back changes pixels even without a shift."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
     view = plain(8, color_jitter_p=1.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0)
     d = sample_params(view, np.arange(1), seed=0, epoch=0, view=0)
@@ -181,12 +181,12 @@ def test_parts_of_the_jitter_without_a_range_are_left_out() -> None:
 # ---- beyond torchvision ----------------------------------------------------------------------------------------------
 
 
-def test_the_whole_of_an_image_is_left_as_it_is(any_backend: str, arrays: ArraySource) -> None:
+def test_whole_image_is_unchanged(any_backend: str, arrays: ArraySource) -> None:
     batch = next(loader_of(arrays, config_of(any_backend, plain(64), batch_size=48)))
     assert np.array_equal(pixels(batch.views[0]), arrays.images[batch.index.numpy()])
 
 
-def test_a_crop_in_dali_is_rounded_once(arrays: ArraySource, dali: None) -> None:
+def test_dali_crop_is_rounded_once(arrays: ArraySource, dali: None) -> None:
     """Same window, same antialiased cubic filter as torch's in float64, of upward and downward resizes."""
     view = plain(48, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
     batch = next(loader_of(arrays, config_of("dali", view, batch_size=48)))
@@ -203,7 +203,7 @@ def test_a_crop_in_dali_is_rounded_once(arrays: ArraySource, dali: None) -> None
     assert difference.max() <= 2  # DALI looks its filter up in a table
 
 
-def test_crops_agree_for_all_shapes_of_files(tmp_path: Path, dali: None) -> None:
+def test_dali_crops_agree_for_all_shapes(tmp_path: Path, dali: None) -> None:
     """The window is computed in DALI's graph for files and in Python otherwise; gradients show a shift by a pixel."""
     shapes = [(1, 1), (2, 300), (300, 2), (37, 64), (64, 37), (90, 90), (17, 100), (128, 40)]
     for n, (h, w) in enumerate(shapes * 8):

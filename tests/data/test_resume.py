@@ -1,4 +1,4 @@
-"""Killed in mid-epoch and resumed, every kind of source through every loader gives the batches it would have given."""
+"""Loaders of every kind of source, killed in mid-epoch and resumed, continue with the same batches."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.data.kinds import KINDS, available, encoded, make
 VIEW1 = ViewConfig(size=16)
 VIEW2 = ViewConfig(size=16, blur_p=0.1, solarize_p=0.2)
 STEPS = 8  # of 10 images: 40 images are 4 steps an epoch
-BAD = 13  # one image that cannot be read
+CORRUPT = 13  # an image that cannot be read
 
 
 @functools.cache
@@ -39,22 +39,22 @@ def pictures() -> list[bytes]:
     return [encoded(photo_like(1, h, w, seed=i)[0], quality=90) for i, (h, w) in enumerate(sizes)]
 
 
-def with_one_bad(images: list[bytes]) -> list[bytes]:
-    return [data[:300] if i == BAD else data for i, data in enumerate(images)]
+def with_one_corrupt(images: list[bytes]) -> list[bytes]:
+    return [data[:300] if i == CORRUPT else data for i, data in enumerate(images)]
 
 
 def pairs() -> list[tuple[str, str, bool]]:
-    """Kind of source, loader, whether one image is bad (and passed over)."""
+    """Kind of source, loader, and True if one image is corrupt (and skipped)."""
     backends = ["threaded", *(["dali"] if dali_installed() else [])]
     whole = [(kind, backend, False) for kind in available() for backend in backends]
     return whole + [(kind, backend, True) for kind in ("folder", "tar") for backend in backends]
 
 
-def open_pair(folder: Path, kind: str, backend: str, bad: bool) -> tuple[ImageSource, ViewLoader]:
-    images = with_one_bad(pictures()) if bad else pictures()
-    source = make(kind, folder / f"{kind}{'-bad' * bad}", images)
+def open_pair(folder: Path, kind: str, backend: str, corrupt: bool) -> tuple[ImageSource, ViewLoader]:
+    images = with_one_corrupt(pictures()) if corrupt else pictures()
+    source = make(kind, folder / f"{kind}{'-corrupt' * corrupt}", images)
     config = replace(config_of(backend, VIEW1, VIEW2, batch_size=10), {"data.on_corrupt": "skip"})
-    return source, loader_of(source, config, report=folder / f"{kind}-{backend}-{bad}.jsonl" if bad else None)
+    return source, loader_of(source, config, report=folder / f"{kind}-{backend}-{corrupt}.jsonl" if corrupt else None)
 
 
 def digest_of(loader: ViewLoader) -> str:
@@ -70,7 +70,7 @@ def stored(folder: Path, pair: tuple[str, str, bool]) -> Path:
 
 
 def work(folder: Path) -> None:
-    """Take batches of all pairs in turn, endlessly; note each one, then store the state, as a run does."""
+    """Load batches of all pairs in turn, endlessly; log each one, then store the state, as a run does."""
     torch.set_num_threads(1)
     loaders = {pair: open_pair(folder, *pair)[1] for pair in pairs()}
     for step in itertools.count():
@@ -90,40 +90,40 @@ def log_of(folder: Path) -> list[tuple[str, int, str]]:
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder where another process worked on all pairs, until it was killed in the second epoch."""
+    """A folder in which another process loaded batches of all pairs until it was killed in the second epoch."""
     folder = tmp_path_factory.mktemp("killed")
     command = [sys.executable, "-m", "tests.data.test_resume", str(folder)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path[1:]])}
     process = subprocess.Popen(command, env=environment)
-    enough = 5 * len(pairs()) + 3  # in the middle of a round: steps 1 and 2 of the second epoch
+    num_batches = 5 * len(pairs()) + 3  # in the middle of a round: steps 1 and 2 of the second epoch
     deadline = time.monotonic() + 300
-    while len(log_of(folder)) < enough and process.poll() is None and time.monotonic() < deadline:
+    while len(log_of(folder)) < num_batches and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     return folder
 
 
-@pytest.mark.parametrize(("kind", "backend", "bad"), pairs())
-def test_the_remaining_batches_are_the_same(kind: str, backend: str, bad: bool, killed: Path, tmp_path: Path) -> None:
-    pair = (kind, backend, bad)
+@pytest.mark.parametrize(("kind", "backend", "corrupt"), pairs())
+def test_remaining_batches_are_the_same(kind: str, backend: str, corrupt: bool, killed: Path, tmp_path: Path) -> None:
+    pair = (kind, backend, corrupt)
     _, loader = open_pair(tmp_path, *pair)
     expected = [digest_of(loader) for _ in range(STEPS)]
     assert len(set(expected)) == STEPS
-    given = [(step, digest) for name, step, digest in log_of(killed) if name == "|".join(map(str, pair))]
+    logged = [(step, digest) for name, step, digest in log_of(killed) if name == "|".join(map(str, pair))]
     state = torch.load(stored(killed, pair), weights_only=True)
-    assert 4 < state["step"] < STEPS - 1 and len(given) - state["step"] in {0, 1}  # killed in mid-epoch
-    assert [digest for _, digest in given] == expected[: len(given)]
+    assert 4 < state["step"] < STEPS - 1 and len(logged) - state["step"] in {0, 1}  # killed in mid-epoch
+    assert [digest for _, digest in logged] == expected[: len(logged)]
     _, resumed = open_pair(killed, *pair)
     resumed.load_state_dict(state["loader"])
     assert [digest_of(resumed) for _ in range(state["step"], STEPS)] == expected[state["step"] :]
-    if bad:
+    if corrupt:
         reported = (killed / f"{kind}-{backend}-True.jsonl").read_text().splitlines()
-        assert len(reported) == 1 and f'"index": {BAD}' in reported[0]
+        assert len(reported) == 1 and f'"index": {CORRUPT}' in reported[0]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in available() if kind != "array"])
-def test_a_state_of_other_images_is_refused_unless_asked_for(kind: str, tmp_path: Path, caplog: Any) -> None:
+def test_state_of_other_images_is_refused_without_accept_changed(kind: str, tmp_path: Path, caplog: Any) -> None:
     config = config_of("threaded", VIEW1, VIEW2)
     state = loader_of(make(kind, tmp_path / "all", pictures()), config).state_dict()
     fewer = make(kind, tmp_path / "fewer", pictures()[1:])
@@ -139,12 +139,12 @@ def test_a_state_of_other_images_is_refused_unless_asked_for(kind: str, tmp_path
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind in {"folder", "list", "tar", "parquet"}])
-def test_a_replaced_image_is_noted_and_a_replaced_data_set_refused(kind: str, tmp_path: Path, caplog: Any) -> None:
+def test_replaced_image_is_logged_and_replaced_data_set_refused(kind: str, tmp_path: Path, caplog: Any) -> None:
     if kind not in available():
         pytest.skip("datasets is not installed")
     images = pictures()
     config = config_of("threaded", VIEW1, VIEW2)
-    state = loader_of(make(kind, tmp_path / "bad", with_one_bad(images)), config).state_dict()
+    state = loader_of(make(kind, tmp_path / "bad", with_one_corrupt(images)), config).state_dict()
     loader_of(make(kind, tmp_path / "bad", images), config).load_state_dict(state)
     assert "of 40 that were compared, 1 have another size in bytes" in caplog.text
     smaller = make(kind, tmp_path / "bad", [data + b"\0" for data in images])
@@ -153,18 +153,18 @@ def test_a_replaced_image_is_noted_and_a_replaced_data_set_refused(kind: str, tm
     loader_of(smaller, replace(config, {"data.accept_changed": True})).load_state_dict(state)
 
 
-def test_corrupt_images_stay_out_after_a_restart_even_if_they_were_repaired(tmp_path: Path) -> None:
-    """The run goes on as if it had not been stopped: who stood in for the image still does."""
+def test_corrupt_images_stay_excluded_after_a_restart(tmp_path: Path) -> None:
+    """Even if they were repaired: the run continues as if it had not been stopped."""
     config = replace(config_of("threaded", VIEW1, VIEW2), {"data.on_corrupt": "skip"})
-    source = make("folder", tmp_path / "x", with_one_bad(pictures()))
+    source = make("folder", tmp_path / "x", with_one_corrupt(pictures()))
     assert isinstance(source, FileSource)
     loader = loader_of(source, config)
     for _ in range(7):
         next(loader)
     state = loader.state_dict()
-    assert [entry[0] for entry in state["corrupt"]] == [BAD]
+    assert [entry[0] for entry in state["corrupt"]] == [CORRUPT]
     expected = [digest_of(loader) for _ in range(5)]
-    source.path(BAD).write_bytes(pictures()[BAD])
+    source.path(CORRUPT).write_bytes(pictures()[CORRUPT])
     again = loader_of(make("folder", tmp_path / "x", pictures()), config)
     again.load_state_dict(state)
     assert [digest_of(again) for _ in range(5)] == expected

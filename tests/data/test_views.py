@@ -1,4 +1,4 @@
-"""The draws: what they depend on, and how they reach the pixels; their distributions are in `test_distributions.py`."""
+"""Augmentation parameters: dependencies and effect; their distributions are in `test_distributions.py`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VIEW = ViewConfig(grayscale_p=0.2, blur_p=0.1, solarize_p=0.2, hue=0.1, saturati
 
 
 @pytest.fixture(scope="module")
-def draws() -> AugmentParams:
+def params() -> AugmentParams:
     return sample_params(VIEW, np.arange(N), seed=0, epoch=0, view=0)
 
 
@@ -25,7 +25,7 @@ def fields(d: AugmentParams) -> dict[str, Any]:
     return {name: getattr(d, name) for name in AugmentParams.__slots__}
 
 
-def test_where_nothing_fits_the_middle_is_taken() -> None:
+def test_center_crop_if_no_candidate_fits() -> None:
     crop = sample_params(ViewConfig(scale=(0.9, 1.0)), np.arange(50), seed=0, epoch=0, view=0).crop
     for (height, width), window in {
         (10, 1000): (0, 493, 10, 13),
@@ -35,7 +35,7 @@ def test_where_nothing_fits_the_middle_is_taken() -> None:
         assert (crop_windows(crop, height, width, (3 / 4, 4 / 3)) == window).all()
 
 
-def test_the_crop_of_one_image_is_that_of_many() -> None:
+def test_crop_window_equals_crop_windows() -> None:
     for view in (VIEW, ViewConfig(scale=(0.9, 1.0), ratio=(0.2, 0.3))):
         crop = sample_params(view, np.arange(300), seed=0, epoch=0, view=0).crop
         for height, width in ((375, 500), (32, 32), (100, 900), (1, 7)):
@@ -43,7 +43,7 @@ def test_the_crop_of_one_image_is_that_of_many() -> None:
             assert np.array_equal(one_by_one, crop_windows(crop, height, width, view.ratio))
 
 
-def test_draws_depend_on_seed_epoch_image_and_view_only() -> None:
+def test_params_depend_on_seed_epoch_image_and_view_only() -> None:
     index = np.array([5, 900, 3])
     d = fields(sample_params(VIEW, index, seed=1, epoch=2, view=0))
     alone = fields(sample_params(VIEW, index[1:2], seed=1, epoch=2, view=0))
@@ -54,16 +54,16 @@ def test_draws_depend_on_seed_epoch_image_and_view_only() -> None:
         assert not np.isclose(other.crop, d["crop"]).any(), changed
 
 
-def test_changing_one_probability_changes_nothing_else(draws: AugmentParams) -> None:
+def test_changing_one_probability_changes_nothing_else(params: AugmentParams) -> None:
     other = fields(
         sample_params(ViewConfig(grayscale_p=0.2, blur_p=0.7, solarize_p=0.2), np.arange(N), seed=0, epoch=0, view=0)
     )
-    for name, values in fields(draws).items():
+    for name, values in fields(params).items():
         assert np.array_equal(values, other[name]) == (name != "blur"), name
 
 
 def test_samples_of_a_batch_are_augmented_independently(any_backend: str, arrays: ArraySource) -> None:
-    """One image 256 times, through the pipeline: each decides for itself, and the two views apart."""
+    """One image 256 times: rows and views have independent parameters."""
     same = ArraySource(np.repeat(arrays.images[:1], 256, axis=0))
     view = plain(64, hflip_p=0.5, solarize_p=0.3)
     batch = next(loader_of(same, config_of(any_backend, view, batch_size=256)))

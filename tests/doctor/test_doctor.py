@@ -23,7 +23,7 @@ from byol_fast.doctor.system_info import SystemInfo, _run_probes
 from byol_fast.utils.env import version
 from tests.data.corrupt_files import CORRUPT, JPEG, fill
 from tests.data.kinds import available, make
-from tests.data.test_resume import pictures, with_one_bad
+from tests.data.test_resume import pictures, with_one_corrupt
 
 GPU = SystemInfo(
     python=(3, 12),
@@ -152,7 +152,7 @@ def test_crash_or_timeout_of_a_probe_is_reported(monkeypatch: Any, tmp_path: Pat
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("kind", available())
 def test_every_source_is_scanned(kind: str, fast: bool, tmp_path: Path) -> None:
-    images = pictures() if kind == "array" else with_one_bad(pictures())
+    images = pictures() if kind == "array" else with_one_corrupt(pictures())
     source = make(kind, tmp_path / "x", images)
     progress: list[int] = []
     result = scan(source, threads=2, fast=fast, progress=progress.append)
