@@ -19,7 +19,8 @@ class Batch:
 
     Views are *raw* (uint8 in 0..255; the model normalizes and casts) or *ready* (floating point, normalized), logically
     `[B, 3, H, W]` with the channels innermost in memory (`channels_last`). Views of one size are slices of one
-    `[V, B, 3, H, W]` buffer, so that a network takes them stacked without a copy.
+    `[V, B, 3, H, W]` buffer: in eager mode a network takes them stacked without a copy (a CUDA graph copies them into
+    its inputs, and torch.compile fuses the copy with the normalization).
     """
 
     views: Views
@@ -36,7 +37,7 @@ class Batch:
 
 
 def empty_views(num_views: int, batch_size: int, size: int, *, device: torch.device, pin_memory: bool = False) -> Views:
-    """Uninitialized uint8 views, slices of one buffer: a network takes them stacked without a copy.
+    """Uninitialized uint8 views, slices of one buffer; see `Batch`.
 
     Args:
         num_views: number of views.

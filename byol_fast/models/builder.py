@@ -1,4 +1,4 @@
-"""The model of a configuration."""
+"""Builds the model of a configuration."""
 
 from __future__ import annotations
 

@@ -156,6 +156,8 @@ class BYOL(SSLModel):
     def update_target(self, tau: float | Tensor) -> None:
         """`target = tau * target + (1 - tau) * online`, parameters only; call it after the optimizer's step.
 
+        A `TrainStep` does not need it: there the optimizer step (LARS), or the step itself, updates the target.
+
         Args:
             tau: decay from 0 to 1, a number or a scalar tensor on the model's device.
         """

@@ -57,7 +57,8 @@ class RunningStats:
         if not calls:
             return
         layers = [self._layers[layer] for layer in calls]
-        # All layers in one launch: a second one with equal lists could not be captured in a CUDA graph.
+        # All layers in one call: within one CUDA graph capture, lists with the same signature can be launched once only
+        # (`byol_kernels._multi_tensor.plan_for`).
         update_running_stats_(
             [cast("Tensor", layer.running_mean) for layer in layers],
             [cast("Tensor", layer.running_var) for layer in layers],

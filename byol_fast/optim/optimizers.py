@@ -1,4 +1,4 @@
-"""The optimizer of a run."""
+"""Builds the optimizer of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When and what a run saves."""
+"""Checkpoints of a run: when they are saved, and what is in them."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class LowPrecisionWeights:
                 if isinstance(module, _PRODUCTS):
                     self._add(module, dtype)
         for weight in self.copies:
-            weight.grad_dtype = dtype
+            weight.grad_dtype = dtype  # lets an fp32 weight take the gradient of its copy, see `move_grads`
         self.refresh()
 
     def _add(self, module: nn.Module, dtype: torch.dtype) -> None:

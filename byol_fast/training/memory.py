@@ -1,4 +1,4 @@
-"""The largest batch that fits, when one did not."""
+"""Out-of-memory errors: search for the largest batch that fits."""
 
 from __future__ import annotations
 

@@ -205,7 +205,7 @@ class StepRecords:
         self._pending.append((step, output.lr, output.tau, values))
 
     def read(self) -> list[Record]:
-        """Records of the steps since the last reading; the only place where the host waits for the device."""
+        """Records of the steps since the last reading. Waits for the device, once for all of them."""
         if not self._pending:
             return []
         values = torch.stack([values for *_, values in self._pending])

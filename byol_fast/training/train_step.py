@@ -103,12 +103,13 @@ class TrainStep:
         """1 once the current step has met a non-finite value."""
         self.grad_scaler = GradScaler(self.device) if precision.needs_grad_scaler else None
         self._all_reduce_found_inf = all_reduce_found_inf
-        # The copies' gradients have low precision: fine for one batch and one process, too coarse for sums of them.
+        # Low-precision copies of the weights receive low-precision gradients. Sums over batches or processes need fp32.
         possible = isinstance(optimizer, LARS) and grad_accum_steps == 1 and all_reduce_found_inf is None
         self.lowp_weights: LowPrecisionWeights | None = None
         if lowp_weights and possible and precision.autocast is not None:
             self.lowp_weights = LowPrecisionWeights(model.networks(), precision.autocast)
         self._tau: float | Tensor = torch.ones((), device=self.device) if self.device.type == "cuda" else 1.0
+        # `_step`, or its CUDA graph.
         self._run: Callable[[Sequence[Views]], StepOutput] = self._step
 
     def __call__(self, batches: Batch | Sequence[Batch], step: int) -> StepOutput:
@@ -194,7 +195,7 @@ class TrainStep:
             if output.batch_stats is None and self.running_stats.num_layers:
                 raise ValueError(
                     f"TrainStep: {type(self.model).__name__}.forward_train must return batch_stats where "
-                    "collect_batch_stats is set, got None; pass a list to num_splits as BYOL.forward_train does"
+                    "collect_batch_stats is set, got None; collect them as SSLModel._pass_online does"
                 )
             loss = output.loss / self.grad_accum_steps if self.grad_accum_steps > 1 else output.loss
             with record_range("backward"):
@@ -246,7 +247,7 @@ class TrainStep:
             self._check_gradients_finite()
             optimizer.step()
             self._update_target()
-        # A step that is taken with this optimizer elsewhere has a flag and a scale of its own.
+        # Both belong to this step only: reset them so that the optimizer can be used elsewhere.
         optimizer.found_inf = optimizer.grad_scale = None  # type: ignore[attr-defined]
 
     def _check_gradients_finite(self) -> None:
@@ -261,7 +262,7 @@ class TrainStep:
             torch.maximum(self.found_inf, (~torch.isfinite(largest)).any().to(self.found_inf.dtype), out=self.found_inf)
 
     def _update_target(self) -> None:
-        """EMA of the target in a launch of its own; with tau 1 the target is unchanged, bit for bit."""
+        """EMA of the target in a launch of its own, where LARS has not done it; tau 1 leaves the target unchanged."""
         if self.target_of:
             on_cpu = self.device.type == "cpu"
             tau = (1.0 if self.found_inf else self._tau) if on_cpu else torch.where(self.found_inf > 0, 1.0, self._tau)

@@ -176,7 +176,7 @@ class Trainer:
     # --- records
 
     def read_records(self) -> list[Record]:
-        """Queue the records of the steps since the last call; the only place where the host waits for the device.
+        """Queue the records of the steps since the last call. Waits for the device, once for all of them.
 
         Raises:
             TrainingError: `max_skipped_steps` steps in a row were skipped.

@@ -1,4 +1,4 @@
-"""Base class of all loaders: a batch is a function of its number."""
+"""Base class of the loaders, which can be resumed at any batch."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ class DALILoader(DeterministicLoader):
                 self.corrupt.add(_find_corrupt(error, self.source, in_flight, self.corrupt, self.device), self._step)
 
     def _next_batch(self, pipe: Pipeline) -> Batch:
-        """The next batch; its index is always that of the spec which left the queue with its crops."""
+        """The next batch. DALI runs ahead: specs wait in `_in_flight` until their crops leave the pipeline."""
         if self._on_cpu:
             while len(self._ahead) < 2:  # one batch is augmented while the graph crops the next
                 self._ahead.append(self._start_augment(*self._next_crops(pipe)))

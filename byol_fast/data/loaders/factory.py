@@ -1,4 +1,4 @@
-"""The loader of a configuration."""
+"""Builds the loader of a configuration."""
 
 from __future__ import annotations
 

@@ -59,10 +59,11 @@ def single_core_threads(num_threads: int, name: str) -> ThreadPoolExecutor:
 
 
 class PrefetchStream:
-    """A CUDA stream on which views are computed beside the training step; on a CPU they are computed at once.
+    """A CUDA stream of its own for the augmentation, which then overlaps with earlier training steps; a CPU has none.
 
-    The views are ready for work on the current stream. The host only waits until all steps but the last `ahead` have
-    ended: running further ahead would fill the memory with batches.
+    The host launches work and runs ahead of the GPU: while the GPU computes earlier steps, this stream computes the
+    views of the next. The current stream waits for them. The host waits only until all steps but the last `ahead` have
+    ended, because running further ahead would fill the memory with batches.
 
     Args:
         device: where the views are computed.
@@ -112,9 +113,10 @@ Row = NDArray[np.uint8] | str  # input of DALI, or the reason why the image cann
 
 
 class Prefetcher(Generic[S]):
-    """Images of one batch after another as inputs of a DALI graph; the next batch is read in advance by threads.
+    """Inputs of a DALI pipeline, one batch after another.
 
-    Inputs are the names of files (DALI reads them), the bytes of other encoded images, or arrays `[H, W, 3]`. Corrupt
+    Inputs are the names of files, which DALI reads itself; or, read by threads one batch in advance, the bytes of other
+    encoded images (tar, Parquet) or arrays `[H, W, 3]`. Corrupt
     images are found and replaced before DALI gets them: an error would end its pipeline.
 
     Args:
