@@ -47,12 +47,12 @@ def digest(item: Item) -> str:
     """Digest of the names and contents of the files that an item depends on."""
     total = hashlib.sha256()
     for name in item.depends_on:
-        total.update(f"{name}\0{_digest_of(ROOT / name)}\0".encode())
+        total.update(f"{name}\0{content_digest(ROOT / name)}\0".encode())
     return total.hexdigest()[:16]
 
 
 @cache
-def _digest_of(path: Path) -> str:
+def content_digest(path: Path) -> str:
     if path.is_file():
         return hashlib.sha256(path.read_bytes()).hexdigest()
     total = hashlib.sha256()

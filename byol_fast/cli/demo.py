@@ -10,14 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from byol_fast import config as configs
-from byol_fast.cli.options import parse
+from byol_fast.cli.options import parse_config
 from byol_fast.cli.train import print_outputs
 from byol_fast.config import recipes
 
 
 def main(argv: list[str]) -> int:
     """Run the command and return its exit code."""
-    config = parse(recipes.demo(), argv, "byol-fast demo")
+    config = parse_config(recipes.demo(), argv, "byol-fast demo")
 
     from byol_fast.report.callback import ReportCallback
     from byol_fast.training.trainer import Trainer

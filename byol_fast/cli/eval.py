@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 import tyro
 from rich.console import Console
 
-from byol_fast.cli.options import complain
+from byol_fast.cli.options import print_error
 from byol_fast.config.evaluation import EvalSettings, FinetuneSettings, KNNSettings, LinearSettings
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
     if protocol not in PROTOCOLS:
         near = difflib.get_close_matches(protocol, PROTOCOLS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(PROTOCOLS)} comes first"
-        return complain(f"byol-fast eval: unknown protocol {protocol!r}; {hint}", 2)
+        return print_error(f"byol-fast eval: unknown protocol {protocol!r}; {hint}", 2)
     options: Options[Any] = tyro.cli(PROTOCOLS[protocol], args=argv[1:], prog=f"byol-fast eval {protocol}")
 
     from byol_fast.evaluate import evaluate_finetune, evaluate_knn, evaluate_linear, load_pretrained

@@ -8,7 +8,7 @@ from typing import Literal
 
 import tyro
 
-from byol_fast.cli.options import complain
+from byol_fast.cli.options import print_error
 from byol_fast.config import ConfigError
 
 
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
         try:
             result = export_as(encoder, metadata, format, folder, with_normalize=with_normalize)
         except ExportError as error:
-            return complain(str(error), 1)
+            return print_error(str(error), 1)
         size = result.path.stat().st_size / 2**20
         print(f"{result.path} ({size:.1f} MiB, {metadata['encoder']}, step {metadata['step']})")
         if result.difference is not None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from byol_fast import __version__
-from byol_fast.cli.options import complain
+from byol_fast.cli.options import print_error
 from byol_fast.config import ConfigError
 
 USAGE = f"""\
@@ -76,13 +76,13 @@ def _run(argv: list[str]) -> int:
     if argv[0] not in COMMANDS:
         near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"commands are {', '.join(COMMANDS)}"
-        return complain(f"byol-fast: unknown command {argv[0]!r}; {hint}", 2)
+        return print_error(f"byol-fast: unknown command {argv[0]!r}; {hint}", 2)
     try:
         code: int = importlib.import_module(f"byol_fast.cli.{argv[0]}").main(argv[1:])
     except KeyboardInterrupt:
-        return complain("stopped without saving; earlier checkpoints are intact", 130)
+        return print_error("stopped without saving; earlier checkpoints are intact", 130)
     except ConfigError as error:
-        return complain(str(error), 2)
+        return print_error(str(error), 2)
     except Exception as error:
         return _explain(error)
     return code
@@ -98,10 +98,10 @@ def _explain(error: Exception) -> int:
     if isinstance(error, MainProcessError):
         return 1  # already printed by the main process
     if isinstance(error, Interrupted):
-        return complain(str(error), 128 + error.signum)
+        return print_error(str(error), 128 + error.signum)
     expected = CheckpointError | TrainingError | CorruptImageError | ValueError | FileNotFoundError
     if not isinstance(error, expected) or os.environ.get("BYOL_FAST_TRACEBACK"):
         raise error
     wrong_input = isinstance(error, ValueError | FileNotFoundError) and not isinstance(error, CorruptImageError)
     hint = "\n(set BYOL_FAST_TRACEBACK=1 for the traceback)" if type(error) is ValueError else ""
-    return complain(f"{error}{hint}", 2 if wrong_input else 1)
+    return print_error(f"{error}{hint}", 2 if wrong_input else 1)

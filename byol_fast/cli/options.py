@@ -8,12 +8,12 @@ from rich.console import Console
 from byol_fast.config import Config
 
 
-def complain(message: str, code: int) -> int:
-    """Show an error; return the exit code."""
+def print_error(message: str, code: int) -> int:
+    """Print an error to standard error and return the exit code."""
     Console(stderr=True, highlight=False).print(message, soft_wrap=True, markup=False, style="red")
     return code
 
 
-def parse(config: Config, argv: list[str], prog: str) -> Config:
+def parse_config(config: Config, argv: list[str], prog: str) -> Config:
     """Override single fields of a configuration from the command line."""
     return tyro.cli(Config, default=config, args=argv, prog=prog, description=f"Options of `{prog}`.")

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from byol_fast import config as configs
-from byol_fast.cli.options import complain
+from byol_fast.cli.options import print_error
 from byol_fast.config import Config, recipes
 
 USAGE = """\
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     name = argv.pop(0) if argv and not argv[0].startswith("-") else None
     if name is None:
         print(USAGE, end="")
-        return 0 if argv and argv[0] in {"-h", "--help"} else complain("byol-fast preview: a recipe is missing", 2)
+        return 0 if argv and argv[0] in {"-h", "--help"} else print_error("byol-fast preview: a recipe is missing", 2)
     recipe = recipes.get(name)
 
     def options(

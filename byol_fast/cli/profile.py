@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from byol_fast import config as configs
-from byol_fast.cli.options import complain, parse
+from byol_fast.cli.options import parse_config, print_error
 from byol_fast.cli.train import take_resume
 from byol_fast.config import ConfigError, recipes
 
@@ -28,12 +28,12 @@ def main(argv: list[str]) -> int:
     if (name is None) == (resume is None):
         print(USAGE, end="")
         is_help = argv and argv[0] in {"-h", "--help"}
-        return 0 if is_help else complain("byol-fast profile: pass a recipe, or --resume RUN: one of the two", 2)
+        return 0 if is_help else print_error("byol-fast profile: pass a recipe, or --resume RUN: one of the two", 2)
     if resume is not None:
-        config = parse(configs.load(Path(resume) / "config.json"), argv, f"byol-fast profile --resume {resume}")
+        config = parse_config(configs.load(Path(resume) / "config.json"), argv, f"byol-fast profile --resume {resume}")
     else:
         assert name is not None
-        config = parse(recipes.get(name), argv, f"byol-fast profile {name}")
+        config = parse_config(recipes.get(name), argv, f"byol-fast profile {name}")
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported; hides the log of its profiler
     from byol_fast.profiling.page import show

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from byol_fast import config as configs
-from byol_fast.cli.options import complain, parse
+from byol_fast.cli.options import parse_config, print_error
 from byol_fast.config import Config, ConfigError, recipes
 
 if TYPE_CHECKING:
@@ -40,14 +40,14 @@ def main(argv: list[str]) -> int:
             return 0
         misplaced = [word for word in argv if word in recipes.RECIPES]
         hint = f"; it comes first: byol-fast train {misplaced[0]} ..." if misplaced else ""
-        return complain(f"byol-fast train: a recipe is missing{hint}", 2)
+        return print_error(f"byol-fast train: a recipe is missing{hint}", 2)
     if name is not None and Path(name).exists() and name not in recipes.RECIPES:
         raise ConfigError(f"byol-fast train: {name} is not a recipe; for images, use --data.root {name}")
 
     folder: Path | None = None
     if resume is None or resume == "auto":
         assert name is not None
-        config = parse(recipes.get(name), argv, f"byol-fast train {name}")
+        config = parse_config(recipes.get(name), argv, f"byol-fast train {name}")
     else:
         folder = Path(resume)
         stored = configs.load(folder / "config.json")
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
             raise ConfigError(
                 f"resume: {folder} is a run of {stored.recipe!r}, got recipe {name!r}; leave the recipe out"
             )
-        config = parse(stored, argv, f"byol-fast train --resume {resume}")
+        config = parse_config(stored, argv, f"byol-fast train --resume {resume}")
 
     from byol_fast.profiling.page import run_sections
     from byol_fast.report.callback import ReportCallback

@@ -82,7 +82,7 @@ def collect() -> SystemInfo:
         writable=os.access(Path.cwd(), os.W_OK),
         optional={name: version(name) for name in ("tensorboard", "pyarrow", "timm", "datasets")},
     )
-    info.probes = _run_probes()
+    info.probes = run_probes()
     info.torch = info.probes.pop("torch version", None)
     info.torch_cuda = info.probes.pop("torch cuda", None)
     info.torchvision = info.probes.pop("torchvision version", None)
@@ -95,7 +95,7 @@ def collect() -> SystemInfo:
     return info
 
 
-def _run_probes() -> dict[str, str]:
+def run_probes() -> dict[str, str]:
     """Run `probe` in another process, because a broken driver or DALI may crash or block it."""
     command = [sys.executable, "-c", "from byol_fast.doctor.system_info import probe; probe()"]
     try:

@@ -106,5 +106,5 @@ def test_resume_is_split_from_the_options(form: str, value: str) -> None:
 
 
 def test_options_set_their_fields() -> None:
-    config = options.parse(recipes.demo(), ["--optim.warmup_steps", "6", "--view1.scale", "0.5", "1"], "x")
+    config = options.parse_config(recipes.demo(), ["--optim.warmup_steps", "6", "--view1.scale", "0.5", "1"], "x")
     assert config == configs.replace(recipes.demo(), {"optim.warmup_steps": 6, "view1.scale": (0.5, 1.0)})

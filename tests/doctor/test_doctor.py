@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from byol_fast.cli import main as cli
+from byol_fast.cli.main import main as cli
 from byol_fast.data import open_source
 from byol_fast.doctor.checks import Check, run_checks
 from byol_fast.doctor.main import Options, ScanData, main, scan_data
 from byol_fast.doctor.scan import scan
-from byol_fast.doctor.system_info import SystemInfo, _run_probes
+from byol_fast.doctor.system_info import SystemInfo, run_probes
 from byol_fast.utils.env import version
 from tests.data.corrupt_files import CORRUPT, JPEG, fill
 from tests.data.kinds import available, make
@@ -142,7 +142,7 @@ def test_crash_or_timeout_of_a_probe_is_reported(monkeypatch: Any, tmp_path: Pat
         monkeypatch.setattr(module, "PROBE_SECONDS", timeout)
         command = [sys.executable, "-c", code]
         monkeypatch.setattr(subprocess, "run", lambda _, command=command, **more: real(command, **more))
-        results = _run_probes()
+        results = run_probes()
         assert results["a"] == "ok" and results["b"].startswith(ending)
 
 
@@ -222,6 +222,8 @@ def test_missing_folder_is_an_error(monkeypatch: Any, capsys: Any) -> None:
     import byol_fast.doctor.main as module
 
     monkeypatch.setattr(module, "collect", lambda: CPU)
-    assert cli._run(["doctor", "--data.root", "nowhere"]) == 2
+    with pytest.raises(SystemExit) as end:
+        cli(["doctor", "--data.root", "nowhere"])
+    assert end.value.code == 2
     shown = capsys.readouterr()
     assert "nowhere does not exist; give a folder" in shown.err and "torchvision" in shown.out

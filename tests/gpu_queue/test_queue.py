@@ -231,7 +231,7 @@ def item(**changes: Any) -> Item:
 
 def test_digest_covers_names_and_contents_without_caches(tmp_path: Path) -> None:
     def digest() -> str:
-        results._digest_of.cache_clear()
+        results.content_digest.cache_clear()
         return results.digest(item(depends_on=(str(tmp_path),)))
 
     (tmp_path / "a.py").write_text("1")

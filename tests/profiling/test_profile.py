@@ -97,23 +97,20 @@ def test_slow_data_is_found(run: Config, photos: np.ndarray) -> None:
         assert "raise data.threads (now 1" in named["change"]
 
 
-@pytest.mark.skipif(CORES < 2, reason="one core needs no second thread")
-def test_one_thread_is_found(run: Config) -> None:
-    assert torch.get_num_threads() == 1  # as conftest sets it
-    heavy = configs.replace(run, {"batch_size": 6, "model.cifar_stem": True, "precision": "fp32"})
-    assert f"1 of {CORES} cores" in finding(profiled(heavy), "one thread")["text"]
+@pytest.mark.skipif(CORES < 2 and not env.cpu_has_bf16(), reason="one core, and bf16 is not fast on this CPU")
+def test_one_thread_and_fp32_are_found(run: Config) -> None:
+    assert torch.get_num_threads() == 1  # set by conftest
+    record = profiled(configs.replace(run, {"precision": "fp32", "batch_size": 6, "model.cifar_stem": True}))
+    assert record["precision"] == "fp32"
+    if CORES > 1:
+        assert f"1 of {CORES} cores" in finding(record, "one thread")["text"]
+    if env.cpu_has_bf16():
+        assert "bf16 than in fp32" in finding(record, "precision")["text"]
 
 
-def test_tiny_batch_is_found(run: Config) -> None:
+def test_tiny_batch_is_found(run: Config, one_core: None) -> None:
     found = profiled(configs.replace(run, {"batch_size": 2, "model.hidden_dim": 512}))
     assert "raise batch_size to 4 or more" in finding(found, "tiny batch")["change"]
-
-
-@pytest.mark.skipif(not env.cpu_has_bf16(), reason="bf16 is not fast on this CPU")
-def test_fp32_is_found_if_bf16_is_faster(run: Config) -> None:
-    found = profiled(configs.replace(run, {"precision": "fp32", "batch_size": 6, "model.cifar_stem": True}))
-    assert found["precision"] == "fp32"
-    assert "bf16 than in fp32" in finding(found, "precision")["text"]
 
 
 class SyncingEncoder(nn.Module):
@@ -134,7 +131,7 @@ class SyncingCallback(Callback):
         float(metrics.loss)
 
 
-def test_host_sync_is_found_with_its_place(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_sync_is_found_with_its_place(run: Config, one_core: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(encoders.OWN_ENCODERS, "waits", lambda **_: SyncingEncoder())
     monkeypatch.setattr(encoders, "_remove_classifier", lambda *_: None)
     found = profiled(configs.replace(run, {"model.encoder": "waits", "batch_size": 8}), callbacks=[SyncingCallback()])
@@ -155,7 +152,7 @@ def test_host_sync_is_found_with_its_place(run: Config, monkeypatch: pytest.Monk
 
 
 def test_command_writes_a_page_and_no_checkpoint(
-    run: Config, npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Config, npz: Path, tmp_path: Path, one_core: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--data.root", str(npz), "--view1.size", "32", "--view2.size", "32", "--batch-size", "8"]
     arguments += ["--model.encoder", "resnet18_narrow", "--model.hidden-dim", "32", "--model.projection-dim", "16"]
@@ -185,7 +182,7 @@ def test_command_writes_a_page_and_no_checkpoint(
     assert (folder / "profile" / "trace.json.gz").stat().st_size > 1000
 
 
-def test_profile_of_a_checkpoint_leaves_the_run_unchanged(run: Config) -> None:
+def test_profile_of_a_checkpoint_leaves_the_run_unchanged(run: Config, one_core: None) -> None:
     from byol_fast import Trainer
 
     short = configs.replace(run, {"steps": 2, "batch_size": 8, "knn.enabled": "off", "tensorboard": False})
