@@ -140,8 +140,9 @@ class SSLModel(nn.Module, ABC):
         return []
 
     def networks(self) -> list[nn.Module]:
-        """The networks that views pass."""
-        return [self.online]
+        """The networks that views pass: `online`, and `target` if the model has one."""
+        target = getattr(self, "target", None)
+        return [self.online] if target is None else [self.online, target]
 
     def wrap_online(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
         """Call the online network through a wrapper (DDP), which does not become a part of the model."""

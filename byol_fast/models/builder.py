@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, assert_never
 
 from byol_fast.config import Config
 from byol_fast.models.base import SSLModel
@@ -30,6 +30,10 @@ def build_model(config: Config, *, pretrained: bool) -> SSLModel:
         "std": model.std,
         "views": model.views,
     }
-    if config.method == "simsiam":
-        return SimSiam(model.encoder, predictor_hidden_dim=model.predictor_hidden_dim, **common)
-    return BYOL(model.encoder, last_bias=model.last_bias, **common)
+    match config.method:
+        case "byol":
+            return BYOL(model.encoder, last_bias=model.last_bias, **common)
+        case "simsiam":
+            return SimSiam(model.encoder, predictor_hidden_dim=model.predictor_hidden_dim, **common)
+        case _:
+            assert_never(config.method)

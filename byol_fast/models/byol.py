@@ -98,10 +98,6 @@ class BYOL(SSLModel):
         self.feature_dim = features
         self._prepare_views(views, encoder, image_size)
 
-    def networks(self) -> list[nn.Module]:
-        """The online network and the target."""
-        return [self.online, self.target]
-
     def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Predictions of the online network and projections of the target.
 

@@ -34,14 +34,21 @@ from byol_fast.utils.precision import Precision, resolve_precision
 
 
 @dataclass(frozen=True, slots=True)
-class TrainerComponents:
-    """The parts of a run, ready to train."""
+class Execution:
+    """Processes, device, precision and mode of a run."""
 
-    config: Config
     world: World
     device: torch.device
     precision: Precision
     mode: Mode
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerComponents:
+    """The parts of a run, ready to train."""
+
+    config: Config
+    execution: Execution
     run_dir: RunDir
     environment: dict[str, Any]
     """Machine, versions and execution mode, as in `environment.json`."""
@@ -67,78 +74,50 @@ def build_components(config: Config, *, data: object, resume: Path | None) -> Tr
         CheckpointError: `resume` holds no usable checkpoint.
         ValueError: the data is missing, empty or too small.
     """
-    # --- processes, device and execution mode
+    # --- processes, device, run directory and checkpoint
     config, data = _with_absolute_paths(config, data)
-    notes: list[str] = []
     world = distributed.init_process_group(config.device, config.timeout_minutes)
-    device = resolve_device(config.device)
-    precision = resolve_precision(config.precision, device)
-    precision.apply_to_backends()
-    torch.backends.cudnn.benchmark = config.cudnn_benchmark
-    mode = resolve_mode(config, device, precision, world.size)
+    execution = _resolve_execution(config, world)
+    run_dir, notes = _prepare_run_dir(config, resume, world)
     if config.max_autotune:
         notes.append("max_autotune: kernels are tuned before the first step, for a ResNet-50 25-60 minutes")
-
-    # --- run directory and checkpoint
-    name = config.name or f"{config.recipe}-{datetime.now():%Y%m%d-%H%M%S}"
-    run_dir = RunDir(world.broadcast(resume or config.out / name))
-    note = world.run_on_main(lambda: run_dir.prepare(resume=resume is not None))
-    if note is not None:
-        notes.append(note)
     has_checkpoint = resume is not None and world.run_on_main(run_dir.has_checkpoints)
     payload = checkpoints.load_latest(run_dir.checkpoints) if has_checkpoint else None
-    environment = describe_environment(config, device, precision, mode, world)
+    environment = describe_environment(config, execution)
 
-    # --- data, model and optimizer
+    # --- data and model
     with world.main_process_first():
         train_source, val_source = split(config, data)
         torch.manual_seed(config.seed)
         model = build_model(config, pretrained=payload is None)
     if model.views_note is not None:
         notes.append(f"the views pass the networks one by one: {model.views_note}")
-    _prepare_networks(model, config, device, mode, world)
-    optimizer = build_optimizer(config.optim, model.trainable_parameters(), list(model.online.predictor.parameters()))
-    corrupt = run_dir.corrupt_images(world.rank)
+    _prepare_networks(model, config, execution)
     loader = make_loader(
-        train_source, config, device=device, shard_id=world.rank, num_shards=world.size, report=corrupt
+        train_source,
+        config,
+        device=execution.device,
+        shard_id=world.rank,
+        num_shards=world.size,
+        report=run_dir.corrupt_images(world.rank),
     )
 
-    # --- schedule and step
+    # --- optimizer, step, state and evaluation
     total_steps = config.steps or max(config.epochs * loader.steps_per_epoch // config.grad_accum_steps, 1)
-    train_step = TrainStep(
-        model,
-        optimizer,
-        _build_schedule(config, loader, total_steps, world, notes),
-        precision=precision,
-        forward=compile_forward(model, mode, single_process=world.is_single, max_autotune=config.max_autotune),
-        grad_accum_steps=config.grad_accum_steps,
-        channels_last=config.channels_last,
-        all_reduce_found_inf=None if world.is_single else distributed.all_reduce_found_inf,
-    )
-    if mode.name == "graph":
-        train_step.use_cuda_graph()
-
-    # --- state and evaluation
-    probe = _build_probe(config, model, train_source, device, world)
+    schedule = _build_schedule(config, loader, total_steps, world, notes)
+    train_step = _build_train_step(config, execution, model, schedule)
+    probe = _build_probe(config, model, train_source, execution)
+    accumulated = config.grad_accum_steps
     state = TrainState(
-        model,
-        optimizer,
-        loader,
-        train_step.grad_scaler,
-        world,
-        grad_accum_steps=config.grad_accum_steps,
-        probe=probe,
+        model, train_step.optimizer, loader, train_step.grad_scaler, world, grad_accum_steps=accumulated, probe=probe
     )
-    knn = _build_knn_monitor(config, model, train_source, val_source, device, precision, probe, notes)
+    knn = _build_knn_monitor(config, model, train_source, val_source, execution, probe, notes)
     if payload is not None:
         config = restore(state, payload, run_dir, config, environment)
         train_step.on_weights_loaded()
     return TrainerComponents(
         config=config,
-        world=world,
-        device=device,
-        precision=precision,
-        mode=mode,
+        execution=execution,
         run_dir=run_dir,
         environment=environment,
         train_source=train_source,
@@ -150,16 +129,50 @@ def build_components(config: Config, *, data: object, resume: Path | None) -> Tr
     )
 
 
-def describe_environment(
-    config: Config, device: torch.device, precision: Precision, mode: Mode, world: World
-) -> dict[str, Any]:
+def _resolve_execution(config: Config, world: World) -> Execution:
+    """Resolve device, precision and mode, and set torch's switches for the whole process."""
+    device = resolve_device(config.device)
+    precision = resolve_precision(config.precision, device)
+    precision.apply_to_backends()
+    torch.backends.cudnn.benchmark = config.cudnn_benchmark
+    return Execution(world, device, precision, resolve_mode(config, device, precision, world.size))
+
+
+def _prepare_run_dir(config: Config, resume: Path | None, world: World) -> tuple[RunDir, list[str]]:
+    """The run directory, checked, and notes for the startup summary."""
+    name = config.name or f"{config.recipe}-{datetime.now():%Y%m%d-%H%M%S}"
+    run_dir = RunDir(world.broadcast(resume or config.out / name))
+    note = world.run_on_main(lambda: run_dir.prepare(resume=resume is not None))
+    return run_dir, [] if note is None else [note]
+
+
+def _build_train_step(config: Config, execution: Execution, model: SSLModel, schedule: RunSchedule) -> TrainStep:
+    """Optimizer and step, compiled and captured as the mode asks."""
+    single = execution.world.is_single
+    forward = compile_forward(model, execution.mode, single_process=single, max_autotune=config.max_autotune)
+    train_step = TrainStep(
+        model,
+        build_optimizer(config.optim, model.trainable_parameters(), list(model.online.predictor.parameters())),
+        schedule,
+        precision=execution.precision,
+        forward=forward,
+        grad_accum_steps=config.grad_accum_steps,
+        channels_last=config.channels_last,
+        all_reduce_found_inf=None if single else distributed.all_reduce_found_inf,
+    )
+    if execution.mode.name == "graph":
+        train_step.use_cuda_graph()
+    return train_step
+
+
+def describe_environment(config: Config, execution: Execution) -> dict[str, Any]:
     """Machine, versions and execution mode: what bit-exact resuming depends on, as plain JSON values."""
-    return env.describe(device) | {
-        "precision": precision.name,
-        "mode": mode.name,
+    return env.describe(execution.device) | {
+        "precision": execution.precision.name,
+        "mode": execution.mode.name,
         "max_autotune": config.max_autotune,
         "cudnn_benchmark": config.cudnn_benchmark,
-        "processes": world.size,
+        "processes": execution.world.size,
     }
 
 
@@ -174,15 +187,16 @@ def _with_absolute_paths(config: Config, data: object) -> tuple[Config, object]:
     return config, data
 
 
-def _prepare_networks(model: SSLModel, config: Config, device: torch.device, mode: Mode, world: World) -> None:
+def _prepare_networks(model: SSLModel, config: Config, execution: Execution) -> None:
     """Move the networks to the device, then apply what the configuration and the processes ask of them."""
+    device = execution.device
     model.to(device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     if device.type == "cpu":
-        _tune_for_cpu(model, config, mode)
-    if not world.is_single:
-        _setup_distributed(model, config, device, world)
+        _tune_for_cpu(model, config, execution.mode)
+    if not execution.world.is_single:
+        _setup_distributed(model, config, device, execution.world)
     if config.activation_checkpointing:
         checkpoint_blocks(model.encoder)
 
@@ -233,9 +247,7 @@ def global_batch_size(config: Config, world: World) -> int:
     return config.batch_size * config.grad_accum_steps * world.size
 
 
-def _build_probe(
-    config: Config, model: SSLModel, source: ImageSource, device: torch.device, world: World
-) -> OnlineProbe | None:
+def _build_probe(config: Config, model: SSLModel, source: ImageSource, execution: Execution) -> OnlineProbe | None:
     probe = config.probe
     if probe.enabled == "on" and source.labels is None:
         raise ConfigError(
@@ -248,8 +260,8 @@ def _build_probe(
         model.feature_dim,
         len(source.classes),
         lr=probe.lr,
-        device=device,
-        all_reduce_mean=None if world.is_single else distributed.all_reduce_mean,
+        device=execution.device,
+        all_reduce_mean=None if execution.world.is_single else distributed.all_reduce_mean,
     )
 
 
@@ -258,8 +270,7 @@ def _build_knn_monitor(
     model: SSLModel,
     train: ImageSource,
     val: ImageSource | None,
-    device: torch.device,
-    precision: Precision,
+    execution: Execution,
     probe: OnlineProbe | None,
     notes: list[str],
 ) -> KNNMonitor | None:
@@ -269,4 +280,6 @@ def _build_knn_monitor(
             notes.append(f"no kNN evaluation: {problem}")
         return None
     assert val is not None
-    return KNNMonitor(config, model, train, val, device=device, autocast=precision.autocast, probe=probe)
+    return KNNMonitor(
+        config, model, train, val, device=execution.device, autocast=execution.precision.autocast, probe=probe
+    )

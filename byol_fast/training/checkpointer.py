@@ -51,7 +51,7 @@ class Checkpointer:
             "feature_dim": parts.state.model.feature_dim,
         }
         step = parts.state.step
-        path = parts.world.run_on_main(
+        path = parts.execution.world.run_on_main(
             lambda: checkpoints.save(self._folder, step, payload, keep=config.keep_checkpoints)
         )
         self.saved_step = step
@@ -60,7 +60,7 @@ class Checkpointer:
     def keep_as_best(self) -> None:
         """Keep the checkpoint of the current step until another one is better."""
         path = checkpoints.path_at_step(self._folder, self._components.state.step)
-        self._components.world.run_on_main(lambda: checkpoints.save_as_best(path))
+        self._components.execution.world.run_on_main(lambda: checkpoints.save_as_best(path))
 
     def _check_weights_finite(self) -> None:
         """A checkpoint of non-finite weights would pass for a good one."""

@@ -13,7 +13,8 @@ from byol_fast.utils.progress import Progress, ProgressBar
 
 def startup_summary(parts: TrainerComponents) -> list[str]:
     """Lines about the run before its first step: model, data, batch, device, execution mode, notes."""
-    config, world, step, total = parts.config, parts.world, parts.state.step, parts.total_steps
+    config, execution, step, total = parts.config, parts.execution, parts.state.step, parts.total_steps
+    world = execution.world
     count = sum(p.numel() for p in parts.state.model.trainable_parameters()) / 1e6
     if step >= total:
         begin = f"already complete at step {step} of {total}:"
@@ -26,16 +27,16 @@ def startup_summary(parts: TrainerComponents) -> list[str]:
         (
             f"{begin} {config.recipe}: {config.model.encoder}, {count:.1f} M parameters with the heads, "
             f"{len(parts.train_source)} images, {total} steps of {batch}, "
-            f"{parts.device} {parts.precision.name}, data by {parts.state.loader.name}"
+            f"{execution.device} {execution.precision.name}, data by {parts.state.loader.name}"
         ),
-        f"mode: {parts.mode.name} ({parts.mode.reason})",
+        f"mode: {execution.mode.name} ({execution.mode.reason})",
         *parts.notes,
     ]
 
 
 def training_bar(parts: TrainerComponents) -> ProgressBar:
     """Progress bar of the run; prints nothing on other ranks than 0."""
-    progress = Progress(Console(highlight=False) if parts.world.is_main_process else None)
+    progress = Progress(Console(highlight=False) if parts.execution.world.is_main_process else None)
     line = "step {done}/{total}  {description}  {note}"
     return ProgressBar(progress, parts.total_steps, "epoch 0.00", done=parts.state.step, line=line, keep=True)
 

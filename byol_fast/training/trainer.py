@@ -67,10 +67,11 @@ class Trainer:
     ) -> None:
         parts = build_components(config, data=data, resume=resume)
         self.config = parts.config
-        self.world = world = parts.world
-        self.device = parts.device
-        self.precision = parts.precision
-        self.mode = parts.mode
+        execution = parts.execution
+        self.world = world = execution.world
+        self.device = execution.device
+        self.precision = execution.precision
+        self.mode = execution.mode
         self.environment = parts.environment
         self.run_dir = parts.run_dir.path
         self.train_step = parts.train_step

@@ -30,7 +30,7 @@ def normalized_mse_fwd(
     """Loss and gradients of one or two (prediction, target) pairs, in few passes: the CPU path.
 
     Returns:
-        Loss [], `grad_grad_factors(p)[0]` * dcos/dp of each prediction [B, D]; empty where not asked for.
+        Loss [], `grad_factors(p)[0]` * dcos/dp of each prediction [B, D]; empty where not asked for.
     """
     inputs = [pa_BD, za_BD] if pb_BD is None or zb_BD is None else [pa_BD, pb_BD, za_BD, zb_BD]
     num_pairs, (batch, dim) = len(inputs) // 2, pa_BD.shape
@@ -109,7 +109,7 @@ def normalized_mse_stats_fwd(
     """Loss, gradients and statistics by the plain formula, on any device.
 
     Returns:
-        Loss [], `grad_grad_factors(p)[0]` * dcos/dp of each prediction [B, D] (empty where not asked for), row losses
+        Loss [], `grad_factors(p)[0]` * dcos/dp of each prediction [B, D] (empty where not asked for), row losses
         [N, B], mean cosine [], std of the normalized inputs [2, N, D] (predictions, then targets).
     """
     pairs = [(pa_BD, za_BD)] if pb_BD is None or zb_BD is None else [(pa_BD, za_BD), (pb_BD, zb_BD)]
