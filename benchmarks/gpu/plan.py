@@ -88,8 +88,8 @@ def listing(items: Sequence[Item], *, seconds: float, parent: Path, rehearsal: b
     lines = [f"{'item':<16}{'seconds':>8}{'total':>7}  question and state"]
     total, left, num_runs = START_SECONDS, seconds - MARGIN - START_SECONDS, 0
     for item in items:
-        found = [text for folder in folders if not again and (text := answered(item, folder, installed))]
-        state = missing_requirements(item, rehearsal=rehearsal) or "".join(found[:1])
+        answers = [text for folder in folders if not again and (text := answered(item, folder, installed))]
+        state = missing_requirements(item, rehearsal=rehearsal) or "".join(answers[:1])
         if state:
             state = f"SKIPPED: {state}"
         else:

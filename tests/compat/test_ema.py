@@ -88,7 +88,7 @@ def test_model_ema_v3_rejects_bfloat16_without_dtype() -> None:
 
 
 @pytest.mark.parametrize("use_buffers", [False, True])
-@pytest.mark.parametrize("kind", [swa.AveragedModel, swa_utils.AveragedModel], ids=["ours", "torch's"])
+@pytest.mark.parametrize("kind", [swa.AveragedModel, swa_utils.AveragedModel], ids=["byol_fast", "torch's"])
 @pytest.mark.parametrize("rule", ["ema", "equal weights"])
 def test_averaged_model_equals_torch(use_buffers: bool, kind: type[swa_utils.AveragedModel], rule: str) -> None:
     model = build_network()
@@ -121,12 +121,14 @@ def test_loss_and_ema_equal_formulas_of_solo_learn() -> None:
     """
     generator = torch.Generator().manual_seed(0)
     p1, p2, z1, z2 = torch.randn(4, 9, 32, dtype=torch.float64, generator=generator)
-    theirs = (2 - 2 * F.cosine_similarity(p1, z2, dim=-1).mean()) + (2 - 2 * F.cosine_similarity(p2, z1, dim=-1).mean())
+    expected = (2 - 2 * F.cosine_similarity(p1, z2, dim=-1).mean()) + (
+        2 - 2 * F.cosine_similarity(p2, z1, dim=-1).mean()
+    )
     unit = [F.normalize(x, dim=-1) for x in (p1, p2, z1, z2)]
     long_way = (2 - 2 * (unit[0] * unit[3]).sum(1).mean()) + (2 - 2 * (unit[1] * unit[2]).sum(1).mean())
-    ours = byol_loss(p1, p2, z1, z2)
-    assert ours.item() == pytest.approx(theirs.item(), abs=1e-13)
-    assert ours.item() == pytest.approx(long_way.item(), abs=1e-13)
+    loss = byol_loss(p1, p2, z1, z2)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-13)
+    assert loss.item() == pytest.approx(long_way.item(), abs=1e-13)
 
     target, online = torch.randn(2, 50, dtype=torch.float64, generator=generator)
     other, base, final, steps = target.clone(), 0.99, 1.0, 40

@@ -25,8 +25,8 @@ from tests.compat.helpers import SMALL_VIEW, max_difference, normalize, small_gu
 @pytest.fixture(scope="session")
 def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first twelve training images of CIFAR-10, from BYOL_FAST_TEST_DATA or the shared folder."""
-    beside = Path(__file__).parents[3] / "shared" / "data"
-    archive = Path(os.environ.get("BYOL_FAST_TEST_DATA", beside)) / "cifar10_jpeg.tar.xz"
+    shared_data = Path(__file__).parents[3] / "shared" / "data"
+    archive = Path(os.environ.get("BYOL_FAST_TEST_DATA", shared_data)) / "cifar10_jpeg.tar.xz"
     if not archive.is_file():
         pytest.skip("no cifar10_jpeg.tar.xz; set BYOL_FAST_TEST_DATA to the folder that holds it")
     root = tmp_path_factory.mktemp("cifar")
@@ -106,17 +106,17 @@ def both_models() -> tuple[GivenViews, original.BYOL]:
     """Our model and the guide's, in float64, with equal weights."""
     torch.manual_seed(0)
     net = build_encoder("resnet18_narrow").double()
-    theirs = original.BYOL(net, net, 256).double()
-    theirs.transform = lambda image: (image[:3], image[3:])  # type: ignore[method-assign]
+    reference = original.BYOL(net, net, 256).double()
+    reference.transform = lambda image: (image[:3], image[3:])  # type: ignore[method-assign]
     net = copy.deepcopy(net)
-    ours = GivenViews(net, net, 256)
+    model = GivenViews(net, net, 256)
     for mine, other in (
-        (ours.online_encoder.projector, theirs.online_encoder[2]),
-        (ours.target_encoder.projector, theirs.target_encoder[2]),
-        (ours.predictor, theirs.predictor),
+        (model.online_encoder.projector, reference.online_encoder[2]),
+        (model.target_encoder.projector, reference.target_encoder[2]),
+        (model.predictor, reference.predictor),
     ):
         mine.load_state_dict(other.state_dict())  # type: ignore[union-attr]
-    return ours, theirs
+    return model, reference
 
 
 def views(batches: int) -> list[tuple[Tensor, None]]:
@@ -125,39 +125,39 @@ def views(batches: int) -> list[tuple[Tensor, None]]:
 
 
 def test_outputs_and_gradients_equal_the_guide() -> None:
-    ours, theirs = both_models()
+    model, reference = both_models()
     (images, _), *_ = views(1)
     x1, x2 = images[:, :3], images[:, 3:]
-    mine, other = ours(x1, x2), theirs(x1, x2)
+    mine, other = model(x1, x2), reference(x1, x2)
     # float64: some thousand roundings of 1e-16.
     assert max_difference(iter(mine), iter(other)) < 1e-12
     assert all(not t.requires_grad for t in mine[2:])
-    a, b = ours.loss(mine[:2], mine[2:]), theirs.loss(other[:2], other[2:])
+    a, b = model.loss(mine[:2], mine[2:]), reference.loss(other[:2], other[2:])
     assert a.item() == pytest.approx(b.item(), abs=1e-12)
     a.backward()  # type: ignore[no-untyped-call]
     b.backward()  # type: ignore[no-untyped-call]
-    mine_p = [*ours.online_encoder.parameters(), *ours.predictor.parameters()]
-    other_p = [*theirs.online_encoder.parameters(), *theirs.predictor.parameters()]
+    mine_p = [*model.online_encoder.parameters(), *model.predictor.parameters()]
+    other_p = [*reference.online_encoder.parameters(), *reference.predictor.parameters()]
     gradients = [[p.grad for p in parameters if p.grad is not None] for parameters in (mine_p, other_p)]
     assert len(gradients[0]) == len(mine_p)
     assert max_difference(iter(gradients[0]), iter(gradients[1])) < 1e-10
-    assert all(p.grad is None for p in ours.target_encoder.parameters())
-    assert max_difference(ours.online_encoder.buffers(), theirs.online_encoder.buffers()) < 1e-12
-    assert max_difference(ours.target_encoder.buffers(), theirs.target_encoder.buffers()) < 1e-12
+    assert all(p.grad is None for p in model.target_encoder.parameters())
+    assert max_difference(model.online_encoder.buffers(), reference.online_encoder.buffers()) < 1e-12
+    assert max_difference(model.target_encoder.buffers(), reference.target_encoder.buffers()) < 1e-12
 
 
 def test_training_equals_the_guide() -> None:
     """A gradient's rounding, 1e-15, can become lr * 1e-15 / 1e-8 = 1e-10 in a step of Adam."""
-    ours, theirs = both_models()
+    model, reference = both_models()
     losses: list[float] = []
-    theirs.register_forward_hook(lambda _, __, out: losses.append(theirs.loss(out[:2], out[2:]).item()))
+    reference.register_forward_hook(lambda _, __, out: losses.append(reference.loss(out[:2], out[2:]).item()))
     loader = views(2)
-    original.train_byol(theirs, loader, num_epochs=2)  # type: ignore[arg-type]
-    found = guide.train_byol(ours, loader, num_epochs=2)
+    original.train_byol(reference, loader, num_epochs=2)  # type: ignore[arg-type]
+    losses_of_model = guide.train_byol(model, loader, num_epochs=2)
     assert len(losses) == 4
-    assert found == pytest.approx(losses, rel=1e-9)
+    assert losses_of_model == pytest.approx(losses, rel=1e-9)
     for name in ("online_encoder", "target_encoder", "predictor"):
-        mine, other = getattr(ours, name), getattr(theirs, name)
+        mine, other = getattr(model, name), getattr(reference, name)
         assert max_difference(mine.parameters(), other.parameters()) < 1e-9, name
         assert max_difference(mine.buffers(), other.buffers()) < 1e-9, name
 
@@ -301,6 +301,6 @@ def test_base_class_of_tasks() -> None:
 
 
 def test_device_is_determined_at_access(monkeypatch: pytest.MonkeyPatch) -> None:
-    for found, kind in ((True, "cuda"), (False, "cpu")):
-        monkeypatch.setattr("torch.cuda.is_available", lambda found=found: found)
+    for available, kind in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda available=available: available)
         assert guide.device == torch.device(kind)

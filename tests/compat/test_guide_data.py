@@ -99,9 +99,9 @@ def test_loaded_images_are_crops_with_their_labels(folder: Path, photos: np.ndar
     seen = []
     for images, labels in batches:
         for x, label in zip(guide_model.to_bytes(images, guide.CIFAR10_MEAN, guide.CIFAR10_STD), labels, strict=True):
-            (found,) = [i for i in range(12) if is_crop(x.permute(1, 2, 0).numpy(), photos[i])]
-            assert found % 3 == int(label)
-            seen.append(found)
+            (position,) = [i for i in range(12) if is_crop(x.permute(1, 2, 0).numpy(), photos[i])]
+            assert position % 3 == int(label)
+            seen.append(position)
     assert sorted(seen) == list(range(12))
     assert seen != sorted(seen)
 

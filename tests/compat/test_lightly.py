@@ -45,7 +45,7 @@ def test_negative_cosine_equals_lightly(
     library: bool, shape: tuple[int, ...], options: Any, target_learns: bool
 ) -> None:
     """In float64 with an upstream gradient of 3; one row is short, one zero."""
-    theirs, ours = lightly_loss(library, **options), lightly.NegativeCosineSimilarity(**options)
+    reference, drop_in = lightly_loss(library, **options), lightly.NegativeCosineSimilarity(**options)
     generator = torch.Generator().manual_seed(0)
     x0, x1 = torch.randn(2, *shape, dtype=torch.float64, generator=generator)
     x0[0] *= 0.01
@@ -53,9 +53,9 @@ def test_negative_cosine_equals_lightly(
     x0.requires_grad_()
     x1.requires_grad_(target_learns)
     inputs = [x0, x1] if target_learns else [x0]
-    expected, found = theirs(x0, x1), ours(x0, x1)
-    assert found.item() == pytest.approx(expected.item(), abs=1e-14)
-    gradients = (torch.autograd.grad(3 * loss, inputs) for loss in (found, expected))
+    expected, value = reference(x0, x1), drop_in(x0, x1)
+    assert value.item() == pytest.approx(expected.item(), abs=1e-14)
+    gradients = (torch.autograd.grad(3 * loss, inputs) for loss in (value, expected))
     for mine, other in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-14)
 
@@ -65,8 +65,8 @@ def test_negative_cosine_error_in_low_precision(dtype: torch.dtype) -> None:
     """At most twice the error of torch's function against float64."""
     x0, x1 = torch.randn(2, 64, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
     exact = lightly_loss(False)(x0.double(), x1.double())
-    theirs, ours = lightly_loss(False)(x0, x1), lightly.NegativeCosineSimilarity()(x0, x1)
-    assert abs(ours.double() - exact) <= 2 * abs(theirs.double() - exact) + torch.finfo(torch.float32).eps
+    reference, drop_in = lightly_loss(False)(x0, x1), lightly.NegativeCosineSimilarity()(x0, x1)
+    assert abs(drop_in.double() - exact) <= 2 * abs(reference.double() - exact) + torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("library", WITH_LIBRARY)

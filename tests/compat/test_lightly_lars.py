@@ -129,16 +129,16 @@ def test_lars_with_other_layouts_and_dtypes() -> None:
 
 @pytest.mark.peers
 def test_lars_continues_a_checkpoint_of_lightly() -> None:
-    theirs = lightly_lars(True)
+    original_lars = lightly_lars(True)
     mine, other = problem(torch.float64), problem(torch.float64)
-    first, second = theirs(other, lr=0.5, **RULES[0]), theirs(mine, lr=0.5, **RULES[0])
+    first, second = original_lars(other, lr=0.5, **RULES[0]), original_lars(mine, lr=0.5, **RULES[0])
     for step in range(2):
         for params, optimizer in ((other, first), (mine, second)):
             give_gradients(params, step)
             optimizer.step()
-    ours = lightly.LARS(mine, lr=0.1)
-    ours.load_state_dict(copy.deepcopy(second.state_dict()))
-    for params, optimizer in ((other, first), (mine, ours)):
+    drop_in = lightly.LARS(mine, lr=0.1)
+    drop_in.load_state_dict(copy.deepcopy(second.state_dict()))
+    for params, optimizer in ((other, first), (mine, drop_in)):
         give_gradients(params, 2)
         optimizer.step()
     for a, b in zip(mine, other, strict=True):

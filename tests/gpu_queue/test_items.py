@@ -57,17 +57,17 @@ def rehearse(item: Item, folder: Path) -> dict[str, dict[str, Any]]:
     context = make_context(item, folder)
     module, _, function = item.run.partition(":")
     assert getattr(importlib.import_module(module), function)(context) is None
-    found = figures_in(context)
-    failed = [name for name, figure in found.items() if not figure.get("ok", True)]
-    assert found and not failed
-    return found
+    by_name = figures_in(context)
+    failed = [name for name, figure in by_name.items() if not figure.get("ok", True)]
+    assert by_name and not failed
+    return by_name
 
 
 def figures_in(context: Context) -> dict[str, dict[str, Any]]:
     records = [json.loads(line) for line in context.records.read_text().splitlines()]
-    found = {record["figure"]: record for record in records}
-    assert len(found) == len(records), "names of figures are unique"
-    return found
+    by_name = {record["figure"]: record for record in records}
+    assert len(by_name) == len(records), "names of figures are unique"
+    return by_name
 
 
 # ------------------------------------------------------------------------------------------------ the list
@@ -93,22 +93,22 @@ def test_importing_items_imports_neither_torch_nor_the_package() -> None:
 
 
 def test_eager_step_is_rehearsed(tmp_path: Path) -> None:
-    found = rehearse(BY_NAME["resnet50_eager"], tmp_path)
+    by_name = rehearse(BY_NAME["resnet50_eager"], tmp_path)
     names = [
         f"{candidate}, eager, batch 4, cudnn.benchmark {state}"
         for candidate in ("baseline", "byol_fast")
         for state in ("off", "on")
     ]
-    assert all(found[name]["images_per_second"] > 0 for name in names)
-    flags = [found[name]["flags"] for name in names]
+    assert all(by_name[name]["images_per_second"] > 0 for name in names)
+    flags = [by_name[name]["flags"] for name in names]
     assert flags[:2] == flags[2:] and flags[0].endswith("benchmark off") and flags[1].endswith("benchmark on")
 
 
 def test_cifar_speed_is_rehearsed(tmp_path: Path) -> None:
-    found = rehearse(BY_NAME["resnet18_cifar"], tmp_path)
+    by_name = rehearse(BY_NAME["resnet18_cifar"], tmp_path)
     for mode in ("eager", "graph"):
         for views in ("ready views", "device cache"):
-            assert found[f"byol_fast, {mode}, {views}, batch 4"]["images_per_second"] > 0
+            assert by_name[f"byol_fast, {mode}, {views}, batch 4"]["images_per_second"] > 0
 
 
 @pytest.fixture
@@ -137,10 +137,10 @@ def test_archive_images_are_decoded_with_their_labels(archive: Path, photos: np.
 
 
 def test_cifar_recipe_is_rehearsed(archive: Path, tmp_path: Path) -> None:
-    found = rehearse(replace(BY_NAME["cifar10_recipe"], files=(str(archive),)), tmp_path)
-    assert (found["images"]["train"], found["images"]["test"]) == (45, 15)
-    assert found["training"]["steps"] == 4 and math.isfinite(found["training"]["loss"])
-    accuracies = found["kNN top-1 on the test images"]
+    by_name = rehearse(replace(BY_NAME["cifar10_recipe"], files=(str(archive),)), tmp_path)
+    assert (by_name["images"]["train"], by_name["images"]["test"]) == (45, 15)
+    assert by_name["training"]["steps"] == 4 and math.isfinite(by_name["training"]["loss"])
+    accuracies = by_name["kNN top-1 on the test images"]
     assert all(0 <= accuracies[f"knn_{k}_top1"] <= 1 for k in (20, 200))
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]  # the timed steps left no trace
@@ -158,8 +158,8 @@ def test_every_gpu_test_belongs_to_a_group(tmp_path: Path) -> None:
     (tmp_path / "listing.py").write_text(
         "import json, os\n"
         "def pytest_collection_finish(session):\n"
-        "    found = [(i.nodeid.split('::')[0], i.get_closest_marker('gpu').args[0]) for i in session.items]\n"
-        "    open(os.environ['LISTING'], 'w').write(json.dumps(found))\n"
+        "    by_name = [(i.nodeid.split('::')[0], i.get_closest_marker('gpu').args[0]) for i in session.items]\n"
+        "    open(os.environ['LISTING'], 'w').write(json.dumps(by_name))\n"
     )
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(tmp_path)])
     environment = {**os.environ, "PYTHONPATH": paths, "LISTING": str(tmp_path / "listing.json")}
@@ -194,8 +194,8 @@ def test_rounds_stop_at_the_deadline(tmp_path: Path) -> None:
 
 
 def test_figures_are_divided_by_repeats() -> None:
-    found = figures(Timing((0.1, 0.2, 0.4)), images=100, repeats=10)
-    assert found == {"ms": 20.0, "ms_p20": 14.0, "ms_p80": 32.0, "rounds": 3, "images_per_second": 500.0}
+    by_name = figures(Timing((0.1, 0.2, 0.4)), images=100, repeats=10)
+    assert by_name == {"ms": 20.0, "ms_p20": 14.0, "ms_p80": 32.0, "rounds": 3, "images_per_second": 500.0}
 
 
 def test_kernel_pattern_matches_the_heaviest_kernels(tmp_path: Path) -> None:

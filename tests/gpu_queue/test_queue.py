@@ -68,8 +68,8 @@ class QueueRun:
 
     def line(self, item: str) -> str:
         """The summary's line of an item."""
-        (found,) = re.findall(rf"^(?:done|partial|failed|skipped) +{item} .*$", self.summary, flags=re.MULTILINE)
-        return str(found)
+        (line,) = re.findall(rf"^(?:done|partial|failed|skipped) +{item} .*$", self.summary, flags=re.MULTILINE)
+        return str(line)
 
     def archive(self) -> dict[str, str]:
         """Files of the archive, which is all that the folder OUT holds."""
@@ -91,7 +91,7 @@ class QueueRun:
 
 
 def alive(pid: int) -> bool:
-    """True while a process runs; not for one that has ended and that nobody has waited for."""
+    """True while a process runs; False for a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:

@@ -57,8 +57,8 @@ def call(args):
 
 
 def test_inductor_code_is_analyzed() -> None:
-    found = inductor.analyze([FORWARD, BACKWARD])
-    forward, backward = found["graphs"]
+    result = inductor.analyze([FORWARD, BACKWARD])
+    forward, backward = result["graphs"]
     assert (forward["is_backward"], backward["is_backward"]) == (False, True)
     assert forward["extern"] == {"extern_kernels.convolution": 1, "extern_kernels.mm": 1}
     assert len(forward["templates"]) == 2 and forward["templates_with_prologue"] == ["triton_tem_fused_mm_relu_4"]
@@ -66,7 +66,7 @@ def test_inductor_code_is_analyzed() -> None:
     assert backward["extern"] == {"torch.ops.aten.convolution_backward": 1}
     assert backward["saved"]["relu"] == {"tensors": 2, "elements": 2064}
     assert backward["saved"]["convolution"] == {"tensors": 1, "elements": 2048}
-    library, generated, prologues, saved = found["answers"]
+    library, generated, prologues, saved = result["answers"]
     assert "1 convolutions forward, 1 backward, 1 matrix products" in library
     assert "2 kernels, 3 calls" in generated and "1 of 2" in prologues and "0.0 M elements of ReLU outputs" in saved
 

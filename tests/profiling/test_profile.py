@@ -51,25 +51,25 @@ def one_core() -> Iterator[None]:
 
 
 def profiled(config: Config, steps: int = 2, **options: Any) -> dict[str, Any]:
-    found, _ = profile(config, steps=steps, ceilings=CEILINGS, **options)
-    return found
+    record, _ = profile(config, steps=steps, ceilings=CEILINGS, **options)
+    return record
 
 
-def kinds(found: dict[str, Any]) -> set[str]:
-    return {finding["kind"] for finding in found["findings"]}
+def kinds(record: dict[str, Any]) -> set[str]:
+    return {finding["kind"] for finding in record["findings"]}
 
 
-def finding(found: dict[str, Any], kind: str) -> dict[str, Any]:
-    return next(f for f in found["findings"] if f["kind"] == kind)
+def finding(record: dict[str, Any], kind: str) -> dict[str, Any]:
+    return next(f for f in record["findings"] if f["kind"] == kind)
 
 
 # ------------------------------------------------------------------ findings
 
 
 def test_run_without_faults_has_none_of_their_findings(run: Config, one_core: None) -> None:
-    found = profiled(run, steps=4)
-    assert not kinds(found) & FAULTS, found["findings"]
-    assert found["machine"]["cores"] == found["machine"]["torch_threads"] == 1
+    record = profiled(run, steps=4)
+    assert not kinds(record) & FAULTS, record["findings"]
+    assert record["machine"]["cores"] == record["machine"]["torch_threads"] == 1
 
 
 class SlowImages:
@@ -89,10 +89,10 @@ class SlowImages:
 
 def test_slow_data_is_found(run: Config, photos: np.ndarray) -> None:
     changes = {"data.root": None, "data.threads": 1, "data.prefetch": 1, "batch_size": 8}
-    found = profiled(configs.replace(run, changes), data=SlowImages(photos))
-    named = finding(found, "slow data")
-    assert found["step"]["data_wait"] > 0.3
-    assert named["share"] == found["step"]["data_wait"]
+    record = profiled(configs.replace(run, changes), data=SlowImages(photos))
+    named = finding(record, "slow data")
+    assert record["step"]["data_wait"] > 0.3
+    assert named["share"] == record["step"]["data_wait"]
     if CORES > 1:
         assert "raise data.threads (now 1" in named["change"]
 
@@ -109,8 +109,8 @@ def test_one_thread_and_fp32_are_found(run: Config) -> None:
 
 
 def test_tiny_batch_is_found(run: Config, one_core: None) -> None:
-    found = profiled(configs.replace(run, {"batch_size": 2, "model.hidden_dim": 512}))
-    assert "raise batch_size to 4 or more" in finding(found, "tiny batch")["change"]
+    record = profiled(configs.replace(run, {"batch_size": 2, "model.hidden_dim": 512}))
+    assert "raise batch_size to 4 or more" in finding(record, "tiny batch")["change"]
 
 
 class SyncingEncoder(nn.Module):
@@ -134,18 +134,18 @@ class SyncingCallback(Callback):
 def test_host_sync_is_found_with_its_place(run: Config, one_core: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(encoders.OWN_ENCODERS, "waits", lambda **_: SyncingEncoder())
     monkeypatch.setattr(encoders, "_remove_classifier", lambda *_: None)
-    found = profiled(configs.replace(run, {"model.encoder": "waits", "batch_size": 8}), callbacks=[SyncingCallback()])
-    places = {sync["place"]: sync["per_step"] for sync in found["probes"]["host_syncs"]}
+    record = profiled(configs.replace(run, {"model.encoder": "waits", "batch_size": 8}), callbacks=[SyncingCallback()])
+    places = {sync["place"]: sync["per_step"] for sync in record["probes"]["host_syncs"]}
     assert [place.partition(":")[0] for place in places] == [__file__] * 2
     by_function = {place.rpartition(" in ")[2]: n for place, n in places.items()}
     assert by_function == {"forward": 2, "on_step_end": 1}  # the online network and the target
-    named = [f for f in found["findings"] if f["kind"] == "host sync"]
+    named = [f for f in record["findings"] if f["kind"] == "host sync"]
     assert len(named) == 2
     assert all(f["share"] > 0 for f in named)
     # Such a network cannot run on meta tensors; the rest of the profile is complete.
-    assert found["roofline"] is None
-    assert any("No roofline" in note for note in found["notes"])
-    assert "Profile: roofline" not in {s.title for s in sections(found)}
+    assert record["roofline"] is None
+    assert any("No roofline" in note for note in record["notes"])
+    assert "Profile: roofline" not in {s.title for s in sections(record)}
 
 
 # ------------------------------------------------------------------ what is written

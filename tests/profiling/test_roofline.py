@@ -45,11 +45,11 @@ def test_flops_equal_torch_flop_counter(encoder: str, size: int, cifar_stem: boo
     with FlopCounterMode(display=False) as backward:
         model.loss((p1, p2), (z1, z2)).backward()  # type: ignore[no-untyped-call]
     changes = {"model.encoder": encoder, "model.cifar_stem": cifar_stem, "model.zero_init_residual": False}
-    found = roofline(configs.replace(recipes.imagenet_resnet50(), changes), batch_size=4, image_size=size)
+    result = roofline(configs.replace(recipes.imagenet_resnet50(), changes), batch_size=4, image_size=size)
     for level in LEVELS:
-        passes = [found.total(level, phase=p).flops for p in ("online forward", "target forward")]
+        passes = [result.total(level, phase=p).flops for p in ("online forward", "target forward")]
         assert sum(passes) == forward.get_total_flops()
-        assert found.total(level, phase="backward").flops == backward.get_total_flops()
+        assert result.total(level, phase="backward").flops == backward.get_total_flops()
 
 
 def test_attention_flops_are_those_of_two_products() -> None:
@@ -159,13 +159,13 @@ def test_bytes_of_a_residual_block_equal_counts_by_hand(level: Level) -> None:
 
 
 def test_resnet50_equals_published_counts() -> None:
-    found = roofline("resnet50", batch_size=256, image_size=224)
-    assert found.total("A").flops / 1e12 == pytest.approx(16.67, abs=0.005)
+    result = roofline("resnet50", batch_size=256, image_size=224)
+    assert result.total("A").flops / 1e12 == pytest.approx(16.67, abs=0.005)
     # The earlier count left out the heads' norms, and at A added gradients of the last block's output, which has one.
     for level, gigabytes, tolerance in (("A", 341, 1.0), ("B", 250, 0.5), ("D", 155, 0.5), ("E", 122, 0.5)):
-        assert found.total(level).bytes / 1e9 == pytest.approx(gigabytes, abs=tolerance)  # type: ignore[arg-type]
+        assert result.total(level).bytes / 1e9 == pytest.approx(gigabytes, abs=tolerance)  # type: ignore[arg-type]
     for gpu, level, images in (("H100", "A", 2143), ("H100", "B", 2878), ("H100", "E", 5500), ("H200", "D", 6048)):
-        assert found.images_per_second(stated(gpu), level) == pytest.approx(images, rel=0.002)  # type: ignore[arg-type]
+        assert result.images_per_second(stated(gpu), level) == pytest.approx(images, rel=0.002)  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------ other networks
@@ -183,12 +183,12 @@ class Unmodeled(nn.Module):
 
 
 def test_what_is_not_modelled_is_counted_and_named() -> None:
-    found = roofline(Unmodeled(), batch_size=4, image_size=8)
-    assert found.unmodeled == ("cumsum",)
+    result = roofline(Unmodeled(), batch_size=4, image_size=8)
+    assert result.unmodeled == ("cumsum",)
     size = 8 * 8 * 6 * 6 * 2  # of the map, bytes: 8 views
     for level in LEVELS:
-        assert found.total(level, phase="target forward", family="unmodeled").bytes == 2 * size
-        assert found.total(level, phase="backward", family="unmodeled").bytes == 3 * size
+        assert result.total(level, phase="target forward", family="unmodeled").bytes == 2 * size
+        assert result.total(level, phase="backward", family="unmodeled").bytes == 3 * size
 
 
 def test_network_that_depends_on_values_raises() -> None:
@@ -202,11 +202,11 @@ def test_network_that_depends_on_values_raises() -> None:
 
 @pytest.mark.parametrize("encoder", ["vit_b_16", "convnext_tiny", "efficientnet_b0", "swin_t"])
 def test_traffic_decreases_with_the_level_of_fusion(encoder: str) -> None:
-    found = roofline(encoder, batch_size=2, image_size=64)
-    assert found.unmodeled == ()
-    by_level = [found.total(level).bytes for level in LEVELS]
+    result = roofline(encoder, batch_size=2, image_size=64)
+    assert result.unmodeled == ()
+    by_level = [result.total(level).bytes for level in LEVELS]
     assert by_level == sorted(by_level, reverse=True)
-    assert len({found.total(level).flops for level in LEVELS}) == 1
+    assert len({result.total(level).flops for level in LEVELS}) == 1
 
 
 def test_step_counts_optimizer_and_accumulated_batches() -> None:
@@ -221,15 +221,15 @@ def test_step_counts_optimizer_and_accumulated_batches() -> None:
     assert roofline(recipes.get("simsiam_cifar10"), batch_size=2).total("A", phase="target forward").bytes == 0
 
 
-def update_of(found: Roofline) -> int:
-    return found.total("B", phase="optimizer + EMA").bytes
+def update_of(result: Roofline) -> int:
+    return result.total("B", phase="optimizer + EMA").bytes
 
 
 # ------------------------------------------------------------------ floors
 
 
 def test_floor_is_the_larger_of_both_ceilings() -> None:
-    found = roofline(two_layers(), batch_size=4, image_size=8)
+    result = roofline(two_layers(), batch_size=4, image_size=8)
     slow_memory = Ceilings(
         name="", dtype="bf16", bytes_per_s=1.0, flops_per_s=1e30, peak_flops_per_s=1e30, source="test"
     )
@@ -237,13 +237,13 @@ def test_floor_is_the_larger_of_both_ceilings() -> None:
         name="", dtype="bf16", bytes_per_s=1e30, flops_per_s=1.0, peak_flops_per_s=1.0, source="test"
     )
     for schedule in ("sum", "overlap"):
-        assert found.floor(slow_memory, "A", schedule=schedule) == pytest.approx(found.total("A").bytes)
-        assert found.floor(slow_products, "A", schedule=schedule) == pytest.approx(found.total("A").flops)
+        assert result.floor(slow_memory, "A", schedule=schedule) == pytest.approx(result.total("A").bytes)
+        assert result.floor(slow_products, "A", schedule=schedule) == pytest.approx(result.total("A").flops)
     mixed = Ceilings(
         name="", dtype="bf16", bytes_per_s=1.0, flops_per_s=10.0, peak_flops_per_s=10.0, source="test"
     )  # the convolutions are bound by products, the rest by memory
-    assert found.floor(mixed, "A") > found.floor(mixed, "A", schedule="overlap")
-    assert found.images_per_second(mixed, "A") == 4 / found.floor(mixed, "A")
+    assert result.floor(mixed, "A") > result.floor(mixed, "A", schedule="overlap")
+    assert result.images_per_second(mixed, "A") == 4 / result.floor(mixed, "A")
 
 
 def test_mfu_of_known_values() -> None:
@@ -253,10 +253,10 @@ def test_mfu_of_known_values() -> None:
 
 
 def test_measured_ceilings_are_plausible() -> None:
-    found = measure(torch.device("cpu"), "fp32", seconds=0.01)
-    assert 1e8 < found.bytes_per_s < 1e13
-    assert 1e8 < found.flops_per_s < 1e15
-    assert found.source == "measured"
+    result = measure(torch.device("cpu"), "fp32", seconds=0.01)
+    assert 1e8 < result.bytes_per_s < 1e13
+    assert 1e8 < result.flops_per_s < 1e15
+    assert result.source == "measured"
     with pytest.raises(ValueError, match="gpu must be one of A100"):
         stated("H900")
 

@@ -51,7 +51,7 @@ class Checks(list[str]):
         self._context = context
 
     def __call__(self, name: str, error: float, bound: float, **values: Any) -> bool:
-        """Record an error beside its bound.
+        """Record an error and its bound.
 
         Args:
             name: of the comparison.
