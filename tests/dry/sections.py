@@ -196,7 +196,7 @@ def gpu_queue(folder: Path) -> None:
             waiting.remove(name)
             # The last line of a result says how the item ended; one that lacks a file or program here has no result.
             ends = [json.loads(path.read_text().splitlines()[-1]) for path in folder.glob(f"results/*/{name}.jsonl")]
-            ok = any(end.get("status") == "complete" for end in ends) or outcome.startswith("skipped: not here")
+            ok = any(end.get("status") == "complete" for end in ends) or outcome.startswith("skipped: missing")
             print(f"{OK if ok else FAILED} GPU queue, {name}: {outcome}", flush=True)
     for name in waiting:
         print(f"{FAILED} GPU queue, {name}: the queue ended with exit code {queue.returncode} before it", flush=True)
