@@ -19,14 +19,13 @@ def main(argv: list[str]) -> int:
     """Run the command and return its exit code."""
     config = parse_config(recipes.demo(), argv, "byol-fast demo")
 
-    from byol_fast.report.callback import ReportCallback
-    from byol_fast.training.trainer import Trainer
+    from byol_fast.api import pretrain
     from byol_fast.utils.device import resolve_device
 
     if resolve_device(config.device).type == "cuda" and not {"--epochs", "--steps"} & set(argv):
         config = configs.replace(config, {"epochs": recipes.DEMO_GPU_EPOCHS})
     start = time.monotonic()
-    result = Trainer(config, callbacks=[ReportCallback()]).fit()
+    result = pretrain(recipe=config)
     table = Table(title="Fashion-MNIST, 10 classes: kNN accuracy of the features")
     table.add_column("encoder")
     table.add_column(f"kNN-{config.knn.k} top-1", justify="right")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from byol_fast.data.batch import Batch
+from byol_fast.data.batch import Batch, Views
 from byol_fast.models.base import ModelOutput, SSLModel
 from byol_fast.models.running_stats import RunningStats
 from byol_fast.optim.optimizers import CONSTANT
@@ -22,7 +22,6 @@ from byol_fast.utils.profiler_ranges import record_range
 from byol_kernels import LARS, ema_update_
 
 Forward = Callable[..., ModelOutput]
-Views = tuple[Tensor, ...]
 FP32 = Precision("fp32", None)
 
 
@@ -127,10 +126,11 @@ class TrainStep:
             raise ValueError(
                 f"TrainStep: batches must be {self.grad_accum_steps} (grad_accum_steps), got {len(batches)}"
             )
-        self._set_lr_and_tau(step)
+        lr, tau = self.schedule.lr(step), self.schedule.tau(step)
+        self._set_lr_and_tau(lr, self.schedule.constant_lr(step), tau)
         with record_range("views"):
             views = [self.to_device(batch.views) for batch in batches]
-        return replace(self._run(views), lr=self.schedule.lr(step), tau=self.schedule.tau(step))
+        return replace(self._run(views), lr=lr, tau=tau)
 
     def to_device(self, views: Sequence[Tensor]) -> Views:
         """Views on the model's device, in its memory format.
@@ -268,11 +268,11 @@ class TrainStep:
             tau = (1.0 if self.found_inf else self._tau) if on_cpu else torch.where(self.found_inf > 0, 1.0, self._tau)
             ema_update_(list(self.target_of.values()), list(self.target_of), tau)
 
-    def _set_lr_and_tau(self, step: int) -> None:
+    def _set_lr_and_tau(self, lr: float, constant_lr: float, tau: float) -> None:
         """Set learning rates and tau; on a GPU as scalars there, so that a captured step reads the new values."""
-        schedule, on_gpu = self.schedule, self.device.type == "cuda"
+        on_gpu = self.device.type == "cuda"
         for group in self.optimizer.param_groups:
-            value = schedule.constant_lr(step) if group.get(CONSTANT) else schedule.lr(step)
+            value = constant_lr if group.get(CONSTANT) else lr
             if not on_gpu:
                 group["lr"] = value
             elif isinstance(group["lr"], Tensor) and group["lr"].device == self.device:
@@ -280,6 +280,6 @@ class TrainStep:
             else:
                 group["lr"] = torch.full((), value, device=self.device)
         if isinstance(self._tau, Tensor):
-            self._tau.fill_(schedule.tau(step))
+            self._tau.fill_(tau)
         else:
-            self._tau = schedule.tau(step)
+            self._tau = tau
