@@ -1,4 +1,4 @@
-"""What the tests marked `gpu` share: the device, what each shows, and stand-ins for what a CPU has not.
+"""Shared by the tests marked `gpu`: the device, what each shows, and stand-ins for what a CPU has not.
 
 `@pytest.mark.gpu("kernels")` names the capability that a test belongs to. With BYOL_FAST_REHEARSE=1 the same tests run
 on the CPU: the same code, so that no minute on a GPU is spent on a typo. What has no counterpart there is replaced by
@@ -20,7 +20,7 @@ T = TypeVar("T")
 REHEARSING = os.environ.get("BYOL_FAST_REHEARSE") == "1"
 DEVICE = "cpu" if REHEARSING else "cuda"
 NOT_HERE = None
-"""What `launches` says on a CPU."""
+"""Result of `launches` on a CPU."""
 
 
 CAPABILITIES = {

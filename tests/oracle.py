@@ -334,7 +334,7 @@ def init_network(
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """What a run is, as far as its numbers go."""
+    """Hyperparameters of a run, as far as its numbers depend on them."""
 
     total_steps: int
     warmup_steps: int

@@ -1,4 +1,4 @@
-"""What torch.compile makes of the training pass: the same gradients. Without inductor, so that it takes seconds.
+"""The training pass under torch.compile has the same gradients. Without inductor, so that it takes seconds.
 
 Runs on the oldest supported torch, too, whose tracer has other faults than the newest's.
 """

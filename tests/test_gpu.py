@@ -375,6 +375,6 @@ def test_programs_of_an_encoder_that_a_gpu_trained(gpu: Config, tmp_path: Path, 
 
 
 def features(encoder: nn.Module, x: Tensor) -> Tensor:
-    """What an encoder makes of images, as it is judged."""
+    """Features of images, computed as for an evaluation."""
     out: Tensor = encoder.eval()(x).flatten(1)
     return out

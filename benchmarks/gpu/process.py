@@ -108,7 +108,7 @@ class Worker:
         return reply
 
     def exit_reason(self) -> str:
-        """How the process has ended, as text; empty while it runs."""
+        """Description of how the process ended; empty while it runs."""
         code = self.process.poll()
         if code is None:
             return ""

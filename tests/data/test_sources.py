@@ -157,7 +157,7 @@ def test_torchvision_datasets(tmp_path: Path) -> None:
 
 
 class Indexed(torch.utils.data.Dataset[Any]):
-    """What users write: items in any of the usual forms."""
+    """Items in any of the forms that users write."""
 
     def __init__(self, item: Any, n: int = 5, **more: Any) -> None:
         self.item, self.n = item, n

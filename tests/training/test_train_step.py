@@ -374,7 +374,7 @@ def test_the_largest_batch_that_fits_is_found_without_compiling() -> None:
 
 
 def test_warm_up_leaves_no_trace() -> None:
-    """What comes before the capture of a CUDA graph: steps whose results must not count."""
+    """Warm-up steps before the capture of a CUDA graph change nothing."""
     first, second = batches(2)
     model = small_byol()
     step, clean = train_step(model), train_step(copy.deepcopy(model))

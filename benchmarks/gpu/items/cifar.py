@@ -98,7 +98,7 @@ class _Loop:
 
 
 def _random_images(at_least: int) -> ArraySource:
-    """As many random images as CIFAR-10 has for training."""
+    """Random images, in the number of CIFAR-10's training set."""
     count = 50_000 if at_least >= 256 else 10 * at_least
     images = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
     return ArraySource(images, name="random")
