@@ -33,23 +33,23 @@ CAPABILITIES = {
     # launches, host syncs, CUDA graphs of the kernels
     "launches": "the launcher of the kernel that is named; MultiTensorPlan.tables where a graph reads old addresses",
     # compiled and captured step equal to eager
-    "step": "byol_fast/capture.py; with TORCH_LOGS=recompiles,graph_breaks; mode compile without graph tells whether "
-    "inductor or the capture is to blame",
+    "step": "byol_fast/training/cuda_graph.py; with TORCH_LOGS=recompiles,graph_breaks; mode compile without graph "
+    "tells whether inductor or the capture is to blame",
     # precisions, loaders, skipped steps, out of memory
-    "training": "byol_fast/step.py and trainer.py; metrics.jsonl",
-    "resume": "byol_fast/state.py; losses before and after the break in the message",
+    "training": "byol_fast/training/train_step.py and trainer.py; metrics.jsonl",
+    "resume": "byol_fast/training/state.py; losses before and after the break in the message",
     # DALI's GPU pipeline and our kernels beside torchvision
-    "parity": "the loader and the operator in the message; data/loaders/dali.py, report/view_check.py",
+    "parity": "the loader and the operator in the message; byol_fast/data/loaders/dali.py and report/view_check.py",
     # decoding under load
-    "decode": "byol_fast/data/dali.py: a decoder that writes after its stream was said to be done; try hw_decoder_load "
-    "0, then fancy upsampling",
+    "decode": "byol_fast/data/loaders/dali.py: a decoder that writes after its stream was said to be done; try "
+    "hw_decoder_load 0, then fancy upsampling",
     # data that lies on the GPU
     "device_cache": "byol_fast/data/loaders/device_cache.py; byol_kernels/crop, augment_params",
     # one rank, NCCL
-    "ddp": "byol_fast/distributed.py; NCCL_DEBUG=INFO; free space in /dev/shm",
+    "ddp": "byol_fast/training/distributed.py; NCCL_DEBUG=INFO; free space in /dev/shm",
     "knn": "byol_fast/evaluate/knn.py; allow_tf32 changes similarities",
     # of what a GPU has trained
-    "export": "byol_fast/export.py, export_formats.py",
+    "export": "byol_fast/export/",
 }
 """Capabilities that tests marked gpu belong to, each with the place to begin when its tests fail."""
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from byol_fast.bench.problem import LR, MOMENTUM, TAU, Problem, copy_parameters
+from byol_fast.bench.problem import AUTOCAST_DTYPES, LR, MOMENTUM, TAU, Problem, copy_parameters
 
 
 class LightlyStep:
-    """lightly's building blocks, assembled as in its example `byol.py`, with its LARS."""
+    """lightly's building blocks, assembled as in its example `byol.py`, with its LARS.
 
-    def __init__(self, problem: Problem) -> None:
+    Args:
+        problem: networks, batch and device.
+        precision: "fp32", or the precision of autocast.
+    """
+
+    def __init__(self, problem: Problem, *, precision: str = "fp32") -> None:
         from lightly.loss import NegativeCosineSimilarity
         from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
         from lightly.models.utils import deactivate_requires_grad, update_momentum
@@ -36,15 +41,17 @@ class LightlyStep:
         self.optimizer = LARS(parameters, lr=LR, momentum=MOMENTUM, weight_decay=1e-6)
         self.criterion, self.update_momentum = NegativeCosineSimilarity(), update_momentum
         self.views = problem.make_views()
+        self.device_type, self.autocast_dtype = torch.device(problem.device).type, AUTOCAST_DTYPES[precision]
 
     def __call__(self) -> Tensor:
         """Take one training step and return its loss."""
         self.update_momentum(self.backbone, self.momentum_backbone, TAU)
         self.update_momentum(self.projector, self.momentum_projector, TAU)
         view1, view2 = self.views
-        p1, p2 = (self.predictor(self.projector(self.backbone(v).flatten(start_dim=1))) for v in (view1, view2))
-        z1, z2 = (self.momentum_projector(self.momentum_backbone(v).flatten(start_dim=1)) for v in (view1, view2))
-        loss: Tensor = 0.5 * (self.criterion(p1, z2.detach()) + self.criterion(p2, z1.detach()))
+        with torch.autocast(self.device_type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            p1, p2 = (self.predictor(self.projector(self.backbone(v).flatten(start_dim=1))) for v in (view1, view2))
+            z1, z2 = (self.momentum_projector(self.momentum_backbone(v).flatten(start_dim=1)) for v in (view1, view2))
+            loss: Tensor = 0.5 * (self.criterion(p1, z2.detach()) + self.criterion(p2, z1.detach()))
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.optimizer.zero_grad()

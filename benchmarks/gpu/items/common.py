@@ -149,10 +149,11 @@ def raw_views(problem: Problem) -> tuple[Tensor, Tensor]:
     return view1, view2
 
 
-def normalized_views(problem: Problem) -> tuple[Tensor, ...]:
+def normalized_views(problem: Problem) -> tuple[Tensor, Tensor]:
     """The same views in fp32, normalized: the input of the baseline and of other libraries."""
     normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD).to(problem.device)
-    return tuple(normalize(view) for view in raw_views(problem))
+    view1, view2 = (normalize(view) for view in raw_views(problem))
+    return view1, view2
 
 
 def link_copies(context: Context, images: Path) -> None:

@@ -1,4 +1,4 @@
-"""Item: the tests marked gpu, one process per group, four at a time.
+"""Item: the tests marked gpu, one process per group, eight at a time.
 
 A group is a capability (`tests/gpu.py`), or a single file of the kernels, which have the most tests. An error that
 ends the CUDA context of one group does not affect the others.
@@ -26,7 +26,7 @@ from benchmarks.gpu.items.common import ROOT, is_small
 from benchmarks.gpu.items.pytest_records import VARIABLE
 from tests.gpu import CAPABILITIES
 
-NUM_PARALLEL = 4
+NUM_PARALLEL = 8
 RESERVE = 6.0
 """Seconds before the deadline at which running groups are ended, so that the logs are packed."""
 LONGEST = ("training", "step", "kernels", "parity", "decode", "export")
@@ -95,18 +95,21 @@ def groups(*, small: bool) -> list[Group]:
     if small:
         return [Group("knn", "knn", ("tests/test_gpu.py",), ("-k", "neighbors_are"))]
     texts = {path: path.read_text() for path in sorted((ROOT / "tests").rglob("test_*.py"))}
-    # The fixtures `device...` of the kernels' tests are marked, too.
-    marked = tuple(str(path.relative_to(ROOT)) for path, text in texts.items() if re.search(r"\bgpu\b|\bdevice", text))
+    marked = {str(path.relative_to(ROOT)): text for path, text in texts.items() if "mark.gpu" in text}
     names = [*LONGEST, *(name for name in CAPABILITIES if name not in LONGEST)]
     result: list[Group] = []
     for name in [name for name in names if name in CAPABILITIES]:
         if name == "kernels":
-            kernels = [path for path in marked if path.startswith("tests/kernels/")]
-            result += [Group(f"kernels, {Path(path).stem.removeprefix('test_')}", name, (path,)) for path in kernels]
+            # The fixtures `device...` of these tests are marked in their conftest.py.
+            paths = [path for path, text in texts.items() if path.parent.name == "kernels" and "device" in text]
+            result += [
+                Group(f"kernels, {path.stem.removeprefix('test_')}", name, (str(path.relative_to(ROOT)),))
+                for path in paths
+            ]
         else:
             # Collecting a file takes a second, so files that do not mention the capability are left out.
-            mentioning = tuple(path for path in marked if f'"{name}"' in texts[ROOT / path])
-            result.append(Group(name, name, mentioning or marked))
+            mentioning = tuple(path for path, text in marked.items() if f'"{name}"' in text)
+            result.append(Group(name, name, mentioning or tuple(marked)))
     return result
 
 
