@@ -5,13 +5,17 @@ Runs on the oldest supported torch, too, whose tracer has other faults than the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, distributed
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch.multiprocessing.spawn import spawn
+from torchvision.models.resnet import Bottleneck
 
 from byol_fast.config import OptimConfig
 from byol_fast.data import Batch
@@ -55,6 +59,34 @@ def test_gradients_of_a_compiled_pass_are_the_eager_ones(method: type[SSLModel],
         # Sums of some hundred terms in another order, and through a norm whose variance they decide; biases in front of
         # a norm have no gradient but rounding, so it is all of it that counts. A lost gradient is a third of it.
         assert (a.double() - b.double()).norm() <= (1e-12 if dtype == torch.float64 else 1e-4) * size
+
+
+def test_a_compiled_backward_pass_copies_no_gradient_into_another_layout() -> None:
+    """What inductor gets: in NHWC memory every gradient of a convolution is NHWC, and nothing is cloned.
+
+    A block as in ResNet-50: its shortcut has a convolution, and sums and ReLUs change the outputs of norms in place.
+    """
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    shortcut = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 1, bias=False), torch.nn.BatchNorm2d(16))
+    encoder = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), Bottleneck(8, 4, downsample=shortcut), torch.nn.AdaptiveAvgPool2d(1)
+    )
+    model = BYOL(encoder, hidden_dim=16, projection_dim=8, image_size=8).to(memory_format=torch.channels_last)
+    views = torch.rand(2, 4, 8, 8, 3).permute(0, 1, 4, 2, 3).unbind()
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = torch.compile(model.forward_train, dynamic=False, backend=backend)(*views)
+    output.loss.backward()  # type: ignore[no-untyped-call]
+    backward = graphs[-1].graph.nodes
+    gradients = [node.args[0].meta["val"] for node in backward if "convolution_backward" in str(node.target)]
+    assert len(gradients) == 5
+    assert all(gradient.is_contiguous(memory_format=torch.channels_last) for gradient in gradients)
+    assert not [node for node in backward if "aten.clone" in str(node.target)]
 
 
 def float64_network() -> SmallResidualNetwork:

@@ -70,7 +70,8 @@ def mode_here(mode: str) -> str:
 
 
 def losses_in(run: Path) -> list[float]:
-    return [r["loss"] for r in read(run / "metrics.jsonl") if "loss" in r]
+    """Loss of each step that was not skipped."""
+    return [r["loss"] for r in read(run / "metrics.jsonl") if r.get("loss") is not None]
 
 
 def losses(config: Config, **changes: object) -> list[float]:
@@ -176,10 +177,12 @@ def test_weight_copies_follow_in_a_graph() -> None:
 
 @pytest.mark.gpu("step")
 def test_gpu_and_cpu_take_the_same_first_step(gpu: Config) -> None:
-    short = {"steps": 1, "data.loader": "threaded", "optim.warmup_steps": 0, "log_every": 1}
-    (on_gpu,) = losses(gpu, **short, name="gpu", precision="fp32")
-    (on_cpu,) = losses(gpu, **short, name="cpu", device="cpu")
-    assert math.isclose(on_gpu, on_cpu, rel_tol=1e-4)
+    """On the same views: blur's factors are float16 on a GPU, so that one value in thirty is a level off there."""
+    changes = {"data.loader": "threaded", "optim.warmup_steps": 0, "precision": "fp32"}
+    trainers = [Trainer(configs.replace(gpu, {**changes, "device": d, "name": d})) for d in ("cpu", DEVICE)]
+    batch = next(trainers[0].state.loader)
+    on_cpu, on_gpu = (float(trainer.train_step(batch, 0).loss) for trainer in trainers)
+    assert on_gpu == pytest.approx(on_cpu, rel=1e-4)
 
 
 @pytest.mark.gpu("step")
@@ -239,6 +242,7 @@ def test_fp16_and_recomputation_train(gpu: Config) -> None:
         if REHEARSING and name == "fp16":
             continue  # CPUs have no fp16 training
         found = losses(gpu, name=name, steps=30, **{"optim.lr": 2.0, "data.loader": "threaded"}, **changes)
+        assert len(found) >= (20 if name == "fp16" else 30), name  # fp16 skips steps until its scale fits
         assert np.mean(found[-8:]) < np.mean(found[:8]), name
 
 
@@ -290,7 +294,7 @@ def test_resumed_run_goes_on_where_it_stopped(small: Config, mode: str) -> None:
 # ------------------------------------------------------------------------------------------------ several processes
 
 ONE_OF_ONE = """
-from byol_fast import distributed
+from byol_fast.training import distributed
 # A world of one does all that several do: it joins a group, wraps the network, synchronizes statistics, votes.
 distributed.started_by_torchrun = lambda: True
 distributed.World.is_single = property(lambda self: False)

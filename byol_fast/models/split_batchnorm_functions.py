@@ -95,41 +95,44 @@ class SplitBNTraceable(torch.autograd.Function):
     """Split batch norm as one expression, for torch.compile to fuse, and over all processes if `synchronized`.
 
     One collective forward, of `[V, 2 C + 1]` numbers (mean, variance, count), and one backward, of `[V, 2 C]`.
+    The output is no view of another tensor: autograd copies the gradient of a view that is changed in place (by
+    `nn.ReLU(inplace=True)`, or by adding a shortcut), and into another memory format.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, input_VB: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, synchronized: bool
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, views: int, eps: float, synchronized: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Output `[V, B, C, ...]`, and `[V, C]` means and unbiased variances."""
-        x_VB = _accumulated(input_VB)
-        over = _over(x_VB)
-        var_VC, mean_VC = torch.var_mean(x_VB, over, correction=0)
+        """Output, and means and unbiased variances, `[V, C]`."""
+        x_VB = _accumulated(_by_view(input, views))
+        var_VC, mean_VC = torch.var_mean(x_VB, _over(x_VB), correction=0)
         count_V1 = torch.full_like(mean_VC[:, :1], x_VB.numel() // mean_VC.numel())
         if synchronized:
             mean_VC, var_VC, count_V1 = _gathered(mean_VC, var_VC, count_V1)
         invstd_VC = torch.rsqrt(var_VC + eps)
-        y = (x_VB - _per_channel(mean_VC, x_VB)) * _per_channel(invstd_VC, x_VB)
+        y = ((x_VB - _per_channel(mean_VC, x_VB)) * _per_channel(invstd_VC, x_VB)).flatten(0, 1)
         if weight is not None:
-            y = y * _per_channel(weight, x_VB)
+            y = y * weight.reshape(-1, *(1 for _ in y.shape[2:]))
         if bias is not None:
-            y = y + _per_channel(bias, x_VB)
+            y = y + bias.reshape(-1, *(1 for _ in y.shape[2:]))
+        elif weight is None:
+            y = y.clone()
         unbiased_VC = var_VC * (count_V1 / (count_V1 - 1))
-        ctx.save_for_backward(input_VB, weight, mean_VC, invstd_VC, count_V1)
-        ctx.synchronized = synchronized
+        ctx.save_for_backward(input, weight, mean_VC, invstd_VC, count_V1)
+        ctx.views, ctx.synchronized = views, synchronized
         ctx.mark_non_differentiable(mean_VC, unbiased_VC)
-        return _in(input_VB.dtype, y), mean_VC, unbiased_VC
+        return _in(input.dtype, y), mean_VC, unbiased_VC
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream_VB: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients with respect to input, weight and bias.
 
         With xhat = (x - mean) invstd: dbias = sum dy, dweight = sum dy xhat, and as mean and variance depend on every
         x, dx = weight invstd (dy - mean(dy) - xhat mean(dy xhat)), the means over all processes.
         """
-        input_VB, weight, mean_VC, invstd_VC, count_V1 = ctx.saved_tensors
-        x_VB, dy_VB = _accumulated(input_VB), _accumulated(upstream_VB)
+        input, weight, mean_VC, invstd_VC, count_V1 = ctx.saved_tensors
+        x_VB, dy_VB = (_accumulated(_by_view(t, ctx.views)) for t in (input, upstream))
         over = _over(x_VB)
         xhat_VB = (x_VB - _per_channel(mean_VC, x_VB)) * _per_channel(invstd_VC, x_VB)
         sums_V2C = torch.cat([dy_VB.sum(over), (dy_VB * xhat_VB).sum(over)], dim=1)
@@ -142,11 +145,10 @@ class SplitBNTraceable(torch.autograd.Function):
         dx = dx * _per_channel(invstd_VC if weight is None else invstd_VC * weight, x_VB)
         needed = ctx.needs_input_grad
         return (
-            _in(input_VB.dtype, dx) if needed[0] else None,
+            _in(input.dtype, dx.flatten(0, 1)) if needed[0] else None,
             _in(weight.dtype, dweight) if needed[1] else None,
             _in(weight.dtype if weight is not None else dbias.dtype, dbias) if needed[2] else None,
-            None,
-            None,
+            *(None,) * 3,
         )
 
 
@@ -158,6 +160,11 @@ def _accumulated(x: Tensor) -> Tensor:
 def _in(dtype: torch.dtype, x: Tensor) -> Tensor:
     """In a dtype. torch 2.11 compiles a `to` that changes nothing, of what a function returns, to a zero gradient."""
     return x if x.dtype == dtype else x.to(dtype)
+
+
+def _by_view(x: Tensor, views: int) -> Tensor:
+    """`[V B, C, ...]` as `[V, B, C, ...]`."""
+    return x.view(views, -1, *x.shape[1:])
 
 
 def _over(x_VB: Tensor) -> list[int]:

@@ -136,9 +136,7 @@ class _SplitBatchNorm(SplitBatchNormBase):
         moves = self.running_mean is not None and self.track_running_stats and not collects
         # The traceable form is what torch.compile can fuse, and what can communicate with other processes.
         if torch.compiler.is_compiling() or synchronized or (moves and self.momentum is None):
-            x_VB = x.view(views, -1, *x.shape[1:])
-            y_VB, mean_VC, var_VC = SplitBNTraceable.apply(x_VB, self.weight, self.bias, self.eps, synchronized)
-            y = y_VB.flatten(0, 1)
+            y, mean_VC, var_VC = SplitBNTraceable.apply(x, self.weight, self.bias, views, self.eps, synchronized)
             if moves and not recomputed:
                 self._update_running_stats(mean_VC, var_VC)
         else:

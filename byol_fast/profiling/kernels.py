@@ -12,7 +12,11 @@ FAMILIES = (
 
 # The first match decides. Names are those of cuDNN, CUTLASS, cuBLAS, ATen, byol_kernels and inductor, which names a
 # kernel after the fused operations.
+_FUSED = r"^triton_(poi|red|per|for)_"  # of operations that multiply no matrices, also where the name holds theirs
 _KERNELS = [
+    ("batch norm", _FUSED + r".*batch_norm"),
+    ("pool", _FUSED + r".*pool"),
+    ("pointwise", _FUSED),
     ("copies", r"^memcpy|^memset|copy_kernel|direct_copy|CatArray|nchwToNhwc|nhwcToNchw|transpose_kernel"),
     ("loss", r"normalized_mse"),
     ("optimizer + EMA", r"_lars_|_ema_update|multi_tensor_apply|foreach|_amp_|amp_update|fused_adam"),

@@ -74,7 +74,7 @@ def figures_in(context: Context) -> dict[str, dict[str, Any]]:
 
 
 def test_items_are_well_formed() -> None:
-    assert len(BY_NAME) == len(ITEMS) == 13
+    assert len(BY_NAME) == len(ITEMS) == 14
     for item in ITEMS:
         assert re.fullmatch(r"\w+", item.name) and item.question.endswith("?")
         module, _, function = item.run.partition(":")

@@ -64,6 +64,15 @@ ITEMS: tuple[Item, ...] = (
         memory_gib=60,
     ),
     Item(
+        name="layers",
+        question="Which forms of a ResNet's first convolution, max pooling and batch statistics are fastest?",
+        run=f"{HERE}.layers:run",
+        # Two measurements of the convolution, 5 s each with cuDNN's trials, and three generated kernels of 5 s.
+        seconds=START_SECONDS + 25,
+        depends_on=(f"{FOLDER}/common.py", f"{FOLDER}/timing.py", f"{FOLDER}/kernels.py", f"{FOLDER}/layers.py"),
+        memory_gib=20,
+    ),
+    Item(
         name="gpu_tests",
         question="Do the tests marked gpu pass?",
         run=f"{HERE}.gpu_tests:run",

@@ -78,6 +78,8 @@ def run(context: Context) -> str | None:
         finally:
             for process in running:
                 process.end()
+            for path in Path(folder).iterdir():  # no absolute paths, because results are committed
+                path.write_text(path.read_text(errors="replace").replace(f"{ROOT}/", ""))
             with tarfile.open(context.folder / ARCHIVE, "w:gz") as archive:
                 archive.add(folder, arcname="gpu_tests")
     counts = {name: total[name] for name in ("passed", "failed", "skipped")}
@@ -200,6 +202,6 @@ def _record(context: Context, group: Group, outcome: Outcome) -> Counter[str]:
     values = {"skips": reasons} if reasons else {}
     context.record(f"tests: {group.name}", **counts, seconds=round(outcome.seconds, 1), **values)
     for test, message in outcome.failures.items():
-        where = CAPABILITIES[group.capability]
-        context.record(f"failed: {test}", message=" ".join(message.split())[:400], look_at=where)
+        text, where = " ".join(message.replace(f"{ROOT}/", "").split()), CAPABILITIES[group.capability]
+        context.record(f"failed: {test}", message=text[:400], look_at=where)
     return Counter(counts)

@@ -1,0 +1,151 @@
+"""Item: forms of the layers of a ResNet-50 that take far longer than their memory traffic.
+
+Sizes are those of a step on two views of 256 images of 224 px, bf16 in NHWC memory.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch._inductor.config
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.gpu.item import Context
+from benchmarks.gpu.items.common import Checks, compiled_function, free, is_small, set_flags
+from benchmarks.gpu.items.kernels import Group, measure
+from benchmarks.gpu.items.timing import Case
+from byol_fast.bench.numerics import relative_error
+
+aten = torch.ops.aten
+
+
+def run(context: Context) -> str | None:
+    """Time each group in the same rounds as a copy."""
+    checks = Checks(context)
+    for cudnn_benchmark in (False, True):
+        flags = set_flags(cudnn_benchmark=cudnn_benchmark)
+        free(context)
+        measure(
+            context, f"first convolution, cudnn.benchmark {cudnn_benchmark}", convolution_group(context, checks), flags
+        )
+    flags = set_flags()
+    for name, build in (("max pooling", pooling_group), ("batch statistics", statistics_group)):
+        free(context)
+        measure(context, name, build(context, checks), flags)
+    return checks.problem()
+
+
+def _randn(context: Context, *shape: int) -> Tensor:
+    """Normal values, bf16, NHWC if there are four dimensions."""
+    values = torch.randn(shape, device=context.device, dtype=torch.bfloat16)
+    return values.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else values
+
+
+def _images(context: Context) -> int:
+    return 4 if is_small(context) else 512
+
+
+def space_to_depth(x: Tensor) -> Tensor:
+    """Images `[B, 3, S, S]`, padded by 4 and 2 pixels, as `[B, 12, S / 2 + 3, S / 2 + 3]`."""
+    return F.pixel_unshuffle(F.pad(x, (4, 2, 4, 2)), 2).contiguous(memory_format=torch.channels_last)
+
+
+def weight_to_depth(weight: Tensor) -> Tensor:
+    """Weight `[64, 3, 7, 7]` of a convolution of stride 2 as `[64, 12, 4, 4]` of one of stride 1."""
+    return F.pixel_unshuffle(F.pad(weight, (1, 0, 1, 0)), 2).contiguous(memory_format=torch.channels_last)
+
+
+def convolution_group(context: Context, checks: Checks) -> Group:
+    """The first convolution, 7 x 7 with stride 2, and its weight's gradient; also with more channels per pixel."""
+    x, weight = _randn(context, _images(context), 3, 224, 224), _randn(context, 64, 3, 7, 7) / 8
+    forms: dict[str, tuple[Tensor, Tensor, int, int]] = {
+        "3 channels": (x, weight, 2, 3),
+        "4 channels": (_pad_channels(x, 1), _pad_channels(weight, 1), 2, 3),
+        "8 channels": (_pad_channels(x, 5), _pad_channels(weight, 5), 2, 3),
+        "12 channels, 4 x 4": (space_to_depth(x), weight_to_depth(weight), 1, 0),
+        "16 channels, 4 x 4": (_pad_channels(space_to_depth(x), 4), _pad_channels(weight_to_depth(weight), 4), 1, 0),
+    }
+    expected = F.conv2d(x, weight, stride=2, padding=3)
+    gradient = torch.randn_like(expected)
+    cases: dict[str, Case] = {}
+    for name, (images, kernel, stride, padding) in forms.items():
+        out = F.conv2d(images, kernel, stride=stride, padding=padding)
+        checks(f"first convolution: {name}", relative_error([out], [expected]), 1e-2)
+        cases[f"{name}, forward"] = _forward(images, kernel, stride, padding)
+        cases[f"{name}, gradient of the weight"] = _weight_gradient(gradient, images, kernel, stride, padding)
+    return Group(cases, dict.fromkeys(cases, 2.0 * (x.numel() + expected.numel())), images=len(x))
+
+
+def _pad_channels(x: Tensor, channels: int) -> Tensor:
+    return F.pad(x, (0, 0, 0, 0, 0, channels)).contiguous(memory_format=torch.channels_last)
+
+
+def _forward(x: Tensor, weight: Tensor, stride: int, padding: int) -> Case:
+    return lambda: F.conv2d(x, weight, stride=stride, padding=padding)
+
+
+def _weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> Case:
+    rest = ([0], [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, [False, True, False])
+    return lambda: aten.convolution_backward(gradient, x, weight, *rest)
+
+
+def pooling_group(context: Context, checks: Checks) -> Group:
+    """Max pooling, 3 x 3 with stride 2, and its gradient: the kernels of torch and those that inductor generates."""
+    x = _randn(context, _images(context), 64, 112, 112).requires_grad_()
+
+    def pool(x: Tensor) -> Tensor:
+        return F.max_pool2d(x, 3, 2, 1)
+
+    def pool_unchecked(x: Tensor) -> Tensor:  # another function, so that it is compiled anew
+        return pool(x)
+
+    expected = pool(x)
+    gradient = torch.randn_like(expected)
+    forms = {
+        "torch": pool,
+        "inductor": compiled_function(context, pool),
+        "inductor, indices unchecked": compiled_function(context, pool_unchecked),
+    }
+    (exact,) = torch.autograd.grad(expected, x, gradient)
+    cases: dict[str, Case] = {"torch, forward alone": lambda: pool(x.detach())}
+    for name, form in forms.items():
+        cases[name] = functools.partial(_with_gradient, form, x, gradient)
+        with torch._inductor.config.patch(assert_indirect_indexing="unchecked" not in name):
+            (found,) = _with_gradient(form, x, gradient)
+        checks(f"max pooling: {name}", relative_error([found], [exact]), 1e-2)
+    return Group(cases, dict.fromkeys(cases, 4.0 * x.numel() + 5.0 * expected.numel()), images=len(x))
+
+
+def _with_gradient(pool: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(pool(x), x, gradient)
+
+
+def statistics_group(context: Context, checks: Checks) -> Group:
+    """Mean and variance of each channel and view, as inductor compiles them: of centered values, and by two sums."""
+    images = _images(context)
+    x = _randn(context, images, 256, 56, 56)
+
+    def by_variance(x: Tensor) -> tuple[Tensor, Tensor]:
+        var, mean = torch.var_mean(x.view(2, images // 2, *x.shape[1:]).float(), [1, 3, 4], correction=0)
+        return var, mean
+
+    def by_sums(x: Tensor) -> tuple[Tensor, Tensor]:
+        values = x.view(2, images // 2, *x.shape[1:]).float()
+        mean = values.mean([1, 3, 4])
+        return values.square().mean([1, 3, 4]) - mean.square(), mean
+
+    functions: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+        "var_mean": compiled_function(context, by_variance),
+        "two sums": compiled_function(context, by_sums),
+    }
+    expected = by_variance(x.double())
+    cases: dict[str, Case] = {}
+    for name, function in functions.items():
+        checks(f"batch statistics: {name}", relative_error(list(function(x)), list(expected)), 1e-3)
+        cases[name] = functools.partial(function, x)
+    if context.device == "cuda":
+        cases["torch.batch_norm_stats"] = lambda: [torch.batch_norm_stats(view, 1e-5) for view in x.chunk(2)]
+    return Group(cases, dict.fromkeys(cases, 2.0 * x.numel()), images=images)
