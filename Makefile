@@ -44,7 +44,7 @@ demo: $(READY)
 # All tests, then those of a GPU rehearsed on the CPU (those of the kernels run there already).
 test: $(READY)
 	$(PY) -m pytest -q -n auto --dist worksteal --durations=25 -m "not slow and not peers and not browser"
-	BYOL_FAST_REHEARSE=1 $(PY) -m pytest -q -n auto --dist worksteal -m gpu tests/test_gpu.py tests/data tests/training
+	BYOL_FAST_REHEARSE=1 $(PY) -m pytest -q -n auto --dist worksteal -m gpu tests/test_gpu.py tests/data tests/training tests/utils
 
 # The kernels, the numbers, what is compiled, and what a step asks of CUDA, on the oldest supported torch and triton.
 test-oldest: .venv-oldest/.ready

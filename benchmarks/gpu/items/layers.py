@@ -18,6 +18,7 @@ from benchmarks.gpu.items.common import Checks, compiled_function, free, is_smal
 from benchmarks.gpu.items.kernels import Group, measure
 from benchmarks.gpu.items.timing import Case
 from byol_fast.bench.numerics import relative_error
+from byol_fast.utils.gpu_tuning import pairs_to_channels
 
 aten = torch.ops.aten
 
@@ -25,14 +26,13 @@ aten = torch.ops.aten
 def run(context: Context) -> str | None:
     """Time each group in the same rounds as a copy."""
     checks = Checks(context)
-    for cudnn_benchmark in (False, True):
-        flags = set_flags(cudnn_benchmark=cudnn_benchmark)
-        free(context)
-        measure(
-            context, f"first convolution, cudnn.benchmark {cudnn_benchmark}", convolution_group(context, checks), flags
-        )
     flags = set_flags()
-    for name, build in (("max pooling", pooling_group), ("batch statistics", statistics_group)):
+    builders = {
+        "first convolution": convolution_group,
+        "max pooling": pooling_group,
+        "batch statistics": statistics_group,
+    }
+    for name, build in builders.items():
         free(context)
         measure(context, name, build(context, checks), flags)
     return checks.problem()
@@ -48,25 +48,13 @@ def _images(context: Context) -> int:
     return 4 if is_small(context) else 512
 
 
-def space_to_depth(x: Tensor) -> Tensor:
-    """Images `[B, 3, S, S]`, padded by 4 and 2 pixels, as `[B, 12, S / 2 + 3, S / 2 + 3]`."""
-    return F.pixel_unshuffle(F.pad(x, (4, 2, 4, 2)), 2).contiguous(memory_format=torch.channels_last)
-
-
-def weight_to_depth(weight: Tensor) -> Tensor:
-    """Weight `[64, 3, 7, 7]` of a convolution of stride 2 as `[64, 12, 4, 4]` of one of stride 1."""
-    return F.pixel_unshuffle(F.pad(weight, (1, 0, 1, 0)), 2).contiguous(memory_format=torch.channels_last)
-
-
 def convolution_group(context: Context, checks: Checks) -> Group:
     """The first convolution, 7 x 7 with stride 2, and its weight's gradient; also with more channels per pixel."""
     x, weight = _randn(context, _images(context), 3, 224, 224), _randn(context, 64, 3, 7, 7) / 8
     forms: dict[str, tuple[Tensor, Tensor, int, int]] = {
         "3 channels": (x, weight, 2, 3),
-        "4 channels": (_pad_channels(x, 1), _pad_channels(weight, 1), 2, 3),
         "8 channels": (_pad_channels(x, 5), _pad_channels(weight, 5), 2, 3),
-        "12 channels, 4 x 4": (space_to_depth(x), weight_to_depth(weight), 1, 0),
-        "16 channels, 4 x 4": (_pad_channels(space_to_depth(x), 4), _pad_channels(weight_to_depth(weight), 4), 1, 0),
+        "16 channels, 4 x 4": (pairs_to_channels(x, 4, 2), pairs_to_channels(weight, 1, 0), 1, 0),
     }
     expected = F.conv2d(x, weight, stride=2, padding=3)
     gradient = torch.randn_like(expected)

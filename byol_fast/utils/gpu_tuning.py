@@ -1,0 +1,71 @@
+"""GPU performance: the first convolution of a ResNet."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def use_space_to_depth(network: nn.Module) -> int:
+    """Compute a ResNet's first convolution, 7x7 with stride 2 on 3 channels, as one of 4x4 on 16 channels.
+
+    Matrix units take channels by eights: cuDNN pads 3 to 8 and multiplies 49 pixels, of which it can skip none. Here
+    each 2x2 pixels become channels (12, and 4 zeros), so that the same sums are 16 products of 16 channels (MLPerf
+    calls it space-to-depth). The function is the same, its rounding differs. Only GPUs and half precision are affected;
+    in all other cases the convolution calls torch.
+
+    Args:
+        network: any network, converted in place; parameters keep their names and values.
+
+    Returns:
+        Number of converted convolutions.
+    """
+    converted = [m for m in network.modules() if type(m) is nn.Conv2d and _is_supported(m)]
+    for module in converted:
+        module.__class__ = SpaceToDepthConv2d
+    return len(converted)
+
+
+def _is_supported(conv: nn.Conv2d) -> bool:
+    plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+    return plain and conv.in_channels == 3 and (conv.kernel_size, conv.stride, conv.padding) == ((7, 7), (2, 2), (3, 3))
+
+
+class SpaceToDepthConv2d(nn.Conv2d):
+    """`nn.Conv2d` of 3 channels, 7x7, stride 2 and padding 3, by another implementation."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The function of `nn.Conv2d`."""
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else input.dtype
+        is_even = input.ndim == 4 and input.shape[2] % 2 == 0 and input.shape[3] % 2 == 0
+        if not input.is_cuda or dtype.itemsize != 2 or not is_even:
+            return super().forward(input)
+        return space_to_depth_conv(input.to(dtype), self.weight.to(dtype), self.bias)
+
+
+def space_to_depth_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.conv2d(x, weight, bias, stride=2, padding=3)` by a convolution of stride 1 on a quarter of the pixels.
+
+    Output i reads pixels 2i-3 to 2i+3: with an eighth weight, zero, in front, the four pairs that begin at 2i-4.
+
+    Args:
+        x: images `[B, 3, H, W]` with even H and W.
+        weight: `[O, 3, 7, 7]`.
+        bias: `[O]`.
+    """
+    return F.conv2d(pairs_to_channels(x, 4, 2), pairs_to_channels(weight, 1, 0), bias)
+
+
+def pairs_to_channels(x: Tensor, before: int, after: int) -> Tensor:
+    """Pad rows and columns, then make the channels of 2x2 pixels 16 channels of one; in NHWC memory.
+
+    Args:
+        x: `[N, 3, H, W]`.
+        before: zeros in front of the rows and the columns.
+        after: zeros behind them.
+    """
+    x_NHWC = F.pad(x.permute(0, 2, 3, 1), (0, 1, before, after, before, after))
+    images, height, width, channels = x_NHWC.shape
+    pairs = x_NHWC.reshape(images, height // 2, 2, width // 2, 2, channels).transpose(2, 3)
+    return pairs.reshape(images, height // 2, width // 2, 4 * channels).permute(0, 3, 1, 2)

@@ -1,0 +1,68 @@
+"""The first convolution of a ResNet as a GPU computes it, against torch's."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models import resnet18
+
+from byol_fast.utils import gpu_tuning
+from byol_fast.utils.gpu_tuning import SpaceToDepthConv2d, space_to_depth_conv, use_space_to_depth
+from tests.gpu import DEVICE, REHEARSING
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(("height", "width"), [(2, 2), (16, 16), (10, 32)])
+def test_it_is_torchs_convolution_with_its_gradients(height: int, width: int, layout: torch.memory_format) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 3, height, width), (5, 3, 7, 7), (5,))
+    inputs = [torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in shapes]
+    x, weight, bias = inputs
+    x = x.contiguous(memory_format=layout)
+    expected, found = F.conv2d(x, weight, bias, stride=2, padding=3), space_to_depth_conv(x, weight, bias)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    gradient = torch.randn(expected.shape, dtype=torch.float64, generator=generator)
+    for a, b in zip(*(torch.autograd.grad(y, inputs, gradient) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+def test_only_the_first_convolution_of_a_resnet_is_converted_and_nothing_else_of_it_changes() -> None:
+    network = resnet18()
+    before = copy.deepcopy(network.state_dict())
+    assert use_space_to_depth(network) == 1
+    assert type(network.conv1) is SpaceToDepthConv2d
+    assert [type(m) for m in network.modules()].count(SpaceToDepthConv2d) == 1
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(network.conv1(images), nn.Conv2d.forward(network.conv1, images))  # a CPU calls torch
+    others = [nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(3, 4, 7, 2, 2), nn.Conv2d(4, 4, 7, 2, 3), nn.Conv2d(3, 4, 7, 1, 3)]
+    assert use_space_to_depth(nn.ModuleList(others)) == 0
+
+
+@pytest.mark.gpu("step")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_under_autocast_it_is_within_rounding_of_float64(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 8, 7, stride=2, padding=3, bias=False)
+    images = torch.randn(4, 3, 64, 64)
+    exact = conv.double()(images.double()).detach()
+    conv = conv.float().to(DEVICE)
+    used = []
+
+    def noted(*args: Tensor) -> Tensor:
+        used.append(len(args))
+        return space_to_depth_conv(*args)
+
+    monkeypatch.setattr(gpu_tuning, "space_to_depth_conv", noted)
+    assert use_space_to_depth(nn.Sequential(conv)) == 1
+    with torch.autocast(DEVICE, dtype):
+        found = conv(images.to(DEVICE)).detach()
+    assert len(used) == (0 if REHEARSING else 1)
+    assert found.dtype == dtype
+    # Each factor and the sum are rounded to half precision.
+    assert float((found.double().cpu() - exact).norm() / exact.norm()) < 2 * torch.finfo(dtype).eps
