@@ -62,7 +62,7 @@ def test_gradients_of_a_compiled_pass_are_the_eager_ones(method: type[SSLModel],
 
 
 def test_a_compiled_backward_pass_copies_no_gradient_into_another_layout() -> None:
-    """What inductor gets: in NHWC memory every gradient of a convolution is NHWC, and nothing is cloned.
+    """What inductor gets: in NHWC memory every gradient of a convolution is NHWC.
 
     A block as in ResNet-50: its shortcut has a convolution, and sums and ReLUs change the outputs of norms in place.
     """
@@ -86,7 +86,7 @@ def test_a_compiled_backward_pass_copies_no_gradient_into_another_layout() -> No
     gradients = [node.args[0].meta["val"] for node in backward if "convolution_backward" in str(node.target)]
     assert len(gradients) == 5
     assert all(gradient.is_contiguous(memory_format=torch.channels_last) for gradient in gradients)
-    assert not [node for node in backward if "aten.clone" in str(node.target)]
+    assert not [node for node in backward if "new_empty_strided" in str(node.target)]  # of a view changed in place
 
 
 def float64_network() -> SmallResidualNetwork:

@@ -132,6 +132,7 @@ class SplitBNTraceable(torch.autograd.Function):
         x, dx = weight invstd (dy - mean(dy) - xhat mean(dy xhat)), the means over all processes.
         """
         input, weight, mean_VC, invstd_VC, count_V1 = ctx.saved_tensors
+        upstream = _stored_like(input, upstream)
         x_VB, dy_VB = (_accumulated(_by_view(t, ctx.views)) for t in (input, upstream))
         over = _over(x_VB)
         xhat_VB = (x_VB - _per_channel(mean_VC, x_VB)) * _per_channel(invstd_VC, x_VB)
@@ -145,7 +146,7 @@ class SplitBNTraceable(torch.autograd.Function):
         dx = dx * _per_channel(invstd_VC if weight is None else invstd_VC * weight, x_VB)
         needed = ctx.needs_input_grad
         return (
-            _in(input.dtype, dx.flatten(0, 1)) if needed[0] else None,
+            _in(input.dtype, dx).flatten(0, 1) if needed[0] else None,
             _in(weight.dtype, dweight) if needed[1] else None,
             _in(weight.dtype if weight is not None else dbias.dtype, dbias) if needed[2] else None,
             *(None,) * 3,
@@ -160,6 +161,20 @@ def _accumulated(x: Tensor) -> Tensor:
 def _in(dtype: torch.dtype, x: Tensor) -> Tensor:
     """In a dtype. torch 2.11 compiles a `to` that changes nothing, of what a function returns, to a zero gradient."""
     return x if x.dtype == dtype else x.to(dtype)
+
+
+def _stored_like(x: Tensor, dy: Tensor) -> Tensor:
+    """The gradient in the memory layout of the input. torch.compile then writes it to memory once.
+
+    It would otherwise compute the sum of gradients behind a residual connection again in every kernel that reads it, or
+    write what it computes from it in fp32, in another layout.
+    """
+    if not torch.compiler.is_compiling():
+        return dy
+    from torch._inductor.inductor_prims import force_stride_order  # takes a second
+
+    stored: Tensor = force_stride_order(dy, x.stride())
+    return stored
 
 
 def _by_view(x: Tensor, views: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -79,17 +79,11 @@ def compile_forward(model: SSLModel, mode: Mode, *, single_process: bool = True,
     if mode.name == "eager":
         return model.forward_train
     # Without inductor's own CUDA graphs: in mode graph ours goes around the whole step.
-    options: dict[str, Any] = {}
-    if max_autotune:
-        from torch._inductor import list_mode_options  # takes a second
-
-        options |= list_mode_options("max-autotune-no-cudagraphs")
-    # The gradient of max pooling reads by index, and checking that each index is inside takes longer than the reading.
-    options["assert_indirect_indexing"] = False
+    tuning = "max-autotune-no-cudagraphs" if max_autotune else None
     if not single_process:
         for network in model.networks():
-            network.compile(dynamic=False, options=options)
+            network.compile(dynamic=False, mode=tuning)
         return model.forward_train
     # Batch and view size never change within a run, so there is nothing for dynamic shapes to save.
-    forward: Forward = torch.compile(model.forward_train, dynamic=False, options=options)
+    forward: Forward = torch.compile(model.forward_train, dynamic=False, mode=tuning)
     return forward

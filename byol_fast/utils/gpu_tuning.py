@@ -1,55 +1,33 @@
-"""GPU performance: the first convolution and the max pooling of a ResNet."""
+"""GPU performance: the first convolution of a ResNet."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
-def tune_for_gpu(network: nn.Module) -> int:
-    """Convert a ResNet's first convolution and its max pooling to forms that are faster on a GPU, in place.
+def use_space_to_depth(network: nn.Module) -> int:
+    """Compute a ResNet's first convolution as one of 4x4 on 16 channels, where that is faster.
 
-    The functions are the same, the rounding of the convolution differs; see `SpaceToDepthConv2d` and `ParityMaxPool2d`
-    for what they are and when they are used. In all other cases, on CPUs above all, the layers call torch.
+    The function is the same, its rounding differs; see `SpaceToDepthConv2d` for where it is used. In all other cases,
+    on CPUs above all, the convolution calls torch.
 
     Args:
-        network: any network; parameters keep their names and values.
+        network: any network, converted in place; parameters keep their names and values.
 
     Returns:
-        Number of converted layers.
+        Number of converted convolutions.
     """
-    num_converted = 0
-    for module in network.modules():
-        if type(module) is nn.Conv2d and _is_first_convolution(module):
-            module.__class__ = SpaceToDepthConv2d
-        elif type(module) is nn.MaxPool2d and _is_first_pooling(module):
-            module.__class__ = ParityMaxPool2d
-        else:
-            continue
-        num_converted += 1
-    return num_converted
+    converted = [m for m in network.modules() if type(m) is nn.Conv2d and _is_first_convolution(m)]
+    for module in converted:
+        module.__class__ = SpaceToDepthConv2d
+    return len(converted)
 
 
 def _is_first_convolution(conv: nn.Conv2d) -> bool:
     plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
     return plain and conv.in_channels == 3 and (conv.kernel_size, conv.stride, conv.padding) == ((7, 7), (2, 2), (3, 3))
-
-
-def _is_first_pooling(pool: nn.MaxPool2d) -> bool:
-    values = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
-    geometry = [(value, value) if isinstance(value, int) else tuple(value) for value in values]
-    return geometry == [(3, 3), (2, 2), (1, 1), (1, 1)] and not pool.ceil_mode and not pool.return_indices
-
-
-def _is_even(x: Tensor) -> bool:
-    return x.ndim == 4 and x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
-
-
-# ---------------------------------------------------------------------------------------------- convolution
 
 
 class SpaceToDepthConv2d(nn.Conv2d):
@@ -62,7 +40,8 @@ class SpaceToDepthConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """The function of `nn.Conv2d`."""
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else input.dtype
-        if not input.is_cuda or dtype.itemsize != 2 or not _is_even(input):
+        is_even = input.ndim == 4 and input.shape[2] % 2 == 0 and input.shape[3] % 2 == 0
+        if not input.is_cuda or dtype.itemsize != 2 or not is_even:
             return super().forward(input)
         return space_to_depth_conv(input.to(dtype), self.weight.to(dtype), self.bias)
 
@@ -92,69 +71,3 @@ def pairs_to_channels(x: Tensor, before: int, after: int) -> Tensor:
     images, height, width, channels = x_NHWC.shape
     pairs = x_NHWC.reshape(images, height // 2, 2, width // 2, 2, channels).transpose(2, 3)
     return pairs.reshape(images, height // 2, width // 2, 4 * channels).permute(0, 3, 1, 2)
-
-
-# ---------------------------------------------------------------------------------------------- max pooling
-
-
-class ParityMaxPool2d(nn.MaxPool2d):
-    """`nn.MaxPool2d` of 3x3, stride 2 and padding 1; compiled on a GPU with a gradient by parity.
-
-    Which windows hold a pixel depends on the parity of its row and column. The kernel that inductor generates works
-    that out for each pixel and takes longer over it than over the memory. The gradient is the same to the last bit.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """The function of `nn.MaxPool2d`."""
-        if torch.compiler.is_compiling() and input.is_cuda and _is_even(input):
-            return parity_max_pool(input)
-        result: Tensor = super().forward(input)
-        return result
-
-
-def parity_max_pool(x: Tensor) -> Tensor:
-    """`F.max_pool2d(x, 3, stride=2, padding=1)`.
-
-    Args:
-        x: images `[B, C, H, W]` with even H and W.
-    """
-    result: Tensor = _ParityMaxPool.apply(x)
-    return result
-
-
-class _ParityMaxPool(torch.autograd.Function):
-    """Max pooling that remembers the place of each maximum in its window: 0 to 8, row by row."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        y, index = F.max_pool2d(x, 3, 2, 1, return_indices=True)
-        width = x.shape[3]
-        first_row, first_column = (2 * torch.arange(size, device=x.device) - 1 for size in y.shape[2:])
-        row, column = index // width - first_row[:, None], index % width - first_column
-        ctx.save_for_backward((3 * row + column).to(torch.int8))
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        """An even row lies in the middle of one window, an odd one at the end of one and the start of the next."""
-        (place,) = ctx.saved_tensors
-        dy_NHWC, place_NHWC = (t.permute(0, 2, 3, 1) for t in (dy, place))
-        images, height, width, channels = dy_NHWC.shape
-        # Behind the last row and column there are no windows.
-        dy_NHWC = F.pad(dy_NHWC, (0, 0, 0, 1, 0, 1))
-        place_NHWC = F.pad(place_NHWC, (0, 0, 0, 1, 0, 1), value=-1)
-
-        def part(row: int, column: int, at: int) -> Tensor:
-            """Gradients of the windows at this offset, where their maximum is at this place."""
-            windows = (slice(None), slice(row, row + height), slice(column, column + width))
-            return torch.where(place_NHWC[windows] == at, dy_NHWC[windows], 0)
-
-        even_even = part(0, 0, 4)
-        even_odd = part(0, 0, 5) + part(0, 1, 3)
-        odd_even = part(0, 0, 7) + part(1, 0, 1)
-        odd_odd = part(0, 0, 8) + part(0, 1, 6) + part(1, 0, 2) + part(1, 1, 0)
-        # One buffer, which the next kernel reads in the order of the pixels.
-        parts = torch.stack([even_even, even_odd, odd_even, odd_odd], dim=3)
-        pairs = parts.view(images, height, width, 2, 2, channels).transpose(2, 3)
-        return pairs.reshape(images, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)

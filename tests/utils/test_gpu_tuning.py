@@ -1,4 +1,4 @@
-"""First convolution and max pooling of a ResNet as a GPU computes them, against torch's."""
+"""The first convolution of a ResNet as a GPU computes it, against torch's."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from torchvision.models import resnet18
 
 from byol_fast.utils import gpu_tuning
 from byol_fast.utils.gpu_tuning import (
-    ParityMaxPool2d,
     SpaceToDepthConv2d,
-    parity_max_pool,
     space_to_depth_conv,
-    tune_for_gpu,
+    use_space_to_depth,
 )
 from tests.gpu import DEVICE, REHEARSING
 
@@ -42,27 +40,11 @@ def test_the_convolution_is_torchs_with_its_gradients(height: int, width: int, l
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
-@layouts
-@sizes
-def test_the_pooling_is_torchs_with_its_gradient(height: int, width: int, layout: torch.memory_format) -> None:
-    """To the last bit, also where several values of a window are equal."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 5, height, width, dtype=torch.float64, generator=generator).mul_(2).round_().relu_()
-    x = x.contiguous(memory_format=layout).requires_grad_()
-    expected, found = F.max_pool2d(x, 3, stride=2, padding=1), parity_max_pool(x)
-    assert torch.equal(found, expected)
-    # Whole numbers: their sums are exact in any order.
-    gradient = torch.randint(-50, 50, expected.shape, generator=generator).double()
-    a, b = (torch.autograd.grad(y, x, gradient)[0] for y in (found, expected))
-    assert torch.equal(a, b)
-
-
-def test_only_the_first_layers_of_a_resnet_are_converted_and_nothing_else_of_it_changes() -> None:
+def test_only_the_first_convolution_of_a_resnet_is_converted_and_nothing_else_of_it_changes() -> None:
     network = resnet18()
     before = copy.deepcopy(network.state_dict())
-    assert tune_for_gpu(network) == 2
+    assert use_space_to_depth(network) == 1
     assert type(network.conv1) is SpaceToDepthConv2d
-    assert type(network.maxpool) is ParityMaxPool2d
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(network.conv1(images), nn.Conv2d.forward(network.conv1, images))  # a CPU calls torch
@@ -71,11 +53,8 @@ def test_only_the_first_layers_of_a_resnet_are_converted_and_nothing_else_of_it_
         nn.Conv2d(3, 4, 7, 2, 2),
         nn.Conv2d(4, 4, 7, 2, 3),
         nn.Conv2d(3, 4, 7, 1, 3),
-        nn.MaxPool2d(2),
-        nn.MaxPool2d(3, 2),
-        nn.MaxPool2d(3, 2, 1, ceil_mode=True),
     ]
-    assert tune_for_gpu(nn.ModuleList(others)) == 0
+    assert use_space_to_depth(nn.ModuleList(others)) == 0
 
 
 @pytest.mark.gpu("step")
@@ -93,26 +72,10 @@ def test_under_autocast_the_convolution_is_within_rounding(dtype: torch.dtype, m
         return space_to_depth_conv(*args)
 
     monkeypatch.setattr(gpu_tuning, "space_to_depth_conv", noted)
-    assert tune_for_gpu(nn.Sequential(conv)) == 1
+    assert use_space_to_depth(nn.Sequential(conv)) == 1
     with torch.autocast(DEVICE, dtype):
         found = conv(images.to(DEVICE)).detach()
     assert len(used) == (0 if REHEARSING else 1)
     assert found.dtype == dtype
     # Each factor and the sum are rounded to half precision.
     assert float((found.double().cpu() - exact).norm() / exact.norm()) < 2 * torch.finfo(dtype).eps
-
-
-@pytest.mark.gpu("step")
-def test_the_compiled_pooling_has_torchs_gradient() -> None:
-    """In a network, so that its kernels are fused with those beside it."""
-    generator = torch.Generator().manual_seed(0)
-    network = nn.Sequential(nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.ReLU())
-    x = torch.randn(3, 16, 24, 32, generator=generator).to(DEVICE).contiguous(memory_format=torch.channels_last)
-    x.requires_grad_()
-    expected = network(x)
-    gradient = torch.randint(-50, 50, expected.shape, generator=generator).float().to(DEVICE)
-    (exact,) = torch.autograd.grad(expected, x, gradient)
-    assert tune_for_gpu(network) == 1
-    found = torch.compile(network, backend="aot_eager" if REHEARSING else "inductor")(x)
-    assert torch.equal(found, expected)
-    assert torch.equal(torch.autograd.grad(found, x, gradient)[0], exact)

@@ -18,7 +18,7 @@ from benchmarks.gpu.items.common import Checks, compiled_function, free, is_smal
 from benchmarks.gpu.items.kernels import Group, measure
 from benchmarks.gpu.items.timing import Case
 from byol_fast.bench.numerics import relative_error
-from byol_fast.utils.gpu_tuning import pairs_to_channels, parity_max_pool
+from byol_fast.utils.gpu_tuning import pairs_to_channels
 
 aten = torch.ops.aten
 
@@ -96,7 +96,6 @@ def pooling_group(context: Context, checks: Checks) -> Group:
         "torch": pool,
         "inductor": compiled_function(context, pool),
         "inductor, indices unchecked": compiled_function(context, pool_unchecked),
-        "inductor, by parity": compiled_function(context, parity_max_pool),
     }
     (exact,) = torch.autograd.grad(expected, x, gradient)
     cases: dict[str, Case] = {"torch, forward alone": lambda: pool(x.detach())}
