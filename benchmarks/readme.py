@@ -4,7 +4,8 @@
 
 A table stands between `<!-- results FOLDER/FILE.json [suites=TEXT] [rows=NAME;NAME] [extras=NAME,NAME]
 [title=TEXT] -->` and `<!-- end results -->`: the suites whose name contains the text, their rows (default: all), these
-extras as columns, and a title instead of the suite's name.
+extras as columns, and a title instead of the suite's name. Results of the GPU queue: `<!-- queue FOLDER title=TEXT
+rows=ITEM/FIGURE/LABEL;... [extras=NAME,NAME] -->` and `<!-- end queue -->`, a row for each figure.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu import results as queue_results
 from byol_fast.bench.results import CandidateResult, SuiteResult, load
 from byol_fast.utils.files import atomic_write
 
@@ -23,10 +25,11 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 FROM_IMAGES = {"data", "end-to-end"}
 BLOCK = re.compile(r"<!-- results (.+?) -->\n.*?<!-- end results -->", re.DOTALL)
+QUEUE_BLOCK = re.compile(r"<!-- queue (.+?) -->\n.*?<!-- end queue -->", re.DOTALL)
 TITLES = {
     "peak_gib": "peak memory, GiB", "ops": "operators per call", "host_syncs": "host syncs", "gb_per_s": "GB/s",
     "share_of_copy": "share of the bandwidth of a copy", "data_wait": "time waiting for data", "note": "details",
-    "flags": "process-wide flags",
+    "flags": "process-wide flags", "images_per_second": "images/s",
 }  # fmt: skip
 
 # Candidates that were measured and have been removed from the package since: PIL's color path, DALI's approximate
@@ -92,7 +95,65 @@ def render(text: str, results: Path) -> str:
             raise ValueError(f"readme: {file} must have suites whose name contains {options['suites']!r}, got none")
         return f"<!-- results {match[1]} -->\n" + "\n".join([*parts, caption(file, content)]) + "\n<!-- end results -->"
 
-    return BLOCK.sub(block, text)
+    def queue_block(match: re.Match[str]) -> str:
+        folder, *words = shlex.split(match[1])
+        options = dict(word.split("=", 1) for word in words)
+        extras = list(filter(None, options.get("extras", "").split(",")))
+        lines = queue_table(results / folder, options["title"], options["rows"].split(";"), extras)
+        return f"<!-- queue {match[1]} -->\n" + "\n".join(lines) + "\n<!-- end queue -->"
+
+    return QUEUE_BLOCK.sub(queue_block, BLOCK.sub(block, text))
+
+
+def queue_table(folder: Path, title: str, rows: list[str], extras: list[str]) -> list[str]:
+    """Figures of the GPU queue as Markdown, with their source.
+
+    The interval of a relative speed is the widest that the quantiles of both times allow.
+
+    Args:
+        folder: of a GPU's results.
+        title: of the first column.
+        rows: `ITEM/FIGURE/LABEL`; speeds are relative to the first.
+        extras: values of the figures that get a column.
+
+    Raises:
+        ValueError: an item has no such figure.
+    """
+    heads = [title, "ms", "relative speed", *(TITLES[name] for name in extras)]
+    lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (2 + len(extras)) + "|"]
+    first: dict[str, Any] = {}
+    headers: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        item, figure, label = row.split("/")
+        headers[item], values = _figure(folder / f"{item}.jsonl", figure)
+        first = first or values
+        low, middle, high = (values[name] for name in ("ms_p20", "ms", "ms_p80"))
+        slowest, fastest = first["ms_p20"] / high, first["ms_p80"] / low
+        speed = "1" if values is first else f"{first['ms'] / middle:.2f} [{slowest:.2f} - {fastest:.2f}]"
+        cells = [label, f"{_short(middle)} [{_short(low)} - {_short(high)}]", speed]
+        cells += [_extra(name, values.get(name)) for name in extras]
+        cells = [f"**{cell}**" if label.startswith("byol_fast") else cell for cell in cells]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, "", _queue_caption(folder, headers)]
+
+
+def _figure(path: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Header of an item's result, and a figure of it by name."""
+    result = queue_results.read(path)
+    for values in result.figures if result is not None else []:
+        if result is not None and values["figure"] == name:
+            return result.header, values
+    raise ValueError(f"readme: {path.parent.name}/{path.name} must have the figure {name!r}")
+
+
+def _queue_caption(folder: Path, headers: dict[str, dict[str, Any]]) -> str:
+    """Source of a table: files, GPU, driver, versions, commits."""
+    environment = next(iter(headers.values()))["environment"]
+    commits = ", ".join(dict.fromkeys(str(header["commit"])[:9] for header in headers.values()))
+    driver, torch = environment["nvidia_smi"]["driver_version"], environment["packages"]["torch"]
+    where = f"{environment['gpu']}, driver {driver}, torch {torch}, commit {commits}, {environment['date']}"
+    files = ", ".join(f"{item}.jsonl" for item in headers)
+    return f"(`benchmarks/results/{folder.name}/`, {files}: median [20 % - 80 % quantile] over rounds; {where})"
 
 
 def _selected(suite: SuiteResult, rows: list[str], file: str) -> SuiteResult:
@@ -116,7 +177,7 @@ def _extra(name: str, value: Any) -> str:
         return ""
     if name in {"share_of_copy", "data_wait"}:
         return f"{value:.0%}"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return _short(value) if isinstance(value, float) else str(value)
 
 
 def main() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.readme import BLOCK, DOCUMENTS, ROOT, render
+from benchmarks.readme import BLOCK, DOCUMENTS, QUEUE_BLOCK, ROOT, render
 from byol_fast.bench.results import Results
 from byol_fast.bench.timing import Timing
 
@@ -22,7 +24,7 @@ def test_tables_equal_the_results(path: Path) -> None:
 def test_readme_is_short_and_has_one_table_of_speed() -> None:
     text = README.read_text()
     assert len(text.splitlines()) <= 150
-    assert len(BLOCK.findall(text)) == 1
+    assert len(BLOCK.findall(text)) + len(QUEUE_BLOCK.findall(text)) == 1
 
 
 def test_table_gives_speed_relative_to_first_row(tmp_path: Path) -> None:
@@ -57,3 +59,27 @@ def test_table_of_selected_rows_is_relative_to_the_first_of_them(tmp_path: Path)
         render(text.replace("lightly;", "nobody;"), tmp_path)
     with pytest.raises(ValueError, match="must have suites whose name contains 'nothing'"):
         render(text.replace('title="One step"', "suites=nothing"), tmp_path)
+
+
+def test_table_of_the_queue_has_a_row_for_each_figure(tmp_path: Path) -> None:
+    environment = {"gpu": "a GPU", "nvidia_smi": {"driver_version": "5"}, "packages": {"torch": "2"}, "date": "today"}
+    times = {"loop": (4.0, 3.0, 5.0), "byol_fast, eager": (2.0, 1.0, 2.5)}
+    lines: list[dict[str, Any]] = [{"item": "steps", "commit": "0123456789ab", "environment": environment}]
+    for figure, (middle, low, high) in times.items():
+        lines.append({"figure": figure, "ms": middle, "ms_p20": low, "ms_p80": high, "images_per_second": 256 / middle})
+    (tmp_path / "card").mkdir()
+    (tmp_path / "card" / "steps.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    rows = "steps/loop/a loop;steps/byol_fast, eager/byol_fast"
+    text = f'<!-- queue card title=Steps extras=images_per_second rows="{rows}" -->\n<!-- end queue -->'
+    assert render(text, tmp_path).splitlines()[1:-1] == [
+        "| Steps | ms | relative speed | images/s |",
+        "|---|---:|---:|---:|",
+        "| a loop | 4 [3 - 5] | 1 | 64 |",
+        "| **byol_fast** | **2 [1 - 2.5]** | **2.00 [1.20 - 5.00]** | **128** |",
+        "",
+        "(`benchmarks/results/card/`, steps.jsonl: median [20 % - 80 % quantile] over rounds; a GPU, driver 5, torch 2, "
+        "commit 012345678, today)",
+    ]
+    with pytest.raises(ValueError, match="steps.jsonl must have the figure 'nobody'"):
+        render(text.replace("/loop/", "/nobody/"), tmp_path)
