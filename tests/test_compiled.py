@@ -62,7 +62,7 @@ def test_gradients_of_a_compiled_pass_are_the_eager_ones(method: type[SSLModel],
 
 
 def test_a_compiled_backward_pass_copies_no_gradient_into_another_layout() -> None:
-    """What inductor gets: in NHWC memory every gradient of a convolution is NHWC.
+    """In the graph that inductor gets, every gradient of a convolution is NHWC if the network is.
 
     A block as in ResNet-50: its shortcut has a convolution, and sums and ReLUs change the outputs of norms in place.
     """

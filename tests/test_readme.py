@@ -72,14 +72,14 @@ def test_table_of_the_queue_has_a_row_for_each_figure(tmp_path: Path) -> None:
 
     rows = "steps/loop/a loop;steps/byol_fast, eager/byol_fast"
     text = f'<!-- queue card title=Steps extras=images_per_second rows="{rows}" -->\n<!-- end queue -->'
+    source = "(`benchmarks/results/card/`, steps.jsonl: median [20 % - 80 % quantile] over rounds; "
     assert render(text, tmp_path).splitlines()[1:-1] == [
         "| Steps | ms | relative speed | images/s |",
         "|---|---:|---:|---:|",
         "| a loop | 4 [3 - 5] | 1 | 64 |",
         "| **byol_fast** | **2 [1 - 2.5]** | **2.00 [1.20 - 5.00]** | **128** |",
         "",
-        "(`benchmarks/results/card/`, steps.jsonl: median [20 % - 80 % quantile] over rounds; a GPU, driver 5, torch 2, "
-        "commit 012345678, today)",
+        source + "a GPU, driver 5, torch 2, commit 012345678, today)",
     ]
     with pytest.raises(ValueError, match="steps.jsonl must have the figure 'nobody'"):
         render(text.replace("/loop/", "/nobody/"), tmp_path)
