@@ -5,15 +5,20 @@ Runs on the oldest supported torch, too, whose tracer has other faults than the 
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import Tensor, distributed
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.utils import run_and_get_code
 from torch.multiprocessing.spawn import spawn
 from torchvision.models.resnet import Bottleneck
 
@@ -61,32 +66,60 @@ def test_gradients_of_a_compiled_pass_are_the_eager_ones(method: type[SSLModel],
         assert (a.double() - b.double()).norm() <= (1e-12 if dtype == torch.float64 else 1e-4) * size
 
 
-def test_a_compiled_backward_pass_copies_no_gradient_into_another_layout() -> None:
-    """In the graph that inductor gets, every gradient of a convolution is NHWC if the network is.
+def residual_model() -> tuple[BYOL, tuple[Tensor, ...]]:
+    """BYOL of blocks as in ResNet-50, in NHWC memory, and views.
 
-    A block as in ResNet-50: its shortcut has a convolution, and sums and ReLUs change the outputs of norms in place.
+    The first shortcut has a convolution, and ReLUs and sums change the outputs of norms in place.
     """
+    shortcut = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 1, bias=False), torch.nn.BatchNorm2d(16))
+    blocks = [Bottleneck(8, 4, downsample=shortcut), Bottleneck(16, 4), Bottleneck(16, 4)]
+    encoder = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), *blocks, torch.nn.AdaptiveAvgPool2d(1))
+    model = BYOL(encoder, hidden_dim=16, projection_dim=8, image_size=16).to(memory_format=torch.channels_last)
+    return model, torch.rand(2, 4, 16, 16, 3).permute(0, 1, 4, 2, 3).unbind()
+
+
+def test_a_compiled_backward_pass_copies_no_gradient_into_another_layout() -> None:
+    """In the graph that inductor gets, every gradient of a convolution is NHWC if the network is."""
     graphs: list[torch.fx.GraphModule] = []
 
     def keep(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
         graphs.append(graph)
         return make_boxed_func(graph.forward)
 
-    shortcut = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 1, bias=False), torch.nn.BatchNorm2d(16))
-    encoder = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 8, 3), Bottleneck(8, 4, downsample=shortcut), torch.nn.AdaptiveAvgPool2d(1)
-    )
-    model = BYOL(encoder, hidden_dim=16, projection_dim=8, image_size=8).to(memory_format=torch.channels_last)
-    views = torch.rand(2, 4, 8, 8, 3).permute(0, 1, 4, 2, 3).unbind()
+    model, views = residual_model()
     backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
     with torch.autocast("cpu", torch.bfloat16):
         output = torch.compile(model.forward_train, dynamic=False, backend=backend)(*views)
     output.loss.backward()  # type: ignore[no-untyped-call]
     backward = graphs[-1].graph.nodes
     gradients = [node.args[0].meta["val"] for node in backward if "convolution_backward" in str(node.target)]
-    assert len(gradients) == 5
+    assert len(gradients) == 11
     assert all(gradient.is_contiguous(memory_format=torch.channels_last) for gradient in gradients)
     assert not [node for node in backward if "new_empty_strided" in str(node.target)]  # of a view changed in place
+
+
+def test_compiled_code_stores_activations_and_gradients_in_half_precision(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Inductor's code for the same network, generated and not compiled."""
+    monkeypatch.setattr(AsyncCompile, "cpp_pybinding", lambda *_, **__: lambda *_: None)
+    monkeypatch.setattr(AsyncCompile, "wait", lambda *_: None)
+    model, views = residual_model()
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            output = torch.compile(model.forward_train, dynamic=False)(*views)
+        output.loss.backward()  # type: ignore[no-untyped-call]
+
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        _, sources = run_and_get_code(step)
+    assert len(sources) == 2  # forward and backward
+    allocated = re.findall(r"empty_strided_cpu\(\(([\d, ]+)\), \([\d, ]+\), torch\.(\w+)\)", "".join(sources))
+    sizes = [(math.prod(map(int, re.findall(r"\d+", shape))), dtype) for shape, dtype in allocated]
+    activation = 2 * 4 * 16 * 14 * 14
+    assert len([size for size, dtype in sizes if size == activation and dtype == "bfloat16"]) > 0
+    # Statistics are fp32, and small.
+    assert not [size for size, dtype in sizes if size >= activation // 4 and dtype == "float32"]
 
 
 def float64_network() -> SmallResidualNetwork:
