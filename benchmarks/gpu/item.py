@@ -27,7 +27,7 @@ class Item:
     It returns None, or a text if the result is incomplete: the status is then partial, and the item runs again.
     """
     seconds: float
-    """Predicted time on an H100, including the start of a process."""
+    """Predicted time on an H100 or H200, including the start of a process."""
     first_figure: float | None = None
     """Predicted time until the first record: an item that records continuously starts if that much time is left.
 

@@ -1,4 +1,4 @@
-"""Items of the queue, in the order in which they run; predictions are for one H100 with 16 CPU cores."""
+"""Items of the queue, in the order in which they run; predictions are for one H100 or H200 with 16 CPU cores."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ ITEMS: tuple[Item, ...] = (
         name="ceilings",
         question="How fast does the GPU copy memory and multiply matrices?",
         run=f"{HERE}.ceilings:run",
-        # Six sizes in three dtypes, 0.15 s each, and making the operands.
-        seconds=START_SECONDS + 7,
+        # Six sizes in three dtypes, 0.15 s each, and making the operands: 16 s on an H200.
+        seconds=START_SECONDS + 16,
         depends_on=(f"{PACKAGE}/profiling/ceilings.py", f"{FOLDER}/ceilings.py"),
         memory_gib=6,
     ),
@@ -30,8 +30,8 @@ ITEMS: tuple[Item, ...] = (
         name="smoke",
         question="Are the kernels right, and the step in all modes?",
         run=f"{HERE}.smoke:run",
-        # About 25 Triton kernels of 1 s, and a small network compiled four times, the first time in 15 s.
-        seconds=START_SECONDS + 55,
+        # About 25 Triton kernels of 1 s, and a small network compiled four times: 42 s on an H200.
+        seconds=START_SECONDS + 45,
         depends_on=(*SHARED, f"{FOLDER}/smoke.py", f"{FOLDER}/smoke_step.py", *REFERENCES),
         memory_gib=2,
     ),
@@ -39,8 +39,8 @@ ITEMS: tuple[Item, ...] = (
         name="resnet50_eager",
         question="How fast is an eager step of ResNet-50 beside the baseline and lightly, also with cudnn.benchmark?",
         run=f"{HERE}.resnet50:eager",
-        # About 150 steps of 0.1 s and 150 of 0.2 s, and cuDNN trying its algorithms twice.
-        seconds=START_SECONDS + 55,
+        # About 150 steps of 0.1 s and 150 of 0.2 s, and cuDNN trying its algorithms twice: 46 s on an H200.
+        seconds=START_SECONDS + 50,
         depends_on=(*SHARED, f"{FOLDER}/resnet50.py"),
         memory_gib=40,
     ),
@@ -48,8 +48,8 @@ ITEMS: tuple[Item, ...] = (
         name="kernels",
         question="How close to the bandwidth of a copy are the kernels, and how do other libraries compare?",
         run=f"{HERE}.kernels:run",
-        # Timing takes 3 s; making parameters and images on the CPU 10 s; torch.compile of the baseline's loss 8 s.
-        seconds=START_SECONDS + 35,
+        # Timing takes 3 s; parameters and images on the CPU and torch.compile of the baseline's loss: 24 s on an H200.
+        seconds=START_SECONDS + 25,
         depends_on=(*SHARED, f"{FOLDER}/kernels.py"),
         memory_gib=8,
     ),
@@ -57,9 +57,9 @@ ITEMS: tuple[Item, ...] = (
         name="resnet50_compiled",
         question="How fast is a compiled and captured step of ResNet-50, and where does its time go?",
         run=f"{HERE}.resnet50:compiled",
-        # 265 generated kernels, compiled by 16 processes: 90 s, a guess; three times of steps and a trace: 40 s.
-        seconds=START_SECONDS + 170,
-        first_figure=START_SECONDS + 102,
+        # 265 generated kernels, compiled by 16 processes: 90 s on an H200; steps and a trace: 14 s.
+        seconds=START_SECONDS + 105,
+        first_figure=START_SECONDS + 95,
         depends_on=(*SHARED, f"{FOLDER}/resnet50.py"),
         memory_gib=60,
     ),
@@ -76,8 +76,8 @@ ITEMS: tuple[Item, ...] = (
         name="gpu_tests",
         question="Do the tests marked gpu pass?",
         run=f"{HERE}.gpu_tests:run",
-        # 25 processes, eight at a time, each with 10 s of imports and collecting; the kernels' compile 330 cases.
-        seconds=START_SECONDS + 120,
+        # 25 processes, eight at a time, each with 10 s of imports and collecting: 115 s on an H200.
+        seconds=START_SECONDS + 115,
         first_figure=START_SECONDS + 40,
         depends_on=(KERNELS, PACKAGE, "tests", f"{FOLDER}/gpu_tests.py", f"{FOLDER}/pytest_records.py"),
         memory_gib=30,
