@@ -14,7 +14,7 @@ from byol_fast.optim.schedules import RunSchedule
 from byol_fast.training.mode import Mode, compile_forward
 from byol_fast.training.train_step import TrainStep
 from byol_fast.utils.cpu_tuning import keep_freed_memory, use_small_map_convolutions
-from byol_fast.utils.gpu_tuning import use_space_to_depth
+from byol_fast.utils.gpu_tuning import tune_for_gpu
 from byol_fast.utils.precision import Precision
 
 
@@ -51,7 +51,7 @@ class ByolFastStep:
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
         if device.type == "cuda" and channels_last:
-            use_space_to_depth(self.model)
+            tune_for_gpu(self.model)
         if device.type == "cpu" and small_maps and mode == "eager":
             use_small_map_convolutions(self.model)
         if device.type == "cpu" and memory:

@@ -119,7 +119,8 @@ class SplitBNTraceable(torch.autograd.Function):
             y = y.clone()
         unbiased_VC = var_VC * (count_V1 / (count_V1 - 1))
         ctx.save_for_backward(input, weight, mean_VC, invstd_VC, count_V1)
-        ctx.views, ctx.synchronized = views, synchronized
+        # The stride is taken here: dynamo copies the gradients of a backward pass that asks for one.
+        ctx.views, ctx.synchronized, ctx.stride = views, synchronized, input.stride()
         ctx.mark_non_differentiable(mean_VC, unbiased_VC)
         return _in(input.dtype, y), mean_VC, unbiased_VC
 
@@ -132,7 +133,7 @@ class SplitBNTraceable(torch.autograd.Function):
         x, dx = weight invstd (dy - mean(dy) - xhat mean(dy xhat)), the means over all processes.
         """
         input, weight, mean_VC, invstd_VC, count_V1 = ctx.saved_tensors
-        upstream = _stored_like(input, upstream)
+        upstream = _stored_once(upstream, ctx.stride)
         x_VB, dy_VB = (_accumulated(_by_view(t, ctx.views)) for t in (input, upstream))
         over = _over(x_VB)
         xhat_VB = (x_VB - _per_channel(mean_VC, x_VB)) * _per_channel(invstd_VC, x_VB)
@@ -163,8 +164,8 @@ def _in(dtype: torch.dtype, x: Tensor) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-def _stored_like(x: Tensor, dy: Tensor) -> Tensor:
-    """The gradient in the memory layout of the input. torch.compile then writes it to memory once.
+def _stored_once(dy: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """The gradient, which torch.compile then writes to memory once, with the strides of the input.
 
     It would otherwise compute the sum of gradients behind a residual connection again in every kernel that reads it, or
     write what it computes from it in fp32, in another layout.
@@ -173,7 +174,7 @@ def _stored_like(x: Tensor, dy: Tensor) -> Tensor:
         return dy
     from torch._inductor.inductor_prims import force_stride_order  # takes a second
 
-    stored: Tensor = force_stride_order(dy, x.stride())
+    stored: Tensor = force_stride_order(dy, stride)
     return stored
 
 

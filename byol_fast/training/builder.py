@@ -197,7 +197,7 @@ def _prepare_networks(model: SSLModel, config: Config, execution: Execution) -> 
         _tune_for_cpu(model, config, execution.mode)
     elif config.channels_last:
         for network in model.networks():
-            gpu_tuning.use_space_to_depth(network)
+            gpu_tuning.tune_for_gpu(network)
     if not execution.world.is_single:
         _setup_distributed(model, config, device, execution.world)
     if config.activation_checkpointing:

@@ -1,4 +1,4 @@
-"""GPU performance: the first convolution of a ResNet."""
+"""GPU performance: the first convolution and the max pooling of a ResNet."""
 
 from __future__ import annotations
 
@@ -6,28 +6,42 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from byol_kernels import max_pool2d_3x3
 
-def use_space_to_depth(network: nn.Module) -> int:
-    """Compute a ResNet's first convolution as one of 4x4 on 16 channels, where that is faster.
 
-    The function is the same, its rounding differs; see `SpaceToDepthConv2d` for where it is used. In all other cases,
-    on CPUs above all, the convolution calls torch.
+def tune_for_gpu(network: nn.Module) -> int:
+    """Convert a ResNet's first convolution and its max pooling to forms that are faster on a GPU, in place.
+
+    The functions are the same, the rounding of the convolution differs; see `SpaceToDepthConv2d` and `GatherMaxPool2d`
+    for where they are used. In all other cases, on CPUs above all, the layers call torch.
 
     Args:
-        network: any network, converted in place; parameters keep their names and values.
+        network: any network; parameters keep their names and values.
 
     Returns:
-        Number of converted convolutions.
+        Number of converted layers.
     """
-    converted = [m for m in network.modules() if type(m) is nn.Conv2d and _is_first_convolution(m)]
-    for module in converted:
-        module.__class__ = SpaceToDepthConv2d
-    return len(converted)
+    num_converted = 0
+    for module in network.modules():
+        if type(module) is nn.Conv2d and _is_first_convolution(module):
+            module.__class__ = SpaceToDepthConv2d
+        elif type(module) is nn.MaxPool2d and _is_first_pooling(module):
+            module.__class__ = GatherMaxPool2d
+        else:
+            continue
+        num_converted += 1
+    return num_converted
 
 
 def _is_first_convolution(conv: nn.Conv2d) -> bool:
     plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
     return plain and conv.in_channels == 3 and (conv.kernel_size, conv.stride, conv.padding) == ((7, 7), (2, 2), (3, 3))
+
+
+def _is_first_pooling(pool: nn.MaxPool2d) -> bool:
+    values = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+    geometry = [(value, value) if isinstance(value, int) else tuple(value) for value in values]
+    return geometry == [(3, 3), (2, 2), (1, 1), (1, 1)] and not pool.ceil_mode and not pool.return_indices
 
 
 class SpaceToDepthConv2d(nn.Conv2d):
@@ -71,3 +85,17 @@ def pairs_to_channels(x: Tensor, before: int, after: int) -> Tensor:
     images, height, width, channels = x_NHWC.shape
     pairs = x_NHWC.reshape(images, height // 2, 2, width // 2, 2, channels).transpose(2, 3)
     return pairs.reshape(images, height // 2, width // 2, 4 * channels).permute(0, 3, 1, 2)
+
+
+class GatherMaxPool2d(nn.MaxPool2d):
+    """`nn.MaxPool2d` of 3x3, stride 2 and padding 1; on a GPU by `byol_kernels.max_pool2d_3x3`.
+
+    The gradient that inductor generates takes longer over its indices than over the memory.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The function of `nn.MaxPool2d`."""
+        if input.is_cuda and input.ndim == 4:
+            return max_pool2d_3x3(input)
+        result: Tensor = super().forward(input)
+        return result

@@ -1,4 +1,4 @@
-"""Fused Triton kernels for BYOL: loss, EMA of the target, LARS, running statistics, views of images.
+"""Fused Triton kernels for BYOL: loss, EMA of the target, LARS, running statistics, max pooling, views of images.
 
 On a CPU plain PyTorch.
 """
@@ -16,6 +16,7 @@ from byol_kernels.loss import (
     normalized_mse_loss,
     normalized_mse_loss_with_stats,
 )
+from byol_kernels.max_pool import max_pool2d_3x3
 from byol_kernels.photometric.ops import photometric
 from byol_kernels.running_stats import update_running_stats_
 
@@ -27,6 +28,7 @@ __all__ = [
     "byol_loss_with_stats",
     "ema_update_",
     "gaussian_blur",
+    "max_pool2d_3x3",
     "normalized_mse_loss",
     "normalized_mse_loss_with_stats",
     "photometric",

@@ -21,6 +21,7 @@ from byol_kernels.crop.kernels import resized_crop_cuda
 from byol_kernels.ema.ops import _ema_update_cuda
 from byol_kernels.lars.ops import _lars_step_cuda
 from byol_kernels.loss import ops as loss
+from byol_kernels.max_pool import kernels as max_pool
 from byol_kernels.photometric.ops import photometric_cuda
 from byol_kernels.running_stats.ops import _update_running_stats_cuda
 from tests.gpu import DEVICE
@@ -39,6 +40,8 @@ if INTERPRETED:
         "photometric_out": photometric_cuda,
         "gaussian_blur": gaussian_blur_cuda,
         "resized_crop": resized_crop_cuda,
+        "max_pool2d_3x3_fwd": max_pool.max_pool2d_3x3_fwd_cuda,
+        "max_pool2d_3x3_bwd": max_pool.max_pool2d_3x3_bwd_cuda,
         "sample_params": sample_params_cuda,
     }.items():
         partial(_override.impl, allow_override=True)(_name, _launcher, "CPU")

@@ -17,6 +17,7 @@ from byol_kernels import _multi_tensor
 from byol_kernels.ema import kernels as ema
 from byol_kernels.lars import kernels as lars
 from byol_kernels.loss import kernels as loss
+from byol_kernels.max_pool import kernels as max_pool
 from byol_kernels.running_stats import kernels as running_stats
 
 CAPABILITIES = (80, 90, 100)
@@ -154,6 +155,22 @@ def _bwd(dtype: str) -> Case:
     return Case(loss._normalized_mse_bwd_kernel, arguments, 4, 40, 2, 2)
 
 
+def _max_pool(*, backward: bool) -> Case:
+    block_w, block_c = max_pool.tile_of(64)
+    matrices = ("dy_ptr", "dx_ptr") if backward else ("x_ptr", "y_ptr")
+    arguments: dict[str, str | Constant] = {
+        **dict.fromkeys(matrices, "*bf16!"),
+        "place_ptr": "*i8!",
+        **dict.fromkeys(("height", "width", "channels"), "i32!"),
+        **dict.fromkeys(("out_height", "out_width"), "i32"),
+        "BLOCK_W": Constant(block_w),
+        "BLOCK_C": Constant(block_c),
+        "COMPUTE": Constant(F32),
+    }
+    kernel = max_pool._max_pool_bwd_kernel if backward else max_pool._max_pool_fwd_kernel
+    return Case(kernel, arguments, max_pool.NUM_WARPS, 128, *((4, 4) if backward else (9, 1)))
+
+
 _TABLES: dict[str, str | Constant] = {
     **dict.fromkeys(("addresses_ptr", "rows_ptr", "chunks_ptr", "lr_addresses_ptr"), "*i64!"),
     **dict.fromkeys(
@@ -202,6 +219,8 @@ CASES: dict[str, Case] = {
     "loss_fp32_d16384": _loss("fp32", 16384, stats=False, registers=128, wide_loads=16, wide_stores=8),
     "loss_bwd_bf16": _bwd("bf16"),
     "loss_bwd_fp32": _bwd("fp32"),
+    "max_pool_fwd_bf16": _max_pool(backward=False),
+    "max_pool_bwd_bf16": _max_pool(backward=True),
     "ema_fp32": _multi(_EMA, 80, 8, 4, DTYPE_COMBOS=((F32, F32, F32),), HAS_COPY=False),
     "ema_fp32_copy_bf16": _multi(_EMA, 96, 8, 6, DTYPE_COMBOS=((F32, F32, BF16),), HAS_COPY=True),
     "ema_fp32_from_bf16": _multi(_EMA, 80, 6, 4, DTYPE_COMBOS=((F32, BF16, F32),), HAS_COPY=False),

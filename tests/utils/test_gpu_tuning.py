@@ -12,9 +12,10 @@ from torchvision.models import resnet18
 
 from byol_fast.utils import gpu_tuning
 from byol_fast.utils.gpu_tuning import (
+    GatherMaxPool2d,
     SpaceToDepthConv2d,
     space_to_depth_conv,
-    use_space_to_depth,
+    tune_for_gpu,
 )
 from tests.gpu import DEVICE, REHEARSING
 
@@ -40,21 +41,26 @@ def test_the_convolution_is_torchs_with_its_gradients(height: int, width: int, l
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
-def test_only_the_first_convolution_of_a_resnet_is_converted_and_nothing_else_of_it_changes() -> None:
+def test_only_the_first_layers_of_a_resnet_are_converted_and_nothing_else_of_it_changes() -> None:
     network = resnet18()
     before = copy.deepcopy(network.state_dict())
-    assert use_space_to_depth(network) == 1
+    assert tune_for_gpu(network) == 2
     assert type(network.conv1) is SpaceToDepthConv2d
+    assert type(network.maxpool) is GatherMaxPool2d
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(network.conv1(images), nn.Conv2d.forward(network.conv1, images))  # a CPU calls torch
+    assert torch.equal(network.maxpool(images), nn.MaxPool2d(3, 2, 1)(images))
     others = [
         nn.Conv2d(3, 4, 3, 2, 1),
         nn.Conv2d(3, 4, 7, 2, 2),
         nn.Conv2d(4, 4, 7, 2, 3),
         nn.Conv2d(3, 4, 7, 1, 3),
+        nn.MaxPool2d(2),
+        nn.MaxPool2d(3, 2),
+        nn.MaxPool2d(3, 2, 1, ceil_mode=True),
     ]
-    assert use_space_to_depth(nn.ModuleList(others)) == 0
+    assert tune_for_gpu(nn.ModuleList(others)) == 0
 
 
 @pytest.mark.gpu("step")
@@ -72,7 +78,7 @@ def test_under_autocast_the_convolution_is_within_rounding(dtype: torch.dtype, m
         return space_to_depth_conv(*args)
 
     monkeypatch.setattr(gpu_tuning, "space_to_depth_conv", noted)
-    assert use_space_to_depth(nn.Sequential(conv)) == 1
+    assert tune_for_gpu(nn.Sequential(conv)) == 1
     with torch.autocast(DEVICE, dtype):
         found = conv(images.to(DEVICE)).detach()
     assert len(used) == (0 if REHEARSING else 1)

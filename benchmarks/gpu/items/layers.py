@@ -19,6 +19,7 @@ from benchmarks.gpu.items.kernels import Group, measure
 from benchmarks.gpu.items.timing import Case
 from byol_fast.bench.numerics import relative_error
 from byol_fast.utils.gpu_tuning import pairs_to_channels
+from byol_kernels import max_pool2d_3x3
 
 aten = torch.ops.aten
 
@@ -96,9 +97,14 @@ def pooling_group(context: Context, checks: Checks) -> Group:
         "torch": pool,
         "inductor": compiled_function(context, pool),
         "inductor, indices unchecked": compiled_function(context, pool_unchecked),
+        "byol_kernels": max_pool2d_3x3,
     }
     (exact,) = torch.autograd.grad(expected, x, gradient)
-    cases: dict[str, Case] = {"torch, forward alone": lambda: pool(x.detach())}
+    alone = x.detach()
+    cases: dict[str, Case] = {
+        "torch, forward alone": lambda: pool(alone),
+        "byol_kernels, forward alone": lambda: max_pool2d_3x3(alone),
+    }
     for name, form in forms.items():
         cases[name] = functools.partial(_with_gradient, form, x, gradient)
         with torch._inductor.config.patch(assert_indirect_indexing="unchecked" not in name):

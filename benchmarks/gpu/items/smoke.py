@@ -17,6 +17,7 @@ from byol_kernels import (
     byol_loss_with_stats,
     ema_update_,
     gaussian_blur,
+    max_pool2d_3x3,
     photometric,
     resized_crop,
     sample_params,
@@ -38,7 +39,7 @@ def run(context: Context) -> None:
         AssertionError: a check failed.
     """
     checks = Checks(context)
-    of_the_step = (loss, ema, lars, lars_with_found_inf, running_stats)
+    of_the_step = (loss, ema, lars, lars_with_found_inf, running_stats, max_pool)
     for part in (*of_the_step, params_and_crop, colors, blur, smoke_step.run):
         part(context, checks)
     if checks:
@@ -192,6 +193,24 @@ def running_stats(context: Context, checks: Checks) -> None:
         update([torch.full((2, 8, c), torch.nan) for c in channels], 1.0)
         changed = sum(not torch.equal(a, b) for a, (b, _) in zip(before, pairs, strict=True))
         checks(f"running statistics, {_dtype(dtype)}: tensors that a skipped step changed", changed, 0)
+
+
+def max_pool(context: Context, checks: Checks) -> None:
+    """Max pooling and its gradient, equal to torch's on the CPU: few different values, whose sums are exact."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in ((4, 64, 56, 56), (3, 20, 33, 47)):
+            generator = torch.Generator().manual_seed(0)
+            x = torch.randint(-3, 4, shape, generator=generator).to(dtype)
+            x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+            expected = torch.nn.functional.max_pool2d(x, 3, stride=2, padding=1)
+            upstream = torch.randint(-9, 10, expected.shape, generator=generator).to(dtype)
+            (exact,) = torch.autograd.grad(expected, x, upstream)
+            here = x.detach().to(context.device).requires_grad_()
+            found = max_pool2d_3x3(here)
+            (gradient,) = torch.autograd.grad(found, here, upstream.to(context.device))
+            unequal = int((found.cpu() != expected).sum() + (gradient.cpu() != exact).sum())
+            name = f"{' x '.join(map(str, shape))} {_dtype(dtype)}"
+            checks(f"max pooling and its gradient, {name}: values that are not torch's", unequal, 0)
 
 
 # ------------------------------------------------------------------------------------------------ images
