@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from byol_fast.config import ViewConfig
 from byol_fast.data.augment_params import sample_params
-from byol_kernels import LARS, byol_loss, byol_loss_with_stats, ema_update_, gaussian_blur, photometric, resized_crop
+from byol_kernels import (
+    LARS,
+    byol_loss,
+    byol_loss_with_stats,
+    ema_update_,
+    gaussian_blur,
+    max_pool2d_3x3,
+    photometric,
+    resized_crop,
+)
 from tests.gpu import DEVICE, REHEARSING
 from tests.kernels.conftest import not_interpreted
 from tests.kernels.numerics import randn
@@ -103,6 +112,12 @@ def _crop() -> object:
     return resized_crop(pixels, window, 32, index=torch.arange(4, device=DEVICE))
 
 
+def _max_pool() -> object:
+    x = torch.ones(2, 64, 112, 112, dtype=torch.bfloat16, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    y = max_pool2d_3x3(x.requires_grad_())
+    return torch.autograd.grad(y, x, torch.ones_like(y))
+
+
 LAUNCHES = {
     "loss_bf16": Launch(_loss(torch.bfloat16), ("loss_bf16_d256", "loss_bwd_bf16")),
     "loss_fp16": Launch(_loss(torch.float16), ("loss_fp16_d256",)),
@@ -114,6 +129,7 @@ LAUNCHES = {
     "lars": Launch(_lars(ema=False, copies=False), ("lars_norms_fp32", "lars_apply")),
     "lars_ema": Launch(_lars(ema=True, copies=False), ("lars_norms_fp32", "lars_apply_ema")),
     "lars_ema_copies": Launch(_lars(ema=True, copies=True), ("lars_norms_fp32", "lars_apply_ema_copies")),
+    "max_pool": Launch(_max_pool, ("max_pool_fwd_bf16", "max_pool_bwd_bf16")),
     "photometric_bf16": Launch(_photometric((*COLOR, *BLUR), torch.bfloat16), ("photometric_bf16", "blur_u8_to_bf16")),
     "photometric_bf16_no_blur": Launch(_photometric(COLOR, torch.bfloat16), ("photometric_bf16_no_blur",)),
     "photometric_fp32": Launch(_photometric((*COLOR, *BLUR), torch.float32), ("photometric_fp32",)),
