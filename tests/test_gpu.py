@@ -26,6 +26,7 @@ from byol_fast.training.errors import TrainingError
 from byol_fast.training.metrics import read
 from byol_fast.training.trainer import Trainer
 from byol_fast.utils import checkpoint as checkpoints
+from byol_fast.utils.gpu_tuning import SpaceToDepthConv2d
 from tests.gpu import DEVICE, REHEARSING, host_syncs_are_errors, only_on_a_gpu
 from tests.networks import SmallResidualNetwork
 from tests.training.test_distributed import finished, torchrun
@@ -180,6 +181,7 @@ def test_gpu_and_cpu_take_the_same_first_step(gpu: Config) -> None:
     """On the same views: blur's factors are float16 on a GPU, so that one value in thirty is a level off there."""
     changes = {"data.loader": "threaded", "optim.warmup_steps": 0, "precision": "fp32"}
     trainers = [Trainer(configs.replace(gpu, {**changes, "device": d, "name": d})) for d in ("cpu", DEVICE)]
+    assert isinstance(trainers[1].model.encoder.conv1, SpaceToDepthConv2d) is not REHEARSING
     batch = next(trainers[0].state.loader)
     on_cpu, on_gpu = (float(trainer.train_step(batch, 0).loss) for trainer in trainers)
     assert on_gpu == pytest.approx(on_cpu, rel=1e-4)

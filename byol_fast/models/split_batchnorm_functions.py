@@ -119,8 +119,10 @@ class SplitBNTraceable(torch.autograd.Function):
             y = y.clone()
         unbiased_VC = var_VC * (count_V1 / (count_V1 - 1))
         ctx.save_for_backward(input, weight, mean_VC, invstd_VC, count_V1)
+        ctx.views, ctx.synchronized = views, synchronized
         # The stride is taken here: dynamo copies the gradients of a backward pass that asks for one.
-        ctx.views, ctx.synchronized, ctx.stride = views, synchronized, input.stride()
+        is_dense = input.is_contiguous(memory_format=_memory_format(input))
+        ctx.stride = input.stride() if is_dense else None
         ctx.mark_non_differentiable(mean_VC, unbiased_VC)
         return _in(input.dtype, y), mean_VC, unbiased_VC
 
@@ -164,16 +166,18 @@ def _in(dtype: torch.dtype, x: Tensor) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-def _stored_once(dy: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """The gradient, which torch.compile then writes to memory once, with the strides of the input.
+def _stored_once(dy: Tensor, stride: tuple[int, ...] | None) -> Tensor:
+    """The gradient, which torch.compile then writes to memory once, with the strides of a dense input.
 
     It would otherwise compute the sum of gradients behind a residual connection again in every kernel that reads it, or
     write what it computes from it in fp32, in another layout.
     """
-    if not torch.compiler.is_compiling():
+    if stride is None or not torch.compiler.is_compiling():
         return dy
-    from torch._inductor.inductor_prims import force_stride_order  # takes a second
-
+    try:
+        from torch._inductor.inductor_prims import force_stride_order  # takes a second
+    except ImportError:  # not a public name: without it the code is slower
+        return dy
     stored: Tensor = force_stride_order(dy, stride)
     return stored
 

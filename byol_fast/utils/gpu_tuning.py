@@ -47,15 +47,20 @@ def _is_first_pooling(pool: nn.MaxPool2d) -> bool:
 class SpaceToDepthConv2d(nn.Conv2d):
     """`nn.Conv2d` of 3 channels, 7x7, stride 2 and padding 3; in half precision on a GPU as 4x4 on 16 channels.
 
-    Matrix units take channels by eights: cuDNN pads 3 to 8 for each of 49 pixels. Here each 2x2 pixels become 12
-    channels and 4 zeros (MLPerf's submissions call it space-to-depth), so that 16 products of 16 channels do.
+    Matrix units take channels by eights, so cuDNN pads 3 to 8. Here each block of 2x2 pixels becomes one pixel of 12
+    channels, padded to 16 (MLPerf's submissions call it space-to-depth). `torch.fx` and `torch.jit.script` cannot trace
+    the choice between both.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         """The function of `nn.Conv2d`."""
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else input.dtype
+        is_autocast = torch.is_autocast_enabled("cuda")
+        dtype = torch.get_autocast_dtype("cuda") if is_autocast else input.dtype
+        is_half = dtype.itemsize == 2 and input.dtype in {dtype, torch.float32}
+        if not is_autocast:
+            is_half = is_half and input.dtype == self.weight.dtype
         is_even = input.ndim == 4 and input.shape[2] % 2 == 0 and input.shape[3] % 2 == 0
-        if not input.is_cuda or dtype.itemsize != 2 or not is_even:
+        if not (input.is_cuda and is_half and is_even and input.shape[1] == 3):
             return super().forward(input)
         return space_to_depth_conv(input.to(dtype), self.weight.to(dtype), self.bias)
 

@@ -126,6 +126,33 @@ def test_compiled_equals_separate_without_breaks(options: dict[str, Any], views:
     equal(everything(stacked, x, lambda n, x: compiled(n, x, views)), expected)
 
 
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        lambda x: x,
+        lambda x: x[:, :1].expand(-1, 6, -1, -1),
+        lambda x: x[:, :, ::2, ::2],
+        lambda x: x.contiguous(memory_format=torch.channels_last)[:, 2:],
+    ],
+    ids=["dense", "expanded", "with gaps", "sliced channels"],
+)
+def test_compiled_takes_any_strides_and_a_relu_in_place(prepare: Callable[[Tensor], Tensor], affine: bool) -> None:
+    x = torch.randn(6, 6, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    channels = prepare(x).shape[1]
+    layers = nn.Sequential(nn.BatchNorm2d(channels, affine=affine), nn.ReLU(inplace=True)).double()
+    convert_split_batchnorm(layers)
+    found = []
+    for function in (layers, torch.compile(layers, backend="aot_eager", dynamic=False)):
+        leaf = x.clone().requires_grad_()
+        with num_splits(layers, 2):
+            y = function(prepare(leaf))
+        (gradient,) = torch.autograd.grad((y * torch.arange(y.numel()).view_as(y).sin()).sum(), leaf)
+        found.append((y.detach(), gradient))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("shape", [(6, 5), (6, 5, 7), (6, 5, 4, 3), (6, 5, 2, 3, 4), (4, 1, 3, 3)], ids=str)
 @pytest.mark.parametrize(
     ("dtype", "weights"),

@@ -57,6 +57,7 @@ def eager(context: Context) -> str | None:
     if version("lightly") is None:
         context.record("lightly", skipped="not installed")
     else:
+        context.record("lightly", version=version("lightly"))
         builders["lightly"] = _lightly
     for batch in (4,) if is_small(context) else (128, 256):
         problem = resnet50(context, batch)
