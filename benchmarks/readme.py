@@ -82,10 +82,8 @@ def render(text: str, results: Path) -> str:
     """
 
     def block(match: re.Match[str]) -> str:
-        file, *words = shlex.split(match[1])
-        options = dict(word.split("=", 1) for word in words)
+        file, options, extras = _options(match[1])
         content, suites = load(results / file)
-        extras = list(filter(None, options.get("extras", "").split(",")))
         rows = list(filter(None, options.get("rows", "").split(";")))
         parts: list[str] = []
         for suite in suites:
@@ -96,13 +94,18 @@ def render(text: str, results: Path) -> str:
         return f"<!-- results {match[1]} -->\n" + "\n".join([*parts, caption(file, content)]) + "\n<!-- end results -->"
 
     def queue_block(match: re.Match[str]) -> str:
-        folder, *words = shlex.split(match[1])
-        options = dict(word.split("=", 1) for word in words)
-        extras = list(filter(None, options.get("extras", "").split(",")))
+        folder, options, extras = _options(match[1])
         lines = queue_table(results / folder, options["title"], options["rows"].split(";"), extras)
         return f"<!-- queue {match[1]} -->\n" + "\n".join(lines) + "\n<!-- end queue -->"
 
     return QUEUE_BLOCK.sub(queue_block, BLOCK.sub(block, text))
+
+
+def _options(text: str) -> tuple[str, dict[str, str], list[str]]:
+    """Source, options and extras of a block."""
+    source, *words = shlex.split(text)
+    options = dict(word.split("=", 1) for word in words)
+    return source, options, list(filter(None, options.get("extras", "").split(",")))
 
 
 def queue_table(folder: Path, title: str, rows: list[str], extras: list[str]) -> list[str]:
@@ -140,10 +143,10 @@ def queue_table(folder: Path, title: str, rows: list[str], extras: list[str]) ->
 def _figure(path: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Header of an item's result, and a figure of it by name."""
     result = queue_results.read(path)
-    for values in result.figures if result is not None else []:
-        if result is not None and values["figure"] == name:
-            return result.header, values
-    raise ValueError(f"readme: {path.parent.name}/{path.name} must have the figure {name!r}")
+    figures = {} if result is None else {values["figure"]: values for values in result.figures}
+    if result is None or name not in figures:
+        raise ValueError(f"readme: {path.parent.name}/{path.name} must have the figure {name!r}")
+    return result.header, figures[name]
 
 
 def _queue_caption(folder: Path, headers: dict[str, dict[str, Any]]) -> str:

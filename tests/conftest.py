@@ -18,6 +18,15 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 
+def real_data(name: str) -> Path:
+    """An archive of real images, in BYOL_FAST_TEST_DATA or the shared folder beside the checkout; skips without it."""
+    beside = Path(__file__).parents[2] / "shared" / "data"
+    archive = Path(os.environ.get("BYOL_FAST_TEST_DATA", beside)) / name
+    if not archive.is_file():
+        pytest.skip(f"no {name}; set BYOL_FAST_TEST_DATA to the folder that holds it")
+    return archive
+
+
 @pytest.fixture(scope="session")
 def photos() -> np.ndarray:
     """Sixty smooth, colored images, uint8 `[60, 32, 32, 3]`: what photographs look like from afar."""

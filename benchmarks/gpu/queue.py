@@ -125,7 +125,9 @@ class Queue:
                 worker.end()
                 self.shared = None if worker is self.shared else self.shared
         seconds = time.monotonic() - start
-        reason = reason.replace(f"{results.ROOT}/", "")  # no absolute paths, because results are committed
+        reason, log = results.without_folders(reason), self.folder / item.name / "log.txt"
+        if log.exists():
+            log.write_text(results.without_folders(log.read_text(errors="replace")))
         path = results.path_of(self.folder, item)
         results.write_footer(path, item, status, seconds, reason)
         result = results.read(path)

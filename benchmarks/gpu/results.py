@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import re
+import sys
 import tarfile
 import time
 from dataclasses import dataclass
@@ -28,6 +29,11 @@ MAX_FILE_BYTES = 10 * 2**20
 """Larger files are left out of the archive, so that one of them cannot block the transfer of the others."""
 
 Status = Literal["complete", "partial", "failed"]
+
+
+def without_folders(text: str) -> str:
+    """Text without the absolute paths of the checkout and of Python, because results are committed."""
+    return text.replace(f"{ROOT}/", "").replace(f"{sys.prefix}/", "")
 
 
 def slug(device: str) -> str:

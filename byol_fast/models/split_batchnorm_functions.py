@@ -112,9 +112,9 @@ class SplitBNTraceable(torch.autograd.Function):
         invstd_VC = torch.rsqrt(var_VC + eps)
         y = ((x_VB - _per_channel(mean_VC, x_VB)) * _per_channel(invstd_VC, x_VB)).flatten(0, 1)
         if weight is not None:
-            y = y * weight.reshape(-1, *(1 for _ in y.shape[2:]))
+            y = y * _per_channel(weight, x_VB)[0]
         if bias is not None:
-            y = y + bias.reshape(-1, *(1 for _ in y.shape[2:]))
+            y = y + _per_channel(bias, x_VB)[0]
         elif weight is None:
             y = y.clone()
         unbiased_VC = var_VC * (count_V1 / (count_V1 - 1))

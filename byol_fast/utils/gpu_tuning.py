@@ -54,11 +54,11 @@ class SpaceToDepthConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """The function of `nn.Conv2d`."""
-        is_autocast = torch.is_autocast_enabled("cuda")
-        dtype = torch.get_autocast_dtype("cuda") if is_autocast else input.dtype
-        is_half = dtype.itemsize == 2 and input.dtype in {dtype, torch.float32}
-        if not is_autocast:
-            is_half = is_half and input.dtype == self.weight.dtype
+        dtype, is_accepted = input.dtype, input.dtype == self.weight.dtype
+        if torch.is_autocast_enabled("cuda"):
+            dtype = torch.get_autocast_dtype("cuda")
+            is_accepted = input.dtype in {dtype, torch.float32}
+        is_half = is_accepted and dtype.itemsize == 2
         is_even = input.ndim == 4 and input.shape[2] % 2 == 0 and input.shape[3] % 2 == 0
         if not (input.is_cuda and is_half and is_even and input.shape[1] == 3):
             return super().forward(input)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,13 @@ from byol_fast.compat import guide, guide_model
 from byol_fast.models.encoders import build_encoder
 from tests.compat import guide_script
 from tests.compat.helpers import SMALL_VIEW, max_difference, normalize, small_guide, small_network
+from tests.conftest import real_data
 
 
 @pytest.fixture(scope="session")
 def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first twelve training images of CIFAR-10, from BYOL_FAST_TEST_DATA or the shared folder."""
-    shared_data = Path(__file__).parents[3] / "shared" / "data"
-    archive = Path(os.environ.get("BYOL_FAST_TEST_DATA", shared_data)) / "cifar10_jpeg.tar.xz"
-    if not archive.is_file():
-        pytest.skip("no cifar10_jpeg.tar.xz; set BYOL_FAST_TEST_DATA to the folder that holds it")
+    """The first twelve training images of CIFAR-10."""
+    archive = real_data("cifar10_jpeg.tar.xz")
     root = tmp_path_factory.mktemp("cifar")
     count = 0
     with tarfile.open(archive, "r|xz") as tar:

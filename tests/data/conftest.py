@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +11,7 @@ from PIL import Image
 
 from byol_fast.data.loaders.backend import dali_installed
 from byol_fast.data.sources import ArraySource, FileSource, open_source
+from tests.conftest import real_data
 
 
 @pytest.fixture(params=["dali", "threaded"])
@@ -88,11 +87,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> FileSource:
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> FileSource:
-    """64 ImageNet photographs, from BYOL_FAST_TEST_DATA or the shared folder beside the checkout."""
-    beside = Path(__file__).parents[3] / "shared" / "data"
-    archive = Path(os.environ.get("BYOL_FAST_TEST_DATA", beside)) / "imagenet_sample.tar"
-    if not archive.is_file():
-        pytest.skip("no imagenet_sample.tar; set BYOL_FAST_TEST_DATA to the folder that holds it")
+    """64 ImageNet photographs."""
+    archive = real_data("imagenet_sample.tar")
     root = tmp_path_factory.mktemp("photographs")
     with tarfile.open(archive) as tar:
         members = [m for m in tar if m.isfile() and m.name.lower().endswith((".jpg", ".jpeg"))][:64]

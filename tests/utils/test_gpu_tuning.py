@@ -1,4 +1,4 @@
-"""The first convolution of a ResNet as a GPU computes it, against torch's."""
+"""The first layers of a ResNet as a GPU computes them, against torch's."""
 
 from __future__ import annotations
 
@@ -12,22 +12,12 @@ from torch.nn import functional as F
 from torchvision.models import resnet18
 
 from byol_fast.utils import gpu_tuning
-from byol_fast.utils.gpu_tuning import (
-    GatherMaxPool2d,
-    SpaceToDepthConv2d,
-    space_to_depth_conv,
-    tune_for_gpu,
-)
+from byol_fast.utils.gpu_tuning import GatherMaxPool2d, SpaceToDepthConv2d, space_to_depth_conv, tune_for_gpu
 from tests.gpu import DEVICE, REHEARSING
 
-layouts = pytest.mark.parametrize(
-    "layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"]
-)
-sizes = pytest.mark.parametrize(("height", "width"), [(2, 2), (16, 16), (10, 32)])
 
-
-@layouts
-@sizes
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(("height", "width"), [(2, 2), (16, 16), (10, 32)])
 def test_the_convolution_is_torchs_with_its_gradients(height: int, width: int, layout: torch.memory_format) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 3, height, width), (5, 3, 7, 7), (5,))

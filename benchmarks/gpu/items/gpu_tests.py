@@ -24,6 +24,7 @@ from typing import Any
 from benchmarks.gpu.item import Context
 from benchmarks.gpu.items.common import ROOT, is_small
 from benchmarks.gpu.items.pytest_records import VARIABLE
+from benchmarks.gpu.results import without_folders
 from tests.gpu import CAPABILITIES
 
 NUM_PARALLEL = 8
@@ -79,7 +80,7 @@ def run(context: Context) -> str | None:
             for process in running:
                 process.end()
             for path in Path(folder).iterdir():
-                path.write_text(_without_folders(path.read_text(errors="replace")))
+                path.write_text(without_folders(path.read_text(errors="replace")))
             with tarfile.open(context.folder / ARCHIVE, "w:gz") as archive:
                 archive.add(folder, arcname="gpu_tests")
     counts = {name: total[name] for name in ("passed", "failed", "skipped")}
@@ -189,11 +190,6 @@ def _count(outcome: Outcome, record: dict[str, Any]) -> None:
         outcome.passed += 1
 
 
-def _without_folders(text: str) -> str:
-    """Text without the absolute paths of the checkout and of Python, because results are committed."""
-    return text.replace(f"{ROOT}/", "").replace(f"{sys.prefix}/", "")
-
-
 def last_line(log: Path) -> str:
     """Last non-empty line of a log."""
     lines = log.read_text(errors="replace").splitlines()
@@ -207,6 +203,6 @@ def _record(context: Context, group: Group, outcome: Outcome) -> Counter[str]:
     values = {"skips": reasons} if reasons else {}
     context.record(f"tests: {group.name}", **counts, seconds=round(outcome.seconds, 1), **values)
     for test, message in outcome.failures.items():
-        text, where = " ".join(_without_folders(message).split()), CAPABILITIES[group.capability]
+        text, where = " ".join(without_folders(message).split()), CAPABILITIES[group.capability]
         context.record(f"failed: {test}", message=text[:400], look_at=where)
     return Counter(counts)

@@ -47,14 +47,26 @@ class Group(NamedTuple):
 
 def run(context: Context) -> str | None:
     """Time each group in the same rounds as a copy."""
+    return measure_groups(
+        context,
+        {
+            "LARS and EMA": optimizer_group,
+            "EMA": ema_group,
+            "loss": loss_group,
+            "color": color_group,
+            "blur": blur_group,
+        },
+    )
+
+
+def measure_groups(context: Context, builders: Mapping[str, Callable[[Context, Checks], Group]]) -> str | None:
+    """Build, check and time groups one after the other; return the checks that failed as text.
+
+    Args:
+        context: of the item.
+        builders: name and builder of each group.
+    """
     flags, checks = set_flags(), Checks(context)
-    builders: dict[str, Callable[[Context, Checks], Group]] = {
-        "LARS and EMA": optimizer_group,
-        "EMA": ema_group,
-        "loss": loss_group,
-        "color": color_group,
-        "blur": blur_group,
-    }
     for name, build in builders.items():
         free(context)
         measure(context, name, build(context, checks), flags)

@@ -22,6 +22,15 @@ NUM_WARPS = 4
 
 
 @jit
+def _windows(out_height: tl.tensor, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr) -> tuple[tl.tensor, ...]:
+    """Windows of a program, a part of one row: row of the batch, image, row of the image, columns, channels."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    channels = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    return row, row // out_height, (row % out_height).to(tl.int32), columns, channels
+
+
+@jit
 def _max_pool_fwd_kernel(
     x_ptr: tl.tensor,  # [B, height, width, channels]
     y_ptr: tl.tensor,  # [B, out_height, out_width, channels]
@@ -35,12 +44,8 @@ def _max_pool_fwd_kernel(
     BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
-    # --- which windows: a part of one row of an image
-    row = tl.program_id(0).to(tl.int64)
-    image = row // out_height
-    window_row = (row % out_height).to(tl.int32)
-    columns = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
-    channel = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    # --- which windows
+    row, image, window_row, columns, channel = _windows(out_height, BLOCK_W, BLOCK_C)
     is_channel = (channel < channels)[None, :]
 
     # --- the first of the largest values; a NaN counts as larger, as in torch
@@ -82,12 +87,8 @@ def _max_pool_bwd_kernel(
     BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
-    # --- which pixels: 2x2 for each window of a part of one row of an image
-    row = tl.program_id(0).to(tl.int64)
-    image = row // out_height
-    window_row = (row % out_height).to(tl.int32)
-    columns = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
-    channel = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    # --- which pixels: 2x2 for each window
+    row, image, window_row, columns, channel = _windows(out_height, BLOCK_W, BLOCK_C)
     is_channel = (channel < channels)[None, :]
 
     # --- this window and its neighbors on the right and below; where there is none, no maximum is at place -1
