@@ -26,6 +26,7 @@ from byol_fast.config import OptimConfig
 from byol_fast.data import Batch
 from byol_fast.models.base import SSLModel
 from byol_fast.models.byol import BYOL
+from byol_fast.models.gpu_tuning import tune_for_gpu
 from byol_fast.models.simsiam import SimSiam
 from byol_fast.models.split_batchnorm import convert_split_batchnorm, convert_sync_batchnorm
 from byol_fast.models.split_batchnorm_layers import num_splits
@@ -69,10 +70,12 @@ def test_gradients_of_a_compiled_pass_are_the_eager_ones(method: type[SSLModel],
 def residual_model() -> tuple[BYOL, tuple[Tensor, ...]]:
     """BYOL of blocks as in ResNet-50, in NHWC memory, and views.
 
-    The first shortcut has a convolution, and ReLUs and sums change the outputs of norms in place.
+    The first shortcut has a convolution, ReLUs and sums change the outputs of norms in place, and in one block norms
+    apply the ReLU.
     """
     shortcut = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 1, bias=False), torch.nn.BatchNorm2d(16))
     blocks = [Bottleneck(8, 4, downsample=shortcut), Bottleneck(16, 4), Bottleneck(16, 4)]
+    tune_for_gpu(blocks[1])
     encoder = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), *blocks, torch.nn.AdaptiveAvgPool2d(1))
     model = BYOL(encoder, hidden_dim=16, projection_dim=8, image_size=16).to(memory_format=torch.channels_last)
     return model, torch.rand(2, 4, 16, 16, 3).permute(0, 1, 4, 2, 3).unbind()

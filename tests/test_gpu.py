@@ -21,12 +21,12 @@ from byol_fast.data import Batch
 from byol_fast.evaluate import knn_predict
 from byol_fast.export.encoder import export_run, load_encoder
 from byol_fast.models import encoders
+from byol_fast.models.gpu_tuning import SpaceToDepthConv2d
 from byol_fast.optim.schedules import RunSchedule
 from byol_fast.training.errors import TrainingError
 from byol_fast.training.metrics import read
 from byol_fast.training.trainer import Trainer
 from byol_fast.utils import checkpoint as checkpoints
-from byol_fast.utils.gpu_tuning import SpaceToDepthConv2d
 from tests.gpu import DEVICE, REHEARSING, host_syncs_are_errors, only_on_a_gpu
 from tests.networks import SmallResidualNetwork
 from tests.training.test_distributed import finished, torchrun

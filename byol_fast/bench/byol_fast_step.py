@@ -9,12 +9,12 @@ from byol_fast.bench.problem import AUTOCAST_DTYPES, LR, MOMENTUM, TAU, Problem,
 from byol_fast.config import OptimConfig
 from byol_fast.data import Batch
 from byol_fast.models.byol import BYOL
+from byol_fast.models.gpu_tuning import tune_for_gpu
 from byol_fast.optim.optimizers import build_optimizer
 from byol_fast.optim.schedules import RunSchedule
 from byol_fast.training.mode import Mode, compile_forward
 from byol_fast.training.train_step import TrainStep
 from byol_fast.utils.cpu_tuning import keep_freed_memory, use_small_map_convolutions
-from byol_fast.utils.gpu_tuning import tune_for_gpu
 from byol_fast.utils.precision import Precision
 
 

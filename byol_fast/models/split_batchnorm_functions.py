@@ -94,6 +94,9 @@ def _dense(x: Tensor) -> Tensor:
 class SplitBNTraceable(torch.autograd.Function):
     """Split batch norm as one expression, for torch.compile to fuse, and over all processes if `synchronized`.
 
+    With `relu` a ReLU follows. Its gradient is taken from the input of the norm, which the backward pass reads anyway,
+    so that neither the output of the ReLU is read nor the gradient behind it written.
+
     One collective forward, of `[V, 2 C + 1]` numbers (mean, variance, count), and one backward, of `[V, 2 C]`.
     The output is no view of another tensor: autograd copies the gradient of a view that is changed in place (by
     `nn.ReLU(inplace=True)`, or by adding a shortcut), and into another memory format.
@@ -101,25 +104,35 @@ class SplitBNTraceable(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, views: int, eps: float, synchronized: bool
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        views: int,
+        eps: float,
+        synchronized: bool,
+        relu: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Output, and means and unbiased variances, `[V, C]`."""
         x_VB = _accumulated(_by_view(input, views))
-        var_VC, mean_VC = torch.var_mean(x_VB, _over(x_VB), correction=0)
+        var_VC, mean_VC = _var_mean(x_VB)
         count_V1 = torch.full_like(mean_VC[:, :1], x_VB.numel() // mean_VC.numel())
         if synchronized:
             mean_VC, var_VC, count_V1 = _gathered(mean_VC, var_VC, count_V1)
         invstd_VC = torch.rsqrt(var_VC + eps)
-        y = ((x_VB - _per_channel(mean_VC, x_VB)) * _per_channel(invstd_VC, x_VB)).flatten(0, 1)
+        xhat_VB = (x_VB - _per_channel(mean_VC, x_VB)) * _per_channel(invstd_VC, x_VB)
+        y = xhat_VB.flatten(0, 1)
         if weight is not None:
             y = y * _per_channel(weight, x_VB)[0]
         if bias is not None:
             y = y + _per_channel(bias, x_VB)[0]
-        elif weight is None:
+        if relu:
+            y = torch.relu(y)
+        elif weight is None and bias is None:
             y = y.clone()
         unbiased_VC = var_VC * (count_V1 / (count_V1 - 1))
-        ctx.save_for_backward(input, weight, mean_VC, invstd_VC, count_V1)
-        ctx.views, ctx.synchronized = views, synchronized
+        ctx.save_for_backward(input, weight, bias, mean_VC, invstd_VC, count_V1)
+        ctx.views, ctx.synchronized, ctx.relu = views, synchronized, relu
         # The stride is taken here: dynamo copies the gradients of a backward pass that asks for one.
         is_dense = input.is_contiguous(memory_format=_memory_format(input))
         ctx.stride = input.stride() if is_dense else None
@@ -134,26 +147,53 @@ class SplitBNTraceable(torch.autograd.Function):
         With xhat = (x - mean) invstd: dbias = sum dy, dweight = sum dy xhat, and as mean and variance depend on every
         x, dx = weight invstd (dy - mean(dy) - xhat mean(dy xhat)), the means over all processes.
         """
-        input, weight, mean_VC, invstd_VC, count_V1 = ctx.saved_tensors
-        upstream = _stored_once(upstream, ctx.stride)
+        input, weight, bias, mean_VC, invstd_VC, count_V1 = ctx.saved_tensors
+        scale_VC = invstd_VC if weight is None else invstd_VC * weight
+        if ctx.relu:
+            scale_VC = _stored_once(scale_VC, scale_VC.stride())
+        else:
+            upstream = _stored_once(upstream, ctx.stride)
         x_VB, dy_VB = (_accumulated(_by_view(t, ctx.views)) for t in (input, upstream))
-        over = _over(x_VB)
-        xhat_VB = (x_VB - _per_channel(mean_VC, x_VB)) * _per_channel(invstd_VC, x_VB)
-        sums_V2C = torch.cat([dy_VB.sum(over), (dy_VB * xhat_VB).sum(over)], dim=1)
+        over, scale_VB = _over(x_VB), _per_channel(scale_VC, x_VB)
+        distance_VB = x_VB - _per_channel(mean_VC, x_VB)
+        xhat_VB = distance_VB * _per_channel(invstd_VC, x_VB)
+        # Three terms are masked, and not dy: torch.compile would write what has several uses to memory.
+        terms = [dy_VB, dy_VB * xhat_VB, dy_VB * scale_VB]
+        if ctx.relu:
+            is_cut_VB = distance_VB * scale_VB + (0.0 if bias is None else _per_channel(bias, x_VB)) <= 0
+            terms = [torch.where(is_cut_VB, 0.0, term) for term in terms]
+        sums_V2C = torch.cat([terms[0].sum(over), terms[1].sum(over)], dim=1)
         dbias, dweight = sums_V2C.sum(0).chunk(2)
         if ctx.synchronized:
             sums_V2C = sums_V2C.clone()
             distributed.all_reduce(sums_V2C)
-        mean_dy_VC, mean_dy_xhat_VC = (sums_V2C / count_V1).chunk(2, dim=1)
-        dx = dy_VB - _per_channel(mean_dy_VC, x_VB) - xhat_VB * _per_channel(mean_dy_xhat_VC, x_VB)
-        dx = dx * _per_channel(invstd_VC if weight is None else invstd_VC * weight, x_VB)
+        mean_dy_VB, mean_dy_xhat_VB = (_per_channel(t, x_VB) for t in (sums_V2C / count_V1).chunk(2, dim=1))
+        dx = terms[2] - (mean_dy_VB + xhat_VB * mean_dy_xhat_VB) * scale_VB
         needed = ctx.needs_input_grad
         return (
             _in(input.dtype, dx).flatten(0, 1) if needed[0] else None,
             _in(weight.dtype, dweight) if needed[1] else None,
             _in(weight.dtype if weight is not None else dbias.dtype, dbias) if needed[2] else None,
-            *(None,) * 3,
+            *(None,) * 4,
         )
+
+
+def _var_mean(x_VB: Tensor) -> tuple[Tensor, Tensor]:
+    """Biased variance and mean of each view and channel, `[V, C]`.
+
+    `torch.var_mean` is compiled to Welford's updates, whose divisions take longer than reading the values. Sums of
+    values and of squares do not; so that these do not cancel, they are taken about one of the channel's own values.
+    """
+    over = _over(x_VB)
+    if not torch.compiler.is_compiling():
+        return torch.var_mean(x_VB, over, correction=0)
+    center_VC = x_VB[:, 0]  # of the first image, the pixel in the middle
+    for size in x_VB.shape[3:]:
+        center_VC = center_VC.select(2, size // 2)
+    distance_VB = x_VB - _per_channel(center_VC, x_VB)
+    mean_VC = distance_VB.mean(over)
+    var_VC = (distance_VB.square().mean(over) - mean_VC.square()).clamp_min(0.0)
+    return var_VC, center_VC + mean_VC
 
 
 def _accumulated(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from byol_fast.models.split_batchnorm_functions import SplitBNEager, SplitBNTraceable
@@ -114,17 +115,25 @@ def _is_recomputed() -> bool:
 class _SplitBatchNorm(SplitBatchNormBase):
     """Batch norm with statistics for each view, in one pass over all views."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As `nn.BatchNorm2d`, for each of the stacked views."""
-        return self._normalize(x)
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
+        """As `nn.BatchNorm2d`, for each of the stacked views.
 
-    def _normalize(self, x: Tensor) -> Tensor:
+        Args:
+            x: stacked views.
+            relu: apply a ReLU to the result.
+        """
+        if relu and not (self.training and torch.compiler.is_compiling()):
+            return functional.relu(self._normalize(x), inplace=True)
+        return self._normalize(x, relu=relu)
+
+    def _normalize(self, x: Tensor, *, relu: bool = False) -> Tensor:
+        """The result, after a ReLU if one is asked for, which is in train mode and while compiling only."""
         if not self.training:
             return _BatchNorm.forward(self, x)
         recomputed = _is_recomputed()
         views, collects = self._call(x, recomputed=recomputed)
         synchronized = self.synchronized and distributed.is_available() and distributed.is_initialized()
-        if views == 1 and not synchronized and not collects:
+        if views == 1 and not synchronized and not collects and not relu:
             with frozen_running_stats([self] if recomputed else []):
                 return _BatchNorm.forward(self, x)
         self._check_input_dim(x)  # type: ignore[no-untyped-call]
@@ -136,7 +145,7 @@ class _SplitBatchNorm(SplitBatchNormBase):
         moves = self.running_mean is not None and self.track_running_stats and not collects
         # The traceable form is what torch.compile can fuse, and what can communicate with other processes.
         if torch.compiler.is_compiling() or synchronized or (moves and self.momentum is None):
-            y, mean_VC, var_VC = SplitBNTraceable.apply(x, self.weight, self.bias, views, self.eps, synchronized)
+            y, mean_VC, var_VC = SplitBNTraceable.apply(x, self.weight, self.bias, views, self.eps, synchronized, relu)
             if moves and not recomputed:
                 self._update_running_stats(mean_VC, var_VC)
         else:
@@ -180,6 +189,11 @@ class ChunkedBatchNorm(SplitBatchNormBase):
             return forward(x) if views == 1 else torch.cat([forward(view) for view in x.chunk(views)])
 
 
+def takes_relu(norm: nn.Module) -> bool:
+    """True if a module's forward pass has the argument `relu` of a split batch norm."""
+    return isinstance(norm, _SplitBatchNorm)
+
+
 class SplitBatchNorm1d(_SplitBatchNorm, nn.BatchNorm1d):
     """`nn.BatchNorm1d` that takes stacked views."""
 
@@ -202,9 +216,10 @@ class _SplitBatchNormAct(_SplitBatchNorm):
     drop: nn.Module
     act: nn.Module
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As timm's, for each of the stacked views."""
-        return cast("Tensor", self.act(self.drop(self._normalize(x))))
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
+        """As timm's, for each of the stacked views; with `relu` a ReLU follows."""
+        y = cast("Tensor", self.act(self.drop(self._normalize(x))))
+        return functional.relu(y) if relu else y
 
 
 _CLASSES: dict[Any, type[SplitBatchNormBase]] = {

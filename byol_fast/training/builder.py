@@ -28,7 +28,7 @@ from byol_fast.training.run_dir import RunDir
 from byol_fast.training.state import TrainState
 from byol_fast.training.train_step import TrainStep
 from byol_fast.utils import checkpoint as checkpoints
-from byol_fast.utils import cpu_tuning, env, gpu_tuning
+from byol_fast.utils import cpu_tuning, env
 from byol_fast.utils.device import resolve_device
 from byol_fast.utils.precision import Precision, resolve_precision
 
@@ -196,6 +196,8 @@ def _prepare_networks(model: SSLModel, config: Config, execution: Execution) -> 
     if device.type == "cpu":
         _tune_for_cpu(model, config, execution.mode)
     elif config.channels_last:
+        from byol_fast.models import gpu_tuning  # imports torchvision's models, a second
+
         for network in model.networks():
             gpu_tuning.tune_for_gpu(network)
     if not execution.world.is_single:

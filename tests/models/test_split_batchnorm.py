@@ -21,6 +21,7 @@ from byol_fast.models.running_stats import RunningStats
 from byol_fast.models.split_batchnorm import (
     convert_split_batchnorm,
     convert_sync_batchnorm,
+    index_layers,
     revert_split_batchnorm,
 )
 from byol_fast.models.split_batchnorm_layers import BatchStats, num_splits
@@ -124,6 +125,22 @@ def test_compiled_equals_separate_without_breaks(options: dict[str, Any], views:
     x = torch.randn(views * 4, 3, 9, 7, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
     expected = everything(network, x, lambda n, x: separately(n, x, views))
     equal(everything(stacked, x, lambda n, x: compiled(n, x, views)), expected)
+
+
+def test_compiled_statistics_of_values_far_from_zero_are_exact() -> None:
+    norm = nn.BatchNorm2d(3, momentum=1.0)
+    convert_split_batchnorm(norm)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(16, 3, 9, 7, generator=generator) + torch.tensor([0.0, 1e4, -1e4]).view(1, 3, 1, 1)
+    x[:, 2] = 0.1  # constant
+    index_layers([norm])
+    collected: list[BatchStats] = []
+    with num_splits(norm, 2, collected):
+        torch.compile(norm, backend="aot_eager", dynamic=False)(x)
+    exact = x.double().view(2, 8, 3, 9, 7)
+    # The values themselves have errors of 1e-3 at 1e4, but these are part of the input; squares would have 1e8 * 6e-8.
+    torch.testing.assert_close(collected[0].var.double(), exact.var([1, 3, 4]), rtol=2e-6, atol=1e-15)
+    torch.testing.assert_close(collected[0].mean.double(), exact.mean([1, 3, 4]), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("affine", [True, False])

@@ -17,7 +17,7 @@ from benchmarks.gpu.items.common import Checks, compiled_function, is_small
 from benchmarks.gpu.items.kernels import Group, measure_groups
 from benchmarks.gpu.items.timing import Case
 from byol_fast.bench.numerics import relative_error
-from byol_fast.utils.gpu_tuning import pairs_to_channels
+from byol_fast.models.gpu_tuning import pairs_to_channels
 from byol_kernels import max_pool2d_3x3
 
 aten = torch.ops.aten

@@ -1,19 +1,24 @@
-"""GPU performance: the first convolution and the max pooling of a ResNet."""
+"""GPU performance: the first convolution, the max pooling and the batch norms before a ReLU of a ResNet."""
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from byol_fast.models.split_batchnorm_layers import takes_relu
 from byol_kernels import max_pool2d_3x3
 
 
 def tune_for_gpu(network: nn.Module) -> int:
-    """Convert a ResNet's first convolution and its max pooling to forms that are faster on a GPU, in place.
+    """Convert layers of a ResNet to forms that are faster on a GPU, in place.
 
-    The functions are the same, the rounding of the convolution differs; see `SpaceToDepthConv2d` and `GatherMaxPool2d`
-    for where they are used. In all other cases, on CPUs above all, the layers call torch.
+    These are the first convolution, the max pooling, and torchvision's blocks, whose batch norms then apply the ReLU.
+    The functions are the same, the rounding of the convolution differs; see the classes below for where they are used.
+    In all other cases, on CPUs above all, the layers call torch.
 
     Args:
         network: any network; parameters keep their names and values.
@@ -23,14 +28,20 @@ def tune_for_gpu(network: nn.Module) -> int:
     """
     num_converted = 0
     for module in network.modules():
-        if type(module) is nn.Conv2d and _is_first_convolution(module):
-            module.__class__ = SpaceToDepthConv2d
-        elif type(module) is nn.MaxPool2d and _is_first_pooling(module):
-            module.__class__ = GatherMaxPool2d
-        else:
-            continue
-        num_converted += 1
+        kind = _class_for(module)
+        if kind is not None:
+            module.__class__ = kind
+            num_converted += 1
     return num_converted
+
+
+def _class_for(module: nn.Module) -> type[nn.Module] | None:
+    if type(module) is nn.Conv2d and _is_first_convolution(module):
+        return SpaceToDepthConv2d
+    if type(module) is nn.MaxPool2d and _is_first_pooling(module):
+        return GatherMaxPool2d
+    # With another activation, or a forward pass of its own, a block stays as it is.
+    return _BLOCKS.get(type(module)) if type(getattr(module, "relu", None)) is nn.ReLU else None
 
 
 def _is_first_convolution(conv: nn.Conv2d) -> bool:
@@ -104,3 +115,47 @@ class GatherMaxPool2d(nn.MaxPool2d):
             return max_pool2d_3x3(input)
         result: Tensor = super().forward(input)
         return result
+
+
+def _norm_relu(norm: nn.Module, relu: nn.Module, x: Tensor) -> Tensor:
+    """A norm and a ReLU, in one if the norm can apply it."""
+    return cast("Tensor", norm(x, relu=True) if takes_relu(norm) else relu(norm(x)))
+
+
+class NormReluBasicBlock(BasicBlock):  # type: ignore[misc]
+    """torchvision's `BasicBlock`, whose first batch norm applies the ReLU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The function of `BasicBlock`."""
+        out = _norm_relu(self.bn1, self.relu, self.conv1(x))
+        out = self.bn2(self.conv2(out))
+        out += x if self.downsample is None else self.downsample(x)
+        return cast("Tensor", self.relu(out))
+
+
+class NormReluBottleneck(Bottleneck):  # type: ignore[misc]
+    """torchvision's `Bottleneck`, whose first two batch norms apply the ReLU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The function of `Bottleneck`."""
+        out = _norm_relu(self.bn1, self.relu, self.conv1(x))
+        out = _norm_relu(self.bn2, self.relu, self.conv2(out))
+        out = self.bn3(self.conv3(out))
+        out += x if self.downsample is None else self.downsample(x)
+        return cast("Tensor", self.relu(out))
+
+
+class NormReluResNet(ResNet):  # type: ignore[misc]
+    """torchvision's `ResNet`, whose first batch norm applies the ReLU."""
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        x = self.maxpool(_norm_relu(self.bn1, self.relu, self.conv1(x)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return cast("Tensor", self.fc(torch.flatten(self.avgpool(x), 1)))
+
+
+_BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
+    BasicBlock: NormReluBasicBlock,
+    Bottleneck: NormReluBottleneck,
+    ResNet: NormReluResNet,
+}
