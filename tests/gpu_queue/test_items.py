@@ -205,10 +205,11 @@ def test_kernel_pattern_matches_the_heaviest_kernels(tmp_path: Path) -> None:
         "void cudnn::bn_fw_tr<float, int>(cudnnTensor)",
         "triton_red_fused_mul_7",
         "nvjet_hsh_64x8",
+        "void at::native::(anonymous namespace)::CatArrayBatchedCopy<float, 4>(at::native::(anonymous namespace)::X)",
     ]
     (tmp_path / "kernels.json").write_text(json.dumps([{"kernel": name} for name in kernels]))
     pattern = observe.kernel_pattern(tmp_path / "kernels.json")
-    names = ["bn_fw_tr", "triton_red_fused_mul_7", "nvjet_hsh_64x8", "_lars_apply_kernel"]
+    names = ["bn_fw_tr", "triton_red_fused_mul_7", "nvjet_hsh_64x8", "_lars_apply_kernel", "CatArrayBatchedCopy"]
     assert all(re.match(pattern, name) for name in names)
     assert not re.match(pattern, "triton_red_fused_mul_71") and not re.match(pattern, "Memcpy")
 

@@ -75,10 +75,10 @@ class Code(NamedTuple):
         return self.count(r"(LDL|STL)(\..*)?")
 
 
-def build(
+def compiled(
     kernel: Any, arguments: Mapping[str, "str | Constant"], options: Mapping[str, Any], capability: int
-) -> tuple[str, Code]:
-    """PTX and machine code for one compute capability: 80 for A100, 90 for H100 and H200, 100 for B200."""
+) -> Any:
+    """Triton's result for one compute capability: 80 for A100, 90 for H100 and H200, 100 for B200."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
@@ -91,12 +91,19 @@ def build(
             signature[name] = argument.removesuffix("!")
             if argument.endswith("!"):
                 attributes[(index,)] = [["tt.divisibility", 16]]
-    compiled = triton.compile(
+    return triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", capability, 32),
         options=dict(options),
     )
-    return compiled.asm["ptx"], read(compiled.asm["cubin"])
+
+
+def build(
+    kernel: Any, arguments: Mapping[str, "str | Constant"], options: Mapping[str, Any], capability: int
+) -> tuple[str, Code]:
+    """PTX and machine code for one compute capability."""
+    result = compiled(kernel, arguments, options, capability)
+    return result.asm["ptx"], read(result.asm["cubin"])
 
 
 def read(binary: bytes) -> Code:

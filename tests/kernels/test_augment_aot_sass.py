@@ -41,6 +41,18 @@ def test_aot_sass_is_wide_and_does_not_spill(name: str, capability: int) -> None
             assert code.count(r"FFMA2?\..*SAT.*") >= 48  # clipping is free: 3 channels, 8 pixels, two sweeps
 
 
+@pytest.mark.parametrize("name", ["blur_u8_to_bf16", "crop_32"])
+def test_aot_threads_of_a_warp_take_pixels_side_by_side(name: str) -> None:
+    """In Triton's own intermediate form. Triton 3.6 would let them take one column of a matrix of addresses."""
+    case = cases.CASES[name]
+    text = sass.compiled(case.kernel, case.arguments, case.options, 90).asm["ttgir"]
+    orders = dict(re.findall(r"^(#\w+) = #ttg\.blocked<.*order = \[([\d, ]+)\]", text, flags=re.MULTILINE))
+    accesses = re.findall(r"tt\.(?:load|store) .*: tensor<((?:\d+x)+)!tt\.ptr<i?\w+>, (#\w+)>", text)
+    assert len(accesses) >= 6  # three channels
+    for shape, layout in accesses:
+        assert int(orders[layout].split(",")[0]) == shape.count("x") - 1
+
+
 @pytest.mark.parametrize("capability", sass.CAPABILITIES)
 def test_aot_sample_params_rounds_each_operation(capability: int) -> None:
     """A fused multiply-add or an approximate root would differ from the host in the last bit."""

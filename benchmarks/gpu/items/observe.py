@@ -101,7 +101,8 @@ def kernel_pattern(times: Path) -> str:
     if not times.exists():
         return f"^({'|'.join(BYOL_KERNELS)}|triton_.*)$"
     # ncu matches the name of a function without namespaces, template arguments and parameters.
-    names = [re.split(r"[<(]", kernel["kernel"])[0].split("::")[-1].split()[-1] for kernel in _listed(times)]
+    listed = [kernel["kernel"].replace("(anonymous namespace)::", "") for kernel in _listed(times)]
+    names = [re.split(r"[<(]", name)[0].split("::")[-1].split()[-1] for name in listed]
     return f"^({'|'.join(dict.fromkeys([*BYOL_KERNELS, *map(re.escape, names)][:MAX_KERNELS]))})$"
 
 

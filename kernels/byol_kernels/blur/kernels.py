@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from byol_kernels._images import to_device
+from byol_kernels._tiles import load_tile, store_tile, tile_cols, tile_rows
 from byol_kernels._triton import device_guard, jit, tl
 
 BLOCK = 32
@@ -89,6 +90,10 @@ def _gaussian_blur_kernel(
     out_ptr += image * height * width * 3
     rows = top + tl.arange(0, BLOCK)
     cols = left + tl.arange(0, BLOCK)
+    pixel_rows = tile_rows(top, BLOCK)
+    pixel_cols = tile_cols(left, BLOCK)
+    mask = (pixel_rows < height) & (pixel_cols < width)
+    target = out_ptr + (pixel_rows * width + pixel_cols) * 3
     OUT: tl.constexpr = out_ptr.dtype.element_ty
     DTYPE: tl.constexpr = tl.float32 if FLOAT32 else tl.float16
     blurred = True
@@ -115,18 +120,21 @@ def _gaussian_blur_kernel(
         col_start = left - radius
         while col_start < left + BLOCK + radius:
             in_cols = col_start + steps
-            source = images_ptr + _reflect(in_cols, width)[None, :] * stride_w
+            source = images_ptr + _reflect(tile_cols(col_start, BLOCK_K), width) * stride_w
             column_r = tl.zeros((BLOCK, BLOCK_K), tl.float32)
             column_g = tl.zeros((BLOCK, BLOCK_K), tl.float32)
             column_b = tl.zeros((BLOCK, BLOCK_K), tl.float32)
             row_start = top - radius
             while row_start < top + BLOCK + radius:
                 in_rows = row_start + steps
-                at = source + _reflect(in_rows, height)[:, None] * stride_h
+                at = source + _reflect(tile_rows(row_start, BLOCK_K), height) * stride_h
                 weight_v = _gauss(rows[:, None] - in_rows[None, :], radius, falloff, DTYPE)
-                column_r = tl.dot(weight_v, tl.load(at).to(DTYPE), column_r, input_precision="ieee")
-                column_g = tl.dot(weight_v, tl.load(at + stride_c).to(DTYPE), column_g, input_precision="ieee")
-                column_b = tl.dot(weight_v, tl.load(at + 2 * stride_c).to(DTYPE), column_b, input_precision="ieee")
+                x_r = load_tile(at, None, BLOCK_K).to(DTYPE)
+                column_r = tl.dot(weight_v, x_r, column_r, input_precision="ieee")
+                x_g = load_tile(at + stride_c, None, BLOCK_K).to(DTYPE)
+                column_g = tl.dot(weight_v, x_g, column_g, input_precision="ieee")
+                x_b = load_tile(at + 2 * stride_c, None, BLOCK_K).to(DTYPE)
+                column_b = tl.dot(weight_v, x_b, column_b, input_precision="ieee")
                 row_start += BLOCK_K
             weight_h = _gauss(in_cols[:, None] - cols[None, :], radius, falloff, DTYPE)
             r = tl.dot((column_r * norm).to(DTYPE), weight_h, r, input_precision="ieee")
@@ -141,15 +149,11 @@ def _gaussian_blur_kernel(
         r = _finish_pixel(r * norm, solarize_from, scale_r, bias_r, ROUND)
         g = _finish_pixel(g * norm, solarize_from, scale_g, bias_g, ROUND)
         b = _finish_pixel(b * norm, solarize_from, scale_b, bias_b, ROUND)
-        mask = (rows < height)[:, None] & (cols < width)[None, :]
-        target = out_ptr + (rows[:, None] * width + cols[None, :]) * 3
-        tl.store(target, r.to(OUT), mask=mask)
-        tl.store(target + 1, g.to(OUT), mask=mask)
-        tl.store(target + 2, b.to(OUT), mask=mask)
+        store_tile(target, r.to(OUT), mask, BLOCK)
+        store_tile(target + 1, g.to(OUT), mask, BLOCK)
+        store_tile(target + 2, b.to(OUT), mask, BLOCK)
     elif COPY:
-        source = images_ptr + rows[:, None] * stride_h + cols[None, :] * stride_w
-        mask = (rows < height)[:, None] & (cols < width)[None, :]
-        target = out_ptr + (rows[:, None] * width + cols[None, :]) * 3
+        source = images_ptr + pixel_rows * stride_h + pixel_cols * stride_w
         for c in tl.static_range(3):
             tl.store(target + c, tl.load(source + c * stride_c, mask=mask), mask=mask)
 

@@ -15,6 +15,7 @@ a GPU has small images, and float16 would cost the last bit.
 import torch
 from torch import Tensor
 
+from byol_kernels._tiles import load_tile, store_tile, tile_cols, tile_rows
 from byol_kernels._triton import device_guard, jit, tl
 
 BLOCK = 32
@@ -93,6 +94,8 @@ def _resized_crop_kernel(
     col_start = first_col
     while col_start < end_col:
         in_cols = col_start + steps
+        inside_cols = tile_cols(col_start, BLOCK_K) < width
+        source = images_ptr + tile_cols(col_start, BLOCK_K) * stride_w
         column_r = tl.zeros((BLOCK, BLOCK_K), tl.float32)
         column_g = tl.zeros((BLOCK, BLOCK_K), tl.float32)
         column_b = tl.zeros((BLOCK, BLOCK_K), tl.float32)
@@ -100,14 +103,14 @@ def _resized_crop_kernel(
         row_start = first_row
         while row_start < end_row:
             in_rows = row_start + steps
-            inside = (in_rows < height)[:, None] & (in_cols < width)[None, :]
-            at = images_ptr + in_rows[:, None] * stride_h + in_cols[None, :] * stride_w
+            inside = (tile_rows(row_start, BLOCK_K) < height) & inside_cols
+            at = source + tile_rows(row_start, BLOCK_K) * stride_h
             weight_v = _weight((in_rows[None, :].to(tl.float32) - center_v[:, None]) * narrow_v, REACH)
             weight_v = tl.where((in_rows < height)[None, :], weight_v, 0.0)
             sum_v += tl.sum(weight_v, axis=1)
-            x_r = tl.load(at, mask=inside, other=0).to(tl.float32)
-            x_g = tl.load(at + stride_c, mask=inside, other=0).to(tl.float32)
-            x_b = tl.load(at + 2 * stride_c, mask=inside, other=0).to(tl.float32)
+            x_r = load_tile(at, inside, BLOCK_K).to(tl.float32)
+            x_g = load_tile(at + stride_c, inside, BLOCK_K).to(tl.float32)
+            x_b = load_tile(at + 2 * stride_c, inside, BLOCK_K).to(tl.float32)
             column_r = tl.dot(weight_v, x_r, column_r, input_precision="ieee")
             column_g = tl.dot(weight_v, x_g, column_g, input_precision="ieee")
             column_b = tl.dot(weight_v, x_b, column_b, input_precision="ieee")
@@ -122,12 +125,14 @@ def _resized_crop_kernel(
 
     # --- divide by the sums of the weights, clip what the cubic overshoots, store
     norm = 1.0 / (sum_v[:, None] * sum_h[None, :])
-    mask = (rows < SIZE)[:, None] & (cols < SIZE)[None, :]
-    target = out_ptr + sample * (SIZE * SIZE * 3) + (rows[:, None] * SIZE + cols[None, :]) * 3
+    pixel_rows = tile_rows(tile // TILES * BLOCK, BLOCK)
+    pixel_cols = tile_cols(tile % TILES * BLOCK, BLOCK)
+    mask = (pixel_rows < SIZE) & (pixel_cols < SIZE)
+    target = out_ptr + sample * (SIZE * SIZE * 3) + (pixel_rows * SIZE + pixel_cols) * 3
     # + 0.5: the conversion truncates.
-    tl.store(target, (tl.minimum(tl.maximum(r * norm, 0.0), 255.0) + 0.5).to(tl.uint8), mask=mask)
-    tl.store(target + 1, (tl.minimum(tl.maximum(g * norm, 0.0), 255.0) + 0.5).to(tl.uint8), mask=mask)
-    tl.store(target + 2, (tl.minimum(tl.maximum(b * norm, 0.0), 255.0) + 0.5).to(tl.uint8), mask=mask)
+    store_tile(target, (tl.minimum(tl.maximum(r * norm, 0.0), 255.0) + 0.5).to(tl.uint8), mask, BLOCK)
+    store_tile(target + 1, (tl.minimum(tl.maximum(g * norm, 0.0), 255.0) + 0.5).to(tl.uint8), mask, BLOCK)
+    store_tile(target + 2, (tl.minimum(tl.maximum(b * norm, 0.0), 255.0) + 0.5).to(tl.uint8), mask, BLOCK)
 
 
 # -------------------------------------------------------------------------------- launcher
