@@ -116,9 +116,9 @@ class SplitBNTraceable(torch.autograd.Function):
         """Output, and means and unbiased variances, `[V, C]`."""
         x_VB = _accumulated(_by_view(input, views))
         var_VC, mean_VC = _var_mean(x_VB)
-        count_V1 = torch.full_like(mean_VC[:, :1], x_VB.numel() // mean_VC.numel())
+        count: Any = x_VB.numel() // mean_VC.numel()
         if synchronized:
-            mean_VC, var_VC, count_V1 = _gathered(mean_VC, var_VC, count_V1)
+            mean_VC, var_VC, count = _gathered(mean_VC, var_VC, count)
         invstd_VC = torch.rsqrt(var_VC + eps)
         xhat_VB = (x_VB - _per_channel(mean_VC, x_VB)) * _per_channel(invstd_VC, x_VB)
         y = xhat_VB.flatten(0, 1)
@@ -130,8 +130,9 @@ class SplitBNTraceable(torch.autograd.Function):
             y = torch.relu(y)
         elif weight is None and bias is None:
             y = y.clone()
-        unbiased_VC = var_VC * (count_V1 / (count_V1 - 1))
-        ctx.save_for_backward(input, weight, bias, mean_VC, invstd_VC, count_V1)
+        unbiased_VC = var_VC * (count / (count - 1))
+        ctx.save_for_backward(input, weight, bias, mean_VC, invstd_VC, count if synchronized else None)
+        ctx.count = None if synchronized else count
         ctx.views, ctx.synchronized, ctx.relu = views, synchronized, relu
         # The stride is taken here: dynamo copies the gradients of a backward pass that asks for one.
         is_dense = input.is_contiguous(memory_format=_memory_format(input))
@@ -150,9 +151,11 @@ class SplitBNTraceable(torch.autograd.Function):
         input, weight, bias, mean_VC, invstd_VC, count_V1 = ctx.saved_tensors
         scale_VC = invstd_VC if weight is None else invstd_VC * weight
         if ctx.relu:
-            scale_VC = _stored_once(scale_VC, scale_VC.stride())
-        else:
-            upstream = _stored_once(upstream, ctx.stride)
+            scale_VC = _stored(scale_VC)
+        elif ctx.stride is not None:
+            # torch.compile would otherwise compute the sum of gradients behind a residual connection again in every
+            # kernel that reads it, or write what it computes from it in fp32, in another layout.
+            upstream = _stored(upstream, ctx.stride)
         x_VB, dy_VB = (_accumulated(_by_view(t, ctx.views)) for t in (input, upstream))
         over, scale_VB = _over(x_VB), _per_channel(scale_VC, x_VB)
         distance_VB = x_VB - _per_channel(mean_VC, x_VB)
@@ -167,7 +170,8 @@ class SplitBNTraceable(torch.autograd.Function):
         if ctx.synchronized:
             sums_V2C = sums_V2C.clone()
             distributed.all_reduce(sums_V2C)
-        mean_dy_VB, mean_dy_xhat_VB = (_per_channel(t, x_VB) for t in (sums_V2C / count_V1).chunk(2, dim=1))
+        means_V2C = sums_V2C * (1.0 / (count_V1 if ctx.synchronized else ctx.count))
+        mean_dy_VB, mean_dy_xhat_VB = (_per_channel(t, x_VB) for t in means_V2C.chunk(2, dim=1))
         dx = terms[2] - (mean_dy_VB + xhat_VB * mean_dy_xhat_VB) * scale_VB
         needed = ctx.needs_input_grad
         return (
@@ -191,8 +195,10 @@ def _var_mean(x_VB: Tensor) -> tuple[Tensor, Tensor]:
     for size in x_VB.shape[3:]:
         center_VC = center_VC.select(2, size // 2)
     distance_VB = x_VB - _per_channel(center_VC, x_VB)
-    mean_VC = distance_VB.mean(over)
-    var_VC = (distance_VB.square().mean(over) - mean_VC.square()).clamp_min(0.0)
+    # Factors instead of divisions, as this is computed again for every element that is normalized.
+    share = center_VC.numel() / x_VB.numel()
+    mean_VC = distance_VB.sum(over) * share
+    var_VC = (distance_VB.square().sum(over) * share - mean_VC.square()).clamp_min(0.0)
     return var_VC, center_VC + mean_VC
 
 
@@ -206,19 +212,20 @@ def _in(dtype: torch.dtype, x: Tensor) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-def _stored_once(dy: Tensor, stride: tuple[int, ...] | None) -> Tensor:
-    """The gradient, which torch.compile then writes to memory once, with the strides of a dense input.
+def _stored(x: Tensor, stride: tuple[int, ...] | None = None) -> Tensor:
+    """The values, which torch.compile then writes to memory once, instead of computing them again in every kernel.
 
-    It would otherwise compute the sum of gradients behind a residual connection again in every kernel that reads it, or
-    write what it computes from it in fp32, in another layout.
+    Args:
+        x: values.
+        stride: their strides in memory; None leaves them as they are.
     """
-    if stride is None or not torch.compiler.is_compiling():
-        return dy
+    if not torch.compiler.is_compiling():
+        return x
     try:
         from torch._inductor.inductor_prims import force_stride_order  # takes a second
     except ImportError:  # not a public name: without it the code is slower
-        return dy
-    stored: Tensor = force_stride_order(dy, stride)
+        return x
+    stored: Tensor = force_stride_order(x, x.stride() if stride is None else stride)
     return stored
 
 
@@ -237,12 +244,12 @@ def _per_channel(values: Tensor, x_VB: Tensor) -> Tensor:
     return values.reshape(-1, 1, values.shape[-1], *(1 for _ in x_VB.shape[3:]))
 
 
-def _gathered(mean_VC: Tensor, var_VC: Tensor, count_V1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, biased variance and count over all processes.
+def _gathered(mean_VC: Tensor, var_VC: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and count, `[V, 1]`, over all processes.
 
     Variances are combined about the common mean (Chan, Golub, LeVeque 1979): sums of squares would cancel.
     """
-    own = torch.cat([mean_VC, var_VC, count_V1], dim=1)
+    own = torch.cat([mean_VC, var_VC, torch.full_like(mean_VC[:, :1], count)], dim=1)
     world, channels = distributed.get_world_size(), mean_VC.shape[1]
     every = torch.empty(world * own.shape[0], own.shape[1], dtype=own.dtype, device=own.device)
     distributed.all_gather_into_tensor(every, own)
