@@ -57,9 +57,10 @@ ITEMS: tuple[Item, ...] = (
         name="resnet50_compiled",
         question="How fast is a compiled and captured step of ResNet-50, and where does its time go?",
         run=f"{HERE}.resnet50:compiled",
-        # 265 generated kernels, compiled by 16 processes: 90 s on an H200; steps and a trace: 14 s.
-        seconds=START_SECONDS + 105,
-        first_figure=START_SECONDS + 95,
+        # 215 generated kernels, compiled by 16 processes: 70 s on an H200 (from inductor's cache 42 s); steps and a
+        # trace: 14 s.
+        seconds=START_SECONDS + 90,
+        first_figure=START_SECONDS + 80,
         depends_on=(*SHARED, f"{FOLDER}/resnet50.py"),
         memory_gib=60,
     ),
@@ -67,8 +68,8 @@ ITEMS: tuple[Item, ...] = (
         name="layers",
         question="Which forms of a ResNet's first convolution, max pooling and batch statistics are fastest?",
         run=f"{HERE}.layers:run",
-        # Timing 10 s, and four generated kernels of 5 s. cuDNN's own trials (cudnn.benchmark) take over 40 s more.
-        seconds=START_SECONDS + 30,
+        # 57 s on an H200, most of it four generated kernels. cuDNN's own trials (cudnn.benchmark) take over 40 s more.
+        seconds=START_SECONDS + 60,
         depends_on=(*SHARED, f"{FOLDER}/kernels.py", f"{FOLDER}/layers.py"),
         memory_gib=20,
     ),
@@ -87,7 +88,7 @@ ITEMS: tuple[Item, ...] = (
         name="resnet18_cifar",
         question="How fast is a step of ResNet-18 on 32 px, on a fixed batch and through the device cache?",
         run=f"{HERE}.cifar:speed",
-        # Two networks compiled, 30 s each; 7 rounds of 0.3 s for each of ten cases.
+        # Two networks compiled, 20 to 35 s each; 7 rounds of 0.3 s for each of ten cases.
         seconds=START_SECONDS + 95,
         first_figure=START_SECONDS + 15,
         depends_on=(*SHARED, f"{FOLDER}/cifar.py"),
@@ -108,8 +109,8 @@ ITEMS: tuple[Item, ...] = (
         name="dali",
         question="Are the views of DALI correct, also under load, and does loading keep up with the step?",
         run=f"{HERE}.dali:run",
-        # Parity 20 s (torchvision on the CPU), loaders 20 s, the step from inductor's cache 30 s.
-        seconds=START_SECONDS + 100,
+        # Parity (torchvision on the CPU), loaders, the step from inductor's cache: 129 s on an H200.
+        seconds=START_SECONDS + 130,
         first_figure=START_SECONDS + 30,
         depends_on=(*SHARED, f"{FOLDER}/dali.py"),
         modules=("nvidia.dali",),
@@ -121,7 +122,7 @@ ITEMS: tuple[Item, ...] = (
         name="baseline_compiled",
         question="How fast is the baseline under torch.compile?",
         run=f"{HERE}.resnet50:baseline_compiled",
-        # The baseline passes the encoder four times, twice the graph of byol_fast's: 150 s.
+        # The baseline passes the encoder four times, twice the graph of byol_fast's: 130 s on an H200.
         seconds=START_SECONDS + 175,
         first_figure=START_SECONDS + 165,
         depends_on=(*SHARED, f"{FOLDER}/resnet50.py"),
@@ -151,8 +152,8 @@ ITEMS: tuple[Item, ...] = (
         name="power",
         question="Which power and clocks does the GPU reach while captured steps run without a pause?",
         run=f"{HERE}.observe:power",
-        # The step from inductor's cache 30 s, 10 s of steps.
-        seconds=START_SECONDS + 45,
+        # The step from inductor's cache 45 s, 10 s of steps.
+        seconds=START_SECONDS + 60,
         depends_on=(*SHARED, f"{FOLDER}/observe.py"),
         memory_gib=60,
         not_rehearsed="power and clocks are those of a GPU",

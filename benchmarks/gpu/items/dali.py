@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.gpu.item import Context
 from benchmarks.gpu.items.common import Checks, byol_fast_step, free, is_small, link_copies, resnet50, set_flags
-from benchmarks.gpu.items.timing import rounded
+from benchmarks.gpu.items.timing import figures, rounded
 from byol_fast import config as configs
 from byol_fast.bench.synthetic_jpegs import write_synthetic_jpegs
 from byol_fast.bench.timing import Timing
@@ -135,9 +135,7 @@ def _rounds(context: Context, loader: ViewLoader, work: Any, batches: int) -> tu
 
 
 def _record(context: Context, name: str, config: Config, timing: Timing, **values: Any) -> None:
-    quantiles = {"": timing.median, "_p20": timing.quantile(0.8), "_p80": timing.quantile(0.2)}
-    rates = {f"images_per_second{q}": rounded(config.batch_size / seconds) for q, seconds in quantiles.items()}
-    context.record(name, **rates, batch=config.batch_size, rounds=len(timing.seconds), **values)
+    context.record(name, **figures(timing, images=config.batch_size), batch=config.batch_size, **values)
 
 
 def throughput(context: Context, name: str, source: ImageSource, data: dict[str, Any]) -> None:
