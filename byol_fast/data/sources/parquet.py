@@ -115,7 +115,8 @@ def _load_copy(files: Sequence[Path], columns: list[str], size: int, title: str,
     datasets.disable_progress_bars()
     try:
         copy.mkdir(parents=True, exist_ok=True)
-        if not any(copy.rglob("*.arrow")):
+        # os.walk passes over folders that vanish: another process may be renaming its finished copy.
+        if not any(name.endswith(".arrow") for _, _, names in os.walk(copy) for name in names):
             _check_space(copies, size, title, arg_name)
             log.info("%s: copying its images (%.2f GiB) to %s, once", title, size / 2**30, copies)
         paths = [glob.escape(str(path.absolute())) for path in files]
