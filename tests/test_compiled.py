@@ -99,6 +99,8 @@ def test_a_compiled_backward_pass_copies_no_gradient_into_another_layout() -> No
     assert len(gradients) == 11
     assert all(gradient.is_contiguous(memory_format=torch.channels_last) for gradient in gradients)
     assert not [node for node in backward if "new_empty_strided" in str(node.target)]  # of a view changed in place
+    # ReLUs with a gradient of their own: three of two blocks, the last of the tuned one, and one of each MLP.
+    assert len([node for node in backward if "threshold_backward" in str(node.target)]) == 9
 
 
 def test_compiled_code_stores_activations_and_gradients_in_half_precision(

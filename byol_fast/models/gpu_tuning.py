@@ -16,9 +16,10 @@ from byol_kernels import max_pool2d_3x3
 def tune_for_gpu(network: nn.Module) -> int:
     """Convert layers of a ResNet to forms that are faster on a GPU, in place.
 
-    These are the first convolution, the max pooling, and torchvision's blocks, whose batch norms then apply the ReLU.
-    The functions are the same, the rounding of the convolution differs; see the classes below for where they are used.
-    In all other cases, on CPUs above all, the layers call torch.
+    These are the first convolution, the max pooling, and the classes of torchvision's ResNets, but not their
+    subclasses: their batch norms then apply the ReLU. The functions are the same, the rounding of the convolution
+    differs; see the classes below for where they are used. In all other cases, on CPUs above all, the layers call
+    torch. `torch.jit.script` cannot compile converted layers.
 
     Args:
         network: any network; parameters keep their names and values.
@@ -118,8 +119,9 @@ class GatherMaxPool2d(nn.MaxPool2d):
 
 
 def _norm_relu(norm: nn.Module, relu: nn.Module, x: Tensor) -> Tensor:
-    """A norm and a ReLU, in one if the norm can apply it."""
-    return cast("Tensor", norm(x, relu=True) if takes_relu(norm) else relu(norm(x)))
+    """A norm and an activation, in one if the norm can apply it. Hooks of the norm then see what the ReLU returns."""
+    fused = type(relu) is nn.ReLU and takes_relu(norm)
+    return cast("Tensor", norm(x, relu=True) if fused else relu(norm(x)))
 
 
 class NormReluBasicBlock(BasicBlock):  # type: ignore[misc]

@@ -94,8 +94,8 @@ def _dense(x: Tensor) -> Tensor:
 class SplitBNTraceable(torch.autograd.Function):
     """Split batch norm as one expression, for torch.compile to fuse, and over all processes if `synchronized`.
 
-    With `relu` a ReLU follows. Its gradient is taken from the input of the norm, which the backward pass reads anyway,
-    so that neither the output of the ReLU is read nor the gradient behind it written.
+    With `relu` a ReLU follows. Its gradient is computed from the input of the norm, which the backward pass reads
+    anyway: the output of the ReLU is not read, and no masked gradient is written.
 
     One collective forward, of `[V, 2 C + 1]` numbers (mean, variance, count), and one backward, of `[V, 2 C]`.
     The output is no view of another tensor: autograd copies the gradient of a view that is changed in place (by
@@ -186,20 +186,29 @@ def _var_mean(x_VB: Tensor) -> tuple[Tensor, Tensor]:
     """Biased variance and mean of each view and channel, `[V, C]`.
 
     `torch.var_mean` is compiled to Welford's updates, whose divisions take longer than reading the values. Sums of
-    values and of squares do not; so that these do not cancel, they are taken about one of the channel's own values.
+    distances and of their squares do not. These sums cancel if the mean is far from the center that the distances are
+    taken from: the variance's relative error is that of a sum times (mean - center)^2 / variance. The center is the
+    median of three pixels, so that one outlier does not matter.
     """
     over = _over(x_VB)
     if not torch.compiler.is_compiling():
         return torch.var_mean(x_VB, over, correction=0)
-    center_VC = x_VB[:, 0]  # of the first image, the pixel in the middle
-    for size in x_VB.shape[3:]:
-        center_VC = center_VC.select(2, size // 2)
+    a_VC, b_VC, c_VC = (_pixel(x_VB, quarter) for quarter in (1, 2, 3))
+    center_VC = torch.minimum(a_VC, b_VC).maximum(torch.maximum(a_VC, b_VC).minimum(c_VC))
     distance_VB = x_VB - _per_channel(center_VC, x_VB)
     # Factors instead of divisions, as this is computed again for every element that is normalized.
     share = center_VC.numel() / x_VB.numel()
     mean_VC = distance_VB.sum(over) * share
     var_VC = (distance_VB.square().sum(over) * share - mean_VC.square()).clamp_min(0.0)
     return var_VC, center_VC + mean_VC
+
+
+def _pixel(x_VB: Tensor, quarter: int) -> Tensor:
+    """Values of a pixel of each view, `[V, C]`: that many quarters along the images, rows and columns."""
+    pixel = x_VB[:, x_VB.shape[1] * quarter // 4]
+    for size in x_VB.shape[3:]:
+        pixel = pixel.select(2, size * quarter // 4)
+    return pixel
 
 
 def _accumulated(x: Tensor) -> Tensor:

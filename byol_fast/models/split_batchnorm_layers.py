@@ -127,7 +127,7 @@ class _SplitBatchNorm(SplitBatchNormBase):
         return self._normalize(x, relu=relu)
 
     def _normalize(self, x: Tensor, *, relu: bool = False) -> Tensor:
-        """The result, after a ReLU if one is asked for, which is in train mode and while compiling only."""
+        """The result; `relu`, which `forward` sets in train mode and while compiling only, applies a ReLU to it."""
         if not self.training:
             return _BatchNorm.forward(self, x)
         recomputed = _is_recomputed()
@@ -137,7 +137,7 @@ class _SplitBatchNorm(SplitBatchNormBase):
             with frozen_running_stats([self] if recomputed else []):
                 return _BatchNorm.forward(self, x)
         self._check_input_dim(x)  # type: ignore[no-untyped-call]
-        if x.numel() == views * x.shape[1] and not synchronized:
+        if x.numel() <= views * x.shape[1] and not synchronized:
             raise ValueError(
                 f"batch norm: each view must have more than one value a channel in train mode, got {list(x.shape)} for "
                 f"{views} views; use a larger batch"
@@ -190,8 +190,8 @@ class ChunkedBatchNorm(SplitBatchNormBase):
 
 
 def takes_relu(norm: nn.Module) -> bool:
-    """True if a module's forward pass has the argument `relu` of a split batch norm."""
-    return isinstance(norm, _SplitBatchNorm)
+    """True if a module's forward pass is that of a split batch norm, with the argument `relu`."""
+    return isinstance(norm, _SplitBatchNorm) and "forward" not in vars(norm)
 
 
 class SplitBatchNorm1d(_SplitBatchNorm, nn.BatchNorm1d):
