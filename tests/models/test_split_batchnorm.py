@@ -136,7 +136,7 @@ def far_from_zero() -> Tensor:
 
 
 def one_outlier() -> Tensor:
-    """Zeros but for one value in each channel and view, in another place each time; three are centers of the sums."""
+    """Zeros but for one value in each channel and view, in another place each time; two are centers of the sums."""
     x = torch.zeros(16, 4, 64, 64)
     for channel, quarter in enumerate((1, 2, 3, 0)):
         for view in (x[:8], x[8:]):
