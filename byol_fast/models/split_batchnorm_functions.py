@@ -132,7 +132,6 @@ class SplitBNTraceable(torch.autograd.Function):
             y = y.clone()
         unbiased_VC = var_VC * (count / (count - 1))
         ctx.save_for_backward(input, weight, bias, mean_VC, invstd_VC, count if synchronized else None)
-        ctx.count = None if synchronized else count
         ctx.views, ctx.synchronized, ctx.relu = views, synchronized, relu
         # The stride is taken here: dynamo copies the gradients of a backward pass that asks for one.
         is_dense = input.is_contiguous(memory_format=_memory_format(input))
@@ -160,19 +159,19 @@ class SplitBNTraceable(torch.autograd.Function):
         over, scale_VB = _over(x_VB), _per_channel(scale_VC, x_VB)
         distance_VB = x_VB - _per_channel(mean_VC, x_VB)
         xhat_VB = distance_VB * _per_channel(invstd_VC, x_VB)
-        # Three terms are masked, and not dy: torch.compile would write what has several uses to memory.
-        terms = [dy_VB, dy_VB * xhat_VB, dy_VB * scale_VB]
+        dy_xhat_VB, dy_scale_VB = dy_VB * xhat_VB, dy_VB * scale_VB
         if ctx.relu:
             is_cut_VB = distance_VB * scale_VB + (0.0 if bias is None else _per_channel(bias, x_VB)) <= 0
-            terms = [torch.where(is_cut_VB, 0.0, term) for term in terms]
-        sums_V2C = torch.cat([terms[0].sum(over), terms[1].sum(over)], dim=1)
+            # Each product, and not dy before them: torch.compile would write what has several uses to memory.
+            dy_VB, dy_xhat_VB, dy_scale_VB = (torch.where(is_cut_VB, 0.0, t) for t in (dy_VB, dy_xhat_VB, dy_scale_VB))
+        sums_V2C = torch.cat([dy_VB.sum(over), dy_xhat_VB.sum(over)], dim=1)
         dbias, dweight = sums_V2C.sum(0).chunk(2)
         if ctx.synchronized:
             sums_V2C = sums_V2C.clone()
             distributed.all_reduce(sums_V2C)
-        means_V2C = sums_V2C * (1.0 / (count_V1 if ctx.synchronized else ctx.count))
+        means_V2C = sums_V2C * (1.0 / (count_V1 if ctx.synchronized else x_VB.numel() // mean_VC.numel()))
         mean_dy_VB, mean_dy_xhat_VB = (_per_channel(t, x_VB) for t in means_V2C.chunk(2, dim=1))
-        dx = terms[2] - (mean_dy_VB + xhat_VB * mean_dy_xhat_VB) * scale_VB
+        dx = dy_scale_VB - (mean_dy_VB + xhat_VB * mean_dy_xhat_VB) * scale_VB
         needed = ctx.needs_input_grad
         return (
             _in(input.dtype, dx).flatten(0, 1) if needed[0] else None,
