@@ -43,7 +43,7 @@ State = dict[str, Tensor]
 
 def small_model(views: str) -> BYOL:
     torch.manual_seed(0)
-    return BYOL("resnet18", image_size=32, hidden_dim=512, projection_dim=64, views=views)  # type: ignore[arg-type]
+    return BYOL("resnet18", image_size=32, hidden_dim=512, projection_dim=64, view_batching=views)  # type: ignore[arg-type]
 
 
 def batches(dtype: torch.dtype) -> list[Batch]:

@@ -56,7 +56,6 @@ def test_gradients_of_a_compiled_pass_are_the_eager_ones(method: type[SSLModel],
         output = forward(view1, view2)
         output.loss.backward()  # type: ignore[no-untyped-call]
         gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-        assert output.features is not None
         found[name] = [output.loss.detach(), output.embedding_std, output.features, *gradients, *model.buffers()]
         found[name] = [t.detach().clone() for t in found[name]]
     assert len(found["eager"]) == len(found["compiled"]) > 20

@@ -76,7 +76,7 @@ class ByolFastStep:
         return self.step(self.batch, 0).loss
 
 
-def _build_model(problem: Problem, views: str) -> BYOL:
+def _build_model(problem: Problem, view_batching: str) -> BYOL:
     """BYOL with the initial weights of all candidates."""
     encoder, projector, predictor = problem.build_networks()
     model = BYOL(
@@ -85,7 +85,7 @@ def _build_model(problem: Problem, views: str) -> BYOL:
         projection_dim=problem.projection_dim,
         last_bias=True,
         image_size=problem.image_size,
-        views=views,  # type: ignore[arg-type]
+        view_batching=view_batching,  # type: ignore[arg-type]
     )
     for network, heads in ((model.online, (projector, predictor)), (model.target, (projector,))):
         for head, source in zip((network.projector, getattr(network, "predictor", None)), heads, strict=False):

@@ -174,7 +174,7 @@ class ModelConfig:
     """SimSiam only: width of the predictor's hidden layer (BYOL's is hidden_dim)."""
     last_bias: bool = False
     """BYOL only: give the last linear layer of the heads a bias (the reference has none)."""
-    views: Literal["batched", "separate", "concat"] = "batched"
+    view_batching: Literal["batched", "separate", "concat"] = "batched"
     """Forward passes of two views: one pass with batch-norm statistics of each view (`batched`: equal to separate
     passes, and faster), two passes (`separate`), or one pass with common statistics (`concat`: another algorithm)."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -188,7 +188,7 @@ class ModelConfig:
         _positive("model.projection_dim", self.projection_dim)
         _require(2 <= self.projector_layers <= 8, "model.projector_layers", "be 2..8", self.projector_layers)
         _positive("model.predictor_hidden_dim", self.predictor_hidden_dim)
-        _one_of("model.views", self.views, Literal["batched", "separate", "concat"])
+        _one_of("model.view_batching", self.view_batching, Literal["batched", "separate", "concat"])
         for value in self.mean:
             _require(math.isfinite(value), "model.mean", "be three finite numbers", self.mean)
         for value in self.std:

@@ -10,7 +10,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from byol_fast.models import split_batchnorm
@@ -22,8 +21,11 @@ from byol_kernels import byol_loss_with_stats
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-Views = Literal["batched", "separate", "concat"]
-"""See `byol_fast.config.ModelConfig.views`."""
+NUM_VIEWS = 2
+"""Views of each image that a step takes."""
+
+ViewBatching = Literal["batched", "separate", "concat"]
+"""See `byol_fast.config.ModelConfig.view_batching`."""
 Pair = tuple[Tensor, Tensor]
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -34,35 +36,20 @@ class ModelOutput(NamedTuple):
     loss: Tensor
     """Scalar loss, fp32 (float64 in a float64 network)."""
     embedding_std: Tensor
-    """Scalar, no gradient: see `embedding_std`."""
-    features: Tensor | None = None
+    """Collapse meter, scalar, no gradient: std over the batch of the normalized projections, mean over their dimensions
+    and the views, times sqrt(D). About 1 when they spread over the sphere, 0 when they have collapsed into one point
+    (SimSiam, arXiv 2011.10566, section 4.1)."""
+    features: Tensor
     """Features of the online encoder, no gradient, `[2B, D]`: those of the first views, then those of the second."""
     batch_stats: tuple[BatchStats, ...] | None = None
     """Batch statistics with which the running statistics are still to be updated; see
     `SSLModel.collect_batch_stats`."""
 
 
-def embedding_std(projection_BD: Tensor) -> Tensor:
-    """Collapse meter: std over the batch of the normalized projections, mean over dimensions, times sqrt(D).
-
-    About 1 when the projections spread over the sphere, 0 when they have collapsed into one point
-    (SimSiam, arXiv 2011.10566, section 4.1).
-
-    Args:
-        projection_BD: projections `[B, D]`, B >= 2, any floating dtype.
-
-    Returns:
-        Scalar, fp32 or float64, without gradient.
-    """
-    x = projection_BD.detach()
-    x = F.normalize(x if x.dtype == torch.float64 else x.float(), dim=1)
-    return x.std(dim=0).mean() * math.sqrt(x.shape[1])
-
-
 def check_views(what: str, views: Sequence[Tensor]) -> None:
     """Raise a ValueError unless the views are two batches of images of one shape and dtype."""
-    if len(views) != 2:
-        raise ValueError(f"{what}: views must be two, got {len(views)}")
+    if len(views) != NUM_VIEWS:
+        raise ValueError(f"{what}: views must be {NUM_VIEWS}, got {len(views)}")
     view1, view2 = views
     for name, view in (("view1", view1), ("view2", view2)):
         if view.ndim != 4 or (view.dtype == torch.uint8 and view.shape[1] != 3) or view.shape[0] < 2:
@@ -101,21 +88,21 @@ def stack_views(views: Sequence[Tensor]) -> Tensor:
 class SSLModel(nn.Module, ABC):
     """Networks and a loss over augmented views of the same images.
 
-    A subclass sets `online`, `normalize` and `feature_dim`, calls `_prepare_views`, and defines `forward_train` and
-    `trainable_parameters`.
+    A subclass sets `online`, `normalize` and `feature_dim`, calls `_set_view_batching`, and defines `_outputs`,
+    `_loss_and_std` and `trainable_parameters`.
     """
 
     online: OnlineNetwork
     normalize: Normalize
     feature_dim: int
     """Size of the encoder's features."""
-    views: Views
-    """The way views pass the networks; `separate` if `batched` was asked for but is impossible, see `views_note`."""
+    view_batching: ViewBatching
+    """Passes of the views; `separate` if `batched` was asked for but is impossible, see `not_batched_reason`."""
     collect_batch_stats: bool = False
     """If set, `forward_train` returns batch statistics instead of updating the running ones, because the step may still
     be skipped. Set it with `collecting_batch_stats`."""
     _online_call: list[nn.Module]
-    views_note: str | None
+    not_batched_reason: str | None
     """Reason why views pass separately although batching was asked for; None if there is none."""
 
     @property
@@ -123,13 +110,48 @@ class SSLModel(nn.Module, ABC):
         """The online encoder: the one that is evaluated and exported."""
         return self.online.encoder
 
-    @abstractmethod
+    def forward(self, view1: Tensor, view2: Tensor) -> Outputs:
+        """Predictions, and the projections that they are compared with.
+
+        Args:
+            view1: first view `[B, 3, H, W]`, uint8 or normalized floating point.
+            view2: second view, likewise.
+
+        Returns:
+            `p1, p2, z1, z2`, each `[B, projection_dim]`; no gradient reaches z1 and z2.
+
+        Raises:
+            ValueError: the views are no images of these shapes and dtypes.
+        """
+        return self._outputs((view1, view2), None)[0]
+
     def forward_train(self, *views: Tensor) -> ModelOutput:
         """Loss and meters of a batch.
 
         Args:
             views: two, each `[B, 3, H, W]`, uint8 or normalized floating point.
+
+        Raises:
+            ValueError: as `forward`.
         """
+        collected: list[BatchStats] | None = [] if self.collect_batch_stats else None
+        outputs, features = self._outputs(views, collected)
+        with record_range("loss"):
+            loss, embedding_std = self._loss_and_std(*outputs)
+        return ModelOutput(loss, embedding_std, features, None if collected is None else tuple(collected))
+
+    @abstractmethod
+    def _outputs(self, views: Sequence[Tensor], collected: list[BatchStats] | None) -> tuple[Outputs, Tensor]:
+        """The result of `forward`, and the online encoder's features as in `ModelOutput`.
+
+        Args:
+            views: see `forward_train`.
+            collected: list to which batch norms append their statistics; None updates the running ones.
+        """
+
+    @abstractmethod
+    def _loss_and_std(self, p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
+        """`ModelOutput.loss` and `.embedding_std` from the result of `forward`."""
 
     @abstractmethod
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -162,19 +184,19 @@ class SSLModel(nn.Module, ABC):
         finally:
             self.collect_batch_stats = False
 
-    def _prepare_views(self, views: Views, encoder: str | nn.Module, image_size: int) -> None:
+    def _set_view_batching(self, view_batching: ViewBatching, encoder: str | nn.Module, image_size: int) -> None:
         """Convert the networks for the way in which the views pass them."""
-        self.views, self.views_note = views, None
+        self.view_batching, self.not_batched_reason = view_batching, None
         self._online_call = [self.online]
-        if views != "batched":
+        if view_batching != "batched":
             return
         # Torchvision's batch norms are modules; other encoders are tried with an example.
         known = isinstance(encoder, str) and not encoder.startswith("timm/")
         like = next(self.online.parameters())
         example = None if known else torch.zeros(2, 3, image_size, image_size, device=like.device)
-        self.views_note = split_batchnorm.convert_split_batchnorm(self.online, example)
-        if self.views_note is not None:
-            self.views = "separate"
+        self.not_batched_reason = split_batchnorm.convert_split_batchnorm(self.online, example)
+        if self.not_batched_reason is not None:
+            self.view_batching = "separate"
             return
         for network in self.networks():
             split_batchnorm.convert_split_batchnorm(network)
@@ -183,13 +205,13 @@ class SSLModel(nn.Module, ABC):
         """Normalized inputs of the networks: each view, or all in one batch."""
         check_views(type(self).__name__, views)
         with record_range("views"):
-            if self.views == "separate":
+            if self.view_batching == "separate":
                 return [self.normalize(view) for view in views]
             return [self.normalize(stack_views(views))]
 
     def _num_splits(self, network: nn.Module, collected: list[BatchStats] | None) -> AbstractContextManager[None]:
         """Set how many views are in a batch, and where its statistics go, on a network's batch norms."""
-        return num_splits(network, 2 if self.views == "batched" else 1, collected)
+        return num_splits(network, NUM_VIEWS if self.view_batching == "batched" else 1, collected)
 
     def _pass_online(self, inputs: Sequence[Tensor], collected: list[BatchStats] | None) -> tuple[Pair, Pair, Tensor]:
         """Projections and predictions of the two views, and their features as `ModelOutput.features`."""
@@ -255,8 +277,7 @@ def parameter_like(what: str, network: nn.Module) -> Tensor:
     return like
 
 
-def loss_and_embedding_std(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
-    """BYOL's loss, and the collapse meter over both views from the same pass over the data."""
-    with record_range("loss"):
-        loss, stats = byol_loss_with_stats(p1, p2, z1, z2)
+def byol_loss_and_std(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
+    """BYOL's loss, and `ModelOutput.embedding_std` from the same pass over the data."""
+    loss, stats = byol_loss_with_stats(p1, p2, z1, z2)
     return loss, stats.z_std.mean() * math.sqrt(z1.shape[1])

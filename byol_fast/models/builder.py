@@ -28,7 +28,7 @@ def build_model(config: Config, *, pretrained: bool) -> SSLModel:
         "pretrained": model.pretrained and pretrained,
         "mean": model.mean,
         "std": model.std,
-        "views": model.views,
+        "view_batching": model.view_batching,
     }
     match config.method:
         case "byol":

@@ -11,15 +11,14 @@ from torch import Tensor, nn
 from byol_fast.models.base import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    ModelOutput,
     OnlineNetwork,
     Outputs,
     SSLModel,
     TargetNetwork,
-    Views,
+    ViewBatching,
     by_view,
+    byol_loss_and_std,
     check_sizes,
-    loss_and_embedding_std,
     parameter_like,
 )
 from byol_fast.models.encoders import build_encoder, feature_dim
@@ -47,8 +46,8 @@ class BYOL(SSLModel):
         pretrained: see `build_encoder`.
         mean: channel means that uint8 input is normalized with.
         std: channel standard deviations that uint8 input is normalized with.
-        views: how views pass the networks. `batched` (both at once, batch-norm statistics for each) becomes
-            `separate` for a network it cannot serve; `views_note` then says why.
+        view_batching: how views pass the networks. `batched` (both at once, batch-norm statistics for each) becomes
+            `separate` for a network it cannot serve; `not_batched_reason` then says why.
 
     Raises:
         ValueError: unknown encoder, or one that does not accept images of this size.
@@ -75,7 +74,7 @@ class BYOL(SSLModel):
         pretrained: bool = False,
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
-        views: Views = "batched",
+        view_batching: ViewBatching = "batched",
     ) -> None:
         super().__init__()
         check_sizes("BYOL", hidden_dim=hidden_dim, projection_dim=projection_dim, image_size=image_size)
@@ -96,25 +95,9 @@ class BYOL(SSLModel):
         self.online = OnlineNetwork(network, projector, predictor)
         self.target = TargetNetwork(copy.deepcopy(network), copy.deepcopy(projector))
         self.feature_dim = features
-        self._prepare_views(views, encoder, image_size)
-
-    def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Predictions of the online network and projections of the target.
-
-        Args:
-            view1: first view `[B, 3, H, W]`, uint8 or normalized floating point.
-            view2: second view, likewise.
-
-        Returns:
-            `p1, p2, z1, z2`, each `[B, projection_dim]`; no gradient reaches z1 and z2.
-
-        Raises:
-            ValueError: the views are no images of these shapes and dtypes.
-        """
-        return self._outputs((view1, view2), None)[0]
+        self._set_view_batching(view_batching, encoder, image_size)
 
     def _outputs(self, views: Sequence[Tensor], collected: list[BatchStats] | None) -> tuple[Outputs, Tensor]:
-        """The result of `forward`, and the online encoder's features."""
         inputs = self._inputs(views)
         with record_range("target forward"), torch.no_grad(), self._num_splits(self.target, collected):
             z1, z2 = by_view(self.target(*inputs))  # no_grad, not inference_mode: that breaks later compiled training
@@ -131,11 +114,8 @@ class BYOL(SSLModel):
         (p1, p2), (z1, z2) = predictions, projections
         return byol_loss(p1, p2, z1, z2)
 
-    def forward_train(self, *views: Tensor) -> ModelOutput:
-        """See `SSLModel.forward_train`; the collapse meter is of the target's projections."""
-        collected: list[BatchStats] | None = [] if self.collect_batch_stats else None
-        outputs, features = self._outputs(views, collected)
-        return ModelOutput(*loss_and_embedding_std(*outputs), features, None if collected is None else tuple(collected))
+    def _loss_and_std(self, p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
+        return byol_loss_and_std(p1, p2, z1, z2)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Parameters of the online encoder, projector and predictor, in this order."""

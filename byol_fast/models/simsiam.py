@@ -9,13 +9,12 @@ from torch import Tensor, nn
 from byol_fast.models.base import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    ModelOutput,
     OnlineNetwork,
     Outputs,
     SSLModel,
-    Views,
+    ViewBatching,
+    byol_loss_and_std,
     check_sizes,
-    loss_and_embedding_std,
     parameter_like,
 )
 from byol_fast.models.encoders import build_encoder, feature_dim
@@ -41,7 +40,7 @@ class SimSiam(SSLModel):
         pretrained: see `build_encoder`.
         mean: channel means that uint8 input is normalized with.
         std: channel standard deviations that uint8 input is normalized with.
-        views: as `BYOL`.
+        view_batching: as `BYOL`.
 
     Raises:
         ValueError: unknown encoder, or one that does not accept images of this size.
@@ -61,7 +60,7 @@ class SimSiam(SSLModel):
         pretrained: bool = False,
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
-        views: Views = "batched",
+        view_batching: ViewBatching = "batched",
     ) -> None:
         super().__init__()
         check_sizes(
@@ -84,25 +83,9 @@ class SimSiam(SSLModel):
         predictor = simsiam_predictor(projection_dim, predictor_hidden_dim)
         self.normalize = Normalize(mean, std)
         self.online = OnlineNetwork(network, projector.to(like), predictor.to(like))
-        self._prepare_views(views, encoder, image_size)
-
-    def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Predictions and projections.
-
-        Args:
-            view1: first view `[B, 3, H, W]`, uint8 or normalized floating point.
-            view2: second view, likewise.
-
-        Returns:
-            `p1, p2, z1, z2`, each `[B, projection_dim]`; z1 and z2 are detached.
-
-        Raises:
-            ValueError: the views are no images of these shapes and dtypes.
-        """
-        return self._outputs((view1, view2), None)[0]
+        self._set_view_batching(view_batching, encoder, image_size)
 
     def _outputs(self, views: Sequence[Tensor], collected: list[BatchStats] | None) -> tuple[Outputs, Tensor]:
-        """The result of `forward`, and the encoder's features."""
         (z1, z2), (p1, p2), features = self._pass_online(self._inputs(views), collected)
         return (p1, p2, z1.detach(), z2.detach()), features
 
@@ -116,12 +99,9 @@ class SimSiam(SSLModel):
         (p1, p2), (z1, z2) = predictions, projections
         return _from_byol(byol_loss(p1, p2, z1, z2))
 
-    def forward_train(self, *views: Tensor) -> ModelOutput:
-        """See `SSLModel.forward_train`; the collapse meter is of the projections."""
-        collected: list[BatchStats] | None = [] if self.collect_batch_stats else None
-        outputs, features = self._outputs(views, collected)
-        loss, meter = loss_and_embedding_std(*outputs)
-        return ModelOutput(_from_byol(loss), meter, features, None if collected is None else tuple(collected))
+    def _loss_and_std(self, p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
+        loss, embedding_std = byol_loss_and_std(p1, p2, z1, z2)
+        return _from_byol(loss), embedding_std
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Parameters of the encoder, the projector and the predictor, in this order."""

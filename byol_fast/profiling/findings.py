@@ -194,8 +194,8 @@ def notes(profile: dict[str, Any]) -> list[str]:
         lines.append(f"Only on a GPU: {'; '.join(profile['needs_gpu'])}.")
     if machine["gpu_problem"] and not profile["on_cpu"]:
         lines.append(f"No power, clocks and energy: {machine['gpu_problem']}.")
-    if profile["views_note"]:
-        lines.append(f"The views pass the networks one by one: {profile['views_note']}.")
+    if profile["not_batched_reason"]:
+        lines.append(f"The views pass the networks one by one: {profile['not_batched_reason']}.")
     if profile["mode"] != "eager":
         lines.append(
             "The forward passes are compiled into one and are part of `rest`; phases were timed without a CUDA graph, "

@@ -207,7 +207,7 @@ def _record(trainer: Trainer, timing: _Timing, trace: Trace, steps: int) -> dict
         "loader": trainer.state.loader.name,
         "batch_size": trainer.config.batch_size,
         "global_batch_size": trainer.global_batch_size,
-        "views_note": trainer.model.views_note,
+        "not_batched_reason": trainer.model.not_batched_reason,
         "config": configs.to_dict(trainer.config),
         "environment": trainer.environment,
         "date": time.strftime("%Y-%m-%d"),

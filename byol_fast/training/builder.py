@@ -90,8 +90,8 @@ def build_components(config: Config, *, data: object, resume: Path | None) -> Tr
         train_source, val_source = split(config, data)
         torch.manual_seed(config.seed)
         model = build_model(config, pretrained=payload is None)
-    if model.views_note is not None:
-        notes.append(f"the views pass the networks one by one: {model.views_note}")
+    if model.not_batched_reason is not None:
+        notes.append(f"the views pass the networks one by one: {model.not_batched_reason}")
     _prepare_networks(model, config, execution)
     loader = make_loader(
         train_source,

@@ -45,7 +45,7 @@ class StepOutput:
 
     @property
     def embedding_std(self) -> Tensor:
-        """Collapse meter, scalar: see `byol_fast.models.base.embedding_std`."""
+        """Collapse meter, scalar: see `ModelOutput`."""
         return self.values[1]
 
     @property
@@ -97,7 +97,7 @@ class TrainStep:
         self.device = next(model.parameters()).device
         self.parameters = model.trainable_parameters()
         self.target_of: dict[Tensor, Tensor] = dict(zip(self.parameters, model.target_parameters(), strict=False))
-        self.running_stats = RunningStats(model.networks(), collected=model.views_note is None)
+        self.running_stats = RunningStats(model.networks(), collected=model.not_batched_reason is None)
         self.found_inf = torch.zeros((), device=self.device)
         """1 once the current step has met a non-finite value."""
         self.grad_scaler = GradScaler(self.device) if precision.needs_grad_scaler else None
@@ -192,16 +192,25 @@ class TrainStep:
                 torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None),
             ):
                 output = self.forward(*views)
-            if output.batch_stats is None and self.running_stats.num_layers:
-                raise ValueError(
-                    f"TrainStep: {type(self.model).__name__}.forward_train must return batch_stats where "
-                    "collect_batch_stats is set, got None; collect them as SSLModel._pass_online does"
-                )
+            self._check_output(output, views)
             loss = output.loss / self.grad_accum_steps if self.grad_accum_steps > 1 else output.loss
             with record_range("backward"):
                 scaled = loss if self.grad_scaler is None else loss * self.grad_scaler.scale
                 scaled.backward()  # type: ignore[no-untyped-call]
         return output
+
+    def _check_output(self, output: ModelOutput, views: Sequence[Tensor]) -> None:
+        """Refuse a method's output that is incomplete; a loss alone would train, with wrong records."""
+        method, num_images = f"TrainStep: {type(self.model).__name__}.forward_train", sum(map(len, views))
+        if output.batch_stats is None and self.running_stats.num_layers:
+            raise ValueError(
+                f"{method} must return batch_stats where collect_batch_stats is set, got None; collect them as "
+                "SSLModel._pass_online does"
+            )
+        if len(output.features) != num_images:
+            raise ValueError(
+                f"{method} must return features of all views, [{num_images}, D], got {list(output.features.shape)}"
+            )
 
     def _step(self, batches: Sequence[Views]) -> StepOutput:
         """The device work of one step; what the CUDA graph captures. Nothing here waits for the device."""
@@ -227,7 +236,7 @@ class TrainStep:
                 self.grad_scaler.update(self.found_inf)
             self.zero_grad()
         values = torch.stack([loss.double(), outputs[-1].embedding_std.double(), self.found_inf.double()])
-        return StepOutput(values, tuple(output.features for output in outputs if output.features is not None))
+        return StepOutput(values, tuple(output.features for output in outputs))
 
     def _check_loss_finite(self, loss: Tensor) -> None:
         """Set `found_inf` by the loss; with several processes by that of any: only gradients are equal on all."""

@@ -190,7 +190,7 @@ def test_network_that_mixes_images_gets_separate_views() -> None:
     apart = copy.deepcopy(model)
     x1, x2 = torch.randn(2, 4, 3, 16, 16)
     p1, p2, *_ = model(x1, x2)
-    assert model.views_note is not None
+    assert model.not_batched_reason is not None
     torch.testing.assert_close(p1, apart.predictor(apart.online_encoder(x1)))
     torch.testing.assert_close(p2, apart.predictor(apart.online_encoder(x2)))
 

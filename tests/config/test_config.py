@@ -60,7 +60,7 @@ def test_every_recipe_survives_json(name: str) -> None:
         (lambda: Config(grad_accum_steps=0), "grad_accum_steps"),
         (lambda: Config(max_skipped_steps=0), "max_skipped_steps"),
         (lambda: Config(timeout_minutes=0.0), "timeout_minutes"),
-        (lambda: ModelConfig(views="stacked"), "model.views"),  # type: ignore[arg-type]
+        (lambda: ModelConfig(view_batching="stacked"), "model.view_batching"),  # type: ignore[arg-type]
         (lambda: ModelConfig(projector_layers=1), "model.projector_layers"),
         (lambda: ModelConfig(predictor_hidden_dim=0), "model.predictor_hidden_dim"),
     ],

@@ -36,6 +36,7 @@ RENAMED: dict[str, str] = {
     "view2.blur": "view2.blur_p",
     "view1.solarize": "view1.solarize_p",
     "to": "output",
+    "model.views": "model.view_batching",
 }
 # Keys of records that are times or memory.
 UNEQUAL = {

@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 import copy
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
 import torchvision
 from torch import nn
 
-from byol_fast.models.base import embedding_std
+from byol_fast.models.base import ViewBatching, byol_loss_and_std
 from byol_fast.models.byol import BYOL
 from byol_fast.models.encoders import build_encoder, feature_dim
 from byol_fast.models.layers import Normalize
@@ -95,7 +95,7 @@ def test_encoder_that_refuses_the_view_size_is_explained() -> None:
 def test_timm_models_by_name(name: str, size: int, features: int, views: str) -> None:
     pytest.importorskip("timm", reason="pip install byol_fast[peers]")
     model = BYOL(f"timm/{name}", hidden_dim=16, projection_dim=8, image_size=size)
-    assert (model.feature_dim, model.views) == (features, views)
+    assert (model.feature_dim, model.view_batching) == (features, views)
     p1, _, z1, _ = model(torch.randn(4, 3, size, size), torch.randn(4, 3, size, size))
     assert p1.shape == z1.shape == (4, 8)
     with pytest.raises(ValueError, match="did you mean resnet18"):
@@ -116,18 +116,21 @@ class FunctionalNorm(nn.Module):
 def test_an_encoder_that_mixes_images_by_itself_gets_its_views_one_by_one() -> None:
     torch.manual_seed(0)
     model = BYOL(FunctionalNorm(), hidden_dim=16, projection_dim=8, image_size=16)
-    assert model.views == "separate"
-    assert model.views_note is not None
-    assert "something in it mixes images" in model.views_note
+    assert model.view_batching == "separate"
+    assert model.not_batched_reason is not None
+    assert "something in it mixes images" in model.not_batched_reason
     a, b, c = (torch.randn(6, 3, 16, 16) for _ in range(3))
     assert torch.equal(copy.deepcopy(model)(a, b)[0], copy.deepcopy(model)(a, c)[0])
 
 
 @pytest.mark.parametrize("views", ["batched", "concat"])
-def test_views_passed_at_once_are_the_separate_ones_or_another_algorithm(views: str) -> None:
+def test_views_passed_at_once_are_the_separate_ones_or_another_algorithm(views: ViewBatching) -> None:
     torch.manual_seed(0)
-    separate = BYOL("resnet18_narrow", hidden_dim=16, projection_dim=8, image_size=32, views="separate").double()
-    together = BYOL("resnet18_narrow", hidden_dim=16, projection_dim=8, image_size=32, views=views).double()  # type: ignore[arg-type]
+    sizes: dict[str, Any] = {"hidden_dim": 16, "projection_dim": 8, "image_size": 32}
+    separate = BYOL(
+        "resnet18_narrow", hidden_dim=16, projection_dim=8, image_size=32, view_batching="separate"
+    ).double()
+    together = BYOL("resnet18_narrow", view_batching=views, **sizes).double()
     together.load_state_dict(separate.state_dict())
     a, b = (torch.randn(6, 3, 32, 32, dtype=torch.float64) for _ in range(2))
     apart = max((x - y).abs().max().item() for x, y in zip(separate(a, b), together(a, b), strict=True))
@@ -256,6 +259,8 @@ def test_any_module_can_be_the_encoder() -> None:
 
 def test_collapse_meter_reads_one_when_spread_and_zero_when_collapsed() -> None:
     torch.manual_seed(0)
-    spread = embedding_std(torch.randn(4096, 64))
-    assert abs(float(spread) - 1) < 0.02  # sampling error of a std from 4096 values, 64 of them averaged: 0.002
-    assert float(embedding_std(torch.ones(16, 64) * torch.rand(16, 1))) < 1e-6
+    spread = torch.randn(4096, 64)
+    _, std = byol_loss_and_std(spread, spread, spread, spread.flip(0))
+    assert abs(float(std) - 1) < 0.02  # sampling error of a std from 4096 values, 64 of them averaged: 0.002
+    point = torch.ones(16, 64) * torch.rand(16, 1)
+    assert float(byol_loss_and_std(point, point, point, point)[1]) < 1e-6

@@ -38,7 +38,7 @@ def total_bytes(network: nn.Module, level: Level) -> int:
 )
 def test_flops_equal_torch_flop_counter(encoder: str, size: int, cifar_stem: bool) -> None:
     with torch.device("meta"):
-        model = BYOL(encoder, image_size=size, cifar_stem=cifar_stem, views="separate").train()
+        model = BYOL(encoder, image_size=size, cifar_stem=cifar_stem, view_batching="separate").train()
         view1, view2 = torch.empty(2, 4, 3, size, size).unbind(0)
     with FlopCounterMode(display=False) as forward:
         p1, p2, z1, z2 = model(view1, view2)

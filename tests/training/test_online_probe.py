@@ -94,7 +94,7 @@ def test_training_features_are_detached_and_equal_encoder(method: Any) -> None:
     views = [torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(i)) for i in (1, 2)]
     for form in ("batched", "separate"):
         torch.manual_seed(0)
-        model = method("resnet18_narrow", hidden_dim=8, projection_dim=8, image_size=32, views=form)
+        model = method("resnet18_narrow", hidden_dim=8, projection_dim=8, image_size=32, view_batching=form)
         with torch.no_grad():
             expected = torch.cat([model.encoder(view) for view in views])  # in train mode: statistics of each view
         output = model.forward_train(*views)

@@ -45,7 +45,7 @@ FP32, BF16, FP16 = Precision("fp32", None), Precision("bf16", torch.bfloat16), P
 
 def small_byol(views: str = "batched") -> BYOL:
     torch.manual_seed(0)
-    return BYOL("resnet18_narrow", hidden_dim=16, projection_dim=8, image_size=32, views=views)  # type: ignore[arg-type]
+    return BYOL("resnet18_narrow", hidden_dim=16, projection_dim=8, image_size=32, view_batching=views)  # type: ignore[arg-type]
 
 
 def batches(count: int, size: int = 8) -> list[Batch]:
@@ -275,8 +275,8 @@ def test_norms_that_stay_torchs_are_counted_once_where_activations_are_computed_
         torch.manual_seed(0)
         blocks = nn.Sequential(Block(norm()), Block(nn.BatchNorm2d(8)))
         encoder = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), blocks, nn.AdaptiveAvgPool2d(1))
-        model = BYOL(encoder, hidden_dim=16, projection_dim=8, image_size=32, views=views)
-        assert (model.views_note is not None) == (views == "batched")
+        model = BYOL(encoder, hidden_dim=16, projection_dim=8, image_size=32, view_batching=views)
+        assert (model.not_batched_reason is not None) == (views == "batched")
         if recompute:
             assert checkpoint_blocks(model.encoder) == 2
         train_step(model)(batch, 0)
@@ -329,18 +329,30 @@ def test_an_encoder_without_blocks_cannot_be_recomputed() -> None:
         checkpoint_blocks(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
 
 
-def test_a_task_that_keeps_its_statistics_to_itself_is_refused() -> None:
-    """Its running statistics would move in steps that are skipped."""
+class OwnForward(BYOL):
+    """A method whose training forward pass is replaced."""
 
-    class Careless(BYOL):
-        def forward_train(self, *views: torch.Tensor) -> ModelOutput:
-            p1, p2, z1, z2 = self(*views)
-            return ModelOutput(self.loss((p1, p2), (z1, z2)), torch.zeros(()))
+    returned: dict[str, Any]
 
+    def forward_train(self, *views: torch.Tensor) -> ModelOutput:
+        return super().forward_train(*views)._replace(**self.returned)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        # The running statistics would move in steps that are skipped.
+        ({"batch_stats": None}, r"OwnForward.forward_train must return batch_stats"),
+        # The probe would compare them with the labels of other images.
+        ({"features": torch.zeros(4, 256)}, r"OwnForward.forward_train must return features of all views, \[16, D\]"),
+    ],
+)
+def test_a_method_with_an_incomplete_output_is_refused(returned: dict[str, Any], message: str) -> None:
     (batch,) = batches(1)
-    step = train_step(Careless("resnet18_narrow", hidden_dim=16, projection_dim=8, image_size=32))
-    with pytest.raises(ValueError, match=r"Careless.forward_train must return batch_stats"):
-        step(batch, 0)
+    model = OwnForward("resnet18_narrow", hidden_dim=16, projection_dim=8, image_size=32)
+    model.returned = returned
+    with pytest.raises(ValueError, match=message):
+        train_step(model)(batch, 0)
 
 
 @pytest.mark.parametrize("optimizer", ["lars", "sgd"])
