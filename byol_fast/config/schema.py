@@ -7,10 +7,11 @@ fields of it; the run folder keeps the result as `config.json`. The docstrings o
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, get_args, get_origin, get_type_hints
 
 
 class ConfigError(ValueError):
@@ -34,12 +35,21 @@ def _not_negative(where: str, value: float) -> None:
     _require(math.isfinite(value) and value >= 0, where, "be zero or more", value)
 
 
-def _one_of(where: str, value: str, allowed: object) -> None:
-    names = get_args(allowed)
-    near = difflib.get_close_matches(str(value), names, n=1)
-    _require(
-        value in names, where, f"be one of {', '.join(names)}", value, f"did you mean {near[0]!r}?" if near else ""
-    )
+def _check_choices(config: object, prefix: str = "") -> None:
+    """Raise a ConfigError for a field with a value that its `Literal` type does not list."""
+    for name, choices in _choices(type(config)).items():  # type: ignore[arg-type]  # mypy takes the hash of a class for that of its instances
+        value = getattr(config, name)
+        if value not in choices:
+            near = difflib.get_close_matches(str(value), choices, n=1)
+            fix = f"did you mean {near[0]!r}?" if near else ""
+            _require(False, f"{prefix}{name}", f"be one of {', '.join(choices)}", value, fix)
+
+
+@functools.cache
+def _choices(config_type: type) -> dict[str, tuple[str, ...]]:
+    """Values of the fields with a `Literal` type."""
+    hints = get_type_hints(config_type).items()
+    return {name: get_args(hint) for name, hint in hints if get_origin(hint) is Literal}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +97,7 @@ class ViewConfig:
         _require(0 < lo <= hi <= 1, "view.scale", "be two rising fractions within (0, 1]", self.scale)
         lo, hi = self.ratio
         _require(0 < lo <= hi and math.isfinite(hi), "view.ratio", "be two rising positive ratios", self.ratio)
-        _one_of("view.interpolation", self.interpolation, Literal["bicubic", "bilinear"])
+        _check_choices(self, "view.")
         for name in ("brightness", "contrast", "saturation"):
             _not_negative(f"view.{name}", getattr(self, name))
         _require(0 <= self.hue <= 0.5, "view.hue", "be 0..0.5 turns", self.hue)
@@ -139,16 +149,13 @@ class DataConfig:
     """Resume although images were added, removed or renamed since the run was started; it is then not bit-exact."""
 
     def __post_init__(self) -> None:
-        _one_of("data.builtin", self.builtin, Literal["none", "cifar10", "demo"])
-        _one_of("data.loader", self.loader, Literal["auto", "dali", "threaded", "device_cache"])
-        _one_of("data.augment", self.augment, Literal["kernels", "dali"])
+        _check_choices(self, "data.")
         if self.augment == "dali":
             contract, fix = "be auto or dali with data.augment=dali", "set --data.augment kernels"
             _require(self.loader in ("auto", "dali"), "data.loader", contract, self.loader, fix)
         _probability("data.hw_decoder_load", self.hw_decoder_load)
         _not_negative("data.threads", self.threads)
         _positive("data.prefetch", self.prefetch)
-        _one_of("data.on_corrupt", self.on_corrupt, Literal["raise", "skip"])
         _probability("data.max_corrupt_fraction", self.max_corrupt_fraction)
 
 
@@ -188,11 +195,15 @@ class ModelConfig:
         _positive("model.projection_dim", self.projection_dim)
         _require(2 <= self.projector_layers <= 8, "model.projector_layers", "be 2..8", self.projector_layers)
         _positive("model.predictor_hidden_dim", self.predictor_hidden_dim)
-        _one_of("model.view_batching", self.view_batching, Literal["batched", "separate", "concat"])
+        _check_choices(self, "model.")
         for value in self.mean:
             _require(math.isfinite(value), "model.mean", "be three finite numbers", self.mean)
         for value in self.std:
             _require(math.isfinite(value) and value > 0, "model.std", "be three positive numbers", self.std)
+
+
+METHOD_OPTIONS = {"last_bias": "byol", "predictor_hidden_dim": "simsiam"}
+"""Fields of `ModelConfig` that one method alone uses, and the method."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -223,8 +234,7 @@ class OptimConfig:
     """LARS trust coefficient."""
 
     def __post_init__(self) -> None:
-        _one_of("optim.name", self.name, Literal["lars", "sgd", "adam", "adamw"])
-        _one_of("optim.schedule", self.schedule, Literal["cosine", "constant"])
+        _check_choices(self, "optim.")
         _positive("optim.lr", self.lr)
         _not_negative("optim.warmup_epochs", self.warmup_epochs)
         if self.warmup_steps is not None:
@@ -245,7 +255,7 @@ class TauConfig:
 
     def __post_init__(self) -> None:
         _require(0.0 <= self.base <= 1.0, "tau.base", "be between 0 and 1", self.base)
-        _one_of("tau.schedule", self.schedule, Literal["cosine", "constant"])
+        _check_choices(self, "tau.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -266,7 +276,7 @@ class KNNConfig:
     """Largest number of training images to compare with, evenly spaced; 0 means all."""
 
     def __post_init__(self) -> None:
-        _one_of("knn.enabled", self.enabled, Literal["auto", "on", "off"])
+        _check_choices(self, "knn.")
         _positive("knn.every_epochs", self.every_epochs)
         _positive("knn.k", self.k)
         _positive("knn.temperature", self.temperature)
@@ -283,7 +293,7 @@ class ProbeConfig:
     """Learning rate of the classifier (Adam)."""
 
     def __post_init__(self) -> None:
-        _one_of("probe.enabled", self.enabled, Literal["auto", "on", "off"])
+        _check_choices(self, "probe.")
         _positive("probe.lr", self.lr)
 
 
@@ -366,11 +376,12 @@ class Config:
         _positive("epochs", self.epochs)
         _not_negative("steps", self.steps)
         _require(self.batch_size >= 2, "batch_size", "be 2 or more", self.batch_size, "batch normalization needs 2")
-        _one_of("device", self.device, Literal["auto", "cpu", "cuda"])
-        _one_of("method", self.method, Literal["byol", "simsiam"])
+        _check_choices(self)
+        for option, method in METHOD_OPTIONS.items():
+            value, default = getattr(self.model, option), getattr(ModelConfig(), option)
+            contract = f"be its default, {default!r}, with method {self.method}, which has no such option"
+            _require(self.method == method or value == default, f"model.{option}", contract, value)
         _positive("grad_accum_steps", self.grad_accum_steps)
-        _one_of("precision", self.precision, Literal["auto", "bf16", "fp16", "tf32", "fp32"])
-        _one_of("mode", self.mode, Literal["auto", "eager", "compile", "graph"])
         _positive("max_skipped_steps", self.max_skipped_steps)
         _positive("timeout_minutes", self.timeout_minutes)
         _positive("log_every", self.log_every)

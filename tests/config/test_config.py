@@ -63,6 +63,8 @@ def test_every_recipe_survives_json(name: str) -> None:
         (lambda: ModelConfig(view_batching="stacked"), "model.view_batching"),  # type: ignore[arg-type]
         (lambda: ModelConfig(projector_layers=1), "model.projector_layers"),
         (lambda: ModelConfig(predictor_hidden_dim=0), "model.predictor_hidden_dim"),
+        (lambda: Config(model=ModelConfig(predictor_hidden_dim=64)), "model.predictor_hidden_dim"),
+        (lambda: Config(method="simsiam", model=ModelConfig(last_bias=True)), "model.last_bias"),
     ],
 )
 def test_bad_values_name_the_field(make: object, field: str) -> None:
