@@ -182,7 +182,7 @@ def test_gpu_and_cpu_take_the_same_first_step(gpu: Config) -> None:
     changes = {"data.loader": "threaded", "optim.warmup_steps": 0, "precision": "fp32"}
     trainers = [Trainer(configs.replace(gpu, {**changes, "device": d, "name": d})) for d in ("cpu", DEVICE)]
     assert isinstance(trainers[1].model.encoder.conv1, SpaceToDepthConv2d) is not REHEARSING
-    batch = next(trainers[0].state.loader)
+    batch = next(trainers[0].loader)
     on_cpu, on_gpu = (float(trainer.train_step(batch, 0).loss) for trainer in trainers)
     assert on_gpu == pytest.approx(on_cpu, rel=1e-4)
 
@@ -191,7 +191,7 @@ def test_gpu_and_cpu_take_the_same_first_step(gpu: Config) -> None:
 def test_a_captured_step_costs_no_synchronization(small: Config) -> None:
     config = {"mode": mode_here("graph"), "precision": "bf16", "data.loader": "threaded"}
     trainer = Trainer(configs.replace(small, config))
-    batch = next(trainer.state.loader)
+    batch = next(trainer.loader)
     for k in range(3):
         trainer.train_step(batch, k)
     with host_syncs_are_errors():
@@ -210,7 +210,7 @@ def test_training_lowers_the_loss(gpu: Config, loader: str, precision: str) -> N
     config = configs.replace(gpu, {"data.loader": loader, "precision": precision, "optim.lr": 2.0, "steps": 40})
     trainer = Trainer(config)
     assert next(trainer.model.parameters()).device.type == DEVICE
-    assert trainer.state.loader.name.startswith(loader)
+    assert trainer.loader.name.startswith(loader)
     found = losses_in(trainer.fit().run_dir)
     assert np.mean(found[-8:]) < 0.9 * np.mean(found[:8])
 
@@ -221,7 +221,7 @@ def test_a_captured_step_that_is_not_finite_is_undone(small: Config, optimizer: 
         small, {"mode": mode_here("graph"), "optim.name": optimizer, "data.loader": "threaded", "precision": "fp32"}
     )
     trainer = Trainer(config)
-    step, loader = trainer.train_step, trainer.state.loader
+    step, loader = trainer.train_step, trainer.loader
     first, second = (next(loader) for _ in range(2))
     ready = [Batch((b.views[0].float() / 255, b.views[1].float() / 255), b.labels, b.index) for b in (first, second)]
     assert step(ready[0], 0).skipped.item() == 0

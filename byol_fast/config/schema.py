@@ -37,7 +37,7 @@ def _not_negative(where: str, value: float) -> None:
 
 def _check_choices(config: object, prefix: str = "") -> None:
     """Raise a ConfigError for a field with a value that its `Literal` type does not list."""
-    for name, choices in _choices(type(config)).items():  # type: ignore[arg-type]  # mypy takes the hash of a class for that of its instances
+    for name, choices in _choices(type(config)).items():  # type: ignore[arg-type]
         value = getattr(config, name)
         if value not in choices:
             near = difflib.get_close_matches(str(value), choices, n=1)

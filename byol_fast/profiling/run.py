@@ -86,7 +86,7 @@ def profile(
     except OSError as error:
         raise ConfigError(f"profile: {folder} cannot be written ({error}); set `out` to another folder") from error
     finally:
-        trainer.state.loader.close()
+        trainer.loader.close()
 
     from byol_fast.profiling.page import sections
     from byol_fast.report.page import write_page
@@ -180,7 +180,7 @@ def _time_steps(trainer: Trainer, one_step: Callable[[], None], steps: int) -> _
 
 
 def _run_probes(trainer: Trainer, one_step: Callable[[], None], step_seconds: float) -> dict[str, Any]:
-    step, batch = trainer.train_step, next(trainer.state.loader)
+    step, batch = trainer.train_step, next(trainer.loader)
     on_gpu = trainer.device.type == "cuda"
     one_thread = 1.0 if on_gpu else step_seconds * torch.get_num_threads()  # approximate time of a step on one thread
     images = min(len(batch.index), max(8, int(len(batch.index) * PROBE_SECONDS / one_thread)))
@@ -204,7 +204,7 @@ def _record(trainer: Trainer, timing: _Timing, trace: Trace, steps: int) -> dict
         "on_cpu": not on_gpu,
         "mode": trainer.mode.name,
         "precision": trainer.precision.name,
-        "loader": trainer.state.loader.name,
+        "loader": trainer.loader.name,
         "batch_size": trainer.config.batch_size,
         "global_batch_size": trainer.global_batch_size,
         "not_batched_reason": trainer.model.not_batched_reason,

@@ -53,11 +53,11 @@ def report(
     files = [read_run(folder) for folder in runs]
     if len(files) == 1:
         title, sections = (
-            f"BYOL run {files[0].name}",
+            f"Run {files[0].name}",
             _sections(files[0], images=images, pictures=pictures, num=num, extra_sections=extra_sections),
         )
     else:
-        title, sections = f"{len(files)} BYOL runs", comparison(files)
+        title, sections = f"{len(files)} runs", comparison(files)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_page(output, title, sections)

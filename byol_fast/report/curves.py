@@ -14,7 +14,7 @@ Curve = tuple[str, str, tuple[float, float] | None]
 """Title, label of the vertical axis, and its range."""
 
 CURVES: dict[str, Curve] = {
-    "loss": ("Loss (0 to 8)", "loss", None),
+    "loss": ("Loss", "loss", None),
     "embedding_std": ("Embedding standard deviation (1 healthy, 0 collapsed)", "std", (0.0, 1.2)),
     "knn_top1": ("kNN accuracy", "top-1", None),
     "probe_top1": ("Linear probe, on the training views", "top-1", None),
@@ -59,10 +59,11 @@ def _curve(runs: Sequence[RunFiles], key: str, x: str, end: float) -> str:
         lines.append(Series(name if len(runs) > 1 else key, *run.curve(key, x), markers=key in AT_EVALUATIONS))
         if key == "loss" and len(runs) == 1:
             lines += _skipped_steps(run)
-    top = max((v for line in lines for v in line.y if v is not None and math.isfinite(v)), default=0.0)
+    values = [v for line in lines for v in line.y if v is not None and math.isfinite(v)]
+    top = max(values, default=0.0)
     if y_range is not None and top > y_range[1]:
         y_range = (y_range[0], top)
-    if key in FROM_ZERO and top > 0:
+    if key in FROM_ZERO and top > 0 and min(values) >= 0:
         y_range = (0.0, 1.05 * top)
     if key == "data_wait":
         y_range = (0.0, max(0.05, 1.05 * top))

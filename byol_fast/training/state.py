@@ -17,6 +17,11 @@ from byol_fast.utils.precision import GradScaler
 log = logging.getLogger(__name__)
 
 
+def steps_in(epochs: float, loader: ViewLoader, grad_accum_steps: int) -> float:
+    """Optimizer steps in some epochs; a fraction where `grad_accum_steps` does not divide the batches."""
+    return epochs * loader.steps_per_epoch / grad_accum_steps
+
+
 @dataclass
 class TrainState:
     """Step counter, model, optimizer, loader position, and everything else that training changes."""

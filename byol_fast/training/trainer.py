@@ -21,6 +21,7 @@ from byol_fast.training.memory import out_of_memory_message
 from byol_fast.training.messages import startup_summary, status_line, training_bar
 from byol_fast.training.metrics import MetricsLogger, Record, StepRecords, ThroughputMeter
 from byol_fast.training.run_dir import RunResult
+from byol_fast.training.state import steps_in
 from byol_fast.utils.profiler_ranges import record_range
 from byol_fast.utils.progress import Progress, ProgressBar
 from byol_fast.utils.signals import GracefulShutdown
@@ -66,33 +67,32 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
     ) -> None:
         parts = build_components(config, data=data, resume=resume)
-        self.config = parts.config
         execution = parts.execution
-        self.world = world = execution.world
-        self.device = execution.device
-        self.precision = execution.precision
-        self.mode = execution.mode
+        self.config = parts.config
+        self.world, self.device = execution.world, execution.device
+        self.precision, self.mode = execution.precision, execution.mode
         self.environment = parts.environment
         self.run_dir = parts.run_dir.path
         self.train_step = parts.train_step
         self.model = parts.train_step.model
         self.state = parts.state
+        self.loader = parts.state.loader
         self.knn = parts.knn
         self.total_steps = parts.total_steps
         self.callbacks = list(callbacks)
         self.throughput = ThroughputMeter()
         self._parts = parts
         self._steps = StepRecords(
-            self.state.loader.steps_per_epoch / self.config.grad_accum_steps,
+            steps_in(1, self.loader, self.config.grad_accum_steps),
             self.throughput,
             self.device,
-            None if world.is_single else distributed.all_reduce_mean,
+            None if self.world.is_single else distributed.all_reduce_mean,
             max_skipped_steps=self.config.max_skipped_steps,
         )
         self.metrics = MetricsLogger(
             parts.run_dir.metrics,
             tensorboard=parts.run_dir.tensorboard if self.config.tensorboard else None,
-            is_main_process=world.is_main_process,
+            is_main_process=self.world.is_main_process,
         )
         self._checkpointer = Checkpointer(parts)
         self._shutdown = GracefulShutdown()
@@ -128,7 +128,7 @@ class Trainer:
                 self._raise_if_interrupted()
             if self._checkpointer.saved_step != self.state.step:
                 self.save_checkpoint()
-        self.state.loader.close()
+        self.loader.close()
         return self._finish()
 
     def stop(self) -> None:
@@ -163,7 +163,7 @@ class Trainer:
 
     def _fetch(self) -> list[Batch]:
         try:
-            return [next(self.state.loader) for _ in range(self.config.grad_accum_steps)]
+            return [next(self.loader) for _ in range(self.config.grad_accum_steps)]
         except CorruptImageError:
             if self.world.is_single:  # several processes would wait for each other
                 self.save_checkpoint()
@@ -207,8 +207,8 @@ class Trainer:
     # --- evaluation
 
     def _evaluate_if_due(self, progress: Progress) -> None:
-        state, steps_per_epoch = self.state, self.state.loader.steps_per_epoch
-        every = max(self.config.knn.every_epochs * steps_per_epoch // self.config.grad_accum_steps, 1)
+        state = self.state
+        every = max(int(steps_in(self.config.knn.every_epochs, self.loader, self.config.grad_accum_steps)), 1)
         if self.knn is None or state.evaluated_at == state.step or not self._is_due(every):
             return
         with self.throughput.paused():
@@ -272,7 +272,7 @@ class Trainer:
             self._should_stop = True
         elif asked and self.state.step < self.total_steps:
             self.save_checkpoint()
-            self.state.loader.close()
+            self.loader.close()
             raise Interrupted(asked, self.run_dir, self.state.step)
 
     def _write_run_files(self) -> list[str]:
