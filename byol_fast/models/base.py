@@ -134,19 +134,19 @@ class SSLModel(nn.Module, ABC):
         Raises:
             ValueError: as `forward`.
         """
-        collected: list[BatchStats] | None = [] if self.collect_batch_stats else None
-        outputs, features = self._outputs(views, collected)
+        batch_stats: list[BatchStats] | None = [] if self.collect_batch_stats else None
+        outputs, features = self._outputs(views, batch_stats)
         with record_range("loss"):
             loss, embedding_std = self._loss_and_std(*outputs)
-        return ModelOutput(loss, embedding_std, features, None if collected is None else tuple(collected))
+        return ModelOutput(loss, embedding_std, features, None if batch_stats is None else tuple(batch_stats))
 
     @abstractmethod
-    def _outputs(self, views: Sequence[Tensor], collected: list[BatchStats] | None) -> tuple[Outputs, Tensor]:
+    def _outputs(self, views: Sequence[Tensor], batch_stats: list[BatchStats] | None) -> tuple[Outputs, Tensor]:
         """The result of `forward`, and the online encoder's features as in `ModelOutput`.
 
         Args:
             views: see `forward_train`.
-            collected: list to which batch norms append their statistics; None updates the running ones.
+            batch_stats: list to which batch norms append their statistics; None updates the running ones.
         """
 
     @abstractmethod
@@ -209,13 +209,13 @@ class SSLModel(nn.Module, ABC):
                 return [self.normalize(view) for view in views]
             return [self.normalize(stack_views(views))]
 
-    def _num_splits(self, network: nn.Module, collected: list[BatchStats] | None) -> AbstractContextManager[None]:
+    def _num_splits(self, network: nn.Module, batch_stats: list[BatchStats] | None) -> AbstractContextManager[None]:
         """Set how many views are in a batch, and where its statistics go, on a network's batch norms."""
-        return num_splits(network, NUM_VIEWS if self.view_batching == "batched" else 1, collected)
+        return num_splits(network, NUM_VIEWS if self.view_batching == "batched" else 1, batch_stats)
 
-    def _pass_online(self, inputs: Sequence[Tensor], collected: list[BatchStats] | None) -> tuple[Pair, Pair, Tensor]:
+    def _pass_online(self, inputs: Sequence[Tensor], batch_stats: list[BatchStats] | None) -> tuple[Pair, Pair, Tensor]:
         """Projections and predictions of the two views, and their features as `ModelOutput.features`."""
-        with record_range("online forward"), self._num_splits(self.online, collected):
+        with record_range("online forward"), self._num_splits(self.online, batch_stats):
             projections, predictions, features = self._online_call[0](*inputs)
         both = features[0] if len(features) == 1 else torch.cat(list(features))
         return by_view(projections), by_view(predictions), both

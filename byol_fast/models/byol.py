@@ -97,11 +97,11 @@ class BYOL(SSLModel):
         self.feature_dim = features
         self._set_view_batching(view_batching, encoder, image_size)
 
-    def _outputs(self, views: Sequence[Tensor], collected: list[BatchStats] | None) -> tuple[Outputs, Tensor]:
+    def _outputs(self, views: Sequence[Tensor], batch_stats: list[BatchStats] | None) -> tuple[Outputs, Tensor]:
         inputs = self._inputs(views)
-        with record_range("target forward"), torch.no_grad(), self._num_splits(self.target, collected):
+        with record_range("target forward"), torch.no_grad(), self._num_splits(self.target, batch_stats):
             z1, z2 = by_view(self.target(*inputs))  # no_grad, not inference_mode: that breaks later compiled training
-        _, (p1, p2), features = self._pass_online(inputs, collected)
+        _, (p1, p2), features = self._pass_online(inputs, batch_stats)
         return (p1, p2, z1, z2), features
 
     def loss(self, predictions: Sequence[Tensor], projections: Sequence[Tensor]) -> Tensor:

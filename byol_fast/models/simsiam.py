@@ -85,8 +85,8 @@ class SimSiam(SSLModel):
         self.online = OnlineNetwork(network, projector.to(like), predictor.to(like))
         self._set_view_batching(view_batching, encoder, image_size)
 
-    def _outputs(self, views: Sequence[Tensor], collected: list[BatchStats] | None) -> tuple[Outputs, Tensor]:
-        (z1, z2), (p1, p2), features = self._pass_online(self._inputs(views), collected)
+    def _outputs(self, views: Sequence[Tensor], batch_stats: list[BatchStats] | None) -> tuple[Outputs, Tensor]:
+        (z1, z2), (p1, p2), features = self._pass_online(self._inputs(views), batch_stats)
         return (p1, p2, z1.detach(), z2.detach()), features
 
     def loss(self, predictions: Sequence[Tensor], projections: Sequence[Tensor]) -> Tensor:

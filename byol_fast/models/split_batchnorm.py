@@ -13,7 +13,8 @@ With `convert_sync_batchnorm` the statistics are taken over all processes, as by
 
 A model used on its own updates its running statistics in the forward pass, as `torch.nn` does. A training step may
 still be skipped after the forward pass: it collects the statistics of the batch instead (`num_splits(...,
-collected=[])`) and updates all running statistics at once if the step is not skipped (`running_stats.py`).
+batch_stats=[])`) and updates all running statistics at once if the step is not skipped
+(`training/running_stats.py`).
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class SplitBNEager(torch.autograd.Function):
         bias: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
-        views: int,
+        num_views: int,
         momentum: float,
         eps: float,
         update: bool,
@@ -28,20 +28,20 @@ class SplitBNEager(torch.autograd.Function):
         """Output; if running statistics are not to be updated, also means and variances of the batch, `[V, C]`."""
         x = _dense(x)
         y = torch.empty_like(x)
-        means_VC = torch.empty(views, x.shape[1], dtype=_statistics_dtype(x, weight, running_mean), device=x.device)
+        means_VC = torch.empty(num_views, x.shape[1], dtype=_statistics_dtype(x, weight, running_mean), device=x.device)
         invstds_VC = torch.empty_like(means_VC)
         # Running statistics that start at 0 and are updated with momentum 1 are those of the batch. The kernels return
         # only 1 / sqrt(variance + eps), in which a small variance is lost.
         batch_2VC: Tensor | None = None
         if running_mean is not None and not update:
             batch_2VC = torch.zeros(2, *means_VC.shape, dtype=means_VC.dtype, device=x.device)
-        views_of_x = zip(x.chunk(views), y.chunk(views), means_VC, invstds_VC, strict=True)
+        views_of_x = zip(x.chunk(num_views), y.chunk(num_views), means_VC, invstds_VC, strict=True)
         for v, (view, out, mean, invstd) in enumerate(views_of_x):
             running = (running_mean, running_var) if batch_2VC is None else (batch_2VC[0, v], batch_2VC[1, v])
             factor = momentum if batch_2VC is None else 1.0
             torch.native_batch_norm(view, weight, bias, *running, True, factor, eps, out=(out, mean, invstd))
         ctx.save_for_backward(x, weight, means_VC, invstds_VC)
-        ctx.views, ctx.eps = views, eps
+        ctx.num_views, ctx.eps = num_views, eps
         if batch_2VC is None:
             return y, None, None
         mean_VC, var_VC = batch_2VC
@@ -58,13 +58,13 @@ class SplitBNEager(torch.autograd.Function):
         dx = torch.empty_like(x) if needed[0] else None
         dweight: Tensor | None = None
         dbias: Tensor | None = None
-        views = zip(dy.chunk(ctx.views), x.chunk(ctx.views), means_VC, invstds_VC, strict=True)
+        views = zip(dy.chunk(ctx.num_views), x.chunk(ctx.num_views), means_VC, invstds_VC, strict=True)
         for v, (dy_view, view, mean, invstd) in enumerate(views):
             dx_view, dw, db = torch.ops.aten.native_batch_norm_backward(
                 dy_view, view, weight, None, None, mean, invstd, True, ctx.eps, needed
             )
             if dx is not None:
-                dx.chunk(ctx.views)[v].copy_(dx_view)
+                dx.chunk(ctx.num_views)[v].copy_(dx_view)
             if needed[1]:
                 dweight = dw if dweight is None else dweight.add_(dw)
             if needed[2]:
@@ -108,13 +108,13 @@ class SplitBNTraceable(torch.autograd.Function):
         input: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        views: int,
+        num_views: int,
         eps: float,
         synchronized: bool,
         relu: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Output, and means and unbiased variances, `[V, C]`."""
-        x_VB = _accumulated(_by_view(input, views))
+        x_VB = _accumulated(_by_view(input, num_views))
         var_VC, mean_VC = _var_mean(x_VB)
         count: Any = x_VB.numel() // mean_VC.numel()
         if synchronized:
@@ -132,7 +132,7 @@ class SplitBNTraceable(torch.autograd.Function):
             y = y.clone()
         unbiased_VC = var_VC * (count / (count - 1))
         ctx.save_for_backward(input, weight, bias, mean_VC, invstd_VC, count if synchronized else None)
-        ctx.views, ctx.synchronized, ctx.relu = views, synchronized, relu
+        ctx.num_views, ctx.synchronized, ctx.relu = num_views, synchronized, relu
         # The stride is taken here: dynamo copies the gradients of a backward pass that asks for one.
         is_dense = input.is_contiguous(memory_format=_memory_format(input))
         ctx.stride = input.stride() if is_dense else None
@@ -155,7 +155,7 @@ class SplitBNTraceable(torch.autograd.Function):
             # torch.compile would otherwise compute the sum of gradients behind a residual connection again in every
             # kernel that reads it, or write what it computes from it in fp32, in another layout.
             upstream = _stored(upstream, ctx.stride)
-        x_VB, dy_VB = (_accumulated(_by_view(t, ctx.views)) for t in (input, upstream))
+        x_VB, dy_VB = (_accumulated(_by_view(t, ctx.num_views)) for t in (input, upstream))
         over, scale_VB = _over(x_VB), _per_channel(scale_VC, x_VB)
         distance_VB = x_VB - _per_channel(mean_VC, x_VB)
         xhat_VB = distance_VB * _per_channel(invstd_VC, x_VB)
@@ -238,9 +238,9 @@ def _stored(x: Tensor, stride: tuple[int, ...] | None = None) -> Tensor:
     return stored
 
 
-def _by_view(x: Tensor, views: int) -> Tensor:
+def _by_view(x: Tensor, num_views: int) -> Tensor:
     """`[V B, C, ...]` as `[V, B, C, ...]`."""
-    return x.view(views, -1, *x.shape[1:])
+    return x.view(num_views, -1, *x.shape[1:])
 
 
 def _over(x_VB: Tensor) -> list[int]:

@@ -31,13 +31,13 @@ class BatchStats(NamedTuple):
 
 
 @contextmanager
-def num_splits(network: nn.Module, views: int, collected: list[BatchStats] | None = None) -> Iterator[None]:
-    """Within this, batches in train mode are `views` stacked views of equal size.
+def num_splits(network: nn.Module, num_views: int, batch_stats: list[BatchStats] | None = None) -> Iterator[None]:
+    """Within this, batches in train mode are `num_views` stacked views of equal size.
 
     Args:
         network: a converted network.
-        views: number of views in a batch; 1 outside of this context.
-        collected: list to which each call of an indexed layer appends its statistics, instead of updating its running
+        num_views: number of views in a batch; 1 outside of this context.
+        batch_stats: list to which each call of an indexed layer appends its statistics, instead of updating its running
             statistics; None lets the layers update them.
 
     Example:
@@ -45,17 +45,17 @@ def num_splits(network: nn.Module, views: int, collected: list[BatchStats] | Non
         >>> with num_splits(network, 2):
         ...     y1, y2 = network(torch.cat([view1, view2])).chunk(2)
     """
-    if views < 1:
-        raise ValueError(f"num_splits: views must be 1 or more, got {views}")
+    if num_views < 1:
+        raise ValueError(f"num_splits: num_views must be 1 or more, got {num_views}")
     norms = [m for m in network.modules() if isinstance(m, SplitBatchNormBase)]
-    before = [(norm.views, norm.collected) for norm in norms]
+    before = [(norm.num_views, norm.batch_stats) for norm in norms]
     for norm in norms:
-        norm.views, norm.collected = views, collected
+        norm.num_views, norm.batch_stats = num_views, batch_stats
     try:
         yield
     finally:
         for norm, previous in zip(norms, before, strict=True):
-            norm.views, norm.collected = previous
+            norm.num_views, norm.batch_stats = previous
 
 
 @contextmanager
@@ -80,11 +80,11 @@ def frozen_running_stats(norms: Sequence[_NormBase]) -> Iterator[None]:
 class SplitBatchNormBase(_BatchNorm):
     """Base of batch norms with a number of stacked views."""
 
-    OWN_ATTRIBUTES = ("views", "synchronized", "collected", "index", "last_calls")
+    OWN_ATTRIBUTES = ("num_views", "synchronized", "batch_stats", "index", "last_calls")
 
-    views: int
+    num_views: int
     synchronized: bool
-    collected: list[BatchStats] | None = None
+    batch_stats: list[BatchStats] | None = None
     index: int = -1
     """See `index_layers`; -1 for a layer whose statistics are not collected."""
     last_calls: dict[torch.Size, tuple[int, bool]]
@@ -93,18 +93,18 @@ class SplitBatchNormBase(_BatchNorm):
 
     def _call(self, x: Tensor, *, recomputed: bool) -> tuple[int, bool]:
         """Number of stacked views of a batch, and whether its statistics are collected."""
-        collects = self.collected is not None and self.index >= 0 and self.track_running_stats
-        views = self.views
+        collects = self.batch_stats is not None and self.index >= 0 and self.track_running_stats
+        num_views = self.num_views
         if not torch.compiler.is_compiling():
             if recomputed:
-                views, collects = self.last_calls.get(x.shape, (views, collects))
-            self.last_calls[x.shape] = views, collects
-        if x.shape[0] % views:
+                num_views, collects = self.last_calls.get(x.shape, (num_views, collects))
+            self.last_calls[x.shape] = num_views, collects
+        if x.shape[0] % num_views:
             raise ValueError(
-                f"batch norm: the batch must be {views} views of equal size, got {x.shape[0]} images; "
+                f"batch norm: the batch must be {num_views} views of equal size, got {x.shape[0]} images; "
                 "leave the last, smaller batch out"
             )
-        return views, collects
+        return num_views, collects
 
 
 def _is_recomputed() -> bool:
@@ -131,33 +131,35 @@ class _SplitBatchNorm(SplitBatchNormBase):
         if not self.training:
             return _BatchNorm.forward(self, x)
         recomputed = _is_recomputed()
-        views, collects = self._call(x, recomputed=recomputed)
+        num_views, collects = self._call(x, recomputed=recomputed)
         synchronized = self.synchronized and distributed.is_available() and distributed.is_initialized()
-        if views == 1 and not synchronized and not collects and not relu:
+        if num_views == 1 and not synchronized and not collects and not relu:
             with frozen_running_stats([self] if recomputed else []):
                 return _BatchNorm.forward(self, x)
         self._check_input_dim(x)  # type: ignore[no-untyped-call]
-        if x.numel() <= views * x.shape[1] and not synchronized:
+        if x.numel() <= num_views * x.shape[1] and not synchronized:
             raise ValueError(
                 f"batch norm: each view must have more than one value a channel in train mode, got {list(x.shape)} for "
-                f"{views} views; use a larger batch"
+                f"{num_views} views; use a larger batch"
             )
         moves = self.running_mean is not None and self.track_running_stats and not collects
         # The traceable form is what torch.compile can fuse, and what can communicate with other processes.
         if torch.compiler.is_compiling() or synchronized or (moves and self.momentum is None):
-            y, mean_VC, var_VC = SplitBNTraceable.apply(x, self.weight, self.bias, views, self.eps, synchronized, relu)
+            y, mean_VC, var_VC = SplitBNTraceable.apply(
+                x, self.weight, self.bias, num_views, self.eps, synchronized, relu
+            )
             if moves and not recomputed:
                 self._update_running_stats(mean_VC, var_VC)
         else:
             now = moves and not recomputed
             if now and self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(views)
+                self.num_batches_tracked.add_(num_views)
             running = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
             y, mean_VC, var_VC = SplitBNEager.apply(
-                x, self.weight, self.bias, *running, views, self.momentum or 0.0, self.eps, now
+                x, self.weight, self.bias, *running, num_views, self.momentum or 0.0, self.eps, now
             )
-        if self.collected is not None and collects and not recomputed:
-            self.collected.append(BatchStats(self.index, mean_VC.detach(), var_VC.detach()))
+        if self.batch_stats is not None and collects and not recomputed:
+            self.batch_stats.append(BatchStats(self.index, mean_VC.detach(), var_VC.detach()))
         return cast("Tensor", y)
 
     @torch.no_grad()
@@ -184,9 +186,9 @@ class ChunkedBatchNorm(SplitBatchNormBase):
         if not self.training:
             return forward(x)
         recomputed = _is_recomputed()
-        views, _ = self._call(x, recomputed=recomputed)
+        num_views, _ = self._call(x, recomputed=recomputed)
         with frozen_running_stats([self] if recomputed else []):
-            return forward(x) if views == 1 else torch.cat([forward(view) for view in x.chunk(views)])
+            return forward(x) if num_views == 1 else torch.cat([forward(view) for view in x.chunk(num_views)])
 
 
 def takes_relu(norm: nn.Module) -> bool:
@@ -257,7 +259,7 @@ def convert_module(module: _BatchNorm) -> SplitBatchNormBase:
         synchronized = isinstance(module, nn.SyncBatchNorm)
         module.__class__ = class_for(module)
         converted = cast("SplitBatchNormBase", module)
-        converted.views, converted.synchronized, converted.last_calls = 1, synchronized, {}
+        converted.num_views, converted.synchronized, converted.last_calls = 1, synchronized, {}
         # Set as instance attributes now: one that appears later makes torch.compile recompile.
-        converted.collected, converted.index = None, -1
+        converted.batch_stats, converted.index = None, -1
     return cast("SplitBatchNormBase", module)

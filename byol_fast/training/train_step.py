@@ -12,11 +12,11 @@ from torch import Tensor
 
 from byol_fast.data.batch import Batch, Views
 from byol_fast.models.base import ModelOutput, SSLModel
-from byol_fast.models.running_stats import RunningStats
 from byol_fast.optim.optimizers import CONSTANT
 from byol_fast.optim.schedules import RunSchedule
 from byol_fast.training.cuda_graph import CUDAGraphStep
 from byol_fast.training.lowp_weights import LowPrecisionWeights
+from byol_fast.training.running_stats import RunningStats
 from byol_fast.utils.precision import GradScaler, Precision
 from byol_fast.utils.profiler_ranges import record_range
 from byol_kernels import LARS, ema_update_
@@ -97,7 +97,7 @@ class TrainStep:
         self.device = next(model.parameters()).device
         self.parameters = model.trainable_parameters()
         self.target_of: dict[Tensor, Tensor] = dict(zip(self.parameters, model.target_parameters(), strict=False))
-        self.running_stats = RunningStats(model.networks(), collected=model.not_batched_reason is None)
+        self.running_stats = RunningStats(model.networks(), has_batch_stats=model.not_batched_reason is None)
         self.found_inf = torch.zeros((), device=self.device)
         """1 once the current step has met a non-finite value."""
         self.grad_scaler = GradScaler(self.device) if precision.needs_grad_scaler else None
@@ -230,8 +230,8 @@ class TrainStep:
             self._check_loss_finite(loss)
             self.update_weights_and_target()
             # Once per step and only now: a batch with NaN would leave the running statistics NaN for good.
-            collected = [entry for output in outputs for entry in output.batch_stats or ()]
-            self.running_stats.update(collected, self.found_inf)
+            batch_stats = [entry for output in outputs for entry in output.batch_stats or ()]
+            self.running_stats.update(batch_stats, self.found_inf)
             if self.grad_scaler is not None:
                 self.grad_scaler.update(self.found_inf)
             self.zero_grad()

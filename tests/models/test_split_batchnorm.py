@@ -17,7 +17,6 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from byol_fast.models.running_stats import RunningStats
 from byol_fast.models.split_batchnorm import (
     convert_split_batchnorm,
     convert_sync_batchnorm,
@@ -25,6 +24,7 @@ from byol_fast.models.split_batchnorm import (
     revert_split_batchnorm,
 )
 from byol_fast.models.split_batchnorm_layers import BatchStats, num_splits
+from byol_fast.training.running_stats import RunningStats
 
 # Equal in exact arithmetic; roundings of sums in another order, a few layers deep. float64 has 2.2e-16.
 CLOSE: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
@@ -320,7 +320,7 @@ def test_views_are_stacked_within_only_and_for_this_network_only() -> None:
     other = copy.deepcopy(network)
 
     def views(network: nn.Module) -> int:
-        return cast("Any", network.get_submodule("bn1")).views  # type: ignore[no-any-return]
+        return cast("Any", network.get_submodule("bn1")).num_views  # type: ignore[no-any-return]
 
     with pytest.raises(RuntimeError, match="stop"), num_splits(network, 2):
         assert (views(network), views(other)) == (2, 1)

@@ -16,16 +16,16 @@ from byol_kernels import update_running_stats_
 class RunningStats:
     """Updates the running statistics of some networks once per step, unless the step is skipped.
 
-    The forward pass collects batch statistics (`num_splits(..., collected=[])`). Other buffers, which a layer changes
+    The forward pass collects batch statistics (`num_splits(..., batch_stats=[])`). Other buffers, which a layer changes
     in its forward pass, are restored if the step is skipped.
 
     Args:
         networks: changed in place, see `split_batchnorm.index_layers`.
-        collected: whether forward passes collect statistics; if not, all buffers are restored.
+        has_batch_stats: forward passes collect batch statistics; otherwise all buffers are restored.
     """
 
-    def __init__(self, networks: Sequence[nn.Module], *, collected: bool = True) -> None:
-        self._layers = split_batchnorm.index_layers(networks) if collected else []
+    def __init__(self, networks: Sequence[nn.Module], *, has_batch_stats: bool = True) -> None:
+        self._layers = split_batchnorm.index_layers(networks) if has_batch_stats else []
         updated = {id(buffer) for layer in self._layers for buffer in layer.buffers()}
         self._others = [b for network in networks for b in network.buffers() if id(b) not in updated]
         self._saved = [torch.empty_like(b) for b in self._others]
@@ -42,17 +42,17 @@ class RunningStats:
             saved.copy_(buffer)
 
     @torch.no_grad()
-    def update(self, collected: Sequence[BatchStats], found_inf: Tensor) -> None:
-        """Update the running statistics with collected batch statistics, in one launch on a GPU.
+    def update(self, batch_stats: Sequence[BatchStats], found_inf: Tensor) -> None:
+        """Update the running statistics with those of the batch, in one launch on a GPU.
 
         Args:
-            collected: statistics in the order of the calls.
+            batch_stats: statistics in the order of the calls.
             found_inf: scalar on the device; if it is not 0, the buffers stay what they were before the step.
         """
         for saved, buffer in zip(self._saved, self._others, strict=True):
             buffer.copy_(torch.where(found_inf > 0, saved, buffer))
         calls: dict[int, list[BatchStats]] = {}
-        for entry in collected:
+        for entry in batch_stats:
             calls.setdefault(entry.layer, []).append(entry)
         if not calls:
             return
