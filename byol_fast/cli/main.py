@@ -27,7 +27,7 @@ usage: byol-fast COMMAND ...
   preview RECIPE [--check]        write a contact sheet of augmented views; --check compares them with torchvision
   doctor [--data.root FOLDER]     check your environment and data; suggests a fix for each problem
   export RUN [--format ...]       export the encoder of the newest checkpoint: safetensors, ONNX, torch.export, timm
-  eval PROTOCOL ENCODER           evaluate an encoder with labels: knn, linear, finetune, retrieval; see `eval --help`
+  eval PROTOCOL ENCODER           evaluate an encoder with labels: knn, linear, finetune; see `eval --help`
   embed RUN FOLDER                write the features of every image; --neighbors adds a sheet of nearest neighbors
   report RUN [RUN ...]            write an HTML page: curves, evaluations, views, neighbors; several runs are compared
   bench [SUITE ...]               measure speed beside other libraries; `bench compare A B` compares two results
