@@ -61,14 +61,14 @@ def copy_views(views: Views) -> Views:
 class ViewLoader(Protocol):
     """An endless stream of batches, epoch after epoch, that can be saved and resumed.
 
-    Each epoch visits the source in a new order, in `steps_per_epoch` full batches; images that do not fill a batch are
-    left out of that epoch. Batch number `n` (from 0) belongs to epoch `n // steps_per_epoch`.
+    Each epoch visits the source in a new order, in `batches_per_epoch` full batches; images that do not fill a batch
+    are left out of that epoch. Batch number `n` (from 0) belongs to epoch `n // batches_per_epoch`.
     """
 
     batch_size: int
     """Images a batch."""
-    steps_per_epoch: int
-    """Batches an epoch."""
+    batches_per_epoch: int
+    """Full batches of an epoch; `grad_accum_steps` of them make one optimizer step."""
     name: str
     """Name of the loader, for logs: "dali cpu", "dali cuda:0, kernels", "threaded, kernels"."""
 

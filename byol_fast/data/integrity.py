@@ -182,16 +182,16 @@ class CorruptImage:
     """Name: a file, or `shard:member`."""
     reason: str
     """The defect."""
-    step: int
-    """Index of the batch in which it was found."""
+    batch_number: int
+    """Number of the batch in which it was found, from 0."""
 
 
 class CorruptImages:
     """Registry of the corrupt images of a source.
 
-    A batch is a function of its step and of which images are corrupt: the replacement of a corrupt image depends on the
-    seed, the epoch and the position in the epoch, not on when the image was found. Prefetching and restarts therefore
-    do not change it.
+    A batch is a function of its number and of which images are corrupt: the replacement of a corrupt image depends on
+    the seed, the epoch and the position in the epoch, not on when the image was found. Prefetching and restarts
+    therefore do not change it.
 
     Args:
         sample_name: returns the name of the image at an index.
@@ -223,17 +223,21 @@ class CorruptImages:
         """True if corrupt images are skipped."""
         return self._on_corrupt == "skip"
 
-    def add(self, defects: Iterable[tuple[int, str]], step: int) -> None:
+    def add(self, defects: Iterable[tuple[int, str]], batch_number: int) -> None:
         """Register corrupt images.
 
         Args:
             defects: index and defect of each image.
-            step: index of the batch.
+            batch_number: of the batch in which they were found, from 0.
 
         Raises:
             CorruptImageError: corrupt images stop the run, or there are too many of them.
         """
-        new = {i: CorruptImage(self._sample_name(i), reason, step) for i, reason in defects if i not in self.by_index}
+        new = {
+            i: CorruptImage(self._sample_name(i), reason, batch_number)
+            for i, reason in defects
+            if i not in self.by_index
+        }
         if not new:
             return
         last = list(new.values())[-1]
@@ -253,21 +257,21 @@ class CorruptImages:
             )
 
     def state_dict(self) -> list[list[Any]]:
-        """Index, reason and step of each corrupt image."""
-        return [[i, bad.reason, bad.step] for i, bad in self.by_index.items()]
+        """Index, reason and batch number of each corrupt image."""
+        return [[i, bad.reason, bad.batch_number] for i, bad in self.by_index.items()]
 
     def load_state_dict(self, state: Iterable[Iterable[Any]]) -> None:
         """Restore the state of a registry of the same source."""
         self.by_index.clear()
-        for i, reason, step in state:
-            self.by_index[int(i)] = CorruptImage(self._sample_name(int(i)), str(reason), int(step))
+        for i, reason, batch_number in state:
+            self.by_index[int(i)] = CorruptImage(self._sample_name(int(i)), str(reason), int(batch_number))
         if self.by_index:
             self._write()
 
     def _write(self) -> None:
         if self._report is not None:
             lines = (
-                json.dumps({"image": bad.image, "reason": bad.reason, "step": bad.step, "index": i})
+                json.dumps({"image": bad.image, "reason": bad.reason, "batch_number": bad.batch_number, "index": i})
                 for i, bad in self.by_index.items()
             )
             self._report.parent.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ class BatchSampler:
     """The contents of batch number n, as a function of n; the only state is the order of the current epoch.
 
     Each epoch shuffles all images and deals them out to the shards in turn. Where they do not divide evenly, images
-    from the front of the epoch's order fill the last round: all shards take the same number of steps. Images that
+    from the front of the epoch's order fill the last round: all shards take the same number of batches. Images that
     do not fill a batch are left out of that epoch.
 
     An excluded image is replaced by another one, which depends only on the seed, the epoch and the position.
@@ -69,19 +69,19 @@ class BatchSampler:
             )
         self.num_images, self.views, self.seed = num_images, views, seed
         self.batch_size, self.shard_id, self.num_shards = batch_size, shard_id, num_shards
-        self.steps_per_epoch = self._per_shard // batch_size
+        self.batches_per_epoch = self._per_shard // batch_size
         self._epoch = -1
         self._order = np.empty(0, np.int64)
 
-    def __call__(self, step: int) -> BatchSpec:
-        """Images and augmentation parameters of batch number `step`."""
-        epoch, index = step // self.steps_per_epoch, self.index(step)
+    def __call__(self, batch_number: int) -> BatchSpec:
+        """Images and augmentation parameters of a batch, which is numbered from 0 over all epochs."""
+        epoch, index = batch_number // self.batches_per_epoch, self.index(batch_number)
         params = (sample_params(v, index, seed=self.seed, epoch=epoch, view=i) for i, v in enumerate(self.views))
         return BatchSpec(index, tuple(params))
 
-    def index(self, step: int) -> NDArray[np.int64]:
-        """Images of batch number `step`."""
-        epoch, batch = divmod(step, self.steps_per_epoch)
+    def index(self, batch_number: int) -> NDArray[np.int64]:
+        """Images of a batch."""
+        epoch, batch = divmod(batch_number, self.batches_per_epoch)
         start = batch * self.batch_size
         index = self.order(epoch)[start : start + self.batch_size]
         return self._replace_excluded(index, epoch, start) if self.excluded else index

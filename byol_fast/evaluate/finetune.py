@@ -290,7 +290,7 @@ def finetune(
     assert isinstance(network, Classifier)
     normalize = pretrained.normalize.to(context.device)
     loader = SupervisedLoader(pretrained, source, context, batch_size=batch_size, seed=seed)
-    total_steps = epochs * loader.steps_per_epoch
+    total_steps = epochs * loader.batches_per_epoch
     optimizer = nesterov_sgd(network.parameters())
 
     # --- training; losses stay on the device until the end of an epoch
@@ -309,9 +309,9 @@ def finetune(
             optimizer.step()
             num_correct += (logits.detach().argmax(dim=1) == y).sum()
             sum_losses += loss.detach()
-            if (step + 1) % loader.steps_per_epoch == 0:
-                mean_loss = sum_losses.item() / loader.steps_per_epoch
-                history.append(num_correct.item() / (loader.steps_per_epoch * loader.batch_size))
+            if (step + 1) % loader.batches_per_epoch == 0:
+                mean_loss = sum_losses.item() / loader.batches_per_epoch
+                history.append(num_correct.item() / (loader.batches_per_epoch * loader.batch_size))
                 if not math.isfinite(mean_loss):
                     where = f"in epoch {len(history)} at lr {lr:g}"
                     raise DivergedError(f"finetune: the loss must be finite, it is not {where}; use a smaller --lr")

@@ -166,7 +166,7 @@ def _train_classifiers(entry: Entry, source: ImageSource, s: LinearSettings) -> 
     classifiers = LinearClassifiers(dim, len(source.classes), sorted(set(s.lr)), generator(s.seed)).to(context.device)
     normalize = pretrained.normalize.to(context.device)
     loader = SupervisedLoader(pretrained, source, context, batch_size=s.batch_size, seed=s.seed)
-    total_steps = s.epochs * loader.steps_per_epoch
+    total_steps = s.epochs * loader.batches_per_epoch
     optimizer = classifiers.optimizer()
     with context.progress.bar(total_steps, f"{entry.name}: linear classifiers") as bar:
         for step, (images, y) in enumerate(loader.batches(total_steps)):
@@ -179,7 +179,7 @@ def _train_classifiers(entry: Entry, source: ImageSource, s: LinearSettings) -> 
                 losses = [F.cross_entropy(logits, y) for logits in classifiers(x)]
                 torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            bar.update(step + 1, f"epoch {step // loader.steps_per_epoch + 1}/{s.epochs}")
+            bar.update(step + 1, f"epoch {step // loader.batches_per_epoch + 1}/{s.epochs}")
     return classifiers
 
 

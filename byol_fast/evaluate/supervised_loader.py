@@ -46,7 +46,7 @@ class SupervisedLoader:
         )
         self._loader = make_loader(source, config, (view,), device=context.device)
         self._labels, self._device = labels_of(source), context.device
-        self.steps_per_epoch = self._loader.steps_per_epoch
+        self.batches_per_epoch = self._loader.batches_per_epoch
 
     def batches(self, num_batches: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Images, uint8 `[B, 3, S, S]`, and labels `[B]`, on the device; closes the loader at the end."""

@@ -97,7 +97,7 @@ def load_samples(
         raise SourceError(f"preview: data.root must have at least 2 images, got {len(source)}; a batch has 2 or more")
     num = min(num, len(source))
     loader = make_loader(source, dataclasses.replace(config, batch_size=max(num, 2)), device=device)
-    loader.load_state_dict(loader.state_dict() | {"step": epoch * loader.steps_per_epoch})
+    loader.load_state_dict(loader.state_dict() | {"batch_number": epoch * loader.batches_per_epoch})
     batch = next(loader)
     loader.close()
     index = batch.index.numpy()[:num]

@@ -14,10 +14,10 @@ def corrupt_images(run: RunFiles) -> list[Section]:
     if not run.corrupt_images:
         return []
     shown = run.corrupt_images[:50]
-    rows = [[str(r.get("image", "?")), str(r.get("reason", "?")), as_text(r.get("step", ""))] for r in shown]
+    rows = [[str(r.get("image", "?")), str(r.get("reason", "?")), as_text(r.get("batch_number", ""))] for r in shown]
     num_more = len(run.corrupt_images) - len(shown)
     rest = paragraph(f"{num_more} more are listed in corrupt_images.jsonl.", "faint") if num_more else ""
-    return [Section("Corrupt images", table(["image", "reason", "step"], rows) + rest)]
+    return [Section("Corrupt images", table(["image", "reason", "batch"], rows) + rest)]
 
 
 def options(run: RunFiles) -> list[Section]:

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 def steps_in(epochs: float, loader: ViewLoader, grad_accum_steps: int) -> float:
     """Optimizer steps in some epochs; a fraction where `grad_accum_steps` does not divide the batches."""
-    return epochs * loader.steps_per_epoch / grad_accum_steps
+    return epochs * loader.batches_per_epoch / grad_accum_steps
 
 
 @dataclass
@@ -44,7 +44,7 @@ class TrainState:
     @property
     def epoch(self) -> float:
         """Finished epochs, with the fraction of the current one."""
-        return self.step * self.grad_accum_steps / self.loader.steps_per_epoch
+        return self.step * self.grad_accum_steps / self.loader.batches_per_epoch
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, buffers, momentum, and each process's position in the data and random number generators.

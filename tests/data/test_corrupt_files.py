@@ -84,11 +84,11 @@ def test_corrupt_files_are_passed_over(backend: str, tmp_path: Path) -> None:
     report = tmp_path / "run" / "corrupt_images.jsonl"
     loader = loader_of(source, config(backend, "skip"), report=report)
     clean = loader_of(source, config("threaded", "skip")).sampler  # type: ignore[attr-defined]
-    assert loader.steps_per_epoch == len(source) // 8
+    assert loader.batches_per_epoch == len(source) // 8
     seen = []
-    for step in range(3 * loader.steps_per_epoch):
+    for number in range(3 * loader.batches_per_epoch):
         batch = next(loader)
-        before = clean(step).index
+        before = clean(number).index
         stays = np.array([Path(source.sample_name(int(i))).name not in bad for i in before])
         assert np.array_equal(batch.index.numpy()[stays], before[stays])
         assert not {Path(source.sample_name(i)).name for i in batch.index.tolist()} & bad
@@ -165,7 +165,7 @@ def test_loader_continues_after_the_file_is_replaced(backend: str, tmp_path: Pat
         while True:
             got.append(next(loader))
     state = loader.state_dict()
-    assert state["step"] == len(got) <= 3
+    assert state["batch_number"] == len(got) <= 3
     victim.write_bytes(good)
     resumed = loader_of(open_source(tmp_path), config(backend, "raise"))
     resumed.load_state_dict(state)
@@ -192,9 +192,9 @@ def test_too_many_corrupt_images_stop_the_run(backend: str, tmp_path: Path) -> N
 )
 def test_corrupt_image_limit(total: int, share: float, limit: int) -> None:
     bad = CorruptImages(str, total, on_corrupt="skip", max_fraction=share)
-    bad.add([(i, "is empty") for i in range(limit)], step=0)
+    bad.add([(i, "is empty") for i in range(limit)], batch_number=0)
     with pytest.raises(TooManyCorruptImagesError, match=f"more than the {limit} that"):
-        bad.add([(limit, "is empty")], step=1)
+        bad.add([(limit, "is empty")], batch_number=1)
 
 
 def test_intact_images_keep_their_views(tmp_path: Path) -> None:

@@ -59,8 +59,8 @@ def source() -> ImageSource:
     return ArraySource(flat_images())
 
 
-def assert_views_match_index(loader: DALILoader, batch: Batch, step: int) -> None:
-    spec = loader.sampler(step)
+def assert_views_match_index(loader: DALILoader, batch: Batch, number: int) -> None:
+    spec = loader.sampler(number)
     assert np.array_equal(batch.index.numpy(), spec.index)
     levels = LEVELS[batch.index.numpy()]
     for view, params in zip((batch.views[0], batch.views[1]), spec.params, strict=True):
@@ -70,17 +70,17 @@ def assert_views_match_index(loader: DALILoader, batch: Batch, step: int) -> Non
 
 def test_views_match_the_index_from_the_first_batch_on(make: Make, source: ImageSource) -> None:
     loader = make(source)
-    for step in range(7):  # three epochs
-        assert_views_match_index(loader, next(loader), step)
+    for number in range(7):  # three epochs
+        assert_views_match_index(loader, next(loader), number)
 
 
-@pytest.mark.parametrize("step", [0, 1, 3, 6], ids=["start", "mid-epoch", "second epoch", "third epoch"])
-def test_views_match_the_index_after_a_resume(make: Make, source: ImageSource, step: int) -> None:
+@pytest.mark.parametrize("number", [0, 1, 3, 6], ids=["start", "mid-epoch", "second epoch", "third epoch"])
+def test_views_match_the_index_after_a_resume(make: Make, source: ImageSource, number: int) -> None:
     first, resumed = make(source), make(source)
-    for _ in range(step):
+    for _ in range(number):
         next(first)
     resumed.load_state_dict(first.state_dict())
-    for following in range(step, step + 4):
+    for following in range(number, number + 4):
         batch = next(resumed)
         assert_views_match_index(resumed, batch, following)
         assert same(batch, next(first))
@@ -93,12 +93,12 @@ def test_views_match_the_index_after_a_corrupt_image(make: Make, tmp_path: Path)
         Image.fromarray(image).save(buffer, "PNG")
         (tmp_path / f"{i:02d}.png").write_bytes(buffer.getvalue()[: 60 if i == 5 else None])
     loader = make(open_source(tmp_path))
-    for step in range(3):
-        assert_views_match_index(loader, next(loader), step)
+    for number in range(3):
+        assert_views_match_index(loader, next(loader), number)
     assert list(loader.corrupt.by_index) == [5]
     loader.close()
-    for step in range(3, 6):
-        assert_views_match_index(loader, next(loader), step)
+    for number in range(3, 6):
+        assert_views_match_index(loader, next(loader), number)
 
 
 def test_index_does_not_share_memory_with_the_sampler(make: Make, source: ImageSource) -> None:

@@ -181,8 +181,8 @@ def test_device_cache_can_be_captured_in_a_graph(arrays: ArraySource) -> None:
     index, keys = loader._index_and_keys(0)
     index, keys = index.clone(), tuple(key.clone() for key in keys)
     graph = Captured(lambda: loader._compute(index, keys))
-    for step in (0, 1, 0):
-        index.copy_(loader._index_and_keys(step)[0])
+    for number in (0, 1, 0):
+        index.copy_(loader._index_and_keys(number)[0])
         views = graph.replay()
         expected = loader._compute(index, keys)
         assert all(torch.equal(a, b) for a, b in zip(views, expected, strict=True))

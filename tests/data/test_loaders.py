@@ -80,8 +80,8 @@ def test_batches_are_raw_channels_last_and_indexed(backend: str, arrays: ArraySo
 
 def test_epochs_visit_every_image_once_in_new_orders(backend: str, source: ImageSource) -> None:
     loader = loader_of(source, config_of(backend, plain(8), batch_size=8))
-    assert loader.steps_per_epoch == len(source) // 8
-    first, second = (torch.cat([b.index for b in take(loader, loader.steps_per_epoch)]) for _ in range(2))
+    assert loader.batches_per_epoch == len(source) // 8
+    first, second = (torch.cat([b.index for b in take(loader, loader.batches_per_epoch)]) for _ in range(2))
     assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(len(source)))
     assert not torch.equal(first, second)
     assert first.tolist() != sorted(first.tolist())
@@ -119,18 +119,18 @@ def test_views_stay_valid_while_later_batches_are_loaded(backend: str, source: I
 
 
 def test_resume_is_exact(backend: str, source: ImageSource) -> None:
-    """40 or 48 images in batches of 8: 5 or 6 steps an epoch."""
+    """40 or 48 images in batches of 8: 5 or 6 batches an epoch."""
     config = config_of(backend, VIEW1, VIEW2)
     loader, batches, states = loader_of(source, config), [], {}
-    for step in range(12):
-        if step in {3, 5, 7}:  # mid-epoch, the boundary of files, the second epoch
-            states[step] = through_a_file(loader.state_dict())
+    for number in range(12):
+        if number in {3, 5, 7}:  # mid-epoch, the boundary of files, the second epoch
+            states[number] = through_a_file(loader.state_dict())
         batches.append(next(loader))
-    for step in (3, 5):
+    for number in (3, 5):
         fresh = loader_of(source, config)
-        fresh.load_state_dict(states[step])
-        assert all(same(a, b) for a, b in zip(batches[step : step + 4], take(fresh, 4), strict=True))
-    loader.load_state_dict(states[7])  # back to an earlier step with the same loader
+        fresh.load_state_dict(states[number])
+        assert all(same(a, b) for a, b in zip(batches[number : number + 4], take(fresh, 4), strict=True))
+    loader.load_state_dict(states[7])  # back to an earlier batch with the same loader
     again = take(loader, 2)
     loader.close()  # and continues after that
     assert all(same(a, b) for a, b in zip(batches[7:], again + take(loader, 3), strict=True))
@@ -166,7 +166,7 @@ def test_state_of_other_images_or_shards_is_refused(files: FileSource, arrays: A
 
 
 def test_other_loader_continues_with_the_same_parameters(dali: None, arrays: ArraySource, caplog: Any) -> None:
-    state = loader_of(arrays, config_of("dali", VIEW1, VIEW2)).state_dict() | {"step": 4}
+    state = loader_of(arrays, config_of("dali", VIEW1, VIEW2)).state_dict() | {"batch_number": 4}
     ours, theirs = (loader_of(arrays, config_of(b, VIEW1, VIEW2)) for b in ("dali", "threaded"))
     ours.load_state_dict(state)
     assert "pixels may differ" not in caplog.text
@@ -183,10 +183,10 @@ def test_shards_cover_all_images(n: int, shards: int) -> None:
     samplers = [
         BatchSampler(n, (VIEW1, VIEW2), batch_size=1, seed=3, shard_id=i, num_shards=shards) for i in range(shards)
     ]
-    steps = {p.steps_per_epoch for p in samplers}
-    assert steps == {-(-n // shards)}
+    counts = {p.batches_per_epoch for p in samplers}
+    assert counts == {-(-n // shards)}
     for epoch in range(2):
-        seen = [int(p(epoch * p.steps_per_epoch + s).index[0]) for p in samplers for s in range(p.steps_per_epoch)]
+        seen = [int(p(epoch * p.batches_per_epoch + s).index[0]) for p in samplers for s in range(p.batches_per_epoch)]
         assert set(seen) == set(range(n))
         assert len(seen) - n == (-n) % shards  # repeated, to fill the last round
 
@@ -195,10 +195,11 @@ def test_shards_are_parts_of_one_epoch(backend: str, arrays: ArraySource) -> Non
     config = config_of(backend, VIEW1, VIEW2, batch_size=8)
     whole = take(loader_of(arrays, replace(config, {"batch_size": 16})), 3)
     parts = [take(loader_of(arrays, config, shard_id=i, num_shards=2), 3) for i in range(2)]
-    for step, batch in enumerate(whole):
+    for number, batch in enumerate(whole):
         for i in range(2):
-            assert torch.equal(batch.index[i::2], parts[i][step].index)
-            assert torch.equal(batch.views[0][i::2], parts[i][step].views[0])  # pixels do not depend on the batch size
+            assert torch.equal(batch.index[i::2], parts[i][number].index)
+            views = batch.views[0][i::2], parts[i][number].views[0]
+            assert torch.equal(*views)  # pixels do not depend on the batch size
 
 
 @pytest.mark.parametrize("num_views", [1, 3])

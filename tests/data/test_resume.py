@@ -28,7 +28,7 @@ from tests.data.kinds import KINDS, available, encoded, make
 
 VIEW1 = ViewConfig(size=16)
 VIEW2 = ViewConfig(size=16, blur_p=0.1, solarize_p=0.2)
-STEPS = 8  # of 10 images: 40 images are 4 steps an epoch
+NUM_BATCHES = 8  # of 10 images: 40 images are 4 batches an epoch
 CORRUPT = 13  # an image that cannot be read
 
 
@@ -73,13 +73,13 @@ def work(folder: Path) -> None:
     """Load batches of all pairs in turn, endlessly; log each one, then store the state, as a run does."""
     torch.set_num_threads(1)
     loaders = {pair: open_pair(folder, *pair)[1] for pair in pairs()}
-    for step in itertools.count():
+    for number in itertools.count():
         for pair, loader in loaders.items():
             digest = digest_of(loader)
             with (folder / "log.txt").open("a") as log:
-                log.write(f"{'|'.join(map(str, pair))}|{step}|{digest}\n")
+                log.write(f"{'|'.join(map(str, pair))}|{number}|{digest}\n")
             with atomic_path(stored(folder, pair)) as temporary:
-                torch.save({"step": step + 1, "loader": loader.state_dict()}, temporary)
+                torch.save({"num_loaded": number + 1, "loader": loader.state_dict()}, temporary)
 
 
 def log_of(folder: Path) -> list[tuple[str, int, str]]:
@@ -95,7 +95,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-m", "tests.data.test_resume", str(folder)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path[1:]])}
     process = subprocess.Popen(command, env=environment)
-    num_batches = 5 * len(pairs()) + 3  # in the middle of a round: steps 1 and 2 of the second epoch
+    num_batches = 5 * len(pairs()) + 3  # in the middle of a round: batches 1 and 2 of the second epoch
     deadline = time.monotonic() + 300
     while len(log_of(folder)) < num_batches and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -108,15 +108,16 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_remaining_batches_are_the_same(kind: str, backend: str, corrupt: bool, killed: Path, tmp_path: Path) -> None:
     pair = (kind, backend, corrupt)
     _, loader = open_pair(tmp_path, *pair)
-    expected = [digest_of(loader) for _ in range(STEPS)]
-    assert len(set(expected)) == STEPS
-    logged = [(step, digest) for name, step, digest in log_of(killed) if name == "|".join(map(str, pair))]
+    expected = [digest_of(loader) for _ in range(NUM_BATCHES)]
+    assert len(set(expected)) == NUM_BATCHES
+    logged = [(number, digest) for name, number, digest in log_of(killed) if name == "|".join(map(str, pair))]
     state = torch.load(stored(killed, pair), weights_only=True)
-    assert 4 < state["step"] < STEPS - 1 and len(logged) - state["step"] in {0, 1}  # killed in mid-epoch
+    num_loaded = state["num_loaded"]
+    assert 4 < num_loaded < NUM_BATCHES - 1 and len(logged) - num_loaded in {0, 1}  # killed in mid-epoch
     assert [digest for _, digest in logged] == expected[: len(logged)]
     _, resumed = open_pair(killed, *pair)
     resumed.load_state_dict(state["loader"])
-    assert [digest_of(resumed) for _ in range(state["step"], STEPS)] == expected[state["step"] :]
+    assert [digest_of(resumed) for _ in range(num_loaded, NUM_BATCHES)] == expected[num_loaded:]
     if corrupt:
         reported = (killed / f"{kind}-{backend}-True.jsonl").read_text().splitlines()
         assert len(reported) == 1 and f'"index": {CORRUPT}' in reported[0]
@@ -131,9 +132,9 @@ def test_state_of_other_images_is_refused_without_accept_changed(kind: str, tmp_
         loader_of(fewer, config).load_state_dict(state)
     asked = replace(config, {"data.accept_changed": True})
     loader = loader_of(fewer, asked)
-    loader.load_state_dict(state | {"step": 3})
+    loader.load_state_dict(state | {"batch_number": 3})
     assert "resuming with other images: 39 with" in caplog.text
-    assert loader.state_dict()["step"] == 3
+    assert loader.state_dict()["batch_number"] == 3
     with pytest.raises(ValueError, match="but images, seed changed"):
         loader_of(fewer, replace(asked, {"seed": 1})).load_state_dict(state)
 

@@ -1,6 +1,6 @@
 """Order of an epoch on several processes: properties for any size, batch size and number of shards.
 
-`python -m tests.data.test_sampler` prints a table of sizes, shards, steps and repetitions.
+`python -m tests.data.test_sampler` prints a table of sizes, shards, batches and repetitions.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def samplers(n: int, shards: int, batch: int, seed: int = 0) -> list[BatchSample
 
 
 def epoch_of(parts: list[BatchSampler], epoch: int) -> NDArray[np.int64]:
-    """Image indices of an epoch in the order of the steps: `[steps * batch, shards]`, flattened."""
-    steps = parts[0].steps_per_epoch
-    indices = [np.concatenate([p(epoch * steps + s).index for s in range(steps)]) for p in parts]
+    """Image indices of an epoch in the order of the batches: `[batches * batch size, shards]`, flattened."""
+    count = parts[0].batches_per_epoch
+    indices = [np.concatenate([p(epoch * count + s).index for s in range(count)]) for p in parts]
     return np.stack(indices, axis=1).ravel()
 
 
@@ -46,7 +46,7 @@ def test_epoch_covers_all_images(n: int, shards: int, batch: int, seed: int, epo
     per_shard = -(-n // shards)
     assume(batch <= per_shard and shards <= n)
     parts = samplers(n, shards, batch, seed)
-    assert {p.steps_per_epoch for p in parts} == {per_shard // batch}
+    assert {p.batches_per_epoch for p in parts} == {per_shard // batch}
     seen = epoch_of(parts, epoch)
     order = permutation(n, seed=seed, epoch=epoch)
     filled = np.concatenate([order, order])[: per_shard * shards]  # fewer than shards <= n are repeated
@@ -61,7 +61,7 @@ def test_epoch_covers_all_images(n: int, shards: int, batch: int, seed: int, epo
 @settings(max_examples=60, deadline=None)
 @given(n=st.integers(16, 300), shards=st.integers(2, 8), seed=SEEDS)
 def test_order_does_not_depend_on_world_size(n: int, shards: int, seed: int) -> None:
-    """The images of a step on all shards are those of one process with the global batch."""
+    """The images of a batch on all shards are those of one process with the global batch."""
     assume(n >= 2 * shards)
     many, one = epoch_of(samplers(n, shards, 2, seed), 3), epoch_of(samplers(n, 1, 2 * shards, seed), 3)
     common = min(len(many), len(one))
@@ -99,7 +99,7 @@ def test_repeated_image_has_equal_views() -> None:
     parts = samplers(10, 4, 1, seed=2)
     rows: dict[int, list[bytes]] = {}
     for p in parts:
-        for s in range(p.steps_per_epoch):
+        for s in range(p.batches_per_epoch):
             spec = p(s)
             rows.setdefault(int(spec.index[0]), []).append(b"".join(d.crop.tobytes() for d in spec.params))
     assert sorted(len(views) for views in rows.values()) == [1] * 8 + [2] * 2
@@ -110,16 +110,16 @@ def epoch_with_late_discovery(
     parts: list[BatchSampler], epoch: int, bad: Collection[int]
 ) -> tuple[NDArray[np.int64], set[int]]:
     """Epoch in which each shard finds corrupt images when it reads them."""
-    steps = parts[0].steps_per_epoch
+    count = parts[0].batches_per_epoch
     dealt: list[NDArray[np.int64]] = []
     for p in parts:
         known: set[int] = set()
         p.excluded = known
         rows = []
-        for s in range(steps):
-            while met := set(p(epoch * steps + s).index.tolist()) & set(bad):
+        for s in range(count):
+            while met := set(p(epoch * count + s).index.tolist()) & set(bad):
                 known |= met
-            rows.append(p(epoch * steps + s).index)
+            rows.append(p(epoch * count + s).index)
         dealt.append(np.concatenate(rows))
     return np.stack(dealt, axis=1).ravel(), known
 
@@ -140,7 +140,7 @@ def test_replacements_do_not_depend_on_discovery_time(
     stays = ~np.isin(before, list(bad))
     assert np.array_equal(whole[stays], before[stays])  # all other images stay in place
     assert np.array_equal(epoch_with_late_discovery(samplers(n, shards, batch, seed), 1, bad)[0], whole)
-    assert {p.steps_per_epoch for p in informed} == {-(-n // shards) // batch}
+    assert {p.batches_per_epoch for p in informed} == {-(-n // shards) // batch}
 
 
 def test_replacements_differ_between_epochs() -> None:
@@ -160,17 +160,17 @@ def test_epoch_counts(n: int) -> None:
 
 
 def row(n: int, shards: int, batch: int) -> tuple[int, int, int, int, int]:
-    """Images, shards, steps per epoch and shard, repeated images, dropped images."""
+    """Images, shards, batches per epoch and shard, repeated images, dropped images."""
     parts = samplers(n, shards, batch)
     counts = Counter(epoch_of(parts, 0).tolist())
-    return n, shards, parts[0].steps_per_epoch, sum(c - 1 for c in counts.values()), n - len(counts)
+    return n, shards, parts[0].batches_per_epoch, sum(c - 1 for c in counts.values()), n - len(counts)
 
 
 if __name__ == "__main__":
-    print("| images | shards | batch | steps per epoch and shard | repeated | dropped |")
+    print("| images | shards | batch | batches per epoch and shard | repeated | dropped |")
     print("|---|---|---|---|---|---|")
     for n_, batch_ in ((37, 1), (101, 4), (1000, 16), (10_007, 32)):
         for shards_ in range(1, 9):
             if batch_ <= -(-n_ // shards_):
-                _, _, steps_, twice, left = row(n_, shards_, batch_)
-                print(f"| {n_} | {shards_} | {batch_} | {steps_} | {twice} | {left} |")
+                _, _, count_, twice, left = row(n_, shards_, batch_)
+                print(f"| {n_} | {shards_} | {batch_} | {count_} | {twice} | {left} |")

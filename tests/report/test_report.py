@@ -144,7 +144,7 @@ def test_skipped_steps_corrupt_images_and_waiting_are_reported(tmp_path: Path) -
     for i in (4, 9):
         records[i] |= {"loss": None, "embedding_std": None, "skipped": True}
     folder = run_folder(tmp_path / "run", records)
-    bad = {"image": f"a/{HOSTILE}.jpg", "reason": "truncated", "step": 3, "index": 1}
+    bad = {"image": f"a/{HOSTILE}.jpg", "reason": "truncated", "batch_number": 3, "index": 1}
     (folder / "corrupt_images.jsonl").write_text(json.dumps(bad) + "\n")
     page = page_of(folder)
     assert "2 steps were skipped" in page.text

@@ -127,7 +127,7 @@ def recipe(context: Context) -> str | None:
         step_seconds = _measured_step(context, trainer)
         steps = _steps_that_fit(context, trainer, step_seconds)
         trainer.total_steps = steps
-        warmup = min(round(10 * trainer.loader.steps_per_epoch), steps // 4)
+        warmup = min(round(10 * trainer.loader.batches_per_epoch), steps // 4)
         trainer.train_step.schedule = replace(trainer.train_step.schedule, total_steps=steps, warmup_steps=warmup)
         start = time.perf_counter()
         with skip_value_errors(context, "training"):
@@ -260,7 +260,7 @@ def _steps_that_fit(context: Context, trainer: Trainer, step_seconds: float) -> 
     """Number of steps of as many whole epochs as fit the time, or of a part of the first one."""
     if is_small(context):
         return 4
-    epoch = trainer.loader.steps_per_epoch
+    epoch = trainer.loader.batches_per_epoch
     fit = int((context.seconds_left() - AFTER_TRAINING) / (1.05 * max(step_seconds, 1e-6)))
     return min(max(fit // epoch * epoch or fit, 1), trainer.config.epochs * epoch)
 

@@ -79,22 +79,22 @@ class DeterministicLoader(ABC):
         )
         self.sampler.excluded = self.corrupt.by_index.keys()
         self.batch_size = config.batch_size
-        self.steps_per_epoch = self.sampler.steps_per_epoch
+        self.batches_per_epoch = self.sampler.batches_per_epoch
         self.num_threads = resolve_num_threads(config.data.threads)
         self._pool: ThreadPoolExecutor | None = None
-        self._step = 0
+        self._batch_number = 0
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
         batch = self._load_batch()
-        self._step += 1
+        self._batch_number += 1
         return batch
 
     @abstractmethod
     def _load_batch(self) -> Batch:
-        """Return batch number `self._step`; it may prepare later ones."""
+        """Return the batch with number `self._batch_number`; it may prepare later ones."""
 
     def _on_threads(self, fill: Callable[[slice], T]) -> list[Future[T]]:
         """Let threads call `fill` for all rows of a batch, chunk by chunk."""
@@ -123,7 +123,7 @@ class DeterministicLoader(ABC):
     def state_dict(self) -> dict[str, Any]:
         """Number of the next batch, keys of data and back end, and the corrupt images: integers and strings."""
         return {
-            "step": self._step,
+            "batch_number": self._batch_number,
             "dataset_key": self._dataset_key(),
             "backend_version": self._backend_version(),
             "sizes": list(self.source.sizes),
@@ -168,7 +168,7 @@ class DeterministicLoader(ABC):
                 self._backend_version(),
                 state["backend_version"],
             )
-        self._step = int(state["step"])
+        self._batch_number = int(state["batch_number"])
 
     def _dataset_key(self) -> dict[str, str | int]:
         """Everything that the batches depend on, apart from the arithmetic of the back end."""

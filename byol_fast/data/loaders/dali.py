@@ -95,7 +95,8 @@ class DALILoader(DeterministicLoader):
             except RuntimeError as error:
                 in_flight = [spec.index for spec in self._in_flight]
                 self._restart()  # an error leaves a DALI pipeline unusable
-                self.corrupt.add(_find_corrupt(error, self.source, in_flight, self.corrupt, self.device), self._step)
+                unreadable = _find_corrupt(error, self.source, in_flight, self.corrupt, self.device)
+                self.corrupt.add(unreadable, self._batch_number)
 
     def _next_batch(self, pipe: Pipeline) -> Batch:
         """The next batch. DALI runs ahead: specs wait in `_in_flight` until their crops leave the pipeline."""
@@ -149,19 +150,19 @@ class DALILoader(DeterministicLoader):
         )
         size = prefetcher.size
         views = tuple(replace(view, **CROPS_ONLY) for view in self.views) if self._kernels else self.views
-        steps = iter(range(self._step, 2**62))
+        numbers = iter(range(self._batch_number, 2**62))
 
         def inputs_of_views(spec: BatchSpec) -> list[dict[str, NDArray[Any]]]:
             return [view_inputs(params, view, size) for params, view in zip(spec.params, views, strict=True)]
 
         def feed() -> list[Any]:
-            spec, images = prefetcher(next(steps))
+            spec, images = prefetcher(next(numbers))
             self._in_flight.append(spec)
             return [images, *(value for inputs in inputs_of_views(spec) for value in inputs.values())]
 
         return _views_graph(
             feed,
-            names=[list(inputs) for inputs in inputs_of_views(self.sampler(self._step))],
+            names=[list(inputs) for inputs in inputs_of_views(self.sampler(self._batch_number))],
             encoding=prefetcher.encoding,
             gpu=self.device.type == "cuda",
             views=views,

@@ -1,6 +1,6 @@
 """Views of images that are kept on the device as one tensor: for arrays, such as CIFAR's, on a GPU with room for them.
 
-In a step the host only launches a handful of kernels. The images of a step are a slice of the epoch's order, which is
+For a batch the host only launches a handful of kernels. Its images are a slice of the epoch's order, which is
 copied to the device once an epoch; augmentation parameters are sampled on the device, bit for bit the numbers of all
 other loaders (see `byol_kernels/augment_params/`).
 """
@@ -58,18 +58,18 @@ class DeviceCacheLoader(DeterministicLoader):
 
     def _load_batch(self) -> Batch:
         if self.device.type != "cpu":
-            views = self._stream(lambda: self._compute(*self._index_and_keys(self._step)))
-            return self._batch(views, self.sampler.index(self._step))
+            views = self._stream(lambda: self._compute(*self._index_and_keys(self._batch_number)))
+            return self._batch(views, self.sampler.index(self._batch_number))
         while len(self._ahead) <= self.config.data.prefetch:
-            self._ahead.append(self._start(self._step + len(self._ahead)))
+            self._ahead.append(self._start(self._batch_number + len(self._ahead)))
         index, views, chunks = self._ahead.popleft()
         for chunk in chunks:
             chunk.result()
         return self._batch(views, index)
 
-    def _start(self, step: int) -> tuple[NDArray[np.int64], Views, list[Future[None]]]:
+    def _start(self, batch_number: int) -> tuple[NDArray[np.int64], Views, list[Future[None]]]:
         """Let threads compute a batch."""
-        index, keys = self._index_and_keys(step)
+        index, keys = self._index_and_keys(batch_number)
         views = self._empty_views()
         return index.numpy(), views, self._on_threads(partial(self._fill, views, index, keys))
 
@@ -82,9 +82,9 @@ class DeviceCacheLoader(DeterministicLoader):
     def _empty_views(self) -> Views:
         return empty_views(len(self.views), self.batch_size, self.size, device=self.device)
 
-    def _index_and_keys(self, step: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Numbers of a step's images, and the keys of its views' parameters, on the device."""
-        epoch, batch = divmod(step, self.steps_per_epoch)
+    def _index_and_keys(self, batch_number: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Numbers of a batch's images, and the keys of its views' parameters, on the device."""
+        epoch, batch = divmod(batch_number, self.batches_per_epoch)
         if epoch != self._epoch:
             keys = [stream_key(self.config.seed, epoch, view) for view in range(len(self.views))]
             self._order = self._to_device(torch.from_numpy(self.sampler.order(epoch)))

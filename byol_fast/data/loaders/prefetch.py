@@ -145,36 +145,38 @@ class Prefetcher(Generic[S]):
         self._pool: ThreadPoolExecutor | None = None
         self._ahead: tuple[int, int, S, dict[int, Future[Row]]] | None = None
 
-    def __call__(self, step: int, last: int | None = None) -> tuple[S, list[NDArray[np.uint8]] | NDArray[np.uint8]]:
-        """Contents and images of batch number `step`; starts to read the next one, unless this is the `last`.
+    def __call__(
+        self, batch_number: int, last: int | None = None
+    ) -> tuple[S, list[NDArray[np.uint8]] | NDArray[np.uint8]]:
+        """Contents and images of a batch; starts to read the next one, unless this is the `last`.
 
         Raises:
             CorruptImageError: an image cannot be read and must not be skipped, or too many were.
         """
         if self._direct:
-            spec = self._sample(step)
+            spec = self._sample(batch_number)
             if isinstance(self.source, ArraySource):
                 return spec, self.source.images[spec.index]
             return spec, [self._file_name(int(i)) for i in spec.index]
-        spec, rows = self._take_ahead(step)
+        spec, rows = self._take_ahead(batch_number)
         while unreadable := [(i, row) for i, future in rows.items() if isinstance(row := future.result(), str)]:
-            self.corrupt.add(unreadable, step)
-            spec = self._sample(step)
+            self.corrupt.add(unreadable, batch_number)
+            spec = self._sample(batch_number)
             rows = self._submit(spec, rows)
-        if step != last:
-            following = self._sample(step + 1)
-            self._ahead = step + 1, len(self.corrupt.by_index), following, self._submit(following)
+        if batch_number != last:
+            following = self._sample(batch_number + 1)
+            self._ahead = batch_number + 1, len(self.corrupt.by_index), following, self._submit(following)
         return spec, [row for i in spec.index if not isinstance(row := rows[int(i)].result(), str)]
 
-    def _take_ahead(self, step: int) -> tuple[S, dict[int, Future[Row]]]:
+    def _take_ahead(self, batch_number: int) -> tuple[S, dict[int, Future[Row]]]:
         """The batch that was started in advance, sampled again if more corrupt images are known by now."""
         ahead, self._ahead = self._ahead, None
         rows: dict[int, Future[Row]] = {}
-        if ahead is not None and ahead[0] == step:
+        if ahead is not None and ahead[0] == batch_number:
             rows = ahead[3]
             if ahead[1] == len(self.corrupt.by_index):
                 return ahead[2], rows
-        spec = self._sample(step)
+        spec = self._sample(batch_number)
         return spec, self._submit(spec, rows)
 
     def _submit(self, spec: S, started: Mapping[int, Future[Row]] = MappingProxyType({})) -> dict[int, Future[Row]]:

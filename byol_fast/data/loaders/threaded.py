@@ -74,24 +74,24 @@ class ThreadedLoader(DeterministicLoader):
 
     def _load_batch(self) -> Batch:
         while len(self._ahead) <= self.config.data.prefetch:
-            self._ahead.append(self._start(self._step + len(self._ahead)))
+            self._ahead.append(self._start(self._batch_number + len(self._ahead)))
         pending = self._ahead[0]
         while unreadable := pending.unreadable():
             try:
-                self.corrupt.add(unreadable, self._step)
+                self.corrupt.add(unreadable, self._batch_number)
             except CorruptImageError:
                 self._restart()  # so that the next call tries again
                 raise
-            self._replace_images(pending, self.sampler(self._step))
+            self._replace_images(pending, self.sampler(self._batch_number))
         self._ahead.popleft()
         views = self._stream(partial(self._augment_on_gpu, pending)) if self._on_gpu else pending.views
         return self._batch(views, pending.spec.index)
 
-    def _start(self, step: int) -> _PendingBatch:
+    def _start(self, batch_number: int) -> _PendingBatch:
         """Let threads fill a batch."""
         cpu = torch.device("cpu")
         views = empty_views(len(self.views), self.batch_size, self.size, device=cpu, pin_memory=self._on_gpu)
-        spec = self.sampler(step)
+        spec = self.sampler(batch_number)
         return _PendingBatch(spec, views, self._on_threads(partial(self._fill, views, spec)))
 
     def _replace_images(self, pending: _PendingBatch, spec: BatchSpec) -> None:
