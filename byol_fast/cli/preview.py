@@ -48,13 +48,13 @@ def main(argv: list[str]) -> int:
 
     config, num, output, epoch, check = tyro.cli(options, args=argv, prog=f"byol-fast preview {name}")
 
-    from byol_fast.data import split
+    from byol_fast.data import open_train_val
     from byol_fast.report import preview, view_check
     from byol_fast.utils.device import resolve_device
 
     preview.check_path(output)
     device = resolve_device(config.device)
-    source, _ = split(configs.replace(config, {"knn.enabled": "off"}))
+    source, _ = open_train_val(configs.replace(config, {"knn.enabled": "off"}))
     preview.write(preview.contact_sheet(source, config, device=device, num=num, epoch=epoch), output)
     print(output)
     if not check:

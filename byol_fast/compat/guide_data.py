@@ -16,7 +16,7 @@ from byol_fast.config import Config, DataConfig, KNNConfig, recipes
 from byol_fast.data.loaders.prefetch import resolve_num_threads, single_core_threads
 from byol_fast.data.loaders.threaded import decode_image
 from byol_fast.data.sources import ArraySource, ImageSource, SourceError
-from byol_fast.data.sources.open import split
+from byol_fast.data.sources.open import open_train_val
 from byol_fast.models.layers import Normalize
 
 DATA_VARIABLE = "BYOL_FAST_DATA"
@@ -106,7 +106,7 @@ def _open(root: str | Path | None) -> ImageSource:
     if folder is not None and any((folder / n).exists() for n in ("cifar-10-batches-py", "cifar-10-python.tar.gz")):
         data = DataConfig(builtin="cifar10", cache=folder)
     try:
-        return split(Config(data=data, knn=KNNConfig(enabled="off")))[0]
+        return open_train_val(Config(data=data, knn=KNNConfig(enabled="off")))[0]
     except SourceError as error:
         raise SourceError(
             f"load_data: {error}; in Python, use load_data(root=FOLDER), or set {DATA_VARIABLE}=FOLDER"

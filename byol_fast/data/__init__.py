@@ -4,7 +4,7 @@ from byol_fast.data.batch import Batch, ViewLoader
 from byol_fast.data.integrity import CorruptImageError
 from byol_fast.data.loaders.eval import eval_batches
 from byol_fast.data.loaders.factory import make_loader
-from byol_fast.data.sources import ImageSource, SourceError, open_source, split
+from byol_fast.data.sources import ImageSource, SourceError, open_source, open_train_val
 
 __all__ = [
     "Batch",
@@ -15,5 +15,5 @@ __all__ = [
     "eval_batches",
     "make_loader",
     "open_source",
-    "split",
+    "open_train_val",
 ]

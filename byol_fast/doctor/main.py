@@ -51,13 +51,13 @@ def scan_data(data: ScanData, *, fast: bool, console: Console) -> dict[str, Any]
     Raises:
         SourceError: there are no images.
     """
-    from byol_fast.data import split
+    from byol_fast.data import open_train_val
     from byol_fast.doctor.scan import scan
 
     options = DataConfig(
         root=data.root, cache=data.cache, image_column=data.image_column, label_column=data.label_column
     )
-    parts = zip(("training", "validation"), split(Config(data=options, knn=KNNConfig())), strict=True)
+    parts = zip(("training", "validation"), open_train_val(Config(data=options, knn=KNNConfig())), strict=True)
     scans: dict[str, Any] = {}
     for name, source in parts:
         if source is None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError, DataConfig
 from byol_fast.config.evaluation import EvalSettings
-from byol_fast.data import ImageSource, SourceError, open_source, split
+from byol_fast.data import ImageSource, SourceError, open_source, open_train_val
 from byol_fast.evaluate.encoder import PretrainedEncoder
 from byol_fast.evaluate.splits import subsample
 
@@ -80,7 +80,7 @@ def _open_both(
 ) -> tuple[ImageSource, ImageSource | None]:
     """Training images, and the test images that belong to them if there are any."""
     if isinstance(train, str | Path):
-        return split(Config(data=configs.replace(options, {"root": Path(train), "builtin": "none"})))
+        return open_train_val(Config(data=configs.replace(options, {"root": Path(train), "builtin": "none"})))
     if train is not None:
         return open_source(train, arg_name="train", options=options), None
     if pretrained.config is None:
@@ -91,7 +91,7 @@ def _open_both(
         raise ConfigError(
             f"eval: {pretrained.name} was trained on images from memory; give --train FOLDER and --test FOLDER"
         )
-    return split(configs.replace(pretrained.config, {"knn.enabled": "auto"}))
+    return open_train_val(configs.replace(pretrained.config, {"knn.enabled": "auto"}))
 
 
 def _match_classes(train: ImageSource, test: ImageSource) -> ImageSource:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError
-from byol_fast.data import CorruptImageError, ImageSource, eval_batches, split
+from byol_fast.data import CorruptImageError, ImageSource, eval_batches, open_train_val
 from byol_fast.data.sources.base import evenly_spaced
 from byol_fast.evaluate.extract import extract_features
 from byol_fast.export.encoder import load_encoder
@@ -54,7 +54,7 @@ def picture_sections(run: RunFiles, *, images: Path | None, num: int) -> list[Se
     )
     config = configs.replace(run.config, changes)
     try:
-        train, val = split(config)
+        train, val = open_train_val(config)
     except (ValueError, OSError) as error:
         hint = " If the images were moved, pass --images FOLDER." if images is None else ""
         return [Section("Images", paragraph(f"Views, neighbors and map are left out: {error}.{hint}"))]

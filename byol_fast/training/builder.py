@@ -11,7 +11,7 @@ import torch
 
 from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError
-from byol_fast.data import ImageSource, ViewLoader, split
+from byol_fast.data import ImageSource, ViewLoader, open_train_val
 from byol_fast.data.loaders.factory import make_loader
 from byol_fast.models import split_batchnorm
 from byol_fast.models.activation_checkpoint import checkpoint_blocks
@@ -87,7 +87,7 @@ def build_components(config: Config, *, data: object, resume: Path | None) -> Tr
 
     # --- data and model
     with world.main_process_first():
-        train_source, val_source = split(config, data)
+        train_source, val_source = open_train_val(config, data)
         torch.manual_seed(config.seed)
         model = build_model(config, pretrained=payload is None)
     if model.not_batched_reason is not None:

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from byol_fast.config import Config, DataConfig, replace
-from byol_fast.data import CorruptImageError, SourceError, open_source, split
+from byol_fast.data import CorruptImageError, SourceError, open_source, open_train_val
 from byol_fast.data.sources import EncodedSource, HuggingFaceSource, ParquetSource
 from tests.data.kinds import encoded, installed, options, write_parquet
 
@@ -148,7 +148,7 @@ def test_training_and_validation_files(tmp_path: Path) -> None:
     write_parquet(tmp_path / "data" / "train-00001-of-00002.parquet", IMAGES[4:6], [1, 1])
     write_parquet(tmp_path / "data" / "validation-00000-of-00001.parquet", IMAGES[6:8], [1, 0])
     write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", IMAGES[8:], [-1] * 17)
-    train, val = split(Config(data=DataConfig(root=tmp_path, cache=tmp_path / "cache")))
+    train, val = open_train_val(Config(data=DataConfig(root=tmp_path, cache=tmp_path / "cache")))
     assert isinstance(train, ParquetSource) and isinstance(val, ParquetSource)
     assert contents(train) == IMAGES[:6] and contents(val) == IMAGES[6:8]
     assert val.labels is not None and val.labels.tolist() == [1, 0]

@@ -15,7 +15,7 @@ from PIL import Image, ImageColor
 from byol_fast import config as configs
 from byol_fast.cli import main
 from byol_fast.config import Config, ConfigError, ViewConfig, recipes
-from byol_fast.data import CorruptImageError, SourceError, ViewLoader, make_loader, split
+from byol_fast.data import CorruptImageError, SourceError, ViewLoader, make_loader, open_train_val
 from byol_fast.data.augment_params import BRIGHTNESS, CONTRAST, HUE, SATURATION, sample_params
 from byol_fast.data.sources import ArraySource, FileSource, open_source
 from byol_fast.report import preview, view_check
@@ -187,7 +187,7 @@ def test_command_writes_a_sheet_and_checks_the_loader(tmp_path: Path) -> None:
     assert not any("FAIL" in line for line in lines)
     with Image.open(tmp_path / "a" / "sheet.png") as sheet:
         config = configs.replace(recipes.demo(), {"data.threads": 1})
-        source, _ = split(config)
+        source, _ = open_train_val(config)
         assert sheet.tobytes() == preview.contact_sheet(source, config, device=CPU, num=3).tobytes()
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from byol_fast.config import Config, ConfigError, DataConfig, KNNConfig
-from byol_fast.data import CorruptImageError, SourceError, open_source, split
+from byol_fast.data import CorruptImageError, SourceError, open_source, open_train_val
 from byol_fast.data.sources import ArraySource, DatasetSource, FileSource
 from byol_fast.data.sources.base import evenly_spaced
 from byol_fast.training.knn_monitor import knn_problem
@@ -258,17 +258,17 @@ def run(root: Path | None, **knn: Any) -> Config:
 @pytest.mark.parametrize("name", ["val", "validation", "valid", "test"])
 def test_folder_with_train_and_validation(name: str, tmp_path: Path) -> None:
     put(tmp_path, "train/a/1.png", "train/b/2.png", "train/c/3.png", f"{name}/c/4.png", f"{name}/a/5.png")
-    train, val = split(run(tmp_path))
+    train, val = open_train_val(run(tmp_path))
     assert isinstance(train, FileSource) and isinstance(val, FileSource)
     assert train.paths == ("a/1.png", "b/2.png", "c/3.png")
     assert val.paths == ("a/5.png", "c/4.png")
     assert val.classes == train.classes and labels_of(val) == [0, 2]  # numbered as the training classes are
-    assert split(run(tmp_path, enabled="off"))[1] is None
+    assert open_train_val(run(tmp_path, enabled="off"))[1] is None
 
 
 def test_folder_with_train_only_has_no_validation_images(tmp_path: Path) -> None:
     put(tmp_path, "train/a/1.png", "train/b/2.png")
-    train, val = split(run(tmp_path))
+    train, val = open_train_val(run(tmp_path))
     assert train.classes == ("a", "b") and val is None
 
 
@@ -278,51 +278,51 @@ def test_train_folder_beside_other_files_is_used_alone(tmp_path: Path, caplog: A
     (tmp_path / "devkit" / "data").mkdir(parents=True)
     (tmp_path / "devkit.tar.gz").write_text("x")
     caplog.set_level("INFO")
-    train, val = split(run(tmp_path))
+    train, val = open_train_val(run(tmp_path))
     assert isinstance(train, FileSource) and train.paths == ("a/1.png", "b/2.png") and val is None
     assert "only train is used, not devkit, devkit.tar.gz, sample.png, unlabeled" in caplog.text
 
 
 def test_train_folder_beside_class_folders_is_a_class(tmp_path: Path) -> None:
     put(tmp_path, "car/1.png", "plane/2.png", "train/3.png")
-    train, val = split(run(tmp_path))
+    train, val = open_train_val(run(tmp_path))
     assert train.classes == ("car", "plane", "train") and len(train) == 3 and val is None
 
 
 def test_separate_validation_folder(tmp_path: Path) -> None:
     put(tmp_path, "mine/a/1.png", "mine/b/2.png", "check/b/3.png", "check/a/4.png", "alien/x/1.png", "alien/y/2.png")
-    _, val = split(run(tmp_path / "mine", val_root=tmp_path / "check"))
+    _, val = open_train_val(run(tmp_path / "mine", val_root=tmp_path / "check"))
     assert val is not None and val.labels is not None and val.labels.tolist() == [0, 1]
     with pytest.raises(SourceError, match="2 of 2 validation classes are not among the training classes"):
-        split(run(tmp_path / "mine", val_root=tmp_path / "alien"))
+        open_train_val(run(tmp_path / "mine", val_root=tmp_path / "alien"))
     with pytest.raises(SourceError, match=r"knn\.val_root: .* does not exist"):
-        split(run(tmp_path / "mine", val_root=tmp_path / "nothing"))
+        open_train_val(run(tmp_path / "mine", val_root=tmp_path / "nothing"))
 
 
 def test_unknown_validation_classes_are_dropped_with_automatic_knn(tmp_path: Path, caplog: Any) -> None:
     put(tmp_path, "train/a/1.png", "train/b/2.png", "test/x/1.png", "test/y/2.png")
-    _, val = split(run(tmp_path))
+    _, val = open_train_val(run(tmp_path))
     assert val is not None and val.labels is None
     assert "not among the training classes" in caplog.text
     with pytest.raises(SourceError, match="not among the training classes"):
-        split(run(tmp_path, enabled="on"))
+        open_train_val(run(tmp_path, enabled="on"))
 
 
 def test_npz_with_validation_images(tmp_path: Path) -> None:
     images = np.arange(6 * 64, dtype=np.uint8).reshape(6, 8, 8)
     np.savez(tmp_path / "x.npz", images=images[:4], labels=[0, 1, 0, 1], val_images=images[4:], val_labels=[1, 0])
-    train, val = split(run(tmp_path / "x.npz"))
+    train, val = open_train_val(run(tmp_path / "x.npz"))
     assert isinstance(train, ArraySource) and isinstance(val, ArraySource)
     assert np.array_equal(val.images[..., 0], images[4:]) and labels_of(val) == [1, 0]
 
 
 def test_missing_data_root_is_rejected() -> None:
     with pytest.raises(SourceError, match=r"data\.root must be set, got None; give --data\.root FOLDER"):
-        split(run(None))
+        open_train_val(run(None))
 
 
 def test_demo_data() -> None:
-    train, val = split(Config(data=DataConfig(builtin="demo")))
+    train, val = open_train_val(Config(data=DataConfig(builtin="demo")))
     assert isinstance(train, ArraySource) and isinstance(val, ArraySource)
     assert train.images.shape == (10_000, 28, 28, 3) and val.images.shape == (2_000, 28, 28, 3)
     assert np.bincount(labels_of(train)).tolist() == [1000] * 10
@@ -348,11 +348,11 @@ def test_cifar10_without_network_is_explained(tmp_path: Path, monkeypatch: Any) 
     config = Config(data=DataConfig(builtin="cifar10", cache=tmp_path))
     advice = rf"give --data\.root FOLDER, or put cifar-10-python\.tar\.gz into {tmp_path}"
     with pytest.raises(SourceError, match=advice):
-        split(config)
+        open_train_val(config)
     with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz"):
         pass
     with pytest.raises(SourceError, match=advice):
-        split(config)
+        open_train_val(config)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from byol_fast.config import Config, DataConfig
-from byol_fast.data import CorruptImageError, SourceError, open_source, split
+from byol_fast.data import CorruptImageError, SourceError, open_source, open_train_val
 from byol_fast.data.sources import EncodedSource, TarSource
 from byol_fast.data.sources.shards import expand_braces
 from tests.data.conftest import photo_like
@@ -157,7 +157,7 @@ def test_training_and_validation_shards(tmp_path: Path) -> None:
     (tmp_path / "more").mkdir()
     for name in ("imagenet-train-01.tar", "more/imagenet-train-00.tar", "imagenet-val-00.tar", "imagenet-test-0.tar"):
         write_tar(tmp_path / name, [*bodies(f"{Path(name).stem}.jpg"), (f"{Path(name).stem}.cls", b"0")])
-    train, val = split(Config(data=DataConfig(root=tmp_path, cache=tmp_path / "cache")))
+    train, val = open_train_val(Config(data=DataConfig(root=tmp_path, cache=tmp_path / "cache")))
     assert isinstance(train, TarSource) and isinstance(val, TarSource)
     assert contents(train) == ["imagenet-train-01.jpg", "imagenet-train-00.jpg"]
     assert contents(val) == ["imagenet-val-00.jpg"]
@@ -168,7 +168,7 @@ def test_train_and_val_folders_of_shards(tmp_path: Path) -> None:
         (tmp_path / part).mkdir()
         write_tar(tmp_path / part / "0.tar", bodies(f"{part}.jpg"))
         (tmp_path / part / "nshards.txt").write_text("1")
-    train, val = split(Config(data=DataConfig(root=tmp_path, cache=tmp_path / "cache")))
+    train, val = open_train_val(Config(data=DataConfig(root=tmp_path, cache=tmp_path / "cache")))
     assert isinstance(train, TarSource) and isinstance(val, TarSource)
     assert contents(train) == ["train.jpg"] and contents(val) == ["test.jpg"]
 

@@ -7,7 +7,7 @@ from byol_fast.data.sources.arrays import ArraySource, array_source
 from byol_fast.data.sources.base import EXTENSIONS, EncodedSource, ImageSource, SourceError
 from byol_fast.data.sources.datasets import DatasetSource, HuggingFaceSource
 from byol_fast.data.sources.files import FileSource
-from byol_fast.data.sources.open import open_source, split
+from byol_fast.data.sources.open import open_source, open_train_val
 from byol_fast.data.sources.parquet import ParquetSource
 from byol_fast.data.sources.tar import TarSource
 
@@ -24,5 +24,5 @@ __all__ = [
     "TarSource",
     "array_source",
     "open_source",
-    "split",
+    "open_train_val",
 ]

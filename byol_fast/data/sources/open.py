@@ -121,7 +121,7 @@ def _nearest_parent(path: Path) -> str:
 # ---- training and validation images --------------------------------------------------------------------------------
 
 
-def split(config: Config, data: object = None) -> tuple[ImageSource, ImageSource | None]:
+def open_train_val(config: Config, data: object = None) -> tuple[ImageSource, ImageSource | None]:
     """Training and validation images of a run, from `DataConfig.root`, `.builtin` and `KNNConfig.val_root`.
 
     A folder is split if it contains folders or shards named `train` and `val`, `validation`, `valid` or `test`
