@@ -65,9 +65,9 @@ class CorruptImageError(ValueError):
 class TooManyCorruptImagesError(CorruptImageError):
     """More images are corrupt than a run may skip."""
 
-    def __init__(self, last: CorruptImage, *, count: int, total: int, limit: int, report: Path | None) -> None:
+    def __init__(self, last: CorruptImage, *, count: int, total: int, limit: int, corrupt_list: Path | None) -> None:
         super().__init__(last.image, last.reason)
-        listed = f" (listed in {report})" if report else ""
+        listed = f" (listed in {corrupt_list})" if corrupt_list else ""
         message = (
             f"data: {count} of {total} images cannot be read{listed}, more than the {limit} that a run skips; "
             f"the last one, {last.image}, {last.reason}; check all with `byol-fast doctor --data.root ...`, or "
@@ -198,7 +198,7 @@ class CorruptImages:
         total: number of images.
         on_corrupt: `raise`, or `skip`.
         max_fraction: largest fraction of corrupt images that a run skips; 100 are always skipped, at most half.
-        report: JSON Lines file that lists the corrupt images.
+        corrupt_list: JSON Lines file that lists the corrupt images.
         action: verb phrase for the log: "training continues" (without the image).
     """
 
@@ -209,13 +209,13 @@ class CorruptImages:
         *,
         on_corrupt: Literal["raise", "skip"] = "raise",
         max_fraction: float = 0.01,
-        report: Path | None = None,
+        corrupt_list: Path | None = None,
         action: str = "training continues",
     ) -> None:
         self.by_index: dict[int, CorruptImage] = {}
         """Corrupt images found so far, by index in the source."""
         self._sample_name, self._total, self._on_corrupt = sample_name, total, on_corrupt
-        self._report, self._action = report, action
+        self._corrupt_list, self._action = corrupt_list, action
         self.limit = min(max(MIN_LIMIT, int(max_fraction * total)), total // 2)
 
     @property
@@ -249,11 +249,11 @@ class CorruptImages:
             if number <= MAX_LOGGED:
                 log.warning("%s %s: %s without it", bad.image, bad.reason, self._action)
             if number == MAX_LOGGED:
-                listed = f"listed in {self._report}" if self._report else "not named"
+                listed = f"listed in {self._corrupt_list}" if self._corrupt_list else "not named"
                 log.warning("further images that cannot be read are %s", listed)
         if len(self.by_index) > self.limit:
             raise TooManyCorruptImagesError(
-                last, count=len(self.by_index), total=self._total, limit=self.limit, report=self._report
+                last, count=len(self.by_index), total=self._total, limit=self.limit, corrupt_list=self._corrupt_list
             )
 
     def state_dict(self) -> list[list[Any]]:
@@ -269,10 +269,10 @@ class CorruptImages:
             self._write()
 
     def _write(self) -> None:
-        if self._report is not None:
+        if self._corrupt_list is not None:
             lines = (
                 json.dumps({"image": bad.image, "reason": bad.reason, "batch_number": bad.batch_number, "index": i})
                 for i, bad in self.by_index.items()
             )
-            self._report.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(self._report, "".join(f"{line}\n" for line in lines))
+            self._corrupt_list.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(self._corrupt_list, "".join(f"{line}\n" for line in lines))

@@ -34,7 +34,7 @@ class BatchSampler:
 
     Args:
         num_images: number of images of the source.
-        views: configurations of the views.
+        view_configs: configurations of the views.
         batch_size: images a batch.
         seed: of the order and of the augmentation parameters.
         shard_id: part of every epoch that this process takes.
@@ -51,7 +51,7 @@ class BatchSampler:
     def __init__(
         self,
         num_images: int,
-        views: tuple[ViewConfig, ...],
+        view_configs: tuple[ViewConfig, ...],
         *,
         batch_size: int,
         seed: int,
@@ -67,7 +67,7 @@ class BatchSampler:
                 f"batch_size: must be at most the number of training images{shards}, {self._per_shard}, got "
                 f"{batch_size}; use --batch-size {self._per_shard} or less, or more images"
             )
-        self.num_images, self.views, self.seed = num_images, views, seed
+        self.num_images, self.view_configs, self.seed = num_images, view_configs, seed
         self.batch_size, self.shard_id, self.num_shards = batch_size, shard_id, num_shards
         self.batches_per_epoch = self._per_shard // batch_size
         self._epoch = -1
@@ -76,7 +76,10 @@ class BatchSampler:
     def __call__(self, batch_number: int) -> BatchSpec:
         """Images and augmentation parameters of a batch, which is numbered from 0 over all epochs."""
         epoch, index = batch_number // self.batches_per_epoch, self.index(batch_number)
-        params = (sample_params(v, index, seed=self.seed, epoch=epoch, view=i) for i, v in enumerate(self.views))
+        params = (
+            sample_params(config, index, seed=self.seed, epoch=epoch, view=view)
+            for view, config in enumerate(self.view_configs)
+        )
         return BatchSpec(index, tuple(params))
 
     def index(self, batch_number: int) -> NDArray[np.int64]:

@@ -99,7 +99,7 @@ def build_components(config: Config, *, data: object, resume: Path | None) -> Tr
         device=execution.device,
         shard_id=world.rank,
         num_shards=world.size,
-        report=run_dir.corrupt_images(world.rank),
+        corrupt_list=run_dir.corrupt_images(world.rank),
     )
 
     # --- optimizer, step, state and evaluation

@@ -188,7 +188,7 @@ def outcome(folder: Path, backend: str, policy: str, damage: Callable[[Path], An
     folder.chmod(0o777)
     user = os.geteuid()
     source = open_source(folder)
-    loader = loader_of(source, config(backend, policy), report=folder / "bad.jsonl")
+    loader = loader_of(source, config(backend, policy), corrupt_list=folder / "bad.jsonl")
     if damage is not None:
         damage(folder / "x.jpg")
     try:

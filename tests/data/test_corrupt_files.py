@@ -82,7 +82,7 @@ def test_corrupt_files_are_passed_over(backend: str, tmp_path: Path) -> None:
     bad = fill_with_corrupt(tmp_path / "images")
     source = open_source(tmp_path / "images")
     report = tmp_path / "run" / "corrupt_images.jsonl"
-    loader = loader_of(source, config(backend, "skip"), report=report)
+    loader = loader_of(source, config(backend, "skip"), corrupt_list=report)
     clean = loader_of(source, config("threaded", "skip")).sampler  # type: ignore[attr-defined]
     assert loader.batches_per_epoch == len(source) // 8
     seen = []
@@ -178,7 +178,7 @@ def test_too_many_corrupt_images_stop_the_run(backend: str, tmp_path: Path) -> N
     fill(tmp_path, 12)
     for i in range(13):
         (tmp_path / f"bad {i}.jpg").write_bytes(b"")
-    loader = loader_of(open_source(tmp_path), config(backend, "skip"), report=tmp_path / "run" / "bad.jsonl")
+    loader = loader_of(open_source(tmp_path), config(backend, "skip"), corrupt_list=tmp_path / "run" / "bad.jsonl")
     message = r"13 of 25 images cannot be read \(listed in .*bad\.jsonl\), more than the 12 that a run skips; the"
     with pytest.raises(TooManyCorruptImagesError, match=message):
         for _ in range(6):

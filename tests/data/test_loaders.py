@@ -204,11 +204,10 @@ def test_shards_are_parts_of_one_epoch(backend: str, arrays: ArraySource) -> Non
 
 @pytest.mark.parametrize("num_views", [1, 3])
 def test_number_of_views_does_not_change_their_pixels(num_views: int, backend: str, source: ImageSource) -> None:
-    views = (VIEW1, VIEW2, plain(16, hflip_p=0.5))[:num_views]
+    view_configs = (VIEW1, VIEW2, plain(16, hflip_p=0.5))[:num_views]
     config = config_of(backend, VIEW1, VIEW2)
-    for both, batch in zip(
-        take(loader_of(source, config), 3), take(loader_of(source, config, views=views), 3), strict=True
-    ):
+    pairs = (take(loader_of(source, config, **more), 3) for more in ({}, {"view_configs": view_configs}))
+    for both, batch in zip(*pairs, strict=True):
         assert len(batch.views) == num_views and torch.equal(batch.index, both.index)
         for one, other in zip(batch.views, both.views, strict=False):
             assert torch.equal(one, other)

@@ -54,7 +54,9 @@ def open_pair(folder: Path, kind: str, backend: str, corrupt: bool) -> tuple[Ima
     images = with_one_corrupt(pictures()) if corrupt else pictures()
     source = make(kind, folder / f"{kind}{'-corrupt' * corrupt}", images)
     config = replace(config_of(backend, VIEW1, VIEW2, batch_size=10), {"data.on_corrupt": "skip"})
-    return source, loader_of(source, config, report=folder / f"{kind}-{backend}-{corrupt}.jsonl" if corrupt else None)
+    return source, loader_of(
+        source, config, corrupt_list=folder / f"{kind}-{backend}-{corrupt}.jsonl" if corrupt else None
+    )
 
 
 def digest_of(loader: ViewLoader) -> str:

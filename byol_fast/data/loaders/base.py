@@ -37,11 +37,11 @@ class DeterministicLoader(ABC):
     Args:
         source: the images.
         config: of it `batch_size`, `seed` and `data` are used.
-        views: configurations of the views, of one size.
+        view_configs: configurations of the views, of one size.
         device: where the batches go.
         shard_id: part of every epoch that this process takes.
         num_shards: number of parts.
-        report: file that lists skipped corrupt images.
+        corrupt_list: file that lists skipped corrupt images.
 
     Raises:
         SourceError: there are fewer images than one batch takes.
@@ -53,18 +53,18 @@ class DeterministicLoader(ABC):
         self,
         source: ImageSource,
         config: Config,
-        views: tuple[ViewConfig, ...],
+        view_configs: tuple[ViewConfig, ...],
         *,
         device: torch.device,
         shard_id: int = 0,
         num_shards: int = 1,
-        report: Path | None = None,
+        corrupt_list: Path | None = None,
     ) -> None:
-        self.source, self.config, self.views, self.device = source, config, views, device
-        self.size = views[0].size
+        self.source, self.config, self.view_configs, self.device = source, config, view_configs, device
+        self.size = view_configs[0].size
         self.sampler = BatchSampler(
             len(source),
-            views,
+            view_configs,
             batch_size=config.batch_size,
             seed=config.seed,
             shard_id=shard_id,
@@ -75,7 +75,7 @@ class DeterministicLoader(ABC):
             len(source),
             on_corrupt=config.data.on_corrupt,
             max_fraction=config.data.max_corrupt_fraction,
-            report=report,
+            corrupt_list=corrupt_list,
         )
         self.sampler.excluded = self.corrupt.by_index.keys()
         self.batch_size = config.batch_size
@@ -174,7 +174,7 @@ class DeterministicLoader(ABC):
         """Everything that the batches depend on, apart from the arithmetic of the back end."""
         return {
             "images": f"{len(self.source)} with fingerprint {self.source.fingerprint}",
-            **{f"view{i}": json.dumps(dataclasses.asdict(view)) for i, view in enumerate(self.views, 1)},
+            **{f"view{i}": json.dumps(dataclasses.asdict(view)) for i, view in enumerate(self.view_configs, 1)},
             "batch_size": self.batch_size,
             "num_shards": self.sampler.num_shards,
             "seed": self.config.seed,

@@ -53,7 +53,7 @@ class DALILoader(DeterministicLoader):
     Args:
         source: the images.
         config: see `DeterministicLoader`.
-        views: see `DeterministicLoader`.
+        view_configs: see `DeterministicLoader`.
         augment: "kernels" for our operators after the crop, "dali" for DALI's own.
         options: see `DeterministicLoader`.
     """
@@ -65,15 +65,15 @@ class DALILoader(DeterministicLoader):
         self,
         source: ImageSource,
         config: Config,
-        views: tuple[ViewConfig, ...],
+        view_configs: tuple[ViewConfig, ...],
         *,
         augment: Literal["kernels", "dali"],
         **options: Any,
     ) -> None:
-        super().__init__(source, config, views, **options)
+        super().__init__(source, config, view_configs, **options)
         self._kernels = augment == "kernels"
         self.name = f"dali {self.device}" + (", kernels" if self._kernels else "")
-        self._names = tuple(required_params(view, flip=False) for view in views)  # the graph mirrors for free
+        self._names = tuple(required_params(view, flip=False) for view in view_configs)  # the graph mirrors for free
         self._stream = PrefetchStream(self.device, ahead=config.data.prefetch + 1)
         self._in_flight: deque[BatchSpec] = deque()
         self._on_cpu = self._kernels and self.device.type == "cpu"  # our kernels on threads, beside the graph
@@ -141,7 +141,9 @@ class DALILoader(DeterministicLoader):
 
     def _augment(self, views: Views, spec: BatchSpec, crops: Views, rows: slice) -> None:
         """Write some rows of a batch into its views: colors, blur and solarization of the crops."""
-        for out, crop, params, names, view in zip(views, crops, spec.params, self._names, self.views, strict=True):
+        for out, crop, params, names, view in zip(
+            views, crops, spec.params, self._names, self.view_configs, strict=True
+        ):
             apply_photometric(crop[rows], select_rows(params, names, rows), view, out=out[rows])
 
     def _build_pipeline(self) -> Pipeline:
@@ -149,11 +151,13 @@ class DALILoader(DeterministicLoader):
             self.source, self.sampler, self.corrupt, num_threads=self.num_threads
         )
         size = prefetcher.size
-        views = tuple(replace(view, **CROPS_ONLY) for view in self.views) if self._kernels else self.views
+        view_configs = self.view_configs
+        if self._kernels:
+            view_configs = tuple(replace(view, **CROPS_ONLY) for view in view_configs)
         numbers = iter(range(self._batch_number, 2**62))
 
         def inputs_of_views(spec: BatchSpec) -> list[dict[str, NDArray[Any]]]:
-            return [view_inputs(params, view, size) for params, view in zip(spec.params, views, strict=True)]
+            return [view_inputs(params, view, size) for params, view in zip(spec.params, view_configs, strict=True)]
 
         def feed() -> list[Any]:
             spec, images = prefetcher(next(numbers))
@@ -165,7 +169,7 @@ class DALILoader(DeterministicLoader):
             names=[list(inputs) for inputs in inputs_of_views(self.sampler(self._batch_number))],
             encoding=prefetcher.encoding,
             gpu=self.device.type == "cuda",
-            views=views,
+            view_configs=view_configs,
             hw_decoder_load=self.config.data.hw_decoder_load,
             **_pipeline_options(self.batch_size, self.num_threads, self.config.data.prefetch, self.device),
         )
@@ -342,7 +346,7 @@ def _views_graph(
     names: list[list[str]],
     encoding: Encoding,
     gpu: bool,
-    views: tuple[ViewConfig, ...],
+    view_configs: tuple[ViewConfig, ...],
     hw_decoder_load: float,
 ) -> Any:
     """Views of each image; `feed` returns the images, then the inputs of each view in the order of its `names`."""
@@ -350,7 +354,7 @@ def _views_graph(
     image = _decode(data, encoding, gpu, hw_decoder_load=hw_decoder_load)
     remaining = iter(inputs)
     outputs = []
-    for k, view in enumerate(views):
+    for k, view in enumerate(view_configs):
         outputs.append(augment(image, {name: next(remaining) for name in names[k]}, view, gpu))
     return tuple(outputs)
 

@@ -35,18 +35,20 @@ class DeviceCacheLoader(DeterministicLoader):
     Args:
         source: an `ArraySource`.
         config: see `DeterministicLoader`.
-        views: see `DeterministicLoader`.
+        view_configs: see `DeterministicLoader`.
         options: see `DeterministicLoader`.
     """
 
-    def __init__(self, source: ImageSource, config: Config, views: tuple[ViewConfig, ...], **options: Any) -> None:
-        super().__init__(source, config, views, **options)
+    def __init__(
+        self, source: ImageSource, config: Config, view_configs: tuple[ViewConfig, ...], **options: Any
+    ) -> None:
+        super().__init__(source, config, view_configs, **options)
         assert isinstance(source, ArraySource)
         self.name = f"device_cache {self.device}"
         height, width = source.images.shape[1:3]
-        self._names = tuple(required_params(view) for view in views)
+        self._names = tuple(required_params(view) for view in view_configs)
         self._images = _as_tensor(source.images).permute(0, 3, 1, 2).to(self.device)
-        self._tables = [torch.from_numpy(params_table(view, height, width)).to(self.device) for view in views]
+        self._tables = [torch.from_numpy(params_table(view, height, width)).to(self.device) for view in view_configs]
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
         self._keys: tuple[Tensor, ...] = ()
@@ -80,13 +82,13 @@ class DeviceCacheLoader(DeterministicLoader):
         return views
 
     def _empty_views(self) -> Views:
-        return empty_views(len(self.views), self.batch_size, self.size, device=self.device)
+        return empty_views(len(self.view_configs), self.batch_size, self.size, device=self.device)
 
     def _index_and_keys(self, batch_number: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Numbers of a batch's images, and the keys of its views' parameters, on the device."""
         epoch, batch = divmod(batch_number, self.batches_per_epoch)
         if epoch != self._epoch:
-            keys = [stream_key(self.config.seed, epoch, view) for view in range(len(self.views))]
+            keys = [stream_key(self.config.seed, epoch, view) for view in range(len(self.view_configs))]
             self._order = self._to_device(torch.from_numpy(self.sampler.order(epoch)))
             self._keys = self._to_device(torch.tensor(keys)).unbind()
             self._epoch = epoch
@@ -97,7 +99,7 @@ class DeviceCacheLoader(DeterministicLoader):
 
     def _fill(self, views: Views, index: Tensor, keys: tuple[Tensor, ...], rows: slice) -> None:
         """Write some rows of a batch of images `index` into its views."""
-        for out, key, table, names, view in zip(views, keys, self._tables, self._names, self.views, strict=True):
+        for out, key, table, names, view in zip(views, keys, self._tables, self._names, self.view_configs, strict=True):
             params = sample_params(index[rows], key, table, blur_kernel=view.blur_kernel)
             crops = resized_crop(
                 self._images, params.crop, view.size, index=index[rows], interpolation=view.interpolation

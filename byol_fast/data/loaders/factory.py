@@ -18,30 +18,35 @@ from byol_fast.data.sources import ImageSource
 def make_loader(
     source: ImageSource,
     config: Config,
-    views: tuple[ViewConfig, ...] | None = None,
+    view_configs: tuple[ViewConfig, ...] | None = None,
     *,
     device: torch.device,
     shard_id: int = 0,
     num_shards: int = 1,
-    report: Path | None = None,
+    corrupt_list: Path | None = None,
 ) -> ViewLoader:
     """Build the loader that `config.data.loader` asks for.
 
     Args:
         source: the training images.
         config: of it `batch_size` (for each shard), `seed`, `data` and, by default, `view1` and `view2` are used.
-        views: configurations of one or more views, of one size; None for `view1` and `view2`.
+        view_configs: configurations of one or more views, of one size; None for `view1` and `view2`.
         device: where the batches go.
         shard_id: part of every epoch that this process takes.
         num_shards: number of parts.
-        report: file that lists skipped corrupt images (`DataConfig.on_corrupt`), a JSON object a line.
+        corrupt_list: file that lists skipped corrupt images (`DataConfig.on_corrupt`), a JSON object a line.
 
     Raises:
         SourceError: fewer images than one batch takes; DALI asked for and not installed.
     """
     backend = resolve_backend(config.data, source, device)
-    options: dict[str, Any] = {"device": device, "shard_id": shard_id, "num_shards": num_shards, "report": report}
-    arguments = (source, config, (config.view1, config.view2) if views is None else views)
+    options: dict[str, Any] = {
+        "device": device,
+        "shard_id": shard_id,
+        "num_shards": num_shards,
+        "corrupt_list": corrupt_list,
+    }
+    arguments = (source, config, (config.view1, config.view2) if view_configs is None else view_configs)
     if backend.loader == "dali":
         from byol_fast.data.loaders.dali import DALILoader  # an optional package
 

@@ -57,14 +57,16 @@ class ThreadedLoader(DeterministicLoader):
     Args:
         source: the images.
         config: see `DeterministicLoader`.
-        views: see `DeterministicLoader`.
+        view_configs: see `DeterministicLoader`.
         options: see `DeterministicLoader`.
     """
 
-    def __init__(self, source: ImageSource, config: Config, views: tuple[ViewConfig, ...], **options: Any) -> None:
-        super().__init__(source, config, views, **options)
+    def __init__(
+        self, source: ImageSource, config: Config, view_configs: tuple[ViewConfig, ...], **options: Any
+    ) -> None:
+        super().__init__(source, config, view_configs, **options)
         self.name = "threaded, kernels"
-        self._names = tuple(required_params(view) for view in views)
+        self._names = tuple(required_params(view) for view in view_configs)
         self._on_gpu = self.device.type == "cuda"
         self._stream = PrefetchStream(self.device, ahead=config.data.prefetch + 1)
         self._ahead: deque[_PendingBatch] = deque()
@@ -90,7 +92,7 @@ class ThreadedLoader(DeterministicLoader):
     def _start(self, batch_number: int) -> _PendingBatch:
         """Let threads fill a batch."""
         cpu = torch.device("cpu")
-        views = empty_views(len(self.views), self.batch_size, self.size, device=cpu, pin_memory=self._on_gpu)
+        views = empty_views(len(self.view_configs), self.batch_size, self.size, device=cpu, pin_memory=self._on_gpu)
         spec = self.sampler(batch_number)
         return _PendingBatch(spec, views, self._on_threads(partial(self._fill, views, spec)))
 
@@ -116,12 +118,12 @@ class ThreadedLoader(DeterministicLoader):
         for k, final in enumerate(in_place):
             if not final:
                 params = select_rows(spec.params[k], self._names[k], rows)
-                apply_photometric(crops[k], params, self.views[k], out=outs[k])
+                apply_photometric(crops[k], params, self.view_configs[k], out=outs[k])
         return unreadable
 
     def _crop_arrays(self, source: ArraySource, crops: list[Tensor], spec: BatchSpec, rows: slice) -> None:
         images = torch.from_numpy(source.images[spec.index[rows]]).permute(0, 3, 1, 2)
-        for crop, params, view in zip(crops, spec.params, self.views, strict=True):
+        for crop, params, view in zip(crops, spec.params, self.view_configs, strict=True):
             windows = crop_windows(params.crop[rows], images.shape[2], images.shape[3], view.ratio)
             crop[:] = resized_crop(images, torch.from_numpy(windows), view.size, interpolation=view.interpolation)
 
@@ -134,20 +136,20 @@ class ThreadedLoader(DeterministicLoader):
             except CorruptImageError as error:
                 unreadable.append((int(spec.index[row]), error.reason))
                 continue
-            for crop, params, view in zip(crops, spec.params, self.views, strict=True):
+            for crop, params, view in zip(crops, spec.params, self.view_configs, strict=True):
                 window = torch.tensor([crop_window(params.crop[row], image.shape[2], image.shape[3], view.ratio)])
                 crop[k] = resized_crop(image, window, view.size, interpolation=view.interpolation)[0]
         return unreadable
 
     def _augment_on_gpu(self, pending: _PendingBatch) -> Views:
         """Copy the crops to the GPU and launch the rest of the augmentation there."""
-        shape = len(self.views), self.batch_size, self.size
+        shape = len(self.view_configs), self.batch_size, self.size
         views, crops = empty_views(*shape, device=self.device), empty_views(*shape, device=self.device)
         for k, names in enumerate(self._names):
             if names:
                 crops[k].copy_(pending.views[k], non_blocking=True)
                 params = select_rows(pending.spec.params[k], names, slice(None))
-                apply_photometric(crops[k], params, self.views[k], out=views[k])
+                apply_photometric(crops[k], params, self.view_configs[k], out=views[k])
             else:
                 views[k].copy_(pending.views[k], non_blocking=True)
         return views
