@@ -39,14 +39,13 @@ class BatchSampler:
         seed: of the order and of the augmentation parameters.
         shard_id: part of every epoch that this process takes.
         num_shards: number of parts.
+        excluded: positions of corrupt images in the source. The sampler reads it at every call, so that the owner may
+            add to it.
 
     Raises:
         ValueError: `shard_id` is out of range.
         SourceError: there are fewer images than one batch takes.
     """
-
-    excluded: Collection[int] = ()
-    """Corrupt images; may grow from one call to the next."""
 
     def __init__(
         self,
@@ -57,6 +56,7 @@ class BatchSampler:
         seed: int,
         shard_id: int = 0,
         num_shards: int = 1,
+        excluded: Collection[int] = (),
     ) -> None:
         if not 0 <= shard_id < num_shards:
             raise ValueError(f"loader: shard_id must be 0..{num_shards - 1} (num_shards - 1), got {shard_id}")
@@ -70,6 +70,7 @@ class BatchSampler:
         self.num_images, self.view_configs, self.seed = num_images, view_configs, seed
         self.batch_size, self.shard_id, self.num_shards = batch_size, shard_id, num_shards
         self.batches_per_epoch = self._per_shard // batch_size
+        self._excluded = excluded
         self._epoch = -1
         self._order = np.empty(0, np.int64)
 
@@ -87,7 +88,7 @@ class BatchSampler:
         epoch, batch = divmod(batch_number, self.batches_per_epoch)
         start = batch * self.batch_size
         index = self.order(epoch)[start : start + self.batch_size]
-        return self._replace_excluded(index, epoch, start) if self.excluded else index
+        return self._replace_excluded(index, epoch, start) if self._excluded else index
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """Images of this shard in the order of an epoch, excluded ones included."""
@@ -99,8 +100,8 @@ class BatchSampler:
 
     def _replace_excluded(self, index: NDArray[np.int64], epoch: int, start: int) -> NDArray[np.int64]:
         index = index.copy()
-        for row in np.flatnonzero(np.isin(index, np.fromiter(self.excluded, np.int64))):
+        for row in np.flatnonzero(np.isin(index, np.fromiter(self._excluded, np.int64))):
             position = (start + int(row)) * self.num_shards + self.shard_id
             candidates = substitutes(self.num_images, seed=self.seed, epoch=epoch, position=position)
-            index[row] = next(i for i in candidates if i not in self.excluded)
+            index[row] = next(i for i in candidates if i not in self._excluded)
         return index

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,10 +27,12 @@ BATCHES = st.integers(1, 20)
 SEEDS = st.integers(0, 2**31 - 1)
 
 
-def samplers(n: int, shards: int, batch: int, seed: int = 0) -> list[BatchSampler]:
-    return [
-        BatchSampler(n, (VIEW, VIEW), batch_size=batch, seed=seed, shard_id=i, num_shards=shards) for i in range(shards)
-    ]
+def samplers(
+    n: int, shards: int, batch: int, seed: int = 0, excluded: Sequence[Collection[int]] | None = None
+) -> list[BatchSampler]:
+    options: dict[str, Any] = {"batch_size": batch, "seed": seed, "num_shards": shards}
+    excluded = excluded or [()] * shards
+    return [BatchSampler(n, (VIEW, VIEW), shard_id=i, excluded=known, **options) for i, known in enumerate(excluded)]
 
 
 def epoch_of(parts: list[BatchSampler], epoch: int) -> NDArray[np.int64]:
@@ -107,21 +110,20 @@ def test_repeated_image_has_equal_views() -> None:
 
 
 def epoch_with_late_discovery(
-    parts: list[BatchSampler], epoch: int, bad: Collection[int]
-) -> tuple[NDArray[np.int64], set[int]]:
+    n: int, shards: int, batch: int, seed: int, *, epoch: int, bad: Collection[int]
+) -> NDArray[np.int64]:
     """Epoch in which each shard finds corrupt images when it reads them."""
-    count = parts[0].batches_per_epoch
+    excluded: list[set[int]] = [set() for _ in range(shards)]
     dealt: list[NDArray[np.int64]] = []
-    for p in parts:
-        known: set[int] = set()
-        p.excluded = known
+    for p, known in zip(samplers(n, shards, batch, seed, excluded), excluded, strict=True):
+        count = p.batches_per_epoch
         rows = []
         for s in range(count):
             while met := set(p(epoch * count + s).index.tolist()) & set(bad):
-                known |= met
+                known.update(met)
             rows.append(p(epoch * count + s).index)
         dealt.append(np.concatenate(rows))
-    return np.stack(dealt, axis=1).ravel(), known
+    return np.stack(dealt, axis=1).ravel()
 
 
 @settings(max_examples=50, deadline=None)
@@ -132,24 +134,20 @@ def test_replacements_do_not_depend_on_discovery_time(
     assume(batch <= -(-n // shards))
     bad = data.draw(st.sets(st.integers(0, n - 1), max_size=n // 2))
     before = epoch_of(samplers(n, shards, batch, seed), 1)
-    informed = samplers(n, shards, batch, seed)
-    for p in informed:
-        p.excluded = bad
+    informed = samplers(n, shards, batch, seed, [bad] * shards)
     whole = epoch_of(informed, 1)
     assert not set(whole.tolist()) & bad
     stays = ~np.isin(before, list(bad))
     assert np.array_equal(whole[stays], before[stays])  # all other images stay in place
-    assert np.array_equal(epoch_with_late_discovery(samplers(n, shards, batch, seed), 1, bad)[0], whole)
+    assert np.array_equal(epoch_with_late_discovery(n, shards, batch, seed, epoch=1, bad=bad), whole)
     assert {p.batches_per_epoch for p in informed} == {-(-n // shards) // batch}
 
 
 def test_replacements_differ_between_epochs() -> None:
     stand_ins = []
     for epoch in range(300):
-        [p] = samplers(50, 1, 50, seed=3)
-        before = p(epoch).index
-        p.excluded = {7}
-        stand_ins.append(int(p(epoch).index[before == 7][0]))
+        [all_images], [without_7] = samplers(50, 1, 50, seed=3), samplers(50, 1, 50, seed=3, excluded=[{7}])
+        stand_ins.append(int(without_7.index(epoch)[all_images.index(epoch) == 7][0]))
     assert 7 not in stand_ins and len(set(stand_ins)) == 49  # expected to miss 49 * (1 - 1/49)^300 = 0.1 of them
 
 

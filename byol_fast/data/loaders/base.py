@@ -62,14 +62,6 @@ class DeterministicLoader(ABC):
     ) -> None:
         self.source, self.config, self.view_configs, self.device = source, config, view_configs, device
         self.size = view_configs[0].size
-        self.sampler = BatchSampler(
-            len(source),
-            view_configs,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            shard_id=shard_id,
-            num_shards=num_shards,
-        )
         self.corrupt = CorruptImages(
             source.sample_name,
             len(source),
@@ -77,7 +69,15 @@ class DeterministicLoader(ABC):
             max_fraction=config.data.max_corrupt_fraction,
             corrupt_list=corrupt_list,
         )
-        self.sampler.excluded = self.corrupt.by_index.keys()
+        self.sampler = BatchSampler(
+            len(source),
+            view_configs,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            shard_id=shard_id,
+            num_shards=num_shards,
+            excluded=self.corrupt.by_index.keys(),  # grows with every corrupt image that is found
+        )
         self.batch_size = config.batch_size
         self.batches_per_epoch = self.sampler.batches_per_epoch
         self.num_threads = resolve_num_threads(config.data.threads)
