@@ -1,9 +1,9 @@
-"""Views of images from one DALI graph, augmented or only cropped, and center crops for evaluation.
+"""Views of images from one DALI pipeline, augmented or only cropped, and center crops for evaluation.
 
-Our kernels augment the crops of the graph, or its own operators do (`DataConfig.augment`, `dali_views.py`). The graph
-is the same on the CPU and on a GPU (there, decoding is "mixed" and all else runs on the device). Images are decoded
-once. Augmentation parameters come from `byol_fast.data.augment_params` as inputs of the graph: DALI has no random
-state that would have to be saved.
+Our kernels augment the crops of the pipeline, or its own operators do (`DataConfig.augment`, `dali_views.py`). The
+pipeline is the same on the CPU and on a GPU (there, decoding is "mixed" and all else runs on the device). Images are
+decoded once. Augmentation parameters come from `byol_fast.data.augment_params` as inputs of the pipeline: DALI has no
+random state that would have to be saved.
 
 Import this module only where DALI is wanted: it imports DALI.
 """
@@ -73,10 +73,10 @@ class DALILoader(DeterministicLoader):
         super().__init__(source, config, view_configs, **options)
         self._kernels = augment == "kernels"
         self.name = f"dali {self.device}" + (", kernels" if self._kernels else "")
-        self._names = tuple(required_params(view, flip=False) for view in view_configs)  # the graph mirrors for free
+        self._names = tuple(required_params(view, flip=False) for view in view_configs)  # the pipeline mirrors for free
         self._stream = PrefetchStream(self.device, ahead=config.data.prefetch + 1)
         self._in_flight: deque[BatchSpec] = deque()
-        self._on_cpu = self._kernels and self.device.type == "cpu"  # our kernels on threads, beside the graph
+        self._on_cpu = self._kernels and self.device.type == "cpu"  # our kernels on threads, beside the pipeline
         self._ahead: deque[tuple[BatchSpec, Views, list[Future[None]]]] = deque()
 
     def _backend_version(self) -> str:
@@ -101,7 +101,7 @@ class DALILoader(DeterministicLoader):
     def _next_batch(self, pipe: Pipeline) -> Batch:
         """The next batch. DALI runs ahead: specs wait in `_in_flight` until their crops leave the pipeline."""
         if self._on_cpu:
-            while len(self._ahead) < 2:  # one batch is augmented while the graph crops the next
+            while len(self._ahead) < 2:  # one batch is augmented while the pipeline crops the next
                 self._ahead.append(self._start_augment(*self._next_crops(pipe)))
             spec, views, chunks = self._ahead.popleft()
             for chunk in chunks:
@@ -113,9 +113,9 @@ class DALILoader(DeterministicLoader):
         return self._batch(views, spec.index)
 
     def _next_crops(self, pipe: Pipeline) -> tuple[BatchSpec, Views]:
-        """Run the graph: contents of the next batch and its crops `[B, 3, S, S]`.
+        """Run the pipeline: contents of the next batch and its crops `[B, 3, S, S]`.
 
-        The queue of specs is empty until the first run feeds the graph, so it is only read afterwards.
+        The queue of specs is empty until the first run feeds the pipeline, so it is only read afterwards.
         """
         crops = tuple(crops.permute(0, 3, 1, 2) for crops in _run(pipe, self.device))
         return self._in_flight.popleft(), crops
@@ -164,7 +164,7 @@ class DALILoader(DeterministicLoader):
             self._in_flight.append(spec)
             return [images, *(value for inputs in inputs_of_views(spec) for value in inputs.values())]
 
-        return _views_graph(
+        return _views_pipeline(
             feed,
             names=[list(inputs) for inputs in inputs_of_views(self.sampler(self._batch_number))],
             encoding=prefetcher.encoding,
@@ -242,7 +242,7 @@ def _run_center_crops(
                 return images
         raise StopIteration
 
-    pipe = _center_crops_graph(
+    pipe = _center_crops_pipeline(
         feed,
         encoding=prefetcher.encoding,
         gpu=device.type == "cuda",
@@ -273,7 +273,7 @@ def _pipeline_options(batch_size: int, num_threads: int, prefetch: int, device: 
         "num_threads": num_threads,
         "device_id": (torch.cuda.current_device() if device.index is None else device.index) if gpu else None,
         "prefetch_queue_depth": prefetch,
-        "seed": 0,  # not used: nothing in these graphs is random
+        "seed": 0,  # not used: nothing in these pipelines is random
     }
 
 
@@ -322,7 +322,7 @@ def _check_if_needed(source: EncodedSource, i: int) -> str | None:
 def _check_by_dali(source: EncodedSource, i: int, device: torch.device) -> str | None:
     try:
         data = source.read(i)
-        pipe = _decode_graph(
+        pipe = _decode_pipeline(
             lambda: [np.frombuffer(data, np.uint8)],
             gpu=device.type == "cuda",
             **_pipeline_options(1, 1, 1, device),
@@ -336,11 +336,11 @@ def _check_by_dali(source: EncodedSource, i: int, device: torch.device) -> str |
     return None
 
 
-# ---- the graphs ----------------------------------------------------------------------------------------------------
+# ---- the pipelines -------------------------------------------------------------------------------------------------
 
 
 @pipeline_def(enable_conditionals=True)
-def _views_graph(
+def _views_pipeline(
     feed: Feed,
     *,
     names: list[list[str]],
@@ -360,7 +360,7 @@ def _views_graph(
 
 
 @pipeline_def
-def _center_crops_graph(
+def _center_crops_pipeline(
     feed: Callable[[], Any], *, encoding: Encoding, gpu: bool, size: int, interpolation: str
 ) -> Any:
     image = _decode(fn.external_source(source=feed, batch=True), encoding, gpu)
@@ -377,7 +377,7 @@ def _center_crops_graph(
 
 
 @pipeline_def
-def _decode_graph(feed: Callable[[], list[Any]], *, gpu: bool) -> Any:
+def _decode_pipeline(feed: Callable[[], list[Any]], *, gpu: bool) -> Any:
     return _decode(fn.external_source(source=feed, batch=True), "bytes", gpu)
 
 

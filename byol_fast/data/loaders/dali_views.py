@@ -1,6 +1,6 @@
-"""DALI graph of one view: crop and flip and, with `--data.augment dali`, all of its augmentation.
+"""DALI operators of one view: crop and flip and, with `--data.augment dali`, all of its augmentation.
 
-With our kernels the graph only crops and flips (`CROPS_ONLY`). The color jitter is torchvision's: random order, hue in
+With our kernels they only crop and flip (`CROPS_ONLY`). The color jitter is torchvision's: random order, hue in
 HSV, each adjustment rounded to bytes.
 
 Import this module only where DALI is wanted: it imports DALI.
@@ -23,15 +23,15 @@ fn, types = _dali.fn, _dali.types
 Node = Any  # nvidia.dali.data_node.DataNode, with arithmetic operators
 
 CROPS_ONLY: dict[str, Any] = {"color_jitter_p": 0.0, "grayscale_p": 0.0, "blur_p": 0.0, "solarize_p": 0.0}
-"""Overrides of a `ViewConfig` for a graph without the operators that our kernels replace."""
+"""Overrides of a `ViewConfig` for a pipeline without the operators that our kernels replace."""
 
 INTERPOLATION = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
 
 
 def view_inputs(params: AugmentParams, view: ViewConfig, size: tuple[int, int] | None) -> dict[str, NDArray[Any]]:
-    """Inputs of a view's graph: the required parameters, one array `[B, ...]` for each use.
+    """Inputs of the operators of a view: the required parameters, one array `[B, ...]` for each use.
 
-    Indexing an array costs DALI about as much as a small operator, so the graph does not index.
+    Indexing an array costs DALI about as much as a small operator, so the pipeline does not index.
 
     Args:
         params: parameters of B images.
@@ -107,7 +107,7 @@ def crop_flip(image: Node, inputs: dict[str, Node], view: ViewConfig) -> Node:
 
 
 def crop_window_in_graph(image: Node, inputs: dict[str, Node], view: ViewConfig) -> dict[str, Node]:
-    """`augment_params.crop_windows` in the graph, for images of unknown size; vectors are (height, width)."""
+    """`augment_params.crop_windows` in the pipeline, for images of unknown size; vectors are (height, width)."""
     shape = image.shape()
     height, width = fn.cast(shape[0], dtype=types.FLOAT64), fn.cast(shape[1], dtype=types.FLOAT64)
     size = fn.stack(height, width)
@@ -136,7 +136,7 @@ def crop_window_in_graph(image: Node, inputs: dict[str, Node], view: ViewConfig)
 def jitter(x: Node, inputs: dict[str, Node], view: ViewConfig, gpu: bool) -> Node:
     """Torchvision's ColorJitter: four adjustments in random order, each rounded to bytes.
 
-    The expensive hue shift is in the graph once, with slots for the other three before and after it.
+    The expensive hue shift is in the pipeline once, with slots for the other three before and after it.
     """
     num_slots = 3 if _has_affine_adjustments(view) else 0
     for k in range(num_slots):
