@@ -2,21 +2,19 @@
 
 They are a function of `(seed, epoch, image, view)` and of nothing else. Threads, batch size, shards, the loader and a
 restart therefore cannot change them, and any two loaders return the same views up to the arithmetic of their
-operators. The generator is counter-based: SplitMix64's finalizer over the hashed key
-(Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014).
+operators.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from byol_fast.config import ViewConfig
+from byol_fast.data.random_numbers import item_keys, uniform
 
 ATTEMPTS = 10
 """Random crops to try before a center crop is taken, as in torchvision's RandomResizedCrop."""
@@ -32,9 +30,6 @@ PROBABILITIES = {
     "solarize": "solarize_p",
 }
 """Masks of `AugmentParams`, each with the probability in `ViewConfig` that it is sampled with."""
-
-_SHUFFLE, _SUBSTITUTE = 0xFFFF, 0xFFFE
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +72,7 @@ def sample_params(config: ViewConfig, index: NDArray[np.int64], *, seed: int, ep
         epoch: pass over the data, from 0.
         view: number of the view, from 0.
     """
-    u = _uniform(_key(seed, epoch, view, index), 2 * ATTEMPTS + 16)
+    u = uniform(item_keys(seed, epoch, view, index), 2 * ATTEMPTS + 16)
     area, log_ratio, offset, rest = np.split(u, [ATTEMPTS, 2 * ATTEMPTS, 2 * ATTEMPTS + 2], axis=1)
     area = _between(area, *config.scale)
     ratio = _exp(_between(log_ratio, math.log(config.ratio[0]), math.log(config.ratio[1])))
@@ -186,48 +181,8 @@ def params_table(config: ViewConfig, height: int, width: int) -> NDArray[np.floa
     return np.array([*ranges, *lowest, *spread, *probabilities, *size], np.float64)
 
 
-def permutation(n: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Order of n images in an epoch: a new shuffle each epoch."""
-    return np.argsort(_mix(_key(seed, epoch, _SHUFFLE, np.arange(n))), kind="stable").astype(np.int64)
-
-
-def substitutes(n: int, *, seed: int, epoch: int, position: int) -> Iterator[int]:
-    """Candidates, in order, to replace a corrupt image at a position of an epoch, out of n images; endless."""
-    key = _key(seed, epoch, _SUBSTITUTE, np.array([position]))
-    for k in itertools.count(1):
-        yield int(_mix(key + np.array([k], np.uint64) * _GAMMA)[0] % np.uint64(n))
-
-
-def stream_key(seed: int, epoch: int, view: int) -> int:
-    """Key of the parameters of a view in an epoch, hashed with the image's number: 64 bits, as an int64."""
-    return int(_stream(seed, epoch, view).view(np.int64)[0])
-
-
 def _between(u: NDArray[np.float64], lo: float, hi: float) -> NDArray[np.float64]:
     return lo + u * (hi - lo)
-
-
-def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-def _stream(seed: int, epoch: int, purpose: int) -> NDArray[np.uint64]:
-    key = np.zeros(1, np.uint64)
-    for part in (seed, epoch, purpose):
-        key = _mix((key ^ np.uint64(part)) + _GAMMA)
-    return key
-
-
-def _key(seed: int, epoch: int, purpose: int, index: NDArray[np.int64]) -> NDArray[np.uint64]:
-    return _mix((_stream(seed, epoch, purpose) ^ index.astype(np.uint64)) + _GAMMA)
-
-
-def _uniform(key: NDArray[np.uint64], count: int) -> NDArray[np.float64]:
-    """Numbers in [0, 1), `[len(key), count]`."""
-    counter = np.arange(1, count + 1, dtype=np.uint64) * _GAMMA
-    return (_mix(key[:, None] + counter) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _exp(x: NDArray[np.float64]) -> NDArray[np.float64]:

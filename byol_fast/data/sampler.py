@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+import itertools
+from collections.abc import Collection, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from byol_fast.config import ViewConfig
-from byol_fast.data.augment_params import AugmentParams, permutation, sample_params, substitutes
+from byol_fast.data.augment_params import AugmentParams, sample_params
+from byol_fast.data.random_numbers import item_keys, random_bits
 from byol_fast.data.sources import SourceError
+
+_SHUFFLE, _SUBSTITUTE = 0xFFFF, 0xFFFE  # streams of random numbers, beside those of the views
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -105,3 +109,16 @@ class BatchSampler:
             candidates = substitutes(self.num_images, seed=self.seed, epoch=epoch, position=position)
             index[row] = next(i for i in candidates if i not in self._excluded)
         return index
+
+
+def permutation(n: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Order of n images in an epoch: a new shuffle each epoch."""
+    keys = item_keys(seed, epoch, _SHUFFLE, np.arange(n))
+    return np.argsort(random_bits(keys, 0), kind="stable").astype(np.int64)
+
+
+def substitutes(n: int, *, seed: int, epoch: int, position: int) -> Iterator[int]:
+    """Candidates, in order, to replace a corrupt image at a position of an epoch, out of n images; endless."""
+    key = item_keys(seed, epoch, _SUBSTITUTE, np.array([position]))
+    for counter in itertools.count(1):
+        yield int(random_bits(key, counter)[0] % np.uint64(n))

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from byol_fast.data import ImageSource
-from byol_fast.data.augment_params import permutation
+from byol_fast.data.sampler import permutation
 from byol_fast.data.sources.base import evenly_spaced
 
 Index = NDArray[np.int64]

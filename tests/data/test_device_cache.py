@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from byol_fast.config import ViewConfig
-from byol_fast.data.augment_params import crop_windows, params_table, stream_key
+from byol_fast.data.augment_params import crop_windows, params_table
 from byol_fast.data.loaders.device_cache import DeviceCacheLoader
+from byol_fast.data.random_numbers import stream_key
 from byol_fast.data.sampler import BatchSampler
 from byol_fast.data.sources import ArraySource
 from byol_kernels import sample_params

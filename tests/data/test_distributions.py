@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torchvision.transforms import RandomResizedCrop
 
 from byol_fast.config import ViewConfig, recipes
-from byol_fast.data.augment_params import PROBABILITIES, AugmentParams, crop_windows, permutation, sample_params
+from byol_fast.data.augment_params import PROBABILITIES, AugmentParams, crop_windows, sample_params
+from byol_fast.data.sampler import permutation
 
 N = 20_000
 COMPARISONS = 10_000  # more than there are in this file: Bonferroni

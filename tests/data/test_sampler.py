@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from byol_fast.config import ViewConfig
-from byol_fast.data.augment_params import permutation
-from byol_fast.data.sampler import BatchSampler
+from byol_fast.data.sampler import BatchSampler, permutation
 
 VIEW = ViewConfig(size=8)
 

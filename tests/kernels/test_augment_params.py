@@ -10,6 +10,7 @@ from torch import Tensor
 
 from byol_fast.config import ViewConfig
 from byol_fast.data import augment_params as numpy_params
+from byol_fast.data.random_numbers import stream_key
 from byol_kernels import sample_params
 from byol_kernels.augment_params import reference
 from byol_kernels.augment_params.params import ATTEMPTS, TABLE_COLUMNS
@@ -63,7 +64,7 @@ def test_parameters_equal_numpy(name: str, size: tuple[int, int], device: str) -
     for seed, epoch, number in STREAMS:
         index = np.random.default_rng(seed % 997).integers(0, 2**40, n)
         expected: Any = numpy_params.sample_params(view, index, seed=seed, epoch=epoch, view=number)
-        key = torch.tensor(numpy_params.stream_key(seed, epoch, number))
+        key = torch.tensor(stream_key(seed, epoch, number))
         ours = sample_params(
             torch.from_numpy(index).to(device),
             key.to(device),

@@ -11,6 +11,7 @@ from benchmarks.gpu.items import smoke_step
 from benchmarks.gpu.items.common import Checks
 from byol_fast.config import ViewConfig
 from byol_fast.data import augment_params
+from byol_fast.data.random_numbers import stream_key
 from byol_kernels import (
     LARS,
     byol_loss,
@@ -220,7 +221,7 @@ def params_and_crop(context: Context, checks: Checks) -> None:
     """Augmentation parameters, bit for bit equal to numpy's, and crops."""
     view, index = ViewConfig(size=28, blur_p=0.5, solarize_p=0.2), np.arange(2000)
     numbers = torch.from_numpy(augment_params.params_table(view, 40, 36)).to(context.device)
-    key = torch.tensor(augment_params.stream_key(7, 3, 1), device=context.device)
+    key = torch.tensor(stream_key(7, 3, 1), device=context.device)
     params = sample_params(torch.from_numpy(index).to(context.device), key, numbers, blur_kernel=view.blur_kernel)
     expected = augment_params.sample_params(view, index, seed=7, epoch=3, view=1)
     names = [name for name in params._fields if name != "crop"]

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from byol_fast.config import Config, ViewConfig
 from byol_fast.data.augment import apply_photometric, required_params
-from byol_fast.data.augment_params import params_table, stream_key
+from byol_fast.data.augment_params import params_table
 from byol_fast.data.batch import Batch, Views, empty_views
 from byol_fast.data.loaders.base import DeterministicLoader
 from byol_fast.data.loaders.prefetch import PrefetchStream
+from byol_fast.data.random_numbers import stream_key
 from byol_fast.data.sources import ArraySource, ImageSource
 from byol_kernels import resized_crop, sample_params
 
