@@ -29,7 +29,6 @@ from byol_fast.bench.results import Results
 from byol_fast.compat import guide
 from byol_fast.compat.guide_data import DATA_VARIABLE
 from byol_fast.data import open_source
-from byol_fast.data.loaders.threaded import decode_image
 from byol_fast.models.layers import Normalize
 
 BYOL_FAST, GUIDE = "byol_fast.compat.guide", "the guide's own code"
@@ -49,7 +48,7 @@ def load_batch(data: str, batch_size: int) -> Tensor:
     """A batch of normalized images, evenly spaced in the data set."""
     source = open_source(data)
     rows = np.linspace(0, len(source) - 1, batch_size).astype(int).tolist()
-    levels = torch.cat([decode_image(source, i) for i in rows]).contiguous()
+    levels = torch.cat([source.load_tensor(i) for i in rows]).contiguous()
     images: Tensor = Normalize(guide.CIFAR10_MEAN, guide.CIFAR10_STD)(levels)
     return images
 

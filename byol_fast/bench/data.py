@@ -29,7 +29,6 @@ from byol_fast.data import ImageSource, ViewLoader, make_loader
 from byol_fast.data.augment import apply_photometric, required_params, select_rows
 from byol_fast.data.augment_params import crop_windows, sample_params
 from byol_fast.data.loaders.backend import dali_installed
-from byol_fast.data.loaders.threaded import decode_image
 from byol_fast.data.sources import ArraySource, EncodedSource
 from byol_fast.utils.env import version
 from byol_kernels import resized_crop
@@ -142,7 +141,7 @@ def library_cases(
         return per_image(load, [torchvision_transform(t, view, blur, [], last) for view in views])
 
     def load_tensor(i: int) -> Tensor:
-        return decode_image(source, i)[0]
+        return source.load_tensor(i)[0]
 
     sigma = views[0].blur_sigma
     cases: dict[str, Callable[[], object]] = {}
@@ -213,7 +212,7 @@ def kornia_case(
     def load_floats(rows: list[int]) -> list[Tensor]:
         if isinstance(source, ArraySource):
             return [torch.from_numpy(source.images[rows]).to(device).permute(0, 3, 1, 2).float() / 255]
-        return [decode_image(source, i).to(device).float() / 255 for i in rows]
+        return [source.load_tensor(i).to(device).float() / 255 for i in rows]
 
     def make_views() -> tuple[Tensor, Tensor]:
         images = load_floats(next(positions))
@@ -289,13 +288,13 @@ def stages(results: Results, source: ImageSource, *, num_images: int, rounds: in
     num_images = min(num_images, len(source))
     encoded = [source.read(i) for i in range(num_images)] if isinstance(source, EncodedSource) else []
     tensors, pil_images = (
-        [decode_image(source, i) for i in range(num_images)],
+        [source.load_tensor(i) for i in range(num_images)],
         [source.load(i) for i in range(num_images)],
     )
     crops: list[Tensor] = []
     suites: dict[str, dict[str, Callable[[], object]]] = {
         "decode": {
-            "byol_fast: torchvision's operator": lambda: [decode_image(source, i) for i in range(num_images)],
+            "byol_fast: torchvision's operator": lambda: [source.load_tensor(i) for i in range(num_images)],
             "PIL": lambda: [Image.open(io.BytesIO(data)).convert("RGB") for data in encoded],
         }
     }

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from byol_fast.config import Config, DataConfig, KNNConfig, recipes
 from byol_fast.data.loaders.prefetch import resolve_num_threads, single_core_threads
-from byol_fast.data.loaders.threaded import decode_image
 from byol_fast.data.sources import ArraySource, ImageSource, SourceError
 from byol_fast.data.sources.open import open_train_val
 from byol_fast.models.layers import Normalize
@@ -116,7 +115,7 @@ def _open(root: str | Path | None) -> ImageSource:
 def _in_memory(source: ImageSource, threads: int) -> ArraySource:
     if not isinstance(source, ArraySource):
         with single_core_threads(threads, "byol-fast-decode") as pool:
-            images = list(pool.map(lambda i: decode_image(source, i)[0].permute(1, 2, 0).numpy(), range(len(source))))
+            images = list(pool.map(lambda i: source.load_tensor(i)[0].permute(1, 2, 0).numpy(), range(len(source))))
         wrong = next((i for i, image in enumerate(images) if image.shape != (_SIZE, _SIZE, 3)), None)
         if wrong is not None:
             height, width = images[wrong].shape[:2]

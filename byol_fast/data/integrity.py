@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 from collections.abc import Callable, Iterable
@@ -10,15 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from byol_fast.data.decode import decode
 from byol_fast.utils.files import atomic_write
 
 log = logging.getLogger(__name__)
-
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
-"""Formats that PIL may decode: those of DALI, so that all loaders accept the same files."""
 
 MIN_LIMIT = 100
 """Number of corrupt images that never stops a run that skips them, unless they are half of all images."""
@@ -103,23 +99,6 @@ def read_file(path: Path) -> bytes:
         raise CorruptImageError(path, "is a folder") from None
     except OSError as error:
         raise CorruptImageError(path, f"cannot be read ({error.strerror})") from None
-
-
-def decode(data: bytes) -> Image.Image:
-    """Decode an image to RGB, as stored: EXIF rotation is not applied, as in torchvision's ImageFolder.
-
-    Raises:
-        Exception: of any type, depending on the decoder and the damage; `check_bytes` returns a description.
-    """
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        return to_rgb(image)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to RGB; 16-bit values are divided by 256, where PIL would clip them."""
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
 
 
 def check_bytes(data: bytes) -> str | None:

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from byol_fast.data.integrity import FORMATS, CorruptImageError, check_bytes
+from byol_fast.data.decode import FORMATS
+from byol_fast.data.integrity import CorruptImageError, check_bytes
 from byol_fast.data.sources import ArraySource, EncodedSource, ImageSource
 from byol_fast.data.sources.base import NUM_SAMPLED_SIZES, evenly_spaced
 

@@ -16,10 +16,9 @@ import torch
 
 from byol_fast.config import ConfigError, DataConfig, ViewConfig, replace
 from byol_fast.data import Batch, CorruptImageError, ImageSource, SourceError, ViewLoader, eval_batches, open_source
-from byol_fast.data.loaders import threaded
+from byol_fast.data.decode import is_common_jpeg
 from byol_fast.data.loaders.backend import Backend, dali_installed, resolve_backend, resolve_decoder
 from byol_fast.data.loaders.prefetch import single_core_threads
-from byol_fast.data.loaders.threaded import decode_image, is_common_jpeg
 from byol_fast.data.sampler import BatchSampler
 from byol_fast.data.sources import ArraySource, FileSource
 from byol_fast.models.base import stack_views
@@ -433,13 +432,13 @@ def test_common_jpegs_decode_to_the_bytes_of_pil(files: FileSource, photographs:
     for source in (files, photographs):
         for i in range(len(source)):
             assert is_common_jpeg(source.read(i))
-            assert np.array_equal(pixels(decode_image(source, i))[0], np.asarray(source.load(i)))
+            assert np.array_equal(pixels(source.load_tensor(i))[0], np.asarray(source.load(i)))
 
 
 def test_pil_decodes_without_torchvisions_decoder(files: FileSource, monkeypatch: Any) -> None:
     config = config_of("threaded", VIEW1, VIEW2)
     expected = take(loader_of(files, config), 2)
-    monkeypatch.setattr(threaded, "_decode_jpeg", None)
+    monkeypatch.setattr("byol_fast.data.decode._decode_jpeg", None)
     assert all(same(a, b) for a, b in zip(expected, take(loader_of(files, config), 2), strict=True))
 
 

@@ -7,7 +7,6 @@ nothing needs to be copied between processes.
 
 from __future__ import annotations
 
-import struct
 from collections import deque
 from concurrent.futures import Future
 from functools import partial
@@ -16,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision
-from PIL import Image
 from torch import Tensor
 
 from byol_fast.config import Config, ViewConfig
@@ -27,13 +25,8 @@ from byol_fast.data.integrity import CorruptImageError
 from byol_fast.data.loaders.base import DeterministicLoader
 from byol_fast.data.loaders.prefetch import PrefetchStream
 from byol_fast.data.sampler import BatchSpec
-from byol_fast.data.sources import ArraySource, EncodedSource, ImageSource
+from byol_fast.data.sources import ArraySource, ImageSource
 from byol_kernels import resized_crop
-
-# torchvision's JPEG decoder, called as an operator: its Python function warns of a future removal. PIL decodes where
-# there is no such operator.
-_decode_jpeg: Any = getattr(torch.ops.image, "decode_jpeg", None)
-_RGB = 3
 
 Unreadable = list[tuple[int, str]]  # positions of images that cannot be read, and why
 
@@ -132,7 +125,7 @@ class ThreadedLoader(DeterministicLoader):
         unreadable: Unreadable = []
         for k, row in enumerate(range(rows.start, rows.stop)):
             try:
-                image = decode_image(self.source, int(spec.index[row]))
+                image = self.source.load_tensor(int(spec.index[row]))
             except CorruptImageError as error:
                 unreadable.append((int(spec.index[row]), error.reason))
                 continue
@@ -157,40 +150,3 @@ class ThreadedLoader(DeterministicLoader):
     def _restart(self) -> None:
         super()._restart()
         self._ahead.clear()
-
-
-def decode_image(source: ImageSource, i: int) -> Tensor:
-    """Image `i` of a source in RGB, uint8 `[1, 3, H, W]`, channels_last; the pixels are those of `source.load`.
-
-    Common JPEGs are decoded by torchvision, faster than by PIL and to the same bytes.
-
-    Raises:
-        CorruptImageError: the image cannot be decoded.
-    """
-    if isinstance(source, EncodedSource):
-        data = source.read(i)
-        if _decode_jpeg is not None and is_common_jpeg(data):
-            try:
-                image: Tensor = _decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), _RGB)
-                return image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
-            except RuntimeError:
-                pass  # PIL's error says what is wrong with it
-    return torch.from_numpy(np.array(source.load(i)))[None].permute(0, 3, 1, 2)
-
-
-def is_common_jpeg(data: bytes) -> bool:
-    """True for baseline and progressive JPEGs of 8 bits, gray or with three colors, up to PIL's size limit.
-
-    Others, CMYK above all, are converted to RGB in several ways; ours is PIL's.
-    """
-    at = 2
-    while data[:2] == b"\xff\xd8" and at + 10 <= len(data) and data[at] == 0xFF:
-        marker, length = struct.unpack_from(">BH", data, at + 1)
-        if marker in {0xC0, 0xC1, 0xC2}:  # start of frame
-            bits, height, width, components = struct.unpack_from(">BHHB", data, at + 4)
-            max_pixels = Image.MAX_IMAGE_PIXELS or 1 << 32
-            return bits == 8 and components in {1, 3} and 0 < height * width <= max_pixels
-        if 0xC0 <= marker <= 0xCF and marker != 0xC4:
-            return False
-        at += 2 + length
-    return False

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
-from byol_fast.data.integrity import CorruptImageError, bytes_need_check, check_bytes, decode
+from byol_fast.data.decode import decode, decode_jpeg
+from byol_fast.data.integrity import CorruptImageError, bytes_need_check, check_bytes
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm")
 """Extensions of image files, in any case; other files are ignored and listed in the log."""
@@ -54,6 +56,10 @@ class ImageSource(ABC):
         Raises:
             CorruptImageError: the image cannot be read or decoded.
         """
+
+    def load_tensor(self, i: int) -> Tensor:
+        """Pixels of `load` as a tensor, uint8 `[1, 3, H, W]`, channels_last; raises the same errors."""
+        return torch.from_numpy(np.array(self.load(i)))[None].permute(0, 3, 1, 2)
 
     @abstractmethod
     def sample_name(self, i: int) -> str:
@@ -108,6 +114,10 @@ class EncodedSource(ImageSource):
             return decode(data)
         except Exception as error:  # decoders raise many types of errors on damaged files
             raise CorruptImageError(self.sample_name(i), check_bytes(data) or f"cannot be decoded ({error})") from error
+
+    def load_tensor(self, i: int) -> Tensor:  # noqa: D102 (inherited)
+        image = decode_jpeg(self.read(i))
+        return super().load_tensor(i) if image is None else image
 
 
 def evenly_spaced(num_items: int, count: int, *, centered: bool = False) -> NDArray[np.int64]:

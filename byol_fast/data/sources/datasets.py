@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from byol_fast.data.integrity import CorruptImageError, read_file, to_rgb
+from byol_fast.data.decode import to_rgb
+from byol_fast.data.integrity import CorruptImageError, read_file
 from byol_fast.data.sources.base import (
     EncodedSource,
     ImageSource,
