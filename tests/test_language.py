@@ -39,7 +39,7 @@ REPLACED = {
     # data
     "ViewDraws": "AugmentParams",
     "PlannedLoader": "DeterministicLoader",
-    "SideStream": "PrefetchStream",
+    "SideStream": "AugmentStream",
     "ResidentLoader": "DeviceCacheLoader",
     "draw_view": "sample_params",
     "BadImageError": "CorruptImageError",

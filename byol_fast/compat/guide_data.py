@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from byol_fast.config import Config, DataConfig, KNNConfig, recipes
-from byol_fast.data.loaders.prefetch import resolve_num_threads, single_core_threads
+from byol_fast.data.loaders.threads import resolve_num_threads, single_core_threads
 from byol_fast.data.sources import ArraySource, ImageSource, SourceError
 from byol_fast.data.sources.open import open_train_val
 from byol_fast.models.layers import Normalize

@@ -18,7 +18,7 @@ from byol_fast.config import ConfigError, DataConfig, ViewConfig, replace
 from byol_fast.data import Batch, CorruptImageError, ImageSource, SourceError, ViewLoader, eval_batches, open_source
 from byol_fast.data.decode import is_common_jpeg
 from byol_fast.data.loaders.backend import Backend, dali_installed, resolve_backend, resolve_decoder
-from byol_fast.data.loaders.prefetch import single_core_threads
+from byol_fast.data.loaders.threads import single_core_threads
 from byol_fast.data.sampler import BatchSampler
 from byol_fast.data.sources import ArraySource, FileSource
 from byol_fast.models.base import stack_views

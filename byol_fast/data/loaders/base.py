@@ -18,7 +18,8 @@ from byol_fast.config import Config, ViewConfig
 from byol_fast.data.augment import row_chunks
 from byol_fast.data.batch import Batch, Views
 from byol_fast.data.integrity import CorruptImages
-from byol_fast.data.loaders.prefetch import resolve_num_threads, single_core_threads
+from byol_fast.data.loaders.augment_stream import AugmentStream
+from byol_fast.data.loaders.threads import resolve_num_threads, single_core_threads
 from byol_fast.data.sampler import BatchSampler
 from byol_fast.data.sources import ImageSource
 
@@ -81,6 +82,7 @@ class DeterministicLoader(ABC):
         self.batch_size = config.batch_size
         self.batches_per_epoch = self.sampler.batches_per_epoch
         self.num_threads = resolve_num_threads(config.data.threads)
+        self._stream = AugmentStream(device, ahead=config.data.prefetch + 1)
         self._pool: ThreadPoolExecutor | None = None
         self._batch_number = 0
 

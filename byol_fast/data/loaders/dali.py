@@ -36,7 +36,8 @@ from byol_fast.data.batch import Batch, Views, empty_views
 from byol_fast.data.integrity import CorruptImageError, CorruptImages, bytes_need_check, check_bytes
 from byol_fast.data.loaders.base import DeterministicLoader
 from byol_fast.data.loaders.dali_views import CROPS_ONLY, INTERPOLATION, Node, augment, fn, types, view_inputs
-from byol_fast.data.loaders.prefetch import Encoding, Prefetcher, PrefetchStream, resolve_num_threads
+from byol_fast.data.loaders.image_reader import Encoding, ImageReader
+from byol_fast.data.loaders.threads import resolve_num_threads
 from byol_fast.data.sampler import BatchSpec
 from byol_fast.data.sources import EncodedSource, ImageSource
 
@@ -59,7 +60,7 @@ class DALILoader(DeterministicLoader):
     """
 
     _pipe: Pipeline | None = None
-    _prefetcher: Prefetcher[BatchSpec] | None = None
+    _reader: ImageReader[BatchSpec] | None = None
 
     def __init__(
         self,
@@ -74,7 +75,6 @@ class DALILoader(DeterministicLoader):
         self._kernels = augment == "kernels"
         self.name = f"dali {self.device}" + (", kernels" if self._kernels else "")
         self._names = tuple(required_params(view, flip=False) for view in view_configs)  # the pipeline mirrors for free
-        self._stream = PrefetchStream(self.device, ahead=config.data.prefetch + 1)
         self._in_flight: deque[BatchSpec] = deque()
         self._on_cpu = self._kernels and self.device.type == "cpu"  # our kernels on threads, beside the pipeline
         self._ahead: deque[tuple[BatchSpec, Views, list[Future[None]]]] = deque()
@@ -147,10 +147,8 @@ class DALILoader(DeterministicLoader):
             apply_photometric(crop[rows], select_rows(params, names, rows), view, out=out[rows])
 
     def _build_pipeline(self) -> Pipeline:
-        prefetcher = self._prefetcher = Prefetcher(
-            self.source, self.sampler, self.corrupt, num_threads=self.num_threads
-        )
-        size = prefetcher.size
+        reader = self._reader = ImageReader(self.source, self.sampler, self.corrupt, num_threads=self.num_threads)
+        size = reader.image_size
         view_configs = self.view_configs
         if self._kernels:
             view_configs = tuple(replace(view, **CROPS_ONLY) for view in view_configs)
@@ -160,14 +158,14 @@ class DALILoader(DeterministicLoader):
             return [view_inputs(params, view, size) for params, view in zip(spec.params, view_configs, strict=True)]
 
         def feed() -> list[Any]:
-            spec, images = prefetcher(next(numbers))
+            spec, images = reader(next(numbers))
             self._in_flight.append(spec)
             return [images, *(value for inputs in inputs_of_views(spec) for value in inputs.values())]
 
         return _views_pipeline(
             feed,
             names=[list(inputs) for inputs in inputs_of_views(self.sampler(self._batch_number))],
-            encoding=prefetcher.encoding,
+            encoding=reader.encoding,
             gpu=self.device.type == "cuda",
             view_configs=view_configs,
             hw_decoder_load=self.config.data.hw_decoder_load,
@@ -179,9 +177,9 @@ class DALILoader(DeterministicLoader):
         self._pipe = None
         self._in_flight.clear()
         self._ahead.clear()
-        if self._prefetcher is not None:
-            self._prefetcher.close()
-            self._prefetcher = None
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
 
 
 # ---- evaluation ----------------------------------------------------------------------------------------------------
@@ -230,13 +228,13 @@ def _run_center_crops(
         return _Chunk(np.array([i for i in chunks[number].index.tolist() if i not in corrupt.by_index], np.int64))
 
     num_threads = resolve_num_threads(threads)
-    prefetcher = Prefetcher(source, sample, corrupt, num_threads=num_threads)
+    reader = ImageReader(source, sample, corrupt, num_threads=num_threads)
     numbers = iter(range(len(chunks)))
     in_flight: deque[NDArray[np.int64]] = deque()
 
     def feed() -> Any:
         for number in numbers:
-            chunk, images = prefetcher(number, last=len(chunks) - 1)
+            chunk, images = reader(number, last=len(chunks) - 1)
             if len(chunk.index):
                 in_flight.append(chunk.index)
                 return images
@@ -244,7 +242,7 @@ def _run_center_crops(
 
     pipe = _center_crops_pipeline(
         feed,
-        encoding=prefetcher.encoding,
+        encoding=reader.encoding,
         gpu=device.type == "cuda",
         size=size,
         interpolation=interpolation,
@@ -260,7 +258,7 @@ def _run_center_crops(
     except RuntimeError as error:
         corrupt.add(_find_corrupt(error, source, list(in_flight), corrupt, device), 0)
     finally:
-        prefetcher.close()
+        reader.close()
 
 
 # ---- between Python and DALI ---------------------------------------------------------------------------------------

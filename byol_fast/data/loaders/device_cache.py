@@ -22,7 +22,6 @@ from byol_fast.data.augment import apply_photometric, required_params
 from byol_fast.data.augment_params import params_table
 from byol_fast.data.batch import Batch, Views, empty_views
 from byol_fast.data.loaders.base import DeterministicLoader
-from byol_fast.data.loaders.prefetch import PrefetchStream
 from byol_fast.data.random_numbers import stream_key
 from byol_fast.data.sources import ArraySource, ImageSource
 from byol_kernels import resized_crop, sample_params
@@ -53,7 +52,6 @@ class DeviceCacheLoader(DeterministicLoader):
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
         self._keys: tuple[Tensor, ...] = ()
-        self._stream = PrefetchStream(self.device, ahead=config.data.prefetch + 1)
         self._ahead: deque[tuple[NDArray[np.int64], Views, list[Future[None]]]] = deque()
 
     def _backend_version(self) -> str:

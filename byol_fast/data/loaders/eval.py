@@ -16,7 +16,7 @@ from torch import Tensor
 
 from byol_fast.data.integrity import CorruptImageError, CorruptImages
 from byol_fast.data.loaders.backend import resolve_decoder
-from byol_fast.data.loaders.prefetch import resolve_num_threads
+from byol_fast.data.loaders.threads import resolve_num_threads
 from byol_fast.data.sources import ArraySource, ImageSource
 
 Interpolation = Literal["bicubic", "bilinear"]

@@ -23,7 +23,6 @@ from byol_fast.data.augment_params import crop_window, crop_windows
 from byol_fast.data.batch import Batch, Views, empty_views
 from byol_fast.data.integrity import CorruptImageError
 from byol_fast.data.loaders.base import DeterministicLoader
-from byol_fast.data.loaders.prefetch import PrefetchStream
 from byol_fast.data.sampler import BatchSpec
 from byol_fast.data.sources import ArraySource, ImageSource
 from byol_kernels import resized_crop
@@ -61,7 +60,6 @@ class ThreadedLoader(DeterministicLoader):
         self.name = "threaded, kernels"
         self._names = tuple(required_params(view) for view in view_configs)
         self._on_gpu = self.device.type == "cuda"
-        self._stream = PrefetchStream(self.device, ahead=config.data.prefetch + 1)
         self._ahead: deque[_PendingBatch] = deque()
 
     def _backend_version(self) -> str:

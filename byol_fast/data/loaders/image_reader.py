@@ -1,20 +1,16 @@
-"""Work ahead of the training step: threads, a CUDA stream, and images that are read in advance."""
+"""Images for a DALI pipeline, read in advance and checked."""
 
 from __future__ import annotations
 
 import os
-import threading
-from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import MappingProxyType
 from typing import Generic, Literal, Protocol, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from byol_fast.data.batch import Views
 from byol_fast.data.integrity import (
     CorruptImageError,
     CorruptImages,
@@ -24,78 +20,9 @@ from byol_fast.data.integrity import (
     file_needs_check,
 )
 from byol_fast.data.sources import ArraySource, EncodedSource, FileSource, ImageSource
-from byol_fast.utils.env import num_cpus
 
 IO_THREADS = 16
 """Threads that read encoded images: they wait for disks and networks and hardly compute."""
-
-
-def resolve_num_threads(num_threads: int) -> int:
-    """`DataConfig.threads`, or the number of CPU cores that this process may use if that is 0."""
-    return num_threads or num_cpus()
-
-
-def single_core_threads(num_threads: int, name: str) -> ThreadPoolExecutor:
-    """Thread pool in which torch's operators run on one core each.
-
-    Otherwise each of its threads would start a team of as many threads as there are cores.
-    """
-    started = threading.Barrier(num_threads + 1)
-
-    def initialize() -> None:
-        torch.set_num_threads(1)  # of this thread, and of those that start from now on
-        torch.get_num_threads()  # fixes the number for this thread
-        started.wait()
-
-    pool = ThreadPoolExecutor(num_threads, name, initializer=initialize)
-    before = torch.get_num_threads()
-    try:
-        for _ in range(num_threads):
-            pool.submit(int)  # starts a thread: all earlier ones are waiting
-        started.wait()
-    finally:
-        torch.set_num_threads(before)
-    return pool
-
-
-class PrefetchStream:
-    """A CUDA stream of its own for the augmentation, which then overlaps with earlier training steps; a CPU has none.
-
-    The host launches work and runs ahead of the GPU: while the GPU computes earlier steps, this stream computes the
-    views of the next. The current stream waits for them. The host waits only until all steps but the last `ahead` have
-    ended, because running further ahead would fill the memory with batches.
-
-    Args:
-        device: where the views are computed.
-        ahead: number of steps that may be unfinished.
-    """
-
-    def __init__(self, device: torch.device, ahead: int) -> None:
-        self.device, self._ahead = device, ahead
-        self._stream: torch.cuda.Stream | None = None
-        self._steps: deque[torch.cuda.Event] = deque()
-
-    def __call__(self, compute: Callable[[], Views]) -> Views:
-        """Result of `compute`, which launches its work on the current stream."""
-        if self.device.type != "cuda":
-            return compute()
-        current = torch.cuda.current_stream(self.device)
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        self._wait_for_old_steps(current)
-        with torch.cuda.stream(self._stream):
-            views = compute()
-        current.wait_stream(self._stream)
-        for view in views:
-            view.record_stream(current)  # its memory is not given to the next batch while a step reads it
-        return views
-
-    def _wait_for_old_steps(self, current: torch.cuda.Stream) -> None:
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record(current)
-        self._steps.append(done)
-        if len(self._steps) > self._ahead:
-            self._steps.popleft().synchronize()
 
 
 class HasIndex(Protocol):
@@ -112,12 +39,12 @@ S = TypeVar("S", bound=HasIndex)
 Row = NDArray[np.uint8] | str  # input of DALI, or the reason why the image cannot be read
 
 
-class Prefetcher(Generic[S]):
-    """Inputs of a DALI pipeline, one batch after another.
+class ImageReader(Generic[S]):
+    """Reader of the images of a DALI pipeline, one batch after another.
 
-    Inputs are the names of files, which DALI reads itself; or, read by threads one batch in advance, the bytes of other
-    encoded images (tar, Parquet) or arrays `[H, W, 3]`. Corrupt
-    images are found and replaced before DALI gets them: an error would end its pipeline.
+    It returns names of files, which DALI reads itself; or, read by threads one batch in advance, the bytes of other
+    encoded images (tar, Parquet) or arrays `[H, W, 3]`. Corrupt images are found and replaced before DALI gets them: an
+    error would end its pipeline.
 
     Args:
         source: the images.
@@ -132,13 +59,13 @@ class Prefetcher(Generic[S]):
         self.source, self.corrupt = source, corrupt
         self._sample = sample
         self.encoding: Encoding = "array"
-        """Kind of the inputs."""
+        """Form of the images."""
         if isinstance(source, EncodedSource):
             self.encoding = "file" if isinstance(source, FileSource) else "bytes"
-        self.size: tuple[int, int] | None = None
+        self.image_size: tuple[int, int] | None = None
         """Height and width of all images, if known and equal."""
         if isinstance(source, ArraySource):
-            self.size = (source.images.shape[1], source.images.shape[2])
+            self.image_size = (source.images.shape[1], source.images.shape[2])
         # Files are read by DALI's own threads; they are checked here only after one of them was corrupt.
         self._direct = isinstance(source, ArraySource) or (isinstance(source, FileSource) and not corrupt.by_index)
         self._num_threads = num_threads if self.encoding == "array" else IO_THREADS

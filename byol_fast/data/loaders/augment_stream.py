@@ -1,0 +1,50 @@
+"""The CUDA stream on which batches are augmented beside the training steps."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import torch
+
+from byol_fast.data.batch import Views
+
+
+class AugmentStream:
+    """A CUDA stream of its own for the augmentation, which then overlaps with earlier training steps; a CPU has none.
+
+    The host launches work and runs ahead of the GPU: while the GPU computes earlier steps, this stream computes the
+    views of the next. The current stream waits for them. The host waits only until the work on all batches but the last
+    `ahead` has ended, because running further ahead would fill the memory with batches.
+
+    Args:
+        device: where the views are computed.
+        ahead: number of batches on which the work may be unfinished.
+    """
+
+    def __init__(self, device: torch.device, ahead: int) -> None:
+        self.device, self._ahead = device, ahead
+        self._stream: torch.cuda.Stream | None = None
+        self._finished: deque[torch.cuda.Event] = deque()
+
+    def __call__(self, compute: Callable[[], Views]) -> Views:
+        """Result of `compute`, which launches its work on the current stream."""
+        if self.device.type != "cuda":
+            return compute()
+        current = torch.cuda.current_stream(self.device)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._wait_for_old_batches(current)
+        with torch.cuda.stream(self._stream):
+            views = compute()
+        current.wait_stream(self._stream)
+        for view in views:
+            view.record_stream(current)  # its memory is not given to the next batch while a step reads it
+        return views
+
+    def _wait_for_old_batches(self, current: torch.cuda.Stream) -> None:
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record(current)
+        self._finished.append(done)
+        if len(self._finished) > self._ahead:
+            self._finished.popleft().synchronize()
