@@ -56,12 +56,12 @@ def loader_options(device: torch.device) -> dict[str, dict[str, Any]]:
 class LoaderCase:
     """Some batches per call of a loader of byol_fast."""
 
-    def __init__(self, loader: ViewLoader, device: torch.device, steps: int) -> None:
-        self.loader, self.device, self.steps = loader, device, steps
+    def __init__(self, loader: ViewLoader, device: torch.device, num_batches: int) -> None:
+        self.loader, self.device, self.num_batches = loader, device, num_batches
 
     def __call__(self) -> tuple[Tensor, Tensor]:
         """Load the batches and return the views of the last one."""
-        for _ in range(self.steps):
+        for _ in range(self.num_batches):
             batch = next(self.loader)
         if self.device.type == "cpu":
             wait_for_background_threads()
@@ -108,7 +108,7 @@ class PILBlur:
         return image.filter(ImageFilter.GaussianBlur(np.random.uniform(*self.sigma)))  # noqa: NPY002 (numpy's global generator, as in training scripts)
 
 
-def torchvision_transform(t: Any, view: ViewConfig, blur: Any, first: list[Any], last: list[Any]) -> Callable[..., Any]:
+def torchvision_transform(t: Any, view: ViewConfig, blur: Any, last: list[Any]) -> Callable[..., Any]:
     """The paper's augmentation of one image by torchvision's transforms, v1 or v2."""
     jitter = t.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
     parts = [
@@ -119,7 +119,7 @@ def torchvision_transform(t: Any, view: ViewConfig, blur: Any, first: list[Any],
     ]
     parts += [t.RandomApply([blur], p=view.blur_p)] if view.blur_p else []
     parts += [t.RandomSolarize(view.solarize_threshold, view.solarize_p)] if view.solarize_p else []
-    composed: Callable[..., Any] = t.Compose([*first, *parts, *last])
+    composed: Callable[..., Any] = t.Compose([*parts, *last])
     return composed
 
 
@@ -138,7 +138,7 @@ def library_cases(
         return make_views
 
     def torchvision_case(t: Any, load: Callable[[int], Any], blur: Any, last: list[Any]) -> MakeViews:
-        return per_image(load, [torchvision_transform(t, view, blur, [], last) for view in views])
+        return per_image(load, [torchvision_transform(t, view, blur, last) for view in views])
 
     def load_tensor(i: int) -> Tensor:
         return source.load_tensor(i)[0]
@@ -287,10 +287,8 @@ def stages(results: Results, source: ImageSource, *, num_images: int, rounds: in
     """
     num_images = min(num_images, len(source))
     encoded = [source.read(i) for i in range(num_images)] if isinstance(source, EncodedSource) else []
-    tensors, pil_images = (
-        [source.load_tensor(i) for i in range(num_images)],
-        [source.load(i) for i in range(num_images)],
-    )
+    tensors = [source.load_tensor(i) for i in range(num_images)]
+    pil_images = [source.load(i) for i in range(num_images)]
     crops: list[Tensor] = []
     suites: dict[str, dict[str, Callable[[], object]]] = {
         "decode": {

@@ -137,7 +137,7 @@ def dataloader_loop(problem: Problem, images: str, steps: int, precision: str, k
     else:
         last = [v1.ToTensor(), v1.Normalize(MEAN, STD)]
         blur = PILBlur(views[0].blur_sigma)
-        transforms = [torchvision_transform(v1, view, blur, [], last) for view in views]
+        transforms = [torchvision_transform(v1, view, blur, last) for view in views]
         options = {"precision": precision, "channels_last": precision != "fp32"}
         step = build_step("baseline", problem, options)
     workers = 0 if device.type == "cpu" else num_cpus()
