@@ -130,7 +130,7 @@ class BYOL(SelfSupervisedTask):
         self.view = view or guide.view1
         self.mean, self.std = mean, std
         self.normalize = Normalize(guide.model.mean, guide.model.std)
-        self.views_note: str | None = None
+        self.not_batched_reason: str | None = None
         """Reason why the views pass the networks one after the other; None otherwise. Set by the first forward pass."""
         self._converted: tuple[nn.Module, ...] = ()
 
@@ -205,15 +205,15 @@ class BYOL(SelfSupervisedTask):
         parts = (self.online_encoder, self.target_encoder, self.predictor)
         if len(self._converted) != len(parts) or any(a is not b for a, b in zip(self._converted, parts, strict=True)):
             example = torch.zeros(2, *view.shape[1:], device=view.device)
-            self.views_note = split_batchnorm.convert_split_batchnorm(
+            self.not_batched_reason = split_batchnorm.convert_split_batchnorm(
                 nn.Sequential(self.online_encoder, self.predictor), example
             )
-            if self.views_note is None:
+            if self.not_batched_reason is None:
                 split_batchnorm.convert_split_batchnorm(self.target_encoder)
             else:
-                logger.warning("the two views pass the networks one after the other: %s", self.views_note)
+                logger.warning("the two views pass the networks one after the other: %s", self.not_batched_reason)
             self._converted = parts
-        return self.views_note is None
+        return self.not_batched_reason is None
 
 
 def _feature_extractor(base_model: nn.Module, spec: nn.Module | str | Callable[[nn.Module], nn.Module]) -> nn.Module:
