@@ -41,7 +41,7 @@ REPLACED = {
     "PlannedLoader": "DeterministicLoader",
     "SideStream": "AugmentStream",
     "ResidentLoader": "DeviceCacheLoader",
-    "draw_view": "sample_params",
+    "draw_view": "sample_view_params",
     "BadImageError": "CorruptImageError",
     "bad_images": "corrupt_images",
     "on_bad": "on_corrupt",

@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as F
 
 from byol_fast.bench.counting import Case, Suite, is_installed
 from byol_fast.config import ViewConfig
-from byol_fast.data.augment_params import sample_params
+from byol_fast.data.augment_params import sample_augment_params
 from byol_kernels import gaussian_blur, photometric
 
 SIZE, KERNEL = 224, 23
@@ -48,8 +48,8 @@ class Problem:
         self.planes = images.to(device).contiguous()
         self.planar = list(self.planes)
         self.pil = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images] if self.on_cpu else []
-        params = sample_params(ViewConfig(solarize_p=0.2), np.arange(batch_size), seed=0, epoch=0, view=0)
-        names = ("flip", "jitter", "factors", "order", "grayscale", "blur", "sigma", "window", "solarize")
+        params = sample_augment_params(ViewConfig(solarize_p=0.2), np.arange(batch_size), seed=0, epoch=0, view=0)
+        names = ("flip", "jitter", "factors", "order", "grayscale", "blur", "sigma", "kernel_size", "solarize")
         self.params = {name: torch.from_numpy(getattr(params, name)).to(device) for name in names}
         self.lists: dict[str, Any] = {name: values.tolist() for name, values in self.params.items()}
         self.batch_size = batch_size
@@ -211,7 +211,7 @@ def view_suite(p: Problem) -> Suite:
 
 def blur_suite(p: Problem) -> Suite:
     """Gaussian blur with a sigma per sample."""
-    params, wide = p.select("sigma", "window"), torch.full((p.batch_size,), KERNEL, device=p.images.device)
+    params, wide = p.select("sigma", "kernel_size"), torch.full((p.batch_size,), KERNEL, device=p.images.device)
     expected = torch.stack([p.blur(x, i) for i, x in enumerate(p.planar)])
     check_levels("window of 3 sigma, against torchvision's 23", gaussian_blur(p.images, **params), expected, 1, 0.02)
     blurred = gaussian_blur(p.images, params["sigma"], wide)
@@ -239,11 +239,11 @@ def blur_suite(p: Problem) -> Suite:
         check_levels("window of 23, against kornia's", blurred, kornia(), 1, 0.002)
         cases["kornia, window of 23"] = kornia
     if p.on_cpu and is_installed("nvidia.dali"):
-        for name, window in (("23", KERNEL), ("its own choice", 0)):
+        for name, kernel_size in (("23", KERNEL), ("its own choice", 0)):
             case = dali_case(
                 p,
                 {"sigma": params["sigma"]},
-                lambda fn, x, sigma, window=window: fn.gaussian_blur(x, sigma=sigma, window_size=window),
+                lambda fn, x, sigma, kernel_size=kernel_size: fn.gaussian_blur(x, sigma=sigma, window_size=kernel_size),
             )
             result = case()
             assert isinstance(result, Tensor)

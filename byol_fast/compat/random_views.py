@@ -12,7 +12,7 @@ from byol_fast.config import ViewConfig
 from byol_fast.data.augment import apply_photometric, required_params
 from byol_fast.data.augment_params import params_table
 from byol_fast.data.sources.datasets import as_image
-from byol_kernels import resized_crop, sample_params
+from byol_kernels import resized_crop, sample_view_params
 
 
 def random_view(images: Tensor, view: ViewConfig) -> Tensor:
@@ -28,8 +28,8 @@ def random_view(images: Tensor, view: ViewConfig) -> Tensor:
     key = torch.randint(-(2**63), 2**63 - 1, ())
     rows = torch.arange(len(images), device=images.device)
     ranges = torch.from_numpy(params_table(view, images.shape[2], images.shape[3])).to(images.device)
-    params = sample_params(rows, key.to(images.device), ranges, blur_kernel=view.blur_kernel)
-    crops = resized_crop(images, params.crop, view.size, interpolation=view.interpolation)
+    params = sample_view_params(rows, key.to(images.device), ranges, blur_kernel=view.blur_kernel)
+    crops = resized_crop(images, params.crop_box, view.size, interpolation=view.interpolation)
     return apply_photometric(crops, {name: getattr(params, name) for name in required_params(view)}, view)
 
 

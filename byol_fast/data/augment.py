@@ -47,7 +47,7 @@ def required_params(view: ViewConfig, *, flip: bool = True) -> tuple[str, ...]:
     if view.color_jitter_p > 0 and max(view.brightness, view.contrast, view.saturation, view.hue) > 0:
         names += ["jitter", "factors", "order"]
     names += ["grayscale"] if view.grayscale_p > 0 else []
-    names += ["blur", "sigma", "window"] if view.blur_p > 0 else []
+    names += ["blur", "sigma", "kernel_size"] if view.blur_p > 0 else []
     return (*names, "solarize") if view.solarize_p > 0 else tuple(names)
 
 

@@ -39,8 +39,8 @@ class AugmentParams:
     Values are sampled whether or not the mask selects the image: changing one probability changes nothing else.
     """
 
-    crop: NDArray[np.float64]
-    """Candidate crops `[B, 2 * ATTEMPTS + 2]`: widths, then heights (in units of the square root of the image's area),
+    crop_candidates: NDArray[np.float64]
+    """Candidates `[B, 2 * ATTEMPTS + 2]`: widths, then heights (in units of the square root of the image's area),
     then the offset from the top and from the left as a fraction of the possible offsets."""
     flip: NDArray[np.bool_]
     """Images to mirror left and right `[B]`."""
@@ -56,13 +56,15 @@ class AugmentParams:
     """Images to blur `[B]`."""
     sigma: NDArray[np.float32]
     """Standard deviation of the blur in pixels `[B]`."""
-    window: NDArray[np.int32]
-    """Width of the blur kernel in pixels, odd `[B]`; see `blur_window`."""
+    kernel_size: NDArray[np.int32]
+    """Width of the blur kernel in pixels, odd `[B]`; see `blur_kernel_size`."""
     solarize: NDArray[np.bool_]
     """Images whose values at or above the threshold are inverted `[B]`."""
 
 
-def sample_params(config: ViewConfig, index: NDArray[np.int64], *, seed: int, epoch: int, view: int) -> AugmentParams:
+def sample_augment_params(
+    config: ViewConfig, index: NDArray[np.int64], *, seed: int, epoch: int, view: int
+) -> AugmentParams:
     """Sample the augmentation parameters of one view.
 
     Args:
@@ -79,7 +81,7 @@ def sample_params(config: ViewConfig, index: NDArray[np.int64], *, seed: int, ep
     sigma = _between(rest[:, 12], *config.blur_sigma).astype(np.float32)
     lowest, spread = factor_ranges(config)
     return AugmentParams(
-        crop=np.concatenate([np.sqrt(area * ratio), np.sqrt(area / ratio), offset], axis=1),
+        crop_candidates=np.concatenate([np.sqrt(area * ratio), np.sqrt(area / ratio), offset], axis=1),
         flip=rest[:, 0] < config.hflip_p,
         jitter=rest[:, 1] < config.color_jitter_p,
         factors=(lowest + rest[:, 2:6] * spread).astype(np.float32),
@@ -87,7 +89,7 @@ def sample_params(config: ViewConfig, index: NDArray[np.int64], *, seed: int, ep
         grayscale=rest[:, 10] < config.grayscale_p,
         blur=rest[:, 11] < config.blur_p,
         sigma=sigma,
-        window=blur_window(sigma, config.blur_kernel),
+        kernel_size=blur_kernel_size(sigma, config.blur_kernel),
         solarize=rest[:, 13] < config.solarize_p,
     )
 
@@ -100,7 +102,7 @@ def factor_ranges(config: ViewConfig) -> tuple[NDArray[np.float64], NDArray[np.f
     return lowest, middle + spread - lowest
 
 
-def blur_window(sigma: NDArray[np.float32], kernel: int) -> NDArray[np.int32]:
+def blur_kernel_size(sigma: NDArray[np.float32], kernel: int) -> NDArray[np.int32]:
     """Width of the blur kernel: three standard deviations to each side, at most `kernel`.
 
     Weights beyond three sigma (0.3 % of the sum) change a pixel by at most one level of 255, for up to four times the
@@ -110,17 +112,19 @@ def blur_window(sigma: NDArray[np.float32], kernel: int) -> NDArray[np.int32]:
         sigma: standard deviations in pixels `[B]`.
         kernel: the configured width, odd; 0 means no limit.
     """
-    window = 2 * np.ceil(3 * sigma).astype(np.int32) + 1
-    return np.minimum(window, kernel, dtype=np.int32) if kernel else window
+    size = 2 * np.ceil(3 * sigma).astype(np.int32) + 1
+    return np.minimum(size, kernel, dtype=np.int32) if kernel else size
 
 
-def crop_windows(crop: NDArray[np.float64], height: int, width: int, ratio: tuple[float, float]) -> NDArray[np.int32]:
+def crop_boxes(
+    candidates: NDArray[np.float64], height: int, width: int, ratio: tuple[float, float]
+) -> NDArray[np.int32]:
     """Crops of images of one size, by the rule of torchvision's RandomResizedCrop.
 
     The first candidate that fits into the image; if none does, the largest center crop with an allowed aspect ratio.
 
     Args:
-        crop: rows of `AugmentParams.crop`, `[B, 2 * ATTEMPTS + 2]`.
+        candidates: rows of `AugmentParams.crop_candidates`, `[B, 2 * ATTEMPTS + 2]`.
         height: of the images in pixels.
         width: of the images in pixels.
         ratio: smallest and largest aspect ratio (width / height).
@@ -128,31 +132,31 @@ def crop_windows(crop: NDArray[np.float64], height: int, width: int, ratio: tupl
     Returns:
         Top, left, height and width in pixels, `[B, 4]`.
     """
-    candidates = np.maximum(np.floor(math.sqrt(height * width) * crop[:, : 2 * ATTEMPTS] + 0.5), 1)
-    widths, heights = candidates[:, :ATTEMPTS], candidates[:, ATTEMPTS:]
+    sides = np.maximum(np.floor(math.sqrt(height * width) * candidates[:, : 2 * ATTEMPTS] + 0.5), 1)
+    widths, heights = sides[:, :ATTEMPTS], sides[:, ATTEMPTS:]
     fits = (widths <= width) & (heights <= height)
-    rows, first = np.arange(len(crop)), fits.argmax(axis=1)
+    rows, first = np.arange(len(candidates)), fits.argmax(axis=1)
     fits_any = fits[rows, first]
     center_h, center_w = center_crop_size(height, width, ratio)
     h = np.where(fits_any, heights[rows, first], center_h)
     w = np.where(fits_any, widths[rows, first], center_w)
-    top = np.where(fits_any, np.floor(crop[:, -2] * (height - h + 1)), (height - h) // 2)
-    left = np.where(fits_any, np.floor(crop[:, -1] * (width - w + 1)), (width - w) // 2)
+    top = np.where(fits_any, np.floor(candidates[:, -2] * (height - h + 1)), (height - h) // 2)
+    left = np.where(fits_any, np.floor(candidates[:, -1] * (width - w + 1)), (width - w) // 2)
     return np.stack([top, left, h, w], axis=1).astype(np.int32)
 
 
-def crop_window(
-    crop: NDArray[np.float64], height: int, width: int, ratio: tuple[float, float]
+def crop_box(
+    candidates: NDArray[np.float64], height: int, width: int, ratio: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """`crop_windows` for one image, in a fraction of the time.
+    """`crop_boxes` for one image, in a fraction of the time.
 
     Args:
-        crop: a row of `AugmentParams.crop`, `[2 * ATTEMPTS + 2]`.
+        candidates: a row of `AugmentParams.crop_candidates`, `[2 * ATTEMPTS + 2]`.
         height: of the image in pixels.
         width: of the image in pixels.
         ratio: smallest and largest aspect ratio (width / height).
     """
-    root, values = math.sqrt(height * width), crop.tolist()
+    root, values = math.sqrt(height * width), candidates.tolist()
     for k in range(ATTEMPTS):
         w = max(1, math.floor(root * values[k] + 0.5))
         h = max(1, math.floor(root * values[ATTEMPTS + k] + 0.5))
@@ -171,7 +175,7 @@ def center_crop_size(height: int, width: int, ratio: tuple[float, float]) -> tup
 
 
 def params_table(config: ViewConfig, height: int, width: int) -> NDArray[np.float64]:
-    """Argument `table` of `byol_kernels.sample_params` for images of one size; columns: its `TABLE_COLUMNS`."""
+    """Argument `table` of `byol_kernels.sample_view_params` for images of one size; columns: its `TABLE_COLUMNS`."""
     lowest, spread = factor_ranges(config)
     (area, largest_area), (sigma, largest_sigma) = config.scale, config.blur_sigma
     low, high = (math.log(ratio) for ratio in config.ratio)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from byol_fast.config import ViewConfig
-from byol_fast.data.augment_params import AugmentParams, sample_params
+from byol_fast.data.augment_params import AugmentParams, sample_augment_params
 from byol_fast.data.random_numbers import item_keys, random_bits
 from byol_fast.data.sources import SourceError
 
@@ -82,7 +82,7 @@ class BatchSampler:
         """Images and augmentation parameters of a batch, which is numbered from 0 over all epochs."""
         epoch, index = batch_number // self.batches_per_epoch, self.index(batch_number)
         params = (
-            sample_params(config, index, seed=self.seed, epoch=epoch, view=view)
+            sample_augment_params(config, index, seed=self.seed, epoch=epoch, view=view)
             for view, config in enumerate(self.view_configs)
         )
         return BatchSpec(index, tuple(params))

@@ -20,7 +20,7 @@ _KERNELS = [
     ("copies", r"^memcpy|^memset|copy_kernel|direct_copy|CatArray|nchwToNhwc|nhwcToNchw|transpose_kernel"),
     ("loss", r"normalized_mse"),
     ("optimizer + EMA", r"_lars_|_ema_update|multi_tensor_apply|foreach|_amp_|amp_update|fused_adam"),
-    ("augmentation", r"_(photometric|gaussian_blur|sample_params|resized_crop)|dali|nvimgcodec|jpeg|huffman|idct"),
+    ("augmentation", r"_(photometric|gaussian_blur|sample_view_params|resized_crop)|dali|nvimgcodec|jpeg|huffman|idct"),
     ("conv dgrad", r"dgrad|bwd_data|backward_data"),
     ("conv wgrad", r"wgrad|bwd_filter|backward_filter|bwd_weight"),
     ("attention", r"flash|fmha|attention"),
@@ -41,7 +41,7 @@ _OPS = [
     ("pool", r"pool|::mean|::sum"),
     ("loss", r"normalized_mse"),
     ("optimizer + EMA", r"_foreach|_amp_|lars|ema_update|lerp"),
-    ("augmentation", r"photometric|gaussian_blur|sample_params|resized_crop|upsample|decode|image::"),
+    ("augmentation", r"photometric|gaussian_blur|sample_view_params|resized_crop|upsample|decode|image::"),
     ("copies", r"::(copy_|_to_copy|cat|contiguous|clone|index|stack)"),
     ("pointwise", r"aten::"),
 ]  # fmt: skip

@@ -19,8 +19,8 @@ from byol_fast.data.augment_params import (
     PROBABILITIES,
     SATURATION,
     AugmentParams,
-    crop_windows,
-    sample_params,
+    crop_boxes,
+    sample_augment_params,
 )
 from byol_fast.data.batch import Batch
 from byol_fast.data.loaders.backend import resolve_backend
@@ -55,7 +55,7 @@ class Sample:
     """The image as stored."""
     views: tuple[Image.Image, Image.Image]
     """Inputs of the network before the normalization."""
-    windows: tuple[Box, Box]
+    boxes: tuple[Box, Box]
     """Crops: top, left, height, width."""
     operations: tuple[list[Operation], list[Operation]]
     """Operators of each view."""
@@ -103,21 +103,23 @@ def load_samples(
     index = batch.index.numpy()[:num]
     pixels = _to_uint8(batch, config)
     views = (config.view1, config.view2)
-    params = [sample_params(view, index, seed=config.seed, epoch=epoch, view=i) for i, view in enumerate(views)]
+    params = [sample_augment_params(view, index, seed=config.seed, epoch=epoch, view=i) for i, view in enumerate(views)]
     samples = []
     for row, i in enumerate(index.tolist()):
         original = source.load(i)
-        windows, operations = [], []
+        boxes, operations = [], []
         for view, p in zip(views, params, strict=True):
-            top, left, h, w = crop_windows(p.crop[row : row + 1], original.height, original.width, view.ratio)[0]
-            windows.append((int(top), int(left), int(h), int(w)))
-            operations.append(_operations(view, views, p, row, windows[-1], original.size))
+            top, left, h, w = crop_boxes(p.crop_candidates[row : row + 1], original.height, original.width, view.ratio)[
+                0
+            ]
+            boxes.append((int(top), int(left), int(h), int(w)))
+            operations.append(_operations(view, views, p, row, boxes[-1], original.size))
         samples.append(
             Sample(
                 name=source.sample_name(i),
                 original=original,
                 views=(Image.fromarray(pixels[0][row]), Image.fromarray(pixels[1][row])),
-                windows=(windows[0], windows[1]),
+                boxes=(boxes[0], boxes[1]),
                 operations=(operations[0], operations[1]),
             )
         )
@@ -141,11 +143,11 @@ def _operations(
     views: tuple[ViewConfig, ViewConfig],
     params: AugmentParams,
     row: int,
-    window: Box,
+    box: Box,
     size: tuple[int, int],
 ) -> list[Operation]:
     """Operators of one view of an image; of those that either view may have."""
-    top, left, h, w = window
+    top, left, h, w = box
     operations = [("crop", [f"{w} x {h} at {left}, {top} ({h * w / (size[0] * size[1]):.0%})"])]
     spread = {BRIGHTNESS: view.brightness, CONTRAST: view.contrast, SATURATION: view.saturation, HUE: view.hue}
     order = [a for a in params.order[row].tolist() if spread[a] > 0]
@@ -246,7 +248,7 @@ def _draw_original(canvas: Image.Image, sample: Sample, at: tuple[int, int], til
     draw.rectangle((*at, at[0] + tile - 1, at[1] + tile - 1), TRAY)
     canvas.paste(sample.original.resize((width, height), resampling), (left, top))
     tags = []
-    for number, (y, x, h, w) in enumerate(sample.windows):
+    for number, (y, x, h, w) in enumerate(sample.boxes):
         x0, y0 = left + round(x * scale), top + round(y * scale)
         x1, y1 = max(left + round((x + w) * scale), x0 + TAG), max(top + round((y + h) * scale), y0 + TAG)
         draw.rectangle((x0, y0, x1 - 1, y1 - 1), outline=PAPER, width=4)

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 
 from byol_fast.config import Config, ViewConfig
 from byol_fast.data import eval_batches, make_loader
-from byol_fast.data.augment_params import PROBABILITIES, AugmentParams, crop_windows, sample_params
+from byol_fast.data.augment_params import PROBABILITIES, AugmentParams, crop_boxes, sample_augment_params
 from byol_fast.data.loaders.backend import resolve_backend
 from byol_fast.data.sources import ArraySource, ImageSource
 from byol_fast.data.sources.base import evenly_spaced
@@ -101,7 +101,7 @@ def compare(
         loader.close()
         ours = batch.views[number].permute(0, 2, 3, 1).cpu().numpy()
         inputs = [images.load(i) for i in batch.index.tolist()]
-        params = sample_params(view, batch.index.numpy(), seed=config.seed, epoch=0, view=number)
+        params = sample_augment_params(view, batch.index.numpy(), seed=config.seed, epoch=0, view=number)
         reference = torchvision_views(inputs, params, view, crop=crop, colors="tensors")
         error = differences(ours, reference)
         if name == "grayscale":
@@ -157,7 +157,9 @@ def torchvision_views(
     views, interpolation = [], F.InterpolationMode(view.interpolation)
     for i, image in enumerate(images):
         x: Any = F.pil_to_tensor(image).float() if crop == "tensors" else image
-        top, left, h, w = crop_windows(params.crop[i : i + 1], image.height, image.width, view.ratio)[0].tolist()
+        top, left, h, w = crop_boxes(params.crop_candidates[i : i + 1], image.height, image.width, view.ratio)[
+            0
+        ].tolist()
         x = F.resized_crop(x, top, left, h, w, [view.size, view.size], interpolation=interpolation, antialias=True)
         if crop == "tensors":
             x = F.to_pil_image(x.round().clamp(0, 255).to(torch.uint8))
@@ -168,8 +170,8 @@ def torchvision_views(
                 x = getattr(F, f"adjust_{ADJUSTMENTS[number]}")(x, float(params.factors[i, number]))
         x = F.rgb_to_grayscale(x, 3) if params.grayscale[i] else x
         if params.blur[i]:
-            window = min(int(params.window[i]), 2 * view.size - 1)
-            x = F.gaussian_blur(x, [window, window], [float(params.sigma[i])] * 2)
+            kernel_size = min(int(params.kernel_size[i]), 2 * view.size - 1)
+            x = F.gaussian_blur(x, [kernel_size, kernel_size], [float(params.sigma[i])] * 2)
         x = F.solarize(x, view.solarize_threshold) if params.solarize[i] else x
         views.append(np.asarray(x) if isinstance(x, Image.Image) else x.permute(1, 2, 0).numpy())
     return np.stack(views)

@@ -3,7 +3,7 @@
 On a CPU plain PyTorch.
 """
 
-from byol_kernels.augment_params.ops import sample_params
+from byol_kernels.augment_params.ops import sample_view_params
 from byol_kernels.augment_params.params import ViewParams
 from byol_kernels.blur.ops import gaussian_blur
 from byol_kernels.crop.ops import resized_crop
@@ -33,6 +33,6 @@ __all__ = [
     "normalized_mse_loss_with_stats",
     "photometric",
     "resized_crop",
-    "sample_params",
+    "sample_view_params",
     "update_running_stats_",
 ]

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from byol_fast.config import ViewConfig
-from byol_fast.data.augment_params import crop_windows, params_table
+from byol_fast.data.augment_params import crop_boxes, params_table
 from byol_fast.data.loaders.device_cache import DeviceCacheLoader
 from byol_fast.data.random_numbers import stream_key
 from byol_fast.data.sampler import BatchSampler
 from byol_fast.data.sources import ArraySource
-from byol_kernels import sample_params
+from byol_kernels import sample_view_params
 from tests.data.conftest import photo_like
 from tests.data.helpers import config_of, loader_of, same
 
@@ -30,8 +30,8 @@ def test_device_params_equal_the_samplers() -> None:
         spec = sampler(epoch)
         for number, (view, expected) in enumerate(zip(views, spec.params, strict=True)):
             key, columns = torch.tensor(stream_key(seed, epoch, number)), torch.from_numpy(params_table(view, 40, 56))
-            params = sample_params(torch.from_numpy(spec.index), key, columns, blur_kernel=view.blur_kernel)
-            assert np.array_equal(params.crop, crop_windows(expected.crop, 40, 56, view.ratio))
+            params = sample_view_params(torch.from_numpy(spec.index), key, columns, blur_kernel=view.blur_kernel)
+            assert np.array_equal(params.crop_box, crop_boxes(expected.crop_candidates, 40, 56, view.ratio))
             for name in params._fields[1:]:
                 assert np.array_equal(getattr(params, name), getattr(expected, name)), name
 

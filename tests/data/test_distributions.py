@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torchvision.transforms import RandomResizedCrop
 
 from byol_fast.config import ViewConfig, recipes
-from byol_fast.data.augment_params import PROBABILITIES, AugmentParams, crop_windows, sample_params
+from byol_fast.data.augment_params import PROBABILITIES, AugmentParams, crop_boxes, sample_augment_params
 from byol_fast.data.sampler import permutation
 
 N = 20_000
@@ -34,7 +34,7 @@ Values = NDArray[np.float64]
 @functools.cache
 def sampled(view: str, seed: int = 0, epoch: int = 0, first: int = 0) -> AugmentParams:
     config, number = VIEWS[view]
-    return sample_params(config, np.arange(first, first + N), seed=seed, epoch=epoch, view=number)
+    return sample_augment_params(config, np.arange(first, first + N), seed=seed, epoch=epoch, view=number)
 
 
 def assert_share(mask: NDArray[np.bool_], p: float) -> None:
@@ -105,7 +105,7 @@ def test_factors_and_sigma_are_uniform_in_their_range(view: str) -> None:
 
 def test_factors_are_not_negative() -> None:
     """torchvision's ColorJitter(2.0): from max(0, 1 - 2) to 3."""
-    d = sample_params(
+    d = sample_augment_params(
         ViewConfig(brightness=2.0, contrast=1.0, saturation=0.0, hue=0.5), np.arange(N), seed=0, epoch=0, view=0
     )
     assert_uniform(d.factors[:, 0], 0.0, 3.0)
@@ -129,8 +129,8 @@ def test_all_orders_of_the_jitter_are_equally_likely(view: str) -> None:
 def test_area_aspect_and_position_are_uniform_where_every_crop_fits() -> None:
     """4000 x 4000 pixels and at most half of them: rounding to pixels moves the distribution functions little."""
     view = ViewConfig(scale=(0.08, 0.5))
-    d = sample_params(view, np.arange(N), seed=0, epoch=0, view=0)
-    top, left, h, w = crop_windows(d.crop, 4000, 4000, view.ratio).T.astype(float)
+    d = sample_augment_params(view, np.arange(N), seed=0, epoch=0, view=0)
+    top, left, h, w = crop_boxes(d.crop_candidates, 4000, 4000, view.ratio).T.astype(float)
     # A pixel is at most 1/980 of a side. The logarithm of the aspect ranges over 0.58, the area over 0.42.
     assert_uniform(np.clip(h * w / 4000**2, 0.08, 0.5), 0.08, 0.5, slack=0.5 / 980 / 0.42)
     low, high = math.log(3 / 4), math.log(4 / 3)
@@ -159,7 +159,9 @@ SHAPES = {
 def test_crops_are_distributed_as_torchvisions(shape: str, view: ViewConfig) -> None:
     """Against its own `get_params`, the fallback to the center included."""
     height, width = SHAPES[shape]
-    ours = crop_windows(sample_params(view, np.arange(N), seed=0, epoch=0, view=0).crop, height, width, view.ratio)
+    ours = crop_boxes(
+        sample_augment_params(view, np.arange(N), seed=0, epoch=0, view=0).crop_candidates, height, width, view.ratio
+    )
     torch.manual_seed(0)
     blank = torch.empty(3, height, width)
     params = [RandomResizedCrop.get_params(blank, list(view.scale), list(view.ratio)) for _ in range(2000)]
@@ -171,8 +173,8 @@ def test_crops_are_distributed_as_torchvisions(shape: str, view: ViewConfig) -> 
     assert (top + h <= height).all() and (left + w <= width).all()
 
 
-def features(windows: Values, height: int, width: int, view: ViewConfig) -> Mapping[str, Values]:
-    top, left, h, w = windows.T
+def features(boxes: Values, height: int, width: int, view: ViewConfig) -> Mapping[str, Values]:
+    top, left, h, w = boxes.T
     largest_h, largest_w = min(height, round(width / view.ratio[0])), min(width, round(height * view.ratio[1]))
     return {
         "area": h * w / (height * width),
@@ -186,9 +188,9 @@ def features(windows: Values, height: int, width: int, view: ViewConfig) -> Mapp
 def test_center_crop_has_its_probability() -> None:
     """100 x 400: a crop fits if its height is at most 100; a tenth power of the others remains."""
     view = ViewConfig(scale=(0.2, 1.0))
-    d = sample_params(view, np.arange(N), seed=0, epoch=0, view=0)
-    windows = crop_windows(d.crop, 100, 400, view.ratio)
-    is_centre = (windows == (0, 133, 100, 133)).all(axis=1)
+    d = sample_augment_params(view, np.arange(N), seed=0, epoch=0, view=0)
+    boxes = crop_boxes(d.crop_candidates, 100, 400, view.ratio)
+    is_centre = (boxes == (0, 133, 100, 133)).all(axis=1)
     # height^2 = area * 40000 / aspect <= 100.5^2, area uniform on 0.2 .. 1, log(aspect) uniform on +- log(4/3)
     log_aspect = np.linspace(math.log(3 / 4), math.log(4 / 3), 100_001)
     fits = np.clip((100.5**2 / 40000 * np.exp(log_aspect) - 0.2) / 0.8, 0, 1).mean()
@@ -200,9 +202,17 @@ def test_center_crop_has_its_probability() -> None:
 
 def table(d: AugmentParams) -> Values:
     """All parameters of all samples `[N, columns]`; of the crop the last candidate only."""
-    width, height = d.crop[:, 9], d.crop[:, 19]
+    width, height = d.crop_candidates[:, 9], d.crop_candidates[:, 19]
     masks = [d.flip, d.jitter, d.grayscale, d.blur, d.solarize]
-    parts = [width * height, width / height, d.crop[:, 20], d.crop[:, 21], *d.factors.T, *d.order.T[:3], d.sigma]
+    parts = [
+        width * height,
+        width / height,
+        d.crop_candidates[:, 20],
+        d.crop_candidates[:, 21],
+        *d.factors.T,
+        *d.order.T[:3],
+        d.sigma,
+    ]
     return np.column_stack([*parts, *masks]).astype(np.float64)
 
 
@@ -246,7 +256,7 @@ def test_parameters_are_independent_of_each_other() -> None:
 
 
 def test_candidates_of_a_crop_are_independent_of_each_other() -> None:
-    crop = sampled("view 1").crop
+    crop = sampled("view 1").crop_candidates
     area, aspect = crop[:, :10] * crop[:, 10:20], crop[:, :10] / crop[:, 10:20]
     columns = np.concatenate([area, aspect], axis=1)
     assert_independent(columns, columns, but={(i, i) for i in range(20)})
@@ -265,7 +275,7 @@ def test_views_epochs_seeds_and_samples_are_independent() -> None:
 
 
 def test_one_image_over_many_epochs_has_the_same_distributions() -> None:
-    parts = [sample_params(PAPER.view2, np.array([7]), seed=0, epoch=epoch, view=1) for epoch in range(2000)]
+    parts = [sample_augment_params(PAPER.view2, np.array([7]), seed=0, epoch=epoch, view=1) for epoch in range(2000)]
     columns = np.concatenate([table(d) for d in parts])
     assert_uniform(columns[:, 2], 0, 1)
     assert_uniform(columns[:, 4], 0.6, 1.4)

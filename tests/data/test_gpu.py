@@ -169,7 +169,7 @@ def test_device_cache_does_not_synchronize(arrays: ArraySource) -> None:
 def test_device_cache_takes_eight_launches(arrays: ArraySource) -> None:
     loader = make_loader(arrays, settings("device_cache"), device=GPU)
     take(loader, 2)  # the first call of `launches` begins an epoch, the second is in the middle of it
-    kernels = ["_sample_params_kernel", "_resized_crop_kernel", "_photometric_kernel", "_gaussian_blur_kernel"]
+    kernels = ["_sample_view_params_kernel", "_resized_crop_kernel", "_photometric_kernel", "_gaussian_blur_kernel"]
     assert sorted(launches(lambda: next(loader)) or 2 * kernels) == sorted(2 * kernels)
 
 

@@ -15,7 +15,7 @@ from torchvision.transforms import v2 as T
 from byol_fast import config as configs
 from byol_fast.config import Config, ViewConfig, recipes
 from byol_fast.data import ViewLoader, eval_batches, make_loader
-from byol_fast.data.augment_params import crop_windows, sample_params
+from byol_fast.data.augment_params import crop_boxes, sample_augment_params
 from byol_fast.data.sources import ArraySource, FileSource, ImageSource, open_source
 from byol_fast.report import view_check
 from byol_fast.report.view_check import Levels, differences, torchvision_views
@@ -142,15 +142,15 @@ def test_statistics_of_an_error() -> None:
 def test_reference_equals_torchvisions_transforms(tensors: bool, arrays: ArraySource, monkeypatch: Any) -> None:
     """Transforms as a training script composes them, with our parameters instead of their own."""
     view = ViewConfig(size=48, blur_p=0.5, solarize_p=0.5, grayscale_p=0.3)
-    d = sample_params(view, np.arange(len(arrays)), seed=0, epoch=0, view=0)
+    d = sample_augment_params(view, np.arange(len(arrays)), seed=0, epoch=0, view=0)
     given: dict[type, dict[str, Any]] = {}
     images, expected = [arrays.load(i) for i in range(len(arrays))], []
     for transform in (T.RandomResizedCrop, T.ColorJitter):
         monkeypatch.setattr(transform, "make_params", lambda self, _: given[type(self)])
     for i, image in enumerate(images):
         sigma = float(d.sigma[i])
-        window = crop_windows(d.crop[i : i + 1], 64, 64, view.ratio)[0].tolist()
-        given[T.RandomResizedCrop] = dict(zip(("top", "left", "height", "width"), window, strict=True))
+        box = crop_boxes(d.crop_candidates[i : i + 1], 64, 64, view.ratio)[0].tolist()
+        given[T.RandomResizedCrop] = dict(zip(("top", "left", "height", "width"), box, strict=True))
         factors = zip(("brightness", "contrast", "saturation", "hue"), d.factors[i].tolist(), strict=True)
         given[T.ColorJitter] = {"fn_idx": torch.from_numpy(d.order[i])} | {f"{k}_factor": v for k, v in factors}
         steps: list[Any] = [
@@ -164,7 +164,7 @@ def test_reference_equals_torchvisions_transforms(tensors: bool, arrays: ArraySo
             T.Identity() if tensors else T.PILToTensor(),
         ]
         expected.append(T.Compose(steps)(image).permute(1, 2, 0).numpy())
-    wide = replace(d, window=np.full_like(d.window, 23))
+    wide = replace(d, kernel_size=np.full_like(d.kernel_size, 23))
     ours = torchvision_views(images, wide, view, colors="tensors" if tensors else "PIL")
     assert np.array_equal(ours, np.stack(expected))
 
@@ -173,7 +173,7 @@ def test_adjustments_without_a_range_are_omitted() -> None:
     """As in torchvision's ColorJitter: PIL's conversion to HSV and back changes pixels even without a shift."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
     view = plain(8, color_jitter_p=1.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0)
-    d = sample_params(view, np.arange(1), seed=0, epoch=0, view=0)
+    d = sample_augment_params(view, np.arange(1), seed=0, epoch=0, view=0)
     assert sorted(d.order[0].tolist()) == [0, 1, 2, 3]
     assert np.array_equal(torchvision_views([image], d, view)[0], np.asarray(image))
 
@@ -187,12 +187,12 @@ def test_whole_image_is_unchanged(any_backend: str, arrays: ArraySource) -> None
 
 
 def test_dali_crop_is_rounded_once(arrays: ArraySource, dali: None) -> None:
-    """Same window, same antialiased cubic filter as torch's in float64, of upward and downward resizes."""
+    """Same box, same antialiased cubic filter as torch's in float64, of upward and downward resizes."""
     view = plain(48, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
     batch = next(loader_of(arrays, config_of("dali", view, batch_size=48)))
-    d = sample_params(view, batch.index.numpy(), seed=0, epoch=0, view=0)
+    d = sample_augment_params(view, batch.index.numpy(), seed=0, epoch=0, view=0)
     expected = []
-    for k, (top, left, h, w) in zip(batch.index, crop_windows(d.crop, 64, 64, view.ratio), strict=True):
+    for k, (top, left, h, w) in zip(batch.index, crop_boxes(d.crop_candidates, 64, 64, view.ratio), strict=True):
         image = torch.from_numpy(arrays.images[int(k)]).permute(2, 0, 1).double()
         crop = image[None, :, top : top + h, left : left + w]
         resized = torch.nn.functional.interpolate(crop, (48, 48), mode="bicubic", antialias=True, align_corners=False)
@@ -204,7 +204,7 @@ def test_dali_crop_is_rounded_once(arrays: ArraySource, dali: None) -> None:
 
 
 def test_dali_crops_agree_for_all_shapes(tmp_path: Path, dali: None) -> None:
-    """The window is computed by DALI for files and in Python otherwise; gradients show a shift by a pixel."""
+    """The crop box is computed by DALI for files and in Python otherwise; gradients show a shift by a pixel."""
     shapes = [(1, 1), (2, 300), (300, 2), (37, 64), (64, 37), (90, 90), (17, 100), (128, 40)]
     for n, (h, w) in enumerate(shapes * 8):
         y, x = np.mgrid[0:h, 0:w]

@@ -16,7 +16,7 @@ from byol_fast import config as configs
 from byol_fast.cli import main
 from byol_fast.config import Config, ConfigError, ViewConfig, recipes
 from byol_fast.data import CorruptImageError, SourceError, ViewLoader, make_loader, open_train_val
-from byol_fast.data.augment_params import BRIGHTNESS, CONTRAST, HUE, SATURATION, sample_params
+from byol_fast.data.augment_params import BRIGHTNESS, CONTRAST, HUE, SATURATION, sample_augment_params
 from byol_fast.data.sources import ArraySource, FileSource, open_source
 from byol_fast.report import preview, view_check
 from tests.data.helpers import CPU, config_of, loader_of, pixels, plain
@@ -59,11 +59,11 @@ def test_operations_are_the_sampled_parameters(arrays: ArraySource) -> None:
     index = loader_of(arrays, config_of("threaded", VIEW1, VIEW2, seed=3, batch_size=12)).__next__().index.numpy()
     names = {BRIGHTNESS: "brightness", CONTRAST: "contrast", SATURATION: "saturation", HUE: "hue"}
     for number, view in enumerate((VIEW1, VIEW2)):
-        d = sample_params(view, index, seed=3, epoch=0, view=number)
+        d = sample_augment_params(view, index, seed=3, epoch=0, view=number)
         for row, sample in enumerate(load_samples(arrays)):
             operations = dict(sample.operations[number])
             assert list(operations) == ["crop", "flip", "jitter", "gray", "blur", "solarize"]
-            top, left, h, w = sample.windows[number]
+            top, left, h, w = sample.boxes[number]
             assert operations["crop"] == [f"{w} x {h} at {left}, {top} ({h * w / 4096:.0%})"]
             for mask, label in (
                 ("flip", "flip"),
@@ -121,7 +121,7 @@ def test_crops_are_outlined() -> None:
         original = sheet[100 : 110 + preview.TILE, preview.MARGIN : preview.MARGIN + preview.TILE]
         ys, xs = np.nonzero((original == 0).all(axis=2))
         top, left, scale = ys.min(), xs.min(), preview.TILE / 300
-        for (y, x, h, w), color in zip(sample.windows, preview.VIEW_COLORS, strict=True):
+        for (y, x, h, w), color in zip(sample.boxes, preview.VIEW_COLORS, strict=True):
             rows, columns = np.nonzero((original == ImageColor.getrgb(color)).all(axis=2))
             # Half a pixel of rounding, and the white line around the colored one.
             assert abs(rows.min() - top - y * scale) <= 2.5 and abs(rows.max() - top - (y + h) * scale) <= 3.5

@@ -92,7 +92,7 @@ def test_ranks_have_disjoint_images_and_parameters() -> None:
     specs = [[p(s) for s in range(3)] for p in parts]
     images = [{int(i) for spec in rank for i in spec.index} for rank in specs]
     assert all(not (a & b) for k, a in enumerate(images) for b in images[:k])
-    crops = [tuple(row) for rank in specs for spec in rank for d in spec.params for row in d.crop]
+    crops = [tuple(row) for rank in specs for spec in rank for d in spec.params for row in d.crop_candidates]
     assert len(set(crops)) == 2 * 96  # all views of an epoch have different parameters
 
 
@@ -103,7 +103,7 @@ def test_repeated_image_has_equal_views() -> None:
     for p in parts:
         for s in range(p.batches_per_epoch):
             spec = p(s)
-            rows.setdefault(int(spec.index[0]), []).append(b"".join(d.crop.tobytes() for d in spec.params))
+            rows.setdefault(int(spec.index[0]), []).append(b"".join(d.crop_candidates.tobytes() for d in spec.params))
     assert sorted(len(views) for views in rows.values()) == [1] * 8 + [2] * 2
     assert all(len(set(views)) == 1 for views in rows.values())
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from byol_fast.config import ViewConfig
-from byol_fast.data.augment_params import AugmentParams, crop_window, crop_windows, sample_params
+from byol_fast.data.augment_params import AugmentParams, crop_box, crop_boxes, sample_augment_params
 from byol_fast.data.sources import ArraySource
 from tests.data.helpers import config_of, loader_of, pixels, plain
 
@@ -18,7 +18,7 @@ VIEW = ViewConfig(grayscale_p=0.2, blur_p=0.1, solarize_p=0.2, hue=0.1, saturati
 
 @pytest.fixture(scope="module")
 def params() -> AugmentParams:
-    return sample_params(VIEW, np.arange(N), seed=0, epoch=0, view=0)
+    return sample_augment_params(VIEW, np.arange(N), seed=0, epoch=0, view=0)
 
 
 def fields(d: AugmentParams) -> dict[str, Any]:
@@ -26,37 +26,39 @@ def fields(d: AugmentParams) -> dict[str, Any]:
 
 
 def test_center_crop_if_no_candidate_fits() -> None:
-    crop = sample_params(ViewConfig(scale=(0.9, 1.0)), np.arange(50), seed=0, epoch=0, view=0).crop
-    for (height, width), window in {
+    crop = sample_augment_params(ViewConfig(scale=(0.9, 1.0)), np.arange(50), seed=0, epoch=0, view=0).crop_candidates
+    for (height, width), box in {
         (10, 1000): (0, 493, 10, 13),
         (1000, 10): (493, 0, 13, 10),
         (1, 1): (0, 0, 1, 1),
     }.items():
-        assert (crop_windows(crop, height, width, (3 / 4, 4 / 3)) == window).all()
+        assert (crop_boxes(crop, height, width, (3 / 4, 4 / 3)) == box).all()
 
 
-def test_crop_window_equals_crop_windows() -> None:
+def test_crop_box_equals_crop_boxes() -> None:
     for view in (VIEW, ViewConfig(scale=(0.9, 1.0), ratio=(0.2, 0.3))):
-        crop = sample_params(view, np.arange(300), seed=0, epoch=0, view=0).crop
+        crop = sample_augment_params(view, np.arange(300), seed=0, epoch=0, view=0).crop_candidates
         for height, width in ((375, 500), (32, 32), (100, 900), (1, 7)):
-            one_by_one = [crop_window(row, height, width, view.ratio) for row in crop]
-            assert np.array_equal(one_by_one, crop_windows(crop, height, width, view.ratio))
+            one_by_one = [crop_box(row, height, width, view.ratio) for row in crop]
+            assert np.array_equal(one_by_one, crop_boxes(crop, height, width, view.ratio))
 
 
 def test_params_depend_on_seed_epoch_image_and_view_only() -> None:
     index = np.array([5, 900, 3])
-    d = fields(sample_params(VIEW, index, seed=1, epoch=2, view=0))
-    alone = fields(sample_params(VIEW, index[1:2], seed=1, epoch=2, view=0))
+    d = fields(sample_augment_params(VIEW, index, seed=1, epoch=2, view=0))
+    alone = fields(sample_augment_params(VIEW, index[1:2], seed=1, epoch=2, view=0))
     for name, values in d.items():
         assert np.array_equal(values[1:2], alone[name]), name
     for changed in ({"seed": 2}, {"epoch": 3}, {"view": 1}):
-        other = sample_params(VIEW, index, **{"seed": 1, "epoch": 2, "view": 0, **changed})
-        assert not np.isclose(other.crop, d["crop"]).any(), changed
+        other = sample_augment_params(VIEW, index, **{"seed": 1, "epoch": 2, "view": 0, **changed})
+        assert not np.isclose(other.crop_candidates, d["crop_candidates"]).any(), changed
 
 
 def test_changing_one_probability_changes_nothing_else(params: AugmentParams) -> None:
     other = fields(
-        sample_params(ViewConfig(grayscale_p=0.2, blur_p=0.7, solarize_p=0.2), np.arange(N), seed=0, epoch=0, view=0)
+        sample_augment_params(
+            ViewConfig(grayscale_p=0.2, blur_p=0.7, solarize_p=0.2), np.arange(N), seed=0, epoch=0, view=0
+        )
     )
     for name, values in fields(params).items():
         assert np.array_equal(values, other[name]) == (name != "blur"), name

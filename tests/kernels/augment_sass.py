@@ -84,7 +84,7 @@ def _blur(images: str, out: str, *, chain: bool) -> Case:
         "out_ptr": f"*{out}!",
         "blur_ptr": MASK,
         "sigma_ptr": "*fp32!",
-        "window_ptr": "*i32!",
+        "kernel_size_ptr": "*i32!",
         "solarize_ptr": MASK if chain else NONE,
         "stride_b": "i32!",
         "stride_h": "i32!",
@@ -107,7 +107,7 @@ def _crop(size: int, interpolation: str) -> Case:
     arguments: dict[str, str | Constant] = {
         "images_ptr": "*u8!",
         "index_ptr": "*i64!",
-        "window_ptr": "*i32!",
+        "box_ptr": "*i32!",
         "out_ptr": "*u8!",
         "stride_n": "i32!",
         "stride_c": Constant(1),
@@ -122,12 +122,12 @@ def _crop(size: int, interpolation: str) -> Case:
     return Case(crop._resized_crop_kernel, arguments, _options(crop.NUM_WARPS, crop.MAX_REGISTERS), 168)
 
 
-def _sample_params() -> Case:
+def _sample_view_params() -> Case:
     arguments: dict[str, str | Constant] = {
         "index_ptr": "*i64!",
         "key_ptr": "*i64!",
         "table_ptr": "*fp64!",
-        **dict.fromkeys(("crop_ptr", "order_ptr", "window_ptr"), "*i32!"),
+        **dict.fromkeys(("crop_box_ptr", "order_ptr", "kernel_size_ptr"), "*i32!"),
         **dict.fromkeys(("factors_ptr", "sigma_ptr"), "*fp32!"),
         **dict.fromkeys(("flip_ptr", "jitter_ptr", "grayscale_ptr", "blur_ptr", "solarize_ptr"), MASK),
         "batch": "i32!",
@@ -136,7 +136,7 @@ def _sample_params() -> Case:
         "BLOCK": Constant(augment_params.BLOCK),
     }
     options = {"num_warps": augment_params.BLOCK // 32, "enable_fp_fusion": False}
-    return Case(augment_params._sample_params_kernel, arguments, options, 128)
+    return Case(augment_params._sample_view_params_kernel, arguments, options, 128)
 
 
 # Three 64-bit loads are eight pixels of a thread; there is one set per sweep. Stores: one set each for mirrored or not.
@@ -155,7 +155,7 @@ CASES: dict[str, Case] = {
     "crop_32": _crop(32, "bicubic"),
     "crop_28_bilinear": _crop(28, "bilinear"),
     "crop_224": _crop(224, "bicubic"),
-    "sample_params": _sample_params(),
+    "sample_view_params": _sample_view_params(),
 }
 
 

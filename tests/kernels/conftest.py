@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from byol_kernels.augment_params.kernels import sample_params_cuda
+from byol_kernels.augment_params.kernels import sample_view_params_cuda
 from byol_kernels.blur.kernels import gaussian_blur_cuda
 from byol_kernels.crop.kernels import resized_crop_cuda
 from byol_kernels.ema.ops import _ema_update_cuda
@@ -42,7 +42,7 @@ if INTERPRETED:
         "resized_crop": resized_crop_cuda,
         "max_pool2d_3x3_fwd": max_pool.max_pool2d_3x3_fwd_cuda,
         "max_pool2d_3x3_bwd": max_pool.max_pool2d_3x3_bwd_cuda,
-        "sample_params": sample_params_cuda,
+        "sample_view_params": sample_view_params_cuda,
     }.items():
         partial(_override.impl, allow_override=True)(_name, _launcher, "CPU")
 

@@ -19,7 +19,7 @@ def compilations() -> list[object]:
     return [
         pytest.param(name, capability, marks=[] if name in ON_ALL or capability == 90 else pytest.mark.slow)
         for name in cases.CASES
-        if name != "sample_params"
+        if name != "sample_view_params"
         for capability in sass.CAPABILITIES
     ]
 
@@ -54,9 +54,9 @@ def test_aot_threads_of_a_warp_take_pixels_side_by_side(name: str) -> None:
 
 
 @pytest.mark.parametrize("capability", sass.CAPABILITIES)
-def test_aot_sample_params_rounds_each_operation(capability: int) -> None:
+def test_aot_sample_view_params_rounds_each_operation(capability: int) -> None:
     """A fused multiply-add or an approximate root would differ from the host in the last bit."""
-    case = cases.CASES["sample_params"]
+    case = cases.CASES["sample_view_params"]
     ptx, code = cases.build(case, capability)
     operations = set(re.findall(r"\b(?:fma|mul|add|sub|sqrt|div|rcp|ex2)\.[\w.]*f(?:32|64)\b", ptx))
     assert operations == {"mul.rn.f64", "add.rn.f64", "sub.rn.f64", "sqrt.rn.f64", "div.rn.f64", "mul.rn.f32"}

@@ -11,7 +11,7 @@ from torch import Tensor
 from byol_fast.config import ViewConfig
 from byol_fast.data import augment_params as numpy_params
 from byol_fast.data.random_numbers import stream_key
-from byol_kernels import sample_params
+from byol_kernels import sample_view_params
 from byol_kernels.augment_params import reference
 from byol_kernels.augment_params.params import ATTEMPTS, TABLE_COLUMNS
 from tests.kernels.conftest import INTERPRETED, not_interpreted
@@ -63,15 +63,15 @@ def test_parameters_equal_numpy(name: str, size: tuple[int, int], device: str) -
     view, n = VIEWS[name], 70 if INTERPRETED else 20_000
     for seed, epoch, number in STREAMS:
         index = np.random.default_rng(seed % 997).integers(0, 2**40, n)
-        expected: Any = numpy_params.sample_params(view, index, seed=seed, epoch=epoch, view=number)
+        expected: Any = numpy_params.sample_augment_params(view, index, seed=seed, epoch=epoch, view=number)
         key = torch.tensor(stream_key(seed, epoch, number))
-        ours = sample_params(
+        ours = sample_view_params(
             torch.from_numpy(index).to(device),
             key.to(device),
             table(view, *size).to(device),
             blur_kernel=view.blur_kernel,
         )
-        assert np.array_equal(ours.crop.cpu(), numpy_params.crop_windows(expected.crop, *size, view.ratio))
+        assert np.array_equal(ours.crop_box.cpu(), numpy_params.crop_boxes(expected.crop_candidates, *size, view.ratio))
         for field in ours._fields[1:]:
             out, numbers = getattr(ours, field).cpu().numpy(), getattr(expected, field)
             assert out.dtype == numbers.dtype and np.array_equal(out, numbers), field
@@ -93,12 +93,12 @@ def test_exponential_function() -> None:
 @not_interpreted
 def test_opcheck() -> None:
     arguments = (torch.arange(5), torch.tensor(3), table(ViewConfig(), 8, 8), 23)
-    torch.library.opcheck(torch.ops.byol_kernels.sample_params.default, arguments)
+    torch.library.opcheck(torch.ops.byol_kernels.sample_view_params.default, arguments)
 
 
 def test_empty_batch(device: str) -> None:
     key, t = torch.tensor(3).to(device), table(ViewConfig(), 8, 8).to(device)
-    assert sample_params(torch.arange(0).to(device), key, t).crop.shape == (0, 4)
+    assert sample_view_params(torch.arange(0).to(device), key, t).crop_box.shape == (0, 4)
 
 
 @not_interpreted
@@ -106,5 +106,5 @@ def test_empty_batch(device: str) -> None:
 def test_arguments_are_refused(name: str) -> None:
     good = {"index": torch.arange(5), "key": torch.tensor(3), "table": table(ViewConfig(), 8, 8)}
     for wrong in (good[name].float(), good[name][None], good[name].to("meta") if name != "index" else good[name].int()):
-        with pytest.raises(ValueError, match=f"sample_params: {name} must have shape"):
-            sample_params(*{**good, name: wrong}.values())
+        with pytest.raises(ValueError, match=f"sample_view_params: {name} must have shape"):
+            sample_view_params(*{**good, name: wrong}.values())

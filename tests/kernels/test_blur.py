@@ -35,17 +35,19 @@ def uint8_tolerance(device: str) -> float:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_uint8_matches_float64(shape: tuple[int, int], device: str) -> None:
     x, p = make_images(BATCH, *shape), make_params(BATCH, seed=1)
-    out = gaussian_blur(x.to(device), **on(device, p, "sigma", "window"))
+    out = gaussian_blur(x.to(device), **on(device, p, "sigma", "kernel_size"))
     assert out.dtype == torch.uint8 and out.is_contiguous(memory_format=torch.channels_last)
-    assert max_error(out, blur(x, p.sigma, p.window)) <= uint8_tolerance(device)
+    assert max_error(out, blur(x, p.sigma, p.kernel_size)) <= uint8_tolerance(device)
 
 
 def test_uint8_matches_torchvision(device: str) -> None:
     """A level off where the sum is next to a half; one value in thirty at most, by the error of float16."""
     x, p = make_images(BATCH, 24, 30, seed=1), make_params(BATCH, seed=2)
-    out = gaussian_blur(x.to(device), **on(device, p, "sigma", "window")).cpu()
-    parameters = zip(x, p.window.tolist(), p.sigma.tolist(), strict=True)
-    expected = torch.stack([F.gaussian_blur(image, [window] * 2, [sigma] * 2) for image, window, sigma in parameters])
+    out = gaussian_blur(x.to(device), **on(device, p, "sigma", "kernel_size")).cpu()
+    parameters = zip(x, p.kernel_size.tolist(), p.sigma.tolist(), strict=True)
+    expected = torch.stack(
+        [F.gaussian_blur(image, [kernel_size] * 2, [sigma] * 2) for image, kernel_size, sigma in parameters]
+    )
     difference = (out.int() - expected.int()).abs()
     assert difference.max() <= 1
     assert difference.double().mean() <= (1 / 30 if device == "cuda" or INTERPRETED else 1e-3)
@@ -55,9 +57,9 @@ def test_uint8_matches_torchvision(device: str) -> None:
 def test_floats_match_float64(dtype: torch.dtype, shape: tuple[int, int], device: str) -> None:
     p = make_params(BATCH, seed=3)
     x = ((make_images(BATCH, *shape).float() / 255 - 0.45) / 0.22).to(dtype)
-    out = gaussian_blur(x.to(device), **on(device, p, "sigma", "window"))
+    out = gaussian_blur(x.to(device), **on(device, p, "sigma", "kernel_size"))
     assert out.dtype == dtype
-    expected = blur(x, p.sigma, p.window)
+    expected = blur(x, p.sigma, p.kernel_size)
     rounding = ROUNDING[dtype] * (2 if INTERPRETED else 1)  # it truncates
     # Two sums of up to 23 products of values up to 2.5.
     assert ((out.cpu().double() - expected).abs() <= 2 * 23 * 2.5 * 2.0**-24 + rounding * expected.abs()).all()
@@ -67,7 +69,7 @@ def test_floats_match_float64(dtype: torch.dtype, shape: tuple[int, int], device
 def test_flat_image_stays_unchanged(dtype: torch.dtype, device: str) -> None:
     values = torch.tensor([0, 1, 77, 128, 200, 254, 255, 13])[:: 2 if INTERPRETED else 1]
     x = values.view(-1, 1, 1, 1).expand(-1, 3, 20, 30).to(dtype).to(device)
-    out = gaussian_blur(x, **on(device, make_params(len(values), seed=4), "sigma", "window"))
+    out = gaussian_blur(x, **on(device, make_params(len(values), seed=4), "sigma", "kernel_size"))
     if dtype == torch.uint8:
         assert torch.equal(out, x)
     else:
@@ -77,7 +79,7 @@ def test_flat_image_stays_unchanged(dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_mask_selects_images(dtype: torch.dtype, device: str) -> None:
     mask = torch.tensor([True, False, True])
-    x, p = make_images(3, 17, 20).to(dtype).to(device), on(device, make_params(3), "sigma", "window")
+    x, p = make_images(3, 17, 20).to(dtype).to(device), on(device, make_params(3), "sigma", "kernel_size")
     out = gaussian_blur(x, **p, blur=mask.to(device))
     selected = gaussian_blur(x[mask], **{name: values[mask] for name, values in p.items()})
     assert torch.equal(out[~mask], x[~mask]) and torch.equal(out[mask], selected)
@@ -87,29 +89,29 @@ def test_mask_selects_images(dtype: torch.dtype, device: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 20), (20, 1), (2, 3)], ids=str)
-def test_windows_wider_than_image(shape: tuple[int, int], device: str) -> None:
+def test_kernels_wider_than_image(shape: tuple[int, int], device: str) -> None:
     """Mirrored as often as needed, like numpy; torchvision refuses."""
     x = make_images(3, *shape)
-    sigma, window = torch.tensor([0.7, 2.0, 9.0]), torch.tensor([5, 13, 45])
-    out = gaussian_blur(x.to(device), sigma.to(device), window.to(device))
-    assert max_error(out, blur(x, sigma, window)) <= uint8_tolerance(device)
+    sigma, kernel_size = torch.tensor([0.7, 2.0, 9.0]), torch.tensor([5, 13, 45])
+    out = gaussian_blur(x.to(device), sigma.to(device), kernel_size.to(device))
+    assert max_error(out, blur(x, sigma, kernel_size)) <= uint8_tolerance(device)
 
 
-def test_wide_windows(device: str) -> None:
+def test_wide_kernels(device: str) -> None:
     x = make_images(2, 48, 30)
-    sigma, window = torch.tensor([3.7, 6.0]), torch.tensor([23, 41])
-    out = gaussian_blur(x.to(device), sigma.to(device), window.to(device))
-    assert max_error(out, blur(x, sigma, window)) <= uint8_tolerance(device)
+    sigma, kernel_size = torch.tensor([3.7, 6.0]), torch.tensor([23, 41])
+    out = gaussian_blur(x.to(device), sigma.to(device), kernel_size.to(device))
+    assert max_error(out, blur(x, sigma, kernel_size)) <= uint8_tolerance(device)
 
 
-def test_window_of_one_changes_nothing(device: str) -> None:
+def test_kernel_size_one_changes_nothing(device: str) -> None:
     x = make_images(3, 9, 33).to(device)
     ones = torch.ones(3, dtype=torch.int64, device=device)
     assert torch.equal(gaussian_blur(x, torch.full((3,), 1.3, device=device), ones), x)
 
 
 def test_strides_change_nothing(device: str) -> None:
-    x, p = make_images(2, 10, 16).to(device), on(device, make_params(2), "sigma", "window")
+    x, p = make_images(2, 10, 16).to(device), on(device, make_params(2), "sigma", "kernel_size")
     expected = gaussian_blur(x, **p)
     for name, layout in LAYOUTS.items():
         assert torch.equal(gaussian_blur(layout(x), **p), expected), name
@@ -122,7 +124,7 @@ def test_empty_batch(device: str) -> None:
 
 @not_interpreted
 def test_default_dtype_changes_nothing() -> None:
-    x, p = make_images(2, 40, 50), on("cpu", make_params(2), "sigma", "window")
+    x, p = make_images(2, 40, 50), on("cpu", make_params(2), "sigma", "kernel_size")
     expected = gaussian_blur(x, **p)
     torch.set_default_dtype(torch.float64)
     try:
@@ -134,10 +136,10 @@ def test_default_dtype_changes_nothing() -> None:
 @not_interpreted
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_opcheck(dtype: torch.dtype, device: str) -> None:
-    x, p = make_images(3, 8, 9).to(dtype).to(device), on(device, make_params(3), "sigma", "window", "blur")
+    x, p = make_images(3, 8, 9).to(dtype).to(device), on(device, make_params(3), "sigma", "kernel_size", "blur")
     op = torch.ops.byol_kernels.gaussian_blur
     torch.library.opcheck(op, (x, *p.values()))
-    without_mask = (p["sigma"], p["window"], None)
+    without_mask = (p["sigma"], p["kernel_size"], None)
     torch.library.opcheck(op, (x, *without_mask))
     if dtype == torch.float32:  # its autograd refuses on purpose, so the check that differentiates it is left out
         utils = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -146,7 +148,7 @@ def test_opcheck(dtype: torch.dtype, device: str) -> None:
 
 @not_interpreted
 def test_compiles_without_graph_breaks(device: str) -> None:
-    x, p = make_images(3, 8, 9).to(device), on(device, make_params(3), "sigma", "window")
+    x, p = make_images(3, 8, 9).to(device), on(device, make_params(3), "sigma", "kernel_size")
 
     def model(x: Tensor) -> Tensor:
         return gaussian_blur(x, **p).float() * 2
@@ -167,7 +169,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "integers": (lambda: gaussian_blur(X.int(), S, W), r"images must be torch\.uint8 or torch\.bfloat16"),
     "sigma_rows": (lambda: gaussian_blur(X, S[:1], W), r"sigma must have shape \(2,\), got \(1,\)"),
     "sigma_dtype": (lambda: gaussian_blur(X, S.double(), W), r"sigma must be torch\.float32, got torch\.float64"),
-    "window_dtype": (lambda: gaussian_blur(X, S, S), "window must be torch.int32 or torch.int64"),
+    "kernel_size_dtype": (lambda: gaussian_blur(X, S, S), "kernel_size must be torch.int32 or torch.int64"),
     "blur_dtype": (lambda: gaussian_blur(X, S, W, blur=W), "blur must be torch.bool"),
     "device": (lambda: gaussian_blur(X, S.to("meta"), W), "sigma must be on the device of images, cpu"),
 }

@@ -32,22 +32,22 @@ def make_images(n: int, height: int, width: int) -> Tensor:
     return x.permute(0, 3, 1, 2)
 
 
-def make_windows(batch: int, height: int, width: int) -> Tensor:
+def make_boxes(batch: int, height: int, width: int) -> Tensor:
     """The whole image, its last pixel, a row, a column, and others."""
     generator = torch.Generator().manual_seed(0)
     size = torch.tensor([height, width])
     extent = 1 + (torch.rand(batch, 2, generator=generator) * size).int().clamp(max=size - 1)
     start = (torch.rand(batch, 2, generator=generator) * (size - extent + 1)).int()
-    window = torch.cat([start, extent], dim=1).int()
+    box = torch.cat([start, extent], dim=1).int()
     special = [[0, 0, height, width], [height - 1, width - 1, 1, 1], [2, 0, 1, width], [0, 3, height, 1]]
-    window[:4] = torch.tensor(special, dtype=torch.int32)
-    return window
+    box[:4] = torch.tensor(special, dtype=torch.int32)
+    return box
 
 
-def expected(x: Tensor, index: Tensor, window: Tensor, size: int, mode: Mode) -> Tensor:
+def expected(x: Tensor, index: Tensor, box: Tensor, size: int, mode: Mode) -> Tensor:
     """Crop first, so that the filter sees no pixel outside; without any rounding."""
     crops = [
-        x[i : i + 1, :, t : t + h, s : s + w] for i, (t, s, h, w) in zip(index.tolist(), window.tolist(), strict=True)
+        x[i : i + 1, :, t : t + h, s : s + w] for i, (t, s, h, w) in zip(index.tolist(), box.tolist(), strict=True)
     ]
     resize = partial(torch.nn.functional.interpolate, size=(size, size), mode=mode, antialias=True)
     return torch.cat([resize(c.double()) for c in crops]).clamp(0, 255)
@@ -56,10 +56,10 @@ def expected(x: Tensor, index: Tensor, window: Tensor, size: int, mode: Mode) ->
 @pytest.mark.parametrize(("shape", "mode"), CASES, ids=str)
 def test_matches_float64(shape: tuple[int, int, int], mode: Mode, device: str) -> None:
     height, width, size = shape
-    x, window, index = make_images(5, height, width), make_windows(6, height, width), torch.tensor([4, 0, 2, 2, 1, 3])
-    out = resized_crop(x.to(device), window.to(device), size, index=index.to(device), interpolation=mode).cpu()
+    x, box, index = make_images(5, height, width), make_boxes(6, height, width), torch.tensor([4, 0, 2, 2, 1, 3])
+    out = resized_crop(x.to(device), box.to(device), size, index=index.to(device), interpolation=mode).cpu()
     assert out.dtype == torch.uint8 and out.is_contiguous(memory_format=torch.channels_last)
-    difference = (out.double() - expected(x, index, window, size, mode)).abs()
+    difference = (out.double() - expected(x, index, box, size, mode)).abs()
     if device == "cuda" or INTERPRETED:
         assert difference.max() <= 0.5 + FLOAT32
     else:  # rounds, and clips what overshoots, between the passes: half a level, weighed by up to 1.2, and another half
@@ -73,11 +73,11 @@ def test_matches_pil(mode: Mode, device: str) -> None:
     smooth = (
         torch.nn.functional.interpolate(make_images(3, 6, 6).float(), (48, 40), mode="bicubic").clamp(0, 255).byte()
     )
-    window, index = make_windows(6, 48, 40)[4:], torch.tensor([2, 0])
-    out = resized_crop(smooth.to(device), window.to(device), 24, index=index.to(device), interpolation=mode).cpu()
-    exact = expected(smooth, index, window, 24, mode)
+    box, index = make_boxes(6, 48, 40)[4:], torch.tensor([2, 0])
+    out = resized_crop(smooth.to(device), box.to(device), 24, index=index.to(device), interpolation=mode).cpu()
+    exact = expected(smooth, index, box, 24, mode)
     resampling = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}[mode]
-    for row, (i, (t, s, h, w)) in enumerate(zip(index.tolist(), window.tolist(), strict=True)):
+    for row, (i, (t, s, h, w)) in enumerate(zip(index.tolist(), box.tolist(), strict=True)):
         cut = Image.fromarray(smooth[i].permute(1, 2, 0).contiguous().numpy()).crop((s, t, s + w, t + h))
         pil = np.asarray(cut.resize((24, 24), resampling)).transpose(2, 0, 1).astype(float)
         ours = out[row].numpy().astype(float)
@@ -85,30 +85,30 @@ def test_matches_pil(mode: Mode, device: str) -> None:
         assert np.abs(ours - pil).max() <= 2
 
 
-def test_no_index_pairs_images_and_windows(device: str) -> None:
-    x, window = make_images(6, 20, 24).to(device), make_windows(6, 20, 24).to(device)
-    one_by_one = [resized_crop(x[i : i + 1], window[i : i + 1], 16) for i in range(6)]
-    assert torch.equal(resized_crop(x, window, 16), torch.cat(one_by_one))
+def test_no_index_pairs_images_and_boxes(device: str) -> None:
+    x, box = make_images(6, 20, 24).to(device), make_boxes(6, 20, 24).to(device)
+    one_by_one = [resized_crop(x[i : i + 1], box[i : i + 1], 16) for i in range(6)]
+    assert torch.equal(resized_crop(x, box, 16), torch.cat(one_by_one))
 
 
 def test_crop_of_output_size_is_unchanged(device: str) -> None:
-    x, window = make_images(3, 24, 24).to(device), torch.tensor([[0, 0, 24, 24]] * 3).to(device)
-    assert torch.equal(resized_crop(x, window, 24), x)
+    x, box = make_images(3, 24, 24).to(device), torch.tensor([[0, 0, 24, 24]] * 3).to(device)
+    assert torch.equal(resized_crop(x, box, 24), x)
     part = torch.tensor([[4, 7, 8, 8]] * 3).to(device)
     assert torch.equal(resized_crop(x, part, 8), x[..., 4:12, 7:15])
 
 
 def test_strides_and_integer_dtypes(device: str) -> None:
-    x, window, index = (
+    x, box, index = (
         make_images(5, 21, 19).to(device),
-        make_windows(5, 21, 19).to(device),
+        make_boxes(5, 21, 19).to(device),
         torch.arange(5).flip(0).to(device),
     )
-    out = resized_crop(x, window, 16, index=index)
-    assert torch.equal(resized_crop(x.contiguous(), window.long(), 16, index=index.int()), out)
+    out = resized_crop(x, box, 16, index=index)
+    assert torch.equal(resized_crop(x.contiguous(), box.long(), 16, index=index.int()), out)
     wide = torch.zeros(5, 3, 30, 40, dtype=torch.uint8, device=device)
     wide[:, :, 3:24, 9:28] = x
-    assert torch.equal(resized_crop(wide[:, :, 3:24, 9:28], window, 16, index=index), out)
+    assert torch.equal(resized_crop(wide[:, :, 3:24, 9:28], box, 16, index=index), out)
 
 
 def test_empty_batch(device: str) -> None:
@@ -118,19 +118,19 @@ def test_empty_batch(device: str) -> None:
 
 @not_interpreted
 def test_opcheck_and_compile() -> None:
-    x, window, index = make_images(3, 12, 12), make_windows(4, 12, 12), torch.tensor([0, 2, 1, 1])
-    torch.library.opcheck(torch.ops.byol_kernels.resized_crop.default, (x, index, window, 8, "bicubic"))
-    torch.library.opcheck(torch.ops.byol_kernels.resized_crop.default, (x, None, window[:3], 8, "bilinear"))
-    compiled = torch.compile(lambda: resized_crop(x, window, 8, index=index), fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(), resized_crop(x, window, 8, index=index))
+    x, box, index = make_images(3, 12, 12), make_boxes(4, 12, 12), torch.tensor([0, 2, 1, 1])
+    torch.library.opcheck(torch.ops.byol_kernels.resized_crop.default, (x, index, box, 8, "bicubic"))
+    torch.library.opcheck(torch.ops.byol_kernels.resized_crop.default, (x, None, box[:3], 8, "bilinear"))
+    compiled = torch.compile(lambda: resized_crop(x, box, 8, index=index), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(), resized_crop(x, box, 8, index=index))
 
 
 X, W, FIRST = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([[0, 0, 8, 8]] * 2), torch.zeros(2).long()
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "floats": (lambda: resized_crop(X.float(), W, 8), r"images must be torch\.uint8"),
-    "window_shape": (lambda: resized_crop(X, W[:1], 8), r"window must have shape \(2, 4\), got \(1, 4\)"),
-    "window_dtype": (lambda: resized_crop(X, W.float(), 8), "window must be int32 or int64"),
-    "index_shape": (lambda: resized_crop(X, W, 8, index=FIRST[:1]), r"window must have shape \(1, 4\)"),
+    "box_shape": (lambda: resized_crop(X, W[:1], 8), r"box must have shape \(2, 4\), got \(1, 4\)"),
+    "box_dtype": (lambda: resized_crop(X, W.float(), 8), "box must be int32 or int64"),
+    "index_shape": (lambda: resized_crop(X, W, 8, index=FIRST[:1]), r"box must have shape \(1, 4\)"),
     "index_dtype": (lambda: resized_crop(X, W, 8, index=FIRST.float()), "index must be int32 or int64"),
     "device": (lambda: resized_crop(X, W, 8, index=FIRST.to("meta")), "index must be on the device of images, cpu"),
     "size": (lambda: resized_crop(X, W, 0), "size must be at least 1, got 0"),
@@ -146,9 +146,9 @@ def test_arguments_are_refused(call: Callable[[], Any], message: str) -> None:
 
 
 @not_interpreted
-@pytest.mark.parametrize("window", [[0, 0, 9, 8], [0, 1, 8, 8], [-1, 0, 4, 4], [0, 0, 0, 4]], ids=str)
-def test_window_outside_image_is_refused(window: list[int]) -> None:
-    with pytest.raises(ValueError, match="window must lie within an image of 8 x 8 pixels"):
-        resized_crop(X, torch.tensor([window] * 2), 8)
+@pytest.mark.parametrize("box", [[0, 0, 9, 8], [0, 1, 8, 8], [-1, 0, 4, 4], [0, 0, 0, 4]], ids=str)
+def test_box_outside_image_is_refused(box: list[int]) -> None:
+    with pytest.raises(ValueError, match="box must lie within an image of 8 x 8 pixels"):
+        resized_crop(X, torch.tensor([box] * 2), 8)
     with pytest.raises(ValueError, match="one of 2, got .* of image 2"):
         resized_crop(X, W, 8, index=FIRST + 2)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from byol_fast.config import ViewConfig
-from byol_fast.data.augment_params import sample_params
+from byol_fast.data.augment_params import sample_augment_params
 from byol_kernels import (
     LARS,
     byol_loss,
@@ -85,12 +85,12 @@ def _lars(*, ema: bool, copies: bool) -> Callable[[], object]:
 
 def _images(names: tuple[str, ...]) -> tuple[Tensor, dict[str, Any]]:
     pixels = torch.randint(0, 256, (4, 224, 224, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-    params = sample_params(ViewConfig(solarize_p=0.2), np.arange(4), seed=0, epoch=0, view=0)
+    params = sample_augment_params(ViewConfig(solarize_p=0.2), np.arange(4), seed=0, epoch=0, view=0)
     return pixels.to(DEVICE), {name: torch.from_numpy(getattr(params, name)).to(DEVICE) for name in names}
 
 
 COLOR = ("flip", "jitter", "factors", "order", "grayscale", "solarize")
-BLUR = ("blur", "sigma", "window")
+BLUR = ("blur", "sigma", "kernel_size")
 
 
 def _photometric(names: tuple[str, ...], dtype: torch.dtype) -> Callable[[], object]:
@@ -108,8 +108,8 @@ def _blur() -> object:
 
 def _crop() -> object:
     pixels, _ = _images(())
-    window = torch.tensor([[0, 0, 224, 224]] * 4, dtype=torch.int32, device=DEVICE)
-    return resized_crop(pixels, window, 32, index=torch.arange(4, device=DEVICE))
+    box = torch.tensor([[0, 0, 224, 224]] * 4, dtype=torch.int32, device=DEVICE)
+    return resized_crop(pixels, box, 32, index=torch.arange(4, device=DEVICE))
 
 
 def _max_pool() -> object:

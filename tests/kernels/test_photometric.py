@@ -143,7 +143,7 @@ def test_blurred_images(truncate: bool, shape: tuple[int, int], device: str) -> 
     assert p.blur.any() and not p.blur.all() and (p.blur & p.solarize).any()
     out = 255 * photometric(x.to(device), **on(device, p), dtype=torch.float32, truncate=truncate).cpu().double()
     before = photometric(x.to(device), **on(device, p, "flip", *COLOR, "grayscale"), truncate=truncate).cpu()
-    expected = blur(before, p.sigma, p.window)
+    expected = blur(before, p.sigma, p.kernel_size)
     expected = expected.round() if truncate else expected
     inverted = p.solarize[:, None, None, None] & (expected >= 127.5)
     expected = torch.where(inverted, 255 - expected, expected)[p.blur]
@@ -160,7 +160,7 @@ def test_one_call_equals_three_calls(device: str) -> None:
     x = make_images(len(p.flip), 16, 24, seed=4)
     whole = photometric(x.to(device), **on(device, p), dtype=torch.float32, mean=MEAN, std=STD, truncate=True)
     out = photometric(x.to(device), **on(device, p, "flip", *COLOR, "grayscale"), truncate=True)
-    out = gaussian_blur(out, **on(device, p, "sigma", "window", "blur"))
+    out = gaussian_blur(out, **on(device, p, "sigma", "kernel_size", "blur"))
     out = photometric(out, **on(device, p, "solarize"), dtype=torch.float32, mean=MEAN, std=STD)
     torch.testing.assert_close(whole, out, rtol=0, atol=1e-5)
 
@@ -280,7 +280,7 @@ def test_images_are_independent(device: str) -> None:
 def test_absent_masks(device: str) -> None:
     """Of what has values a missing mask means all images, otherwise none."""
     x, p = make_images(2, 8, 16).to(device), make_params(2)
-    values = on(device, p, "factors", "order", "sigma", "window")
+    values = on(device, p, "factors", "order", "sigma", "kernel_size")
     on_all = set_masks(p, jitter=True, blur=True, flip=False, grayscale=False, solarize=False)
     assert torch.equal(photometric(x, **values), photometric(x, **on(device, on_all)))
     on_none = set_masks(on_all, jitter=False, blur=False)
@@ -303,7 +303,7 @@ def test_whole_turns_of_hue_change_nothing(device: str) -> None:
 
 def test_int64_parameters(device: str) -> None:
     x, p = make_images(2, 8, 16).to(device), on(device, make_params(2))
-    wide = {**p, "order": p["order"].long(), "window": p["window"].long()}
+    wide = {**p, "order": p["order"].long(), "kernel_size": p["kernel_size"].long()}
     assert torch.equal(photometric(x, **p), photometric(x, **wide))
 
 

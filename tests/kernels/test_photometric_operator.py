@@ -109,7 +109,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "order_dtype": (lambda: photometric(X, factors=N(2, 4), order=N(2, 4)), "order must be torch.int32 or torch.int64"),
     "order_missing": (lambda: photometric(X, factors=N(2, 4)), "factors and order must come together.*no order"),
     "jitter_alone": (lambda: photometric(X, jitter=N(2, dtype=torch.bool)), "no factors and no order"),
-    "window_missing": (lambda: photometric(X, sigma=N(2)), "sigma and window must come together"),
+    "kernel_size_missing": (lambda: photometric(X, sigma=N(2)), "sigma and kernel_size must come together"),
     "device": (lambda: photometric(X, flip=N(2, dtype=torch.bool, device="meta")), "flip must be on the device of"),
     "dtype": (lambda: photometric(X, dtype=torch.int32), "dtype must be torch.uint8, torch.bfloat16"),
     "std_missing": (lambda: photometric(X, mean=MEAN, dtype=torch.float32), "std must be three numbers"),
@@ -135,7 +135,7 @@ def test_launches_and_host_syncs() -> None:
     x, p = make_images(16, 64, 64).to(DEVICE), make_params(16)
     there = on(DEVICE, p)
     assert launches(lambda: photometric(x, **there)) in (["_photometric_kernel", "_gaussian_blur_kernel"], NOT_HERE)
-    sharp = {name: values for name, values in there.items() if name not in ("blur", "sigma", "window")}
+    sharp = {name: values for name, values in there.items() if name not in ("blur", "sigma", "kernel_size")}
     assert launches(lambda: photometric(x, **sharp)) in (["_photometric_kernel"], NOT_HERE)
     nowhere = torch.zeros(16, dtype=torch.bool)  # known on the host
     kernels = launches(lambda: photometric(x, **{**there, "blur": nowhere}))

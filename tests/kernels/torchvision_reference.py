@@ -31,7 +31,7 @@ class Params(NamedTuple):
     grayscale: Tensor
     blur: Tensor
     sigma: Tensor
-    window: Tensor
+    kernel_size: Tensor
     solarize: Tensor
 
 
@@ -42,9 +42,9 @@ def make_params(batch: int, seed: int = 0, *, spread: float = 0.4, hue: float = 
     half = torch.tensor([spread, spread, spread, hue])
     factors = torch.tensor([1.0, 1.0, 1.0, 0.0]) + half * (2 * torch.rand(batch, 4, generator=generator) - 1)
     sigma = 0.1 + 1.9 * torch.rand(batch, generator=generator)
-    window = 2 * torch.ceil(3 * sigma).int() + 1
+    kernel_size = 2 * torch.ceil(3 * sigma).int() + 1
     order = ORDERS[torch.arange(seed, seed + batch) % 24]
-    return Params(masks[0], masks[1], factors, order, masks[2], masks[3], sigma, window, masks[4])
+    return Params(masks[0], masks[1], factors, order, masks[2], masks[3], sigma, kernel_size, masks[4])
 
 
 def set_masks(p: Params, **masks: bool) -> Params:
@@ -91,7 +91,7 @@ def _augment(x: Tensor, p: Params, i: int, threshold: float) -> Tensor:
     if p.grayscale[i]:
         x = F.rgb_to_grayscale(x, 3)
     if p.blur[i]:
-        x = F.gaussian_blur(x, [int(p.window[i])] * 2, [float(p.sigma[i])] * 2)
+        x = F.gaussian_blur(x, [int(p.kernel_size[i])] * 2, [float(p.sigma[i])] * 2)
     return F.solarize(x, threshold) if p.solarize[i] else x
 
 
@@ -104,11 +104,11 @@ def _shift_hue(x: Tensor, turns: float) -> Tensor:
     return torch.tensor(pixels, dtype=x.dtype).T.reshape(x.shape)
 
 
-def blur(images: Tensor, sigma: Tensor, window: Tensor) -> Tensor:
-    """Gaussian blur of [B, 3, H, W] in float64, with windows of any width."""
+def blur(images: Tensor, sigma: Tensor, kernel_size: Tensor) -> Tensor:
+    """Gaussian blur of [B, 3, H, W] in float64, with kernels of any width."""
     blurred = []
-    for image, s, w in zip(images.double(), sigma.tolist(), window.tolist(), strict=True):
-        # torchvision refuses windows wider than the image: mirror the borders first, as often as needed.
+    for image, s, w in zip(images.double(), sigma.tolist(), kernel_size.tolist(), strict=True):
+        # torchvision refuses kernels wider than the image: mirror the borders first, as often as needed.
         radius, (height, width) = w // 2, image.shape[1:]
         padded = torch.from_numpy(np.pad(image.numpy(), ((0, 0), *[(radius, radius)] * 2), mode="reflect"))
         blurred.append(F.gaussian_blur(padded, [w, w], [s, s])[:, radius : radius + height, radius : radius + width])

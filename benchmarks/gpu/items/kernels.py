@@ -290,10 +290,10 @@ def color_group(context: Context, checks: Checks) -> Group:
 def blur_group(context: Context, checks: Checks) -> Group:
     """Gaussian blur of uint8 images. The reference is torchvision, on eight images."""
     p = _images(context)
-    sigma, window = p.params["sigma"], p.params["window"]
+    sigma, kernel_size = p.params["sigma"], p.params["kernel_size"]
     wide = torch.full((p.batch_size,), bench_photometric.KERNEL, device=context.device)
     cases: dict[str, Case] = {
-        "byol_fast, 3 sigma": lambda: gaussian_blur(p.images, sigma, window),
+        "byol_fast, 3 sigma": lambda: gaussian_blur(p.images, sigma, kernel_size),
         "byol_fast, window of 23": lambda: gaussian_blur(p.images, sigma, wide),
     }
     few = min(8, p.batch_size)

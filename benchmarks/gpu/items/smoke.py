@@ -21,7 +21,7 @@ from byol_kernels import (
     max_pool2d_3x3,
     photometric,
     resized_crop,
-    sample_params,
+    sample_view_params,
     update_running_stats_,
 )
 from tests import oracle
@@ -222,18 +222,18 @@ def params_and_crop(context: Context, checks: Checks) -> None:
     view, index = ViewConfig(size=28, blur_p=0.5, solarize_p=0.2), np.arange(2000)
     numbers = torch.from_numpy(augment_params.params_table(view, 40, 36)).to(context.device)
     key = torch.tensor(stream_key(7, 3, 1), device=context.device)
-    params = sample_params(torch.from_numpy(index).to(context.device), key, numbers, blur_kernel=view.blur_kernel)
-    expected = augment_params.sample_params(view, index, seed=7, epoch=3, view=1)
-    names = [name for name in params._fields if name != "crop"]
+    params = sample_view_params(torch.from_numpy(index).to(context.device), key, numbers, blur_kernel=view.blur_kernel)
+    expected = augment_params.sample_augment_params(view, index, seed=7, epoch=3, view=1)
+    names = [name for name in params._fields if name != "crop_box"]
     unequal = [n for n in names if not np.array_equal(getattr(params, n).cpu().numpy(), getattr(expected, n))]
     checks("augmentation parameters that are not numpy's", len(unequal), 0)
 
     images = views.make_images(5, 40, 36)
-    window = torch.tensor([[0, 0, 40, 36], [3, 5, 20, 11], [39, 35, 1, 1], [2, 0, 30, 36]])
+    box = torch.tensor([[0, 0, 40, 36], [3, 5, 20, 11], [39, 35, 1, 1], [2, 0, 30, 36]])
     rows = torch.tensor([4, 0, 2, 1])
-    out = resized_crop(images.to(context.device), window.to(context.device), 28, index=rows.to(context.device)).cpu()
+    out = resized_crop(images.to(context.device), box.to(context.device), 28, index=rows.to(context.device)).cpu()
     exact = []
-    for i, (top, left, height, width) in zip(rows.tolist(), window.tolist(), strict=True):
+    for i, (top, left, height, width) in zip(rows.tolist(), box.tolist(), strict=True):
         crop = images[i : i + 1, :, top : top + height, left : left + width].double()
         exact.append(torch.nn.functional.interpolate(crop, (28, 28), mode="bicubic", antialias=True))
     difference = (out.double() - torch.cat(exact).clamp(0, 255)).abs()
@@ -267,7 +267,7 @@ def blur(context: Context, checks: Checks) -> None:
     bound = views.FLOAT16_FACTORS if context.device == "cuda" else views.FLOAT32_LEVELS
     for height, width in ((64, 64), (33, 47)):
         x, p = views.make_images(8, height, width), views.make_params(8, seed=1)
-        params, exact = views.on(context.device, p, "sigma", "window"), views.blur(x, p.sigma, p.window)
+        params, exact = views.on(context.device, p, "sigma", "kernel_size"), views.blur(x, p.sigma, p.kernel_size)
         out = gaussian_blur(x.to(context.device), **params)
         checks(f"blur, {height} x {width}, levels", views.max_error(out, exact), 0.5 + bound)
         out = 255 * photometric(x.to(context.device), **params, dtype=torch.float32)

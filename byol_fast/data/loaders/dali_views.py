@@ -16,7 +16,7 @@ import nvidia.dali.math as dm
 from numpy.typing import NDArray
 
 from byol_fast.config import ViewConfig
-from byol_fast.data.augment_params import ATTEMPTS, BRIGHTNESS, CONTRAST, HUE, AugmentParams, crop_windows
+from byol_fast.data.augment_params import ATTEMPTS, BRIGHTNESS, CONTRAST, HUE, AugmentParams, crop_boxes
 
 _dali: Any = nvidia.dali  # many of its attributes are created at import time, which a type checker cannot see
 fn, types = _dali.fn, _dali.types
@@ -40,13 +40,13 @@ def view_inputs(params: AugmentParams, view: ViewConfig, size: tuple[int, int] |
     """
     inputs: dict[str, NDArray[Any]] = {}
     if size is None:
-        inputs["sizes"] = np.stack([params.crop[:, ATTEMPTS : 2 * ATTEMPTS], params.crop[:, :ATTEMPTS]], axis=2)
-        inputs["position"] = params.crop[:, 2 * ATTEMPTS :]
+        widths, heights, inputs["position"] = np.split(params.crop_candidates, [ATTEMPTS, 2 * ATTEMPTS], axis=1)
+        inputs["sizes"] = np.stack([heights, widths], axis=2)
         inputs["mirror"] = params.flip.astype(np.float64)
     else:
-        window = crop_windows(params.crop, *size, view.ratio)
-        inputs["start"], inputs["extent"] = window[:, :2], window[:, 2:]
-        inputs["from"], inputs["to"] = _corners(window[:, 2:].astype(np.float32), params.flip)
+        boxes = crop_boxes(params.crop_candidates, *size, view.ratio)
+        inputs["start"], inputs["extent"] = boxes[:, :2], boxes[:, 2:]
+        inputs["from"], inputs["to"] = _corners(boxes[:, 2:].astype(np.float32), params.flip)
     if view.color_jitter_p > 0:
         inputs["jitter"] = params.jitter
         if view.hue > 0:
@@ -61,7 +61,7 @@ def view_inputs(params: AugmentParams, view: ViewConfig, size: tuple[int, int] |
     if view.grayscale_p > 0:
         inputs["grayscale"] = params.grayscale
     if view.blur_p > 0:
-        inputs["blur"], inputs["sigma"], inputs["window"] = params.blur, params.sigma, params.window
+        inputs["blur"], inputs["sigma"], inputs["kernel_size"] = params.blur, params.sigma, params.kernel_size
     if view.solarize_p > 0:
         inputs["solarize"] = params.solarize
     return {name: np.ascontiguousarray(value) for name, value in inputs.items()}
@@ -82,7 +82,7 @@ def augment(image: Node, inputs: dict[str, Node], view: ViewConfig, gpu: bool) -
     if view.grayscale_p > 0 and inputs["grayscale"]:
         x = grayscale(x)
     if view.blur_p > 0 and inputs["blur"]:
-        x = fn.gaussian_blur(x, sigma=inputs["sigma"], window_size=inputs["window"])
+        x = fn.gaussian_blur(x, sigma=inputs["sigma"], window_size=inputs["kernel_size"])
     if view.solarize_p > 0 and inputs["solarize"]:
         x = solarize(x, view.solarize_threshold)
     return x
@@ -95,7 +95,7 @@ def crop_flip(image: Node, inputs: dict[str, Node], view: ViewConfig) -> Node:
     (errors up to 60 levels at the border). The resize mirrors for free.
     """
     if "start" not in inputs:
-        inputs = inputs | crop_window_in_graph(image, inputs, view)
+        inputs = inputs | crop_box_in_graph(image, inputs, view)
     return fn.resize(
         fn.slice(image, inputs["start"], inputs["extent"], axes=(0, 1)),
         size=(view.size, view.size),
@@ -106,8 +106,8 @@ def crop_flip(image: Node, inputs: dict[str, Node], view: ViewConfig) -> Node:
     )
 
 
-def crop_window_in_graph(image: Node, inputs: dict[str, Node], view: ViewConfig) -> dict[str, Node]:
-    """`augment_params.crop_windows` in the pipeline, for images of unknown size; vectors are (height, width)."""
+def crop_box_in_graph(image: Node, inputs: dict[str, Node], view: ViewConfig) -> dict[str, Node]:
+    """`augment_params.crop_boxes` in the pipeline, for images of unknown size; vectors are (height, width)."""
     shape = image.shape()
     height, width = fn.cast(shape[0], dtype=types.FLOAT64), fn.cast(shape[1], dtype=types.FLOAT64)
     size = fn.stack(height, width)

@@ -24,7 +24,7 @@ from byol_fast.data.batch import Batch, Views, empty_views
 from byol_fast.data.loaders.base import DeterministicLoader
 from byol_fast.data.random_numbers import stream_key
 from byol_fast.data.sources import ArraySource, ImageSource
-from byol_kernels import resized_crop, sample_params
+from byol_kernels import resized_crop, sample_view_params
 
 
 class DeviceCacheLoader(DeterministicLoader):
@@ -99,9 +99,9 @@ class DeviceCacheLoader(DeterministicLoader):
     def _fill(self, views: Views, index: Tensor, keys: tuple[Tensor, ...], rows: slice) -> None:
         """Write some rows of a batch of images `index` into its views."""
         for out, key, table, names, view in zip(views, keys, self._tables, self._names, self.view_configs, strict=True):
-            params = sample_params(index[rows], key, table, blur_kernel=view.blur_kernel)
+            params = sample_view_params(index[rows], key, table, blur_kernel=view.blur_kernel)
             crops = resized_crop(
-                self._images, params.crop, view.size, index=index[rows], interpolation=view.interpolation
+                self._images, params.crop_box, view.size, index=index[rows], interpolation=view.interpolation
             )
             apply_photometric(crops, {name: getattr(params, name) for name in names}, view, out=out[rows])
 

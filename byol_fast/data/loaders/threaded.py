@@ -19,7 +19,7 @@ from torch import Tensor
 
 from byol_fast.config import Config, ViewConfig
 from byol_fast.data.augment import apply_photometric, required_params, select_rows
-from byol_fast.data.augment_params import crop_window, crop_windows
+from byol_fast.data.augment_params import crop_box, crop_boxes
 from byol_fast.data.batch import Batch, Views, empty_views
 from byol_fast.data.integrity import CorruptImageError
 from byol_fast.data.loaders.base import DeterministicLoader
@@ -115,8 +115,8 @@ class ThreadedLoader(DeterministicLoader):
     def _crop_arrays(self, source: ArraySource, crops: list[Tensor], spec: BatchSpec, rows: slice) -> None:
         images = torch.from_numpy(source.images[spec.index[rows]]).permute(0, 3, 1, 2)
         for crop, params, view in zip(crops, spec.params, self.view_configs, strict=True):
-            windows = crop_windows(params.crop[rows], images.shape[2], images.shape[3], view.ratio)
-            crop[:] = resized_crop(images, torch.from_numpy(windows), view.size, interpolation=view.interpolation)
+            boxes = crop_boxes(params.crop_candidates[rows], images.shape[2], images.shape[3], view.ratio)
+            crop[:] = resized_crop(images, torch.from_numpy(boxes), view.size, interpolation=view.interpolation)
 
     def _crop_files(self, crops: list[Tensor], spec: BatchSpec, rows: slice) -> Unreadable:
         """Decode each image once and crop all views from it; positions of those that cannot be read."""
@@ -128,8 +128,8 @@ class ThreadedLoader(DeterministicLoader):
                 unreadable.append((int(spec.index[row]), error.reason))
                 continue
             for crop, params, view in zip(crops, spec.params, self.view_configs, strict=True):
-                window = torch.tensor([crop_window(params.crop[row], image.shape[2], image.shape[3], view.ratio)])
-                crop[k] = resized_crop(image, window, view.size, interpolation=view.interpolation)[0]
+                box = torch.tensor([crop_box(params.crop_candidates[row], image.shape[2], image.shape[3], view.ratio)])
+                crop[k] = resized_crop(image, box, view.size, interpolation=view.interpolation)[0]
         return unreadable
 
     def _augment_on_gpu(self, pending: _PendingBatch) -> Views:

@@ -54,11 +54,11 @@ def _exp(x: tl.tensor) -> tl.tensor:
 
 
 @jit
-def _sample_params_kernel(
+def _sample_view_params_kernel(
     index_ptr: tl.tensor,  # [B] int64
     key_ptr: tl.tensor,  # [] int64
     table_ptr: tl.tensor,  # [24] float64, columns as in `TABLE_COLUMNS`
-    crop_ptr: tl.tensor,  # [B, 4] int32: top, left, height, width
+    crop_box_ptr: tl.tensor,  # [B, 4] int32: top, left, height, width
     flip_ptr: tl.tensor,  # [B] bool, like the other masks
     jitter_ptr: tl.tensor,
     factors_ptr: tl.tensor,  # [B, 4] float32
@@ -66,7 +66,7 @@ def _sample_params_kernel(
     grayscale_ptr: tl.tensor,
     blur_ptr: tl.tensor,
     sigma_ptr: tl.tensor,  # [B] float32
-    window_ptr: tl.tensor,  # [B] int32, of the blur
+    kernel_size_ptr: tl.tensor,  # [B] int32, of the blur
     solarize_ptr: tl.tensor,
     batch: tl.tensor,
     blur_kernel: tl.tensor,  # 0: no limit
@@ -99,10 +99,10 @@ def _sample_params_kernel(
     left = tl.floor(_uniform(key, 2 * ATTEMPTS + 2) * (width - w + 1.0))
     top = tl.where(has_fit, top, tl.floor((height - h) * 0.5))
     left = tl.where(has_fit, left, tl.floor((width - w) * 0.5))
-    tl.store(crop_ptr + 4 * rows, top.to(tl.int32), mask=mask)
-    tl.store(crop_ptr + 4 * rows + 1, left.to(tl.int32), mask=mask)
-    tl.store(crop_ptr + 4 * rows + 2, h.to(tl.int32), mask=mask)
-    tl.store(crop_ptr + 4 * rows + 3, w.to(tl.int32), mask=mask)
+    tl.store(crop_box_ptr + 4 * rows, top.to(tl.int32), mask=mask)
+    tl.store(crop_box_ptr + 4 * rows + 1, left.to(tl.int32), mask=mask)
+    tl.store(crop_box_ptr + 4 * rows + 2, h.to(tl.int32), mask=mask)
+    tl.store(crop_box_ptr + 4 * rows + 3, w.to(tl.int32), mask=mask)
 
     # --- flip and jitter; the order of the adjustments are the ranks of four numbers
     FIRST: tl.constexpr = 2 * ATTEMPTS + 3
@@ -127,21 +127,21 @@ def _sample_params_kernel(
     tl.store(blur_ptr + rows, _uniform(key, FIRST + 11) < tl.load(table_ptr + 17), mask=mask)
     sigma = (_uniform(key, FIRST + 12) * tl.load(table_ptr + 5) + tl.load(table_ptr + 4)).to(tl.float32)
     tl.store(sigma_ptr + rows, sigma, mask=mask)
-    window = 2 * tl.ceil(sigma * 3.0).to(tl.int32) + 1
-    window = tl.where(blur_kernel > 0, tl.minimum(window, blur_kernel), window)
-    tl.store(window_ptr + rows, window, mask=mask)
+    kernel_size = 2 * tl.ceil(sigma * 3.0).to(tl.int32) + 1
+    kernel_size = tl.where(blur_kernel > 0, tl.minimum(kernel_size, blur_kernel), kernel_size)
+    tl.store(kernel_size_ptr + rows, kernel_size, mask=mask)
     tl.store(solarize_ptr + rows, _uniform(key, FIRST + 13) < tl.load(table_ptr + 18), mask=mask)
 
 
 # -------------------------------------------------------------------------------- launcher
 
 
-def sample_params_cuda(index: Tensor, key: Tensor, table: Tensor, blur_kernel: int) -> ViewParams:
+def sample_view_params_cuda(index: Tensor, key: Tensor, table: Tensor, blur_kernel: int) -> ViewParams:
     """Parameters of the images; see `ops.py`."""
     params, batch = empty_params(index), index.shape[0]
     if batch:
         with device_guard(index):
-            _sample_params_kernel[(-(-batch // BLOCK),)](
+            _sample_view_params_kernel[(-(-batch // BLOCK),)](
                 index.contiguous(), key, table, *params, batch, blur_kernel,
                 ATTEMPTS=ATTEMPTS, BLOCK=BLOCK, num_warps=BLOCK // 32, enable_fp_fusion=False,
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""`sample_params`: augmentation parameters of one view, sampled on the device without work on the host."""
+"""`sample_view_params`: augmentation parameters of one view, sampled on the device without work on the host."""
 
 import torch
 from torch import Tensor
@@ -9,25 +9,25 @@ from byol_kernels.augment_params.params import TABLE_COLUMNS, ViewParams, empty_
 # -------------------------------------------------------------------------------- operator
 
 torch.library.define(
-    "byol_kernels::sample_params",
+    "byol_kernels::sample_view_params",
     "(Tensor index, Tensor key, Tensor table, int blur_kernel)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-def _sample_params_fake(index: Tensor, key: Tensor, table: Tensor, blur_kernel: int) -> ViewParams:
+def _sample_view_params_fake(index: Tensor, key: Tensor, table: Tensor, blur_kernel: int) -> ViewParams:
     return empty_params(index)
 
 
-torch.library.impl("byol_kernels::sample_params", "CPU", reference.sample_params)
-torch.library.impl("byol_kernels::sample_params", "CUDA", kernels.sample_params_cuda)
-torch.library.register_fake("byol_kernels::sample_params", _sample_params_fake)
+torch.library.impl("byol_kernels::sample_view_params", "CPU", reference.sample_view_params)
+torch.library.impl("byol_kernels::sample_view_params", "CUDA", kernels.sample_view_params_cuda)
+torch.library.register_fake("byol_kernels::sample_view_params", _sample_view_params_fake)
 
 # -------------------------------------------------------------------------------- public function
 
 
-def sample_params(index: Tensor, key: Tensor, table: Tensor, *, blur_kernel: int = 0) -> ViewParams:
+def sample_view_params(index: Tensor, key: Tensor, table: Tensor, *, blur_kernel: int = 0) -> ViewParams:
     """Sample crop, color jitter, blur and masks of one view of each image; one launch on a GPU.
 
     They depend on the key and the number of the image alone, and are the same on every device, bit for bit.
@@ -36,7 +36,7 @@ def sample_params(index: Tensor, key: Tensor, table: Tensor, *, blur_kernel: int
         index: numbers of the images, [B] int64.
         key: key of the random stream, [] int64: a hash of a seed, the epoch and the view, say.
         table: ranges and probabilities, [24] float64, columns as in `augment_params.params.TABLE_COLUMNS`.
-        blur_kernel: largest width of the blur's window in pixels, odd; 0 for three sigma to each side.
+        blur_kernel: largest width of the blur kernel in pixels, odd; 0 for three sigma to each side.
 
     Returns:
         Arguments of `resized_crop` and `photometric`, on the device of `index`.
@@ -47,7 +47,7 @@ def sample_params(index: Tensor, key: Tensor, table: Tensor, *, blur_kernel: int
     Example:
         >>> table = torch.tensor([.08, .92, -.29, .58, .1, 1.9, .6, .6, .8, -.1, .8, .8, .4, .2,
         ...                       .5, .8, .2, 1., 0., 32, 32, 32, 32, 32], dtype=torch.float64)
-        >>> sample_params(torch.arange(7), torch.tensor(42), table).crop.shape
+        >>> sample_view_params(torch.arange(7), torch.tensor(42), table).crop_box.shape
         torch.Size([7, 4])
     """
     for name, numbers, shape, dtype in (
@@ -57,7 +57,7 @@ def sample_params(index: Tensor, key: Tensor, table: Tensor, *, blur_kernel: int
     ):
         if tuple(numbers.shape) != tuple(shape) or numbers.dtype != dtype or numbers.device != index.device:
             raise ValueError(
-                f"sample_params: {name} must have shape {tuple(shape)} and dtype {dtype}, on the device of index, "
+                f"sample_view_params: {name} must have shape {tuple(shape)} and dtype {dtype}, on the device of index, "
                 f"{index.device}, got {tuple(numbers.shape)}, {numbers.dtype}, {numbers.device}; convert it with .to()"
             )
-    return ViewParams(*torch.ops.byol_kernels.sample_params(index, key, table, blur_kernel))
+    return ViewParams(*torch.ops.byol_kernels.sample_view_params(index, key, table, blur_kernel))

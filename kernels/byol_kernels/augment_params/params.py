@@ -22,8 +22,8 @@ their area, and the size of the centered crop that is taken where no candidate f
 class ViewParams(NamedTuple):
     """Parameters of one view of B images; all but the first are arguments of `photometric`."""
 
-    crop: Tensor
-    """Top, left, height and width of the crops in pixels, [B, 4] int32: `window` of `resized_crop`."""
+    crop_box: Tensor
+    """Top, left, height and width of the crops in pixels, [B, 4] int32: `box` of `resized_crop`."""
     flip: Tensor
     jitter: Tensor
     factors: Tensor
@@ -31,7 +31,7 @@ class ViewParams(NamedTuple):
     grayscale: Tensor
     blur: Tensor
     sigma: Tensor
-    window: Tensor
+    kernel_size: Tensor
     solarize: Tensor
 
 
@@ -42,7 +42,7 @@ def empty_params(index: Tensor) -> ViewParams:
         return index.new_empty((index.shape[0], *columns), dtype=dtype)
 
     return ViewParams(
-        crop=empty(torch.int32, 4),
+        crop_box=empty(torch.int32, 4),
         flip=empty(torch.bool),
         jitter=empty(torch.bool),
         factors=empty(torch.float32, 4),
@@ -50,6 +50,6 @@ def empty_params(index: Tensor) -> ViewParams:
         grayscale=empty(torch.bool),
         blur=empty(torch.bool),
         sigma=empty(torch.float32),
-        window=empty(torch.int32),
+        kernel_size=empty(torch.int32),
         solarize=empty(torch.bool),
     )

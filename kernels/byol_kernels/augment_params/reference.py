@@ -19,14 +19,14 @@ NUM_RANDOM = 2 * ATTEMPTS + 16
 _GAMMA = 0x9E3779B97F4A7C15
 
 
-def sample_params(index: Tensor, key: Tensor, table: Tensor, blur_kernel: int) -> ViewParams:
+def sample_view_params(index: Tensor, key: Tensor, table: Tensor, blur_kernel: int) -> ViewParams:
     """Parameters of the images; see `ops.py`. No `addcmul` and the like, which may round once instead of twice."""
     u = _uniform(index, key)
     scale, log_ratio, position, rest = torch.split(u, [ATTEMPTS, ATTEMPTS, 2, 14], dim=1)
     sigma = (rest[:, 12] * table[5] + table[4]).to(torch.float32)
-    window = 2 * torch.ceil(sigma * 3.0).to(torch.int32) + 1
+    kernel_size = 2 * torch.ceil(sigma * 3.0).to(torch.int32) + 1
     return ViewParams(
-        crop=_sample_crop(scale * table[1] + table[0], exp(log_ratio * table[3] + table[2]), position, table),
+        crop_box=_sample_crop_box(scale * table[1] + table[0], exp(log_ratio * table[3] + table[2]), position, table),
         flip=rest[:, 0] < table[14],
         jitter=rest[:, 1] < table[15],
         factors=(rest[:, 2:6] * table[10:14] + table[6:10]).to(torch.float32),
@@ -34,12 +34,12 @@ def sample_params(index: Tensor, key: Tensor, table: Tensor, blur_kernel: int) -
         grayscale=rest[:, 10] < table[16],
         blur=rest[:, 11] < table[17],
         sigma=sigma,
-        window=window.clamp_max(blur_kernel) if blur_kernel else window,
+        kernel_size=kernel_size.clamp_max(blur_kernel) if blur_kernel else kernel_size,
         solarize=rest[:, 13] < table[18],
     )
 
 
-def _sample_crop(scale: Tensor, ratio: Tensor, position: Tensor, table: Tensor) -> Tensor:
+def _sample_crop_box(scale: Tensor, ratio: Tensor, position: Tensor, table: Tensor) -> Tensor:
     """First candidate that fits into the image, at a random position, or else the centered crop, [B, 4] int32."""
     height, width, sqrt_area = table[19], table[20], table[21]
     w = (torch.floor(torch.sqrt(scale * ratio) * sqrt_area + 0.5)).clamp_min(1.0)

@@ -1,1 +1,1 @@
-"""Gaussian blur with a standard deviation and a window per image."""
+"""Gaussian blur with a standard deviation and a kernel size per image."""

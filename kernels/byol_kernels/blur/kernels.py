@@ -1,9 +1,9 @@
 r"""Gaussian blur as two products with banded Toeplitz matrices.
 
-    out = (t_v X) t_h        t[i, j] = exp(-(i - j)^2 / (2 sigma^2)) / sum        for |i - j| <= window // 2
+    out = (t_v X) t_h        t[i, j] = exp(-(i - j)^2 / (2 sigma^2)) / sum        for |i - j| <= kernel_size // 2
 
 One program per 32 x 32 pixels of one image. The matrices are built in registers and multiplied on the tensor cores,
-16 pixels at a time, for as many steps as the window of the image needs; the image between the two passes is never
+16 pixels at a time, for as many steps as the blur of the image needs; the image between the two passes is never
 written to memory. For uint8 images the factors are float16: pixels are exact in it, and the weights are divided by the
 sum of their rounded values, so that a flat image stays unchanged. Other images use float32 factors.
 """
@@ -75,7 +75,7 @@ def _gaussian_blur_kernel(
     out_ptr: tl.tensor,  # [B, H, W, 3]
     blur_ptr: tl.tensor,  # [B] mask, or None: all
     sigma_ptr: tl.tensor,  # [B]
-    window_ptr: tl.tensor,  # [B]
+    kernel_size_ptr: tl.tensor,  # [B]
     solarize_ptr: tl.tensor,  # [B] mask, or None: none
     stride_b: tl.tensor,
     stride_c: tl.tensor,
@@ -118,7 +118,7 @@ def _gaussian_blur_kernel(
         # --- normalization of the weights, as they are rounded to the factors' dtype
         sigma = tl.load(sigma_ptr + image)
         falloff = -0.5 / (sigma * sigma)
-        radius = tl.maximum(tl.load(window_ptr + image).to(tl.int32), 0) // 2
+        radius = tl.maximum(tl.load(kernel_size_ptr + image).to(tl.int32), 0) // 2
         steps = tl.arange(0, BLOCK_K)
         total = 0.0
         start = -radius
@@ -182,7 +182,7 @@ def launch_gaussian_blur(
     out_NHWC: Tensor,
     blur: Tensor | None,
     sigma: Tensor,
-    window: Tensor,
+    kernel_size: Tensor,
     *,
     solarize: Tensor | None = None,
     solarize_threshold: float = 0.0,
@@ -191,14 +191,14 @@ def launch_gaussian_blur(
     copy: bool,
     round_levels: bool = False,
 ) -> None:
-    """Start the kernel; sigma, window and masks must be on the device of the images.
+    """Start the kernel; sigma, kernel_size and masks must be on the device of the images.
 
     Args:
         images: [B, 3, H, W], any strides.
         out_NHWC: [B, H, W, 3], dense, written.
         blur: [B] mask of the images to blur, or None for all.
         sigma: standard deviations in pixels, [B].
-        window: widths of the windows in pixels, [B].
+        kernel_size: widths of the blur kernels in pixels, [B].
         solarize: [B] mask of the blurred images to invert, or None for none.
         solarize_threshold: smallest inverted value in levels of 255; half a level below a whole one.
         scale: factor of each channel, applied last.
@@ -213,20 +213,20 @@ def launch_gaussian_blur(
     float32 = images.dtype != torch.uint8
     with device_guard(images):
         _gaussian_blur_kernel[(batch * -(-height // BLOCK) * -(-width // BLOCK),)](
-            images, out_NHWC, blur, sigma, window, solarize, *images.stride(), height, width,
+            images, out_NHWC, blur, sigma, kernel_size, solarize, *images.stride(), height, width,
             solarize_threshold, *scale, *bias,
             COPY=copy, ROUND=round_levels, FLOAT32=float32, BLOCK=BLOCK, BLOCK_K=BLOCK_K,
             num_warps=NUM_WARPS_FLOAT32 if float32 else NUM_WARPS, maxnreg=MAX_REGISTERS, enable_fp_fusion=True,
         )  # fmt: skip
 
 
-def gaussian_blur_cuda(images: Tensor, sigma: Tensor, window: Tensor, blur: Tensor | None) -> Tensor:
+def gaussian_blur_cuda(images: Tensor, sigma: Tensor, kernel_size: Tensor, blur: Tensor | None) -> Tensor:
     """Blurred copy of the images, channels_last."""
     batch, _, height, width = images.shape
     out_NHWC = torch.empty((batch, height, width, 3), dtype=images.dtype, device=images.device)
-    sigma, window = to_device(sigma, images.device), to_device(window, images.device)  # type: ignore[assignment]
+    sigma, kernel_size = to_device(sigma, images.device), to_device(kernel_size, images.device)  # type: ignore[assignment]
     if out_NHWC.numel():
         bias = (0.5,) * 3 if images.dtype == torch.uint8 else (0.0,) * 3  # the conversion truncates
         blur = to_device(blur, images.device)
-        launch_gaussian_blur(images, out_NHWC, blur, sigma, window, bias=bias, copy=blur is not None)
+        launch_gaussian_blur(images, out_NHWC, blur, sigma, kernel_size, bias=bias, copy=blur is not None)
     return out_NHWC.permute(0, 3, 1, 2)

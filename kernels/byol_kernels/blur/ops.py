@@ -1,4 +1,4 @@
-"""`gaussian_blur`: Gaussian blur of RGB images, with a standard deviation and a window per image."""
+"""`gaussian_blur`: Gaussian blur of RGB images, with a standard deviation and a kernel size per image."""
 
 import torch
 from torch import Tensor
@@ -10,14 +10,14 @@ from byol_kernels.blur import kernels, reference
 
 torch.library.define(
     "byol_kernels::gaussian_blur",
-    "(Tensor images, Tensor sigma, Tensor window, Tensor? blur) -> Tensor",
+    "(Tensor images, Tensor sigma, Tensor kernel_size, Tensor? blur) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.impl("byol_kernels::gaussian_blur", "CPU", reference.gaussian_blur)
 torch.library.impl("byol_kernels::gaussian_blur", "CUDA", kernels.gaussian_blur_cuda)
 
 
-def _gaussian_blur_fake(images: Tensor, sigma: Tensor, window: Tensor, blur: Tensor | None) -> Tensor:
+def _gaussian_blur_fake(images: Tensor, sigma: Tensor, kernel_size: Tensor, blur: Tensor | None) -> Tensor:
     return torch.empty(images.shape, dtype=images.dtype, device=images.device, memory_format=torch.channels_last)
 
 
@@ -35,17 +35,17 @@ torch.library.register_autograd("byol_kernels::gaussian_blur", _refuse_backward)
 # -------------------------------------------------------------------------------- public function
 
 
-def gaussian_blur(images: Tensor, sigma: Tensor, window: Tensor, *, blur: Tensor | None = None) -> Tensor:
+def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: Tensor, *, blur: Tensor | None = None) -> Tensor:
     """Blur each image with its own Gaussian: `torchvision.transforms.GaussianBlur` with parameters per image.
 
-    The window of image b reaches window[b] // 2 pixels to each side; its weights exp(-k^2 / (2 sigma^2)) sum to 1.
+    The kernel of image b reaches kernel_size[b] // 2 pixels to each side; its weights exp(-k^2 / (2 sigma^2)) sum to 1.
     Borders are mirrored. The arithmetic is in float32 (on a GPU, for uint8 images, with float16 factors: at most one
     level of 255 off), and uint8 results are rounded to the nearest level. One launch on a GPU.
 
     Args:
         images: [B, 3, H, W], uint8, bfloat16, float16 or float32, any strides.
         sigma: standard deviations in pixels, [B] float32, positive.
-        window: widths in pixels, [B] int32 or int64, odd. 1 changes nothing.
+        kernel_size: widths in pixels, [B] int32 or int64, odd. 1 changes nothing.
         blur: mask of the images to blur, [B] bool; the others are copied. None blurs all.
 
     Returns:
@@ -63,7 +63,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor, window: Tensor, *, blur: Tensor
     op = "gaussian_blur"
     check_images(op, images, (torch.uint8, *FLOAT_DTYPES))
     check_params(op, images, {"sigma": sigma}, (torch.float32,))
-    check_params(op, images, {"window": window}, (torch.int32, torch.int64))
+    check_params(op, images, {"kernel_size": kernel_size}, (torch.int32, torch.int64))
     check_params(op, images, {"blur": blur}, (torch.bool,))
-    result: Tensor = torch.ops.byol_kernels.gaussian_blur(images, sigma, window, blur)
+    result: Tensor = torch.ops.byol_kernels.gaussian_blur(images, sigma, kernel_size, blur)
     return result

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 
-def gaussian_blur(images: Tensor, sigma: Tensor, window: Tensor, blur: Tensor | None) -> Tensor:
+def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: Tensor, blur: Tensor | None) -> Tensor:
     """Blurred copy of the images [B, 3, H, W], channels_last; see `ops.py`."""
     batch, _, height, width = images.shape
     out_NHWC = images.new_empty((batch, height, width, 3))
-    to_blur, sigmas, radii = mask_list(blur, batch, default=True), sigma.tolist(), window_radii(window)
+    to_blur, sigmas, radii = mask_list(blur, batch, default=True), sigma.tolist(), kernel_radii(kernel_size)
     pixels = torch.empty((height, width, 3), dtype=torch.float32, device="cpu")
     scratch = BlurScratch(height, width, max(radii, default=0))
     for i in range(batch):
@@ -34,7 +34,7 @@ class BlurScratch:
     Args:
         height: of the images in pixels.
         width: of the images in pixels.
-        radius: of the widest window in pixels.
+        radius: of the widest kernel in pixels.
     """
 
     def __init__(self, height: int, width: int, radius: int) -> None:
@@ -85,9 +85,9 @@ def reflect(index: int, length: int) -> int:
     return min(index, period - index)
 
 
-def window_radii(window: Tensor) -> list[int]:
-    """Pixels that each window [B] reaches to each side."""
-    return [max(w, 0) // 2 for w in window.tolist()]
+def kernel_radii(kernel_size: Tensor) -> list[int]:
+    """Pixels that each kernel [B] reaches to each side."""
+    return [max(w, 0) // 2 for w in kernel_size.tolist()]
 
 
 def mask_list(mask: Tensor | None, batch: int, *, default: bool) -> list[bool]:

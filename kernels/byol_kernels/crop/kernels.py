@@ -44,7 +44,7 @@ def _weight(distance: tl.tensor, REACH: tl.constexpr) -> tl.tensor:
 def _resized_crop_kernel(
     images_ptr: tl.tensor,  # [N, 3, H, W] uint8, any strides
     index_ptr: tl.tensor,  # [B], or None: N = B, sample b is cut from image b
-    window_ptr: tl.tensor,  # [B, 4]: top, left, height, width
+    box_ptr: tl.tensor,  # [B, 4]: top, left, height, width
     out_ptr: tl.tensor,  # [B, SIZE, SIZE, 3]
     stride_n: tl.tensor,
     stride_c: tl.tensor,
@@ -62,10 +62,10 @@ def _resized_crop_kernel(
     image = sample
     if index_ptr is not None:
         image = tl.load(index_ptr + sample).to(tl.int64)
-    top = tl.load(window_ptr + 4 * sample).to(tl.int64)
-    left = tl.load(window_ptr + 4 * sample + 1).to(tl.int64)
-    height = tl.load(window_ptr + 4 * sample + 2).to(tl.int32)
-    width = tl.load(window_ptr + 4 * sample + 3).to(tl.int32)
+    top = tl.load(box_ptr + 4 * sample).to(tl.int64)
+    left = tl.load(box_ptr + 4 * sample + 1).to(tl.int64)
+    height = tl.load(box_ptr + 4 * sample + 2).to(tl.int32)
+    width = tl.load(box_ptr + 4 * sample + 3).to(tl.int32)
     images_ptr += image * stride_n + top * stride_h + left * stride_w
 
     # --- rows and columns of the crop that the tile depends on; an end beyond the output only costs time
@@ -138,14 +138,14 @@ def _resized_crop_kernel(
 # -------------------------------------------------------------------------------- launcher
 
 
-def resized_crop_cuda(images: Tensor, index: Tensor | None, window: Tensor, size: int, interpolation: str) -> Tensor:
+def resized_crop_cuda(images: Tensor, index: Tensor | None, box: Tensor, size: int, interpolation: str) -> Tensor:
     """Crops [B, 3, size, size], channels_last."""
-    batch = window.shape[0]
+    batch = box.shape[0]
     out_NHWC = torch.empty((batch, size, size, 3), dtype=torch.uint8, device=images.device)
     if batch:
         with device_guard(images):
             _resized_crop_kernel[(batch * (-(-size // BLOCK)) ** 2,)](
-                images, index, window.contiguous(), out_NHWC, *images.stride(),
+                images, index, box.contiguous(), out_NHWC, *images.stride(),
                 SIZE=size, REACH=REACH[interpolation], BLOCK=BLOCK, BLOCK_K=BLOCK_K,
                 num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS, enable_fp_fusion=True,
             )  # fmt: skip

@@ -12,13 +12,13 @@ from byol_kernels.crop import kernels, reference
 
 torch.library.define(
     "byol_kernels::resized_crop",
-    "(Tensor images, Tensor? index, Tensor window, int size, str interpolation) -> Tensor",
+    "(Tensor images, Tensor? index, Tensor box, int size, str interpolation) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-def _resized_crop_fake(images: Tensor, index: Tensor | None, window: Tensor, size: int, interpolation: str) -> Tensor:
-    return images.new_empty((window.shape[0], size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+def _resized_crop_fake(images: Tensor, index: Tensor | None, box: Tensor, size: int, interpolation: str) -> Tensor:
+    return images.new_empty((box.shape[0], size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
 
 
 torch.library.impl("byol_kernels::resized_crop", "CPU", reference.resized_crop)
@@ -30,7 +30,7 @@ torch.library.register_fake("byol_kernels::resized_crop", _resized_crop_fake)
 
 def resized_crop(
     images: Tensor,
-    window: Tensor,
+    box: Tensor,
     size: int,
     *,
     index: Tensor | None = None,
@@ -43,7 +43,7 @@ def resized_crop(
 
     Args:
         images: [N, 3, H, W] uint8, any strides.
-        window: top, left, height and width of each sample's crop in pixels, [B, 4] int32 or int64, on the device of
+        box: top, left, height and width of each sample's crop in pixels, [B, 4] int32 or int64, on the device of
             the images. Crops have at least one pixel and lie within the image (not checked on a GPU).
         size: height and width of the result in pixels.
         index: image that each sample is cut from, [B] int32 or int64 on the same device; None: N = B, sample b is cut
@@ -54,12 +54,12 @@ def resized_crop(
         [B, 3, size, size] uint8, channels_last.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not match; on the CPU also a window that lies outside.
+        ValueError: shapes, dtypes or devices that do not match; on the CPU also a box that lies outside.
 
     Example:
         >>> images = torch.zeros(5, 3, 32, 32, dtype=torch.uint8)
-        >>> window = torch.tensor([[0, 0, 16, 16], [8, 4, 24, 20]])
-        >>> resized_crop(images, window, 28, index=torch.tensor([4, 0])).shape
+        >>> box = torch.tensor([[0, 0, 16, 16], [8, 4, 24, 20]])
+        >>> resized_crop(images, box, 28, index=torch.tensor([4, 0])).shape
         torch.Size([2, 3, 28, 28])
     """
     op = "resized_crop"
@@ -69,7 +69,7 @@ def resized_crop(
     if size < 1:
         raise ValueError(f"{op}: size must be at least 1, got {size}")
     batch = images.shape[0] if index is None else index.shape[0]
-    for name, numbers, shape in (("window", window, (batch, 4)), ("index", index, (batch,))):
+    for name, numbers, shape in (("box", box, (batch, 4)), ("index", index, (batch,))):
         if numbers is None:
             continue
         if tuple(numbers.shape) != shape:
@@ -83,5 +83,5 @@ def resized_crop(
                 f"{op}: {name} must be on the device of images, {images.device}, got {numbers.device}; "
                 f"move it with .to('{images.device}')"
             )
-    result: Tensor = torch.ops.byol_kernels.resized_crop(images, index, window, size, interpolation)
+    result: Tensor = torch.ops.byol_kernels.resized_crop(images, index, box, size, interpolation)
     return result

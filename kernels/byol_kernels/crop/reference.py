@@ -4,15 +4,15 @@ import torch
 from torch import Tensor
 
 
-def resized_crop(images: Tensor, index: Tensor | None, window: Tensor, size: int, interpolation: str) -> Tensor:
+def resized_crop(images: Tensor, index: Tensor | None, box: Tensor, size: int, interpolation: str) -> Tensor:
     """One crop at a time by PyTorch's antialiased resize, which is vectorized for channels_last uint8."""
-    batch, (height, width) = window.shape[0], images.shape[2:]
+    batch, (height, width) = box.shape[0], images.shape[2:]
     out = images.new_empty((batch, size, size, 3)).permute(0, 3, 1, 2)
     image_index = range(batch) if index is None else index.tolist()
-    for row, (i, (top, left, h, w)) in enumerate(zip(image_index, window.tolist(), strict=True)):
+    for row, (i, (top, left, h, w)) in enumerate(zip(image_index, box.tolist(), strict=True)):
         if not (0 <= i < len(images) and 0 <= top < top + h <= height and 0 <= left < left + w <= width):
             raise ValueError(
-                f"resized_crop: window must lie within an image of {height} x {width} pixels, one of {len(images)}, "
+                f"resized_crop: box must lie within an image of {height} x {width} pixels, one of {len(images)}, "
                 f"got top {top}, left {left}, height {h}, width {w} of image {i}; sample it for images of this size"
             )
         # A slice of the batch, not an image: only with its stride PyTorch sees that channels are innermost.

@@ -32,9 +32,9 @@ def photometric(images: Tensor, params: PhotometricParams, solarize_threshold: i
         rows = _rows(params.grayscale)
         x[rows] = _gray(x[rows])[:, None].expand(-1, 3, -1)
     if params.sigma is not None:
-        assert params.window is not None
+        assert params.kernel_size is not None
         to_blur = _all(images) if params.blur is None else params.blur
-        _blur_(x.view(batch, 3, height, width), to_blur, params.sigma, params.window)
+        _blur_(x.view(batch, 3, height, width), to_blur, params.sigma, params.kernel_size)
     if params.solarize is not None:
         rows = _rows(params.solarize)
         selected = x[rows]
@@ -94,10 +94,10 @@ def _shift_hue(x: Tensor, turns: Tensor) -> Tensor:
     return torch.minimum(torch.maximum(moved, low, out=moved), high, out=moved)
 
 
-def _blur_(x: Tensor, to_blur: Tensor, sigma: Tensor, window: Tensor) -> None:
-    """Blur some samples of [B, 3, H, W] in place: those with windows of one width together."""
+def _blur_(x: Tensor, to_blur: Tensor, sigma: Tensor, kernel_size: Tensor) -> None:
+    """Blur some samples of [B, 3, H, W] in place: those with kernels of one width together."""
     height, width = x.shape[2:]
-    radii = torch.where(to_blur, window.clamp(min=0) // 2, 0)
+    radii = torch.where(to_blur, kernel_size.clamp(min=0) // 2, 0)
     for radius in sorted({*radii.tolist()} - {0}):
         rows = _rows(radii == radius)
         weights = x.new_tensor([gaussian_weights(s, radius) for s in sigma[rows].tolist()])[:, :, None, None, None]

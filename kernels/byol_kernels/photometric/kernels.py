@@ -322,10 +322,10 @@ def launch_photometric(
 ) -> None:
     """Write the augmented images to `out`, channels_last: one launch, and a second one if images are blurred."""
     batch, _, height, width = images.shape
-    blur, sigma, window = params.blur, params.sigma, params.window
+    blur, sigma, kernel_size = params.blur, params.sigma, params.kernel_size
     if blur is not None and blur.device.type == "cpu" and not bool(blur.any()):
-        blur = sigma = window = None  # saves a launch; a mask on the GPU is not worth a synchronization
-    params = params._replace(blur=blur, sigma=sigma, window=window)
+        blur = sigma = kernel_size = None  # saves a launch; a mask on the GPU is not worth a synchronization
+    params = params._replace(blur=blur, sigma=sigma, kernel_size=kernel_size)
     p = PhotometricParams(*(to_device(param, images.device) for param in params))
     out_NHWC = out.permute(0, 2, 3, 1)
     blurred = None if p.sigma is None else torch.empty((batch, height, width, 3), dtype=torch.uint8, device=out.device)
@@ -342,9 +342,9 @@ def launch_photometric(
             enable_fp_fusion=True,
         )  # fmt: skip
     if blurred is not None:
-        assert p.sigma is not None and p.window is not None
+        assert p.sigma is not None and p.kernel_size is not None
         launch_gaussian_blur(
-            blurred.permute(0, 3, 1, 2), out_NHWC, p.blur, p.sigma, p.window, solarize=p.solarize,
+            blurred.permute(0, 3, 1, 2), out_NHWC, p.blur, p.sigma, p.kernel_size, solarize=p.solarize,
             solarize_threshold=solarize_threshold - 0.5, scale=scale, bias=bias, copy=False, round_levels=truncate,
         )  # fmt: skip
 

@@ -20,7 +20,7 @@ factor of three; their results may differ by a level where a value is next to a 
 torch.library.define(
     "byol_kernels::photometric_out",
     "(Tensor images, Tensor? flip, Tensor? jitter, Tensor? factors, Tensor? order, Tensor? grayscale, Tensor? blur,"
-    " Tensor? sigma, Tensor? window, Tensor? solarize, int solarize_threshold, float[] mean, float[] std,"
+    " Tensor? sigma, Tensor? kernel_size, Tensor? solarize, int solarize_threshold, float[] mean, float[] std,"
     " bool truncate, Tensor(a!) out) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -82,7 +82,7 @@ def photometric(
     grayscale: Tensor | None = None,
     blur: Tensor | None = None,
     sigma: Tensor | None = None,
-    window: Tensor | None = None,
+    kernel_size: Tensor | None = None,
     solarize: Tensor | None = None,
     solarize_threshold: int = 128,
     mean: Sequence[float] | None = None,
@@ -110,7 +110,7 @@ def photometric(
         grayscale: mask of the images to convert to gray, [B] bool; None for none.
         blur: mask of the images to blur, [B] bool; None for all if there is a `sigma`.
         sigma: standard deviations of the blur in pixels, [B] float32, positive.
-        window: widths of the blur in pixels, [B] int32 or int64, odd; see `gaussian_blur`.
+        kernel_size: widths of the blur in pixels, [B] int32 or int64, odd; see `gaussian_blur`.
         solarize: mask of the images to invert at and above the threshold, [B] bool; None for none.
         solarize_threshold: in levels of 255.
         mean: subtracted from each channel, for values from 0 to 1; None together with `std` for neither.
@@ -139,7 +139,7 @@ def photometric(
         >>> photometric(images, flip=mask, solarize=mask, dtype=torch.bfloat16).dtype
         torch.bfloat16
     """
-    params = PhotometricParams(flip, jitter, factors, order, grayscale, blur, sigma, window, solarize)
+    params = PhotometricParams(flip, jitter, factors, order, grayscale, blur, sigma, kernel_size, solarize)
     check_images("photometric", images, (torch.uint8,))
     _check_params(images, params)
     if dtype not in (torch.uint8, *FLOAT_DTYPES):
@@ -165,8 +165,8 @@ def _check_params(images: Tensor, params: PhotometricParams) -> None:
     check_params(op, images, {"factors": params.factors}, (torch.float32,), columns=4)
     check_params(op, images, {"order": params.order}, (torch.int32, torch.int64), columns=4)
     check_params(op, images, {"sigma": params.sigma}, (torch.float32,))
-    check_params(op, images, {"window": params.window}, (torch.int32, torch.int64))
-    for mask, *names in (("jitter", "factors", "order"), ("blur", "sigma", "window")):
+    check_params(op, images, {"kernel_size": params.kernel_size}, (torch.int32, torch.int64))
+    for mask, *names in (("jitter", "factors", "order"), ("blur", "sigma", "kernel_size")):
         missing = [name for name in names if named[name] is None]
         if len(missing) == 1 or (missing and named[mask] is not None):
             raise ValueError(

@@ -18,5 +18,5 @@ class PhotometricParams(NamedTuple):
     grayscale: Tensor | None = None
     blur: Tensor | None = None
     sigma: Tensor | None = None
-    window: Tensor | None = None
+    kernel_size: Tensor | None = None
     solarize: Tensor | None = None

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from byol_kernels.blur.reference import BlurScratch, blur_rows_, mask_list, round_to_uint8, window_radii
+from byol_kernels.blur.reference import BlurScratch, blur_rows_, kernel_radii, mask_list, round_to_uint8
 from byol_kernels.photometric.params import BRIGHTNESS, CONTRAST, HUE, PhotometricParams
 
 GRAY_WEIGHTS = (0.2989, 0.587, 0.114)
@@ -39,7 +39,7 @@ def photometric(
     factors, order, sigmas = (
         [] if values is None else values.tolist() for values in (params.factors, params.order, params.sigma)
     )
-    radii = [] if params.window is None else window_radii(params.window)
+    radii = [] if params.kernel_size is None else kernel_radii(params.kernel_size)
     scale_row, bias_row = _scale_and_bias_rows(mean, std, width)
     scratch, blur_scratch = _Scratch(height, width), BlurScratch(height, width, max(radii, default=0))
 
