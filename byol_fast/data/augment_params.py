@@ -15,12 +15,8 @@ from numpy.typing import NDArray
 
 from byol_fast.config import ViewConfig
 from byol_fast.data.random_numbers import item_keys, uniform
-
-ATTEMPTS = 10
-"""Random crops to try before a center crop is taken, as in torchvision's RandomResizedCrop."""
-
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-"""Numbers of the color adjustments in `AugmentParams.order`."""
+from byol_kernels.augment_params.params import ATTEMPTS, TABLE_COLUMNS
+from byol_kernels.photometric.params import ADJUSTMENTS
 
 PROBABILITIES = {
     "flip": "hflip_p",
@@ -49,7 +45,7 @@ class AugmentParams:
     factors: NDArray[np.float32]
     """Brightness, contrast and saturation factors, and hue shift in turns `[B, 4]`."""
     order: NDArray[np.int32]
-    """Order of the adjustments BRIGHTNESS, CONTRAST, SATURATION, HUE `[B, 4]`."""
+    """Order of the adjustments, by their positions in `ADJUSTMENTS` `[B, 4]`."""
     grayscale: NDArray[np.bool_]
     """Images to convert to gray `[B]`."""
     blur: NDArray[np.bool_]
@@ -95,8 +91,8 @@ def sample_augment_params(
 
 
 def factor_ranges(config: ViewConfig) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Lower ends and widths of the ranges of brightness, contrast, saturation and hue, `[4]` each."""
-    spread = np.array([config.brightness, config.contrast, config.saturation, config.hue])
+    """Lower ends and widths of the ranges of the `ADJUSTMENTS`, `[4]` each."""
+    spread = np.array([getattr(config, name) for name in ADJUSTMENTS])
     middle = np.array([1.0, 1.0, 1.0, 0.0])
     lowest = np.maximum(middle - spread, [0.0, 0.0, 0.0, -math.inf])
     return lowest, middle + spread - lowest
@@ -175,14 +171,17 @@ def center_crop_size(height: int, width: int, ratio: tuple[float, float]) -> tup
 
 
 def params_table(config: ViewConfig, height: int, width: int) -> NDArray[np.float64]:
-    """Argument `table` of `byol_kernels.sample_view_params` for images of one size; columns: its `TABLE_COLUMNS`."""
-    lowest, spread = factor_ranges(config)
-    (area, largest_area), (sigma, largest_sigma) = config.scale, config.blur_sigma
+    """Argument `table` of `byol_kernels.sample_view_params` for images of one size."""
     low, high = (math.log(ratio) for ratio in config.ratio)
-    ranges = area, largest_area - area, low, high - low, sigma, largest_sigma - sigma
-    probabilities = [getattr(config, name) for name in PROBABILITIES.values()]
-    size = height, width, math.sqrt(height * width), *center_crop_size(height, width, config.ratio)
-    return np.array([*ranges, *lowest, *spread, *probabilities, *size], np.float64)
+    ranges = {"scale": config.scale, "log_ratio": (low, high), "sigma": config.blur_sigma}
+    values = {f"{name}_min": low for name, (low, _) in ranges.items()}
+    values |= {f"{name}_range": high - low for name, (low, high) in ranges.items()}
+    for name, lowest, spread in zip(ADJUSTMENTS, *factor_ranges(config), strict=True):
+        values |= {f"{name}_min": lowest, f"{name}_range": spread}
+    values |= {name: getattr(config, name) for name in PROBABILITIES.values()}
+    values |= {"height": height, "width": width, "sqrt_area": math.sqrt(height * width)}
+    values["center_height"], values["center_width"] = center_crop_size(height, width, config.ratio)
+    return np.array([values[name] for name in TABLE_COLUMNS], np.float64)
 
 
 def _between(u: NDArray[np.float64], lo: float, hi: float) -> NDArray[np.float64]:

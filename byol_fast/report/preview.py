@@ -12,21 +12,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from byol_fast.config import Config, ConfigError, ViewConfig
-from byol_fast.data.augment_params import (
-    BRIGHTNESS,
-    CONTRAST,
-    HUE,
-    PROBABILITIES,
-    SATURATION,
-    AugmentParams,
-    crop_boxes,
-    sample_augment_params,
-)
+from byol_fast.data.augment_params import PROBABILITIES, AugmentParams, crop_boxes, sample_augment_params
 from byol_fast.data.batch import Batch
 from byol_fast.data.loaders.backend import resolve_backend
 from byol_fast.data.loaders.factory import make_loader
 from byol_fast.data.sources import ImageSource, SourceError
 from byol_fast.utils.files import atomic_path
+from byol_kernels.photometric.params import ADJUSTMENTS, HUE
 
 INK, FAINT, PAPER, TRAY = "#1f2328", "#8b949e", "#ffffff", "#f3f4f6"
 VIEW_COLORS = ("#0969da", "#c2590a")
@@ -41,8 +33,6 @@ MAX_COLUMNS = 2
 Box = tuple[int, int, int, int]
 Operation = tuple[str, list[str]]
 """Name of an operator, and its parameters in lines; no lines if it was not applied."""
-
-_ADJUSTMENTS = {BRIGHTNESS: "brightness", CONTRAST: "contrast", SATURATION: "saturation", HUE: "hue"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +139,8 @@ def _operations(
     """Operators of one view of an image; of those that either view may have."""
     top, left, h, w = box
     operations = [("crop", [f"{w} x {h} at {left}, {top} ({h * w / (size[0] * size[1]):.0%})"])]
-    spread = {BRIGHTNESS: view.brightness, CONTRAST: view.contrast, SATURATION: view.saturation, HUE: view.hue}
-    order = [a for a in params.order[row].tolist() if spread[a] > 0]
-    values = [f"{_ADJUSTMENTS[a]} {params.factors[row, a]:{'+' if a == HUE else ''}.2f}" for a in order]
+    order = [a for a in params.order[row].tolist() if getattr(view, ADJUSTMENTS[a]) > 0]
+    values = [f"{ADJUSTMENTS[a]} {params.factors[row, a]:{'+' if a == HUE else ''}.2f}" for a in order]
     jitter = [", ".join(values[k : k + 2]) + ("," if k + 2 < len(values) else "") for k in range(0, len(values), 2)]
     for mask, label, lines in (
         ("flip", "flip", ["yes"]),

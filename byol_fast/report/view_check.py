@@ -19,9 +19,9 @@ from byol_fast.data.augment_params import PROBABILITIES, AugmentParams, crop_box
 from byol_fast.data.loaders.backend import resolve_backend
 from byol_fast.data.sources import ArraySource, ImageSource
 from byol_fast.data.sources.base import evenly_spaced
+from byol_kernels.photometric.params import ADJUSTMENTS
 
 NUM_IMAGES = 64
-ADJUSTMENTS = ("brightness", "contrast", "saturation", "hue")  # by their numbers in `AugmentParams.order`
 
 Pixels = NDArray[np.uint8]
 Against = Literal["PIL", "tensors"]

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-__all__ = ["device_guard", "jit", "next_power_of_2", "tl", "tl_dtype"]
+__all__ = ["constexpr_function", "device_guard", "jit", "next_power_of_2", "tl", "tl_dtype"]
 
 try:
     import triton
@@ -19,9 +19,10 @@ except ImportError:
     triton = None
 
     class _NoLanguage:
-        """Placeholder of `triton.language`, which annotations need before any launch."""
+        """Placeholder of `triton.language`: annotations and constants need it before any launch."""
 
-        constexpr = tensor = object
+        tensor = object
+        constexpr = staticmethod(lambda value: value)
 
     tl = _NoLanguage
 
@@ -42,6 +43,11 @@ class _NoKernel:
 def jit(function: Callable[..., Any]) -> Any:
     """`triton.jit`, or a stand-in that raises when launched."""
     return _NoKernel(function.__name__) if triton is None else triton.jit(function)
+
+
+def constexpr_function(function: Callable[..., Any]) -> Any:
+    """`triton.constexpr_function`, which is called when a kernel is compiled."""
+    return function if triton is None else triton.constexpr_function(function)
 
 
 def device_guard(tensor: Tensor) -> AbstractContextManager[None]:

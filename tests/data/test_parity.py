@@ -19,9 +19,10 @@ from byol_fast.data.augment_params import crop_boxes, sample_augment_params
 from byol_fast.data.sources import ArraySource, FileSource, ImageSource, open_source
 from byol_fast.report import view_check
 from byol_fast.report.view_check import Levels, differences, torchvision_views
+from byol_kernels.photometric.params import ADJUSTMENTS
 from tests.data.helpers import CPU, config_of, error, loader_of, pixels, plain
 
-JITTER = ["brightness", "contrast", "saturation", "hue", "jitter"]
+JITTER = [*ADJUSTMENTS, "jitter"]
 COLORS = ["flip", *JITTER, "grayscale", "blur", "solarize"]
 ALL = ["crop", *COLORS, "view 1", "view 2"]
 STRONG = dict[str, Any](brightness=0.8, contrast=0.8, saturation=0.8, hue=0.5, blur_p=0.5, blur_kernel=7)
@@ -151,7 +152,7 @@ def test_reference_equals_torchvisions_transforms(tensors: bool, arrays: ArraySo
         sigma = float(d.sigma[i])
         box = crop_boxes(d.crop_candidates[i : i + 1], 64, 64, view.ratio)[0].tolist()
         given[T.RandomResizedCrop] = dict(zip(("top", "left", "height", "width"), box, strict=True))
-        factors = zip(("brightness", "contrast", "saturation", "hue"), d.factors[i].tolist(), strict=True)
+        factors = zip(ADJUSTMENTS, d.factors[i].tolist(), strict=True)
         given[T.ColorJitter] = {"fn_idx": torch.from_numpy(d.order[i])} | {f"{k}_factor": v for k, v in factors}
         steps: list[Any] = [
             T.RandomResizedCrop(48, interpolation=T.InterpolationMode.BICUBIC),

@@ -16,9 +16,10 @@ from byol_fast import config as configs
 from byol_fast.cli import main
 from byol_fast.config import Config, ConfigError, ViewConfig, recipes
 from byol_fast.data import CorruptImageError, SourceError, ViewLoader, make_loader, open_train_val
-from byol_fast.data.augment_params import BRIGHTNESS, CONTRAST, HUE, SATURATION, sample_augment_params
+from byol_fast.data.augment_params import sample_augment_params
 from byol_fast.data.sources import ArraySource, FileSource, open_source
 from byol_fast.report import preview, view_check
+from byol_kernels.photometric.params import ADJUSTMENTS
 from tests.data.helpers import CPU, config_of, loader_of, pixels, plain
 
 VIEW1 = ViewConfig(size=56, blur_p=0.5)
@@ -57,7 +58,6 @@ def test_preview_views_are_those_of_training(any_backend: str, arrays: ArraySour
 
 def test_operations_are_the_sampled_parameters(arrays: ArraySource) -> None:
     index = loader_of(arrays, config_of("threaded", VIEW1, VIEW2, seed=3, batch_size=12)).__next__().index.numpy()
-    names = {BRIGHTNESS: "brightness", CONTRAST: "contrast", SATURATION: "saturation", HUE: "hue"}
     for number, view in enumerate((VIEW1, VIEW2)):
         d = sample_augment_params(view, index, seed=3, epoch=0, view=number)
         for row, sample in enumerate(load_samples(arrays)):
@@ -75,9 +75,9 @@ def test_operations_are_the_sampled_parameters(arrays: ArraySource) -> None:
             assert operations["blur"] == ([f"sigma {d.sigma[row]:.2f}"] if d.blur[row] else [])
             if d.jitter[row]:
                 parts = [part.split() for part in " ".join(operations["jitter"]).split(", ")]
-                assert [name for name, _ in parts] == [names[part] for part in d.order[row].tolist()]
+                assert [name for name, _ in parts] == [ADJUSTMENTS[part] for part in d.order[row].tolist()]
                 shown = dict(parts)
-                for part, name in names.items():
+                for part, name in enumerate(ADJUSTMENTS):
                     assert float(shown[name]) == pytest.approx(d.factors[row, part], abs=0.0051)
 
 

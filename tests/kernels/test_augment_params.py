@@ -1,6 +1,5 @@
 """Augmentation parameters sampled on the device: bit for bit those that the loaders sample in numpy."""
 
-import math
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ from byol_fast.data import augment_params as numpy_params
 from byol_fast.data.random_numbers import stream_key
 from byol_kernels import sample_view_params
 from byol_kernels.augment_params import reference
-from byol_kernels.augment_params.params import ATTEMPTS, TABLE_COLUMNS
 from tests.kernels.conftest import INTERPRETED, not_interpreted
 
 VIEWS = {
@@ -31,30 +29,7 @@ STREAMS = ((0, 0, 0), (2**63 + 11, 977, 1))[INTERPRETED:]
 
 
 def table(view: ViewConfig, height: int, width: int) -> Tensor:
-    """Column by column from the configuration, by the names that the operator gives them."""
-    lowest, spread = numpy_params.factor_ranges(view)
-    center = numpy_params.center_crop_size(height, width, view.ratio)
-    values = {
-        "scale_min": view.scale[0],
-        "scale_range": view.scale[1] - view.scale[0],
-        "log_ratio_min": math.log(view.ratio[0]),
-        "log_ratio_range": math.log(view.ratio[1]) - math.log(view.ratio[0]),
-        "sigma_min": view.blur_sigma[0],
-        "sigma_range": view.blur_sigma[1] - view.blur_sigma[0],
-        **{f"{n}_min": s for n, s in zip(("brightness", "contrast", "saturation", "hue"), lowest, strict=True)},
-        **{f"{n}_range": s for n, s in zip(("brightness", "contrast", "saturation", "hue"), spread, strict=True)},
-        "hflip_p": view.hflip_p,
-        "color_jitter_p": view.color_jitter_p,
-        "grayscale_p": view.grayscale_p,
-        "blur_p": view.blur_p,
-        "solarize_p": view.solarize_p,
-        "height": height,
-        "width": width,
-        "sqrt_area": math.sqrt(height * width),
-        "center_height": center[0],
-        "center_width": center[1],
-    }
-    return torch.tensor([values[name] for name in TABLE_COLUMNS], dtype=torch.float64)
+    return torch.from_numpy(numpy_params.params_table(view, height, width))
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -75,11 +50,6 @@ def test_parameters_equal_numpy(name: str, size: tuple[int, int], device: str) -
         for field in ours._fields[1:]:
             out, numbers = getattr(ours, field).cpu().numpy(), getattr(expected, field)
             assert out.dtype == numbers.dtype and np.array_equal(out, numbers), field
-
-
-@not_interpreted
-def test_number_of_crop_candidates() -> None:
-    assert numpy_params.ATTEMPTS == ATTEMPTS
 
 
 @not_interpreted

@@ -16,7 +16,9 @@ import nvidia.dali.math as dm
 from numpy.typing import NDArray
 
 from byol_fast.config import ViewConfig
-from byol_fast.data.augment_params import ATTEMPTS, BRIGHTNESS, CONTRAST, HUE, AugmentParams, crop_boxes
+from byol_fast.data.augment_params import AugmentParams, crop_boxes
+from byol_kernels.augment_params.params import ATTEMPTS
+from byol_kernels.photometric.params import BRIGHTNESS, CONTRAST, HUE
 
 _dali: Any = nvidia.dali  # many of its attributes are created at import time, which a type checker cannot see
 fn, types = _dali.fn, _dali.types

@@ -7,10 +7,11 @@ gives the same bits as `reference.py`, where the random numbers are defined.
 
 from torch import Tensor
 
-from byol_kernels._triton import device_guard, jit, tl
-from byol_kernels.augment_params.params import ATTEMPTS, ViewParams, empty_params
+from byol_kernels._triton import constexpr_function, device_guard, jit, tl
+from byol_kernels.augment_params.params import ATTEMPTS, TABLE_COLUMNS, ViewParams, empty_params
 
 BLOCK = 64
+_COLUMNS = tl.constexpr({name: number for number, name in enumerate(TABLE_COLUMNS)})
 
 # -------------------------------------------------------------------------------- kernel
 
@@ -53,6 +54,22 @@ def _exp(x: tl.tensor) -> tl.tensor:
     return y * y
 
 
+@constexpr_function
+def _number(columns: dict[str, int], name: str) -> int:
+    return columns[name]
+
+
+@jit
+def _column(table_ptr: tl.tensor, NAME: tl.constexpr) -> tl.tensor:
+    return tl.load(table_ptr + _number(_COLUMNS, NAME))
+
+
+@jit
+def _between(u: tl.tensor, table_ptr: tl.tensor, MIN: tl.constexpr, RANGE: tl.constexpr) -> tl.tensor:
+    """Numbers from 0 to 1, scaled to a range of the table."""
+    return u * _column(table_ptr, RANGE) + _column(table_ptr, MIN)
+
+
 @jit
 def _sample_view_params_kernel(
     index_ptr: tl.tensor,  # [B] int64
@@ -80,15 +97,16 @@ def _sample_view_params_kernel(
     key = _mix((index ^ key) + 0x9E3779B97F4A7C15)
 
     # --- crop: the first candidate that fits into the image, or else the centered crop
-    height = tl.load(table_ptr + 19)
-    width = tl.load(table_ptr + 20)
-    sqrt_area = tl.load(table_ptr + 21)
-    h = tl.zeros((BLOCK,), tl.float64) + tl.load(table_ptr + 22)
-    w = tl.zeros((BLOCK,), tl.float64) + tl.load(table_ptr + 23)
+    height = _column(table_ptr, "height")
+    width = _column(table_ptr, "width")
+    sqrt_area = _column(table_ptr, "sqrt_area")
+    h = tl.zeros((BLOCK,), tl.float64) + _column(table_ptr, "center_height")
+    w = tl.zeros((BLOCK,), tl.float64) + _column(table_ptr, "center_width")
     has_fit = tl.zeros((BLOCK,), tl.int1)
     for k in tl.static_range(ATTEMPTS):
-        scale = _uniform(key, k + 1) * tl.load(table_ptr + 1) + tl.load(table_ptr)
-        ratio = _exp(_uniform(key, ATTEMPTS + k + 1) * tl.load(table_ptr + 3) + tl.load(table_ptr + 2))
+        scale = _between(_uniform(key, k + 1), table_ptr, "scale_min", "scale_range")
+        log_ratio = _between(_uniform(key, ATTEMPTS + k + 1), table_ptr, "log_ratio_min", "log_ratio_range")
+        ratio = _exp(log_ratio)
         candidate_w = tl.maximum(tl.floor(tl.sqrt(scale * ratio) * sqrt_area + 0.5), 1.0)
         candidate_h = tl.maximum(tl.floor(tl.sqrt(scale / ratio) * sqrt_area + 0.5), 1.0)
         fits = (candidate_w <= width) & (candidate_h <= height) & ~has_fit
@@ -106,10 +124,11 @@ def _sample_view_params_kernel(
 
     # --- flip and jitter; the order of the adjustments are the ranks of four numbers
     FIRST: tl.constexpr = 2 * ATTEMPTS + 3
-    tl.store(flip_ptr + rows, _uniform(key, FIRST) < tl.load(table_ptr + 14), mask=mask)
-    tl.store(jitter_ptr + rows, _uniform(key, FIRST + 1) < tl.load(table_ptr + 15), mask=mask)
+    tl.store(flip_ptr + rows, _uniform(key, FIRST) < _column(table_ptr, "hflip_p"), mask=mask)
+    tl.store(jitter_ptr + rows, _uniform(key, FIRST + 1) < _column(table_ptr, "color_jitter_p"), mask=mask)
     for column in tl.static_range(4):
-        factor = _uniform(key, FIRST + 2 + column) * tl.load(table_ptr + 10 + column) + tl.load(table_ptr + 6 + column)
+        u = _uniform(key, FIRST + 2 + column)
+        factor = _between(u, table_ptr + column, "brightness_min", "brightness_range")
         tl.store(factors_ptr + 4 * rows + column, factor.to(tl.float32), mask=mask)
     for adjustment in tl.static_range(4):
         number = _uniform(key, FIRST + 6 + adjustment)
@@ -123,14 +142,14 @@ def _sample_view_params_kernel(
         tl.store(order_ptr + 4 * rows + rank, tl.full((BLOCK,), adjustment, tl.int32), mask=mask)
 
     # --- grayscale, blur and solarize
-    tl.store(grayscale_ptr + rows, _uniform(key, FIRST + 10) < tl.load(table_ptr + 16), mask=mask)
-    tl.store(blur_ptr + rows, _uniform(key, FIRST + 11) < tl.load(table_ptr + 17), mask=mask)
-    sigma = (_uniform(key, FIRST + 12) * tl.load(table_ptr + 5) + tl.load(table_ptr + 4)).to(tl.float32)
+    tl.store(grayscale_ptr + rows, _uniform(key, FIRST + 10) < _column(table_ptr, "grayscale_p"), mask=mask)
+    tl.store(blur_ptr + rows, _uniform(key, FIRST + 11) < _column(table_ptr, "blur_p"), mask=mask)
+    sigma = _between(_uniform(key, FIRST + 12), table_ptr, "sigma_min", "sigma_range").to(tl.float32)
     tl.store(sigma_ptr + rows, sigma, mask=mask)
     kernel_size = 2 * tl.ceil(sigma * 3.0).to(tl.int32) + 1
     kernel_size = tl.where(blur_kernel > 0, tl.minimum(kernel_size, blur_kernel), kernel_size)
     tl.store(kernel_size_ptr + rows, kernel_size, mask=mask)
-    tl.store(solarize_ptr + rows, _uniform(key, FIRST + 13) < tl.load(table_ptr + 18), mask=mask)
+    tl.store(solarize_ptr + rows, _uniform(key, FIRST + 13) < _column(table_ptr, "solarize_p"), mask=mask)
 
 
 # -------------------------------------------------------------------------------- launcher

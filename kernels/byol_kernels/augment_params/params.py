@@ -5,13 +5,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from byol_kernels.photometric.params import ADJUSTMENTS
+
 ATTEMPTS = 10
 """Candidates for a crop before the center of the image is taken, as in torchvision's RandomResizedCrop."""
 
 TABLE_COLUMNS = (
     *("scale_min", "scale_range", "log_ratio_min", "log_ratio_range", "sigma_min", "sigma_range"),
-    *("brightness_min", "contrast_min", "saturation_min", "hue_min"),
-    *("brightness_range", "contrast_range", "saturation_range", "hue_range"),
+    *(f"{name}_min" for name in ADJUSTMENTS),
+    *(f"{name}_range" for name in ADJUSTMENTS),
     *("hflip_p", "color_jitter_p", "grayscale_p", "blur_p", "solarize_p"),
     *("height", "width", "sqrt_area", "center_height", "center_width"),
 )

@@ -10,10 +10,13 @@ jitter, four factors, four numbers whose ranks are the order of the adjustments,
 blur's sigma, and the mask solarize. All are sampled whether used or not: changing a probability changes nothing else.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from byol_kernels.augment_params.params import ATTEMPTS, ViewParams
+from byol_kernels.augment_params.params import ATTEMPTS, TABLE_COLUMNS, ViewParams
+from byol_kernels.photometric.params import ADJUSTMENTS
 
 NUM_RANDOM = 2 * ATTEMPTS + 16
 _GAMMA = 0x9E3779B97F4A7C15
@@ -21,34 +24,38 @@ _GAMMA = 0x9E3779B97F4A7C15
 
 def sample_view_params(index: Tensor, key: Tensor, table: Tensor, blur_kernel: int) -> ViewParams:
     """Parameters of the images; see `ops.py`. No `addcmul` and the like, which may round once instead of twice."""
+    columns = dict(zip(TABLE_COLUMNS, table.unbind(), strict=True))
     u = _uniform(index, key)
     scale, log_ratio, position, rest = torch.split(u, [ATTEMPTS, ATTEMPTS, 2, 14], dim=1)
-    sigma = (rest[:, 12] * table[5] + table[4]).to(torch.float32)
+    scale = scale * columns["scale_range"] + columns["scale_min"]
+    ratio = exp(log_ratio * columns["log_ratio_range"] + columns["log_ratio_min"])
+    smallest, spread = (torch.stack([columns[f"{name}_{end}"] for name in ADJUSTMENTS]) for end in ("min", "range"))
+    sigma = (rest[:, 12] * columns["sigma_range"] + columns["sigma_min"]).to(torch.float32)
     kernel_size = 2 * torch.ceil(sigma * 3.0).to(torch.int32) + 1
     return ViewParams(
-        crop_box=_sample_crop_box(scale * table[1] + table[0], exp(log_ratio * table[3] + table[2]), position, table),
-        flip=rest[:, 0] < table[14],
-        jitter=rest[:, 1] < table[15],
-        factors=(rest[:, 2:6] * table[10:14] + table[6:10]).to(torch.float32),
+        crop_box=_crop_box(scale, ratio, position, columns),
+        flip=rest[:, 0] < columns["hflip_p"],
+        jitter=rest[:, 1] < columns["color_jitter_p"],
+        factors=(rest[:, 2:6] * spread + smallest).to(torch.float32),
         order=torch.argsort(rest[:, 6:10], dim=1, stable=True).to(torch.int32),
-        grayscale=rest[:, 10] < table[16],
-        blur=rest[:, 11] < table[17],
+        grayscale=rest[:, 10] < columns["grayscale_p"],
+        blur=rest[:, 11] < columns["blur_p"],
         sigma=sigma,
         kernel_size=kernel_size.clamp_max(blur_kernel) if blur_kernel else kernel_size,
-        solarize=rest[:, 13] < table[18],
+        solarize=rest[:, 13] < columns["solarize_p"],
     )
 
 
-def _sample_crop_box(scale: Tensor, ratio: Tensor, position: Tensor, table: Tensor) -> Tensor:
+def _crop_box(scale: Tensor, ratio: Tensor, position: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
     """First candidate that fits into the image, at a random position, or else the centered crop, [B, 4] int32."""
-    height, width, sqrt_area = table[19], table[20], table[21]
+    height, width, sqrt_area = columns["height"], columns["width"], columns["sqrt_area"]
     w = (torch.floor(torch.sqrt(scale * ratio) * sqrt_area + 0.5)).clamp_min(1.0)
     h = (torch.floor(torch.sqrt(scale / ratio) * sqrt_area + 0.5)).clamp_min(1.0)
     fits = (w <= width) & (h <= height)
     first = fits.to(torch.int8).argmax(dim=1, keepdim=True)
     has_fit = fits.any(dim=1)
-    h = torch.where(has_fit, h.gather(1, first)[:, 0], table[22])
-    w = torch.where(has_fit, w.gather(1, first)[:, 0], table[23])
+    h = torch.where(has_fit, h.gather(1, first)[:, 0], columns["center_height"])
+    w = torch.where(has_fit, w.gather(1, first)[:, 0], columns["center_width"])
     top = torch.where(has_fit, torch.floor(position[:, 0] * (height - h + 1.0)), torch.floor((height - h) * 0.5))
     left = torch.where(has_fit, torch.floor(position[:, 1] * (width - w + 1.0)), torch.floor((width - w) * 0.5))
     return torch.stack([top, left, h, w], dim=1).to(torch.int32)

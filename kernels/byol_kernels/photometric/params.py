@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+ADJUSTMENTS = ("brightness", "contrast", "saturation", "hue")
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 """Numbers of the jitter's adjustments in `order`, and their columns in `factors`."""
 
