@@ -32,6 +32,7 @@ from byol_fast.data.loaders.backend import dali_installed
 from byol_fast.data.sources import ArraySource, EncodedSource
 from byol_fast.utils.env import version
 from byol_kernels import resized_crop
+from byol_kernels.photometric.params import VALUES
 
 JPEG_VIEWS = (ViewConfig(), ViewConfig(blur_p=0.1, solarize_p=0.2))
 ARRAY_VIEWS = (ViewConfig(size=32, blur_p=0.0), ViewConfig(size=32, blur_p=0.0, solarize_p=0.2))
@@ -314,7 +315,7 @@ def stages(results: Results, source: ImageSource, *, num_images: int, rounds: in
 
         crops.append(crop())
         names = required_params(view)
-        blur = tuple(name for name in names if name in {"blur", "sigma", "kernel_size"})
+        blur = tuple(name for name in names if name in {"blur", *VALUES["blur"]})
         color = tuple(name for name in names if name not in blur)
 
         def photometric_case(

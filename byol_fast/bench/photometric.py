@@ -23,6 +23,7 @@ from byol_fast.bench.counting import Case, Suite, is_installed
 from byol_fast.config import ViewConfig
 from byol_fast.data.augment_params import sample_augment_params
 from byol_kernels import gaussian_blur, photometric
+from byol_kernels.photometric.params import PhotometricParams
 
 SIZE, KERNEL = 224, 23
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -49,7 +50,7 @@ class Problem:
         self.planar = list(self.planes)
         self.pil = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images] if self.on_cpu else []
         params = sample_augment_params(ViewConfig(solarize_p=0.2), np.arange(batch_size), seed=0, epoch=0, view=0)
-        names = ("flip", "jitter", "factors", "order", "grayscale", "blur", "sigma", "kernel_size", "solarize")
+        names = PhotometricParams._fields
         self.params = {name: torch.from_numpy(getattr(params, name)).to(device) for name in names}
         self.lists: dict[str, Any] = {name: values.tolist() for name, values in self.params.items()}
         self.batch_size = batch_size

@@ -91,8 +91,9 @@ class ViewConfig:
 
     def __post_init__(self) -> None:
         _require(1 <= self.size <= 8192, "view.size", "be 1..8192 pixels", self.size)
-        for name in ("hflip_p", "color_jitter_p", "grayscale_p", "blur_p", "solarize_p"):
-            _probability(f"view.{name}", getattr(self, name))
+        for name in self.__slots__:
+            if name.endswith("_p"):
+                _probability(f"view.{name}", getattr(self, name))
         lo, hi = self.scale
         _require(0 < lo <= hi <= 1, "view.scale", "be two rising fractions within (0, 1]", self.scale)
         lo, hi = self.ratio

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from byol_fast.config import ViewConfig
-from byol_fast.data.augment_params import AugmentParams
+from byol_fast.data.augment_params import PROBABILITIES, AugmentParams
 from byol_kernels import photometric
+from byol_kernels.photometric.params import ADJUSTMENTS, VALUES
 
 PIXELS_PER_CHUNK = 1 << 19
 """Pixels of a view that a thread takes at a time: enough that calling the operators costs little beside them."""
@@ -43,12 +44,12 @@ def required_params(view: ViewConfig, *, flip: bool = True) -> tuple[str, ...]:
         view: configuration of the view.
         flip: the crops are not mirrored yet.
     """
-    names: list[str] = ["flip"] if flip and view.hflip_p > 0 else []
-    if view.color_jitter_p > 0 and max(view.brightness, view.contrast, view.saturation, view.hue) > 0:
-        names += ["jitter", "factors", "order"]
-    names += ["grayscale"] if view.grayscale_p > 0 else []
-    names += ["blur", "sigma", "kernel_size"] if view.blur_p > 0 else []
-    return (*names, "solarize") if view.solarize_p > 0 else tuple(names)
+    masks = [mask for mask, probability in PROBABILITIES.items() if getattr(view, probability) > 0]
+    if "jitter" in masks and not any(getattr(view, name) for name in ADJUSTMENTS):
+        masks.remove("jitter")
+    if "flip" in masks and not flip:
+        masks.remove("flip")
+    return tuple(name for mask in masks for name in (mask, *VALUES.get(mask, ())))
 
 
 def select_rows(params: AugmentParams, names: tuple[str, ...], rows: slice) -> dict[str, Tensor]:

@@ -25,7 +25,8 @@ PROBABILITIES = {
     "blur": "blur_p",
     "solarize": "solarize_p",
 }
-"""Masks of `AugmentParams`, each with the probability in `ViewConfig` that it is sampled with."""
+"""The operations after the crop in their order, by the names of their masks, each with its probability in
+`ViewConfig`."""
 
 
 @dataclass(frozen=True, slots=True)

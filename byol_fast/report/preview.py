@@ -142,14 +142,16 @@ def _operations(
     order = [a for a in params.order[row].tolist() if getattr(view, ADJUSTMENTS[a]) > 0]
     values = [f"{ADJUSTMENTS[a]} {params.factors[row, a]:{'+' if a == HUE else ''}.2f}" for a in order]
     jitter = [", ".join(values[k : k + 2]) + ("," if k + 2 < len(values) else "") for k in range(0, len(values), 2)]
-    for mask, label, lines in (
-        ("flip", "flip", ["yes"]),
-        ("jitter", "jitter", jitter or ["no adjustments"]),
-        ("grayscale", "gray", ["yes"]),
-        ("blur", "blur", [f"sigma {params.sigma[row]:.2f}"]),
-        ("solarize", "solarize", [f"from {view.solarize_threshold}"]),
-    ):
-        if any(getattr(v, PROBABILITIES[mask]) > 0 for v in views):
+    captions = {
+        "flip": ("flip", ["yes"]),
+        "jitter": ("jitter", jitter or ["no adjustments"]),
+        "grayscale": ("gray", ["yes"]),
+        "blur": ("blur", [f"sigma {params.sigma[row]:.2f}"]),
+        "solarize": ("solarize", [f"from {view.solarize_threshold}"]),
+    }
+    for mask, probability in PROBABILITIES.items():
+        label, lines = captions[mask]
+        if any(getattr(v, probability) > 0 for v in views):
             operations.append((label, lines if getattr(params, mask)[row] else []))
     return operations
 

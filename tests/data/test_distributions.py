@@ -203,7 +203,7 @@ def test_center_crop_has_its_probability() -> None:
 def table(d: AugmentParams) -> Values:
     """All parameters of all samples `[N, columns]`; of the crop the last candidate only."""
     width, height = d.crop_candidates[:, 9], d.crop_candidates[:, 19]
-    masks = [d.flip, d.jitter, d.grayscale, d.blur, d.solarize]
+    masks = [getattr(d, mask) for mask in PROBABILITIES]
     parts = [
         width * height,
         width / height,

@@ -20,11 +20,9 @@ from byol_fast.data.sources import ArraySource, FileSource, ImageSource, open_so
 from byol_fast.report import view_check
 from byol_fast.report.view_check import Levels, differences, torchvision_views
 from byol_kernels.photometric.params import ADJUSTMENTS
-from tests.data.helpers import CPU, config_of, error, loader_of, pixels, plain
+from tests.data.helpers import CPU, OPERATORS, config_of, error, loader_of, pixels, plain
 
-JITTER = [*ADJUSTMENTS, "jitter"]
-COLORS = ["flip", *JITTER, "grayscale", "blur", "solarize"]
-ALL = ["crop", *COLORS, "view 1", "view 2"]
+ALL = [*OPERATORS, "view 1", "view 2"]
 STRONG = dict[str, Any](brightness=0.8, contrast=0.8, saturation=0.8, hue=0.5, blur_p=0.5, blur_kernel=7)
 STRONG |= dict[str, Any](solarize_p=0.5, solarize_threshold=64, interpolation="bilinear")
 

@@ -10,9 +10,11 @@ from torch import Tensor
 from byol_fast.config import ViewConfig
 from byol_fast.data import augment_params as numpy_params
 from byol_fast.data.random_numbers import stream_key
-from byol_kernels import sample_view_params
+from byol_kernels import ViewParams, sample_view_params
 from byol_kernels.augment_params import reference
+from byol_kernels.photometric.params import VALUES, PhotometricParams
 from tests.kernels.conftest import INTERPRETED, not_interpreted
+from tests.kernels.torchvision_reference import Params
 
 VIEWS = {
     "paper": ViewConfig(),
@@ -50,6 +52,16 @@ def test_parameters_equal_numpy(name: str, size: tuple[int, int], device: str) -
         for field in ours._fields[1:]:
             out, numbers = getattr(ours, field).cpu().numpy(), getattr(expected, field)
             assert out.dtype == numbers.dtype and np.array_equal(out, numbers), field
+
+
+@not_interpreted
+def test_names_of_operations_and_parameters_are_the_same_everywhere() -> None:
+    """A parameter that one of them lacks would be left out in silence."""
+    names, values = PhotometricParams._fields, {name for values in VALUES.values() for name in values}
+    assert ViewParams._fields == ("crop_box", *names) and Params._fields == names
+    assert tuple(numpy_params.AugmentParams.__slots__) == ("crop_candidates", *names)
+    assert list(numpy_params.PROBABILITIES) == [name for name in names if name not in values]
+    assert list(numpy_params.PROBABILITIES.values()) == [name for name in ViewConfig.__slots__ if name.endswith("_p")]
 
 
 @not_interpreted

@@ -27,6 +27,7 @@ from byol_kernels import (
     photometric,
     resized_crop,
 )
+from byol_kernels.photometric.params import VALUES, PhotometricParams
 from tests.gpu import DEVICE, REHEARSING
 from tests.kernels.conftest import not_interpreted
 from tests.kernels.numerics import randn
@@ -89,8 +90,8 @@ def _images(names: tuple[str, ...]) -> tuple[Tensor, dict[str, Any]]:
     return pixels.to(DEVICE), {name: torch.from_numpy(getattr(params, name)).to(DEVICE) for name in names}
 
 
-COLOR = ("flip", "jitter", "factors", "order", "grayscale", "solarize")
-BLUR = ("blur", "sigma", "kernel_size")
+BLUR = ("blur", *VALUES["blur"])
+COLOR = tuple(name for name in PhotometricParams._fields if name not in BLUR)
 
 
 def _photometric(names: tuple[str, ...], dtype: torch.dtype) -> Callable[[], object]:

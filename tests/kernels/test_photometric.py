@@ -15,7 +15,7 @@ from byol_kernels import gaussian_blur, photometric
 from byol_kernels.photometric import batched, reference
 from byol_kernels.photometric.kernels import is_vector
 from byol_kernels.photometric.ops import SMALL_AREA
-from byol_kernels.photometric.params import BRIGHTNESS, CONTRAST, HUE, SATURATION, PhotometricParams
+from byol_kernels.photometric.params import BRIGHTNESS, CONTRAST, HUE, SATURATION, VALUES, PhotometricParams
 from tests.gpu import DEVICE
 from tests.kernels.conftest import INTERPRETED, not_interpreted
 from tests.kernels.torchvision_reference import (
@@ -35,6 +35,7 @@ from tests.kernels.torchvision_reference import (
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 COLOR = ("jitter", "factors", "order")
+MASKS = [name for name in PhotometricParams._fields if not any(name in values for values in VALUES.values())]
 DTYPES = [torch.uint8, torch.bfloat16, torch.float16, torch.float32]
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 0.0}
 
@@ -283,8 +284,14 @@ def test_absent_masks(device: str) -> None:
     values = on(device, p, "factors", "order", "sigma", "kernel_size")
     on_all = set_masks(p, jitter=True, blur=True, flip=False, grayscale=False, solarize=False)
     assert torch.equal(photometric(x, **values), photometric(x, **on(device, on_all)))
-    on_none = set_masks(on_all, jitter=False, blur=False)
-    assert torch.equal(photometric(x, **on(device, on_none)), x) and torch.equal(photometric(x), x)
+    assert torch.equal(photometric(x), x)
+
+
+def test_each_mask_changes_pixels(device: str) -> None:
+    x, none = make_images(2, 8, 16).to(device), set_masks(make_params(2), **dict.fromkeys(MASKS, False))
+    assert torch.equal(photometric(x, **on(device, none)), x)
+    for mask in MASKS:
+        assert not torch.equal(photometric(x, **on(device, set_masks(none, **{mask: True}))), x), mask
 
 
 @pytest.mark.parametrize("truncate", [False, True])

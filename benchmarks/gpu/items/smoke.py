@@ -24,6 +24,7 @@ from byol_kernels import (
     sample_view_params,
     update_running_stats_,
 )
+from byol_kernels.photometric.params import VALUES, PhotometricParams
 from tests import oracle
 from tests.kernels import torchvision_reference as views
 from tests.kernels.numerics import TOLERANCES, byol_loss_and_grads, f64, randn, relative_error
@@ -245,7 +246,7 @@ def params_and_crop(context: Context, checks: Checks) -> None:
 
 def colors(context: Context, checks: Checks) -> None:
     """Flip, jitter, grayscale and solarize, also normalized to bf16; without blur."""
-    names = ("flip", "jitter", "factors", "order", "grayscale", "solarize")
+    names = [name for name in PhotometricParams._fields if name not in {"blur", *VALUES["blur"]}]
     for height, width in ((64, 64), (33, 47)):
         x, p = views.make_images(24, height, width, seed=2), views.set_masks(views.make_params(24, seed=5), blur=False)
         params = views.on(context.device, p, *names)

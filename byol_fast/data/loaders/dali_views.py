@@ -16,7 +16,7 @@ import nvidia.dali.math as dm
 from numpy.typing import NDArray
 
 from byol_fast.config import ViewConfig
-from byol_fast.data.augment_params import AugmentParams, crop_boxes
+from byol_fast.data.augment_params import PROBABILITIES, AugmentParams, crop_boxes
 from byol_kernels.augment_params.params import ATTEMPTS
 from byol_kernels.photometric.params import BRIGHTNESS, CONTRAST, HUE
 
@@ -24,7 +24,7 @@ _dali: Any = nvidia.dali  # many of its attributes are created at import time, w
 fn, types = _dali.fn, _dali.types
 Node = Any  # nvidia.dali.data_node.DataNode, with arithmetic operators
 
-CROPS_ONLY: dict[str, Any] = {"color_jitter_p": 0.0, "grayscale_p": 0.0, "blur_p": 0.0, "solarize_p": 0.0}
+CROPS_ONLY: dict[str, Any] = {name: 0.0 for mask, name in PROBABILITIES.items() if mask != "flip"}
 """Overrides of a `ViewConfig` for a pipeline without the operators that our kernels replace."""
 
 INTERPOLATION = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}

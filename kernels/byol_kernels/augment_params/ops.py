@@ -10,8 +10,7 @@ from byol_kernels.augment_params.params import TABLE_COLUMNS, ViewParams, empty_
 
 torch.library.define(
     "byol_kernels::sample_view_params",
-    "(Tensor index, Tensor key, Tensor table, int blur_kernel)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor index, Tensor key, Tensor table, int blur_kernel) -> ({', '.join(['Tensor'] * len(ViewParams._fields))})",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from byol_kernels._images import FLOAT_DTYPES, check_images, check_params
 from byol_kernels.photometric import batched, kernels, reference
-from byol_kernels.photometric.params import PhotometricParams
+from byol_kernels.photometric.params import VALUES, PhotometricParams
 
 SMALL_AREA = 64 * 64
 """Largest image in pixels that the CPU processes as a batch. Each CPU form is slower in the other's place, by up to a
@@ -19,9 +19,8 @@ factor of three; their results may differ by a level where a value is next to a 
 # One operator that writes to a given output. All tensors and options stand in the order of the schema.
 torch.library.define(
     "byol_kernels::photometric_out",
-    "(Tensor images, Tensor? flip, Tensor? jitter, Tensor? factors, Tensor? order, Tensor? grayscale, Tensor? blur,"
-    " Tensor? sigma, Tensor? kernel_size, Tensor? solarize, int solarize_threshold, float[] mean, float[] std,"
-    " bool truncate, Tensor(a!) out) -> ()",
+    f"(Tensor images, {', '.join(f'Tensor? {name}' for name in PhotometricParams._fields)}, int solarize_threshold,"
+    " float[] mean, float[] std, bool truncate, Tensor(a!) out) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -159,14 +158,11 @@ def photometric(
 def _check_params(images: Tensor, params: PhotometricParams) -> None:
     """Raise a ValueError unless all parameters fit the images and those that belong together are there."""
     op = "photometric"
-    named = params._asdict()
-    masks = {name: named[name] for name in ("flip", "jitter", "grayscale", "blur", "solarize")}
-    check_params(op, images, masks, (torch.bool,))
-    check_params(op, images, {"factors": params.factors}, (torch.float32,), columns=4)
-    check_params(op, images, {"order": params.order}, (torch.int32, torch.int64), columns=4)
-    check_params(op, images, {"sigma": params.sigma}, (torch.float32,))
-    check_params(op, images, {"kernel_size": params.kernel_size}, (torch.int32, torch.int64))
-    for mask, *names in (("jitter", "factors", "order"), ("blur", "sigma", "kernel_size")):
+    named, values = params._asdict(), {name: kind for kinds in VALUES.values() for name, kind in kinds.items()}
+    for name, param in named.items():
+        dtypes, columns = values.get(name, ((torch.bool,), 0))
+        check_params(op, images, {name: param}, dtypes, columns)
+    for mask, names in VALUES.items():
         missing = [name for name in names if named[name] is None]
         if len(missing) == 1 or (missing and named[mask] is not None):
             raise ValueError(
