@@ -16,6 +16,7 @@ from torch import Tensor
 from byol_kernels._images import to_device
 from byol_kernels._tiles import load_tile, store_tile, tile_cols, tile_rows
 from byol_kernels._triton import device_guard, jit, tl
+from byol_kernels.photometric.pixels import finish_channel
 
 BLOCK = 32
 BLOCK_K = 16
@@ -39,16 +40,6 @@ def _gauss(distance: tl.tensor, radius: tl.tensor, falloff: tl.tensor, DTYPE: tl
     """Unnormalized weight at a distance from the center, where it is 1."""
     square = (distance * distance).to(tl.float32)
     return tl.where(tl.abs(distance) <= radius, tl.exp(square * falloff), 0.0).to(DTYPE)
-
-
-@jit
-def _finish_pixel(
-    x: tl.tensor, solarize_from: tl.tensor, scale: tl.tensor, bias: tl.tensor, ROUND: tl.constexpr
-) -> tl.tensor:
-    """Solarize and normalize one channel."""
-    if ROUND:
-        x = tl.floor(x + 0.5)
-    return tl.where(x >= solarize_from, 255.0 - x, x) * scale + bias
 
 
 @jit
@@ -160,9 +151,16 @@ def _gaussian_blur_kernel(
         solarize_from = float("inf")
         if solarize_ptr is not None:
             solarize_from = tl.where(tl.load(solarize_ptr + image) != 0, solarize_threshold, solarize_from)
-        r = _finish_pixel(r * norm, solarize_from, scale_r, bias_r, ROUND)
-        g = _finish_pixel(g * norm, solarize_from, scale_g, bias_g, ROUND)
-        b = _finish_pixel(b * norm, solarize_from, scale_b, bias_b, ROUND)
+        r *= norm
+        g *= norm
+        b *= norm
+        if ROUND:
+            r = tl.floor(r + 0.5)
+            g = tl.floor(g + 0.5)
+            b = tl.floor(b + 0.5)
+        r = finish_channel(r, 255.0, solarize_from, scale_r, bias_r)
+        g = finish_channel(g, 255.0, solarize_from, scale_g, bias_g)
+        b = finish_channel(b, 255.0, solarize_from, scale_b, bias_b)
         target, mask = _target_pixels(out_ptr, top, left, height, width, BLOCK)
         store_tile(target, r.to(OUT), mask, BLOCK)
         store_tile(target + 1, g.to(OUT), mask, BLOCK)

@@ -29,7 +29,7 @@ from byol_kernels._images import to_device
 from byol_kernels._triton import device_guard, jit, next_power_of_2, tl
 from byol_kernels.blur.kernels import launch_gaussian_blur
 from byol_kernels.photometric.params import PhotometricParams
-from byol_kernels.photometric.pixels import load_pixels, store_pixels
+from byol_kernels.photometric.pixels import finish_channel, load_pixels, store_pixels
 
 PIXELS = 8  # per thread: 24 bytes in, three 128-bit stores of 16-bit results
 MAX_WARPS = 8
@@ -173,9 +173,9 @@ def _store_finished(
     VECTOR: tl.constexpr,
 ) -> None:
     """Solarize, normalize and store."""
-    r = tl.where(r >= solarize_from, top - r, r) * scale_r + bias_r
-    g = tl.where(g >= solarize_from, top - g, g) * scale_g + bias_g
-    b = tl.where(b >= solarize_from, top - b, b) * scale_b + bias_b
+    r = finish_channel(r, top, solarize_from, scale_r, bias_r)
+    g = finish_channel(g, top, solarize_from, scale_g, bias_g)
+    b = finish_channel(b, top, solarize_from, scale_b, bias_b)
     store_pixels(out_ptr, groups, mirrored, r, g, b, AREA, WIDTH, VECTOR)
 
 

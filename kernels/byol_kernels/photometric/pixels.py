@@ -1,4 +1,4 @@
-"""Loads and stores of eight interleaved RGB pixels per thread, for the photometric kernel."""
+"""The last operations on a pixel, and loads and stores of eight interleaved RGB pixels per thread."""
 
 from byol_kernels._triton import jit, tl
 
@@ -82,6 +82,14 @@ def load_pixels(
         g = _byte(tl.load(at + stride_c, mask=mask, other=0).to(tl.int32), 0, T)
         b = _byte(tl.load(at + 2 * stride_c, mask=mask, other=0).to(tl.int32), 0, T)
     return r, g, b
+
+
+@jit
+def finish_channel(
+    x: tl.tensor, top: tl.tensor, solarize_from: tl.tensor, scale: tl.tensor, bias: tl.tensor
+) -> tl.tensor:
+    """Solarize and normalize a channel of values from 0 to `top`."""
+    return tl.where(x >= solarize_from, top - x, x) * scale + bias
 
 
 @jit
