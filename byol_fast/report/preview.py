@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from byol_fast.config import Config, ConfigError, ViewConfig
-from byol_fast.data.augment_params import PROBABILITIES, AugmentParams, crop_boxes, sample_augment_params
+from byol_fast.data.augment_params import PROBABILITIES, AugmentParams, crop_box, sample_augment_params
 from byol_fast.data.batch import Batch
 from byol_fast.data.loaders.backend import resolve_backend
 from byol_fast.data.loaders.factory import make_loader
@@ -99,10 +99,7 @@ def load_samples(
         original = source.load(i)
         boxes, operations = [], []
         for view, p in zip(views, params, strict=True):
-            top, left, h, w = crop_boxes(p.crop_candidates[row : row + 1], original.height, original.width, view.ratio)[
-                0
-            ]
-            boxes.append((int(top), int(left), int(h), int(w)))
+            boxes.append(crop_box(p.crop_candidates[row], original.height, original.width, view.ratio))
             operations.append(_operations(view, views, p, row, boxes[-1], original.size))
         samples.append(
             Sample(

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 
 from byol_fast.config import Config, ViewConfig
 from byol_fast.data import eval_batches, make_loader
-from byol_fast.data.augment_params import PROBABILITIES, AugmentParams, crop_boxes, sample_augment_params
+from byol_fast.data.augment_params import PROBABILITIES, AugmentParams, crop_box, sample_augment_params
 from byol_fast.data.loaders.backend import resolve_backend
 from byol_fast.data.sources import ArraySource, ImageSource
 from byol_fast.data.sources.base import evenly_spaced
@@ -157,10 +157,8 @@ def torchvision_views(
     views, interpolation = [], F.InterpolationMode(view.interpolation)
     for i, image in enumerate(images):
         x: Any = F.pil_to_tensor(image).float() if crop == "tensors" else image
-        top, left, h, w = crop_boxes(params.crop_candidates[i : i + 1], image.height, image.width, view.ratio)[
-            0
-        ].tolist()
-        x = F.resized_crop(x, top, left, h, w, [view.size, view.size], interpolation=interpolation, antialias=True)
+        box = crop_box(params.crop_candidates[i], image.height, image.width, view.ratio)
+        x = F.resized_crop(x, *box, [view.size, view.size], interpolation=interpolation, antialias=True)
         if crop == "tensors":
             x = F.to_pil_image(x.round().clamp(0, 255).to(torch.uint8))
         x = F.pil_to_tensor(x) if colors == "tensors" else x
@@ -171,7 +169,7 @@ def torchvision_views(
         x = F.rgb_to_grayscale(x, 3) if params.grayscale[i] else x
         if params.blur[i]:
             kernel_size = min(int(params.kernel_size[i]), 2 * view.size - 1)
-            x = F.gaussian_blur(x, [kernel_size, kernel_size], [float(params.sigma[i])] * 2)
+            x = F.gaussian_blur(x, [kernel_size] * 2, [float(params.sigma[i])] * 2)
         x = F.solarize(x, view.solarize_threshold) if params.solarize[i] else x
         views.append(np.asarray(x) if isinstance(x, Image.Image) else x.permute(1, 2, 0).numpy())
     return np.stack(views)

@@ -159,9 +159,8 @@ SHAPES = {
 def test_crops_are_distributed_as_torchvisions(shape: str, view: ViewConfig) -> None:
     """Against its own `get_params`, the fallback to the center included."""
     height, width = SHAPES[shape]
-    ours = crop_boxes(
-        sample_augment_params(view, np.arange(N), seed=0, epoch=0, view=0).crop_candidates, height, width, view.ratio
-    )
+    d = sample_augment_params(view, np.arange(N), seed=0, epoch=0, view=0)
+    ours = crop_boxes(d.crop_candidates, height, width, view.ratio)
     torch.manual_seed(0)
     blank = torch.empty(3, height, width)
     params = [RandomResizedCrop.get_params(blank, list(view.scale), list(view.ratio)) for _ in range(2000)]
@@ -202,17 +201,9 @@ def test_center_crop_has_its_probability() -> None:
 
 def table(d: AugmentParams) -> Values:
     """All parameters of all samples `[N, columns]`; of the crop the last candidate only."""
-    width, height = d.crop_candidates[:, 9], d.crop_candidates[:, 19]
+    width, height, *position = d.crop_candidates[:, [9, 19, 20, 21]].T
     masks = [getattr(d, mask) for mask in PROBABILITIES]
-    parts = [
-        width * height,
-        width / height,
-        d.crop_candidates[:, 20],
-        d.crop_candidates[:, 21],
-        *d.factors.T,
-        *d.order.T[:3],
-        d.sigma,
-    ]
+    parts = [width * height, width / height, *position, *d.factors.T, *d.order.T[:3], d.sigma]
     return np.column_stack([*parts, *masks]).astype(np.float64)
 
 

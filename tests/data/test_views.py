@@ -55,11 +55,8 @@ def test_params_depend_on_seed_epoch_image_and_view_only() -> None:
 
 
 def test_changing_one_probability_changes_nothing_else(params: AugmentParams) -> None:
-    other = fields(
-        sample_augment_params(
-            ViewConfig(grayscale_p=0.2, blur_p=0.7, solarize_p=0.2), np.arange(N), seed=0, epoch=0, view=0
-        )
-    )
+    view = ViewConfig(grayscale_p=0.2, blur_p=0.7, solarize_p=0.2)
+    other = fields(sample_augment_params(view, np.arange(N), seed=0, epoch=0, view=0))
     for name, values in fields(params).items():
         assert np.array_equal(values, other[name]) == (name != "blur"), name
 

@@ -45,9 +45,7 @@ def test_uint8_matches_torchvision(device: str) -> None:
     x, p = make_images(BATCH, 24, 30, seed=1), make_params(BATCH, seed=2)
     out = gaussian_blur(x.to(device), **on(device, p, "sigma", "kernel_size")).cpu()
     parameters = zip(x, p.kernel_size.tolist(), p.sigma.tolist(), strict=True)
-    expected = torch.stack(
-        [F.gaussian_blur(image, [kernel_size] * 2, [sigma] * 2) for image, kernel_size, sigma in parameters]
-    )
+    expected = torch.stack([F.gaussian_blur(image, [size] * 2, [sigma] * 2) for image, size, sigma in parameters])
     difference = (out.int() - expected.int()).abs()
     assert difference.max() <= 1
     assert difference.double().mean() <= (1 / 30 if device == "cuda" or INTERPRETED else 1e-3)
