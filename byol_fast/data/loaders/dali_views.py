@@ -97,7 +97,7 @@ def crop_flip(image: Node, inputs: dict[str, Node], view: ViewConfig) -> Node:
     (errors up to 60 levels at the border). The resize mirrors for free.
     """
     if "start" not in inputs:
-        inputs = inputs | crop_box_in_graph(image, inputs, view)
+        inputs = inputs | crop_box_in_pipeline(image, inputs, view)
     return fn.resize(
         fn.slice(image, inputs["start"], inputs["extent"], axes=(0, 1)),
         size=(view.size, view.size),
@@ -108,7 +108,7 @@ def crop_flip(image: Node, inputs: dict[str, Node], view: ViewConfig) -> Node:
     )
 
 
-def crop_box_in_graph(image: Node, inputs: dict[str, Node], view: ViewConfig) -> dict[str, Node]:
+def crop_box_in_pipeline(image: Node, inputs: dict[str, Node], view: ViewConfig) -> dict[str, Node]:
     """`augment_params.crop_boxes` in the pipeline, for images of unknown size; vectors are (height, width)."""
     shape = image.shape()
     height, width = fn.cast(shape[0], dtype=types.FLOAT64), fn.cast(shape[1], dtype=types.FLOAT64)
