@@ -57,6 +57,7 @@ class Loop:
         steps: per call.
         device: of the step.
         has_threads: the loader prepares batches in threads of this process, whose CPU time counts.
+        gpu_wait_seconds: time in which the loader has waited for steps on the GPU, which is no wait for data.
     """
 
     def __init__(
@@ -67,7 +68,9 @@ class Loop:
         device: torch.device,
         *,
         has_threads: bool = False,
+        gpu_wait_seconds: Callable[[], float] = lambda: 0.0,
     ) -> None:
+        self._gpu_wait_seconds = gpu_wait_seconds
         self.batches, self.step, self.steps, self.device, self.has_threads = batches, step, steps, device, has_threads
         self.data_seconds, self.total_seconds = 0.0, 0.0
 
@@ -75,9 +78,9 @@ class Loop:
         """Take the steps of a call."""
         start = time.perf_counter()
         for _ in range(self.steps):
-            before = time.perf_counter()
+            before = time.perf_counter() - self._gpu_wait_seconds()
             batch = next(self.batches)
-            self.data_seconds += time.perf_counter() - before
+            self.data_seconds += time.perf_counter() - self._gpu_wait_seconds() - before
             self.step(batch)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -112,7 +115,14 @@ def byol_fast_loop(problem: Problem, images: str, steps: int, precision: str, mo
     config = Config(batch_size=problem.batch_size, data=data, view1=view1, view2=view2)
     loader = make_loader(open_source(Path(images)), config, device=device)
     step = build_step("byol_fast", problem, {"precision": precision, "mode": mode})
-    return Loop(iter(loader), lambda batch: step.step(batch, 0), steps, device, has_threads=True)
+    return Loop(
+        iter(loader),
+        lambda batch: step.step(batch, 0),
+        steps,
+        device,
+        has_threads=True,
+        gpu_wait_seconds=lambda: loader.gpu_wait_seconds,
+    )
 
 
 def dataloader_loop(problem: Problem, images: str, steps: int, precision: str, kind: str) -> Loop:

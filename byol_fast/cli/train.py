@@ -63,6 +63,7 @@ def main(argv: list[str]) -> int:
     from byol_fast.training.resume import find_resumable
     from byol_fast.training.trainer import Trainer
 
+    # Already here, because the processes must agree on the run to resume; the trainer's call then finds the group.
     world = distributed.init_process_group(config.device, config.timeout_minutes)
     try:
         if resume == "auto":

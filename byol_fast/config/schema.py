@@ -345,7 +345,8 @@ class Config:
     channels_last: bool = True
     """Use the channels_last (NHWC) memory format."""
     log_every: int = 10
-    """Steps between writes to metrics.jsonl (which has a record of every step)."""
+    """Steps between writes to metrics.jsonl, which has a record of every step. Without a terminal, the log shows one of
+    these steps, at most every ten seconds."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0: an epoch, or as many whole epochs as make 100 steps."""
     keep_checkpoints: int = 3

@@ -69,6 +69,14 @@ class ViewLoader(Protocol):
     """Images a batch."""
     batches_per_epoch: int
     """Full batches of an epoch; `grad_accum_steps` of them make one optimizer step."""
+
+    @property
+    def gpu_wait_seconds(self) -> float:
+        """Time in which the host has waited for training steps on the GPU, and not for data: a loader that launches
+        work on the GPU must not run ahead of the steps without bound.
+        """
+        ...
+
     name: str
     """Name of the loader, for logs: "dali cpu", "dali cuda:0, kernels", "threaded, kernels"."""
 

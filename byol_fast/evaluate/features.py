@@ -113,7 +113,7 @@ def embed_folder(
         len(source),
         metadata,
         device=torch_device,
-        autocast=torch_precision.autocast,
+        autocast=torch_precision.autocast_dtype,
     )
     if not np.isfinite(features).all():
         raise ValueError(

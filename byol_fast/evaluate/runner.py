@@ -60,7 +60,7 @@ class EvalContext:
 
     def autocast(self) -> torch.autocast:
         """Autocast to the precision of the settings."""
-        dtype = self.precision.autocast
+        dtype = self.precision.autocast_dtype
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
     def batches(
@@ -109,7 +109,7 @@ class EvalContext:
             ((images.flip(3) if flip else images, index) for images, index in batches),
             normalize=pretrained.normalize.to(self.device),
             device=self.device,
-            autocast=self.precision.autocast,
+            autocast=self.precision.autocast_dtype,
         )
         if not bool(torch.isfinite(x).all()):
             raise ValueError(
@@ -132,7 +132,7 @@ class EvalContext:
             self.progress.track(batches, len(source), "calibrating the untrained encoder"),
             normalize=pretrained.normalize.to(self.device),
             device=self.device,
-            autocast=self.precision.autocast,
+            autocast=self.precision.autocast_dtype,
         )
 
 

@@ -101,9 +101,14 @@ class SSLModel(nn.Module, ABC):
     collect_batch_stats: bool = False
     """If set, `forward_train` returns batch statistics instead of updating the running ones, because the step may still
     be skipped. Set it with `collecting_batch_stats`."""
-    _online_call: list[nn.Module]
+    _online_call: list[nn.Module]  # in a list, so that nn.Module does not register the wrapper
     not_batched_reason: str | None
     """Reason why views pass separately although batching was asked for; None if there is none."""
+
+    @property
+    def supports_batch_stats(self) -> bool:
+        """True if the batch norms can hand over their statistics; not in a network that mixes images elsewhere."""
+        return self.not_batched_reason is None
 
     @property
     def encoder(self) -> nn.Module:

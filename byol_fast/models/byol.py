@@ -130,9 +130,10 @@ class BYOL(SSLModel):
 
     @torch.no_grad()
     def update_target(self, tau: float | Tensor) -> None:
-        """`target = tau * target + (1 - tau) * online`, parameters only; call it after the optimizer's step.
+        """`target = tau * target + (1 - tau) * online`, parameters only, for a training loop of your own.
 
-        A `TrainStep` does not need it: there the optimizer step (LARS), or the step itself, updates the target.
+        Call it after the optimizer's step. A `TrainStep` does not call it: there the optimizer step (LARS), or the step
+        itself, updates the target.
 
         Args:
             tau: decay from 0 to 1, a number or a scalar tensor on the model's device.

@@ -133,11 +133,11 @@ class SplitBNTraceable(torch.autograd.Function):
         unbiased_VC = var_VC * (count / (count - 1))
         ctx.save_for_backward(input, weight, bias, mean_VC, invstd_VC, count if synchronized else None)
         ctx.num_views, ctx.synchronized, ctx.relu = num_views, synchronized, relu
-        # The stride is taken here: dynamo copies the gradients of a backward pass that asks for one.
+        # A backward pass that asked `input` for its stride would make dynamo copy the gradients.
         is_dense = input.is_contiguous(memory_format=_memory_format(input))
         ctx.stride = input.stride() if is_dense else None
         ctx.mark_non_differentiable(mean_VC, unbiased_VC)
-        return _in(input.dtype, y), mean_VC, unbiased_VC
+        return _cast(input.dtype, y), mean_VC, unbiased_VC
 
     @staticmethod
     @once_differentiable
@@ -150,21 +150,22 @@ class SplitBNTraceable(torch.autograd.Function):
         input, weight, bias, mean_VC, invstd_VC, count_V1 = ctx.saved_tensors
         scale_VC = invstd_VC if weight is None else invstd_VC * weight
         if ctx.relu:
-            scale_VC = _stored(scale_VC)
+            scale_VC = _materialized(scale_VC)
         elif ctx.stride is not None:
             # torch.compile would otherwise compute the sum of gradients behind a residual connection again in every
             # kernel that reads it, or write what it computes from it in fp32, in another layout.
-            upstream = _stored(upstream, ctx.stride)
+            upstream = _materialized(upstream, ctx.stride)
         x_VB, dy_VB = (_accumulated(_by_view(t, ctx.num_views)) for t in (input, upstream))
-        over, scale_VB = _over(x_VB), _per_channel(scale_VC, x_VB)
+        dims, scale_VB = _reduced_dims(x_VB), _per_channel(scale_VC, x_VB)
         distance_VB = x_VB - _per_channel(mean_VC, x_VB)
         xhat_VB = distance_VB * _per_channel(invstd_VC, x_VB)
         dy_xhat_VB, dy_scale_VB = dy_VB * xhat_VB, dy_VB * scale_VB
         if ctx.relu:
             is_cut_VB = distance_VB * scale_VB + (0.0 if bias is None else _per_channel(bias, x_VB)) <= 0
-            # Each product, and not dy before them: torch.compile would write what has several uses to memory.
+            # The ReLU's mask is applied to each product: dy itself, cut before them, would have three uses, and
+            # torch.compile would write it to memory.
             dy_VB, dy_xhat_VB, dy_scale_VB = (torch.where(is_cut_VB, 0.0, t) for t in (dy_VB, dy_xhat_VB, dy_scale_VB))
-        sums_V2C = torch.cat([dy_VB.sum(over), dy_xhat_VB.sum(over)], dim=1)
+        sums_V2C = torch.cat([dy_VB.sum(dims), dy_xhat_VB.sum(dims)], dim=1)
         dbias, dweight = sums_V2C.sum(0).chunk(2)
         if ctx.synchronized:
             sums_V2C = sums_V2C.clone()
@@ -174,9 +175,9 @@ class SplitBNTraceable(torch.autograd.Function):
         dx = dy_scale_VB - (mean_dy_VB + xhat_VB * mean_dy_xhat_VB) * scale_VB
         needed = ctx.needs_input_grad
         return (
-            _in(input.dtype, dx).flatten(0, 1) if needed[0] else None,
-            _in(weight.dtype, dweight) if needed[1] else None,
-            _in(weight.dtype if weight is not None else dbias.dtype, dbias) if needed[2] else None,
+            _cast(input.dtype, dx).flatten(0, 1) if needed[0] else None,
+            _cast(weight.dtype, dweight) if needed[1] else None,
+            _cast(weight.dtype if weight is not None else dbias.dtype, dbias) if needed[2] else None,
             *(None,) * 4,
         )
 
@@ -189,17 +190,17 @@ def _var_mean(x_VB: Tensor) -> tuple[Tensor, Tensor]:
     taken from: the variance's relative error is that of a sum times (mean - center)^2 / variance. The center is one of
     two pixels, the one closer to zero, so that one large outlier does not matter.
     """
-    over = _over(x_VB)
+    dims = _reduced_dims(x_VB)
     if not torch.compiler.is_compiling():
-        return torch.var_mean(x_VB, over, correction=0)
+        return torch.var_mean(x_VB, dims, correction=0)
     # Not of three: torch.compile stores the result of what reads more than eight tensors, in fp32.
     a_VC, b_VC = _pixel(x_VB, 1), _pixel(x_VB, 3)
     center_VC = torch.where(a_VC.abs() <= b_VC.abs(), a_VC, b_VC)
     distance_VB = x_VB - _per_channel(center_VC, x_VB)
     # Factors instead of divisions, as this is computed again for every element that is normalized.
     share = center_VC.numel() / x_VB.numel()
-    mean_VC = distance_VB.sum(over) * share
-    var_VC = (distance_VB.square().sum(over) * share - mean_VC.square()).clamp_min(0.0)
+    mean_VC = distance_VB.sum(dims) * share
+    var_VC = (distance_VB.square().sum(dims) * share - mean_VC.square()).clamp_min(0.0)
     return var_VC, center_VC + mean_VC
 
 
@@ -213,15 +214,15 @@ def _pixel(x_VB: Tensor, quarter: int) -> Tensor:
 
 def _accumulated(x: Tensor) -> Tensor:
     """In the dtype that sums are taken in."""
-    return x if x.dtype == torch.float64 else _in(torch.float32, x)
+    return x if x.dtype == torch.float64 else _cast(torch.float32, x)
 
 
-def _in(dtype: torch.dtype, x: Tensor) -> Tensor:
-    """In a dtype. torch 2.11 compiles a `to` that changes nothing, of what a function returns, to a zero gradient."""
+def _cast(dtype: torch.dtype, x: Tensor) -> Tensor:
+    """Cast. A `to` that changes nothing, of what a function returns, is compiled by torch 2.11 to a zero gradient."""
     return x if x.dtype == dtype else x.to(dtype)
 
 
-def _stored(x: Tensor, stride: tuple[int, ...] | None = None) -> Tensor:
+def _materialized(x: Tensor, stride: tuple[int, ...] | None = None) -> Tensor:
     """The values, which torch.compile then writes to memory once, instead of computing them again in every kernel.
 
     Args:
@@ -234,8 +235,8 @@ def _stored(x: Tensor, stride: tuple[int, ...] | None = None) -> Tensor:
         from torch._inductor.inductor_prims import force_stride_order  # takes a second
     except ImportError:  # not a public name: without it the code is slower
         return x
-    stored: Tensor = force_stride_order(x, x.stride() if stride is None else stride)
-    return stored
+    materialized: Tensor = force_stride_order(x, x.stride() if stride is None else stride)
+    return materialized
 
 
 def _by_view(x: Tensor, num_views: int) -> Tensor:
@@ -243,7 +244,7 @@ def _by_view(x: Tensor, num_views: int) -> Tensor:
     return x.view(num_views, -1, *x.shape[1:])
 
 
-def _over(x_VB: Tensor) -> list[int]:
+def _reduced_dims(x_VB: Tensor) -> list[int]:
     """All dimensions but views and channels."""
     return [1, *range(3, x_VB.ndim)]
 

@@ -93,18 +93,18 @@ class SplitBatchNormBase(_BatchNorm):
 
     def _call(self, x: Tensor, *, recomputed: bool) -> tuple[int, bool]:
         """Number of stacked views of a batch, and whether its statistics are collected."""
-        collects = self.batch_stats is not None and self.index >= 0 and self.track_running_stats
+        collects_stats = self.batch_stats is not None and self.index >= 0 and self.track_running_stats
         num_views = self.num_views
         if not torch.compiler.is_compiling():
             if recomputed:
-                num_views, collects = self.last_calls.get(x.shape, (num_views, collects))
-            self.last_calls[x.shape] = num_views, collects
+                num_views, collects_stats = self.last_calls.get(x.shape, (num_views, collects_stats))
+            self.last_calls[x.shape] = num_views, collects_stats
         if x.shape[0] % num_views:
             raise ValueError(
                 f"batch norm: the batch must be {num_views} views of equal size, got {x.shape[0]} images; "
                 "leave the last, smaller batch out"
             )
-        return num_views, collects
+        return num_views, collects_stats
 
 
 def _is_recomputed() -> bool:
@@ -131,9 +131,9 @@ class _SplitBatchNorm(SplitBatchNormBase):
         if not self.training:
             return _BatchNorm.forward(self, x)
         recomputed = _is_recomputed()
-        num_views, collects = self._call(x, recomputed=recomputed)
+        num_views, collects_stats = self._call(x, recomputed=recomputed)
         synchronized = self.synchronized and distributed.is_available() and distributed.is_initialized()
-        if num_views == 1 and not synchronized and not collects and not relu:
+        if num_views == 1 and not synchronized and not collects_stats and not relu:
             with frozen_running_stats([self] if recomputed else []):
                 return _BatchNorm.forward(self, x)
         self._check_input_dim(x)  # type: ignore[no-untyped-call]
@@ -142,23 +142,23 @@ class _SplitBatchNorm(SplitBatchNormBase):
                 f"batch norm: each view must have more than one value a channel in train mode, got {list(x.shape)} for "
                 f"{num_views} views; use a larger batch"
             )
-        moves = self.running_mean is not None and self.track_running_stats and not collects
+        updates_running = self.running_mean is not None and self.track_running_stats and not collects_stats
         # The traceable form is what torch.compile can fuse, and what can communicate with other processes.
-        if torch.compiler.is_compiling() or synchronized or (moves and self.momentum is None):
+        if torch.compiler.is_compiling() or synchronized or (updates_running and self.momentum is None):
             y, mean_VC, var_VC = SplitBNTraceable.apply(
                 x, self.weight, self.bias, num_views, self.eps, synchronized, relu
             )
-            if moves and not recomputed:
+            if updates_running and not recomputed:
                 self._update_running_stats(mean_VC, var_VC)
         else:
-            now = moves and not recomputed
-            if now and self.num_batches_tracked is not None:
+            updates_now = updates_running and not recomputed
+            if updates_now and self.num_batches_tracked is not None:
                 self.num_batches_tracked.add_(num_views)
             running = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
             y, mean_VC, var_VC = SplitBNEager.apply(
-                x, self.weight, self.bias, *running, num_views, self.momentum or 0.0, self.eps, now
+                x, self.weight, self.bias, *running, num_views, self.momentum or 0.0, self.eps, updates_now
             )
-        if self.batch_stats is not None and collects and not recomputed:
+        if self.batch_stats is not None and collects_stats and not recomputed:
             self.batch_stats.append(BatchStats(self.index, mean_VC.detach(), var_VC.detach()))
         return cast("Tensor", y)
 

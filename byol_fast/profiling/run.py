@@ -26,7 +26,7 @@ from byol_fast.profiling.traffic import LEVELS, Level
 from byol_fast.training.callbacks import Callback
 from byol_fast.training.trainer import Trainer
 from byol_fast.utils.files import atomic_path, atomic_write
-from byol_fast.utils.profiler_ranges import Phase, record_range
+from byol_fast.utils.profiler_ranges import Phase
 
 FORMAT = 2
 WARMUP = 3
@@ -141,8 +141,7 @@ def _one_step(trainer: Trainer) -> Callable[[], None]:
         trainer.state.step = min(trainer.state.step, trainer.total_steps - 1)
         trainer.train_one_step()
         if trainer.state.step % trainer.config.log_every == 0:
-            with record_range("metrics"):
-                trainer.read_records()
+            trainer.queue_records()
             trainer.metrics.discard()
 
     return one_step

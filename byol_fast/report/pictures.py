@@ -103,7 +103,7 @@ def features_of(
         batches,
         normalize=Normalize(tuple(metadata["mean"]), tuple(metadata["std"])).to(device),
         device=device,
-        autocast=resolve_precision("auto", device).autocast,
+        autocast=resolve_precision("auto", device).autocast_dtype,
     )
     features, index = features.cpu(), positions.numpy()
     if not bool(torch.isfinite(features).all()):

@@ -147,7 +147,7 @@ def _prepare_run_dir(config: Config, resume: Path | None, world: World) -> tuple
 
 
 def _build_train_step(config: Config, execution: Execution, model: SSLModel, schedule: RunSchedule) -> TrainStep:
-    """Optimizer and step, compiled and captured as the mode asks."""
+    """Optimizer and step, to be compiled and captured in its first call if the mode asks for it."""
     single = execution.world.is_single
     forward = compile_forward(model, execution.mode, single_process=single, max_autotune=config.max_autotune)
     train_step = TrainStep(
@@ -286,5 +286,5 @@ def _build_knn_monitor(
         return None
     assert val is not None
     return KNNMonitor(
-        config, model, train, val, device=execution.device, autocast=execution.precision.autocast, probe=probe
+        config, model, train, val, device=execution.device, autocast=execution.precision.autocast_dtype, probe=probe
     )

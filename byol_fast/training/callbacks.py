@@ -33,7 +33,9 @@ class Callback:
         """Called after every optimizer step; reading `output.values` synchronizes with the device."""
 
     def on_log(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
-        """Called with the records of the last steps, every `log_every` steps."""
+        """Called with the records of the steps since the last call: every `log_every` steps, and before an evaluation's
+        record or a checkpoint is written.
+        """
 
     def on_evaluation(self, trainer: Trainer, record: dict[str, Any]) -> None:
         """Called after a kNN evaluation."""

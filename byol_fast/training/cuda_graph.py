@@ -43,11 +43,11 @@ class CUDAGraphStep:
         self._inputs: list[Views] = []
         self._output: StepOutput | None = None
 
-    def __call__(self, batches: Sequence[Views]) -> StepOutput:
+    def __call__(self, views_of_batches: Sequence[Views]) -> StepOutput:
         """Copy the views into the graph's inputs and replay it.
 
         Args:
-            batches: views of each batch, on the GPU, with the shapes and dtypes of the first call.
+            views_of_batches: on the GPU, with the shapes and dtypes of the first call.
 
         Returns:
             The output; `values` is a copy which the next replay does not overwrite, `features` are not.
@@ -56,22 +56,22 @@ class CUDAGraphStep:
             ValueError: other shapes or dtypes than at the first call.
         """
         if self._graph is None:
-            self._capture(batches)
-        for static, view in zip(_flat(self._inputs), _flat(batches), strict=True):
+            self._capture(views_of_batches)
+        for static, view in zip(_flat(self._inputs), _flat(views_of_batches), strict=True):
             if static.shape != view.shape or static.dtype != view.dtype:
-                shapes = [(list(v.shape), v.dtype) for v in _flat(batches)]
+                shapes = [(list(v.shape), v.dtype) for v in _flat(views_of_batches)]
                 raise ValueError(
                     f"CUDAGraphStep: views must be as at the first call, got {shapes}; keep the batch size"
                 )
-        for static, view in zip(_flat(self._inputs), _flat(batches), strict=True):
+        for static, view in zip(_flat(self._inputs), _flat(views_of_batches), strict=True):
             static.copy_(view, non_blocking=True)
         assert self._graph is not None
         assert self._output is not None
         self._graph.replay()
         return replace(self._output, values=self._output.values.clone())
 
-    def _capture(self, batches: Sequence[Views]) -> None:
-        self._inputs = [copy_views(views) for views in batches]
+    def _capture(self, views_of_batches: Sequence[Views]) -> None:
+        self._inputs = [copy_views(views) for views in views_of_batches]
         restore_state_after(self._warm_up, self._mutable_tensors, self._device)
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
         failure: Exception | None = None
@@ -101,8 +101,8 @@ class CUDAGraphStep:
         torch.cuda.current_stream(self._device).wait_stream(side)
 
 
-def _flat(batches: Sequence[Views]) -> list[Tensor]:
-    return [view for views in batches for view in views]
+def _flat(views_of_batches: Sequence[Views]) -> list[Tensor]:
+    return [view for views in views_of_batches for view in views]
 
 
 def restore_state_after(

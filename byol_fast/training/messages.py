@@ -44,8 +44,8 @@ def training_bar(parts: TrainerComponents) -> ProgressBar:
 def status_line(record: Record) -> str:
     """The metrics of a step, for the progress bar."""
     loss = "skipped" if record["loss"] is None else f"{record['loss']:.4f}"
-    spread = math.nan if record["embedding_std"] is None else record["embedding_std"]
+    std = math.nan if record["embedding_std"] is None else record["embedding_std"]
     return (
-        f"loss {loss}  std {spread:.2f}  lr {record['lr']:.3g}  tau {record['tau']:.4f}  "
+        f"loss {loss}  std {std:.2f}  lr {record['lr']:.3g}  tau {record['tau']:.4f}  "
         f"{record['images_per_second']:.1f} img/s  data wait {record['data_wait']:.0%}"
     )

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from byol_fast.data import ViewLoader
 from byol_fast.training.train_step import StepOutput
 from byol_fast.utils.checkpoint import CheckpointError
 from byol_fast.utils.files import atomic_write
@@ -126,7 +127,7 @@ class Throughput:
 
     images_per_second: float
     data_wait: float
-    """Share of the time in which the host waited for data, 0..1."""
+    """Share of the time in which the host waited for data, 0..1, without its waits for earlier steps on the GPU."""
 
 
 class ThroughputMeter:
@@ -138,11 +139,11 @@ class ThroughputMeter:
         self._images = 0
 
     @contextmanager
-    def data_wait(self) -> Iterator[None]:
-        """Count the time of the block as waiting for data."""
-        begin = time.perf_counter()
+    def data_wait(self, loader: ViewLoader) -> Iterator[None]:
+        """Count the time of the block as waiting for data, except what the loader waits for the GPU."""
+        begin, gpu_wait = time.perf_counter(), loader.gpu_wait_seconds
         yield
-        self._waited += time.perf_counter() - begin
+        self._waited += time.perf_counter() - begin - (loader.gpu_wait_seconds - gpu_wait)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

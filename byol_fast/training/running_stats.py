@@ -16,8 +16,9 @@ from byol_kernels import update_running_stats_
 class RunningStats:
     """Updates the running statistics of some networks once per step, unless the step is skipped.
 
-    The forward pass collects batch statistics (`num_splits(..., batch_stats=[])`). Other buffers, which a layer changes
-    in its forward pass, are restored if the step is skipped.
+    In the forward pass (`num_splits(..., batch_stats=[])`) each batch norm appends its statistics to a list, which
+    comes out as `ModelOutput.batch_stats` and goes into `update` here. Other buffers, which a layer changes in its
+    forward pass, are restored if the step is skipped.
 
     Args:
         networks: changed in place, see `split_batchnorm.index_layers`.

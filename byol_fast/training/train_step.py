@@ -96,8 +96,9 @@ class TrainStep:
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.device = next(model.parameters()).device
         self.parameters = model.trainable_parameters()
+        # Not strict: the predictor's parameters come last and have no target.
         self.target_of: dict[Tensor, Tensor] = dict(zip(self.parameters, model.target_parameters(), strict=False))
-        self.running_stats = RunningStats(model.networks(), has_batch_stats=model.not_batched_reason is None)
+        self.running_stats = RunningStats(model.networks(), has_batch_stats=model.supports_batch_stats)
         self.found_inf = torch.zeros((), device=self.device)
         """1 once the current step has met a non-finite value."""
         self.grad_scaler = GradScaler(self.device) if precision.needs_grad_scaler else None
@@ -105,8 +106,8 @@ class TrainStep:
         # Low-precision copies of the weights receive low-precision gradients. Sums over batches or processes need fp32.
         possible = isinstance(optimizer, LARS) and grad_accum_steps == 1 and all_reduce_found_inf is None
         self.lowp_weights: LowPrecisionWeights | None = None
-        if lowp_weights and possible and precision.autocast is not None:
-            self.lowp_weights = LowPrecisionWeights(model.networks(), precision.autocast)
+        if lowp_weights and possible and precision.autocast_dtype is not None:
+            self.lowp_weights = LowPrecisionWeights(model.networks(), precision.autocast_dtype)
         self._tau: float | Tensor = torch.ones((), device=self.device) if self.device.type == "cuda" else 1.0
         # `_step`, or its CUDA graph.
         self._run: Callable[[Sequence[Views]], StepOutput] = self._step
@@ -129,8 +130,8 @@ class TrainStep:
         lr, tau = self.schedule.lr(step), self.schedule.tau(step)
         self._set_lr_and_tau(lr, self.schedule.constant_lr(step), tau)
         with record_range("views"):
-            views = [self.to_device(batch.views) for batch in batches]
-        return replace(self._run(views), lr=lr, tau=tau)
+            views_of_batches = [self.to_device(batch.views) for batch in batches]
+        return replace(self._run(views_of_batches), lr=lr, tau=tau)
 
     def to_device(self, views: Sequence[Tensor]) -> Views:
         """Views on the model's device, in its memory format.
@@ -184,7 +185,7 @@ class TrainStep:
         Args:
             views: as `to_device` returns them.
         """
-        dtype = self.precision.autocast
+        dtype = self.precision.autocast_dtype
         # The copies stay in place during the backward pass, which may recompute activations.
         with self.lowp_weights.swapped_in() if self.lowp_weights is not None else nullcontext():
             with (
@@ -212,13 +213,13 @@ class TrainStep:
                 f"{method} must return features of all views, [{num_images}, D], got {list(output.features.shape)}"
             )
 
-    def _step(self, batches: Sequence[Views]) -> StepOutput:
+    def _step(self, views_of_batches: Sequence[Views]) -> StepOutput:
         """The device work of one step; what the CUDA graph captures. Nothing here waits for the device."""
         # --- forward and backward
         self.running_stats.save_others()
         outputs: list[ModelOutput] = []
-        for views in batches:
-            is_last = len(outputs) == len(batches) - 1
+        for views in views_of_batches:
+            is_last = len(outputs) == len(views_of_batches) - 1
             with nullcontext() if is_last else self.model.no_sync():  # DDP reduces once per step
                 outputs.append(self.forward_backward(views))
         loss = torch.stack([output.loss.detach() for output in outputs]).mean()
@@ -255,7 +256,7 @@ class TrainStep:
         else:
             self._check_gradients_finite()
             optimizer.step()
-            self._update_target()
+            self._ema_without_lars()
         # Both belong to this step only: reset them so that the optimizer can be used elsewhere.
         optimizer.found_inf = optimizer.grad_scale = None  # type: ignore[attr-defined]
 
@@ -270,8 +271,8 @@ class TrainStep:
             largest = torch.stack(torch._foreach_norm(gradients, math.inf))
             torch.maximum(self.found_inf, (~torch.isfinite(largest)).any().to(self.found_inf.dtype), out=self.found_inf)
 
-    def _update_target(self) -> None:
-        """EMA of the target in a launch of its own, where LARS has not done it; tau 1 leaves the target unchanged."""
+    def _ema_without_lars(self) -> None:
+        """EMA of the target in a launch of its own; LARS does it in its own step. Tau 1 leaves the target unchanged."""
         if self.target_of:
             on_cpu = self.device.type == "cpu"
             tau = (1.0 if self.found_inf else self._tau) if on_cpu else torch.where(self.found_inf > 0, 1.0, self._tau)

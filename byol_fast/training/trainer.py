@@ -141,7 +141,7 @@ class Trainer:
         Raises:
             TrainingError: out of memory; names the largest batch that fits.
         """
-        with self.throughput.data_wait(), record_range("data wait"):
+        with self.throughput.data_wait(self.loader), record_range("data wait"):
             batches = self._fetch()
         try:
             output = self.train_step(batches, self.state.step)
@@ -176,13 +176,14 @@ class Trainer:
 
     # --- records
 
-    def read_records(self) -> list[Record]:
+    def queue_records(self) -> list[Record]:
         """Queue the records of the steps since the last call. Waits for the device, once for all of them.
 
         Raises:
             TrainingError: `max_skipped_steps` steps in a row were skipped.
         """
-        records = self._steps.read()
+        with record_range("metrics"):
+            records = self._steps.read()
         if not records:
             return records
         for record in records:
@@ -199,7 +200,7 @@ class Trainer:
         return records
 
     def _log(self, bar: ProgressBar) -> None:
-        records = self.read_records()
+        records = self.queue_records()
         if records:
             bar.update(self.state.step, status_line(records[-1]), description=f"epoch {self.state.epoch:.2f}")
         self.metrics.flush()
@@ -218,7 +219,7 @@ class Trainer:
             return
         which = "untrained, norms calibrated" if state.step == 0 else f"epoch {state.epoch:.4g}"
         progress.print(f"{result.summary(self.config.knn.k)}  ({which})")
-        self.read_records()
+        self.queue_records()
         record = {"step": state.step, "epoch": round(state.epoch, 4), **result.to_dict(self.config.knn.k)}
         if state.step > 0 and result.knn.top1 > state.best:
             if self._checkpointer.saved_step != state.step:
@@ -252,7 +253,7 @@ class Trainer:
             TrainingError: a weight is not finite.
             CheckpointError: the disk is full or read-only.
         """
-        self.read_records()
+        self.queue_records()
         self.metrics.flush()
         path = self._checkpointer.save(self.config)
         self.call_hooks("on_checkpoint", path)

@@ -18,8 +18,8 @@ class Precision:
     """Compute precision of the networks."""
 
     name: Name
-    autocast: torch.dtype | None
-    """Autocast dtype; None disables autocast."""
+    autocast_dtype: torch.dtype | None
+    """None disables autocast."""
 
     @property
     def needs_grad_scaler(self) -> bool:

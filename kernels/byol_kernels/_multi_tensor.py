@@ -269,7 +269,8 @@ def plan_for(
     """The plan of these lists, checked and up to date.
 
     Plans are kept by function, list and stream, so a table written on one stream is not read on another. A launch
-    that is being captured into a CUDA graph gets a plan of its own, which lives as long as the process.
+    that is being captured into a CUDA graph gets a plan of its own, which lives as long as the process. It takes the
+    spare buffers of the plan of the warm-up, so a capture may hold one launch with lists of one signature, not two.
 
     Args:
         op_name: the function that messages name.

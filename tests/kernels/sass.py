@@ -187,6 +187,7 @@ _TABLES: dict[str, str | Constant] = {
     "num_rows": "i32",
     "num_adapted_chunks": "i32",
     "weight": "fp32",
+    "one_minus_tau": "fp32",
     "CHUNK": Constant(_multi_tensor.CHUNK),
     "BLOCK_PARTIALS": Constant(lars.BLOCK_PARTIALS),
 }
@@ -209,6 +210,10 @@ def _statistics(*dtype_combos: tuple[Any, ...]) -> Case:
     }
     # A layer has a few thousand numbers: what counts is that nothing is spilled, not how wide it is read.
     return Case(running_stats._update_running_stats_kernel, arguments, running_stats.NUM_WARPS, 80, 0, 0)
+
+
+def _has(*, target: bool = False, copies: bool = False) -> dict[str, bool]:
+    return {"HAS_TARGET": target, "HAS_P_COPY": copies, "HAS_T_COPY": copies}
 
 
 _ALL_F32 = (F32,) * 6
@@ -237,10 +242,10 @@ CASES: dict[str, Case] = {
     "lars_norms_bf16_grad": _multi(_NORMS, 64, 6, 0, DTYPE_COMBOS=((F32, BF16),)),
     "lars_norms_two_dtype_combos": _multi(_NORMS, 64, 14, 0, DTYPE_COMBOS=((F32, BF16), (F32, F32))),
     "lars_norms_fp32_no_flag": _multi(_NORMS, 64, 8, 0, DTYPE_COMBOS=((F32, F32),), found_inf_ptr=None),
-    "lars_apply": _multi(_APPLY, 128, 12, 8, DTYPE_COMBOS=(_ALL_F32,), HAS=(False, False, False)),
-    "lars_apply_ema": _multi(_APPLY, 128, 16, 12, DTYPE_COMBOS=(_ALL_F32,), HAS=(True, False, False)),
+    "lars_apply": _multi(_APPLY, 128, 12, 8, DTYPE_COMBOS=(_ALL_F32,), **_has()),
+    "lars_apply_ema": _multi(_APPLY, 128, 16, 12, DTYPE_COMBOS=(_ALL_F32,), **_has(target=True)),
     "lars_apply_ema_copies": _multi(
-        _APPLY, 128, 16, 16, DTYPE_COMBOS=((F32, F32, F32, F32, BF16, BF16),), HAS=(True, True, True)
+        _APPLY, 128, 16, 16, DTYPE_COMBOS=((F32, F32, F32, F32, BF16, BF16),), **_has(target=True, copies=True)
     ),
 }
 

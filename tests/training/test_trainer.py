@@ -197,7 +197,7 @@ def test_a_run_that_died_before_its_first_checkpoint_is_begun_anew(tiny: Config)
         def die() -> list[dict[str, Any]]:
             raise KeyboardInterrupt
 
-        trainer.read_records = die  # type: ignore[method-assign]
+        trainer.queue_records = die  # type: ignore[method-assign]
         with pytest.raises(KeyboardInterrupt):
             trainer.fit()
         assert (tiny.out / "tiny" / "config.json").exists()

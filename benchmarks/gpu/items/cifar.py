@@ -284,7 +284,7 @@ def nearest_neighbors(trainer: Trainer, train: ArraySource, test: ArraySource) -
             batches(source),
             normalize=trainer.model.normalize,
             device=trainer.device,
-            autocast=trainer.precision.autocast,
+            autocast=trainer.precision.autocast_dtype,
         )[0]
         for source in (train, test)
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -14,16 +15,19 @@ class AugmentStream:
     """A CUDA stream of its own for the augmentation, which then overlaps with earlier training steps; a CPU has none.
 
     The host launches work and runs ahead of the GPU: while the GPU computes earlier steps, this stream computes the
-    views of the next. The current stream waits for them. The host waits only until the work on all batches but the last
-    `ahead` has ended, because running further ahead would fill the memory with batches.
+    views of the next. The current stream waits for them. Of the steps before, at most `max_ahead` may be unfinished:
+    the host waits for older ones, because running further ahead would fill the memory with batches.
 
     Args:
         device: where the views are computed.
-        ahead: number of batches on which the work may be unfinished.
+        max_ahead: largest number of unfinished steps.
     """
 
-    def __init__(self, device: torch.device, ahead: int) -> None:
-        self.device, self._ahead = device, ahead
+    gpu_wait_seconds: float = 0.0
+    """Time in which the host has waited for steps on the GPU."""
+
+    def __init__(self, device: torch.device, max_ahead: int) -> None:
+        self.device, self._max_ahead = device, max_ahead
         self._stream: torch.cuda.Stream | None = None
         self._finished: deque[torch.cuda.Event] = deque()
 
@@ -34,7 +38,7 @@ class AugmentStream:
         current = torch.cuda.current_stream(self.device)
         if self._stream is None:
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        self._wait_for_old_batches(current)
+        self._wait_for_old_steps(current)
         with torch.cuda.stream(self._stream):
             views = compute()
         current.wait_stream(self._stream)
@@ -42,9 +46,11 @@ class AugmentStream:
             view.record_stream(current)  # its memory is not given to the next batch while a step reads it
         return views
 
-    def _wait_for_old_batches(self, current: torch.cuda.Stream) -> None:
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record(current)
-        self._finished.append(done)
-        if len(self._finished) > self._ahead:
+    def _wait_for_old_steps(self, current: torch.cuda.Stream) -> None:
+        finished = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        finished.record(current)  # behind the step that was launched last
+        self._finished.append(finished)
+        if len(self._finished) > self._max_ahead:
+            begin = time.perf_counter()
             self._finished.popleft().synchronize()
+            self.gpu_wait_seconds += time.perf_counter() - begin

@@ -82,9 +82,14 @@ class DeterministicLoader(ABC):
         self.batch_size = config.batch_size
         self.batches_per_epoch = self.sampler.batches_per_epoch
         self.num_threads = resolve_num_threads(config.data.threads)
-        self._stream = AugmentStream(device, ahead=config.data.prefetch + 1)
+        self._augment_stream = AugmentStream(device, max_ahead=config.data.prefetch + 1)
         self._pool: ThreadPoolExecutor | None = None
         self._batch_number = 0
+
+    @property
+    def gpu_wait_seconds(self) -> float:
+        """See `ViewLoader`."""
+        return self._augment_stream.gpu_wait_seconds
 
     def __iter__(self) -> Iterator[Batch]:
         return self

@@ -2,8 +2,8 @@
 
 Our kernels augment the crops of the pipeline, or its own operators do (`DataConfig.augment`, `dali_views.py`). The
 pipeline is the same on the CPU and on a GPU (there, decoding is "mixed" and all else runs on the device). Images are
-decoded once. Augmentation parameters come from `byol_fast.data.augment_params` as inputs of the pipeline: DALI has no
-random state that would have to be saved.
+decoded once. The parameters of the pipeline's operators (with our kernels crop and flip alone) are its inputs, from
+`byol_fast.data.augment_params`: DALI has no random state that would have to be saved.
 
 Import this module only where DALI is wanted: it imports DALI.
 """
@@ -35,7 +35,7 @@ from byol_fast.data.augment import apply_photometric, required_params, select_ro
 from byol_fast.data.batch import Batch, Views, empty_views
 from byol_fast.data.integrity import CorruptImageError, CorruptImages, bytes_need_check, check_bytes
 from byol_fast.data.loaders.base import DeterministicLoader
-from byol_fast.data.loaders.dali_views import CROPS_ONLY, INTERPOLATION, Node, augment, fn, types, view_inputs
+from byol_fast.data.loaders.dali_views import CROPS_ONLY, INTERPOLATION, Node, fn, types, view_inputs, view_node
 from byol_fast.data.loaders.image_reader import Encoding, ImageReader
 from byol_fast.data.loaders.threads import resolve_num_threads
 from byol_fast.data.sampler import BatchSpec
@@ -123,7 +123,7 @@ class DALILoader(DeterministicLoader):
     def _start_augment(self, spec: BatchSpec, crops: Views) -> tuple[BatchSpec, Views, list[Future[None]]]:
         """Let threads augment the crops of a batch."""
         views = empty_views(len(crops), self.batch_size, self.size, device=self.device)
-        return spec, views, self._on_threads(partial(self._augment, views, spec, crops))
+        return spec, views, self._on_threads(partial(self._apply_photometric, views, spec, crops))
 
     def _augment_on_stream(self, pipe: Pipeline) -> tuple[BatchSpec, Views]:
         """Launch the augmentation of the next batch beside the training step."""
@@ -133,13 +133,13 @@ class DALILoader(DeterministicLoader):
             spec, crops = self._next_crops(pipe)
             specs.append(spec)
             views = empty_views(len(crops), self.batch_size, self.size, device=self.device)
-            self._augment(views, spec, crops, slice(None))
+            self._apply_photometric(views, spec, crops, slice(None))
             return views
 
-        views = self._stream(compute)
+        views = self._augment_stream(compute)
         return specs[0], views
 
-    def _augment(self, views: Views, spec: BatchSpec, crops: Views, rows: slice) -> None:
+    def _apply_photometric(self, views: Views, spec: BatchSpec, crops: Views, rows: slice) -> None:
         """Write some rows of a batch into its views: colors, blur and solarization of the crops."""
         for out, crop, params, names, view in zip(
             views, crops, spec.params, self._names, self.view_configs, strict=True
@@ -353,7 +353,7 @@ def _views_pipeline(
     remaining = iter(inputs)
     outputs = []
     for k, view in enumerate(view_configs):
-        outputs.append(augment(image, {name: next(remaining) for name in names[k]}, view, gpu))
+        outputs.append(view_node(image, {name: next(remaining) for name in names[k]}, view, gpu))
     return tuple(outputs)
 
 

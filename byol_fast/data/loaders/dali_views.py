@@ -76,8 +76,9 @@ def _corners(extent: NDArray[np.float32], flip: NDArray[np.bool_]) -> tuple[NDAr
     return begin, end
 
 
-def augment(image: Node, inputs: dict[str, Node], view: ViewConfig, gpu: bool) -> Node:
+def view_node(image: Node, inputs: dict[str, Node], view: ViewConfig, gpu: bool) -> Node:
     """One view `[S, S, 3]`, in the order of the reference: crop, flip, jitter, grayscale, blur, solarize."""
+    # `if ... inputs[mask]` is a conditional of DALI, for each image, which the decorator of the pipeline makes of it.
     x = crop_flip(image, inputs, view)
     if view.color_jitter_p > 0 and inputs["jitter"]:
         x = jitter(x, inputs, view, gpu)

@@ -59,7 +59,7 @@ class DeviceCacheLoader(DeterministicLoader):
 
     def _load_batch(self) -> Batch:
         if self.device.type != "cpu":
-            views = self._stream(lambda: self._compute(*self._index_and_keys(self._batch_number)))
+            views = self._augment_stream(lambda: self._compute(*self._index_and_keys(self._batch_number)))
             return self._batch(views, self.sampler.index(self._batch_number))
         while len(self._ahead) <= self.config.data.prefetch:
             self._ahead.append(self._start(self._batch_number + len(self._ahead)))

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import MappingProxyType
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +36,17 @@ class HasIndex(Protocol):
 
 Encoding = Literal["file", "bytes", "array"]
 S = TypeVar("S", bound=HasIndex)
-Row = NDArray[np.uint8] | str  # input of DALI, or the reason why the image cannot be read
+ImageOrReason = NDArray[np.uint8] | str  # input of DALI, or the reason why the image cannot be read
+
+
+class _Started(NamedTuple, Generic[S]):
+    """A batch whose images are being read in advance."""
+
+    batch_number: int
+    num_corrupt: int
+    """Corrupt images that were known when it was sampled."""
+    spec: S
+    images: dict[int, Future[ImageOrReason]]
 
 
 class ImageReader(Generic[S]):
@@ -70,7 +80,7 @@ class ImageReader(Generic[S]):
         self._direct = isinstance(source, ArraySource) or (isinstance(source, FileSource) and not corrupt.by_index)
         self._num_threads = num_threads if self.encoding == "array" else IO_THREADS
         self._pool: ThreadPoolExecutor | None = None
-        self._ahead: tuple[int, int, S, dict[int, Future[Row]]] | None = None
+        self._ahead: _Started[S] | None = None
 
     def __call__(
         self, batch_number: int, last: int | None = None
@@ -85,34 +95,37 @@ class ImageReader(Generic[S]):
             if isinstance(self.source, ArraySource):
                 return spec, self.source.images[spec.index]
             return spec, [self._file_name(int(i)) for i in spec.index]
-        spec, rows = self._take_ahead(batch_number)
-        while unreadable := [(i, row) for i, future in rows.items() if isinstance(row := future.result(), str)]:
+        spec, images = self._take_ahead(batch_number)
+        while unreadable := [(i, image) for i, future in images.items() if isinstance(image := future.result(), str)]:
             self.corrupt.add(unreadable, batch_number)
             spec = self._sample(batch_number)
-            rows = self._submit(spec, rows)
+            images = self._submit(spec, images)
         if batch_number != last:
             following = self._sample(batch_number + 1)
-            self._ahead = batch_number + 1, len(self.corrupt.by_index), following, self._submit(following)
-        return spec, [row for i in spec.index if not isinstance(row := rows[int(i)].result(), str)]
+            known = len(self.corrupt.by_index)
+            self._ahead = _Started(batch_number + 1, known, following, self._submit(following))
+        return spec, [image for i in spec.index if not isinstance(image := images[int(i)].result(), str)]
 
-    def _take_ahead(self, batch_number: int) -> tuple[S, dict[int, Future[Row]]]:
+    def _take_ahead(self, batch_number: int) -> tuple[S, dict[int, Future[ImageOrReason]]]:
         """The batch that was started in advance, sampled again if more corrupt images are known by now."""
         ahead, self._ahead = self._ahead, None
-        rows: dict[int, Future[Row]] = {}
-        if ahead is not None and ahead[0] == batch_number:
-            rows = ahead[3]
-            if ahead[1] == len(self.corrupt.by_index):
-                return ahead[2], rows
+        images: dict[int, Future[ImageOrReason]] = {}
+        if ahead is not None and ahead.batch_number == batch_number:
+            images = ahead.images
+            if ahead.num_corrupt == len(self.corrupt.by_index):
+                return ahead.spec, images
         spec = self._sample(batch_number)
-        return spec, self._submit(spec, rows)
+        return spec, self._submit(spec, images)
 
-    def _submit(self, spec: S, started: Mapping[int, Future[Row]] = MappingProxyType({})) -> dict[int, Future[Row]]:
+    def _submit(
+        self, spec: S, started: Mapping[int, Future[ImageOrReason]] = MappingProxyType({})
+    ) -> dict[int, Future[ImageOrReason]]:
         """The images of a batch, each once: those that were started already, and the others."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._num_threads, "byol-fast-read")
         return {i: started.get(i) or self._pool.submit(self._read, i) for i in dict.fromkeys(spec.index.tolist())}
 
-    def _read(self, i: int) -> Row:
+    def _read(self, i: int) -> ImageOrReason:
         source = self.source
         try:
             if isinstance(source, FileSource):

@@ -77,7 +77,7 @@ class ThreadedLoader(DeterministicLoader):
                 raise
             self._replace_images(pending, self.sampler(self._batch_number))
         self._ahead.popleft()
-        views = self._stream(partial(self._augment_on_gpu, pending)) if self._on_gpu else pending.views
+        views = self._augment_stream(partial(self._augment_on_gpu, pending)) if self._on_gpu else pending.views
         return self._batch(views, pending.spec.index)
 
     def _start(self, batch_number: int) -> _PendingBatch:

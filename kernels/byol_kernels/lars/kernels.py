@@ -204,9 +204,11 @@ def _apply_chunk(
     decay: tl.tensor,
     ratio: tl.tensor,
     inv_scale: tl.tensor,
-    weight: tl.tensor,
+    one_minus_tau: tl.tensor,
     DTYPES: tl.constexpr,
-    HAS: tl.constexpr,
+    HAS_TARGET: tl.constexpr,
+    HAS_P_COPY: tl.constexpr,
+    HAS_T_COPY: tl.constexpr,
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
 ) -> None:
@@ -217,7 +219,7 @@ def _apply_chunk(
     p = _load(p_address, offsets, count, DTYPES[0], ALIGNED)
     g = _load(g_address, offsets, g_count, DTYPES[1], ALIGNED).to(ACC)
     v = _load(v_address, offsets, g_count, DTYPES[2], ALIGNED).to(ACC)
-    if HAS[0]:
+    if HAS_TARGET:
         t = _load(t_address, offsets, t_count, DTYPES[3], ALIGNED)
     # --- LARS
     v = momentum * v + ratio * (g * inv_scale + decay * p.to(ACC))
@@ -225,14 +227,14 @@ def _apply_chunk(
     _store(v_address, offsets, v, g_count, DTYPES[2], ALIGNED)
     _store(p_address, offsets, p, g_count, DTYPES[0], ALIGNED)
     # --- EMA and copies
-    if HAS[0]:
+    if HAS_TARGET:
         # Of the parameter as it is stored, which is what a separate EMA would read.
         T_ACC: tl.constexpr = tl.float64 if DTYPES[3] == tl.float64 else tl.float32
-        t = lerp(t.to(T_ACC), p.to(T_ACC), tl.cast(weight, T_ACC)).to(DTYPES[3])
+        t = lerp(t.to(T_ACC), p.to(T_ACC), tl.cast(one_minus_tau, T_ACC)).to(DTYPES[3])
         _store(t_address, offsets, t, t_count, DTYPES[3], ALIGNED)
-    if HAS[1]:
+    if HAS_P_COPY:
         _store(p_copy_address, offsets, p, p_copy_count, DTYPES[4], ALIGNED)
-    if HAS[2]:
+    if HAS_T_COPY:
         _store(t_copy_address, offsets, t, t_copy_count, DTYPES[5], ALIGNED)
 
 
@@ -246,11 +248,13 @@ def _lars_apply_kernel(
     ratios_ptr: tl.tensor,  # [R]
     num_rows: tl.tensor,
     tau_ptr: tl.tensor,  # [] or None
-    weight: tl.tensor,  # 1 - tau where tau_ptr is None
+    one_minus_tau: tl.tensor,  # where tau_ptr is None
     grad_scale_ptr: tl.tensor,  # [] or None
     found_inf_ptr: tl.tensor,  # [] or None
     DTYPE_COMBOS: tl.constexpr,
-    HAS: tl.constexpr,  # whether any row has a target, a copy of the parameter, a copy of the target
+    HAS_TARGET: tl.constexpr,  # any row has a target, a copy of the parameter, a copy of the target
+    HAS_P_COPY: tl.constexpr,
+    HAS_T_COPY: tl.constexpr,
     CHUNK: tl.constexpr,
 ) -> None:
     # --- skipped step
@@ -284,7 +288,7 @@ def _lars_apply_kernel(
     if grad_scale_ptr is not None:
         inv_scale = tl.div_rn(1.0, tl.load(grad_scale_ptr).to(tl.float32))
     if tau_ptr is not None:
-        weight = 1.0 - tl.load(tau_ptr)
+        one_minus_tau = 1.0 - tl.load(tau_ptr)
 
     # --- update, with the dtypes of the row: they are known when the kernel is compiled, which of them at run time
     every = p_address | g_address | v_address | t_address | p_copy_address | t_copy_address
@@ -303,14 +307,16 @@ def _lars_apply_kernel(
                     p, g, v, t, pc, tc,
                     tl.where(g_address != 0, CHUNK, 0), tl.where(t_address != 0, CHUNK, 0),
                     tl.where(p_copy_address != 0, CHUNK, 0), tl.where(t_copy_address != 0, CHUNK, 0), CHUNK,
-                    lr, momentum, decay, ratio, inv_scale, weight, DTYPES, HAS, True, CHUNK,
+                    lr, momentum, decay, ratio, inv_scale, one_minus_tau, DTYPES, HAS_TARGET, HAS_P_COPY, HAS_T_COPY,
+                    True, CHUNK,
                 )  # fmt: skip
             else:
                 _apply_chunk(
                     p, g, v, t, pc, tc,
                     tl.where(g_address != 0, numel, 0), tl.where(t_address != 0, numel, 0),
                     tl.where(p_copy_address != 0, numel, 0), tl.where(t_copy_address != 0, numel, 0), numel,
-                    lr, momentum, decay, ratio, inv_scale, weight, DTYPES, HAS, False, CHUNK,
+                    lr, momentum, decay, ratio, inv_scale, one_minus_tau, DTYPES, HAS_TARGET, HAS_P_COPY, HAS_T_COPY,
+                    False, CHUNK,
                 )  # fmt: skip
 
 
@@ -360,6 +366,7 @@ def lars_step(
     tables = plan.tables(columns)
     combos = tuple(tuple(map(tl_dtype, combo)) for combo in plan.dtype_combos)
     num_rows, num_adapted = len(columns[0].tensors), plan.num_adapted_chunks
+    has_target, has_p_copy, has_t_copy = (bool(column.tensors) for column in columns[3:])
     ratios = plan.workspace("ratios", num_rows, torch.float32, device)
     num_norms_programs = num_adapted if found_inf is None else plan.num_chunks
     with device_guard(columns[0].tensors[0]):
@@ -375,6 +382,6 @@ def lars_step(
         _lars_apply_kernel[(plan.num_chunks,)](
             tables.addresses, tables.rows, tables.chunks, groups, lr_table, ratios, num_rows,
             tau_tensor, 1.0 - tau, grad_scale, found_inf,
-            DTYPE_COMBOS=combos, HAS=tuple(bool(column.tensors) for column in columns[3:]), CHUNK=CHUNK,
+            DTYPE_COMBOS=combos, HAS_TARGET=has_target, HAS_P_COPY=has_p_copy, HAS_T_COPY=has_t_copy, CHUNK=CHUNK,
             num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
