@@ -28,10 +28,7 @@ from byol_fast.training.train_step import TrainStep
 from byol_fast.utils import env
 from byol_fast.utils.files import atomic_path, atomic_write
 
-SCHEDULE = RunSchedule(
-    total_steps=100, warmup_steps=0, base_lr=0.2, batch_size=256, lr_schedule="cosine", tau_base=0.99,
-    tau_schedule="cosine",
-)  # fmt: skip
+SCHEDULE = RunSchedule(total_steps=100, base_lr=0.2, tau_base=0.99)
 
 
 class Counts(NamedTuple):

@@ -29,15 +29,7 @@ from byol_fast.training.mode import Mode, compile_forward
 from byol_fast.training.train_step import TrainStep
 
 STEPS, BATCH = 5, 16
-SCHEDULE = RunSchedule(
-    total_steps=STEPS,
-    warmup_steps=0,
-    base_lr=0.1,
-    batch_size=256,
-    lr_schedule="cosine",
-    tau_base=0.99,
-    tau_schedule="cosine",
-)
+SCHEDULE = RunSchedule(total_steps=STEPS, base_lr=0.1, tau_base=0.99)
 State = dict[str, Tensor]
 
 

@@ -187,15 +187,7 @@ def test_training_pass_is_compiled_once() -> None:
     step = TrainStep(
         model,
         build_optimizer(OptimConfig(), model.trainable_parameters()),
-        RunSchedule(
-            total_steps=3,
-            warmup_steps=1,
-            base_lr=0.2,
-            batch_size=8,
-            lr_schedule="cosine",
-            tau_base=0.9,
-            tau_schedule="cosine",
-        ),
+        RunSchedule(total_steps=3, warmup_steps=1, base_lr=0.2, batch_size=8, tau_base=0.9),
         forward=torch.compile(model.forward_train, dynamic=False, backend="aot_eager"),
     )
     view1, view2 = torch.randint(0, 256, (2, 8, 3, 16, 16), dtype=torch.uint8)

@@ -115,15 +115,7 @@ def test_weights_after_steps_of_every_mode_are_the_eager_ones(mode: str, optimiz
         for m in ("eager", mode_here(mode))
     )
     for ours in (eager, other):
-        ours.step.schedule = RunSchedule(
-            total_steps=6,
-            warmup_steps=2,
-            base_lr=0.2,
-            batch_size=256,
-            lr_schedule="cosine",
-            tau_base=0.9,
-            tau_schedule="cosine",
-        )
+        ours.step.schedule = RunSchedule(total_steps=6, warmup_steps=2, base_lr=0.2, tau_base=0.9)
     start = [p.detach().clone() for p in eager.model.online.parameters()]
     for step in range(4):
         generator = torch.Generator().manual_seed(step)

@@ -493,9 +493,7 @@ class RunDriver(Driver):
             warmup_steps=s.warmup_steps,
             base_lr=s.base_lr,
             batch_size=s.batch_size,
-            lr_schedule="cosine",
             tau_base=s.tau_base,
-            tau_schedule="cosine",
         )
         train_step = TrainStep(self.model, self.optimizer, schedule)
         return train_step(Batch((view1, view2), None, torch.arange(len(view1))), step).loss.item()

@@ -60,7 +60,7 @@ class ByolFastStep:
         self.step = TrainStep(
             self.model,
             build_optimizer(config, self.model.trainable_parameters()),
-            _constant_schedule(),
+            RunSchedule(total_steps=10**6, base_lr=LR, lr_schedule="constant", tau_base=TAU, tau_schedule="constant"),
             precision=Precision(precision, AUTOCAST_DTYPES[precision]),  # type: ignore[arg-type]
             forward=compile_forward(self.model, Mode(mode, "requested")),  # type: ignore[arg-type]
             channels_last=channels_last,
@@ -92,16 +92,3 @@ def _build_model(problem: Problem, view_batching: str) -> BYOL:
             assert isinstance(head, nn.Module)
             copy_parameters(head, source)
     return model
-
-
-def _constant_schedule() -> RunSchedule:
-    """Constant learning rate and tau."""
-    return RunSchedule(
-        total_steps=10**6,
-        warmup_steps=0,
-        base_lr=LR,
-        batch_size=256,
-        lr_schedule="constant",
-        tau_base=TAU,
-        tau_schedule="constant",
-    )

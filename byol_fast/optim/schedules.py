@@ -71,13 +71,13 @@ class RunSchedule:
     """Learning rate and tau of a run, both functions of its one step counter."""
 
     total_steps: int
-    warmup_steps: int
+    warmup_steps: int = 0
     base_lr: float
-    batch_size: int
+    batch_size: int = 256
     """Effective batch that the learning rate is scaled with (256: not at all)."""
-    lr_schedule: Literal["cosine", "constant"]
+    lr_schedule: Literal["cosine", "constant"] = "cosine"
     tau_base: float
-    tau_schedule: Literal["cosine", "constant"]
+    tau_schedule: Literal["cosine", "constant"] = "cosine"
 
     def lr(self, step: int) -> float:
         """Learning rate of the step that follows `step` finished ones."""

@@ -29,15 +29,7 @@ IMAGE_SIZE = 16
 BATCH_SIZE = 8
 STEPS = 3
 """The optimizer makes its state in the first; a graph is captured before the first and replayed in each."""
-SCHEDULE = RunSchedule(
-    total_steps=STEPS,
-    warmup_steps=0,
-    base_lr=0.2,
-    batch_size=BATCH_SIZE,
-    lr_schedule="cosine",
-    tau_base=0.9,
-    tau_schedule="cosine",
-)
+SCHEDULE = RunSchedule(total_steps=STEPS, base_lr=0.2, batch_size=BATCH_SIZE, tau_base=0.9)
 
 
 class Combination(NamedTuple):

@@ -43,10 +43,7 @@ def test_an_error_within_a_capture_is_the_one_that_is_raised(error: type[Excepti
         torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1)
     )
     model = BYOL(encoder, hidden_dim=16, projection_dim=8, image_size=16).to(DEVICE)
-    schedule = RunSchedule(
-        total_steps=8, warmup_steps=0, base_lr=0.1, batch_size=8, lr_schedule="cosine", tau_base=0.9,
-        tau_schedule="cosine",
-    )  # fmt: skip
+    schedule = RunSchedule(total_steps=8, base_lr=0.1, batch_size=8, tau_base=0.9)
 
     def forward(view1: torch.Tensor, view2: torch.Tensor) -> ModelOutput:
         if torch.cuda.is_current_stream_capturing():

@@ -27,15 +27,7 @@ from byol_fast.training.memory import largest_that_fits
 from byol_fast.training.train_step import TrainStep
 from byol_fast.utils.precision import Precision
 
-SCHEDULE = RunSchedule(
-    total_steps=8,
-    warmup_steps=0,
-    base_lr=20.0,
-    batch_size=8,
-    lr_schedule="cosine",
-    tau_base=0.9,
-    tau_schedule="cosine",
-)
+SCHEDULE = RunSchedule(total_steps=8, base_lr=20.0, batch_size=8, tau_base=0.9)
 FP32, BF16, FP16 = Precision("fp32", None), Precision("bf16", torch.bfloat16), Precision("fp16", torch.float16)
 
 

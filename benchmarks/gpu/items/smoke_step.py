@@ -24,6 +24,8 @@ from tests.kernels.numerics import f64
 
 STEPS = 3
 TRUST_COEFFICIENT, DECAY = 1e-3, 1e-6
+SCHEDULE = RunSchedule(total_steps=2 * STEPS, warmup_steps=2, base_lr=0.4, tau_base=0.9)
+"""Schedule whose values change every step, so that a stale one shows."""
 MODES: tuple[StepMode, ...] = ("eager", "compile", "graph")
 ERROR_RATIO = 2.0
 """Allowed ratio of errors to those of plain PyTorch under bf16 autocast: the same roundings in another order."""
@@ -32,19 +34,6 @@ ERROR_RATIO = 2.0
 def problem(context: Context) -> SmallProblem:
     """The training problem of all candidates."""
     return SmallProblem(batch_size=32, hidden_dim=128, projection_dim=64, device=context.device)
-
-
-def schedule() -> RunSchedule:
-    """Schedule whose values change every step, so that a stale one shows."""
-    return RunSchedule(
-        total_steps=2 * STEPS,
-        warmup_steps=2,
-        base_lr=0.4,
-        batch_size=256,
-        lr_schedule="cosine",
-        tau_base=0.9,
-        tau_schedule="cosine",
-    )
 
 
 def views(small: Problem, step: int) -> tuple[Tensor, Tensor]:
@@ -95,7 +84,7 @@ def reference_states(small: Problem, **options: Any) -> tuple[State, State]:
         small: networks, batch and device.
         **options: of `BaselineStep`.
     """
-    baseline, rates = BaselineStep(small, **options), schedule()
+    baseline = BaselineStep(small, **options)
     params = [*baseline.online.parameters(), *baseline.predictor.parameters()]
     momentum = [np.zeros(p.shape) for p in params]
 
@@ -113,12 +102,12 @@ def reference_states(small: Problem, **options: Any) -> tuple[State, State]:
         with torch.no_grad():
             for i, (p, g) in enumerate(zip(params, gradients, strict=True)):
                 new, momentum[i] = oracle.lars_update(
-                    f64(p), f64(g), momentum[i], lr=rates.lr(step), momentum=MOMENTUM, weight_decay=DECAY,
+                    f64(p), f64(g), momentum[i], lr=SCHEDULE.lr(step), momentum=MOMENTUM, weight_decay=DECAY,
                     trust_coefficient=TRUST_COEFFICIENT,
                 )  # fmt: skip
                 p.copy_(torch.from_numpy(new))
             for t, o in zip(baseline.target.parameters(), baseline.online.parameters(), strict=True):
-                t.copy_(torch.from_numpy(oracle.ema(f64(t), f64(o), rates.tau(step))))
+                t.copy_(torch.from_numpy(oracle.ema(f64(t), f64(o), SCHEDULE.tau(step))))
     return start, state(losses)
 
 
@@ -173,7 +162,7 @@ def run(context: Context, checks: Checks) -> None:
 
 def _build_step(context: Context, small: Problem, mode: StepMode) -> ByolFastStep:
     step = byol_fast_step(context, small, mode)
-    step.step.schedule = schedule()
+    step.step.schedule = SCHEDULE
     set_flags(deterministic=True)
     return step
 
