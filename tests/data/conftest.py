@@ -14,38 +14,34 @@ from byol_fast.data.sources import ArraySource, FileSource, open_source
 from tests.conftest import real_data
 
 
+def skip_without_dali(backend: str = "dali") -> str:
+    if backend.startswith("dali") and not dali_installed():
+        pytest.skip("DALI is not installed")
+    return backend
+
+
 @pytest.fixture(params=["dali", "threaded"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Loaders of files, DALI with its own operators."""
-    name: str = request.param
-    if name == "dali" and not dali_installed():
-        pytest.skip("DALI is not installed")
-    return name
+    return skip_without_dali(request.param)
 
 
 @pytest.fixture(params=["dali", "dali+kernels", "threaded"])
 def files_backend(request: pytest.FixtureRequest) -> str:
     """All loaders of encoded images; see `helpers.config_of`."""
-    name: str = request.param
-    if name.startswith("dali") and not dali_installed():
-        pytest.skip("DALI is not installed")
-    return name
+    return skip_without_dali(request.param)
 
 
 @pytest.fixture(params=["dali", "dali+kernels", "threaded", "device_cache"])
 def any_backend(request: pytest.FixtureRequest) -> str:
     """All loaders, DALI with its own operators and with our kernels; see `helpers.config_of`."""
-    name: str = request.param
-    if name.startswith("dali") and not dali_installed():
-        pytest.skip("DALI is not installed")
-    return name
+    return skip_without_dali(request.param)
 
 
 @pytest.fixture
 def dali() -> None:
     """Skip if DALI is not installed."""
-    if not dali_installed():
-        pytest.skip("DALI is not installed")
+    skip_without_dali()
 
 
 def photo_like(n: int, height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:

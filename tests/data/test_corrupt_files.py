@@ -14,7 +14,7 @@ import torch
 
 from byol_fast import Trainer
 from byol_fast import config as configs
-from byol_fast.config import Config, recipes, replace
+from byol_fast.config import Config, replace
 from byol_fast.data import CorruptImageError, eval_batches, open_source
 from byol_fast.data.integrity import CorruptImages, TooManyCorruptImagesError
 from byol_fast.data.sources import FileSource
@@ -210,47 +210,32 @@ def test_intact_images_keep_their_views(tmp_path: Path) -> None:
         assert torch.equal(a.views[0][rows], b.views[0][rows]) and torch.equal(a.views[1][rows], b.views[1][rows])
 
 
-def small_run(root: Path, **changes: Any) -> Config:
-    view = {"size": 16, "blur_p": 0.3}
-    return replace(
-        recipes.cifar10_resnet18(),
-        {
-            "data": {"root": root, "threads": 1},
-            "view1": view,
-            "view2": view,
-            "model": {"encoder": "resnet18_narrow", "hidden_dim": 32, "projection_dim": 16},
-            "batch_size": 8,
-            "steps": 6,
-            "checkpoint_every": 2,
-            "device": "cpu",
-            "precision": "fp32",
-            "out": root.parent / "runs",
-            **changes,
-        },
-    )
+@pytest.fixture
+def small_run(tiny: Config, tmp_path: Path) -> Config:
+    return replace(tiny, {"data.root": tmp_path / "data", "batch_size": 8, "steps": 6, "checkpoint_every": 2})
 
 
-def test_resume_with_skip_equals_a_run_with_skip(tmp_path: Path) -> None:
+def test_resume_with_skip_equals_a_run_with_skip(small_run: Config, tmp_path: Path) -> None:
     """The fix that the error suggests: resume with --data.on-corrupt skip."""
     (tmp_path / "data").mkdir()
     fill(tmp_path / "data", 40)
-    whole = Trainer(small_run(tmp_path / "data", name="whole")).fit()
-    fourth = loader_of(open_source(tmp_path / "data"), small_run(tmp_path / "data"))
+    whole = Trainer(replace(small_run, {"name": "whole"})).fit()
+    fourth = loader_of(open_source(tmp_path / "data"), small_run)
     index = [next(fourth).index for _ in range(4)][3]
     (tmp_path / "data" / Path(open_source(tmp_path / "data").sample_name(int(index[5]))).name).write_bytes(b"")
     with pytest.raises(CorruptImageError, match="is empty"):
-        Trainer(small_run(tmp_path / "data", name="stopped")).fit()
+        Trainer(replace(small_run, {"name": "stopped"})).fit()
     stopped = tmp_path / "runs" / "stopped"
     assert 0 < max(checkpoints.saved_steps(stopped / "checkpoints")) <= 3
     skip = {"data.on_corrupt": "skip"}
-    resumed = Trainer(replace(small_run(tmp_path / "data", name="stopped"), skip), resume=stopped).fit()
-    straight = Trainer(replace(small_run(tmp_path / "data", name="straight"), skip)).fit()
+    resumed = Trainer(replace(small_run, {"name": "stopped", **skip}), resume=stopped).fit()
+    straight = Trainer(replace(small_run, {"name": "straight", **skip})).fit()
     assert resumed.encoder.read_bytes() == straight.encoder.read_bytes() != whole.encoder.read_bytes()
     reports = [(run / "corrupt_images.jsonl").read_text() for run in (stopped, straight.run_dir)]
     assert reports[0] == reports[1] and reports[0].count("is empty") == 1
 
 
-def test_run_with_skip_reports_corrupt_files(tmp_path: Path, caplog: Any) -> None:
+def test_run_with_skip_reports_corrupt_files(small_run: Config, tmp_path: Path, caplog: Any) -> None:
     """Training and both kNN sets; resuming after the files were replaced needs --data.accept-changed."""
     images = {part: tmp_path / "data" / part for part in ("train", "val")}
     for part, count in (("train", 30), ("val", 12)):
@@ -259,7 +244,7 @@ def test_run_with_skip_reports_corrupt_files(tmp_path: Path, caplog: Any) -> Non
             fill(images[part] / name, count // 2)
         (images[part] / "cat" / "cut.jpg").write_bytes(JPEG[:300])
         (images[part] / "dog" / "empty.jpg").write_bytes(b"")
-    run = small_run(tmp_path / "data", name="stopped")
+    run = replace(small_run, {"name": "stopped"})
     with pytest.raises(CorruptImageError, match=r"(cut|empty)\.jpg"):
         Trainer(run).fit()
     skipping = replace(run, {"data.on_corrupt": "skip", "name": "clean"})
