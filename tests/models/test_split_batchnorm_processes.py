@@ -1,0 +1,88 @@
+"""Batch norm synchronized over processes."""
+
+from __future__ import annotations
+
+import copy
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+from torch.multiprocessing.spawn import spawn
+
+from byol_fast.models.split_batchnorm import convert_split_batchnorm, convert_sync_batchnorm
+from tests.models.helpers import CLOSE, OwnForward, Residual, at_once, equal, everything, made, separately, with_norm
+
+SHARES = ([3, 3], [2, 4])  # images of a view on each of two processes
+
+
+def network_and_images(kind: str) -> tuple[nn.Module, Tensor]:
+    network = made(Residual)
+    if kind == "SyncBatchNorm":
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+    torch.manual_seed(3)
+    return network.to(memory_format=torch.channels_last), torch.randn(2, 6, 3, 9, 7, dtype=torch.float64)
+
+
+def on_one_of_two(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    results: dict[str, dict[str, Tensor]] = {}
+    for kind in ("BatchNorm", "SyncBatchNorm"):
+        for shares in SHARES:
+            network, images = network_and_images(kind)
+            assert convert_split_batchnorm(network) is None
+            if kind == "BatchNorm":
+                convert_sync_batchnorm(network)
+            x = torch.split(images, shares, dim=1)[rank].flatten(0, 1).clone().requires_grad_()
+            y = at_once(network, x, 2)
+            y.square().sum().backward()  # type: ignore[no-untyped-call]
+            assert x.grad is not None
+            found = {"y": y.detach(), "dx": x.grad} | dict(network.named_buffers())
+            for name, p in network.named_parameters():
+                assert p.grad is not None
+                distributed.all_reduce(p.grad)
+                found[f"d {name}"] = p.grad
+            results[f"{kind} {shares}"] = found
+    torch.save(results, Path(folder) / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_two_processes_equal_one_with_the_whole_batch(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    spawn(on_one_of_two, args=(port, str(tmp_path)), nprocs=2)  # type: ignore[no-untyped-call]
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    network, images = network_and_images("BatchNorm")
+    x = images.flatten(0, 1).requires_grad_()
+    y = separately(network, x, 2)
+    y.square().sum().backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None
+    assert len(results[0]) == 4
+    for case in results[0]:
+        shares = [3, 3] if "[3, 3]" in case else [2, 4]
+        for name, whole in (("y", y.detach()), ("dx", x.grad)):
+            for rank, part in enumerate(torch.split(whole.view(2, 6, *whole.shape[1:]), shares, dim=1)):
+                torch.testing.assert_close(results[rank][case][name], part.flatten(0, 1), **CLOSE)
+        for name, p in network.named_parameters():
+            assert p.grad is not None
+            torch.testing.assert_close(results[0][case][f"d {name}"], p.grad, **CLOSE)
+        for name, buffer in network.named_buffers():
+            for rank in range(2):
+                torch.testing.assert_close(results[rank][case][name], buffer, **CLOSE)
+
+
+def test_layers_with_a_forward_of_their_own_cannot_be_synchronized() -> None:
+    network = with_norm(OwnForward(4))
+    with pytest.raises(ValueError, match=r"1 must be a batch norm of torch\.nn or timm, got OwnForward"):
+        convert_sync_batchnorm(network)
+
+
+def test_synchronized_alone_is_plain() -> None:
+    network = made(Residual)
+    alone = copy.deepcopy(network)
+    convert_sync_batchnorm(alone)
+    x = torch.randn(6, 3, 9, 7, dtype=torch.float64)
+    equal(everything(alone, x, lambda n, x: n(x)), everything(network, x, lambda n, x: n(x)))
