@@ -20,6 +20,7 @@ from byol_kernels.blur.kernels import gaussian_blur_cuda
 from byol_kernels.crop.kernels import resized_crop_cuda
 from byol_kernels.ema.ops import _ema_update_cuda
 from byol_kernels.lars.ops import _lars_step_cuda
+from byol_kernels.loss import kernels as loss_kernels
 from byol_kernels.loss import ops as loss
 from byol_kernels.max_pool import kernels as max_pool
 from byol_kernels.photometric.ops import photometric_cuda
@@ -64,6 +65,13 @@ def _one_thread_and_poisoned_memory() -> Iterator[None]:
     yield
     torch._C._set_deterministic_algorithms(False)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def few_loss_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small batches take several programs, of several tiles each."""
+    monkeypatch.setattr(loss_kernels, "MAX_PROGRAMS_PER_PAIR", 4)
+    monkeypatch.setattr(loss_kernels, "MAX_PROGRAMS_PER_PAIR_WITH_STATS", 3)
 
 
 class Record(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -43,6 +43,12 @@ def is_close(actual: Tensor, expected: Array, dtype: torch.dtype | None = None) 
     return relative_error(actual, expected) <= TOLERANCES[dtype or actual.dtype]
 
 
+def loss_inputs(shape: tuple[int, int], dtype: torch.dtype, device: str) -> list[Tensor]:
+    """p1, p2, z1, z2; the predictions ask for gradients, and so does z1, to see that it gets none."""
+    p1, p2, z1, z2 = (randn(shape, seed, dtype).to(device) for seed in range(4))
+    return [p1.requires_grad_(), p2.requires_grad_(), z1.requires_grad_(), z2]
+
+
 def row_losses(p: Tensor, z: Tensor) -> Array:
     """`|p_hat - z_hat|^2` [B]: 2 - 2 cos where neither row is shorter than eps."""
     losses: Array = ((oracle.normalize(f64(p)) - oracle.normalize(f64(z))) ** 2).sum(axis=1)

@@ -1,7 +1,6 @@
-"""BYOL loss: values, gradients and statistics against float64; edge cases; the operator."""
+"""BYOL loss: values, gradients and statistics against float64; edge cases."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +17,20 @@ from byol_kernels import (
     normalized_mse_loss,
     normalized_mse_loss_with_stats,
 )
-from byol_kernels.loss import kernels, reference
 from tests import oracle
-from tests.kernels.conftest import INTERPRETED, Record, not_interpreted
-from tests.kernels.numerics import TOLERANCES, byol_loss_and_grads, f64, is_close, randn, relative_error, row_losses
+from tests.kernels.conftest import INTERPRETED, not_interpreted
+from tests.kernels.numerics import (
+    TOLERANCES,
+    byol_loss_and_grads,
+    f64,
+    is_close,
+    loss_inputs,
+    randn,
+    relative_error,
+    row_losses,
+)
+
+pytestmark = pytest.mark.usefixtures("few_loss_programs")
 
 SHAPES = {
     "one_element": (1, 1),
@@ -40,23 +49,10 @@ shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
-@pytest.fixture(autouse=True)
-def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small batches take several programs, of several tiles each."""
-    monkeypatch.setattr(kernels, "MAX_PROGRAMS_PER_PAIR", 4)
-    monkeypatch.setattr(kernels, "MAX_PROGRAMS_PER_PAIR_WITH_STATS", 3)
-
-
-def inputs(shape: tuple[int, int], dtype: torch.dtype, device: str) -> list[Tensor]:
-    """p1, p2, z1, z2; the predictions ask for gradients, and so does z1, to see that it gets none."""
-    p1, p2, z1, z2 = (randn(shape, seed, dtype).to(device) for seed in range(4))
-    return [p1.requires_grad_(), p2.requires_grad_(), z1.requires_grad_(), z2]
-
-
 @dtypes
 @shapes
 def test_loss_and_gradient_match_float64(shape: tuple[int, int], dtype: torch.dtype, device: str) -> None:
-    p1, p2, z1, z2 = inputs(shape, dtype, device)
+    p1, p2, z1, z2 = loss_inputs(shape, dtype, device)
     loss = byol_loss(p1, p2, z1, z2)
     (loss * 3.7).backward()  # type: ignore[no-untyped-call]
 
@@ -105,7 +101,7 @@ def test_one_direction_matches_float64(dtype: torch.dtype, device: str) -> None:
 
 
 def test_symmetric_loss_is_the_sum_of_both_directions(device: str) -> None:
-    p1, p2, z1, z2 = inputs((31, 64), torch.float32, device)
+    p1, p2, z1, z2 = loss_inputs((31, 64), torch.float32, device)
     both = byol_loss(p1, p2, z1, z2).item()
     assert both == pytest.approx(normalized_mse_loss(p1, z2).item() + normalized_mse_loss(p2, z1).item(), rel=1e-6)
 
@@ -113,7 +109,7 @@ def test_symmetric_loss_is_the_sum_of_both_directions(device: str) -> None:
 @dtypes
 @pytest.mark.parametrize("shape", STATS_SHAPES.values(), ids=STATS_SHAPES)
 def test_statistics_match_float64(shape: tuple[int, int], dtype: torch.dtype, device: str) -> None:
-    p1, p2, z1, z2 = inputs(shape, dtype, device)
+    p1, p2, z1, z2 = loss_inputs(shape, dtype, device)
     loss, stats = byol_loss_with_stats(p1, p2, z1, z2)
     (loss * 3.7).backward()  # type: ignore[no-untyped-call]
     assert torch.equal(loss, byol_loss(p1, p2, z1, z2)) or loss.item() == pytest.approx(
@@ -153,8 +149,6 @@ def test_collapse_shows_in_the_statistics(device: str) -> None:
 
 
 # -------------------------------------------------------------------------------- edges
-
-
 def test_row_norms_from_zero_to_overflow(device: str) -> None:
     """Zero, below eps, ordinary, huge and overflowing rows in one batch."""
     sizes, eps = [0.0, 1e-15, 1e-6, 1.0, 1e15, 1e25], 1e-12
@@ -235,7 +229,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strided_inputs_match_float64(layout: Callable[[Tensor], Tensor], dtype: torch.dtype, device: str) -> None:
-    p1, p2, z1, z2 = inputs((9, 48), dtype, device)
+    p1, p2, z1, z2 = loss_inputs((9, 48), dtype, device)
     views = [layout(x.detach()) for x in (p1, p2, z1, z2)]
     assert all(torch.equal(view, x) for view, x in zip(views, (p1, p2, z1, z2), strict=True))
     leaves = [view.requires_grad_() for view in views[:2]]
@@ -270,177 +264,3 @@ def test_float16_gradient_does_not_underflow_before_loss_scale(device: str) -> N
     expected = oracle.regression_loss_gradient(f64(p), f64(z))
     assert np.abs(expected).max() < torch.finfo(torch.float16).tiny
     assert is_close(grad, 65536.0 * expected)
-
-
-# -------------------------------------------------------------------------------- as an operator
-
-
-def test_gradient_only_where_required(device: str) -> None:
-    p1, p2, z1, z2 = inputs((4, 6), torch.float32, device)
-    expected = torch.autograd.grad(byol_loss(p1, p2, z1, z2), p2)[0]
-    loss = byol_loss(p1.detach(), p2, z1, z2)
-    assert torch.equal(torch.autograd.grad(loss, p2)[0], expected)
-    with torch.no_grad():
-        assert not byol_loss(p1, p2, z1, z2).requires_grad
-    assert not byol_loss(p1.detach(), p2.detach(), z1, z2).requires_grad
-
-
-def test_second_backward_through_retained_graph_is_equal(device: str) -> None:
-    p1, p2, z1, z2 = inputs((4, 6), torch.bfloat16, device)
-    loss = byol_loss(p1, p2, z1, z2)
-    first = torch.autograd.grad(loss, [p1, p2], retain_graph=True)
-    second = torch.autograd.grad(loss, [p1, p2])
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-@not_interpreted  # programs run one after the other there
-def test_loss_is_bit_reproducible(device: str) -> None:
-    p1, p2, z1, z2 = inputs((301, 65), torch.float32, device)
-    losses = {byol_loss(p1, p2, z1, z2).item() for _ in range(3)}
-    assert len(losses) == 1
-
-
-@pytest.mark.parametrize("wrt", ["p1", "p2"])
-def test_second_derivative_is_refused(wrt: str, device: str) -> None:
-    p1, p2, z1, z2 = inputs((4, 6), torch.float32, device)
-    p = p1 if wrt == "p1" else p2
-    (grad,) = torch.autograd.grad(byol_loss(p1, p2, z1, z2), p, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiated once"):
-        grad.square().sum().backward()  # type: ignore[no-untyped-call]
-
-
-@pytest.mark.parametrize("rows", [3] if INTERPRETED else [3, 400])  # the CPU path takes 400 another way
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_backward_leaves_stored_gradient_unchanged(rows: int, dtype: torch.dtype, device: str) -> None:
-    p1, p2, z1, z2 = inputs((rows, 256), dtype, device)
-    _, *expected = byol_loss_and_grads(p1, p2, z1, z2)
-    loss = byol_loss(p1, p2, z1, z2)
-    for scale in (None, None, 3.0, None):
-        upstream = None if scale is None else torch.tensor(scale, device=device)
-        loss.backward(upstream, retain_graph=True)  # type: ignore[no-untyped-call]
-        for p, grad in zip((p1, p2), expected, strict=True):
-            assert p.grad is not None and is_close(p.grad, (scale or 1.0) * grad)
-            p.grad.mul_(5.0)
-            p.grad = None
-    loss.backward()  # type: ignore[no-untyped-call]
-    loss = byol_loss(p1, p2, z1, z2)
-    loss.backward()  # type: ignore[no-untyped-call]
-    for p, grad in zip((p1, p2), expected, strict=True):
-        assert p.grad is not None and is_close(p.grad, 2.0 * grad)  # added up
-
-
-@not_interpreted  # the interpreter cuts off where it converts to bfloat16
-def test_plain_backward_rounds_once(device: str) -> None:
-    p1, p2, z1, z2 = inputs((5, 300), torch.bfloat16, device)
-    byol_loss(p1, p2, z1, z2).backward()  # type: ignore[no-untyped-call]
-    for p, grad in zip((p1, p2), byol_loss_and_grads(p1, p2, z1, z2)[1:], strict=True):
-        assert p.grad is not None
-        equal = p.grad.cpu() == torch.from_numpy(grad).to(torch.bfloat16)
-        assert equal.double().mean() > 0.99  # all but those next to the middle between two numbers
-
-
-def test_loss_ignores_autocast(device: str) -> None:
-    p1, p2, z1, z2 = inputs((8, 16), torch.bfloat16, device)
-    expected = byol_loss(p1, p2, z1, z2)
-    with torch.autocast(device, torch.bfloat16):
-        loss = byol_loss(p1, p2, z1, z2)
-        full = byol_loss(*(x.detach().float() for x in (p1, p2, z1, z2)))
-    assert loss.dtype == torch.float32 and torch.equal(loss, expected)
-    assert full.item() == pytest.approx(expected.item(), rel=1e-6)
-
-
-def test_forward_and_backward_are_one_operator_each(device: str) -> None:
-    p1, p2, z1, z2 = inputs((8, 16), torch.float32, device)
-    with Record() as record:
-        loss = byol_loss(p1, p2, z1, z2)
-    assert record.names == ["byol_kernels.normalized_mse_fwd.default"]
-    with Record() as record:
-        torch.autograd.grad(loss, [p1, p2])
-    computing = [name for name in record.names if not name.startswith(("aten.select", "aten.detach", "aten.ones_like"))]
-    assert computing == ["byol_kernels.normalized_mse_bwd.default"]
-
-
-@not_interpreted
-def test_cpu_gradient_passes_gradcheck() -> None:
-    p1, p2, z1, z2 = inputs((3, 4), torch.float64, "cpu")
-    assert torch.autograd.gradcheck(lambda a, b: byol_loss(a, b, z1, z2), (p1, p2))
-    assert torch.autograd.gradcheck(lambda a: normalized_mse_loss(a, z2, eps=5.0), (p1,))  # below eps: the other branch
-
-
-@not_interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("pairs", [1, 2])
-@pytest.mark.parametrize("stats", [False, True])
-def test_operator_checks(dtype: torch.dtype, pairs: int, stats: bool, device: str) -> None:
-    p1, p2, z1, z2 = inputs((4, 8), dtype, device)
-    args = (p1, z2, p2, z1.detach()) if pairs == 2 else (p1, z2, None, None)
-    op = torch.ops.byol_kernels.normalized_mse_stats_fwd if stats else torch.ops.byol_kernels.normalized_mse_fwd
-    torch.library.opcheck(op, (*args, 1e-12, True))
-    torch.library.opcheck(op, (*args, 1e-12, False))
-    grads = [randn((4, 8), seed, dtype).to(device) for seed in range(9, 9 + pairs)]
-    # Its autograd refuses on purpose, so the check that differentiates it is left out.
-    torch.library.opcheck(
-        torch.ops.byol_kernels.normalized_mse_bwd,
-        (torch.tensor(2.0, device=device), grads[0], grads[1] if pairs == 2 else None, p1, p2 if pairs == 2 else None),
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
-    )
-
-
-@not_interpreted
-def test_compiles_with_fullgraph(device: str) -> None:
-    p1, p2, z1, z2 = inputs((16, 32), torch.float32, device)
-
-    def step(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
-        return byol_loss(p1, p2, z1, z2)
-
-    compiled = torch.compile(step, fullgraph=True)
-    loss, expected = compiled(p1, p2, z1, z2), step(p1, p2, z1, z2)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    for a, b in zip(torch.autograd.grad(loss, [p1, p2]), torch.autograd.grad(expected, [p1, p2]), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
-
-
-INVALID: dict[str, tuple[Callable[[], Any], str]] = {
-    "three_dimensions": (
-        lambda: normalized_mse_loss(torch.ones(2, 3, 4), torch.ones(2, 3, 4)),
-        r"p_BD must be \[batch",
-    ),
-    "empty_batch": (lambda: normalized_mse_loss(torch.ones(0, 4), torch.ones(0, 4)), "at least one row"),
-    "no_columns": (lambda: normalized_mse_loss(torch.ones(4, 0), torch.ones(4, 0)), "at least one row and one column"),
-    "integers": (lambda: normalized_mse_loss(torch.ones(2, 3).int(), torch.ones(2, 3).int()), r"got torch\.int32"),
-    "shapes": (lambda: normalized_mse_loss(torch.ones(2, 3), torch.ones(2, 4)), r"\(2, 3\), got \(2, 4\)"),
-    "broadcast": (lambda: normalized_mse_loss(torch.ones(2, 3), torch.ones(1, 3)), "must have the shape of p_BD"),
-    "dtypes": (
-        lambda: normalized_mse_loss(torch.ones(2, 3), torch.ones(2, 3).half()),
-        r"convert it with \.to\(torch.float32",
-    ),
-    "devices": (
-        lambda: normalized_mse_loss(torch.ones(2, 3), torch.ones(2, 3, device="meta")),
-        "on the device of p_BD",
-    ),
-    "eps": (lambda: normalized_mse_loss(torch.ones(2, 3), torch.ones(2, 3), eps=0.0), "eps must be positive"),
-    "eps_nan": (
-        lambda: normalized_mse_loss(torch.ones(2, 3), torch.ones(2, 3), eps=float("nan")),
-        "eps must be positive",
-    ),
-    "second_pair": (
-        lambda: byol_loss(*(torch.ones(2, n) for n in (3, 3, 3, 5))),
-        "byol_loss: z2 must have the shape of p1",
-    ),
-    "stats": (lambda: byol_loss_with_stats(*(torch.ones(n, 3) for n in (2, 3, 2, 2))), "byol_loss_with_stats: p2"),
-}
-
-
-@pytest.mark.parametrize(("call", "message"), INVALID.values(), ids=INVALID)
-def test_invalid_input_raises(call: Callable[[], Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
-def test_low_precision_is_computed_in_float32(device: str) -> None:
-    """Whatever comes in, the CPU path rounds only its outputs."""
-    p1, p2, z1, z2 = (x.detach() for x in inputs((6, 10), torch.bfloat16, device))
-    for function in (reference.normalized_mse_fwd, reference.normalized_mse_stats_fwd):
-        low = function(p1, z2, p2, z1, 1e-12, True)
-        full = function(p1.float(), z2.float(), p2.float(), z1.float(), 1e-12, True)
-        assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(low, full, strict=True))

@@ -1,12 +1,34 @@
+"""Throughput and the metrics file of a run."""
+
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from byol_fast.training.metrics import ThroughputMeter
+from byol_fast.training.metrics import MetricsLogger, ThroughputMeter, read
+
+
+def test_metrics_rewind_forgets_what_will_be_done_again(tmp_path: Path) -> None:
+    log = MetricsLogger(tmp_path / "metrics.jsonl")
+    for record in (
+        {"step": 0, "knn_top1": 0.1},
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": 2.0},
+        {"step": 2, "knn_top1": 0.2},
+        {"step": 3, "loss": 3.0},
+    ):
+        log.add(record)
+    log.flush()
+    with log.path.open("a") as file:
+        file.write('{"step": 4, "lo')  # what a crash leaves
+    log.open(2, evaluated=True)
+    assert [r["step"] for r in read(log.path)] == [0, 1, 2, 2]
+    log.open(2, evaluated=False)
+    assert read(log.path)[-1] == {"step": 2, "loss": 2.0}
 
 
 def test_data_wait_leaves_out_pauses_and_what_the_loader_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

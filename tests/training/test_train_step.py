@@ -1,10 +1,9 @@
-"""The step beyond the plain case: steps that must not happen, sums of batches, low precision, recomputation."""
+"""The step beyond the plain case: steps that must not happen, sums of batches, low precision."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,8 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.step_ops import outside_forward_and_backward
 from byol_fast.config import OptimConfig
 from byol_fast.data import Batch
-from byol_fast.models.activation_checkpoint import checkpoint_blocks
-from byol_fast.models.base import ModelOutput, SSLModel
+from byol_fast.models.base import ModelOutput
 from byol_fast.models.byol import BYOL
 from byol_fast.models.simsiam import SimSiam
 from byol_fast.optim.optimizers import build_optimizer
@@ -24,43 +22,9 @@ from byol_fast.optim.schedules import RunSchedule
 from byol_fast.training.cuda_graph import restore_state_after
 from byol_fast.training.lowp_weights import LowPrecisionWeights
 from byol_fast.training.memory import largest_that_fits
+from byol_fast.training.mode import Mode, compile_forward
 from byol_fast.training.train_step import TrainStep
-from byol_fast.utils.precision import Precision
-
-SCHEDULE = RunSchedule(total_steps=8, base_lr=20.0, batch_size=8, tau_base=0.9)
-FP32, BF16, FP16 = Precision("fp32", None), Precision("bf16", torch.bfloat16), Precision("fp16", torch.float16)
-
-
-# 32 px and not less: on CPUs torch's bf16 convolution of a single pixel with stride 2 returns garbage as its weights'
-# gradient (torch 2.15), which a ResNet meets at 16 px.
-
-
-def small_byol(views: str = "batched") -> BYOL:
-    torch.manual_seed(0)
-    return BYOL("resnet18_narrow", hidden_dim=16, projection_dim=8, image_size=32, view_batching=views)  # type: ignore[arg-type]
-
-
-def batches(count: int, size: int = 8) -> list[Batch]:
-    generator = torch.Generator().manual_seed(1)
-    views = torch.randint(0, 256, (count, 2, size, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    return [Batch((v[0], v[1]), None, torch.arange(size)) for v in views]
-
-
-def train_step(model: SSLModel, *, optimizer: str = "lars", precision: Precision = FP32, **options: Any) -> TrainStep:
-    config = OptimConfig(name=optimizer, weight_decay=0.01, trust_coefficient=0.1)  # type: ignore[arg-type]
-    made = build_optimizer(config, model.trainable_parameters())
-    return TrainStep(model, made, SCHEDULE, precision=precision, **options)
-
-
-def everything(step: TrainStep) -> list[torch.Tensor]:
-    return [t.detach().clone() for t in step.mutable_tensors() if t is not step.found_inf]
-
-
-def poisoned(batch: Batch) -> Batch:
-    """Normalized floats, one of them NaN."""
-    view1 = batch.views[0].float() / 255
-    view1[3, 1, 2, 5] = math.nan
-    return Batch((view1, batch.views[1].float() / 255), batch.labels, batch.index)
+from tests.training.helpers import BF16, FP16, SCHEDULE, batches, everything, poisoned, small_byol, train_step
 
 
 @pytest.mark.parametrize("optimizer", ["lars", "sgd", "adam", "adamw"])
@@ -214,92 +178,6 @@ def test_the_loss_scale_grows_after_2000_good_steps() -> None:
 
 
 @pytest.mark.parametrize("views", ["batched", "separate"])
-@pytest.mark.parametrize("precision", [FP32, BF16], ids=["fp32", "bf16"])
-def test_recomputed_activations_change_nothing(views: str, precision: Precision) -> None:
-    """Weights and running statistics: nothing is counted twice, and blocks are computed again with the same weights."""
-    data = batches(3)
-    states = []
-    for recompute in (False, True):
-        model = small_byol(views)
-        if recompute:
-            assert checkpoint_blocks(model.encoder) == 8  # residual blocks of a ResNet-18
-        step = train_step(model, precision=precision)
-        assert (step.lowp_weights is not None) == (precision is BF16)
-        losses = [float(step(batch, k).loss) for k, batch in enumerate(data)]
-        states.append((losses, model.state_dict()))
-    (losses_a, a), (losses_b, b) = states
-    assert losses_a == losses_b
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-class Norm(nn.BatchNorm2d):
-    """A batch norm with a forward of its own: no step collects its statistics."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = super().forward(x)
-        return 1.5 * y
-
-
-class Block(nn.Module):
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(8, 8, 3, padding=1), norm
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(self.norm(self.conv(x)))
-
-
-@pytest.mark.parametrize(
-    ("views", "norm"),
-    [
-        ("batched", lambda: nn.InstanceNorm2d(8, track_running_stats=True)),  # stacked views are not for it
-        ("separate", lambda: Norm(8)),
-        ("concat", lambda: Norm(8)),
-    ],
-    ids=["instance norm", "own forward", "own forward, concat"],
-)
-def test_norms_that_stay_torchs_are_counted_once_where_activations_are_computed_again(
-    views: Any, norm: Callable[[], nn.Module]
-) -> None:
-    (batch,) = batches(1)
-    states = []
-    for recompute in (False, True):
-        torch.manual_seed(0)
-        blocks = nn.Sequential(Block(norm()), Block(nn.BatchNorm2d(8)))
-        encoder = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), blocks, nn.AdaptiveAvgPool2d(1))
-        model = BYOL(encoder, hidden_dim=16, projection_dim=8, image_size=32, view_batching=views)
-        assert (model.not_batched_reason is not None) == (views == "batched")
-        if recompute:
-            assert checkpoint_blocks(model.encoder) == 2
-        train_step(model)(batch, 0)
-        states.append(model.state_dict())
-    for name, a in states[0].items():
-        assert torch.equal(a, states[1][name]), name
-
-
-def test_recomputation_keeps_less_for_the_backward_pass() -> None:
-    """Bytes that autograd holds on to, counted as it packs them."""
-    (batch,) = batches(1)
-
-    def kept(recompute: bool) -> int:
-        model = small_byol()
-        if recompute:
-            checkpoint_blocks(model.encoder)
-        seen: dict[int, int] = {}
-
-        def pack(t: torch.Tensor) -> torch.Tensor:
-            seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            output = model.forward_train(batch.views[0], batch.views[1])
-        del output
-        return sum(seen.values()) - sum(p.untyped_storage().nbytes() for p in model.parameters())
-
-    assert kept(True) < 0.7 * kept(False)
-
-
-@pytest.mark.parametrize("views", ["batched", "separate"])
 def test_running_statistics_are_moved_by_one_launch(views: str) -> None:
     """A CUDA graph can hold one of lists that look the same."""
     moves: list[str] = []
@@ -314,11 +192,6 @@ def test_running_statistics_are_moved_by_one_launch(views: str) -> None:
     with Moves():  # type: ignore[no-untyped-call]
         step(batches(2), 0)
     assert len(moves) == 1
-
-
-def test_an_encoder_without_blocks_cannot_be_recomputed() -> None:
-    with pytest.raises(ValueError, match=r"activation_checkpointing: the encoder must have blocks"):
-        checkpoint_blocks(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
 
 
 class OwnForward(BYOL):
@@ -428,3 +301,32 @@ def test_what_a_step_adds_to_forward_and_backward_does_not_grow_with_the_network
     assert update == (1, 0)  # LARS with the moving average
     assert everything.ops <= 18
     assert everything.syncs <= 1  # the flag of a step to be skipped, read by a CPU only
+
+
+def test_compiled_steps_equal_eager_ones() -> None:
+    """In float64, where different orders of summation cannot hide a difference behind rounding."""
+    torch.manual_seed(0)
+    encoder = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3, stride=2, bias=False), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten()
+    )
+    eager = BYOL(encoder.double(), hidden_dim=8, projection_dim=4, image_size=6)
+    other = copy.deepcopy(eager)
+    schedule = RunSchedule(total_steps=4, base_lr=40.0, batch_size=6, tau_base=0.9)
+    losses: dict[str, list[float]] = {}
+    features: dict[str, torch.Tensor] = {}
+    for mode, model in (("eager", eager), ("compile", other)):
+        forward = compile_forward(model, Mode(mode, "for the test"))  # type: ignore[arg-type]
+        optimizer = build_optimizer(OptimConfig(weight_decay=0.1, trust_coefficient=0.1), model.trainable_parameters())
+        step = TrainStep(model, optimizer, schedule, forward=forward)
+        generator = torch.Generator().manual_seed(1)
+        losses[mode] = []
+        for k in range(3):
+            views = torch.randn(2, 6, 3, 6, 6, generator=generator, dtype=torch.float64)
+            metrics = step(Batch((views[0], views[1]), None, torch.arange(6)), k)
+            losses[mode].append(float(metrics.loss))
+            (features[mode],) = metrics.features
+    assert losses["compile"] == pytest.approx(losses["eager"], rel=1e-12)
+    assert losses["eager"][0] != losses["eager"][2]
+    torch.testing.assert_close(features["compile"], features["eager"], rtol=1e-10, atol=1e-12)
+    for (name, a), b in zip(eager.state_dict().items(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-12, msg=name)

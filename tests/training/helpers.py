@@ -1,0 +1,50 @@
+"""A small BYOL, its batches and its training step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from byol_fast.config import OptimConfig
+from byol_fast.data import Batch
+from byol_fast.models.base import SSLModel
+from byol_fast.models.byol import BYOL
+from byol_fast.optim.optimizers import build_optimizer
+from byol_fast.optim.schedules import RunSchedule
+from byol_fast.training.train_step import TrainStep
+from byol_fast.utils.precision import Precision
+
+SCHEDULE = RunSchedule(total_steps=8, base_lr=20.0, batch_size=8, tau_base=0.9)
+FP32, BF16, FP16 = Precision("fp32", None), Precision("bf16", torch.bfloat16), Precision("fp16", torch.float16)
+
+
+def small_byol(views: str = "batched") -> BYOL:
+    # 32 px and not less: on CPUs torch's bf16 convolution of a single pixel with stride 2 returns garbage as its
+    # weights' gradient (torch 2.15), which a ResNet meets at 16 px.
+    torch.manual_seed(0)
+    return BYOL("resnet18_narrow", hidden_dim=16, projection_dim=8, image_size=32, view_batching=views)  # type: ignore[arg-type]
+
+
+def batches(count: int, size: int = 8) -> list[Batch]:
+    generator = torch.Generator().manual_seed(1)
+    views = torch.randint(0, 256, (count, 2, size, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    return [Batch((v[0], v[1]), None, torch.arange(size)) for v in views]
+
+
+def train_step(model: SSLModel, *, optimizer: str = "lars", precision: Precision = FP32, **options: Any) -> TrainStep:
+    config = OptimConfig(name=optimizer, weight_decay=0.01, trust_coefficient=0.1)  # type: ignore[arg-type]
+    made = build_optimizer(config, model.trainable_parameters())
+    return TrainStep(model, made, SCHEDULE, precision=precision, **options)
+
+
+def everything(step: TrainStep) -> list[torch.Tensor]:
+    return [t.detach().clone() for t in step.mutable_tensors() if t is not step.found_inf]
+
+
+def poisoned(batch: Batch) -> Batch:
+    """Normalized floats, one of them NaN."""
+    view1 = batch.views[0].float() / 255
+    view1[3, 1, 2, 5] = math.nan
+    return Batch((view1, batch.views[1].float() / 255), batch.labels, batch.index)
