@@ -20,38 +20,40 @@ from byol_fast.data.integrity import CorruptImages, TooManyCorruptImagesError
 from byol_fast.data.sources import FileSource
 from byol_fast.utils import checkpoint as checkpoints
 from tests.data.corrupt_files import CORRUPT, DAMAGED, JPEG, SIZE, UNUSUAL, config, fill, outcome
-from tests.data.helpers import error, loader_of, pixels, same
+from tests.data.helpers import config_of, error, loader_of, pixels, same
 from tests.data.kinds import available, make
 from tests.data.test_resume import CORRUPT as CORRUPT_INDEX
 from tests.data.test_resume import VIEW1, VIEW2, pictures, with_one_corrupt
 
 
 @pytest.mark.parametrize("kind", CORRUPT)
-def test_corrupt_file_is_explained(kind: str, backend: str, tmp_path: Path) -> None:
+def test_corrupt_file_is_explained(kind: str, files_backend: str, tmp_path: Path) -> None:
     name, data, message = CORRUPT[kind]
     fill(tmp_path)
     (tmp_path / name).write_bytes(data)
     with pytest.raises(
         CorruptImageError, match=rf"image: .*{name} ({message}).*; replace it .*--data\.on-corrupt skip"
     ) as caught:
-        loader = loader_of(open_source(tmp_path), config(backend, "raise"))
+        loader = loader_of(open_source(tmp_path), config(files_backend, "raise"))
         for _ in range(3):
             next(loader)
     assert caught.value.path == tmp_path / name
+    with pytest.raises(CorruptImageError, match=rf"{name} ({message})"):
+        list(eval_batches(open_source(tmp_path), SIZE, 4, loader="dali" if "dali" in files_backend else "threaded"))
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_file_damaged_during_the_run(kind: str, backend: str) -> None:
+def test_file_damaged_during_the_run(kind: str, files_backend: str) -> None:
     damage, message = DAMAGED[kind]
     for policy, prefix in (("raise", ""), ("skip", "skipped: ")):
         with tempfile.TemporaryDirectory() as temporary:  # pytest's own folder is closed to other users
             folder = Path(temporary)
             fill(folder)
             (folder / "x.jpg").write_bytes(JPEG)
-            assert re.match(prefix + message, outcome(folder, backend, policy, damage))
+            assert re.match(prefix + message, outcome(folder, files_backend, policy, damage))
 
 
-def test_unusual_files_are_read(backend: str, tmp_path: Path) -> None:
+def test_unusual_files_are_read(files_backend: str, tmp_path: Path) -> None:
     """All in one batch, against the pixels they were written from."""
     expected = {}
     for number, (name, data, pixels_of, tolerance) in enumerate(UNUSUAL.values()):
@@ -60,10 +62,28 @@ def test_unusual_files_are_read(backend: str, tmp_path: Path) -> None:
         expected[str(path)] = pixels_of, tolerance
     source = open_source(tmp_path)
     assert len(source) == len(UNUSUAL)
-    batch = next(loader_of(source, replace(config(backend, "raise"), {"batch_size": len(UNUSUAL)})))
+    batch = next(loader_of(source, replace(config(files_backend, "raise"), {"batch_size": len(UNUSUAL)})))
     for i, got in zip(batch.index.tolist(), pixels(batch.views[0]), strict=True):
         true, tolerance = expected[source.sample_name(i)]
         assert error(got, true).mean() <= tolerance, source.sample_name(i)
+        if (true == true[..., :1]).all():
+            assert (got == got[..., :1]).all(), source.sample_name(i)
+
+
+def test_rows_of_corrupt_files_are_replaced(files_backend: str, files: FileSource, tmp_path: Path) -> None:
+    """A view depends on its image alone: the others, and replacements, are as without a corrupt file."""
+    for folder in ("bad", "good"):
+        (tmp_path / folder).mkdir()
+        for i in range(8):
+            (tmp_path / folder / f"{i}.jpg").write_bytes(files.path(i).read_bytes())
+    (tmp_path / "bad" / "5.jpg").write_bytes(b"not an image")
+    skipping = replace(config_of(files_backend, VIEW1, VIEW2), {"data.on_corrupt": "skip"})
+    expected, result = (next(loader_of(open_source(tmp_path / name), skipping)) for name in ("good", "bad"))
+    assert 5 in expected.index.tolist() and 5 not in result.index.tolist()
+    where = [expected.index.tolist().index(i) for i in result.index.tolist()]
+    assert torch.equal(result.views[0], expected.views[0][where]) and torch.equal(
+        result.views[1], expected.views[1][where]
+    )
 
 
 def fill_with_corrupt(folder: Path, good: int = 30) -> set[str]:

@@ -1,4 +1,4 @@
-"""Loaders: order, determinism, exact resume, shards, corrupt images, evaluation batches, choice of the loader."""
+"""Loaders: order, determinism, exact resume, shards, evaluation batches, choice of the loader."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import io
 import sys
 import threading
 import types
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,13 +13,14 @@ import pytest
 import torch
 
 from byol_fast.config import ConfigError, DataConfig, ViewConfig, replace
-from byol_fast.data import Batch, CorruptImageError, ImageSource, SourceError, ViewLoader, eval_batches, open_source
+from byol_fast.data import Batch, ImageSource, SourceError, ViewLoader, eval_batches
 from byol_fast.data.decode import is_common_jpeg
-from byol_fast.data.loaders.backend import Backend, dali_installed, resolve_backend, resolve_decoder
+from byol_fast.data.loaders.backend import Backend, resolve_backend, resolve_decoder
 from byol_fast.data.loaders.threads import single_core_threads
 from byol_fast.data.sampler import BatchSampler
 from byol_fast.data.sources import ArraySource, FileSource
 from byol_fast.models.base import stack_views
+from tests.data.conftest import skip_without_dali
 from tests.data.helpers import CPU, config_of, error, loader_of, pixels, plain, same
 
 VIEW1 = ViewConfig(size=16)
@@ -44,9 +43,7 @@ def source(request: pytest.FixtureRequest, files: FileSource, arrays: ArraySourc
 
 @pytest.fixture(params=["dali", "threaded"])
 def decoder(request: pytest.FixtureRequest) -> Any:
-    if request.param == "dali" and not dali_installed():
-        pytest.skip("DALI is not installed")
-    return request.param
+    return skip_without_dali(request.param)
 
 
 def take(loader: ViewLoader, n: int) -> list[Batch]:
@@ -219,90 +216,6 @@ def test_batch_larger_than_the_data_is_refused(backend: str, arrays: ArraySource
         loader_of(arrays, config_of(backend, VIEW1, batch_size=17), num_shards=3)
     with pytest.raises(ValueError, match=r"shard_id must be 0\.\.1"):
         loader_of(arrays, config_of(backend, VIEW1), shard_id=2, num_shards=2)
-
-
-BAD: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "truncated": (lambda good: good[: len(good) // 2], "is a truncated JPEG"),
-    "garbage": (lambda good: bytes(range(256)) * 8, "is not an image"),
-    "html": (lambda good: b"<!DOCTYPE html><html>404</html>", r"is not an image \(it looks like HTML\)"),
-    "empty": (lambda good: b"", r"is empty \(0 bytes\)"),
-    "header only": (lambda good: good[:20], "is a truncated JPEG|is not an image"),
-}
-
-
-@pytest.mark.parametrize("kind", BAD)
-def test_corrupt_file_is_named(kind: str, files_backend: str, files: FileSource, tmp_path: Path) -> None:
-    spoil, reason = BAD[kind]
-    good = files.path(0).read_bytes()
-    for i in range(8):
-        (tmp_path / f"{i}.jpg").write_bytes(good)
-    bad = tmp_path / "5.jpg"
-    bad.write_bytes(spoil(good))
-    with pytest.raises(CorruptImageError, match=rf"5\.jpg ({reason})") as caught:
-        take(loader_of(open_source(tmp_path), config_of(files_backend, VIEW1, VIEW2, batch_size=4)), 2)
-    assert caught.value.path == bad
-    with pytest.raises(CorruptImageError, match=r"5\.jpg"):
-        list(eval_batches(open_source(tmp_path), 16, 4, loader="dali" if "dali" in files_backend else "threaded"))
-
-
-def test_removed_file_is_named(files_backend: str, files: FileSource, tmp_path: Path) -> None:
-    for i in range(4):
-        (tmp_path / f"{i}.jpg").write_bytes(files.path(0).read_bytes())
-    source = open_source(tmp_path)
-    (tmp_path / "2.jpg").unlink()
-    with pytest.raises(CorruptImageError, match=r"2\.jpg does not exist any more"):
-        next(loader_of(source, config_of(files_backend, VIEW1, batch_size=4)))
-
-
-def test_rows_of_corrupt_files_are_replaced(files_backend: str, files: FileSource, tmp_path: Path) -> None:
-    """A view depends on its image alone: the others, and replacements, are as without a corrupt file."""
-    for folder in ("bad", "good"):
-        (tmp_path / folder).mkdir()
-        for i in range(8):
-            (tmp_path / folder / f"{i}.jpg").write_bytes(files.path(i).read_bytes())
-    (tmp_path / "bad" / "5.jpg").write_bytes(b"not an image")
-    config = replace(config_of(files_backend, VIEW1, VIEW2), {"data.on_corrupt": "skip"})
-    expected, result = (next(loader_of(open_source(tmp_path / name), config)) for name in ("good", "bad"))
-    assert 5 in expected.index.tolist() and 5 not in result.index.tolist()
-    where = [expected.index.tolist().index(i) for i in result.index.tolist()]
-    assert torch.equal(result.views[0], expected.views[0][where]) and torch.equal(
-        result.views[1], expected.views[1][where]
-    )
-
-
-def test_unusual_files_are_read(files_backend: str, tmp_path: Path) -> None:
-    from PIL import Image
-
-    ramp = np.linspace(0, 255, 40 * 40 * 3).reshape(40, 40, 3).astype(np.uint8)
-    image = Image.fromarray(ramp)
-    image.convert("L").save(tmp_path / "gray.jpg")
-    image.convert("CMYK").save(tmp_path / "cmyk.jpg")
-    image.save(tmp_path / "progressive.JPG", progressive=True)
-    image.convert("RGBA").save(tmp_path / "alpha.png")
-    image.convert("P").save(tmp_path / "palette.png")
-    image.save(tmp_path / "web.webp", lossless=True)
-    Image.fromarray(ramp[..., 0].astype(np.uint16) * 257).save(tmp_path / "deep.png")
-    image.save(tmp_path / "bitmap.BMP")
-    image.save(tmp_path / "tag.tiff")
-    image.save(tmp_path / "unicode \u00e9\u4e2d\U0001f600.png")
-    image.save(tmp_path / "really a png.jpg", format="png")
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    image.save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    source = open_source(tmp_path)
-    assert len(source) == 12
-    batch = next(loader_of(source, config_of(files_backend, plain(40), batch_size=12)))
-    got = {Path(source.paths[int(k)]).stem: p for k, p in zip(batch.index, pixels(batch.views[0]), strict=True)}  # type: ignore[attr-defined]
-    assert np.array_equal(got["alpha"], ramp)
-    assert np.array_equal(got["bitmap"], ramp)
-    assert np.array_equal(got["tag"], ramp)
-    assert np.array_equal(got["web"], ramp)
-    assert np.array_equal(got["deep"], np.repeat(ramp[..., :1], 3, axis=2))  # 16 bits
-    assert np.array_equal(got["unicode \u00e9\u4e2d\U0001f600"], ramp)
-    assert np.array_equal(got["really a png"], ramp)
-    assert error(got["progressive"], ramp).mean() < 4
-    assert error(got["turned"], ramp).mean() < 4  # EXIF rotation is not applied
-    assert error(got["gray"], got["gray"][..., :1]).max() == 0
 
 
 def test_eval_batches_are_in_order_and_complete(decoder: Any, source: ImageSource) -> None:
