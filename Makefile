@@ -48,7 +48,7 @@ test: $(READY)
 
 # The kernels, the numbers, what is compiled, and what a step asks of CUDA, on the oldest supported torch and triton.
 test-oldest: .venv-oldest/.ready
-	$(OLDEST) -m pytest -q -n auto --dist worksteal --durations=25 -m "not slow and not peers and not browser" tests/kernels tests/numbers tests/test_compiled.py tests/test_cuda_operators.py
+	$(OLDEST) -m pytest -q -n auto --dist worksteal --durations=25 -m "not slow and not peers and not browser" tests/kernels tests/numbers tests/test_compiled.py tests/models/test_split_batchnorm_processes.py tests/test_cuda_operators.py
 
 # Beside the other packages, in at most ten minutes on two CPU cores. Results go to bench/DATE-TIME.
 bench: $(PEERS_READY)

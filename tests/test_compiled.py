@@ -8,18 +8,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 import torch._inductor.config
-from torch import Tensor, distributed
+from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.utils import run_and_get_code
-from torch.multiprocessing.spawn import spawn
 from torchvision.models.resnet import Bottleneck
 
 from byol_fast.config import OptimConfig
@@ -28,8 +25,6 @@ from byol_fast.models.base import SSLModel
 from byol_fast.models.byol import BYOL
 from byol_fast.models.gpu_tuning import tune_for_gpu
 from byol_fast.models.simsiam import SimSiam
-from byol_fast.models.split_batchnorm import convert_split_batchnorm, convert_sync_batchnorm
-from byol_fast.models.split_batchnorm_layers import num_splits
 from byol_fast.optim.optimizers import build_optimizer
 from byol_fast.optim.schedules import RunSchedule
 from byol_fast.training.train_step import TrainStep
@@ -124,60 +119,6 @@ def test_compiled_code_stores_activations_and_gradients_in_half_precision(
     assert len([size for size, dtype in sizes if size == activation and dtype == "bfloat16"]) > 0
     # Statistics are fp32, and small.
     assert not [size for size, dtype in sizes if size >= activation // 4 and dtype == "float32"]
-
-
-def float64_network() -> SmallResidualNetwork:
-    torch.manual_seed(0)
-    return SmallResidualNetwork().double().to(memory_format=torch.channels_last)
-
-
-def two_views() -> Tensor:
-    """Two views of six images."""
-    return torch.randn(2, 6, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-
-def on_one_of_two(rank: int, folder: str) -> None:
-    """Process of the test below: half of the images of each view."""
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    network = float64_network()
-    assert convert_split_batchnorm(network) is None
-    convert_sync_batchnorm(network)
-    network.compile(backend="aot_eager", fullgraph=True, dynamic=False)  # as a run with several processes does
-    x = two_views().chunk(2, dim=1)[rank].flatten(0, 1).requires_grad_()
-    with num_splits(network, 2):
-        y = network(x)
-    y.square().sum().backward()
-    assert x.grad is not None
-    found: dict[str, Tensor] = {"y": y.detach(), "dx": x.grad}
-    for name, parameter in network.named_parameters():
-        assert parameter.grad is not None
-        distributed.all_reduce(parameter.grad)
-        found[f"d {name}"] = parameter.grad
-    torch.save(found | dict(network.named_buffers()), Path(folder) / f"{rank}.pt")
-    distributed.destroy_process_group()
-
-
-def test_compiled_synchronized_batch_norm_on_two_processes_is_torchs_on_the_whole_batch(tmp_path: Path) -> None:
-    spawn(on_one_of_two, args=(str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    network = float64_network()  # nn.BatchNorm2d, eager, one view after the other
-    views = two_views().requires_grad_()
-    y = torch.stack([network(view) for view in views])
-    y.square().sum().backward()  # type: ignore[no-untyped-call]
-    assert views.grad is not None
-    assert network.bn1.num_batches_tracked == 2
-    for rank in range(2):
-        halves = {"y": y.detach(), "dx": views.grad}
-        expected = {name: whole.chunk(2, dim=1)[rank].flatten(0, 1) for name, whole in halves.items()}
-        expected |= {f"d {name}": p.grad for name, p in network.named_parameters() if p.grad is not None}
-        expected |= dict(network.named_buffers())
-        assert found[rank].keys() == expected.keys()
-        for name, tensor in expected.items():
-            # Sums in another order, six layers deep; statistics of half a batch would differ by tenths.
-            torch.testing.assert_close(
-                found[rank][name], tensor, rtol=1e-10, atol=1e-12, msg=partial("{}: {}".format, name)
-            )
 
 
 def test_training_pass_is_compiled_once() -> None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from byol_fast.models.split_batchnorm import convert_split_batchnorm, convert_sync_batchnorm, index_layers
+from byol_fast.models.split_batchnorm import convert_split_batchnorm, index_layers
 from byol_fast.models.split_batchnorm_layers import BatchStats, num_splits
 from byol_fast.training.running_stats import RunningStats
 from tests.models.helpers import Residual, at_once, equal, everything, made, separately
@@ -163,19 +162,3 @@ def test_recomputed_activations_have_their_views_and_are_counted_once(
     found = everything(wrapped, x, run)
     found = {name.replace("block.", ""): value for name, value in found.items()}
     equal(found, everything(network, x, lambda n, x: separately(n, x, views)))
-
-
-def test_synchronized_and_compiled_without_breaks(tmp_path: Path) -> None:
-    network = made(Residual).to(memory_format=torch.channels_last)
-    stacked = copy.deepcopy(network)
-    convert_split_batchnorm(stacked)
-    convert_sync_batchnorm(stacked)
-    torch._dynamo.reset()
-    compiled: Any = torch.compile(at_once, backend="aot_eager", fullgraph=True, dynamic=False)
-    x = torch.randn(8, 3, 9, 7, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
-    try:
-        found = everything(stacked, x, lambda n, x: compiled(n, x, 2))
-    finally:
-        distributed.destroy_process_group()
-    equal(found, everything(network, x, lambda n, x: separately(n, x, 2)))

@@ -1,4 +1,4 @@
-"""Batch norm synchronized over processes."""
+"""Batch norm synchronized over processes, also compiled."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from torch.multiprocessing.spawn import spawn
 from byol_fast.models.split_batchnorm import convert_split_batchnorm, convert_sync_batchnorm
 from tests.models.helpers import CLOSE, OwnForward, Residual, at_once, equal, everything, made, separately, with_norm
 
-SHARES = ([3, 3], [2, 4])  # images of a view on each of two processes
+# Kind of the network, and images of a view on each of two processes.
+CASES = (
+    ("BatchNorm", [3, 3]),
+    ("BatchNorm", [2, 4]),
+    ("SyncBatchNorm", [3, 3]),
+    ("SyncBatchNorm", [2, 4]),
+    ("compiled", [3, 3]),
+)
 
 
 def network_and_images(kind: str) -> tuple[nn.Module, Tensor]:
@@ -28,23 +35,24 @@ def network_and_images(kind: str) -> tuple[nn.Module, Tensor]:
 def on_one_of_two(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    results: dict[str, dict[str, Tensor]] = {}
-    for kind in ("BatchNorm", "SyncBatchNorm"):
-        for shares in SHARES:
-            network, images = network_and_images(kind)
-            assert convert_split_batchnorm(network) is None
-            if kind == "BatchNorm":
-                convert_sync_batchnorm(network)
-            x = torch.split(images, shares, dim=1)[rank].flatten(0, 1).clone().requires_grad_()
-            y = at_once(network, x, 2)
-            y.square().sum().backward()  # type: ignore[no-untyped-call]
-            assert x.grad is not None
-            found = {"y": y.detach(), "dx": x.grad} | dict(network.named_buffers())
-            for name, p in network.named_parameters():
-                assert p.grad is not None
-                distributed.all_reduce(p.grad)
-                found[f"d {name}"] = p.grad
-            results[f"{kind} {shares}"] = found
+    results: list[dict[str, Tensor]] = []
+    for kind, shares in CASES:
+        network, images = network_and_images(kind)
+        assert convert_split_batchnorm(network) is None
+        if kind != "SyncBatchNorm":
+            convert_sync_batchnorm(network)
+        if kind == "compiled":  # as a run with several processes does
+            network.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+        x = torch.split(images, shares, dim=1)[rank].flatten(0, 1).clone().requires_grad_()
+        y = at_once(network, x, 2)
+        y.square().sum().backward()  # type: ignore[no-untyped-call]
+        assert x.grad is not None
+        found = {"y": y.detach(), "dx": x.grad} | dict(network.named_buffers())
+        for name, p in network.named_parameters():
+            assert p.grad is not None
+            distributed.all_reduce(p.grad)
+            found[f"d {name}"] = p.grad
+        results.append(found)
     torch.save(results, Path(folder) / f"{rank}.pt")
     distributed.destroy_process_group()
 
@@ -60,9 +68,8 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path: Path) -> None:
     y = separately(network, x, 2)
     y.square().sum().backward()  # type: ignore[no-untyped-call]
     assert x.grad is not None
-    assert len(results[0]) == 4
-    for case in results[0]:
-        shares = [3, 3] if "[3, 3]" in case else [2, 4]
+    assert len(results[0]) == len(results[1]) == len(CASES)
+    for case, (_, shares) in enumerate(CASES):
         for name, whole in (("y", y.detach()), ("dx", x.grad)):
             for rank, part in enumerate(torch.split(whole.view(2, 6, *whole.shape[1:]), shares, dim=1)):
                 torch.testing.assert_close(results[rank][case][name], part.flatten(0, 1), **CLOSE)

@@ -73,7 +73,7 @@ def test_run_without_faults_has_none_of_their_findings(run: Config, one_core: No
 
 
 class SlowImages:
-    """Images whose loading takes 0.1 s."""
+    """Images whose loading takes 0.03 s."""
 
     def __init__(self, images: np.ndarray) -> None:
         self.images = images
@@ -82,7 +82,7 @@ class SlowImages:
         return len(self.images)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        time.sleep(0.1)
+        time.sleep(0.03)
         item: np.ndarray = self.images[index]
         return item
 
