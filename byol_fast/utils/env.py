@@ -97,7 +97,7 @@ def describe_measurement(device: torch.device) -> dict[str, Any]:
 
 def git_state() -> dict[str, Any]:
     """Commit of the checkout, and whether it has uncommitted changes; None if unknown."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     if not _output("git", "-C", str(root), "ls-files", "--error-unmatch", "byol_fast/__init__.py"):
         # A copy without its repository: the process that copied it passes the commit.
         return {"commit": os.environ.get("BYOL_FAST_COMMIT"), "dirty": None}

@@ -6,6 +6,7 @@ import csv
 import functools
 import itertools
 import json
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from byol_fast.bench.synthetic_jpegs import write_synthetic_jpegs
 from byol_fast.bench.timing import Timing, interleaved, ratio
 from byol_fast.cli import bench as command
 from byol_fast.config import ConfigError
+from byol_fast.utils import env
 
 
 def test_rounds_are_interleaved_and_warmup_is_discarded() -> None:
@@ -90,6 +92,14 @@ def test_saved_results_are_loaded_unchanged(tmp_path: Path, capsys: pytest.Captu
     with Image.open(tmp_path / "results" / "step.png") as picture:
         colors = {color for _, color in picture.convert("RGB").getcolors(1 << 20) or []}
     assert {(0x00, 0x72, 0xB2), (0x9A, 0xA5, 0xAD)} <= colors  # a bar of byol_fast, and one of another candidate
+
+
+def test_commit_of_a_checkout_is_recorded() -> None:
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        pytest.skip("not a checkout")
+    head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    assert env.git_state()["commit"] == head.stdout.strip()
 
 
 def rounds(seconds: float, spread: float, seed: int, machine: np.ndarray | None = None) -> Timing:
