@@ -12,7 +12,6 @@ Libraries that are not installed are skipped with a line.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ import torch
 from rich.console import Console
 from torch.nn import functional as F
 
+from benchmarks.tables import save_table
 from byol_fast.config.evaluation import EvalSettings
 from byol_fast.evaluate import (
     Evaluation,
@@ -37,7 +37,6 @@ from byol_fast.evaluate.images import open_images
 from byol_fast.evaluate.logistic import LogisticProblem
 from byol_fast.evaluate.runner import EvalContext
 from byol_fast.utils import env
-from byol_fast.utils.files import atomic_path, atomic_write
 from byol_fast.utils.progress import Progress
 
 COLUMNS = ("protocol", "candidate", "top1", "low95", "high95", "top5", "num_train", "num_test", "chosen", "cpu_seconds")
@@ -149,7 +148,7 @@ def main() -> None:
     rows: list[list[object]] = []
     for name in options.only:
         if name == "agreement":
-            save(
+            save_table(
                 options.save,
                 "agreement",
                 AGREEMENT_COLUMNS,
@@ -163,20 +162,7 @@ def main() -> None:
             rows += new_rows
             for row in new_rows:
                 print(f"{row[0]:18s} {row[1]:30s} {row[2]:.2%} [{row[3]:.2%} - {row[4]:.2%}] {row[8]}", flush=True)
-            save(options.save, "evaluation", COLUMNS, rows)
-
-
-def save(folder: Path | None, name: str, columns: tuple[str, ...], rows: list[list[object]]) -> None:
-    if folder is None:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_path(folder / f"{name}.csv") as path, path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows([[round(v, 6) if isinstance(v, float) else v for v in row] for row in rows])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    record = env.describe(device) | {"date": time.strftime("%Y-%m-%d")}
-    atomic_write(folder / "environment.json", json.dumps(record, indent=2) + "\n")
+            save_table(options.save, "evaluation", COLUMNS, rows)
 
 
 if __name__ == "__main__":

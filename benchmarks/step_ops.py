@@ -9,13 +9,12 @@ ResNet-50 with the paper's heads, LARS and EMA. Forward and backward are counted
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from benchmarks.tables import save_table
 from byol_fast.bench.counting import Case, OperatorCounter
 from byol_fast.bench.kernels import optimizer_suite
 from byol_fast.config import OptimConfig
@@ -25,9 +24,8 @@ from byol_fast.models.byol import BYOL
 from byol_fast.optim.optimizers import build_optimizer
 from byol_fast.optim.schedules import RunSchedule
 from byol_fast.training.train_step import TrainStep
-from byol_fast.utils import env
-from byol_fast.utils.files import atomic_path, atomic_write
 
+COLUMNS = ("provider", "ops", "host_syncs")
 SCHEDULE = RunSchedule(total_steps=100, base_lr=0.2, tau_base=0.99)
 
 
@@ -85,19 +83,14 @@ def rows() -> list[tuple[str, Counts]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--save", type=Path, help="folder for step_ops.csv and env.json")
+    parser.add_argument("--save", type=Path, help="folder for step_ops.csv and environment.json")
     arguments = parser.parse_args()
     counts = rows()
     for name, count in counts:
         print(f"{name:60s}{count.ops:6d} operators {count.syncs:5d} host syncs")
-    if arguments.save is not None:
-        arguments.save.mkdir(parents=True, exist_ok=True)
-        with atomic_path(arguments.save / "step_ops.csv") as path, path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(("provider", "ops", "host_syncs"))
-            writer.writerows((name, *count) for name, count in counts)
-        record = env.describe_measurement(torch.device("cpu"))
-        atomic_write(arguments.save / "environment.json", json.dumps(record, indent=2) + "\n")
+    save_table(
+        arguments.save, "step_ops", ("provider", "ops", "host_syncs"), [(name, *count) for name, count in counts]
+    )
 
 
 if __name__ == "__main__":
