@@ -1,9 +1,13 @@
-"""A network that compiles in seconds and still has every kind of layer that a ResNet has."""
+"""The methods, and a network that compiles in seconds and still has every kind of layer that a ResNet has."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from byol_fast.models import BYOL, SimSiam, SSLModel
+
+METHODS: list[type[SSLModel]] = [BYOL, SimSiam]
 
 
 class SmallResidualNetwork(nn.Module):

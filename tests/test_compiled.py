@@ -24,14 +24,13 @@ from byol_fast.data import Batch
 from byol_fast.models.base import SSLModel
 from byol_fast.models.byol import BYOL
 from byol_fast.models.gpu_tuning import tune_for_gpu
-from byol_fast.models.simsiam import SimSiam
 from byol_fast.optim.optimizers import build_optimizer
 from byol_fast.optim.schedules import RunSchedule
 from byol_fast.training.train_step import TrainStep
-from tests.networks import SmallResidualNetwork
+from tests.networks import METHODS, SmallResidualNetwork
 
 
-@pytest.mark.parametrize("method", [BYOL, SimSiam])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_gradients_of_a_compiled_pass_are_the_eager_ones(method: type[SSLModel], dtype: torch.dtype) -> None:
     torch.manual_seed(0)

@@ -173,7 +173,7 @@ class ModelConfig:
     pretrained: bool = False
     """Initialize the encoder with torchvision's default weights (downloaded, or from torch's cache)."""
     hidden_dim: int = 4096
-    """Width of the hidden layers of projector and predictor."""
+    """Width of the hidden layers of projector and predictor (with SimSiam of the projector)."""
     projection_dim: int = 256
     """Size of projections and predictions."""
     projector_layers: int = 2

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from byol_fast.config import ViewConfig
 from byol_fast.data.random_numbers import item_keys, uniform
-from byol_kernels.augment_params.params import ATTEMPTS, TABLE_COLUMNS
+from byol_kernels.augment_params.params import ATTEMPTS, NUM_RANDOM, TABLE_COLUMNS
 from byol_kernels.photometric.params import ADJUSTMENTS
 
 PROBABILITIES = {
@@ -71,7 +71,7 @@ def sample_augment_params(
         epoch: pass over the data, from 0.
         view: number of the view, from 0.
     """
-    u = uniform(item_keys(seed, epoch, view, index), 2 * ATTEMPTS + 16)
+    u = uniform(item_keys(seed, epoch, view, index), NUM_RANDOM)
     area, log_ratio, offset, rest = np.split(u, [ATTEMPTS, 2 * ATTEMPTS, 2 * ATTEMPTS + 2], axis=1)
     area = _between(area, *config.scale)
     ratio = _exp(_between(log_ratio, math.log(config.ratio[0]), math.log(config.ratio[1])))

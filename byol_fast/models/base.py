@@ -16,7 +16,7 @@ from byol_fast.models import split_batchnorm
 from byol_fast.models.layers import Normalize
 from byol_fast.models.split_batchnorm_layers import BatchStats, num_splits
 from byol_fast.utils.profiler_ranges import record_range
-from byol_kernels import byol_loss_with_stats
+from byol_kernels import byol_loss, byol_loss_with_stats
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -89,7 +89,7 @@ class SSLModel(nn.Module, ABC):
     """Networks and a loss over augmented views of the same images.
 
     A subclass sets `online`, `normalize` and `feature_dim`, calls `_set_view_batching`, and defines `_outputs`,
-    `_loss_and_std` and `trainable_parameters`.
+    `trainable_parameters` and, if its loss is not BYOL's, `_from_byol_loss` (or `loss` and `forward_train`).
     """
 
     online: OnlineNetwork
@@ -142,7 +142,8 @@ class SSLModel(nn.Module, ABC):
         batch_stats: list[BatchStats] | None = [] if self.collect_batch_stats else None
         outputs, features = self._outputs(views, batch_stats)
         with record_range("loss"):
-            loss, embedding_std = self._loss_and_std(*outputs)
+            loss, embedding_std = byol_loss_and_std(*outputs)
+            loss = self._from_byol_loss(loss)
         return ModelOutput(loss, embedding_std, features, None if batch_stats is None else tuple(batch_stats))
 
     @abstractmethod
@@ -154,9 +155,19 @@ class SSLModel(nn.Module, ABC):
             batch_stats: list to which batch norms append their statistics; None updates the running ones.
         """
 
-    @abstractmethod
-    def _loss_and_std(self, p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
-        """`ModelOutput.loss` and `.embedding_std` from the result of `forward`."""
+    def loss(self, predictions: Sequence[Tensor], projections: Sequence[Tensor]) -> Tensor:
+        """The loss of `forward_train`, mean over the batch, from the results of `forward`.
+
+        Args:
+            predictions: `(p1, p2)`, each `[B, D]`.
+            projections: `(z1, z2)`, each `[B, D]`; no gradient reaches them.
+        """
+        (p1, p2), (z1, z2) = predictions, projections
+        return self._from_byol_loss(byol_loss(p1, p2, z1, z2))
+
+    def _from_byol_loss(self, loss: Tensor) -> Tensor:
+        """The method's loss from BYOL's, which is 4 - 2 (cos(p1, z2) + cos(p2, z1))."""
+        return loss
 
     @abstractmethod
     def trainable_parameters(self) -> list[nn.Parameter]:

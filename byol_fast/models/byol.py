@@ -17,7 +17,6 @@ from byol_fast.models.base import (
     TargetNetwork,
     ViewBatching,
     by_view,
-    byol_loss_and_std,
     check_sizes,
     parameter_like,
 )
@@ -25,12 +24,13 @@ from byol_fast.models.encoders import build_encoder, feature_dim
 from byol_fast.models.layers import MLPHead, Normalize
 from byol_fast.models.split_batchnorm_layers import BatchStats
 from byol_fast.utils.profiler_ranges import record_range
-from byol_kernels import byol_loss, ema_update_
+from byol_kernels import ema_update_
 
 
 class BYOL(SSLModel):
     """Bootstrap Your Own Latent: the online network predicts the target's projection of the other view.
 
+    The loss is `mean over the batch of l(p1, z2) + l(p2, z1)` with `l = 2 - 2 cos`, from 0 to 8 (equation 2).
     Batch normalization sees one view at a time. The target runs in train mode with running statistics of its own; only
     its parameters are an EMA of the online ones.
 
@@ -103,19 +103,6 @@ class BYOL(SSLModel):
             z1, z2 = by_view(self.target(*inputs))  # no_grad, not inference_mode: that breaks later compiled training
         _, (p1, p2), features = self._pass_online(inputs, batch_stats)
         return (p1, p2, z1, z2), features
-
-    def loss(self, predictions: Sequence[Tensor], projections: Sequence[Tensor]) -> Tensor:
-        """`mean over the batch of l(p1, z2) + l(p2, z1)` with `l = 2 - 2 cos`, from 0 to 8.
-
-        Args:
-            predictions: the online network's `(p1, p2)`, each `[B, D]`.
-            projections: the target network's `(z1, z2)`, each `[B, D]`.
-        """
-        (p1, p2), (z1, z2) = predictions, projections
-        return byol_loss(p1, p2, z1, z2)
-
-    def _loss_and_std(self, p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
-        return byol_loss_and_std(p1, p2, z1, z2)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Parameters of the online encoder, projector and predictor, in this order."""

@@ -13,14 +13,12 @@ from byol_fast.models.base import (
     Outputs,
     SSLModel,
     ViewBatching,
-    byol_loss_and_std,
     check_sizes,
     parameter_like,
 )
 from byol_fast.models.encoders import build_encoder, feature_dim
 from byol_fast.models.layers import Normalize, simsiam_predictor, simsiam_projector
 from byol_fast.models.split_batchnorm_layers import BatchStats
-from byol_kernels import byol_loss
 
 
 class SimSiam(SSLModel):
@@ -89,25 +87,9 @@ class SimSiam(SSLModel):
         (z1, z2), (p1, p2), features = self._pass_online(self._inputs(views), batch_stats)
         return (p1, p2, z1.detach(), z2.detach()), features
 
-    def loss(self, predictions: Sequence[Tensor], projections: Sequence[Tensor]) -> Tensor:
-        """`-(cos(p1, z2) + cos(p2, z1)) / 2`, mean over the batch.
-
-        Args:
-            predictions: `(p1, p2)`, each `[B, D]`.
-            projections: `(z1, z2)`, each `[B, D]`.
-        """
-        (p1, p2), (z1, z2) = predictions, projections
-        return _from_byol(byol_loss(p1, p2, z1, z2))
-
-    def _loss_and_std(self, p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
-        loss, embedding_std = byol_loss_and_std(p1, p2, z1, z2)
-        return _from_byol(loss), embedding_std
+    def _from_byol_loss(self, loss: Tensor) -> Tensor:
+        return loss / 4 - 1
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Parameters of the encoder, the projector and the predictor, in this order."""
         return list(self.online.parameters())
-
-
-def _from_byol(loss: Tensor) -> Tensor:
-    """SimSiam's loss: BYOL's is 4 - 2 (cos + cos)."""
-    return loss / 4 - 1

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from byol_fast.config import Config, DataConfig, ViewConfig
+from byol_fast import config as configs
+from byol_fast.config import Config, DataConfig, ViewConfig, recipes
 from byol_fast.data.augment_params import PROBABILITIES
 from byol_fast.data.batch import Batch, ViewLoader
 from byol_fast.data.loaders.factory import make_loader
@@ -63,3 +64,9 @@ def error(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:
 
 def same(a: Batch, b: Batch) -> bool:
     return all(torch.equal(x, y) for x, y in zip((*a.views, a.index), (*b.views, b.index), strict=True))
+
+
+def paper(backend: str, size: int, **changes: Any) -> Config:
+    """The paper's recipe with smaller views."""
+    views = {name: {"size": size, **changes} for name in ("view1", "view2")}
+    return configs.replace(recipes.imagenet_resnet50(), {"data": config_of(backend, plain(size)).data, **views})

@@ -6,21 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from byol_fast import config as configs
-from byol_fast.config import recipes
 from byol_fast.data.loaders.eval import center_crop
 from byol_fast.data.sources import ArraySource, FileSource, ImageSource
 from byol_fast.report import view_check
-from tests.data.helpers import OPERATORS, config_of, plain
+from tests.data.helpers import OPERATORS, paper
 from tests.gpu import DEVICE
 
 pytestmark = pytest.mark.gpu("parity")
 
 
 def assert_parity(source: ImageSource, backend: str, size: int, num_images: int) -> None:
-    data = config_of(backend, plain(size)).data
-    config = configs.replace(recipes.imagenet_resnet50(), {"view1.size": size, "view2.size": size, "data": data})
-    found = list(view_check.compare(source, config, torch.device(DEVICE), num_images=num_images))
+    found = list(view_check.compare(source, paper(backend, size), torch.device(DEVICE), num_images=num_images))
     assert not [f"{name}: {error}, at most {limit}" for name, error, limit in found if not error.within(limit)]
     assert [name for name, _, _ in found] == [*OPERATORS, "view 1", "view 2"]
 

@@ -20,17 +20,11 @@ from byol_fast.data.sources import ArraySource, FileSource, ImageSource, open_so
 from byol_fast.report import view_check
 from byol_fast.report.view_check import Levels, differences, torchvision_views
 from byol_kernels.photometric.params import ADJUSTMENTS
-from tests.data.helpers import CPU, OPERATORS, config_of, error, loader_of, pixels, plain
+from tests.data.helpers import CPU, OPERATORS, config_of, error, loader_of, paper, pixels, plain
 
 ALL = [*OPERATORS, "view 1", "view 2"]
 STRONG = dict[str, Any](brightness=0.8, contrast=0.8, saturation=0.8, hue=0.5, blur_p=0.5, blur_kernel=7)
 STRONG |= dict[str, Any](solarize_p=0.5, solarize_threshold=64, interpolation="bilinear")
-
-
-def paper(backend: str, size: int, **changes: Any) -> Config:
-    """The paper's recipe with smaller views."""
-    views = {name: {"size": size, **changes} for name in ("view1", "view2")}
-    return configs.replace(recipes.imagenet_resnet50(), {"data": config_of(backend, plain(size)).data, **views})
 
 
 def compare(source: ImageSource, config: Config, num_images: int) -> dict[str, tuple[Levels, Levels]]:

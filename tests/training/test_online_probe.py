@@ -14,12 +14,11 @@ from torch.nn import functional as F
 from byol_fast import Callback
 from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError
-from byol_fast.models.byol import BYOL
-from byol_fast.models.simsiam import SimSiam
 from byol_fast.training.metrics import read
 from byol_fast.training.online_probe import EPS, OnlineProbe
 from byol_fast.training.trainer import Trainer
 from byol_fast.utils import checkpoint as checkpoints
+from tests.networks import METHODS
 
 CPU = torch.device("cpu")
 RUN, SKIPPED = torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
@@ -89,7 +88,7 @@ def test_skipped_step_does_not_train_probe() -> None:
     assert torch.equal(probe.weight, other.weight)
 
 
-@pytest.mark.parametrize("method", [BYOL, SimSiam])
+@pytest.mark.parametrize("method", METHODS)
 def test_training_features_are_detached_and_equal_encoder(method: Any) -> None:
     views = [torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(i)) for i in (1, 2)]
     for form in ("batched", "separate"):

@@ -276,6 +276,8 @@ def test_simsiam_is_its_formula() -> None:
     (batch,) = batches(1)
     assert not model.target_parameters()
     output = model.forward_train(batch.views[0], batch.views[1])
+    p1, p2, z1, z2 = model(batch.views[0], batch.views[1])
+    assert model.loss((p1, p2), (z1, z2)).item() == pytest.approx(output.loss.item(), rel=1e-12)
     output.loss.backward()  # type: ignore[no-untyped-call]
     ours = [p.grad.clone() for p in model.online.parameters() if p.grad is not None]
     assert len(ours) == len(list(model.online.parameters()))

@@ -74,7 +74,7 @@ def _between(u: tl.tensor, table_ptr: tl.tensor, MIN: tl.constexpr, RANGE: tl.co
 def _sample_view_params_kernel(
     index_ptr: tl.tensor,  # [B] int64
     key_ptr: tl.tensor,  # [] int64
-    table_ptr: tl.tensor,  # [24] float64, columns as in `TABLE_COLUMNS`
+    table_ptr: tl.tensor,  # [len(TABLE_COLUMNS)] float64
     crop_box_ptr: tl.tensor,  # [B, 4] int32: top, left, height, width
     flip_ptr: tl.tensor,  # [B] bool, like the other masks
     jitter_ptr: tl.tensor,

@@ -34,7 +34,7 @@ def sample_view_params(index: Tensor, key: Tensor, table: Tensor, *, blur_kernel
     Args:
         index: numbers of the images, [B] int64.
         key: key of the random stream, [] int64: a hash of a seed, the epoch and the view, say.
-        table: ranges and probabilities, [24] float64, columns as in `augment_params.params.TABLE_COLUMNS`.
+        table: ranges and probabilities, float64, with the columns `augment_params.params.TABLE_COLUMNS`.
         blur_kernel: largest width of the blur kernel in pixels, odd; 0 for three sigma to each side.
 
     Returns:

@@ -10,6 +10,9 @@ from byol_kernels.photometric.params import ADJUSTMENTS
 ATTEMPTS = 10
 """Candidates for a crop before the center of the image is taken, as in torchvision's RandomResizedCrop."""
 
+NUM_RANDOM = 2 * ATTEMPTS + 16
+"""Random numbers of an image in a view; the docstring of `reference.py` says which is used for what."""
+
 TABLE_COLUMNS = (
     *("scale_min", "scale_range", "log_ratio_min", "log_ratio_range", "sigma_min", "sigma_range"),
     *(f"{name}_min" for name in ADJUSTMENTS),

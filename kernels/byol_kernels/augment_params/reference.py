@@ -15,10 +15,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from byol_kernels.augment_params.params import ATTEMPTS, TABLE_COLUMNS, ViewParams
+from byol_kernels.augment_params.params import ATTEMPTS, NUM_RANDOM, TABLE_COLUMNS, ViewParams
 from byol_kernels.photometric.params import ADJUSTMENTS
 
-NUM_RANDOM = 2 * ATTEMPTS + 16
 _GAMMA = 0x9E3779B97F4A7C15
 
 
@@ -26,7 +25,7 @@ def sample_view_params(index: Tensor, key: Tensor, table: Tensor, blur_kernel: i
     """Parameters of the images; see `ops.py`. No `addcmul` and the like, which may round once instead of twice."""
     columns = dict(zip(TABLE_COLUMNS, table.unbind(), strict=True))
     u = _uniform(index, key)
-    scale, log_ratio, position, rest = torch.split(u, [ATTEMPTS, ATTEMPTS, 2, 14], dim=1)
+    scale, log_ratio, position, rest = torch.split(u, [ATTEMPTS, ATTEMPTS, 2, NUM_RANDOM - 2 * ATTEMPTS - 2], dim=1)
     scale = scale * columns["scale_range"] + columns["scale_min"]
     ratio = exp(log_ratio * columns["log_ratio_range"] + columns["log_ratio_min"])
     smallest, spread = (torch.stack([columns[f"{name}_{end}"] for name in ADJUSTMENTS]) for end in ("min", "range"))

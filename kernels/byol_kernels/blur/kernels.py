@@ -182,8 +182,8 @@ def launch_gaussian_blur(
     sigma: Tensor,
     kernel_size: Tensor,
     *,
-    solarize: Tensor | None = None,
-    solarize_threshold: float = 0.0,
+    solarize: Tensor | None,
+    solarize_threshold: float,
     scale: Sequence[float] = (1.0, 1.0, 1.0),
     bias: Sequence[float] = (0.0, 0.0, 0.0),
     copy: bool,
@@ -226,5 +226,8 @@ def gaussian_blur_cuda(images: Tensor, sigma: Tensor, kernel_size: Tensor, blur:
     if out_NHWC.numel():
         bias = (0.5,) * 3 if images.dtype == torch.uint8 else (0.0,) * 3  # the conversion truncates
         blur = to_device(blur, images.device)
-        launch_gaussian_blur(images, out_NHWC, blur, sigma, kernel_size, bias=bias, copy=blur is not None)
+        launch_gaussian_blur(
+            images, out_NHWC, blur, sigma, kernel_size, solarize=None, solarize_threshold=0.0, bias=bias,
+            copy=blur is not None,
+        )  # fmt: skip
     return out_NHWC.permute(0, 3, 1, 2)
