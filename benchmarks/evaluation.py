@@ -146,6 +146,7 @@ def main() -> None:
         "all": [lambda: evaluate_finetune(*images, labels=(1.0,), **every)[0]],
     }
     rows: list[list[object]] = []
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # as the protocols choose by default
     for name in options.only:
         if name == "agreement":
             save_table(
@@ -153,6 +154,7 @@ def main() -> None:
                 "agreement",
                 AGREEMENT_COLUMNS,
                 agreement(*images, EvalSettings(max_train=options.max_train, max_test=options.max_test)),
+                device=device,
             )
             continue
         for evaluate in protocols[name]:
@@ -162,7 +164,7 @@ def main() -> None:
             rows += new_rows
             for row in new_rows:
                 print(f"{row[0]:18s} {row[1]:30s} {row[2]:.2%} [{row[3]:.2%} - {row[4]:.2%}] {row[8]}", flush=True)
-            save_table(options.save, "evaluation", COLUMNS, rows)
+            save_table(options.save, "evaluation", COLUMNS, rows, device=device)
 
 
 if __name__ == "__main__":

@@ -88,9 +88,7 @@ def main() -> None:
     counts = rows()
     for name, count in counts:
         print(f"{name:60s}{count.ops:6d} operators {count.syncs:5d} host syncs")
-    save_table(
-        arguments.save, "step_ops", ("provider", "ops", "host_syncs"), [(name, *count) for name, count in counts]
-    )
+    save_table(arguments.save, "step_ops", COLUMNS, [(name, *count) for name, count in counts], device="cpu")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ from byol_fast.utils import env
 from byol_fast.utils.files import atomic_path, atomic_write
 
 
-def save_table(folder: Path | None, name: str, columns: tuple[str, ...], rows: Iterable[Iterable[object]]) -> None:
-    """Write NAME.csv and environment.json into a folder; nothing if it is None."""
+def save_table(
+    folder: Path | None, name: str, columns: tuple[str, ...], rows: Iterable[Iterable[object]], *, device: str
+) -> None:
+    """Write NAME.csv and environment.json, of the machine and the device, into a folder; nothing if it is None."""
     if folder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -22,5 +24,5 @@ def save_table(folder: Path | None, name: str, columns: tuple[str, ...], rows: I
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows([round(v, 6) if isinstance(v, float) else v for v in row] for row in rows)
-    record = env.describe_measurement(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    record = env.describe_measurement(torch.device(device))
     atomic_write(folder / "environment.json", json.dumps(record, indent=2) + "\n")

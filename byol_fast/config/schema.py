@@ -381,8 +381,9 @@ class Config:
         _check_choices(self)
         for option, method in METHOD_OPTIONS.items():
             value, default = getattr(self.model, option), getattr(ModelConfig(), option)
-            contract = f"be its default, {default!r}, with method {self.method}, which has no such option"
-            _require(self.method == method or value == default, f"model.{option}", contract, value)
+            contract = f"be its default with method {self.method}, which has no such option"
+            fix = f"set it to {default!r}"
+            _require(self.method == method or value == default, f"model.{option}", contract, value, fix)
         _positive("grad_accum_steps", self.grad_accum_steps)
         _positive("max_skipped_steps", self.max_skipped_steps)
         _positive("timeout_minutes", self.timeout_minutes)

@@ -154,7 +154,7 @@ def _time_steps(trainer: Trainer, one_step: Callable[[], None], steps: int) -> _
     if on_gpu:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-    trainer.throughput.read()
+    waited = trainer.throughput.data_wait_seconds
     with Telemetry(device) as telemetry:
         if on_gpu:
             # The phase clock makes the host wait after each step, so the speed is measured without it.
@@ -166,14 +166,13 @@ def _time_steps(trainer: Trainer, one_step: Callable[[], None], steps: int) -> _
         else:
             timed = clock.steps(steps, one_step)
     if on_gpu:
-        data_wait = trainer.throughput.read().data_wait
+        data_wait = (trainer.throughput.data_wait_seconds - waited) / (seconds * steps)
         peak_bytes = torch.cuda.max_memory_allocated(device)
         with trainer.train_step.without_cuda_graph():  # a graph has no ranges
             timed = clock.steps(min(steps, 2 * MAX_TRACED), one_step)
     else:
         total = sum(s.milliseconds for s in timed)
         seconds = total / 1e3 / len(timed)
-        # Not from the trainer's throughput, which restarts at each log line.
         data_wait = sum(p.milliseconds for s in timed for p in s.phases.get("data wait", [])) / total
     return _Timing(seconds, data_wait, timed, peak_bytes, telemetry.record(steps * trainer.global_batch_size))
 

@@ -133,9 +133,12 @@ class Throughput:
 class ThroughputMeter:
     """Measures throughput by the host's clock, from one `read` to the next."""
 
+    data_wait_seconds: float = 0.0
+    """Time spent waiting for data, in all."""
+
     def __init__(self) -> None:
         self._begin = time.perf_counter()
-        self._waited = 0.0
+        self._waited_before = 0.0
         self._images = 0
 
     @contextmanager
@@ -143,7 +146,7 @@ class ThroughputMeter:
         """Count the time of the block as waiting for data, except what the loader waits for the GPU."""
         begin, gpu_wait = time.perf_counter(), loader.gpu_wait_seconds
         yield
-        self._waited += time.perf_counter() - begin - (loader.gpu_wait_seconds - gpu_wait)
+        self.data_wait_seconds += time.perf_counter() - begin - (loader.gpu_wait_seconds - gpu_wait)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -160,8 +163,9 @@ class ThroughputMeter:
         """Throughput since the last reading."""
         now = time.perf_counter()
         elapsed = max(now - self._begin, 1e-9)
-        result = Throughput(self._images / elapsed, min(self._waited / elapsed, 1.0))
-        self._begin, self._waited, self._images = now, 0.0, 0
+        waited = self.data_wait_seconds - self._waited_before
+        result = Throughput(self._images / elapsed, min(waited / elapsed, 1.0))
+        self._begin, self._waited_before, self._images = now, self.data_wait_seconds, 0
         return result
 
 
@@ -225,7 +229,7 @@ class StepRecords:
     def _record(
         self, step: int, lr: float, tau: float, row: list[float], throughput: Throughput, peak: float
     ) -> Record:
-        loss, spread, skipped, *probe_top1 = row
+        loss, std, skipped, *probe_top1 = row
         record: Record = {
             "step": step,
             "epoch": round(step / self._steps_per_epoch, 4),
@@ -234,7 +238,7 @@ class StepRecords:
             "tau": tau,
             "images_per_second": round(throughput.images_per_second, 2),
             "data_wait": round(throughput.data_wait, 4),
-            "embedding_std": spread,
+            "embedding_std": std,
             "peak_memory_gib": round(peak, 3),
         }
         if probe_top1:

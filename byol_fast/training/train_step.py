@@ -208,10 +208,10 @@ class TrainStep:
                 f"{method} must return batch_stats where collect_batch_stats is set, got None; collect them as "
                 "SSLModel._pass_online does"
             )
-        if len(output.features) != num_images:
-            raise ValueError(
-                f"{method} must return features of all views, [{num_images}, D], got {list(output.features.shape)}"
-            )
+        features: Tensor | None = output.features
+        if features is None or len(features) != num_images:
+            got = None if features is None else list(features.shape)
+            raise ValueError(f"{method} must return features of all views, [{num_images}, D], got {got}")
 
     def _step(self, views_of_batches: Sequence[Views]) -> StepOutput:
         """The device work of one step; what the CUDA graph captures. Nothing here waits for the device."""

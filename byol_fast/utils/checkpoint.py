@@ -18,7 +18,7 @@ from byol_fast.utils.files import atomic_path
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 # A checkpoint is a file of torch.save, followed by a line with the SHA-256 of the data: one file, so that data and
 # checksum are replaced together. torch.load still reads it, because zip readers ignore what follows the archive.
 _TRAILER = b"\nsha256:"

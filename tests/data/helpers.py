@@ -14,14 +14,11 @@ from byol_fast.data.augment_params import PROBABILITIES
 from byol_fast.data.batch import Batch, ViewLoader
 from byol_fast.data.loaders.factory import make_loader
 from byol_fast.data.sources import ImageSource
-from byol_kernels.photometric.params import ADJUSTMENTS
 
 CPU = torch.device("cpu")
 OFF: dict[str, Any] = dict.fromkeys(PROBABILITIES.values(), 0.0)
-OPERATORS = [
-    "crop",
-    *(name for mask in PROBABILITIES for name in ((*ADJUSTMENTS, mask) if mask == "jitter" else (mask,))),
-]
+# Written out, so that an operation that is lost from the package's own lists is noticed.
+OPERATORS = ["crop", "flip", "brightness", "contrast", "saturation", "hue", "jitter", "grayscale", "blur", "solarize"]
 WHOLE: dict[str, Any] = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
 
 

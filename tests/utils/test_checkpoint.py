@@ -56,7 +56,7 @@ def test_missing_damaged_and_unknown_checkpoints_are_explained(tmp_path: Path) -
     with pytest.raises(CheckpointError, match="is damaged .*delete it to use an earlier one"):
         checkpoints.load(path)
     torch.save({"format": 99}, path)
-    with pytest.raises(CheckpointError, match=r"must have format 3, got 99; .*resume with that version"):
+    with pytest.raises(CheckpointError, match=r"must have format 4, got 99; .*resume with that version"):
         checkpoints.load(path)
 
 

@@ -123,9 +123,9 @@ def _rounds(context: Context, loader: ViewLoader, work: Any, batches: int) -> tu
     for number in range(1 + (1 if is_small(context) else ROUNDS)):
         start = time.perf_counter()
         for _ in range(batches):
-            before = time.perf_counter()
+            before = time.perf_counter() - loader.gpu_wait_seconds
             batch = next(loader)
-            waited += (time.perf_counter() - before) * (number > 0)
+            waited += (time.perf_counter() - loader.gpu_wait_seconds - before) * (number > 0)
             work(batch)
         if context.device == "cuda":
             torch.cuda.synchronize()
