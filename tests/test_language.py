@@ -20,6 +20,7 @@ REPLACED = {
     "collapse_std": "embedding_std",
     "views_stacked": "num_splits",
     "keep_to_itself": "disable_sync",
+    "views_note": "not_batched_reason",
     # training
     "CapturedStep": "CUDAGraphStep",
     "leave_no_trace": "restore_state_after",
@@ -42,6 +43,9 @@ REPLACED = {
     "SideStream": "AugmentStream",
     "ResidentLoader": "DeviceCacheLoader",
     "draw_view": "sample_view_params",
+    "crop_window": "crop_box",
+    "blur_window": "blur_kernel_size",
+    "Prefetcher": "ImageReader",
     "BadImageError": "CorruptImageError",
     "bad_images": "corrupt_images",
     "on_bad": "on_corrupt",
@@ -93,7 +97,7 @@ def texts() -> dict[str, str]:
 
 
 def is_checked(name: str) -> bool:
-    """False for this file, records of measurements, and the comparison with an earlier commit."""
+    """False for this file and for records of measurements."""
     return name != "tests/test_language.py" and not name.startswith("benchmarks/results/")
 
 
