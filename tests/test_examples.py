@@ -187,7 +187,7 @@ def test_own_loop_trains() -> None:
 
 @pytest.mark.peers
 def test_lightning_module_trains() -> None:
-    lightning = pytest.importorskip("pytorch_lightning", reason="pip install byol_fast[peers]")
+    lightning = pytest.importorskip("lightning", reason="pip install byol_fast[peers]")
     torch.manual_seed(0)
     learner = run("Lightning", byol_fast=byol_fast, byol_kernels=byol_kernels, lightning=lightning)["Learner"]()
     before = [p.detach().clone() for p in learner.model.target_parameters()]
