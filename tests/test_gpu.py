@@ -320,9 +320,9 @@ def test_one_rank_trains_as_a_process_alone(gpu: Config) -> None:
 def test_neighbors_are_those_of_the_cpu(k: int) -> None:
     """Against float64 there: random features have no ties, and a TF32 product would swap neighbors."""
     generator = torch.Generator().manual_seed(k)
-    centres = torch.randn(10, 128, generator=generator)
+    centers = torch.randn(10, 128, generator=generator)
     train_y, test_y = (torch.randint(0, 10, (n,), generator=generator) for n in (5000, 1000))
-    train_x, test_x = (centres[y] + 2 * torch.randn(len(y), 128, generator=generator) for y in (train_y, test_y))
+    train_x, test_x = (centers[y] + 2 * torch.randn(len(y), 128, generator=generator) for y in (train_y, test_y))
     settings: dict[str, Any] = {"k": k, "temperature": 0.07, "num_classes": 10}
     expected = knn_predict(train_x.double(), train_y, test_x.double(), **settings)
     found = knn_predict(train_x.to(DEVICE), train_y.to(DEVICE), test_x.to(DEVICE), **settings, chunk=300)

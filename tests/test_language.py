@@ -72,7 +72,7 @@ ALLOWED = {
 SPELLINGS = {
     r"normalis": "normaliz",
     r"colour": "color",
-    r"\b(?:un)?cent(?:re|red|ring)\b": "center",
+    r"cent(?:re|red|ring)": "center",
     r"neighbour": "neighbor",
     r"behaviour": "behavior",
     r"labell": "label",

@@ -27,7 +27,7 @@ from byol_fast.bench.timing import interleaved
 from byol_fast.config import Config, DataConfig, ViewConfig
 from byol_fast.data import ImageSource, ViewLoader, make_loader
 from byol_fast.data.augment import apply_photometric, required_params, select_rows
-from byol_fast.data.augment_params import crop_boxes, sample_augment_params
+from byol_fast.data.augment_params import crop_box, sample_augment_params
 from byol_fast.data.loaders.backend import dali_installed
 from byol_fast.data.sources import ArraySource, EncodedSource
 from byol_fast.utils.env import version
@@ -299,15 +299,12 @@ def stages(results: Results, source: ImageSource, *, num_images: int, rounds: in
     }
     for number, view in enumerate(JPEG_VIEWS):
         params = sample_augment_params(view, np.arange(num_images), seed=0, epoch=0, view=number)
-        boxes = [
-            crop_boxes(params.crop_candidates[i : i + 1], *x.shape[2:], view.ratio)  # type: ignore[call-arg]
-            for i, x in enumerate(tensors)
-        ]
-        corners = [(s, t, s + w, t + h) for ((t, s, h, w),) in (box.tolist() for box in boxes)]
+        boxes = [crop_box(params.crop_candidates[i], x.shape[2], x.shape[3], view.ratio) for i, x in enumerate(tensors)]
+        corners = [(left, top, left + w, top + h) for top, left, h, w in boxes]
 
-        def crop(view: ViewConfig = view, boxes: list[Any] = boxes) -> Tensor:
-            pairs = zip(tensors, boxes, strict=True)
-            return torch.cat([resized_crop(x, torch.from_numpy(box), view.size) for x, box in pairs])
+        def crop(view: ViewConfig = view, boxes: Tensor = torch.tensor(boxes)) -> Tensor:  # noqa: B008
+            pairs = zip(tensors, boxes[:, None], strict=True)
+            return torch.cat([resized_crop(x, box, view.size) for x, box in pairs])
 
         def crop_pil(view: ViewConfig = view, corners: list[Any] = corners) -> object:
             size, cubic = (view.size, view.size), Image.Resampling.BICUBIC

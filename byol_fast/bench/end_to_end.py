@@ -22,7 +22,8 @@ from byol_fast.bench.data import PILBlur, torchvision_transform, wait_for_backgr
 from byol_fast.bench.problem import Problem
 from byol_fast.bench.processes import Job
 from byol_fast.config import Config, DataConfig, ViewConfig
-from byol_fast.data import ImageSource, make_loader, open_source
+from byol_fast.data import ImageSource, ViewLoader, make_loader, open_source
+from byol_fast.training.metrics import ThroughputMeter
 from byol_fast.utils.env import num_cpus
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -57,7 +58,7 @@ class Loop:
         steps: per call.
         device: of the step.
         has_threads: the loader prepares batches in threads of this process, whose CPU time counts.
-        gpu_wait_seconds: time in which the loader has waited for steps on the GPU, which is no wait for data.
+        loader: of byol_fast, if the batches are its own.
     """
 
     def __init__(
@@ -68,19 +69,17 @@ class Loop:
         device: torch.device,
         *,
         has_threads: bool = False,
-        gpu_wait_seconds: Callable[[], float] = lambda: 0.0,
+        loader: ViewLoader | None = None,
     ) -> None:
-        self._gpu_wait_seconds = gpu_wait_seconds
         self.batches, self.step, self.steps, self.device, self.has_threads = batches, step, steps, device, has_threads
-        self.data_seconds, self.total_seconds = 0.0, 0.0
+        self.loader, self.meter, self.total_seconds = loader, ThroughputMeter(), 0.0
 
     def __call__(self) -> None:
         """Take the steps of a call."""
         start = time.perf_counter()
         for _ in range(self.steps):
-            before = time.perf_counter() - self._gpu_wait_seconds()
-            batch = next(self.batches)
-            self.data_seconds += time.perf_counter() - self._gpu_wait_seconds() - before
+            with self.meter.data_wait(self.loader):
+                batch = next(self.batches)
             self.step(batch)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -91,7 +90,7 @@ class Loop:
     @property
     def extras(self) -> dict[str, float]:
         """Share of the time spent waiting for data."""
-        return {"data_wait": self.data_seconds / self.total_seconds}
+        return {"data_wait": self.meter.data_wait_seconds / self.total_seconds}
 
 
 def view_configs(problem: Problem) -> tuple[ViewConfig, ViewConfig]:
@@ -115,14 +114,7 @@ def byol_fast_loop(problem: Problem, images: str, steps: int, precision: str, mo
     config = Config(batch_size=problem.batch_size, data=data, view1=view1, view2=view2)
     loader = make_loader(open_source(Path(images)), config, device=device)
     step = build_step("byol_fast", problem, {"precision": precision, "mode": mode})
-    return Loop(
-        iter(loader),
-        lambda batch: step.step(batch, 0),
-        steps,
-        device,
-        has_threads=True,
-        gpu_wait_seconds=lambda: loader.gpu_wait_seconds,
-    )
+    return Loop(iter(loader), lambda batch: step.step(batch, 0), steps, device, has_threads=True, loader=loader)
 
 
 def dataloader_loop(problem: Problem, images: str, steps: int, precision: str, kind: str) -> Loop:

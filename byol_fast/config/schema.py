@@ -380,7 +380,7 @@ class Config:
         _require(self.batch_size >= 2, "batch_size", "be 2 or more", self.batch_size, "batch normalization needs 2")
         _check_choices(self)
         for option, method in METHOD_OPTIONS.items():
-            value, default = getattr(self.model, option), getattr(ModelConfig(), option)
+            value, default = getattr(self.model, option), ModelConfig.__dataclass_fields__[option].default
             contract = f"be its default with method {self.method}, which has no such option"
             fix = f"set it to {default!r}"
             _require(self.method == method or value == default, f"model.{option}", contract, value, fix)

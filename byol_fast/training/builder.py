@@ -25,7 +25,7 @@ from byol_fast.training.mode import Mode, compile_forward, resolve_mode
 from byol_fast.training.online_probe import OnlineProbe
 from byol_fast.training.resume import restore
 from byol_fast.training.run_dir import RunDir
-from byol_fast.training.state import TrainState, steps_in
+from byol_fast.training.state import TrainState, steps_in, whole_steps_in
 from byol_fast.training.train_step import TrainStep
 from byol_fast.utils import checkpoint as checkpoints
 from byol_fast.utils import cpu_tuning, env
@@ -103,7 +103,7 @@ def build_components(config: Config, *, data: object, resume: Path | None) -> Tr
     )
 
     # --- optimizer, step, state and evaluation
-    total_steps = config.steps or max(int(steps_in(config.epochs, loader, config.grad_accum_steps)), 1)
+    total_steps = config.steps or whole_steps_in(config.epochs, loader, config.grad_accum_steps)
     schedule = _build_schedule(config, loader, total_steps, world, notes)
     train_step = _build_train_step(config, execution, model, schedule)
     probe = _build_probe(config, model, train_source, execution)

@@ -12,7 +12,7 @@ from byol_fast import config as configs
 from byol_fast.config import Config
 from byol_fast.training.builder import TrainerComponents
 from byol_fast.training.errors import TrainingError
-from byol_fast.training.state import steps_in
+from byol_fast.training.state import whole_steps_in
 from byol_fast.utils import checkpoint as checkpoints
 
 # A checkpoint after every epoch of a few steps would cost more than the steps.
@@ -30,7 +30,7 @@ class Checkpointer:
         config, state = components.config, components.state
         self._components = components
         self._folder = components.run_dir.checkpoints
-        epoch = max(int(steps_in(1, state.loader, config.grad_accum_steps)), 1)
+        epoch = whole_steps_in(1, state.loader, config.grad_accum_steps)
         self.every = config.checkpoint_every or -(-MIN_CHECKPOINT_STEPS // epoch) * epoch
         """Steps between checkpoints: by default whole epochs."""
         exists = state.world.run_on_main(checkpoints.path_at_step(self._folder, state.step).exists)

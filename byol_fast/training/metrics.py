@@ -142,11 +142,19 @@ class ThroughputMeter:
         self._images = 0
 
     @contextmanager
-    def data_wait(self, loader: ViewLoader) -> Iterator[None]:
-        """Count the time of the block as waiting for data, except what the loader waits for the GPU."""
-        begin, gpu_wait = time.perf_counter(), loader.gpu_wait_seconds
+    def data_wait(self, loader: ViewLoader | None) -> Iterator[None]:
+        """Count the time of the block as waiting for data, except what the loader waits for the GPU.
+
+        Args:
+            loader: where the block gets its batches; None for one that never waits for the GPU.
+        """
+
+        def now() -> float:
+            return time.perf_counter() - (0.0 if loader is None else loader.gpu_wait_seconds)
+
+        begin = now()
         yield
-        self.data_wait_seconds += time.perf_counter() - begin - (loader.gpu_wait_seconds - gpu_wait)
+        self.data_wait_seconds += now() - begin
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -22,6 +22,11 @@ def steps_in(epochs: float, loader: ViewLoader, grad_accum_steps: int) -> float:
     return epochs * loader.batches_per_epoch / grad_accum_steps
 
 
+def whole_steps_in(epochs: float, loader: ViewLoader, grad_accum_steps: int) -> int:
+    """`steps_in` as a whole number, rounded down, at least 1."""
+    return max(int(steps_in(epochs, loader, grad_accum_steps)), 1)
+
+
 @dataclass
 class TrainState:
     """Step counter, model, optimizer, loader position, and everything else that training changes."""

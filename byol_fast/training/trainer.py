@@ -21,7 +21,7 @@ from byol_fast.training.memory import out_of_memory_message
 from byol_fast.training.messages import startup_summary, status_line, training_bar
 from byol_fast.training.metrics import MetricsLogger, Record, StepRecords, ThroughputMeter
 from byol_fast.training.run_dir import RunResult
-from byol_fast.training.state import steps_in
+from byol_fast.training.state import steps_in, whole_steps_in
 from byol_fast.utils.profiler_ranges import record_range
 from byol_fast.utils.progress import Progress, ProgressBar
 from byol_fast.utils.signals import GracefulShutdown
@@ -192,8 +192,7 @@ class Trainer:
         last, skipped = records[-1]["step"], sum(bool(record.get("skipped")) for record in records)
         if skipped and self.world.is_main_process:
             log.warning("skipped %d of the last steps, to step %d: loss or gradient not finite", skipped, last)
-        in_a_row = self._steps.skipped_in_a_row
-        if in_a_row >= self.config.max_skipped_steps:
+        if (in_a_row := self._steps.skipped_in_a_row) >= self.config.max_skipped_steps:
             self.metrics.flush()
             problem = f"the loss or gradient of {in_a_row} steps in a row, to step {last}, was not finite"
             raise TrainingError(self._checkpointer.divergence_message(problem))
@@ -209,7 +208,7 @@ class Trainer:
 
     def _evaluate_if_due(self, progress: Progress) -> None:
         state = self.state
-        every = max(int(steps_in(self.config.knn.every_epochs, self.loader, self.config.grad_accum_steps)), 1)
+        every = whole_steps_in(self.config.knn.every_epochs, self.loader, self.config.grad_accum_steps)
         if self.knn is None or state.evaluated_at == state.step or not self._is_due(every):
             return
         with self.throughput.paused():

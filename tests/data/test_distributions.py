@@ -189,11 +189,11 @@ def test_center_crop_has_its_probability() -> None:
     view = ViewConfig(scale=(0.2, 1.0))
     d = sample_augment_params(view, np.arange(N), seed=0, epoch=0, view=0)
     boxes = crop_boxes(d.crop_candidates, 100, 400, view.ratio)
-    is_centre = (boxes == (0, 133, 100, 133)).all(axis=1)
+    is_center = (boxes == (0, 133, 100, 133)).all(axis=1)
     # height^2 = area * 40000 / aspect <= 100.5^2, area uniform on 0.2 .. 1, log(aspect) uniform on +- log(4/3)
     log_aspect = np.linspace(math.log(3 / 4), math.log(4 / 3), 100_001)
     fits = np.clip((100.5**2 / 40000 * np.exp(log_aspect) - 0.2) / 0.8, 0, 1).mean()
-    assert_share(is_centre, (1 - fits) ** 10)
+    assert_share(is_center, (1 - fits) ** 10)
 
 
 # ---- independence --------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 
 from byol_fast.config import OptimConfig
 from byol_fast.data import Batch
-from byol_fast.models.base import SSLModel
+from byol_fast.models.base import SSLModel, ViewBatching
 from byol_fast.models.byol import BYOL
 from byol_fast.optim.optimizers import build_optimizer
 from byol_fast.optim.schedules import RunSchedule
@@ -20,11 +20,11 @@ SCHEDULE = RunSchedule(total_steps=8, base_lr=20.0, batch_size=8, tau_base=0.9)
 FP32, BF16, FP16 = Precision("fp32", None), Precision("bf16", torch.bfloat16), Precision("fp16", torch.float16)
 
 
-def small_byol(views: str = "batched") -> BYOL:
+def small_byol(view_batching: ViewBatching = "batched") -> BYOL:
     # 32 px and not less: on CPUs torch's bf16 convolution of a single pixel with stride 2 returns garbage as its
     # weights' gradient (torch 2.15), which a ResNet meets at 16 px.
     torch.manual_seed(0)
-    return BYOL("resnet18_narrow", hidden_dim=16, projection_dim=8, image_size=32, view_batching=views)  # type: ignore[arg-type]
+    return BYOL("resnet18_narrow", hidden_dim=16, projection_dim=8, image_size=32, view_batching=view_batching)
 
 
 def batches(count: int, size: int = 8) -> list[Batch]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from byol_fast.models.activation_checkpoint import checkpoint_blocks
+from byol_fast.models.base import ViewBatching
 from byol_fast.models.byol import BYOL
 from byol_fast.utils.precision import Precision
 from tests.training.helpers import BF16, FP32, batches, small_byol, train_step
@@ -17,7 +18,7 @@ from tests.training.helpers import BF16, FP32, batches, small_byol, train_step
 
 @pytest.mark.parametrize("views", ["batched", "separate"])
 @pytest.mark.parametrize("precision", [FP32, BF16], ids=["fp32", "bf16"])
-def test_recomputed_activations_change_nothing(views: str, precision: Precision) -> None:
+def test_recomputed_activations_change_nothing(views: ViewBatching, precision: Precision) -> None:
     """Weights and running statistics: nothing is counted twice, and blocks are computed again with the same weights."""
     data = batches(3)
     states = []

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.step_ops import outside_forward_and_backward
 from byol_fast.config import OptimConfig
 from byol_fast.data import Batch
-from byol_fast.models.base import ModelOutput
+from byol_fast.models.base import ModelOutput, ViewBatching
 from byol_fast.models.byol import BYOL
 from byol_fast.models.simsiam import SimSiam
 from byol_fast.optim.optimizers import build_optimizer
@@ -178,7 +178,7 @@ def test_the_loss_scale_grows_after_2000_good_steps() -> None:
 
 
 @pytest.mark.parametrize("views", ["batched", "separate"])
-def test_running_statistics_are_moved_by_one_launch(views: str) -> None:
+def test_running_statistics_are_moved_by_one_launch(views: ViewBatching) -> None:
     """A CUDA graph can hold one of lists that look the same."""
     moves: list[str] = []
 

@@ -21,6 +21,7 @@ from byol_fast.bench.timing import Timing
 from byol_fast.config import Config, recipes
 from byol_fast.data import ImageSource, ViewLoader, make_loader, open_source
 from byol_fast.report import view_check
+from byol_fast.training.metrics import ThroughputMeter
 
 BATCH = 256
 """As in the item of the compiled step, so that its code is cached."""
@@ -119,19 +120,20 @@ def _busy(context: Context) -> Iterator[None]:
 
 def _rounds(context: Context, loader: ViewLoader, work: Any, batches: int) -> tuple[Timing, float]:
     """Seconds per batch, round by round, and the share of the time spent waiting for the next batch."""
-    seconds, waited = [], 0.0
+    meter, waited_before, seconds = ThroughputMeter(), 0.0, []
     for number in range(1 + (1 if is_small(context) else ROUNDS)):
         start = time.perf_counter()
         for _ in range(batches):
-            before = time.perf_counter() - loader.gpu_wait_seconds
-            batch = next(loader)
-            waited += (time.perf_counter() - loader.gpu_wait_seconds - before) * (number > 0)
+            with meter.data_wait(loader):
+                batch = next(loader)
             work(batch)
         if context.device == "cuda":
             torch.cuda.synchronize()
         if number:
             seconds.append((time.perf_counter() - start) / batches)
-    return Timing(tuple(seconds)), waited / (sum(seconds) * batches)
+        else:  # the first round warms up
+            waited_before = meter.data_wait_seconds
+    return Timing(tuple(seconds)), (meter.data_wait_seconds - waited_before) / (sum(seconds) * batches)
 
 
 def _record(context: Context, name: str, config: Config, timing: Timing, **values: Any) -> None:

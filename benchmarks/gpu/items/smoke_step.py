@@ -120,10 +120,7 @@ def state_of(step: ByolFastStep, losses: list[Tensor]) -> State:
 
 def all_tensors(step: ByolFastStep) -> list[Tensor]:
     """Copies of all tensors changed by a step, except `found_inf`."""
-    optimizer = step.step.optimizer.state
-    momentum = [v for entry in optimizer.values() for v in entry.values() if isinstance(v, Tensor)]
-    copies = [] if step.step.lowp_weights is None else list(step.step.lowp_weights.copies.values())
-    return [t.detach().clone() for t in (*step.model.parameters(), *step.model.buffers(), *momentum, *copies)]
+    return [t.detach().clone() for t in step.step.mutable_tensors() if t is not step.step.found_inf]
 
 
 def num_unequal(a: list[Tensor], b: list[Tensor]) -> int:

@@ -59,7 +59,7 @@ class ImageSource(ABC):
 
     def load_tensor(self, i: int) -> Tensor:
         """Pixels of `load` as a tensor, uint8 `[1, 3, H, W]`, channels_last; raises the same errors."""
-        return torch.from_numpy(np.array(self.load(i)))[None].permute(0, 3, 1, 2)
+        return _as_tensor(self.load(i))
 
     @abstractmethod
     def sample_name(self, i: int) -> str:
@@ -109,15 +109,23 @@ class EncodedSource(ImageSource):
         return bytes_need_check(self.read(i))
 
     def load(self, i: int) -> Image.Image:  # noqa: D102 (inherited)
+        return self._decode(i, self.read(i))
+
+    def load_tensor(self, i: int) -> Tensor:  # noqa: D102 (inherited)
         data = self.read(i)
+        image = decode_jpeg(data)
+        return _as_tensor(self._decode(i, data)) if image is None else image
+
+    def _decode(self, i: int, data: bytes) -> Image.Image:
         try:
             return decode(data)
         except Exception as error:  # decoders raise many types of errors on damaged files
             raise CorruptImageError(self.sample_name(i), check_bytes(data) or f"cannot be decoded ({error})") from error
 
-    def load_tensor(self, i: int) -> Tensor:  # noqa: D102 (inherited)
-        image = decode_jpeg(self.read(i))
-        return super().load_tensor(i) if image is None else image
+
+def _as_tensor(image: Image.Image) -> Tensor:
+    """RGB pixels, uint8 `[1, 3, H, W]`, channels_last."""
+    return torch.from_numpy(np.array(image))[None].permute(0, 3, 1, 2)
 
 
 def evenly_spaced(num_items: int, count: int, *, centered: bool = False) -> NDArray[np.int64]:
