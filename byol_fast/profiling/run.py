@@ -24,6 +24,7 @@ from byol_fast.profiling.telemetry import Telemetry, other_cores
 from byol_fast.profiling.trace import PhaseClock, StepTimes, Trace, median_step, phase_rows, trace_steps
 from byol_fast.profiling.traffic import LEVELS, Level
 from byol_fast.training.callbacks import Callback
+from byol_fast.training.locks import exclusive
 from byol_fast.training.trainer import Trainer
 from byol_fast.utils.files import atomic_path, atomic_write
 from byol_fast.utils.profiler_ranges import Phase
@@ -70,8 +71,9 @@ def profile(
         https://ui.perfetto.dev), and on a GPU `memory.pickle` (https://pytorch.org/memory_viz).
 
     Raises:
-        ConfigError: an option is invalid, or there are several processes.
+        ConfigError: an option is invalid, or there are several processes, or another process runs in the folder.
         ValueError: the data is missing, empty or too small.
+        RuntimeError: a run is being built or trained in this process.
     """
     if steps < 1:
         raise ConfigError(f"profile: steps must be 1 or more, got {steps}")
@@ -81,12 +83,13 @@ def profile(
     folder = trainer.run_dir / "profile"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        record = _measure(trainer, steps, folder, ceilings)
+        with exclusive():
+            record = _measure(trainer, steps, folder, ceilings)
         atomic_write(folder / "profile.json", json.dumps(record, indent=1) + "\n")
     except OSError as error:
         raise ConfigError(f"profile: {folder} cannot be written ({error}); set `out` to another folder") from error
     finally:
-        trainer.loader.close()
+        trainer.close()
 
     from byol_fast.profiling.page import sections
     from byol_fast.report.page import write_page

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError
@@ -21,11 +21,12 @@ from byol_fast.optim import RunSchedule, build_optimizer
 from byol_fast.training import distributed
 from byol_fast.training.distributed import World
 from byol_fast.training.knn_monitor import KNNMonitor, knn_problem
+from byol_fast.training.locks import RunLock, exclusive
 from byol_fast.training.mode import Mode, compile_forward, resolve_mode
 from byol_fast.training.online_probe import OnlineProbe
 from byol_fast.training.resume import restore
-from byol_fast.training.run_dir import RunDir
-from byol_fast.training.state import TrainState, steps_in, whole_steps_in
+from byol_fast.training.run_dir import RunDir, open_run_dir
+from byol_fast.training.state import TrainState, set_rng_state, steps_in, whole_steps_in
 from byol_fast.training.train_step import TrainStep
 from byol_fast.utils import checkpoint as checkpoints
 from byol_fast.utils import cpu_tuning, env
@@ -41,6 +42,12 @@ class Execution:
     device: torch.device
     precision: Precision
     mode: Mode
+    cudnn_benchmark: bool
+
+    def apply_to_backends(self) -> None:
+        """Set torch's switches for the whole process."""
+        self.precision.apply_to_backends()
+        torch.backends.cudnn.benchmark = self.cudnn_benchmark
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +57,8 @@ class TrainerComponents:
     config: Config
     execution: Execution
     run_dir: RunDir
+    lock: RunLock | None
+    """Lock of the run directory; None on other ranks than 0."""
     environment: dict[str, Any]
     """Machine, versions and execution mode, as in `environment.json`."""
     train_source: ImageSource
@@ -59,10 +68,17 @@ class TrainerComponents:
     total_steps: int
     notes: tuple[str, ...]
     """Lines for the startup summary."""
+    rng_state: dict[str, Tensor]
+    """Random number generators at the end of the building."""
+
+    def restore_global_state(self) -> None:
+        """Set random number generators and torch's switches, which another run of this process may have changed."""
+        self.execution.apply_to_backends()
+        set_rng_state(self.rng_state)
 
 
 def build_components(config: Config, *, data: object, resume: Path | None) -> TrainerComponents:
-    """Build the parts of a run; with `resume`, load its newest checkpoint into them.
+    """Lock the run directory and build the parts of a run; with `resume`, load its newest checkpoint into them.
 
     Args:
         config: of the run.
@@ -70,18 +86,41 @@ def build_components(config: Config, *, data: object, resume: Path | None) -> Tr
         resume: run folder to continue.
 
     Raises:
-        ConfigError: a field is invalid, or differs from the run to be resumed in what is computed.
+        ConfigError: a field is invalid, or differs from the run to be resumed in what is computed; another process
+            runs in the folder.
         CheckpointError: `resume` holds no usable checkpoint.
         ValueError: the data is missing, empty or too small.
+        RuntimeError: another run is being built or trained in this process.
     """
-    # --- processes, device, run directory and checkpoint
-    config, data = _with_absolute_paths(config, data)
-    world = distributed.init_process_group(config.device, config.timeout_minutes)
-    execution = _resolve_execution(config, world)
-    run_dir, notes = _prepare_run_dir(config, resume, world)
+    with exclusive():
+        config, data = _with_absolute_paths(config, data)
+        world = distributed.init_process_group(config.device, config.timeout_minutes)
+        execution = _resolve_execution(config, world)
+        run_dir, lock, notes = _open_run_dir(config, resume, world)
+        try:
+            return _build(config, data, execution, run_dir, lock, notes, resume=resume is not None)
+        except BaseException:
+            if lock is not None:
+                lock.release()
+            raise
+
+
+def _build(
+    config: Config,
+    data: object,
+    execution: Execution,
+    run_dir: RunDir,
+    lock: RunLock | None,
+    notes: list[str],
+    *,
+    resume: bool,
+) -> TrainerComponents:
+    """Build the parts of a run in its locked directory."""
+    # --- checkpoint
+    world = execution.world
     if config.max_autotune:
         notes.append("max_autotune: kernels are tuned before the first step, for a ResNet-50 25-60 minutes")
-    has_checkpoint = resume is not None and world.run_on_main(run_dir.has_checkpoints)
+    has_checkpoint = resume and world.run_on_main(run_dir.has_checkpoints)
     payload = checkpoints.load_latest(run_dir.checkpoints) if has_checkpoint else None
     environment = describe_environment(config, execution)
 
@@ -119,6 +158,7 @@ def build_components(config: Config, *, data: object, resume: Path | None) -> Tr
         config=config,
         execution=execution,
         run_dir=run_dir,
+        lock=lock,
         environment=environment,
         train_source=train_source,
         train_step=train_step,
@@ -126,6 +166,7 @@ def build_components(config: Config, *, data: object, resume: Path | None) -> Tr
         knn=knn,
         total_steps=total_steps,
         notes=tuple(notes),
+        rng_state=state.rng_state(),
     )
 
 
@@ -133,17 +174,23 @@ def _resolve_execution(config: Config, world: World) -> Execution:
     """Resolve device, precision and mode, and set torch's switches for the whole process."""
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
-    precision.apply_to_backends()
-    torch.backends.cudnn.benchmark = config.cudnn_benchmark
-    return Execution(world, device, precision, resolve_mode(config, device, precision, world.size))
+    mode = resolve_mode(config, device, precision, world.size)
+    execution = Execution(world, device, precision, mode, config.cudnn_benchmark)
+    execution.apply_to_backends()
+    return execution
 
 
-def _prepare_run_dir(config: Config, resume: Path | None, world: World) -> tuple[RunDir, list[str]]:
-    """The run directory, checked, and notes for the startup summary."""
-    name = config.name or f"{config.recipe}-{datetime.now():%Y%m%d-%H%M%S}"
-    run_dir = RunDir(world.broadcast(resume or config.out / name))
-    note = world.run_on_main(lambda: run_dir.prepare(resume=resume is not None))
-    return run_dir, [] if note is None else [note]
+def _open_run_dir(config: Config, resume: Path | None, world: World) -> tuple[RunDir, RunLock | None, list[str]]:
+    """The run directory, its lock on the main process, and notes for the startup summary."""
+    lock: RunLock | None = None
+
+    def open_on_main() -> tuple[RunDir, str | None]:
+        nonlocal lock
+        run_dir, lock, note = open_run_dir(config, resume)
+        return run_dir, note
+
+    run_dir, note = world.run_on_main(open_on_main)
+    return run_dir, lock, [] if note is None else [note]
 
 
 def _build_train_step(config: Config, execution: Execution, model: SSLModel, schedule: RunSchedule) -> TrainStep:

@@ -12,7 +12,6 @@ from byol_fast.config import Config, ConfigError
 from byol_fast.training.metrics import read as read_metrics
 from byol_fast.training.run_dir import RunDir
 from byol_fast.training.state import TrainState
-from byol_fast.utils import checkpoint as checkpoints
 from byol_fast.utils import env
 
 log = logging.getLogger(__name__)
@@ -88,24 +87,32 @@ def find_resumable(config: Config) -> Path | None:
 
     Returns:
         A run folder with a checkpoint, or None if there is nothing to continue.
+
+    Raises:
+        ConfigError: the run has saved checkpoints, and they are gone.
     """
     if config.name:
-        folders = [config.out / config.name]
-    elif config.out.is_dir():
-        folders = sorted((p for p in config.out.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True)
-    else:
-        folders = []
-    for folder in folders:
-        if not checkpoints.saved_steps(folder / "checkpoints"):
+        run_dir = RunDir(config.out / config.name)
+        run_dir.check_not_lost()
+        return run_dir.path if run_dir.has_checkpoints() else None
+    folders = list(config.out.iterdir()) if config.out.is_dir() else []
+    for run_dir in map(RunDir, sorted(folders, key=_modified, reverse=True)):
+        if run_dir.is_finished() or not (run_dir.has_checkpoints() or run_dir.status.exists()):
             continue
         try:
-            stored = configs.load(folder / "config.json")
+            stored = configs.load(run_dir.path / "config.json")
         except ConfigError:
             continue
-        if config.name:
-            return folder
         same_data = stored.data.root == (config.data.root and config.data.root.expanduser().absolute())
-        is_finished = (folder / "encoder.safetensors").exists()
-        if same_data and not is_finished and set(configs.differences(stored, config)) <= RESUMABLE_CHANGES:
-            return folder
+        if same_data and set(configs.differences(stored, config)) <= RESUMABLE_CHANGES:
+            run_dir.check_not_lost()
+            return run_dir.path
     return None
+
+
+def _modified(path: Path) -> float:
+    """Time of the last change; 0 if the path is gone, as the folder of a start that failed meanwhile."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

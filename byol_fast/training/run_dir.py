@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError
+from byol_fast.training.locks import RunLock
 from byol_fast.training.metrics import read as read_metrics
 from byol_fast.utils import checkpoint as checkpoints
-from byol_fast.utils.files import atomic_write
+from byol_fast.utils.checkpoint import CheckpointError
+from byol_fast.utils.files import atomic_write, remove_temporaries
 
 # Files of a run that has saved no checkpoint yet: such a directory is used again.
 _BEFORE_FIRST_CHECKPOINT = {"config.json", "environment.json", "metrics.jsonl", "tb", "report.html", "profile"}
@@ -61,8 +65,15 @@ class RunDir:
         """List of the corrupt images that a process has passed over."""
         return self.path / ("corrupt_images.jsonl" if rank == 0 else f"corrupt_images.{rank}.jsonl")
 
+    @property
+    def status(self) -> Path:
+        """Status file, `status.json`: exists once a checkpoint was saved, and says if the run is finished."""
+        return self.path / "status.json"
+
     def prepare(self, *, resume: bool) -> str | None:
         """Check that this run may use the directory; a directory in which no checkpoint was ever saved is reused.
+
+        The run must hold the directory's lock: temporary files of killed processes are removed.
 
         Args:
             resume: the directory holds the run to be continued.
@@ -71,15 +82,15 @@ class RunDir:
             A note for the user, or None.
 
         Raises:
-            ConfigError: the directory holds another run, or not the one to be resumed, or is a file.
+            ConfigError: the directory holds another run, or not the one to be resumed, or its checkpoints are gone.
         """
-        if resume and not (self.path / "config.json").exists():
-            raise ConfigError(f"resume: {self.path} must be a run folder, it has no config.json; check the path")
+        remove_temporaries(self.path)
+        remove_temporaries(self.checkpoints)
         if resume and self.has_checkpoints():
             return None
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"config: {self.path} must be a folder, it is a file; choose another name")
-        present = {p.name for p in self.path.iterdir() if p != self.checkpoints} if self.path.exists() else set()
+        self.check_not_lost()
+        # Hidden files are no run's: the lock, or what file managers and network file systems leave.
+        present = {p.name for p in self.path.iterdir() if p != self.checkpoints and not p.name.startswith(".")}
         present = {name for name in present if not name.startswith("corrupt_images.")}
         if self.has_checkpoints() or present - _BEFORE_FIRST_CHECKPOINT:
             raise ConfigError(
@@ -89,8 +100,43 @@ class RunDir:
         return f"{self.path} has no checkpoint yet: starting from the beginning" if present else None
 
     def has_checkpoints(self) -> bool:
-        """True if a checkpoint was saved."""
-        return bool(checkpoints.saved_steps(self.checkpoints))
+        """True if there is a checkpoint."""
+        return bool(checkpoints.saved_steps(self.checkpoints)) or checkpoints.best_path(self.checkpoints) is not None
+
+    def check_not_lost(self) -> None:
+        """Check that the checkpoints of a run that has saved one are still there.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if self.status.exists() and not self.has_checkpoints():
+            raise ConfigError(
+                f"resume: {self.checkpoints} must hold the checkpoints that this run has saved, it holds none; put the "
+                "folder back to continue the run, or start another one with another --name"
+            )
+
+    def is_finished(self) -> bool:
+        """True if the run came to its end, and was not continued since."""
+        try:
+            status = json.loads(self.status.read_text())
+        except (OSError, ValueError):
+            return False
+        return isinstance(status, dict) and status.get("finished") is True
+
+    def write_status(self, *, finished: bool) -> None:
+        """Write `status.json`, after a checkpoint was saved.
+
+        Raises:
+            CheckpointError: the disk is full or read-only.
+        """
+        if self.status.exists() and self.is_finished() == finished:
+            return
+        try:
+            atomic_write(self.status, json.dumps({"finished": finished}) + "\n")
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoint: {self.status} could not be written ({error}); free space, then resume"
+            ) from error
 
     def write_config(self, config: Config, environment: dict[str, Any]) -> None:
         """Write `config.json` and `environment.json`; creates the directory."""
@@ -116,3 +162,52 @@ class RunDir:
             knn_top1_untrained=knn[0][1] if knn and knn[0][0] == 0 else None,
             encoder=encoder,
         )
+
+
+def open_run_dir(config: Config, resume: Path | None) -> tuple[RunDir, RunLock, str | None]:
+    """Create a run's directory, or find that of the run to be resumed, then lock and check it.
+
+    Args:
+        config: of the run; a run without a name gets a new directory.
+        resume: run folder to continue.
+
+    Returns:
+        The directory, its lock, and a note for the user or None.
+
+    Raises:
+        ConfigError: another process runs in the directory, or it holds something else, or cannot be written.
+    """
+    if resume is not None and not (resume / "config.json").exists():
+        raise ConfigError(f"resume: {resume} must be a run folder, it has no config.json; check the path")
+    path = resume or config.out / config.name
+    try:
+        path, created = _create(config) if resume is None else (resume, [])
+        lock = RunLock(path, created)
+        try:
+            return RunDir(path), lock, RunDir(path).prepare(resume=resume is not None)
+        except BaseException:
+            lock.release()
+            raise
+    except OSError as error:
+        raise not_writable(path, error) from None
+
+
+def _create(config: Config) -> tuple[Path, list[Path]]:
+    """Create a run's directory; returns it, and the directories that did not exist, the innermost first."""
+    stamp = f"{config.recipe}-{datetime.now():%Y%m%d-%H%M%S}"
+    for number in count(1):
+        # Runs without a name may start in the same second.
+        path = config.out / (config.name or (stamp if number == 1 else f"{stamp}-{number}"))
+        created = [p for p in (path.absolute(), *path.absolute().parents) if not p.exists()]
+        try:
+            path.mkdir(parents=True, exist_ok=bool(config.name))
+            break
+        except FileExistsError:
+            if config.name:
+                raise ConfigError(f"config: {path} must be a folder, it is a file; choose another name") from None
+    return path, created
+
+
+def not_writable(path: Path, error: OSError) -> ConfigError:
+    """Error of a run directory that cannot be written."""
+    return ConfigError(f"config: {path} cannot be written ({error}); set `out` to another folder")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from byol_fast.data import ViewLoader
 from byol_fast.models.base import SSLModel
@@ -25,6 +26,13 @@ def steps_in(epochs: float, loader: ViewLoader, grad_accum_steps: int) -> float:
 def whole_steps_in(epochs: float, loader: ViewLoader, grad_accum_steps: int) -> int:
     """`steps_in` as a whole number, rounded down, at least 1."""
     return max(int(steps_in(epochs, loader, grad_accum_steps)), 1)
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restore this process's random number generators, see `TrainState.rng_state`."""
+    torch.set_rng_state(state["rng"])
+    if "rng_cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["rng_cuda"])
 
 
 @dataclass
@@ -56,9 +64,7 @@ class TrainState:
 
         All processes must call it.
         """
-        own: dict[str, Any] = {"loader": self.loader.state_dict(), "rng": torch.get_rng_state()}
-        if next(self.model.parameters()).is_cuda:
-            own["rng_cuda"] = torch.cuda.get_rng_state()
+        own: dict[str, Any] = {"loader": self.loader.state_dict(), **self.rng_state()}
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -69,6 +75,13 @@ class TrainState:
             "best": self.best,
             "probe": None if self.probe is None else self.probe.state_dict(),
         }
+
+    def rng_state(self) -> dict[str, Tensor]:
+        """State of this process's random number generators."""
+        state = {"rng": torch.get_rng_state()}
+        if next(self.model.parameters()).is_cuda:
+            state["rng_cuda"] = torch.cuda.get_rng_state()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state.
@@ -97,6 +110,4 @@ class TrainState:
                 self.probe.load_state_dict(state["probe"])
             except ValueError as error:  # the images changed, and the run was told to go on
                 log.warning("%s", error)
-        torch.set_rng_state(own["rng"])
-        if "rng_cuda" in own and torch.cuda.is_available():
-            torch.cuda.set_rng_state(own["rng_cuda"])
+        set_rng_state(own)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from byol_fast.config import Config, ConfigError
+from byol_fast.config import Config
 from byol_fast.data import Batch, CorruptImageError
 from byol_fast.export import export_encoder
 from byol_fast.training import distributed
@@ -17,10 +17,11 @@ from byol_fast.training.callbacks import Callback
 from byol_fast.training.checkpointer import Checkpointer
 from byol_fast.training.errors import Interrupted, TrainingError
 from byol_fast.training.knn_monitor import EvalMetrics
+from byol_fast.training.locks import exclusive
 from byol_fast.training.memory import out_of_memory_message
 from byol_fast.training.messages import startup_summary, status_line, training_bar
 from byol_fast.training.metrics import MetricsLogger, Record, StepRecords, ThroughputMeter
-from byol_fast.training.run_dir import RunResult
+from byol_fast.training.run_dir import RunResult, not_writable
 from byol_fast.training.state import steps_in, whole_steps_in
 from byol_fast.utils.profiler_ranges import record_range
 from byol_fast.utils.progress import Progress, ProgressBar
@@ -38,8 +39,9 @@ class _EvaluationStopped(Exception):  # noqa: N818
 class Trainer:
     """Runs training from the current state to its last step: fetch, step, log, evaluate, save.
 
-    Building the parts is `builder.py`, the run directory `run_dir.py`, records `metrics.py`; reports and trackers are
-    callbacks. With several processes (torchrun) each of them builds and fits a trainer.
+    A trainer holds the lock of its run folder until `fit` is over, or `close`. Building the parts is `builder.py`, the
+    run directory `run_dir.py`, records `metrics.py`; reports and trackers are callbacks. With several processes
+    (torchrun) each of them builds and fits a trainer.
 
     Args:
         config: of the run.
@@ -48,9 +50,11 @@ class Trainer:
         callbacks: hooks into the run, called in order.
 
     Raises:
-        ConfigError: a field is invalid, or differs from the run to be resumed in what is computed.
+        ConfigError: a field is invalid, or differs from the run to be resumed in what is computed; another process
+            runs in the folder.
         CheckpointError: `resume` holds no usable checkpoint.
         ValueError: the data is missing, empty or too small.
+        RuntimeError: another run is being built or trained in this process.
 
     Example:
         >>> from byol_fast import Trainer
@@ -110,7 +114,17 @@ class Trainer:
             Interrupted: SIGINT or SIGTERM; everything up to the last finished step is saved.
             TrainingError: too many skipped steps in a row, or out of memory.
             CheckpointError: a checkpoint or the metrics could not be written.
+            RuntimeError: another run is being built or trained in this process, or this trainer has given up its
+                folder: it trains once, and a later trainer of the same folder takes over.
         """
+        with exclusive():
+            try:
+                self._parts.restore_global_state()
+                return self._fit()
+            finally:
+                self._release_lock()
+
+    def _fit(self) -> RunResult:
         notes = self.world.run_on_main(self._write_run_files)
         with self._shutdown.catch_signals(), training_bar(self._parts) as bar:
             for line in [*startup_summary(self._parts), *notes, f"run folder: {self.run_dir}"]:
@@ -130,6 +144,15 @@ class Trainer:
                 self.save_checkpoint()
         self.loader.close()
         return self._finish()
+
+    def close(self) -> None:
+        """Give up the run folder and the loader's threads without training."""
+        self.loader.close()
+        self._release_lock()
+
+    def _release_lock(self) -> None:
+        if self._parts.lock is not None:
+            self._parts.lock.release()
 
     def stop(self) -> None:
         """End the run after the current step, as if it were complete: saved, and the encoder exported."""
@@ -255,6 +278,7 @@ class Trainer:
         self.queue_records()
         self.metrics.flush()
         path = self._checkpointer.save(self.config)
+        self.world.run_on_main(lambda: self._parts.run_dir.write_status(finished=False))
         self.call_hooks("on_checkpoint", path)
 
     def call_hooks(self, event: str, *values: object) -> None:
@@ -277,13 +301,19 @@ class Trainer:
 
     def _write_run_files(self) -> list[str]:
         """Write `config.json` and `environment.json`, and open the metrics; returns notes for the user."""
+        run_dir, lock = self._parts.run_dir, self._parts.lock
+        if lock is None or not lock.held:
+            raise RuntimeError(
+                f"training: a Trainer trains once and must hold the lock of {self.run_dir}, this one has given it up; "
+                "build another one, with `resume` to continue the run"
+            )
         try:
-            self._parts.run_dir.write_config(self.config, self.environment)
+            run_dir.write_config(self.config, self.environment)
+            if run_dir.has_checkpoints():
+                run_dir.write_status(finished=False)
             note = self.metrics.open(self.state.step, evaluated=self.state.evaluated_at == self.state.step)
         except OSError as error:
-            raise ConfigError(
-                f"config: {self.run_dir} cannot be written ({error}); set `out` to another folder"
-            ) from None
+            raise not_writable(self.run_dir, error) from None
         return [] if note is None else [note]
 
     def _finish(self) -> RunResult:
@@ -292,6 +322,7 @@ class Trainer:
         def export() -> RunResult:
             step, size = self.state.step, self.model.feature_dim
             weights, _ = export_encoder(self.model.encoder, self.config, self.run_dir, step=step, feature_dim=size)
+            self._parts.run_dir.write_status(finished=True)
             return self._parts.run_dir.result(step, weights)
 
         self.metrics.close()

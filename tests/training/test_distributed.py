@@ -16,6 +16,7 @@ import torch
 
 from byol_fast import config as configs
 from byol_fast.config import Config
+from byol_fast.training.locks import RunLock
 from byol_fast.training.metrics import read
 from byol_fast.training.trainer import Trainer
 from byol_fast.utils import checkpoint as checkpoints
@@ -124,6 +125,18 @@ def test_a_killed_process_is_started_again_and_the_run_ends_as_if_nothing_had_be
     a, b = payload(whole.out / "whole"), payload(cut.out / "cut")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert losses(whole.out / "whole") == losses(cut.out / "cut")
+
+
+@pytest.mark.slow
+def test_all_processes_end_when_the_run_folder_is_in_use(several: Config) -> None:
+    config = configs.replace(several, {"batch_size": 6, "name": "two"})
+    lock = RunLock(config.out / "two")
+    output, _ = (process := torchrun(config, 2)).communicate(timeout=300)
+    assert process.returncode != 0
+    assert output.count(f"process {os.getpid()} on host") == 1
+    assert lock.held
+    lock.release()
+    assert "step 5/5" in finished(torchrun(config, 2))
 
 
 def _rank(launcher: int, rank: int) -> int:

@@ -90,6 +90,7 @@ def test_a_run_leaves_what_it_promises(tiny: Config) -> None:
         "environment.json",
         "metrics.jsonl",
         "report.html",
+        "status.json",
         "tb",
     }
     assert configs.load(run / "config.json") == tiny
@@ -208,7 +209,7 @@ def test_auto_resume_takes_only_an_unfinished_run_of_the_same_data(tiny: Config,
     assert find_resumable(unnamed) is None
     run = Trainer(tiny).fit().run_dir
     assert find_resumable(unnamed) is None  # it is finished
-    (run / "encoder.safetensors").unlink()
+    (run / "status.json").write_text('{"finished": false}')
     assert find_resumable(unnamed) == run
     assert find_resumable(configs.replace(unnamed, {"data.root": tmp_path})) is None
     assert find_resumable(configs.replace(unnamed, {"optim.lr": 3.0})) is None
