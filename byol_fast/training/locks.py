@@ -112,7 +112,8 @@ def _is_at(handle: int, path: Path) -> bool:
 def _unlock(handle: int, folder: Path, created: Sequence[Path]) -> None:
     """Remove the lock file, and the created folders if they are empty, then release the lock."""
     with suppress(OSError):
-        (folder / LOCK_FILE).unlink()
+        if _is_at(handle, folder / LOCK_FILE):  # otherwise it was removed by hand, and may be another process's now
+            (folder / LOCK_FILE).unlink()
         for path in created:
             path.rmdir()
     os.close(handle)

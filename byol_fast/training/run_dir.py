@@ -124,12 +124,12 @@ class RunDir:
         return isinstance(status, dict) and status.get("finished") is True
 
     def write_status(self, *, finished: bool) -> None:
-        """Write `status.json`, after a checkpoint was saved.
+        """Write `status.json` if there is a checkpoint.
 
         Raises:
             CheckpointError: the disk is full or read-only.
         """
-        if self.status.exists() and self.is_finished() == finished:
+        if not self.has_checkpoints() or (self.status.exists() and self.is_finished() == finished):
             return
         try:
             atomic_write(self.status, json.dumps({"finished": finished}) + "\n")

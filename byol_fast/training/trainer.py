@@ -309,8 +309,7 @@ class Trainer:
             )
         try:
             run_dir.write_config(self.config, self.environment)
-            if run_dir.has_checkpoints():
-                run_dir.write_status(finished=False)
+            run_dir.write_status(finished=False)
             note = self.metrics.open(self.state.step, evaluated=self.state.evaluated_at == self.state.step)
         except OSError as error:
             raise not_writable(self.run_dir, error) from None

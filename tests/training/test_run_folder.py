@@ -26,7 +26,7 @@ from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError
 from byol_fast.export.encoder import export_run
 from byol_fast.models import encoders
-from byol_fast.report.build import report
+from byol_fast.profiling.run import profile
 from byol_fast.training.callbacks import Callback
 from byol_fast.training.locks import RunLock, exclusive
 from byol_fast.training.resume import find_resumable
@@ -122,7 +122,9 @@ def unfinished(config: Config, step: int = 4) -> Path:
 
     with pytest.raises(ZeroDivisionError):
         Trainer(config, callbacks=[StopAt(step, fail)]).fit()
-    return config.out / config.name
+    run = config.out / config.name
+    assert not (run / ".lock").exists()
+    return run
 
 
 # ---- locks
@@ -179,17 +181,19 @@ def test_lock_file_removed_between_opening_and_locking_is_opened_again(
     folder.mkdir()
     monkeypatch.setattr(fcntl, "flock", remove_then_lock)
     lock = RunLock(folder)
-    with child(lambda pipe: pipe.send(_refused(folder))) as (_, pipe):
-        assert pipe.recv()
+    with (folder / ".lock").open() as file, pytest.raises(BlockingIOError):
+        flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     lock.release()
 
 
-def _refused(folder: Path) -> bool:
-    try:
-        RunLock(folder)
-    except ConfigError:
-        return True
-    return False
+def test_lock_file_of_another_process_is_not_removed(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path)
+    (tmp_path / ".lock").unlink()  # by hand
+    with child(hold, tmp_path) as (_, pipe):
+        assert pipe.recv()
+        lock.release()
+        with pytest.raises(ConfigError, match="must be used by one run at a time"):
+            RunLock(tmp_path)
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
@@ -218,7 +222,6 @@ def test_folder_of_a_running_run_is_refused_to_runs_and_open_to_readers(small: C
                 Trainer(small, resume=resume)
         assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
         export_run(run)
-        report([run], pictures=False)
         byol_fast.load_encoder(run)
         process.kill()
     assert find_resumable(configs.replace(small, {"name": ""})) == run  # exported, and not finished
@@ -357,6 +360,16 @@ def test_second_run_in_a_process_is_refused_and_changes_nothing(small: Config) -
     assert len(errors) == 3
     assert_equal(weights(first), weights(whole))
     assert not (small.out / "second").exists()
+
+
+def test_run_beside_a_profile_is_refused(small: Config) -> None:
+    class Start(Callback):
+        def on_run_begin(self, trainer: Trainer) -> None:
+            Trainer(configs.replace(small, {"name": "other"}))
+
+    with pytest.raises(RuntimeError, match="one run at a time can be built or trained in a process"):
+        profile(small, callbacks=[Start()])
+    assert not (small.out / "tiny" / ".lock").exists()
 
 
 class Dropout(SmallResidualNetwork):
