@@ -32,7 +32,7 @@ def test_labels_after_a_tab(tmp_path: Path) -> None:
     assert source.paths == ("1.png", "sub/2 3.png", "4.png")
     assert source.classes == ("cat", "dog") and labels_of(source) == [1, 0, 1]
     numbered = list_of(tmp_path / "x.txt", "1.png\t2\nsub/2 3.png\t0\n4.png\t2")
-    assert numbered.classes == ("0", "1", "2") and labels_of(numbered) == [2, 0, 2]
+    assert numbered.classes == ("0", "2") and labels_of(numbered) == [1, 0, 1]
     assert list_of(tmp_path / "x.txt", "1.png\t2\nsub/2 3.png\n").labels is None
     assert list_of(tmp_path / "x.txt", "1.png\t-1\n4.png\t0\n").labels is None
 
@@ -41,7 +41,8 @@ def test_labels_after_a_space(tmp_path: Path) -> None:
     """As ImageNet's own lists have them; unless the blank and the number belong to the name."""
     put(tmp_path, "photo 1.png", "photo 2.png")
     source = list_of(tmp_path / "x.txt", "photo 1.png 65\nphoto 2.png 970\n")
-    assert source.paths == ("photo 1.png", "photo 2.png") and labels_of(source) == [65, 970]
+    assert source.paths == ("photo 1.png", "photo 2.png") and labels_of(source) == [0, 1]
+    assert source.classes == ("65", "970")
     put(tmp_path, "photo 1", "photo 2")
     assert list_of(tmp_path / "x.txt", "photo 1\nphoto 2\n").paths == ("photo 1", "photo 2")
 

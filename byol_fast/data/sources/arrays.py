@@ -64,7 +64,7 @@ def array_source(
         images: uint8 `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]`, C = 1 or 3. One channel is repeated to three,
             because DALI's color operators abort the process on one channel.
         labels: integers `[N]`, or None. A negative label means unlabeled: then no labels are used.
-        classes: class names; indices if empty.
+        classes: class names, which the labels index into; empty: the labels that occur are the classes.
         arg_name: name of the argument, for error messages.
         name: origin of the images, for messages.
 

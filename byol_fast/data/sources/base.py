@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +17,10 @@ from torch import Tensor
 
 from byol_fast.data.decode import decode, decode_jpeg
 from byol_fast.data.integrity import CorruptImageError, bytes_need_check, check_bytes
+
+log = logging.getLogger(__name__)
+
+_Value = TypeVar("_Value", int, str)
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm")
 """Extensions of image files, in any case; other files are ignored and listed in the log."""
@@ -148,8 +153,8 @@ def digest(parts: Iterable[bytes]) -> str:
     return result.hexdigest()
 
 
-def validate_labels(labels: Any, num_images: int, arg_name: str) -> NDArray[np.int64] | None:
-    """Convert labels to an int64 array `[num_images]`; None if some are negative, which means unlabeled.
+def validate_labels(labels: Any, num_images: int, arg_name: str) -> NDArray[np.integer[Any]] | None:
+    """Convert labels to an array of integers `[num_images]`; None if some are negative, which means unlabeled.
 
     Raises:
         SourceError: the labels are not `num_images` integers.
@@ -159,57 +164,104 @@ def validate_labels(labels: Any, num_images: int, arg_name: str) -> NDArray[np.i
         raise SourceError(
             f"{arg_name}: labels must be {num_images} integers, one per image, got {y.dtype} of shape {list(y.shape)}"
         )
-    return None if y.min() < 0 else y.astype(np.int64)
+    num_negative = int((y < 0).sum())
+    if 0 < num_negative < num_images:
+        log.warning("%s: %d of %d labels are negative: treated as unlabeled", arg_name, num_negative, num_images)
+    return None if num_negative else y
 
 
 def with_class_names(
-    labels: NDArray[np.int64] | None, classes: Sequence[object], arg_name: str
+    labels: NDArray[np.integer[Any]] | None, classes: Sequence[object], arg_name: str
 ) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
-    """Labels and class names; without names, each class is named by its index.
+    """Labels that index into class names; without names, the integers that occur are the classes, in ascending order.
 
     Raises:
         SourceError: there are fewer names than classes.
     """
     if labels is None:
         return None, ()
-    names = tuple(str(c) for c in classes) or _index_names(labels)
+    names = tuple(str(c) for c in classes)
+    if not names:
+        numbers, index = np.unique(labels, return_inverse=True)
+        return index.astype(np.int64), tuple(map(str, numbers.tolist()))
     if int(labels.max()) >= len(names):
         raise SourceError(
             f"{arg_name}: labels must be below the number of class names, {len(names)}, got {int(labels.max())}"
         )
-    return labels, names
+    return labels.astype(np.int64), names
 
 
 def labels_from_text(texts: Sequence[str]) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
-    """Labels and class names from text: integers are class indices; otherwise each text is a class, sorted by name.
+    """Labels and class names from text: the integers, or else the texts, that occur are the classes, in order.
 
     Labels are None if a text is empty or an integer is negative, because then not all images are labeled.
     """
-    if not texts or not all(texts):
+    if not texts or _unlabeled(texts):
         return None, ()
-    try:
-        numbers = np.array([int(text) for text in texts], np.int64)
-    except ValueError:
-        return _encode_classes(texts)
-    return (None, ()) if numbers.min() < 0 else (numbers, _index_names(numbers))
+    numbers = _integers(texts)
+    return _encode_classes(texts) if numbers is None else _encode_classes(numbers)
 
 
-def labels_from_folders(names: Sequence[str]) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
+def warn_unlabeled(texts: Sequence[str], title: str, sample_name: Callable[[int], str]) -> None:
+    """Log a warning if `labels_from_text` uses no labels because only some images have one.
+
+    Args:
+        texts: label of each image.
+        title: name of the whole.
+        sample_name: returns the name of the image at a position.
+    """
+    unlabeled = _unlabeled(texts)
+    if 0 < len(unlabeled) < len(texts):
+        log.warning(
+            "%s: %d of %d images have no label, or a negative one, such as %s: treated as unlabeled",
+            title,
+            len(unlabeled),
+            len(texts),
+            sample_name(unlabeled[0]),
+        )
+
+
+def labels_from_folders(
+    names: Sequence[str], title: str, sample_name: Callable[[int], str]
+) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
     """Labels and class names from `class/**/image` paths: the first folder is the class, classes sorted by name.
 
     Labels are None if an image is in no folder, or all are in the same one.
+
+    Args:
+        names: path of each image.
+        title: name of the whole, for a warning if only some images are in folders.
+        sample_name: returns the name of the image at a position.
     """
     folders = [folder for folder, slash, _ in (name.partition("/") for name in names) if slash]
+    if 0 < len(folders) < len(names):
+        log.warning(
+            "%s: %d images, such as %s, lie beside %d subfolders, so the subfolders are not used as classes: no labels",
+            title,
+            len(names) - len(folders),
+            sample_name(next(i for i, name in enumerate(names) if "/" not in name)),
+            len(set(folders)),
+        )
     if len(folders) < len(names) or len(set(folders)) < 2:
         return None, ()
     return _encode_classes(folders)
 
 
-def _index_names(labels: NDArray[np.int64]) -> tuple[str, ...]:
-    return tuple(str(i) for i in range(int(labels.max()) + 1))
+def _integers(texts: Sequence[str]) -> list[int] | None:
+    """Integers of the texts; None if one is something else."""
+    try:
+        return [int(text) for text in texts]
+    except ValueError:
+        return None
 
 
-def _encode_classes(names: Sequence[str]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    classes = tuple(sorted(set(names)))
-    class_index = {name: i for i, name in enumerate(classes)}
-    return np.array([class_index[name] for name in names], np.int64), classes
+def _unlabeled(texts: Sequence[str]) -> list[int]:
+    """Positions of empty texts and, if all others are integers, of negative ones."""
+    numeric = _integers([text for text in texts if text]) is not None
+    return [i for i, text in enumerate(texts) if not text or (numeric and int(text) < 0)]
+
+
+def _encode_classes(values: Sequence[_Value]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    classes = sorted(set(values))
+    class_index = {value: i for i, value in enumerate(classes)}
+    return np.array([class_index[value] for value in values], np.int64), tuple(map(str, classes))

@@ -105,16 +105,7 @@ def open_folder(root: Path, arg_name: str) -> FileSource:
             ", ".join(ignored[:3]),
         )
     paths.sort()
-    num_flat = sum(1 for name in paths if "/" not in name)
-    if 0 < num_flat < len(paths):
-        num_folders = len({name.partition("/")[0] for name in paths if "/" in name})
-        log.warning(
-            "%s: %d images lie beside %d subfolders, so the subfolders are not used as classes: no labels",
-            root,
-            num_flat,
-            num_folders,
-        )
-    labels, classes = labels_from_folders(paths)
+    labels, classes = labels_from_folders(paths, str(root), paths.__getitem__)
     return FileSource(
         root=root,
         paths=tuple(paths),

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import csv
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from byol_fast.data.sources.base import SourceError, evenly_spaced, labels_from_text
+from byol_fast.data.sources.base import SourceError, evenly_spaced, labels_from_text, warn_unlabeled
 from byol_fast.data.sources.files import FileSource
-
-log = logging.getLogger(__name__)
 
 LISTS = (".txt", ".csv", ".tsv")
 """Extensions of files that list images."""
@@ -25,7 +22,7 @@ def open_list(path: Path, arg_name: str) -> FileSource:
     Each line of a `.txt` is a path, or a path, a tab and a label. (A space and an integer after every path are a label
     too, if the path without them exists and the whole line does not.) A `.csv` or `.tsv` has a header with a column
     `path` (or `file`, `filename`, `image`, ...) and optionally `label` (or `class`, `target`, ...). Labels are
-    integers, or names, which are sorted.
+    integers, or names; those that occur are the classes, in order.
 
     Raises:
         SourceError: the list cannot be read, is empty, or names no file that exists.
@@ -42,8 +39,7 @@ def open_list(path: Path, arg_name: str) -> FileSource:
         raise SourceError(f"{arg_name}: {path} lists no images; expected one path a line, or path, tab, label")
     _check_some_exist(names, path, arg_name)
     labels, classes = labels_from_text(texts)
-    if labels is None and any(texts):
-        log.warning("%s: some images have a label and some have none: treated as unlabeled", path)
+    warn_unlabeled(texts, str(path), names.__getitem__)
     return FileSource(root=path.parent, paths=tuple(names), labels=labels, classes=classes)
 
 

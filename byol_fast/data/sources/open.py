@@ -56,7 +56,7 @@ def open_source(root: object, *, arg_name: str = "images", options: DataConfig |
               transform; `torch.utils.data.Subset` of any of these;
             - an `ImageSource`, returned unchanged.
         arg_name: name of the argument, for error messages.
-        options: provides `cache`, `image_column` and `label_column`; defaults if None.
+        options: provides `cache`, `image_column`, `label_column` and `on_corrupt`; defaults if None.
 
     Raises:
         SourceError: there are no images, or none that can be used.
@@ -103,7 +103,7 @@ def _open_path(path: Path, arg_name: str, options: DataConfig) -> ImageSource:
 
 def _open_shards(shards: list[Path], title: str, arg_name: str, options: DataConfig) -> ImageSource:
     if shards[0].suffix.lower() == ".tar":
-        return open_tars(shards, title, arg_name, options.cache)
+        return open_tars(shards, title, arg_name, options.cache, on_corrupt=options.on_corrupt)
     return open_parquet(shards, title, arg_name, options.cache, **_columns(options))
 
 

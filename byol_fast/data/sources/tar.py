@@ -5,15 +5,14 @@ from __future__ import annotations
 import io
 import logging
 import os
-import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,20 +27,16 @@ from byol_fast.data.sources.base import (
     evenly_spaced,
     labels_from_folders,
     labels_from_text,
+    warn_unlabeled,
 )
 from byol_fast.data.sources.shards import cache_path, file_stamp
+from byol_fast.data.sources.tar_index import INDEX_FORMAT, Index, build_index, unpack_texts
 from byol_fast.utils.files import atomic_path
 
 log = logging.getLogger(__name__)
 
 MAX_OPEN_FILES = 128
 INDEX_THREADS = 8
-
-_LABEL_EXTENSIONS = ("cls", "cls.txt")
-_MAX_LABEL_BYTES = 1024
-
-Index = dict[str, NDArray[Any]]
-"""Arrays of one tar file: `offset` and `size` `[N]`, packed `names` and `labels`, counts of ignored members."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -122,36 +117,54 @@ class _OpenFile:
             os.close(self.descriptor)
 
 
-def open_tars(shards: Sequence[Path], title: str, arg_name: str, cache: Path) -> TarSource:
+def open_tars(
+    shards: Sequence[Path], title: str, arg_name: str, cache: Path, *, on_corrupt: Literal["raise", "skip"]
+) -> TarSource:
     """The images of tar files, in stored order; only headers and labels are read.
 
     Members whose names agree up to the first dot are one sample, as in webdataset: its image, and its label in a
     member `.cls` (a number, or a name). If no sample has a label, folders inside the archives are classes, as in a
-    folder of images. The index of each file is cached.
+    folder of images. Links are followed inside their archive. The index of each file is cached.
+
+    Args:
+        shards: the tar files.
+        title: name of the whole, for messages.
+        arg_name: name of the argument, for error messages.
+        cache: folder for the indexes.
+        on_corrupt: use the images in front of a shard's damage, with a warning (`skip`), or raise an error.
 
     Raises:
-        SourceError: an archive is compressed, truncated or not an archive, or has no images.
+        SourceError: an archive is compressed, damaged, cut off or not an archive, or there are no images.
     """
     with ThreadPoolExecutor(INDEX_THREADS, "byol-fast-index") as pool:  # mostly waiting for the disk
         pairs = list(pool.map(lambda path: _load_or_build_index(path, arg_name, cache.expanduser() / "tar"), shards))
     indexes = [index for index, _ in pairs]
     counts = [len(index["offset"]) for index in indexes]
+    _report_damage(shards, indexes, arg_name, on_corrupt)
     if not sum(counts):
         raise SourceError(f"{arg_name}: no images in {title}; expected members that end in {', '.join(EXTENSIONS)}")
     if num_built := sum(built for _, built in pairs):
         log.info("%s: %d tar files indexed, %d images", title, num_built, sum(counts))
+    _log_notes(shards, indexes, title)
     _log_ignored_members(indexes, title)
 
-    names = [name for index in indexes for name in _unpack_texts(index["names"], len(index["offset"]))]
-    texts = [text for index in indexes for text in _unpack_texts(index["labels"], len(index["offset"]))]
-    labels, classes = labels_from_text(texts)
-    if not any(texts):
-        labels, classes = labels_from_folders(_strip_common_folder(names))
-    elif labels is None:
-        log.warning("%s: %d of %d images have no label: treated as unlabeled", title, texts.count(""), len(texts))
+    shard = np.repeat(np.arange(len(indexes), dtype=np.int32), counts)
+    start = np.concatenate([index["start"] for index in indexes])
+    names = [name for index in indexes for name in unpack_texts(index["names"], len(index["offset"]))]
+    texts = [text for index in indexes for text in unpack_texts(index["labels"], len(index["offset"]))]
+
+    def sample_name(i: int) -> str:
+        return f"{shards[shard[i]]}:{names[i]} (header at byte {start[i]})"
+
+    if any(texts):
+        labels, classes = labels_from_text(texts)
+        warn_unlabeled(texts, title, sample_name)
+    else:
+        labels, classes = labels_from_folders(_strip_common_folder(names), title, sample_name)
+        _warn_stray_image(labels, classes, title, sample_name)
     return TarSource(
         shards=tuple(shards),
-        shard=np.repeat(np.arange(len(indexes), dtype=np.int32), counts),
+        shard=shard,
         offset=np.concatenate([index["offset"] for index in indexes]),
         size=np.concatenate([index["size"] for index in indexes]),
         names=tuple(names),
@@ -161,16 +174,18 @@ def open_tars(shards: Sequence[Path], title: str, arg_name: str, cache: Path) ->
     )
 
 
-# ---- the index of one tar file -------------------------------------------------------------------------------------
-
-
 def _load_or_build_index(path: Path, arg_name: str, folder: Path) -> tuple[Index, bool]:
     """Index of one tar file, and True if it was built, not loaded from the cache."""
     cached = cache_path(path, folder, ".npz")
-    stamp = file_stamp(path)
-    if (stored := _load_index(cached, stamp)) is not None:
-        return stored, False
-    index = _build_index(path, arg_name)
+    try:
+        stamp = file_stamp(path, [INDEX_FORMAT])
+        if (stored := _load_index(cached, stamp)) is not None:
+            return stored, False
+        index = build_index(path)
+        if int(index["damage_offset"]) == 0 and (problem := _wrong_format(path)):
+            raise SourceError(f"{arg_name}: {path} {problem}")
+    except OSError as error:
+        raise SourceError(f"{arg_name}: {path} cannot be read ({error.strerror})") from error
     try:
         _save_index(cached, stamp, index)
     except OSError as error:
@@ -187,71 +202,6 @@ def _load_index(path: Path, stamp: str) -> Index | None:
         return None
 
 
-def _build_index(path: Path, arg_name: str) -> Index:
-    """Offsets, sizes, names and labels of the images in one tar file."""
-    # Group members into samples: the name up to the first dot is the key, the rest the extension.
-    samples: dict[str, dict[str, tuple[str, int, int]]] = {}
-    labels: dict[str, str] = {}
-    ignored: Counter[str] = Counter()
-    with path.open("rb") as file:
-        for member in _members(path, arg_name):
-            name = member.name.removeprefix("./").lstrip("/")
-            folder, _, base = name.rpartition("/")
-            if base.startswith("."):
-                continue  # hidden files such as .DS_Store and ._photo.jpg
-            stem, _, extension = base.partition(".")
-            key, extension = f"{folder}/{stem}", extension.lower()
-            if base.lower().endswith(EXTENSIONS):
-                samples.setdefault(key, {})[extension] = (name, member.offset_data, member.size)
-            elif extension in _LABEL_EXTENSIONS and member.size <= _MAX_LABEL_BYTES:
-                file.seek(member.offset_data)
-                labels[key] = file.read(member.size).decode(errors="replace").replace("\0", "").strip()
-            else:
-                ignored[f".{extension}" if extension else "no extension"] += 1
-
-    images = {key: _select_images(sample) for key, sample in samples.items()}
-    rows = [(row, labels.get(key, "")) for key, selected in images.items() for row in selected]
-    return {
-        "offset": np.array([offset for (_, offset, _), _ in rows], np.int64),
-        "size": np.array([size for (_, _, size), _ in rows], np.int64),
-        "names": _pack_texts([name for (name, _, _), _ in rows]),
-        "labels": _pack_texts([label for _, label in rows]),
-        "further": np.array(sum(map(len, samples.values())) - len(rows)),
-        "left_out": np.array([f"{n} x {kind}" for kind, n in ignored.most_common(5)], np.str_),
-    }
-
-
-def _members(path: Path, arg_name: str) -> Iterator[tarfile.TarInfo]:
-    count = 0
-    try:
-        with tarfile.open(path, "r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
-                if member.isfile():
-                    count += 1
-                    yield member
-    except (tarfile.TarError, OSError, EOFError) as error:
-        with path.open("rb") as file:
-            head = file.read(64)
-        if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
-            problem = "is compressed, so single images cannot be read from it; unpack it (gunzip, unxz, ...)"
-        elif head.startswith(b"version https://git-lfs"):
-            problem = "is a Git LFS pointer; fetch the file itself (git lfs pull)"
-        elif count:
-            problem = f"is cut off or damaged after {count} members ({error}); fetch it again"
-        else:
-            problem = f"is not a tar file ({error})"
-        raise SourceError(f"{arg_name}: {path} {problem}") from error
-
-
-def _select_images(sample: dict[str, tuple[str, int, int]]) -> list[tuple[str, int, int]]:
-    """The image named `key.extension` (masks and thumbnails have longer names), or else all images of the sample."""
-    for extension in EXTENSIONS:
-        if extension[1:] in sample:
-            return [sample[extension[1:]]]
-    return list(sample.values())
-
-
 def _save_index(path: Path, stamp: str, index: Mapping[str, NDArray[Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
@@ -261,14 +211,47 @@ def _save_index(path: Path, stamp: str, index: Mapping[str, NDArray[Any]]) -> No
         temporary.write_bytes(buffer.getbuffer())
 
 
-def _pack_texts(texts: Sequence[str]) -> NDArray[np.uint8]:
-    """Texts without NUL as one array of bytes."""
-    return np.frombuffer(os.fsencode("\0".join(texts)), np.uint8)
+def _wrong_format(path: Path) -> str | None:
+    """Problem of a file that is not a tar file; None if it may be one."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+        return "is compressed, so single images cannot be read from it; unpack it (gunzip, unxz, ...)"
+    if head.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer; fetch the file itself (git lfs pull)"
+    return None
 
 
-def _unpack_texts(packed: NDArray[np.uint8], count: int) -> list[str]:
-    """Inverse of `_pack_texts`."""
-    return os.fsdecode(packed.tobytes()).split("\0") if count else []
+def _report_damage(
+    shards: Sequence[Path], indexes: Sequence[Index], arg_name: str, on_corrupt: Literal["raise", "skip"]
+) -> None:
+    """Raise an error for the first damaged shard, or log a warning for each one."""
+    damages = []
+    for shard, index in zip(shards, indexes, strict=True):
+        if (offset := int(index["damage_offset"])) >= 0:
+            kind = "is not a tar file, or damaged" if offset == 0 else "is damaged"
+            damages.append(
+                f"{shard} {kind} at byte {offset} (images before it: {len(index['offset'])}): {index['damage']}"
+            )
+    if damages and on_corrupt == "raise":
+        others = f" ({len(damages)} of {len(shards)} shards are damaged)" if len(damages) > 1 else ""
+        raise SourceError(
+            f"{arg_name}: {damages[0]}{others}; fetch it again, or use the images before it: set on_corrupt to skip"
+        )
+    for problem in damages:
+        log.warning("%s; only the images before it are used, what is behind it is lost", problem)
+
+
+def _log_notes(shards: Sequence[Path], indexes: Sequence[Index], title: str) -> None:
+    """Log a warning for each kind of members that are not used as one would expect."""
+    counts: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    for shard, index in zip(shards, indexes, strict=True):
+        for note, count, example in index["notes"].tolist():
+            counts[note] += int(count)
+            examples.setdefault(note, f"{shard}:{example}")
+    for note, count in counts.items():
+        log.warning("%s: %d %s, such as %s", title, count, note, examples[note])
 
 
 def _log_ignored_members(indexes: Sequence[Index], title: str) -> None:
@@ -287,3 +270,24 @@ def _strip_common_folder(names: Sequence[str]) -> list[str]:
     """Remove the folder that all names share: an archive of a folder has its name in front of each member."""
     common = os.path.commonpath([name.rpartition("/")[0] or "." for name in names])
     return [name[len(common) + 1 :] for name in names] if common not in {"", "."} else list(names)
+
+
+def _warn_stray_image(
+    labels: NDArray[np.int64] | None, classes: Sequence[str], title: str, sample_name: Callable[[int], str]
+) -> None:
+    """Log a warning if one folder holds all images but one: it is then a class, and not the folder of all classes."""
+    if (
+        labels is None
+        or len(classes) != 2
+        or len(labels) < 3
+        or (count := int(labels.sum())) not in {1, len(labels) - 1}
+    ):
+        return
+    stray = int(labels.argmax() if count == 1 else labels.argmin())
+    log.warning(
+        "%s: only %s is outside of the folder %s of all other images; the classes are %s and %s",
+        title,
+        sample_name(stray),
+        classes[0 if count == 1 else 1],
+        *classes,
+    )

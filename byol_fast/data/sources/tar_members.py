@@ -1,0 +1,291 @@
+"""Members of a tar file, read header by header with every check that the format allows.
+
+`tarfile` takes a damaged header for the end of an archive. Here the end is two blocks of zeros with nothing but zeros
+behind them. A header has a checksum. The names and sizes that PAX and GNU tar keep in extended headers have none: these
+headers must be well formed, and must agree with the member's own header.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tarfile
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+BLOCK = tarfile.BLOCKSIZE
+
+_PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
+_GNU_NAMES = {tarfile.GNUTYPE_LONGNAME: "path", tarfile.GNUTYPE_LONGLINK: "linkpath"}
+_EXTENDED = (*_PAX, tarfile.XGLTYPE, *_GNU_NAMES)
+_LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
+
+_RECORD = re.compile(rb"(\d{1,12}) ([^=\n\0]+)=")
+_NESTED_RECORD = re.compile(rb"\n\d+ [^=\n\0]+=")
+_KEYWORDS = ("path", "linkpath", "size")
+"""PAX keywords that are used."""
+_NAMES = ("GNU.sparse.name", "path")
+"""Keywords of names; the first one counts."""
+
+_CHUNK = 2**20
+_TRUNCATED = 97
+"""Bytes of a header's name from which on it may be the beginning of a longer one; the field has 100."""
+_COMPARED = 90
+"""Bytes of a longer name that are compared with its beginning in the header."""
+_LARGEST_OCTAL = 8**11
+"""File size from which on a header cannot hold it."""
+
+
+@dataclass(frozen=True, slots=True)
+class TarMember:
+    """A file or a link."""
+
+    name: str
+    """Name as it was written."""
+    type: bytes
+    """Type of the header: a regular file, `tarfile.LNKTYPE` or `tarfile.SYMTYPE`."""
+    target: str
+    """Target of a link."""
+    start: int
+    """Offset of the first header, extended headers included, in bytes."""
+    offset: int
+    """Offset of the data in bytes."""
+    size: int
+    """Size of the data in bytes."""
+    is_name_unchecked: bool
+    """True if the name comes from an extended header, where it has no checksum."""
+    is_sparse: bool
+    """True if the data was stored without the holes of the file."""
+
+
+class TarDamageError(Exception):
+    """A tar file is damaged.
+
+    Attributes:
+        offset: of the damaged header, or of the header of the damaged member, in bytes.
+        problem: the defect, as a clause.
+    """
+
+    def __init__(self, offset: int, problem: str) -> None:
+        super().__init__(offset, problem)
+        self.offset, self.problem = offset, problem
+
+
+def read_members(file: BinaryIO) -> Iterator[TarMember]:
+    """Read the files and links of an archive, in order; other members are passed over.
+
+    Raises:
+        TarDamageError: the archive is damaged, or its end marker is missing. The offset may be that of a member that
+            was yielded: one that disagrees with its header, after others have shown that their writer fills it in.
+    """
+    end = file.seek(0, os.SEEK_END)
+    defaults: dict[str, str] = {}
+    names_agree, suspect = False, -1
+    start = 0
+    while (header := _read_header(file, start, end)) is not None:
+        # --- extended headers in front of the member's own header
+        records, offset = dict[str, str](), start
+        while header.type in _EXTENDED:
+            payload = _read_payload(file, offset, header.size, end)
+            if header.type == tarfile.XGLTYPE:
+                defaults |= _parse_records(payload, offset)
+            else:
+                key = _GNU_NAMES.get(header.type)
+                # Where two extended headers name a member, the first one counts.
+                records = (
+                    _parse_records(payload, offset) if key is None else _parse_name(payload, key, offset)
+                ) | records
+            offset += BLOCK + _padded(header.size)
+            header = _read_header(file, offset, end)
+            if header is None:
+                raise TarDamageError(start, "no member follows the extended header")
+        records = defaults | records
+
+        # --- the member
+        has_data = header.isreg() or header.type not in tarfile.SUPPORTED_TYPES
+        is_sparse = header.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in records)
+        data = offset + BLOCK + (_sparse_map_size(file, offset) if header.type == tarfile.GNUTYPE_SPARSE else 0)
+        size = _size(header.size, records.get("size"), start)
+        if has_data and data + size > end:
+            raise TarDamageError(start, f"the file ends at byte {end}, inside the member that begins there")
+        if has_data or header.type in _LINKS:
+            name = next((records[key] for key in _NAMES if key in records), header.name).rstrip("/")
+            if "path" in records and not is_sparse:
+                if _agrees(header.name, records["path"]):
+                    names_agree = True
+                elif suspect < 0:
+                    suspect = start
+                if names_agree and suspect >= 0:
+                    raise TarDamageError(suspect, "the name in the extended header differs from that in the header")
+            yield TarMember(
+                name=name,
+                type=header.type,
+                target=records.get("linkpath", header.linkname),
+                start=start,
+                offset=data,
+                size=size,
+                is_name_unchecked=not records.keys().isdisjoint(_NAMES),
+                is_sparse=is_sparse,
+            )
+        start = data + (_padded(size) if has_data else 0)
+    _check_end(file, start, end)
+
+
+def sparse_extent(file: BinaryIO, member: TarMember) -> tuple[int, int] | None:
+    """Offset and size in bytes of a sparse member's content; None if the file had holes, or its map is damaged."""
+    file.seek(member.start)
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            info = tar.next()
+    except (tarfile.TarError, OSError, ValueError):
+        return None
+    parts: Any = info.sparse if info is not None else None
+    if info is None or not parts:
+        return None
+    position = 0
+    for at, length in parts:
+        if length and at != position:
+            return None
+        position += length
+    return (info.offset_data, info.size) if position == info.size else None
+
+
+def _decode(data: bytes) -> str:
+    return data.decode("utf-8", "surrogateescape")
+
+
+def _padded(size: int) -> int:
+    """Bytes of the blocks that hold `size` bytes."""
+    return -(-size // BLOCK) * BLOCK
+
+
+def _read_header(file: BinaryIO, offset: int, end: int) -> tarfile.TarInfo | None:
+    """The header at an offset; None for a block of zeros, or at the end of the file."""
+    file.seek(min(offset, end))
+    block = file.read(BLOCK)
+    if block.count(0) == len(block):
+        return None
+    if len(block) < BLOCK:
+        raise TarDamageError(offset, f"the file ends at byte {end}, inside a header")
+    try:
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except (tarfile.HeaderError, ValueError) as error:
+        raise TarDamageError(offset, f"the header is damaged ({error})") from None
+    if header.size < 0:
+        raise TarDamageError(offset, "the header is damaged (negative size)")
+    return header
+
+
+def _read_payload(file: BinaryIO, offset: int, size: int, end: int) -> bytes:
+    if offset + BLOCK + size > end:
+        raise TarDamageError(offset, f"the file ends at byte {end}, inside an extended header")
+    file.seek(offset + BLOCK)
+    return file.read(size)
+
+
+def _parse_records(payload: bytes, offset: int) -> dict[str, str]:
+    """Records `length keyword=value` of a PAX header."""
+    records: dict[str, str] = {}
+    position = 0
+    payload = payload.rstrip(b"\0")
+    while position < len(payload):
+        match = _RECORD.match(payload, position)
+        stop = position + int(match[1]) if match is not None else 0
+        if match is None or not match.end() < stop <= len(payload) or payload[stop - 1] != ord("\n"):
+            raise TarDamageError(offset, "the extended header is damaged (bad record)")
+        key, value = _decode(match[2]), payload[match.end() : stop - 1]
+        if _NESTED_RECORD.search(payload, match.end(), stop) is not None or _is_misspelled(key):
+            raise TarDamageError(offset, f"the extended header is damaged (record {key!r})")
+        if key in _KEYWORDS and b"\0" in value:
+            raise TarDamageError(offset, f"the extended header is damaged ({key} with a NUL byte)")
+        records[key] = _decode(value)
+        position = stop
+    return {key: value for key, value in records.items() if value}  # an empty value is none
+
+
+def _is_misspelled(key: str) -> bool:
+    """True for a keyword that a damaged byte makes of one that is used."""
+    if key in _KEYWORDS:
+        return False
+    for keyword in _KEYWORDS:
+        if key.startswith(keyword) or keyword.startswith(key):  # a = was damaged, or a letter became one
+            return True
+        if len(key) == len(keyword) and sum(a != b for a, b in zip(key, keyword, strict=True)) == 1:
+            return True
+    return False
+
+
+def _parse_name(payload: bytes, key: str, offset: int) -> dict[str, str]:
+    """Name of a GNU header: everything up to the NUL at its end."""
+    name = payload.rstrip(b"\0")
+    if not name or b"\0" in name:
+        raise TarDamageError(offset, "the extended header is damaged (name with a NUL byte)")
+    return {key: _decode(name)}
+
+
+def _size(stored: int, record: str | None, start: int) -> int:
+    """Size of a member's data; a PAX record replaces that of the header, which cannot hold 8 GiB."""
+    if record is None:
+        return stored
+    if not (record.isascii() and record.isdigit()) or (int(record) < _LARGEST_OCTAL and stored not in {0, int(record)}):
+        raise TarDamageError(start, f"the extended header is damaged (size {record!r})")
+    return int(record)
+
+
+def _sparse_map_size(file: BinaryIO, offset: int) -> int:
+    """Bytes of the blocks behind an old GNU sparse header that go on with its map."""
+    flag, size = 482, 0
+    while True:
+        file.seek(offset + size + flag)
+        if file.read(1) in {b"", b"\0"}:
+            return size
+        flag, size = 504, size + BLOCK
+
+
+def _check_end(file: BinaryIO, offset: int, end: int) -> None:
+    """Raise an error unless two blocks of zeros or more are all that is left of the file."""
+    position = min(offset, end)
+    file.seek(position)
+    while chunk := file.read(_CHUNK):
+        if rest := chunk.lstrip(b"\0"):
+            at = position + len(chunk) - len(rest)
+            hint = "unpack joined archives with tar --ignore-zeros and pack them again"
+            raise TarDamageError(offset, f"the header is zeros, but data follows at byte {at} ({hint})")
+        position += len(chunk)
+    if end - offset < 2 * BLOCK:
+        hint = "if the archive is whole, append one: head -c 10240 /dev/zero >> FILE"
+        raise TarDamageError(min(offset, end), f"the end marker, two blocks of zeros, is missing ({hint})")
+
+
+def _agrees(stored: str, name: str) -> bool:
+    """Compare a name from an extended header with the shortened name in the header itself.
+
+    Writers store the first 100 bytes, or replace what is not ASCII in their own ways: only ASCII is compared then.
+    """
+    in_header, in_record = (text.encode("utf-8", "surrogateescape") for text in (stored, name))
+    if in_record == in_header or (len(in_header) >= _TRUNCATED and in_record.startswith(in_header)):
+        return True
+    if re.search("[\udc80-\udcff]", name):
+        return False  # not UTF-8, although the header does not have the same bytes
+    cut = len(in_header) >= _TRUNCATED
+    if cut:
+        name = in_record[:_COMPARED].decode(errors="ignore")
+    pieces = re.split(r"[^\0-\x7f]+", unicodedata.normalize("NFC", name))
+    return _matches(unicodedata.normalize("NFC", stored), pieces, cut=cut)
+
+
+def _matches(text: str, pieces: Sequence[str], *, cut: bool) -> bool:
+    """True if a text is these pieces, in order, with anything in between; if `cut`, with anything behind them."""
+    if not text.startswith(pieces[0]):
+        return False
+    position = len(pieces[0])
+    for piece in pieces[1:]:
+        position = text.find(piece, position)
+        if position < 0:
+            return False
+        position += len(piece)
+    if cut:
+        return True
+    return text == pieces[0] if len(pieces) == 1 else text.endswith(pieces[-1]) and len(text) >= sum(map(len, pieces))

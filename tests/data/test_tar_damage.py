@@ -1,0 +1,205 @@
+"""Damaged tar files: nothing behind a damage is lost silently."""
+
+from __future__ import annotations
+
+import io
+import random
+import subprocess
+import tarfile
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from byol_fast.config import DataConfig
+from byol_fast.data import SourceError, open_source
+from byol_fast.data.sources import TarSource
+from tests.data.kinds import write_tar
+
+BLOCK = 512
+JPEG = b"\xff\xd8\xff"
+Row = tuple[str, str | None, bytes]
+"""Name, class and content of an image."""
+
+
+def rows_of(path: Path, on_corrupt: Literal["raise", "skip"] = "raise") -> list[Row]:
+    """The images of a file or folder of shards."""
+    options = DataConfig(cache=path.parent / "cache", on_corrupt=on_corrupt)
+    source = open_source(path, arg_name="data.root", options=options)
+    assert isinstance(source, TarSource)
+    labels = [None] * len(source) if source.labels is None else source.labels.tolist()
+    classes = [None if label is None else source.classes[label] for label in labels]
+    return [(source.names[i], classes[i], source.read(i)) for i in range(len(source))]
+
+
+def images(num: int) -> list[tuple[str, bytes]]:
+    """Members of 600 bytes: three blocks each, with their headers."""
+    return [(f"{i}.jpg", JPEG + bytes([i]) * 597) for i in range(num)]
+
+
+def flipped(data: bytes, offset: int, mask: int = 1) -> bytes:
+    return data[:offset] + bytes([data[offset] ^ mask]) + data[offset + 1 :]
+
+
+THIRD = 2 * 3 * BLOCK  # the third member's header
+END = 5 * 3 * BLOCK
+WHOLE = END + 2 * BLOCK
+
+
+@pytest.mark.parametrize(
+    ("change", "offset", "problem"),
+    [
+        (lambda b: flipped(b, THIRD + 10), THIRD, "the header is damaged (bad checksum)"),
+        (lambda b: b[:THIRD] + bytes(BLOCK) + b[THIRD + BLOCK :], THIRD, f"data follows at byte {THIRD + BLOCK}"),
+        (lambda b: b[:THIRD], THIRD, "the end marker, two blocks of zeros, is missing"),
+        (lambda b: b[: THIRD + 100], THIRD, f"the file ends at byte {THIRD + 100}, inside a header"),
+        (lambda b: b[: THIRD + 700], THIRD, f"the file ends at byte {THIRD + 700}, inside the member"),
+        (lambda b: b[:END], END, "the end marker, two blocks of zeros, is missing"),
+        (lambda b: b[: END + BLOCK], END, "the end marker, two blocks of zeros, is missing"),
+        (lambda b: b + b, END, "unpack joined archives with tar --ignore-zeros"),
+        (lambda b: b[:WHOLE] + b"x", END, f"data follows at byte {WHOLE}"),
+        (lambda b: flipped(b, 10), 0, "the header is damaged (bad checksum)"),
+    ],
+    ids=["flip", "zeros", "cut", "cut header", "cut member", "no marker", "one block", "joined", "more", "first"],
+)
+def test_damage_is_named_and_images_before_it_are_used(
+    change: Any, offset: int, problem: str, tmp_path: Path, caplog: Any
+) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    whole = write_tar(folder / "a.tar", images(5)).read_bytes()
+    (folder / "a.tar").write_bytes(change(whole))
+    write_tar(folder / "b.tar", [("other.jpg", JPEG)])
+    before = images(offset // (3 * BLOCK))
+    for _ in range(2):  # built, and from the cache
+        with pytest.raises(SourceError) as caught:
+            rows_of(folder)
+        message = str(caught.value)
+        assert message.startswith(f"data.root: {folder / 'a.tar'} is ") and problem in message
+        assert f"at byte {offset} (images before it: {len(before)})" in message
+        caplog.clear()
+        assert [(name, data) for name, _, data in rows_of(folder, "skip")] == [*before, ("other.jpg", JPEG)]
+        assert problem in caplog.text and f"at byte {offset} " in caplog.text and "is lost" in caplog.text
+
+
+def test_all_damaged_shards_are_counted(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for name in "abc":
+        write_tar(folder / f"{name}.tar", images(2))
+    for name in "bc":
+        (folder / f"{name}.tar").write_bytes((folder / f"{name}.tar").read_bytes()[: 3 * BLOCK])
+    with pytest.raises(SourceError, match=r"b\.tar is damaged at byte 1536 .*\(2 of 3 shards are damaged\)"):
+        rows_of(folder)
+
+
+def test_repaired_shard_is_read_again(tmp_path: Path) -> None:
+    """The command that the message names for an archive without an end marker."""
+    path = write_tar(tmp_path / "a.tar", images(2))
+    path.write_bytes(path.read_bytes()[: 6 * BLOCK])
+    with pytest.raises(SourceError, match="head -c 10240 /dev/zero >> FILE"):
+        rows_of(path)
+    subprocess.run(f"head -c 10240 /dev/zero >> {path}", shell=True, check=True)
+    assert [(name, data) for name, _, data in rows_of(path)] == images(2)
+
+
+def labeled(prefix: str) -> list[tuple[str, bytes]]:
+    """A webdataset: images, labels and other members."""
+    kinds = [(f"{prefix}{i}", bytes([i])) for i in range(5)]
+    return [
+        m
+        for k, b in kinds
+        for m in ((f"{k}.jpg", JPEG + b), (f"{k}.cls", str(10 + b[0] % 3).encode()), (f"{k}.json", b))
+    ]
+
+
+def in_folders(prefix: str) -> list[tuple[str, bytes]]:
+    classes = ("h\u00fcnd", "k\u00e4tze")
+    return [(f"{prefix}{classes[i % 2]}/{i}.jpg", JPEG + bytes([i])) for i in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("members", "form"),
+    [
+        (labeled("k"), tarfile.USTAR_FORMAT),
+        (labeled("x" * 120), tarfile.GNU_FORMAT),
+        (labeled("b\u00efld/\u72ac"), tarfile.PAX_FORMAT),
+        (in_folders("b\u00eflder/"), tarfile.PAX_FORMAT),
+    ],
+    ids=["ustar", "GNU with long names", "PAX with foreign names", "PAX with foreign folders"],
+)
+def test_byte_flip_is_named_or_changes_one_image(
+    members: list[tuple[str, bytes]], form: int, tmp_path: Path, caplog: Any
+) -> None:
+    """A flip in a header, or in a name that has no checksum, loses no other image and no other label silently."""
+    path = write_tar(tmp_path / "a.tar", members, format=form)
+    whole = path.read_bytes()
+    expected = rows_of(path)
+    assert not caplog.records and [row[2] for row in expected] == [data for _, data in members if data[:3] == JPEG]
+    used = [offset for offset, byte in enumerate(whole) if byte]  # a flip in padding changes nothing
+    rng = random.Random(0)
+    outcomes = []
+    for number in range(100):
+        path = tmp_path / f"{number}.tar"
+        path.write_bytes(flipped(whole, rng.choice(used), rng.randrange(1, 256)))
+        caplog.clear()
+        try:
+            rows = rows_of(path)
+        except SourceError as error:
+            assert f"{path} is " in str(error) and " at byte " in str(error)
+            outcomes.append("named")
+            continue
+        if caplog.records:
+            assert str(path) in caplog.text and " at byte " in caplog.text
+            outcomes.append("named")
+            continue
+        assert len(rows) == len(expected)
+        assert sum(row != other for row, other in zip(rows, expected, strict=True)) <= 1
+        outcomes.append("one image")
+    assert set(outcomes) == {"named", "one image"}
+
+
+@pytest.mark.parametrize(
+    ("text", "at", "byte", "problem"),
+    [
+        (b"path=", 1, b"e", "record 'peth'"),
+        (b"path=", 4, b"X", "bad record"),
+        (b"20 path=", 0, b"3", "bad record"),
+        (b"f\xc3\xb6to/2", 4, b"_", "the name in the extended header differs from that in the header"),
+        (b"size=600", 5, b"7", "size '700'"),
+        (b"24 mtime=", 0, b"4", "record 'mtime'"),
+    ],
+    ids=["keyword", "equals sign", "length", "name", "size", "length that takes in the next record"],
+)
+def test_damaged_extended_header_is_named(text: bytes, at: int, byte: bytes, problem: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for i in range(5):
+            info = tarfile.TarInfo(f"f\u00f6to/{i}.jpg")
+            info.size, info.pax_headers = 600, {"size": "600", "mtime": "1234567890.123"}
+            tar.addfile(info, io.BytesIO(JPEG * 200))
+    whole = path.read_bytes()
+    assert len(rows_of(path)) == 5
+    start = 2 * 5 * BLOCK
+    offset = whole.index(text, start) + at
+    (tmp_path / "b.tar").write_bytes(whole[:offset] + byte + whole[offset + 1 :])
+    with pytest.raises(SourceError, match=rf"at byte {start} \(images before it: 2\): .*{problem}"):
+        rows_of(tmp_path / "b.tar")
+
+
+def test_image_that_lost_its_name_is_reported(tmp_path: Path, caplog: Any) -> None:
+    """Behind its first 100 bytes, a name has no checksum and no second copy."""
+    path = write_tar(tmp_path / "a.tar", [(f"{'x' * 120}{i}.jpg", JPEG) for i in range(3)], format=tarfile.GNU_FORMAT)
+    whole = path.read_bytes()
+    path = tmp_path / "b.tar"
+    path.write_bytes(whole.replace(b"1.jpg\0", b"1.jqg\0"))
+    assert [name[120:] for name, _, _ in rows_of(path)] == ["0.jpg", "2.jpg"]
+    assert "1 members with an image's first bytes are left out, because their names are not those of" in caplog.text
+    assert f"{path}:{'x' * 120}1.jqg (header at byte 2048)" in caplog.text
+
+
+def test_stray_image_is_reported(tmp_path: Path, caplog: Any) -> None:
+    names = ["b\u00f6/cat/1.jpg", "b\u00f6/dog/2.jpg", "b\u00e4/dog/3.jpg"]
+    path = write_tar(tmp_path / "a.tar", [(name, JPEG) for name in names])
+    assert [label for _, label, _ in rows_of(path)] == ["b\u00f6", "b\u00f6", "b\u00e4"]
+    assert f"only {path}:{names[2]} (header at byte 4096) is outside of the folder b\u00f6" in caplog.text
