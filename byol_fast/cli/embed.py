@@ -75,7 +75,12 @@ def main(argv: list[str]) -> int:
     for path in (options.output, *([options.neighbors] if options.neighbors is not None else [])):
         _check_writable(path, options.overwrite)
     encoder = load_encoder(options.encoder)
-    data_options = DataConfig(image_column=options.image_column, label_column=options.label_column, cache=options.cache)
+    data_options = DataConfig(
+        image_column=options.image_column,
+        label_column=options.label_column,
+        cache=options.cache,
+        on_corrupt=options.on_corrupt,
+    )
     source = open_source(options.folder, arg_name="folder", options=data_options)
     own = None
     if options.query:  # first: an error there should not come after an hour

@@ -142,7 +142,8 @@ class DataConfig:
     """Batches prepared ahead of the step."""
     on_corrupt: Literal["raise", "skip"] = "raise"
     """Images that cannot be read: `raise` ends the run (progress is saved); `skip` replaces them by other images and
-    lists them in `corrupt_images.jsonl`."""
+    lists them in `corrupt_images.jsonl`. A damaged tar shard: `raise` is an error at the start; `skip` uses the images
+    in front of the damage."""
     max_corrupt_fraction: float = 0.01
     """With on_corrupt skip: stop if more than this fraction of the images (and more than 100, or half of all) is
     corrupt."""

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from byol_fast import config as configs
 from byol_fast.config import ConfigError, DataConfig
 from byol_fast.data import ImageSource, eval_batches, open_source
 from byol_fast.data.sources import FileSource
@@ -94,6 +95,7 @@ def embed_folder(
     torch_device = resolve_device(device)
     torch_precision = resolve_precision(precision, torch_device)
     network, metadata = load_encoder(encoder) if isinstance(encoder, str | Path) else encoder
+    options = configs.replace(options or DataConfig(), {"on_corrupt": on_corrupt})
     source = open_source(images, arg_name="images", options=options)
     if source.labels is not None and set(source.classes) <= SPLIT_NAMES:
         folders = " and ".join(source.classes)

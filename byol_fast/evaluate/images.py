@@ -41,13 +41,14 @@ def open_images(pretrained: PretrainedEncoder, train: object, test: object, sett
         train: anything that `byol_fast.data.open_source` takes; a folder with `train` and `val` (or `test`) inside
             serves as both. None: the images of the run.
         test: likewise. None: the test images that belong to `train`.
-        settings: `max_train` and `max_test` are used.
+        settings: `max_train`, `max_test` and `on_corrupt` are used.
 
     Raises:
         ValueError: images or labels are missing, there is only one class, a test class has no training images, or
             both sets are the same.
     """
     options = pretrained.config.data if pretrained.config is not None else DataConfig()
+    options = configs.replace(options, {"on_corrupt": settings.on_corrupt})
     train_source: ImageSource
     test_source: ImageSource | None
     if train is not None and test is not None:
@@ -91,7 +92,7 @@ def _open_both(
         raise ConfigError(
             f"eval: {pretrained.name} was trained on images from memory; give --train FOLDER and --test FOLDER"
         )
-    return open_train_val(configs.replace(pretrained.config, {"knn.enabled": "auto"}))
+    return open_train_val(configs.replace(pretrained.config, {"knn.enabled": "auto", "data": options}))
 
 
 def _match_classes(train: ImageSource, test: ImageSource) -> ImageSource:

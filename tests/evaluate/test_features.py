@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +11,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from byol_fast.cli import embed as command
-from byol_fast.config import Config, ConfigError
-from byol_fast.data import CorruptImageError, open_source
+from byol_fast.config import Config, ConfigError, DataConfig
+from byol_fast.config.evaluation import KNNSettings
+from byol_fast.data import CorruptImageError, SourceError, open_source
 from byol_fast.evaluate import Features, embed_folder, load_features, save_features
+from byol_fast.evaluate.encoder import PretrainedEncoder
+from byol_fast.evaluate.images import open_images
 from byol_fast.export.encoder import export_encoder, load_encoder
 from byol_fast.models.encoders import build_encoder, feature_dim
 
@@ -70,6 +75,26 @@ def test_corrupt_images_raise_or_are_skipped(encoder: Path, folder: Path) -> Non
     assert results.labels is not None
     assert whole.labels is not None
     assert results.labels.tolist() == np.delete(whole.labels, 4).tolist()
+
+
+def test_damaged_tar_raises_or_is_used_up_to_the_damage(encoder: Path, folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "images.tar"
+    with tarfile.open(path, "w") as tar:
+        tar.add(folder, ".")
+    with tarfile.open(path) as tar:
+        members = [member for member in tar if member.name.endswith(".png")]
+    with path.open("r+b") as file:
+        file.seek(members[9].offset)
+        file.write(b"x")
+    options = DataConfig(cache=tmp_path / "cache")
+    with pytest.raises(SourceError, match=r"images\.tar is damaged at byte \d+ \(images before it: 9\)"):
+        embed_folder(encoder, path, device="cpu", threads=1, options=options)
+    results = embed_folder(encoder, path, device="cpu", threads=1, on_corrupt="skip", options=options)
+    pretrained = PretrainedEncoder(name="tiny", encoder=nn.Identity(), image_size=16, config=Config(data=options))
+    with pytest.raises(SourceError, match=r"--train: .*images\.tar is damaged at byte"):
+        open_images(pretrained, path, folder, KNNSettings())
+    assert len(open_images(pretrained, path, folder, KNNSettings(on_corrupt="skip")).train) == 9
+    assert list(results.paths) == [f"images.tar:{member.name[2:]}" for member in members[:9]]
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".parquet"])
