@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from byol_fast.data import SourceError
+from byol_fast.data.sources.tar_members import read_members
 from tests.data.kinds import write_tar
 from tests.data.test_tar_damage import JPEG, rows_of
 
@@ -31,6 +32,25 @@ def write_members(path: Path, members: list[Member], form: int = tarfile.PAX_FOR
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
     return path
+
+
+PYTHON_TESTS = Path(tarfile.__file__).parent / "test"
+TAR_OF_PYTHON = [
+    path for name in ("testtar.tar", "archivetestdata/testtar.tar") if (path := PYTHON_TESTS / name).exists()
+]
+
+
+@pytest.mark.skipif(not TAR_OF_PYTHON, reason="Python's own tests are not installed")
+def test_members_of_all_formats_are_those_of_tarfile() -> None:
+    """Archive of Python's tests: V7, ustar, GNU, star, Solaris and PAX members, also with names that are not UTF-8."""
+    with tarfile.open(TAR_OF_PYTHON[0], encoding="utf-8", errors="surrogateescape") as tar:
+        expected = [(m.name, m.offset_data, m.size) for m in tar if m.isreg() and not m.issparse()]
+        num_others = sum(m.issparse() or m.islnk() or m.issym() for m in tar)
+    with TAR_OF_PYTHON[0].open("rb") as file:
+        members = list(read_members(file))
+    plain = [m for m in members if not m.is_sparse and m.type not in {HARD, SYMBOLIC}]
+    assert [(m.name, m.offset, m.size) for m in plain] == expected
+    assert len(members) == len(expected) + num_others
 
 
 HARD, SYMBOLIC = tarfile.LNKTYPE, tarfile.SYMTYPE
@@ -111,9 +131,10 @@ def test_nul_in_a_name_is_refused(tmp_path: Path) -> None:
         lambda name: name.encode("ascii", "ignore").decode(),
         lambda name: unicodedata.normalize("NFD", name),
         lambda name: name.encode("ascii", "backslashreplace").decode(),
+        lambda name: name[-100:],  # star
         lambda name: "PaxHeader",
     ],
-    ids=["replaced", "bytes", "dropped", "decomposed", "escaped", "other"],
+    ids=["replaced", "bytes", "dropped", "decomposed", "escaped", "end", "other"],
 )
 def test_names_of_other_writers_are_read(stored: Any, tmp_path: Path) -> None:
     """Writers differ in the short name that they leave in the header itself."""

@@ -17,9 +17,8 @@ from typing import Any, BinaryIO
 
 BLOCK = tarfile.BLOCKSIZE
 
-_PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 _GNU_NAMES = {tarfile.GNUTYPE_LONGNAME: "path", tarfile.GNUTYPE_LONGLINK: "linkpath"}
-_EXTENDED = (*_PAX, tarfile.XGLTYPE, *_GNU_NAMES)
+_EXTENDED = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE, *_GNU_NAMES)
 _LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 
 _RECORD = re.compile(rb"(\d{1,12}) ([^=\n\0]+)=")
@@ -82,21 +81,19 @@ def read_members(file: BinaryIO) -> Iterator[TarMember]:
     """
     end = file.seek(0, os.SEEK_END)
     defaults: dict[str, str] = {}
-    names_agree, suspect = False, -1
+    names = _NameComparison()
     start = 0
     while (header := _read_header(file, start, end)) is not None:
         # --- extended headers in front of the member's own header
         records, offset = dict[str, str](), start
+        kinds = b""
         while header.type in _EXTENDED:
-            payload = _read_payload(file, offset, header.size, end)
+            kinds += header.type
+            found = _read_records(file, header, offset, end)
             if header.type == tarfile.XGLTYPE:
-                defaults |= _parse_records(payload, offset)
+                defaults |= found
             else:
-                key = _GNU_NAMES.get(header.type)
-                # Where two extended headers name a member, the first one counts.
-                records = (
-                    _parse_records(payload, offset) if key is None else _parse_name(payload, key, offset)
-                ) | records
+                records = found | records  # where two name a member, the first one counts
             offset += BLOCK + _padded(header.size)
             header = _read_header(file, offset, end)
             if header is None:
@@ -113,12 +110,7 @@ def read_members(file: BinaryIO) -> Iterator[TarMember]:
         if has_data or header.type in _LINKS:
             name = next((records[key] for key in _NAMES if key in records), header.name).rstrip("/")
             if "path" in records and not is_sparse:
-                if _agrees(header.name, records["path"]):
-                    names_agree = True
-                elif suspect < 0:
-                    suspect = start
-                if names_agree and suspect >= 0:
-                    raise TarDamageError(suspect, "the name in the extended header differs from that in the header")
+                names.add(header.name, records["path"], kinds, start)
             yield TarMember(
                 name=name,
                 type=header.type,
@@ -156,6 +148,10 @@ def _decode(data: bytes) -> str:
     return data.decode("utf-8", "surrogateescape")
 
 
+def _encode(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
 def _padded(size: int) -> int:
     """Bytes of the blocks that hold `size` bytes."""
     return -(-size // BLOCK) * BLOCK
@@ -178,18 +174,23 @@ def _read_header(file: BinaryIO, offset: int, end: int) -> tarfile.TarInfo | Non
     return header
 
 
-def _read_payload(file: BinaryIO, offset: int, size: int, end: int) -> bytes:
-    if offset + BLOCK + size > end:
+def _read_records(file: BinaryIO, header: tarfile.TarInfo, offset: int, end: int) -> dict[str, str]:
+    """Records of an extended header: PAX keywords and their values."""
+    if offset + BLOCK + header.size > end:
         raise TarDamageError(offset, f"the file ends at byte {end}, inside an extended header")
     file.seek(offset + BLOCK)
-    return file.read(size)
+    payload = file.read(header.size).rstrip(b"\0")
+    if header.type not in _GNU_NAMES:
+        return _parse_records(payload, offset)
+    if not payload or b"\0" in payload:
+        raise TarDamageError(offset, "the extended header is damaged (name with a NUL byte)")
+    return {_GNU_NAMES[header.type]: _decode(payload)}
 
 
 def _parse_records(payload: bytes, offset: int) -> dict[str, str]:
     """Records `length keyword=value` of a PAX header."""
     records: dict[str, str] = {}
     position = 0
-    payload = payload.rstrip(b"\0")
     while position < len(payload):
         match = _RECORD.match(payload, position)
         stop = position + int(match[1]) if match is not None else 0
@@ -215,14 +216,6 @@ def _is_misspelled(key: str) -> bool:
         if len(key) == len(keyword) and sum(a != b for a, b in zip(key, keyword, strict=True)) == 1:
             return True
     return False
-
-
-def _parse_name(payload: bytes, key: str, offset: int) -> dict[str, str]:
-    """Name of a GNU header: everything up to the NUL at its end."""
-    name = payload.rstrip(b"\0")
-    if not name or b"\0" in name:
-        raise TarDamageError(offset, "the extended header is damaged (name with a NUL byte)")
-    return {key: _decode(name)}
 
 
 def _size(stored: int, record: str | None, start: int) -> int:
@@ -259,21 +252,51 @@ def _check_end(file: BinaryIO, offset: int, end: int) -> None:
         raise TarDamageError(min(offset, end), f"the end marker, two blocks of zeros, is missing ({hint})")
 
 
-def _agrees(stored: str, name: str) -> bool:
-    """Compare a name from an extended header with the shortened name in the header itself.
+class _NameComparison:
+    """Comparison of the names in extended headers with their short forms in the members' own headers.
+
+    Writers differ in these forms. A name that does not agree is damaged if another one of its group does. Short names
+    and long ones are groups, because some writers keep the end of a long name; so are kinds of extended headers.
+    """
+
+    def __init__(self) -> None:
+        self._agreeing: set[tuple[bool, bytes]] = set()
+        self._suspects: dict[tuple[bool, bytes], int] = {}
+
+    def add(self, stored: str, name: str, kinds: bytes, start: int) -> None:
+        """Compare the names of a member.
+
+        Args:
+            stored: name in its own header.
+            name: name in an extended header.
+            kinds: types of its extended headers.
+            start: where it starts, in bytes.
+        """
+        is_long = len(_encode(stored)) >= _TRUNCATED
+        group = is_long, kinds
+        if _agrees(stored, name, is_long=is_long):
+            self._agreeing.add(group)
+        else:
+            self._suspects.setdefault(group, start)
+        if group in self._agreeing and group in self._suspects:
+            problem = "the name in the extended header differs from that in the header"
+            raise TarDamageError(self._suspects[group], problem)
+
+
+def _agrees(stored: str, name: str, *, is_long: bool) -> bool:
+    """Compare a name with the short form that is stored in a header.
 
     Writers store the first 100 bytes, or replace what is not ASCII in their own ways: only ASCII is compared then.
     """
-    in_header, in_record = (text.encode("utf-8", "surrogateescape") for text in (stored, name))
-    if in_record == in_header or (len(in_header) >= _TRUNCATED and in_record.startswith(in_header)):
+    in_header, in_record = _encode(stored), _encode(name)
+    if in_record == in_header or (is_long and in_record.startswith(in_header)):
         return True
     if re.search("[\udc80-\udcff]", name):
         return False  # not UTF-8, although the header does not have the same bytes
-    cut = len(in_header) >= _TRUNCATED
-    if cut:
+    if is_long:
         name = in_record[:_COMPARED].decode(errors="ignore")
     pieces = re.split(r"[^\0-\x7f]+", unicodedata.normalize("NFC", name))
-    return _matches(unicodedata.normalize("NFC", stored), pieces, cut=cut)
+    return _matches(unicodedata.normalize("NFC", stored), pieces, cut=is_long)
 
 
 def _matches(text: str, pieces: Sequence[str], *, cut: bool) -> bool:
@@ -288,4 +311,4 @@ def _matches(text: str, pieces: Sequence[str], *, cut: bool) -> bool:
         position += len(piece)
     if cut:
         return True
-    return text == pieces[0] if len(pieces) == 1 else text.endswith(pieces[-1]) and len(text) >= sum(map(len, pieces))
+    return text == pieces[0] if len(pieces) == 1 else text.endswith(pieces[-1])
