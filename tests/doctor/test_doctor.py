@@ -15,14 +15,14 @@ import pytest
 from rich.console import Console
 
 from byol_fast.cli.main import main as cli
-from byol_fast.data import open_source
+from byol_fast.data import SourceError, open_source
 from byol_fast.doctor.checks import Check, run_checks
 from byol_fast.doctor.main import Options, ScanData, main, scan_data
 from byol_fast.doctor.scan import scan
 from byol_fast.doctor.system_info import SystemInfo, run_probes
 from byol_fast.utils.env import version
 from tests.data.corrupt_files import CORRUPT, JPEG, fill
-from tests.data.kinds import available, make
+from tests.data.kinds import available, make, write_tar
 from tests.data.test_resume import pictures, with_one_corrupt
 
 GPU = SystemInfo(
@@ -227,3 +227,10 @@ def test_missing_folder_is_an_error(monkeypatch: Any, capsys: Any) -> None:
     assert end.value.code == 2
     shown = capsys.readouterr()
     assert "nowhere does not exist; give a folder" in shown.err and "torchvision" in shown.out
+
+
+def test_damaged_shard_is_an_error(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [(f"{i}.jpg", JPEG) for i in range(3)])
+    path.write_bytes(path.read_bytes().rstrip(b"\0"))
+    with pytest.raises(SourceError, match=r"a\.tar is damaged at byte \d+ \(images before it: 3\): the end marker"):
+        scan_data(ScanData(root=path, cache=tmp_path / "cache"), fast=True, console=Console())
