@@ -276,18 +276,14 @@ def _warn_stray_image(
     labels: NDArray[np.int64] | None, classes: Sequence[str], title: str, sample_name: Callable[[int], str]
 ) -> None:
     """Log a warning if one folder holds all images but one: it is then a class, and not the folder of all classes."""
-    if (
-        labels is None
-        or len(classes) != 2
-        or len(labels) < 3
-        or (count := int(labels.sum())) not in {1, len(labels) - 1}
-    ):
+    counts = [] if labels is None else np.bincount(labels).tolist()
+    if labels is None or len(counts) != 2 or min(counts) != 1 or max(counts) == 1:
         return
-    stray = int(labels.argmax() if count == 1 else labels.argmin())
+    small = counts.index(1)
     log.warning(
         "%s: only %s is outside of the folder %s of all other images; the classes are %s and %s",
         title,
-        sample_name(stray),
-        classes[0 if count == 1 else 1],
+        sample_name(int((labels == small).argmax())),
+        classes[1 - small],
         *classes,
     )
