@@ -160,6 +160,8 @@ def validate_labels(labels: Any, num_images: int, arg_name: str) -> NDArray[np.i
         SourceError: the labels are not `num_images` integers.
     """
     y = labels.numpy(force=True) if isinstance(labels, torch.Tensor) else np.asarray(labels)
+    if y.dtype == np.float64 and isinstance(labels, list) and all(isinstance(v, int) and v >= 0 for v in labels):
+        y = np.array(labels, np.uint64)  # NumPy makes floats of integers on both sides of 2**63
     if y.shape != (num_images,) or not np.issubdtype(y.dtype, np.integer):
         raise SourceError(
             f"{arg_name}: labels must be {num_images} integers, one per image, got {y.dtype} of shape {list(y.shape)}"
