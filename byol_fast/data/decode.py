@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 from typing import Any
 
@@ -20,6 +21,22 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
 _decode_jpeg: Any = getattr(torch.ops.image, "decode_jpeg", None)
 _RGB = 3
 
+_FULL_RANGES = (1, 255, 4095, 65535)
+_MIN_16_BIT = 4096
+"""Smallest largest value of a 16-bit picture: below it, 12 bits or fewer were stored in 16."""
+
+
+class PixelDepthError(ValueError):
+    """Pixel values whose range is not known; the message is the predicate of a sentence about the image."""
+
+    def __init__(self, kind: str, low: float, high: float) -> None:
+        full = next((str(limit) for limit in _FULL_RANGES if low >= 0 and high <= limit), "LARGEST")
+        super().__init__(
+            f"must have 8 bits per channel, or 16 of which more than 12 are used, got {kind} with values "
+            f"{low:,.6g} to {high:,.6g}; convert it to 8 bits, for example "
+            f"PIL.Image.fromarray((x * (255 / {full})).round().astype('uint8'))"
+        )
+
 
 def decode(data: bytes) -> Image.Image:
     """Decode an image to RGB, as stored: EXIF rotation is not applied, as in torchvision's ImageFolder.
@@ -32,10 +49,34 @@ def decode(data: bytes) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to RGB; 16-bit values are divided by 256, where PIL would clip them."""
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
+    """Convert an image of any mode to RGB; 16-bit values are divided by 256, where PIL would clip them.
+
+    Raises:
+        PixelDepthError: the values are floating-point numbers, 32-bit integers, or 16-bit integers all below 4,096.
+    """
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image)
+        # PIL reads 16-bit PGM, and before version 11 also PNG, into 32 bits.
+        has_16_bits = image.mode.startswith("I;16") or image.format in {"PNG", "PPM"}
+        if not has_16_bits or values.max() < _MIN_16_BIT:
+            raise PixelDepthError(f"mode {image.mode}", values.min(), values.max())
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    has_16_bits = _has_16_bit_channels(image)  # known until the pixels are loaded, of which PIL keeps the upper bytes
+    rgb = image.convert("RGB")
+    if has_16_bits:
+        low, high = (function(np.asarray(rgb)) for function in (np.min, np.max))
+        if high < _MIN_16_BIT >> 8:
+            raise PixelDepthError(f"mode {image.mode} of 16 bits", int(low) << 8, (int(high) << 8) + 255)
+    return rgb
+
+
+def _has_16_bit_channels(image: Image.Image) -> bool:
+    """Return True for a color image (PNG, TIFF, PPM) of 16 bits per channel that PIL has opened, not yet loaded."""
+    tiles = getattr(image, "tile", None)
+    args = tiles[0][3] if tiles else ""
+    raw_mode, *options = args if isinstance(args, tuple) else (args,)
+    is_16_bit_ppm = image.format == "PPM" and options == [2**16 - 1]
+    return is_16_bit_ppm or re.search(";16[BLN]", str(raw_mode)) is not None
 
 
 def decode_jpeg(data: bytes) -> Tensor | None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from PIL import Image, UnidentifiedImageError
 
-from byol_fast.data.decode import decode
+from byol_fast.data.decode import PixelDepthError, decode
 from byol_fast.utils.files import atomic_write
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ _MAGIC_BYTES = {
     b"8BPS": "Photoshop",
     b"version https://git-lfs": "a Git LFS pointer: the file itself was not fetched",
 }
+_HEAD_BYTES = 26  # of a PNG up to its color type
 _FTYP_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF", b"msf1": "HEIF"}
 
 
@@ -109,6 +110,8 @@ def check_bytes(data: bytes) -> str | None:
         decode(data)
     except UnidentifiedImageError:
         return "is not an image" + (f" (it looks like {kind})" if (kind := _guess_format(data)) else "")
+    except PixelDepthError as error:
+        return str(error)
     except Image.DecompressionBombError:
         return f"is too large to decode safely (more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels)"
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ... on damaged files
@@ -127,10 +130,10 @@ def _guess_format(data: bytes) -> str | None:
 
 
 def file_needs_check(path: Path) -> bool:
-    """Return True unless the first and last bytes are those of a complete JPEG, PNG or WebP file (16 us)."""
+    """Return True unless the first and last bytes are those of a complete JPEG, 8-bit PNG or WebP file (16 us)."""
     try:
         with path.open("rb") as file:
-            head = file.read(12)
+            head = file.read(_HEAD_BYTES)
             size = file.seek(0, 2)
             file.seek(max(size - 8, 0))
             return _ends_need_check(head, file.read(8), size)
@@ -140,14 +143,15 @@ def file_needs_check(path: Path) -> bool:
 
 def bytes_need_check(data: bytes) -> bool:
     """`file_needs_check` for an encoded image in memory."""
-    return _ends_need_check(data[:12], data[-8:], len(data))
+    return _ends_need_check(data[:_HEAD_BYTES], data[-8:], len(data))
 
 
 def _ends_need_check(head: bytes, tail: bytes, size: int) -> bool:
     if head.startswith(_JPEG_HEAD):
         return not tail.endswith(_JPEG_TAIL)
     if head.startswith(_PNG_HEAD):
-        return tail != _PNG_TAIL
+        bits = head[24:25]
+        return tail != _PNG_TAIL or bits == b"\x10"  # 16 bits may hold values of fewer
     if head.startswith(b"RIFF"):
         return int.from_bytes(head[4:8], "little") + 8 > size
     return True

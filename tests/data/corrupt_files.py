@@ -42,6 +42,8 @@ FLAT = np.full((SIZE, SIZE, 3), PLAIN, np.uint8)
 JPEG = save("JPEG", quality=95)
 PNG = save("PNG")
 WEBP = save("WEBP", lossless=True)
+LEVELS = GRAY / GRAY.max()
+"""Gray levels up to 1."""
 
 
 def flipped_bytes() -> bytes:
@@ -54,17 +56,30 @@ def wrong_crc() -> bytes:
     return PNG[:at] + bytes(4) + PNG[at + 4 :]
 
 
-def bomb(side: int = 20_000) -> bytes:
-    """A PNG of a few hundred bytes for each thousand rows, and of side * side black pixels."""
-
+def png_of(side: int, bits: int, color_type: int, packed_rows: bytes) -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
+    header = struct.pack(">IIBBBBB", side, side, bits, color_type, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed_rows) + chunk(b"IEND", b"")
+
+
+def bomb(side: int = 20_000) -> bytes:
+    """A PNG of a few hundred bytes for each thousand rows, and of side * side black pixels."""
     packer = zlib.compressobj(9)
     row = bytes(1 + side // 8)
-    rows = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
-    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return png_of(side, 1, 0, b"".join(packer.compress(row) for _ in range(side)) + packer.flush())
+
+
+def color_png_of_16_bits(levels: NDArray[Any]) -> bytes:
+    """PIL writes none."""
+    rows = b"".join(b"\0" + row.tobytes() for row in levels.astype(">u2"))
+    return png_of(len(levels), 16, 2, zlib.compress(rows))
+
+
+def of_depth(kind: str, levels: NDArray[Any], dtype: type[np.generic]) -> bytes:
+    """A gray picture whose values are stored as `dtype`."""
+    return save(kind, Image.fromarray(levels.astype(dtype)))
 
 
 def rotated_by_exif() -> bytes:
@@ -81,6 +96,10 @@ def animated(kind: str) -> bytes:
 
 def palette() -> bytes:
     return save("PNG", Image.fromarray(PICTURE).convert("P"), transparency=3)
+
+
+def wrong_depth(values: str, largest: str) -> str:
+    return rf"must have 8 bits per channel, or 16 .*, got {values}; convert it to 8 bits.*255 / {largest}\)"
 
 
 CORRUPT: dict[str, tuple[str, bytes, str]] = {
@@ -106,6 +125,28 @@ CORRUPT: dict[str, tuple[str, bytes, str]] = {
     "AVIF as .jpg": ("x.jpg", bytes(4) + b"ftypavif" + bytes(90), r"is not an image \(it looks like AVIF\)"),
     "HEIC as .jpg": ("x.jpg", bytes(4) + b"ftypheic" + bytes(90), r"is not an image \(it looks like HEIC\)"),
     "video as .jpg": ("x.jpg", bytes(4) + b"ftypisom" + bytes(90), r"is not an image \(it looks like a video\)"),
+    "float TIFF in 0..1": ("x.tif", of_depth("TIFF", LEVELS, np.float32), wrong_depth("mode F with .* to 1", "1")),
+    "int32 TIFF in 0..255": ("x.tif", of_depth("TIFF", LEVELS * 255, np.int32), wrong_depth("mode I .* to 255", "255")),
+    "int32 TIFF up to 100,000": (
+        "x.tif",
+        of_depth("TIFF", LEVELS * 100_000, np.int32),
+        wrong_depth("mode I .* to 100,000", "LARGEST"),
+    ),
+    "12 bits in a 16-bit TIFF": (
+        "x.jpg",
+        of_depth("TIFF", LEVELS * 4095, np.uint16),
+        wrong_depth("mode I;16 .* to 4,095", "4095"),
+    ),
+    "12 bits in a 16-bit PNG": (
+        "x.png",
+        of_depth("PNG", LEVELS * 4095, np.uint16),
+        wrong_depth("mode I;16 .* to 4,095", "4095"),
+    ),
+    "12 bits in a 16-bit color PNG": (
+        "x.png",
+        color_png_of_16_bits(PICTURE.astype(np.uint16) * 16),
+        wrong_depth("mode RGB of 16 bits .* to 4,095", "4095"),
+    ),
 }
 """File name, contents, and a pattern of the defect."""
 
@@ -135,6 +176,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 """Damage to an intact file after the source was opened, and a pattern of the defect."""
 
+UP_TO_16: NDArray[np.uint8] = np.stack([(LEVELS * 4096).astype(np.uint16) >> 8] * 3, 2).astype(np.uint8)
 UNUSUAL: dict[str, tuple[str, bytes, NDArray[np.uint8], float]] = {
     "flipped bytes in the pixels": ("x.jpg", flipped_bytes(), PICTURE, 80),
     "PNG as .jpg": ("x.jpg", PNG, PICTURE, 0),
@@ -144,6 +186,9 @@ UNUSUAL: dict[str, tuple[str, bytes, NDArray[np.uint8], float]] = {
     "gray with alpha": ("x.png", save("PNG", Image.fromarray(GRAY).convert("LA")), np.stack([GRAY] * 3, 2), 0),
     "16-bit PNG": ("x.png", save("PNG", Image.fromarray(GRAY.astype(np.uint16) * 257)), np.stack([GRAY] * 3, 2), 0),
     "16-bit TIFF": ("x.tif", save("TIFF", Image.fromarray(GRAY.astype(np.uint16) * 257)), np.stack([GRAY] * 3, 2), 1),
+    "16-bit PNG up to 4,096": ("x.png", of_depth("PNG", LEVELS * 4096, np.uint16), UP_TO_16, 1),
+    "16-bit PGM": ("x.pgm", of_depth("PPM", GRAY * 257.0, np.uint16), np.stack([GRAY] * 3, 2), 0),
+    "16-bit color PNG": ("x.png", color_png_of_16_bits(PICTURE.astype(np.uint16) * 257), PICTURE, 0),
     "palette": ("x.png", save("PNG", Image.fromarray(PICTURE).convert("P")), PICTURE, 30),
     "palette with transparency": ("x.png", palette(), PICTURE, 30),
     "one bit": ("x.png", save("PNG", Image.fromarray(GRAY > 128)), np.stack([(GRAY > 128) * 255] * 3, 2), 0),

@@ -156,13 +156,13 @@ def test_corrupt_image_of_every_source_is_named_or_skipped(kind: str, backend: s
 
 
 def test_evaluation_skips_corrupt_files(backend: str, tmp_path: Path) -> None:
-    bad = fill_with_corrupt(tmp_path, good=20)
+    bad = fill_with_corrupt(tmp_path, good=30)
     source = open_source(tmp_path)
     name: Any = backend
     whole: dict[int, torch.Tensor] = {}
     for batch, index in eval_batches(source, SIZE, 4, loader=name, on_corrupt="skip"):
         whole |= dict(zip(index.tolist(), batch, strict=True))
-    assert [Path(source.sample_name(i)).name for i in whole] == sorted(f"good {i}.png" for i in range(20))
+    assert [Path(source.sample_name(i)).name for i in whole] == sorted(f"good {i}.png" for i in range(30))
     assert len(whole) + len(bad) == len(source)
     good = open_source(tmp_path).subset(np.array(list(whole)))
     for batch, index in eval_batches(good, SIZE, 4, loader=name):

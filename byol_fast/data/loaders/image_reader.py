@@ -52,9 +52,9 @@ class _Started(NamedTuple, Generic[S]):
 class ImageReader(Generic[S]):
     """Reader of the images of a DALI pipeline, one batch after another.
 
-    It returns names of files, which DALI reads itself; or, read by threads one batch in advance, the bytes of other
-    encoded images (tar, Parquet) or arrays `[H, W, 3]`. Corrupt images are found and replaced before DALI gets them: an
-    error would end its pipeline.
+    It returns names of files, which DALI reads itself; or the bytes of other encoded images (tar, Parquet) or arrays
+    `[H, W, 3]`. Threads check or read them one batch in advance. Corrupt images are found and replaced before DALI gets
+    them: an error would end its pipeline.
 
     Args:
         source: the images.
@@ -76,8 +76,9 @@ class ImageReader(Generic[S]):
         """Height and width of all images, if known and equal."""
         if isinstance(source, ArraySource):
             self.image_size = (source.images.shape[1], source.images.shape[2])
-        # Files are read by DALI's own threads; they are checked here only after one of them was corrupt.
-        self._direct = isinstance(source, ArraySource) or (isinstance(source, FileSource) and not corrupt.by_index)
+        # DALI's own threads read files. Each is checked here once, or every time after one of them was corrupt.
+        self._check_once = self.encoding == "file" and not corrupt.by_index
+        self._checked = bytearray(len(source))
         self._num_threads = num_threads if self.encoding == "array" else IO_THREADS
         self._pool: ThreadPoolExecutor | None = None
         self._ahead: _Started[S] | None = None
@@ -90,11 +91,9 @@ class ImageReader(Generic[S]):
         Raises:
             CorruptImageError: an image cannot be read and must not be skipped, or too many were.
         """
-        if self._direct:
+        if isinstance(self.source, ArraySource):
             spec = self._sample(batch_number)
-            if isinstance(self.source, ArraySource):
-                return spec, self.source.images[spec.index]
-            return spec, [self._file_name(int(i)) for i in spec.index]
+            return spec, self.source.images[spec.index]
         spec, images = self._take_ahead(batch_number)
         while unreadable := [(i, image) for i, future in images.items() if isinstance(image := future.result(), str)]:
             self.corrupt.add(unreadable, batch_number)
@@ -104,7 +103,15 @@ class ImageReader(Generic[S]):
             following = self._sample(batch_number + 1)
             known = len(self.corrupt.by_index)
             self._ahead = _Started(batch_number + 1, known, following, self._submit(following))
-        return spec, [image for i in spec.index if not isinstance(image := images[int(i)].result(), str)]
+        if self._check_once:
+            for i in images:
+                self._checked[i] = True
+        return spec, [self._image(i, images) for i in spec.index.tolist()]
+
+    def _image(self, i: int, images: Mapping[int, Future[ImageOrReason]]) -> NDArray[np.uint8]:
+        image = images[i].result() if i in images else self._file_name(i)
+        assert not isinstance(image, str)
+        return image
 
     def _take_ahead(self, batch_number: int) -> tuple[S, dict[int, Future[ImageOrReason]]]:
         """The batch that was started in advance, sampled again if more corrupt images are known by now."""
@@ -120,10 +127,11 @@ class ImageReader(Generic[S]):
     def _submit(
         self, spec: S, started: Mapping[int, Future[ImageOrReason]] = MappingProxyType({})
     ) -> dict[int, Future[ImageOrReason]]:
-        """The images of a batch, each once: those that were started already, and the others."""
+        """The images of a batch, each once: those that were started already, and the others, without checked files."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._num_threads, "byol-fast-read")
-        return {i: started.get(i) or self._pool.submit(self._read, i) for i in dict.fromkeys(spec.index.tolist())}
+        index = [i for i in dict.fromkeys(spec.index.tolist()) if not self._checked[i]]
+        return {i: started.get(i) or self._pool.submit(self._read, i) for i in index}
 
     def _read(self, i: int) -> ImageOrReason:
         source = self.source
