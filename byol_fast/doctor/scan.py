@@ -83,6 +83,7 @@ def scan(
         progress: called with the number of finished images.
     """
     start = time.monotonic()
+    source.check_thread_safety(threads)
     results = _scan_all(source, threads, fast, progress)
     measured = np.array([size for _, _, size in results if size is not None], np.int64).reshape(-1, 2)
     counts = Counter(() if source.labels is None else source.labels.tolist())

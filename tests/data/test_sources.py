@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from byol_fast.config import Config, ConfigError, DataConfig, KNNConfig
-from byol_fast.data import CorruptImageError, SourceError, open_source, open_train_val
-from byol_fast.data.sources import ArraySource, DatasetSource, FileSource
+from byol_fast.data import SourceError, open_source, open_train_val
+from byol_fast.data.sources import ArraySource, FileSource
 from byol_fast.data.sources.base import evenly_spaced
 from byol_fast.training.knn_monitor import knn_problem
 
@@ -129,89 +129,6 @@ def test_array_fingerprint_covers_every_byte() -> None:
     y[-1, -1, -1, -1] ^= 1
     assert arrays_of(x).fingerprint != arrays_of(y).fingerprint
     assert arrays_of(x).fingerprint != arrays_of(x.reshape(6, 9, 8, 3)).fingerprint
-
-
-class InMemory:
-    """As torchvision's MNIST and CIFAR keep them."""
-
-    def __init__(self, data: Any, targets: Any) -> None:
-        self.data, self.targets, self.classes = data, targets, ["cat", "dog"]
-
-
-def test_torchvision_datasets(tmp_path: Path) -> None:
-    from torchvision.datasets import ImageFolder
-
-    cifar_like = InMemory(np.full((3, 8, 8, 3), 7, np.uint8), [1, 0, 1])
-    mnist_like = InMemory(torch.full((3, 8, 8), 9, dtype=torch.uint8), torch.tensor([0, 1, 0]))
-    for data, value, labels in ((cifar_like, 7, [1, 0, 1]), (mnist_like, 9, [0, 1, 0])):
-        source = arrays_of(data)
-        assert (source.images == value).all() and source.images.shape == (3, 8, 8, 3)
-        assert labels_of(source) == labels and source.classes == ("cat", "dog")
-    put(tmp_path, "cat/1.png", "dog/2.png", "dog/sub/3.png")
-    ours, theirs = files_of(tmp_path), files_of(ImageFolder(tmp_path))
-    assert sorted(theirs.paths) == sorted(ours.paths)
-    assert theirs.classes == ours.classes and labels_of(theirs) == labels_of(ours)
-    assert theirs.fingerprint == ours.fingerprint
-    assert open_source(ours) is ours
-    assert open_source(torch.utils.data.Subset(cifar_like, [2, 1])).labels.tolist() == [1, 0]  # type: ignore
-
-
-class Indexed(torch.utils.data.Dataset[Any]):
-    """Items in any of the forms that users write."""
-
-    def __init__(self, item: Any, n: int = 5, **more: Any) -> None:
-        self.item, self.n = item, n
-        vars(self).update(more)
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __getitem__(self, i: int) -> Any:
-        return self.item(i) if callable(self.item) else self.item
-
-
-@pytest.mark.parametrize(
-    "item",
-    [
-        lambda i: Image.new("RGB", (6, 4), (i, 2 * i, 3 * i)),
-        lambda i: (Image.new("RGB", (6, 4), (i, 2 * i, 3 * i)).convert("RGBA"), 1),
-        lambda i: (np.full((4, 6, 3), (i, 2 * i, 3 * i), np.uint8), "label", 7),
-        lambda i: torch.tensor([i, 2 * i, 3 * i], dtype=torch.uint8)[:, None, None].expand(3, 4, 6),
-        lambda i: {"image": Image.new("RGB", (6, 4), (i, 2 * i, 3 * i)), "caption": "x"},
-    ],
-    ids=["PIL", "tuple", "array", "tensor", "mapping"],
-)
-def test_map_style_datasets(item: Any) -> None:
-    source = open_source(Indexed(item, targets=[0, 1, 0, 1, 1], transform=None, classes=["cat", "dog"]))
-    assert isinstance(source, DatasetSource)
-    assert len(source) == 5 and source.labels is not None and source.labels.tolist() == [0, 1, 0, 1, 1]
-    for i in range(5):
-        assert np.array_equal(np.asarray(source.load(i)), np.full((4, 6, 3), (i, 2 * i, 3 * i), np.uint8))
-    assert np.asarray(source.subset(np.array([3])).load(0))[0, 0].tolist() == [3, 6, 9]
-    assert source.subset(np.array([3])).sample_name(0) == "Indexed[3]"
-    assert source.fingerprint == open_source(Indexed(item)).fingerprint != open_source(Indexed(item, 4)).fingerprint
-
-
-def test_map_style_datasets_of_other_items_are_rejected() -> None:
-    picture = Image.new("RGB", (6, 4))
-    cases: list[tuple[Any, str]] = [
-        (
-            Indexed(torch.zeros(3, 4, 6)),
-            r"Indexed\[0\] must be a PIL image or a uint8 array.*torch.float32 \[3, 4, 6\]",
-        ),
-        (Indexed((np.zeros((4, 6), np.float64), 1)), r"got \(ndarray float64 \[4, 6\], int\)"),
-        (Indexed({"text": 1}), "got a mapping with text"),
-        (Indexed(picture, transform=abs), "Indexed must have no transform, got builtin_function_or_method; create it"),
-        (Indexed(picture, n=0), "Indexed is empty"),
-        (Indexed(lambda i: 1 // i), r"Indexed\[0\] raises ZeroDivisionError"),
-    ]
-    for data, message in cases:
-        with pytest.raises(SourceError, match=message) as caught:
-            open_source(data, arg_name="data")
-        assert str(caught.value).startswith("data: ")
-    late = open_source(Indexed(lambda i: picture if i < 2 else 1 // 0))
-    with pytest.raises(CorruptImageError, match=r"Indexed\[2\] cannot be read \(ZeroDivisionError"):
-        late.load(2)
 
 
 def test_error_messages(tmp_path: Path) -> None:

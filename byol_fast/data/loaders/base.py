@@ -45,7 +45,7 @@ class DeterministicLoader(ABC):
         corrupt_list: file that lists skipped corrupt images.
 
     Raises:
-        SourceError: there are fewer images than one batch takes.
+        SourceError: there are fewer images than one batch takes, or they may be read by one thread only.
     """
 
     name: str
@@ -61,6 +61,8 @@ class DeterministicLoader(ABC):
         num_shards: int = 1,
         corrupt_list: Path | None = None,
     ) -> None:
+        self.num_threads = resolve_num_threads(config.data.threads)
+        source.check_thread_safety(self.num_threads)
         self.source, self.config, self.view_configs, self.device = source, config, view_configs, device
         self.size = view_configs[0].size
         self.corrupt = CorruptImages(
@@ -81,7 +83,6 @@ class DeterministicLoader(ABC):
         )
         self.batch_size = config.batch_size
         self.batches_per_epoch = self.sampler.batches_per_epoch
-        self.num_threads = resolve_num_threads(config.data.threads)
         self._augment_stream = AugmentStream(device, max_ahead=config.data.prefetch + 1)
         self._pool: ThreadPoolExecutor | None = None
         self._batch_number = 0

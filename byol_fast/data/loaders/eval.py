@@ -53,7 +53,9 @@ def eval_batches(
 
     Raises:
         CorruptImageError: an image cannot be read, and `on_corrupt` is "raise"; or half of all cannot.
+        SourceError: the images may be read by one thread only.
     """
+    source.check_thread_safety(resolve_num_threads(threads))
     device = device or torch.device("cpu")
     if isinstance(source, ArraySource) and source.images.shape[1:3] == (size, size):
         for start in range(0, len(source), batch_size):

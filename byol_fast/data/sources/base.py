@@ -66,6 +66,16 @@ class ImageSource(ABC):
         """Pixels of `load` as a tensor, uint8 `[1, 3, H, W]`, channels_last; raises the same errors."""
         return _as_tensor(self.load(i))
 
+    def check_thread_safety(self, num_threads: int) -> None:  # noqa: B027 (most kinds have nothing to compare)
+        """Compare some images read by several threads at once with the same ones read alone, if they may differ.
+
+        Args:
+            num_threads: number of threads that will read images; nothing is compared for one.
+
+        Raises:
+            SourceError: the images are those of a dataset that only one thread at a time may read.
+        """
+
     @abstractmethod
     def sample_name(self, i: int) -> str:
         """Name of image `i` for messages: its file, `shard:member`, or the source and the index."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
 import os
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,10 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torchvision
 from numpy.typing import NDArray
 from PIL import Image
 
-from byol_fast.data.decode import to_rgb
+from byol_fast.data.decode import PixelDepthError, to_rgb
 from byol_fast.data.integrity import CorruptImageError, read_file
 from byol_fast.data.sources.base import (
     EncodedSource,
@@ -29,6 +33,7 @@ from byol_fast.data.sources.base import (
     with_class_names,
 )
 from byol_fast.data.sources.files import FileSource
+from byol_fast.data.sources.thread_safety import NUM_COMPARED, compare_threads
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +42,20 @@ _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "phot
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls", "target")
 _NUM_FINGERPRINTED = 16
 
+_ONE_READ = threading.RLock()  # of the whole process: train and validation sets may share an open file
+_FOLDERS = (torchvision.datasets.DatasetFolder, torchvision.datasets.ImageFolder, torchvision.datasets.ImageNet)
+_ARRAYS = tuple(
+    getattr(torchvision.datasets, name)
+    for name in (
+        *("CIFAR10", "CIFAR100", "MNIST", "EMNIST", "FashionMNIST", "KMNIST", "QMNIST", "SEMEION", "STL10", "SVHN"),
+        "USPS",
+    )
+)
+
 
 @dataclass(frozen=True, eq=False)
 class DatasetSource(ImageSource):
-    """Map-style dataset that decodes its images itself. Its `__getitem__` is called from several threads."""
+    """Map-style dataset that decodes its images itself. Several threads call its `__getitem__`."""
 
     dataset: Any
     """The dataset."""
@@ -48,9 +63,17 @@ class DatasetSource(ImageSource):
     """Item of each image `[N]`."""
     labels: NDArray[np.int64] | None = None
     classes: tuple[str, ...] = ()
+    thread_safe: threading.Event = dataclasses.field(default_factory=threading.Event)
+    """Set once `check_thread_safety` has passed; until then one thread at a time reads. Common to subsets."""
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def check_thread_safety(self, num_threads: int) -> None:  # noqa: D102 (inherited)
+        if num_threads > 1 and not self.thread_safe.is_set():
+            sampled = evenly_spaced(len(self), NUM_COMPARED).tolist()
+            compare_threads(lambda i: self._load(i).tobytes(), sampled, f"the dataset {type(self.dataset).__name__}")
+            self.thread_safe.set()
 
     @cached_property
     def fingerprint(self) -> str:  # noqa: D102 (inherited)
@@ -59,9 +82,15 @@ class DatasetSource(ImageSource):
         return digest([name.encode(), self.index.tobytes(), *(self.load(i).tobytes() for i in sampled)])
 
     def load(self, i: int) -> Image.Image:  # noqa: D102 (inherited)
+        with contextlib.nullcontext() if self.thread_safe.is_set() else _ONE_READ:
+            return self._load(i)
+
+    def _load(self, i: int) -> Image.Image:
         try:
             item = self.dataset[int(self.index[i])]
             image = as_image(item)  # PIL decodes here
+        except PixelDepthError as error:
+            raise CorruptImageError(self.sample_name(i), str(error)) from error
         except Exception as error:  # of any type: the dataset is the user's code
             raise CorruptImageError(self.sample_name(i), f"cannot be read ({type(error).__name__}: {error})") from error
         if image is None:
@@ -116,6 +145,23 @@ class HuggingFaceSource(EncodedSource):
         return f"{self._counts()} in a Hugging Face dataset"
 
 
+def is_read_directly(dataset: Any) -> bool:
+    """Return True if the items of a dataset are its stored images: the rows of Hugging Face, `.samples` or `.data`.
+
+    They are for the classes of `datasets` and torchvision, unless they have a loader or transform of the user's, and
+    for objects without `__getitem__`. Every other dataset may read, choose or change its images in its own way.
+    """
+    if is_hugging_face(dataset):
+        return bool(dataset.format["type"] != "custom")
+    if not hasattr(dataset, "__getitem__"):
+        return True
+    if getattr(dataset, "transforms", None) is not None or getattr(dataset, "transform", None) is not None:
+        return False
+    if type(dataset) in _FOLDERS:
+        return getattr(dataset, "loader", None) is torchvision.datasets.folder.default_loader
+    return type(dataset) in _ARRAYS
+
+
 def open_samples(dataset: object, samples: Sequence[Any], arg_name: str) -> FileSource:
     """The files of a torchvision dataset with `.samples`, a list of (path, label).
 
@@ -140,33 +186,33 @@ def open_dataset(dataset: Any, arg_name: str) -> DatasetSource:
     is a PIL image, or a uint8 array or tensor `[H, W]`, `[H, W, C]` or `[C, H, W]`.
 
     Raises:
-        SourceError: the dataset is empty, has a transform, or has other items.
+        SourceError: the dataset is empty, or has other items.
     """
     name = type(dataset).__name__
-    for attribute in ("transform", "transforms"):
-        if getattr(dataset, attribute, None) is not None:
-            raise SourceError(
-                f"{arg_name}: {name} must have no {attribute}, got {type(getattr(dataset, attribute)).__name__}; "
-                "create it without: byol_fast augments the original images"
-            )
     if not len(dataset):
         raise SourceError(f"{arg_name}: {name} is empty")
     try:
         first = dataset[0]
+        image = as_image(first)
+    except PixelDepthError as error:
+        raise SourceError(f"{arg_name}: {name}[0] {error}") from error
     except Exception as error:
         raise SourceError(f"{arg_name}: {name}[0] raises {type(error).__name__}: {error}") from error
-    if as_image(first) is None:
+    if image is None:
         raise SourceError(
             f"{arg_name}: {name}[0] must be a PIL image or a uint8 array [H, W, C] or [C, H, W], alone, first "
-            f"in a tuple or under the key `image`, got {_describe(first)}; remove the conversion to tensors"
+            f"in a tuple or under the key `image`, got {_describe(first)}; remove the conversion to tensors (a "
+            "transform of the dataset, too): byol_fast makes the views"
         )
-    labels = labels_of(dataset)
+    labels, classes = labels_of(dataset), getattr(dataset, "classes", None) or ()
     y: NDArray[np.int64] | None = None
     names: tuple[str, ...] = ()
     try:
+        if labels is not None and (target_transform := getattr(dataset, "target_transform", None)) is not None:
+            labels, classes = [target_transform(label) for label in np.asarray(labels).tolist()], ()
         valid = None if labels is None else validate_labels(labels, len(dataset), arg_name)
-        y, names = with_class_names(valid, getattr(dataset, "classes", None) or (), arg_name)
-    except (SourceError, TypeError) as error:
+        y, names = with_class_names(valid, classes, arg_name)
+    except (ValueError, TypeError) as error:
         log.warning("%s: the labels of %s are not used (%s)", arg_name, name, error)
     return DatasetSource(dataset, np.arange(len(dataset)), y, names)
 

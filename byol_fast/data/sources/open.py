@@ -15,6 +15,7 @@ from byol_fast.data.sources.arrays import NPZ_HELP, array_source, open_demo, ope
 from byol_fast.data.sources.base import EXTENSIONS, ImageSource, SourceError
 from byol_fast.data.sources.datasets import (
     is_hugging_face,
+    is_read_directly,
     labels_of,
     open_cifar10,
     open_dataset,
@@ -50,10 +51,10 @@ def open_source(root: object, *, arg_name: str = "images", options: DataConfig |
             - a `.npz` file with `images` and optionally `labels` `[N]` and `classes` (names);
             - a uint8 numpy array or tensor, `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]` with 1 or 3 channels;
             - a torchvision dataset that holds its images in memory (`.data`, `.targets`: CIFAR-10, MNIST, ...)
-              or in files (`.samples`: ImageFolder, ImageNet, ...); its transforms are not used;
+              or in files (`.samples`: ImageFolder, ImageNet, ...), without a loader or transforms of its own;
             - a `datasets.Dataset` of Hugging Face;
-            - any other map-style dataset of PIL images or uint8 arrays, alone or first in a tuple, without a
-              transform; `torch.utils.data.Subset` of any of these;
+            - any other map-style dataset of PIL images or uint8 arrays, alone or first in a tuple, read by its
+              `__getitem__`; `torch.utils.data.Subset` of any of these;
             - an `ImageSource`, returned unchanged.
         arg_name: name of the argument, for error messages.
         options: provides `cache`, `image_column`, `label_column` and `on_corrupt`; defaults if None.
@@ -68,13 +69,17 @@ def open_source(root: object, *, arg_name: str = "images", options: DataConfig |
         return _open_path(Path(root).expanduser(), arg_name, options)
     if isinstance(root, np.ndarray | torch.Tensor):
         return array_source(root, arg_name=arg_name)
-    if isinstance(root, torch.utils.data.Subset):
+    if type(root) is torch.utils.data.Subset:
         return open_source(root.dataset, arg_name=arg_name, options=options).subset(np.asarray(root.indices, np.int64))
     if is_hugging_face(root):
-        return open_hugging_face(root, arg_name, **_columns(options))
-    if isinstance(samples := getattr(root, "samples", None), Sequence) and samples:
+        rows = open_hugging_face(root, arg_name, **_columns(options))
+        if is_read_directly(root):
+            return rows
+        return open_dataset(root, arg_name).with_labels(rows.labels, rows.classes)
+    direct = is_read_directly(root)
+    if direct and isinstance(samples := getattr(root, "samples", None), Sequence) and samples:
         return open_samples(root, samples, arg_name)
-    if isinstance(data := getattr(root, "data", None), np.ndarray | torch.Tensor):
+    if direct and isinstance(data := getattr(root, "data", None), np.ndarray | torch.Tensor):
         classes = getattr(root, "classes", ())
         return array_source(data, labels_of(root), classes, arg_name=arg_name, name=type(root).__name__)
     if hasattr(root, "__len__") and hasattr(root, "__getitem__") and not isinstance(root, list | tuple | dict | bytes):

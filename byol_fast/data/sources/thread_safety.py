@@ -1,0 +1,98 @@
+"""Comparison of the images that a dataset gives to one thread and to several at once."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import FrameType
+from typing import Any
+
+from byol_fast.data.sources.base import SourceError
+
+NUM_COMPARED = 16
+"""Number of items that are compared, and of threads that read them at once."""
+
+_NUM_READS = 2  # of each thread, as fast as it can, and again with interruptions
+_SWITCH_INTERVAL = 1e-6  # seconds after which another thread gets its turn
+_MAX_YIELDS = 1000  # of a thread; it reads on without interruptions
+_DECODERS = {"PIL", "numpy", "torch", "torchvision"}  # packages that need no interruptions
+
+
+def compare_threads(read: Callable[[int], bytes], items: Sequence[int], name: str) -> None:
+    """Compare items of a dataset read by several threads at once with the same items read alone.
+
+    Args:
+        read: reads an item; an exception is a result like another.
+        items: numbers of up to 16 items.
+        name: name of the dataset, for messages.
+
+    Raises:
+        SourceError: an item differs, if read by several threads at once, or from one time to the next.
+    """
+    items = list(itertools.islice(itertools.cycle(items), NUM_COMPARED))
+
+    def result(item: int) -> bytes | None:
+        try:
+            return read(item)
+        except Exception:  # of any type: the dataset is the user's code
+            return None
+
+    alone = [result(item) for item in items]
+    for item, first in zip(items, alone, strict=True):
+        if result(item) != first:
+            raise SourceError(
+                f"data: {name} must give the same image each time an item is read, got another one for item {item}; "
+                "leave random transforms out: byol_fast makes the views"
+            )
+
+    start = threading.Barrier(NUM_COMPARED)
+
+    def find_different(k: int, interrupt: bool) -> list[int]:
+        positions = [(k + j) % NUM_COMPARED for j in range(_NUM_READS)]
+        start.wait()
+        sys.settrace(_yield_to_others() if interrupt else None)  # of this thread
+        try:
+            return [items[j] for j in positions if result(items[j]) != alone[j]]
+        finally:
+            sys.settrace(None)
+
+    different: list[int] = []
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_INTERVAL)
+    try:
+        with ThreadPoolExecutor(NUM_COMPARED, "byol-fast-compare") as pool:
+            for interrupt in (False, True):
+                for items_of_thread in pool.map(partial(find_different, interrupt=interrupt), range(NUM_COMPARED)):
+                    different += items_of_thread
+    finally:
+        sys.setswitchinterval(interval)
+    if different:
+        raise SourceError(
+            f"data: {name} must give the same images to several threads at once as to one, got another image or an "
+            f"error for item {different[0]}; open its file in every thread (threading.local) and not once for all, or "
+            "set data.threads 1 (threads=1 in an evaluation)"
+        )
+
+
+def _yield_to_others() -> Callable[[FrameType, str, Any], Any]:
+    """Trace function that lets other threads run before each instruction of Python.
+
+    Reads that several calls make up (seek, then read) are then interrupted between them, not only once in a while.
+    """
+    remaining = _MAX_YIELDS
+
+    def trace(frame: FrameType, event: str, arg: object) -> Callable[[FrameType, str, Any], Any] | None:
+        nonlocal remaining
+        if remaining == 0 or frame.f_globals.get("__name__", "").partition(".")[0] in _DECODERS:
+            return None
+        remaining -= 1
+        frame.f_trace_opcodes = True
+        time.sleep(_SWITCH_INTERVAL)
+        return trace
+
+    return trace
