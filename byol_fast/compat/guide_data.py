@@ -29,7 +29,8 @@ class CIFARLoader:
 
     Images are fp32 `[B, 3, 32, 32]`, padded by 4 pixels and randomly cropped, randomly flipped, and normalized with
     `CIFAR10_MEAN` and `CIFAR10_STD`; labels are int64 `[B]`, -1 without labels. Random numbers come from torch's
-    default generator. The last batch of an epoch may be smaller.
+    default generator. The last batch of an epoch may be smaller; a single image that is left joins the batch before:
+    batch norm needs two.
     """
 
     def __init__(self, dataset: ArraySource, batch_size: int, num_workers: int) -> None:
@@ -40,10 +41,17 @@ class CIFARLoader:
         self._normalize = Normalize(recipes.CIFAR_MEAN, recipes.CIFAR_STD)
 
     def __len__(self) -> int:
-        return (len(self.dataset) + self.batch_size - 1) // self.batch_size
+        return len(self._batch_sizes())
+
+    def _batch_sizes(self) -> list[int]:
+        num_full, rest = divmod(len(self.dataset), self.batch_size)
+        if rest == 1 and num_full:
+            return [self.batch_size] * (num_full - 1) + [self.batch_size + 1]
+        return [self.batch_size] * num_full + [rest] * (rest > 0)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        params = (self._sample_params(rows) for rows in torch.split(torch.randperm(len(self.dataset)), self.batch_size))
+        batches = torch.split(torch.randperm(len(self.dataset)), self._batch_sizes())
+        params = (self._sample_params(rows) for rows in batches)
         if self.num_workers == 0:
             yield from (self._batch(*batch_params) for batch_params in params)
             return

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from byol_fast.compat import guide, guide_model
+from byol_fast.compat import guide, guide_data, guide_model
+from byol_fast.data.sources import ArraySource
 from tests.compat.helpers import normalize, small_guide
 
 
@@ -104,6 +105,25 @@ def test_loaded_images_are_crops_with_their_labels(folder: Path, photos: np.ndar
             seen.append(position)
     assert sorted(seen) == list(range(12))
     assert seen != sorted(seen)
+
+
+@pytest.mark.parametrize(
+    ("num_images", "sizes"), [(12, [4, 4, 4]), (13, [4, 4, 5]), (14, [4, 4, 4, 2]), (5, [5]), (1, [1])]
+)
+def test_one_image_left_joins_the_batch_before(num_images: int, sizes: list[int], photos: np.ndarray) -> None:
+    source = ArraySource(photos[:num_images], np.arange(num_images))
+    for workers in (0, 2):
+        loader = guide_data.CIFARLoader(source, 4, workers)
+        batches = list(loader)
+        assert [len(images) for images, _ in batches] == [len(labels) for _, labels in batches] == sizes
+        assert len(loader) == len(sizes)
+        assert sorted(torch.cat([labels for _, labels in batches]).tolist()) == list(range(num_images))
+
+
+def test_guide_trains_on_one_image_more_than_its_batches(photos: np.ndarray) -> None:
+    loader = guide_data.CIFARLoader(ArraySource(photos[:5]), 2, 0)
+    losses = guide.train_byol(small_guide(), loader, num_epochs=2)
+    assert len(losses) == 4 and np.isfinite(losses).all()
 
 
 def is_crop(x: np.ndarray, image: np.ndarray) -> bool:
