@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import nn
 
 from byol_fast import config as configs
@@ -141,5 +141,6 @@ def load_encoder(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
             folder,
         )
     encoder = build_encoder(metadata["encoder"], image_size=metadata["image_size"], cifar_stem=metadata["cifar_stem"])
-    encoder.load_state_dict(load_file(weights_path))
+    # Read, not mapped as by `load_file`: a file that is cut short meanwhile would end the process (SIGBUS).
+    encoder.load_state_dict(load(weights_path.read_bytes()))
     return encoder.eval(), metadata

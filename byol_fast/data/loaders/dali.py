@@ -84,6 +84,7 @@ class DALILoader(DeterministicLoader):
         return f"dali {nvidia.dali.__version__} on {self.device.type}{kernels}"
 
     def _load_batch(self) -> Batch:
+        retried = False
         while True:
             try:
                 if self._pipe is None:
@@ -95,8 +96,9 @@ class DALILoader(DeterministicLoader):
             except RuntimeError as error:
                 in_flight = [spec.index for spec in self._in_flight]
                 self._restart()  # an error leaves a DALI pipeline unusable
-                unreadable = _find_corrupt(error, self.source, in_flight, self.corrupt, self.device)
+                unreadable = _find_corrupt(error, self.source, in_flight, self.corrupt, self.device, retried)
                 self.corrupt.add(unreadable, self._batch_number)
+                retried = not unreadable
 
     def _next_batch(self, pipe: Pipeline) -> Batch:
         """The next batch. DALI runs ahead: specs wait in `_in_flight` until their crops leave the pipeline."""
@@ -202,11 +204,12 @@ def center_crops(
     corrupt: CorruptImages,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Center crops by DALI; arguments and results as in `byol_fast.data.eval_batches`."""
-    rest = np.arange(len(source))
+    rest, num_before = np.arange(len(source)), -1
     while len(rest := np.array([i for i in rest.tolist() if i not in corrupt.by_index], np.int64)):
+        retried, num_before = len(rest) == num_before, len(rest)
         chunks = [_Chunk(rest[i : i + batch_size]) for i in range(0, len(rest), batch_size)]
         for images, index in _run_center_crops(
-            source, chunks, size, batch_size, interpolation, threads, device, corrupt
+            source, chunks, size, batch_size, interpolation, threads, device, corrupt, retried
         ):
             yield images.permute(0, 3, 1, 2), index
             rest = rest[rest > int(index[-1])]
@@ -221,6 +224,7 @@ def _run_center_crops(
     threads: int,
     device: torch.device,
     corrupt: CorruptImages,
+    retried: bool,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Center crops of the images in order; ends early, with more of `corrupt` known, if an image stops the pipeline."""
 
@@ -256,7 +260,7 @@ def _run_center_crops(
                 return
             yield images, torch.from_numpy(in_flight.popleft())
     except RuntimeError as error:
-        corrupt.add(_find_corrupt(error, source, list(in_flight), corrupt, device), 0)
+        corrupt.add(_find_corrupt(error, source, list(in_flight), corrupt, device, retried), 0)
     finally:
         reader.close()
 
@@ -287,25 +291,25 @@ def _find_corrupt(
     in_flight: list[NDArray[np.int64]],
     corrupt: CorruptImages,
     device: torch.device,
+    retried: bool,
 ) -> list[tuple[int, str]]:
     """Images that stopped DALI, and why: first those with a wrong beginning or end are decoded, then all.
 
+    None of them if all can be decoded now: a file may have been rewritten while DALI read it.
+
     Raises:
-        RuntimeError: all of them can be decoded, so DALI stopped for another reason.
+        RuntimeError: all can be decoded, and the batch was `retried`: DALI stopped for another reason.
     """
     message = str(error)
     if isinstance(source, EncodedSource):
         index = list(dict.fromkeys(int(i) for batch in in_flight for i in batch))
         index.sort(key=lambda i: source.sample_name(i) not in message)
         for check in (_check_if_needed, lambda s, i: _check_by_dali(s, i, device)):
-            unreadable = []
-            for i in index:
-                if (reason := check(source, i)) is not None:
-                    unreadable.append((i, reason))
-                    if not corrupt.skip:
-                        break
-            if unreadable:
-                return unreadable
+            unreadable = ((i, reason) for i in index if (reason := check(source, i)) is not None)
+            if (first := next(unreadable, None)) is not None:
+                return [first, *unreadable] if corrupt.skip else [first]
+    if not retried:
+        return []
     raise RuntimeError(f"DALI stopped, though all images of the batch can be read: {message}") from error
 
 
