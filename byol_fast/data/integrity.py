@@ -33,6 +33,8 @@ _MAGIC_BYTES = {
     b"PK\x03\x04": "a zip archive",
     b"\x1f\x8b": "gzip",
     b"8BPS": "Photoshop",
+    b"II*\0": "a TIFF whose pixel format is not supported: save it with 8 bits per channel",
+    b"MM\0*": "a TIFF whose pixel format is not supported: save it with 8 bits per channel",
     b"version https://git-lfs": "a Git LFS pointer: the file itself was not fetched",
 }
 _HEAD_BYTES = 26  # of a PNG up to its color type

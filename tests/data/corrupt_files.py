@@ -98,6 +98,16 @@ def palette() -> bytes:
     return save("PNG", Image.fromarray(PICTURE).convert("P"), transparency=3)
 
 
+def float_color_tiff() -> bytes:
+    """A gray float TIFF with its tags of colors (262) and samples per pixel (277) changed to RGB and 3."""
+    data = of_depth("TIFF", np.zeros((SIZE, 3 * SIZE)), np.float32)
+    for tag, old, new in ((262, 1, 2), (277, 1, 3), (256, 3 * SIZE, SIZE)):
+        for kind, size in ((3, "H"), (4, "I")):
+            entry = struct.pack(f"<HHI{size}", tag, kind, 1, old)
+            data = data.replace(entry, struct.pack(f"<HHI{size}", tag, kind, 1, new))
+    return data
+
+
 def wrong_depth(values: str, largest: str) -> str:
     return rf"must have 8 bits per channel, or 16 .*, got {values}; convert it to 8 bits.*255 / {largest}\)"
 
@@ -147,6 +157,7 @@ CORRUPT: dict[str, tuple[str, bytes, str]] = {
         color_png_of_16_bits(PICTURE.astype(np.uint16) * 16),
         wrong_depth("mode RGB of 16 bits .* to 4,095", "4095"),
     ),
+    "floating-point color TIFF": ("x.tif", float_color_tiff(), r"is not an image \(it looks like a TIFF .* 8 bits per"),
 }
 """File name, contents, and a pattern of the defect."""
 

@@ -131,6 +131,13 @@ def test_array_fingerprint_covers_every_byte() -> None:
     assert arrays_of(x).fingerprint != arrays_of(x.reshape(6, 9, 8, 3)).fingerprint
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.int32, np.uint16])
+def test_array_source_of_another_dtype_is_refused(dtype: type[Any]) -> None:
+    images: Any = np.ones((4, 8, 8, 3), dtype)
+    with pytest.raises(SourceError, match=f"array: must be uint8 in 0..255, got {np.dtype(dtype)}; convert it"):
+        ArraySource(images)
+
+
 def test_error_messages(tmp_path: Path) -> None:
     images = np.zeros((4, 8, 8, 3), np.uint8)
     (tmp_path / "empty").mkdir()

@@ -32,6 +32,9 @@ class ArraySource(ImageSource):
     name: str = "array"
     """Origin of the array, for messages."""
 
+    def __post_init__(self) -> None:
+        _check_dtype(self.images, self.name)
+
     def __len__(self) -> int:
         return len(self.images)
 
@@ -73,11 +76,7 @@ def array_source(
     """
     x = images.numpy(force=True) if isinstance(images, torch.Tensor) else np.asarray(images)
     shape = list(x.shape)
-    if x.dtype != np.uint8:
-        raise SourceError(
-            f"{arg_name}: must be uint8 in 0..255, got {x.dtype}; convert it, for example "
-            "(images * 255).round().astype('uint8') for values in 0..1"
-        )
+    _check_dtype(x, arg_name)
     if x.ndim == 3:
         x = x[..., None]
     if x.ndim == 4 and x.shape[3] not in {1, 3} and x.shape[1] in {1, 3}:
@@ -94,6 +93,14 @@ def array_source(
         None if labels is None else validate_labels(labels, len(x), arg_name), classes, arg_name
     )
     return ArraySource(np.ascontiguousarray(x), y, names, name)
+
+
+def _check_dtype(images: NDArray[Any], arg_name: str) -> None:
+    if images.dtype != np.uint8:
+        raise SourceError(
+            f"{arg_name}: must be uint8 in 0..255, got {images.dtype}; convert it, for example "
+            "(images * 255).round().astype('uint8') for values in 0..1"
+        )
 
 
 def open_npz(path: Path, arg_name: str) -> ArraySource:
