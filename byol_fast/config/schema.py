@@ -137,8 +137,8 @@ class DataConfig:
     hw_decoder_load: float = 0.65
     """Fraction of the JPEGs that DALI decodes on a GPU's hardware decoder, if it has one."""
     threads: int = 0
-    """Decoding and augmentation threads; 0 means one per CPU core this process may use. With 1, items of a dataset are read
-    one at a time."""
+    """Decoding and augmentation threads; 0 means one per CPU core this process may use. With 1, items of a dataset are
+    read one at a time."""
     prefetch: int = 2
     """Batches prepared ahead of the step."""
     on_corrupt: Literal["raise", "skip"] = "raise"
