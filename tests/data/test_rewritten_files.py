@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 from torch import nn
 
-from byol_fast.config import recipes
+from byol_fast.config import recipes, replace
 from byol_fast.data import CorruptImageError, eval_batches, open_source
 from byol_fast.data.loaders.backend import dali_installed
 from byol_fast.doctor.scan import scan
 from byol_fast.export.encoder import export_encoder, load_encoder
 from byol_fast.models.encoders import build_encoder
 from tests.data.conftest import photo_like
-from tests.data.helpers import config_of, loader_of, plain
+from tests.data.corrupt_files import JPEG
+from tests.data.helpers import config_of, loader_of, plain, same
 from tests.data.kinds import available, encoded, make
 
 SIZE = 16
@@ -73,6 +74,30 @@ def test_arrays_and_weights_are_not_mapped(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(nn.Module, "load_state_dict", spy)
     load_encoder(tmp_path)
     assert mapped == [[]]
+
+
+@pytest.mark.parametrize("name", ["dali", "dali+kernels"])
+def test_batch_is_read_again_after_its_file_was_replaced(
+    name: str, dali: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Intact again when the reason of DALI's error is looked for."""
+    for i, data in enumerate(pictures(16, 64)):
+        (tmp_path / f"{i}.png").write_bytes(data)
+    victim = tmp_path / "3.jpg"
+    victim.write_bytes(JPEG)
+    source, config = open_source(tmp_path), replace(config_of(name, plain(SIZE)), {"batch_size": 17})
+    expected = next(loader_of(source, config))
+    victim.write_bytes(JPEG[:300] + JPEG[-2:])  # its first and last bytes are those of an image
+    loader: Any = loader_of(source, config)
+    restart = loader._restart
+
+    def replace_and_restart() -> None:
+        victim.write_bytes(JPEG)
+        restart()
+
+    monkeypatch.setattr(loader, "_restart", replace_and_restart)
+    assert same(next(loader), expected)
+    assert victim.read_bytes() == JPEG and not loader.corrupt.by_index
 
 
 @pytest.mark.slow

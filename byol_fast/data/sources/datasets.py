@@ -72,7 +72,7 @@ class DatasetSource(ImageSource):
     def check_thread_safety(self, num_threads: int) -> None:  # noqa: D102 (inherited)
         if num_threads > 1 and not self.thread_safe.is_set():
             sampled = evenly_spaced(len(self), NUM_COMPARED).tolist()
-            compare_threads(lambda i: self._load(i).tobytes(), sampled, f"the dataset {type(self.dataset).__name__}")
+            compare_threads(lambda i: self._load(i).tobytes(), sampled, self.sample_name)
             self.thread_safe.set()
 
     @cached_property

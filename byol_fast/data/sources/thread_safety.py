@@ -23,13 +23,13 @@ _MAX_YIELDS = 1000  # of a thread; it reads on without interruptions
 _DECODERS = {"PIL", "numpy", "torch", "torchvision"}  # packages that need no interruptions
 
 
-def compare_threads(read: Callable[[int], bytes], items: Sequence[int], name: str) -> None:
+def compare_threads(read: Callable[[int], bytes], items: Sequence[int], name_of: Callable[[int], str]) -> None:
     """Compare items of a dataset read by several threads at once with the same items read alone.
 
     Args:
         read: reads an item; an exception is a result like another.
         items: numbers of up to 16 items.
-        name: name of the dataset, for messages.
+        name_of: returns the name of an item, for messages.
 
     Raises:
         SourceError: an item differs, if read by several threads at once, or from one time to the next.
@@ -46,8 +46,8 @@ def compare_threads(read: Callable[[int], bytes], items: Sequence[int], name: st
     for item, first in zip(items, alone, strict=True):
         if result(item) != first:
             raise SourceError(
-                f"data: {name} must give the same image each time an item is read, got another one for item {item}; "
-                "leave random transforms out: byol_fast makes the views"
+                f"data: {name_of(item)} must be the same image each time it is read, got another one; leave random "
+                "transforms out: byol_fast makes the views"
             )
 
     start = threading.Barrier(NUM_COMPARED)
@@ -73,9 +73,9 @@ def compare_threads(read: Callable[[int], bytes], items: Sequence[int], name: st
         sys.setswitchinterval(interval)
     if different:
         raise SourceError(
-            f"data: {name} must give the same images to several threads at once as to one, got another image or an "
-            f"error for item {different[0]}; open its file in every thread (threading.local) and not once for all, or "
-            "set data.threads 1 (threads=1 in an evaluation)"
+            f"data: {name_of(different[0])} must be the same image when several threads read the dataset at once, got "
+            "another image or an error; open the dataset's file in every thread (threading.local) and not once for "
+            "all, or set data.threads 1 (threads=1 in an evaluation)"
         )
 
 
