@@ -14,7 +14,7 @@ from byol_fast.data import ImageSource, SourceError, open_source, open_train_val
 from byol_fast.data.sources.base import labels_from_text
 from tests.data.conftest import photo_like
 from tests.data.kinds import encoded, installed, options, write_parquet, write_tar
-from tests.data.test_sources import InMemory
+from tests.data.test_datasets import InMemory
 
 PICTURE = encoded(photo_like(1, 12, 16)[0])
 PIXELS = np.zeros((4, 8, 8, 3), np.uint8)
