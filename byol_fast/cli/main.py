@@ -15,6 +15,7 @@ from rich.console import Console
 from byol_fast import __version__
 from byol_fast.cli.options import print_error
 from byol_fast.config import ConfigError
+from byol_fast.utils.output import ignore_output_errors
 
 USAGE = f"""\
 byol-fast {__version__}: fast, correct BYOL pre-training
@@ -42,19 +43,13 @@ COMMANDS = ("demo", "train", "preview", "doctor", "export", "eval", "embed", "re
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 success, 1 the run failed, 2 wrong arguments, 128 + signal when interrupted."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_ConsoleHandler()])
-    # Until training installs its handlers, Ctrl-C terminates the process: a KeyboardInterrupt while torch is being
-    # imported would show a long traceback, or be swallowed.
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler and argv is None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        try:
-            code = _run(list(sys.argv[1:] if argv is None else argv))
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:  # the reader of the output, such as `head`, has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+    with ignore_output_errors():
+        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_ConsoleHandler()])
+        # Until training installs its handlers, Ctrl-C terminates the process: a KeyboardInterrupt while torch is being
+        # imported would show a long traceback, or be swallowed.
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler and argv is None:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        code = _run(list(sys.argv[1:] if argv is None else argv))
     sys.exit(code)
 
 

@@ -23,6 +23,7 @@ from byol_fast.training.messages import startup_summary, status_line, training_b
 from byol_fast.training.metrics import MetricsLogger, Record, StepRecords, ThroughputMeter
 from byol_fast.training.run_dir import RunResult, not_writable
 from byol_fast.training.state import steps_in, whole_steps_in
+from byol_fast.utils.output import ignore_output_errors
 from byol_fast.utils.profiler_ranges import record_range
 from byol_fast.utils.progress import Progress, ProgressBar
 from byol_fast.utils.signals import GracefulShutdown
@@ -104,6 +105,7 @@ class Trainer:
 
     # --- the run
 
+    @ignore_output_errors()
     def fit(self) -> RunResult:
         """Train to the last step and export the encoder.
 
@@ -111,7 +113,7 @@ class Trainer:
             Results of the run.
 
         Raises:
-            Interrupted: SIGINT or SIGTERM; everything up to the last finished step is saved.
+            Interrupted: SIGINT, SIGTERM or SIGHUP; everything up to the last finished step is saved.
             TrainingError: too many skipped steps in a row, or out of memory.
             CheckpointError: a checkpoint or the metrics could not be written.
             RuntimeError: another run is being built or trained in this process, or this trainer has given up its

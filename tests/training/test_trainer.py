@@ -134,16 +134,6 @@ def test_killed_in_mid_epoch_and_resumed_is_the_uninterrupted_run(tiny: Config, 
     assert by_step(whole.out / "whole") == by_step(cut.out / "cut")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_save_and_exit(tiny: Config, number: signal.Signals) -> None:
-    config = configs.replace(tiny, {"steps": 5000, "checkpoint_every": 4})
-    assert run_in_process(config, wait_for_step=4, kill=number) == 128 + number
-    run = tiny.out / "tiny"
-    payload = checkpoints.load_latest(run / "checkpoints")
-    assert max(by_step(run)) == payload["step"]  # nothing that was done is lost
-    assert payload["optimizer"]["state"]
-
-
 def test_interrupted_in_this_process_says_how_to_go_on(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(tiny)
     step = trainer.train_step.__call__
