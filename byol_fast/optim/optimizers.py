@@ -48,10 +48,17 @@ def build_optimizer(
     # The fused forms take `found_inf`, so that a step is skipped without a host synchronization.
     if config.name == "sgd":
         sgd = torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, fused=True)
-        # torch creates momentum in the first step, and leaves it uninitialized if that step is skipped.
-        for p in parameters if config.momentum else ():
-            sgd.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        _create_momentum(sgd)
+        sgd.register_load_state_dict_post_hook(_create_momentum)  # a state without momentum replaces the one here
         return sgd
     cuda = any(p.is_cuda for p in parameters)
     adam = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
     return adam(groups, lr=0.0, fused=True, capturable=cuda)
+
+
+def _create_momentum(sgd: torch.optim.Optimizer) -> None:
+    """Create missing momentum at zero: torch's first step leaves it uninitialized if that step is skipped."""
+    for group in sgd.param_groups:
+        for p in group["params"] if group["momentum"] else ():
+            if sgd.state[p].get("momentum_buffer") is None:
+                sgd.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)

@@ -115,7 +115,7 @@ class KNNMonitor:
             temperature=knn.temperature,
             num_classes=len(self.train.classes),
         )
-        is_probe_trained = self.probe is not None and self.probe.steps > 0
+        is_probe_trained = self.probe is not None and bool(self.probe.steps > 0)
         return EvalMetrics(
             knn=accuracy,
             rankme=rankme(subsample_rows(train_x)),

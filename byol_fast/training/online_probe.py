@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 EPS = 1e-5
-MIN_WEIGHT = 0.01
-"""Smallest weight of a step in the running statistics that standardize single images."""
+MAX_STEPS = 100
+"""Number of steps that the running statistics which standardize single images are a mean of."""
 
 
 class OnlineProbe:
@@ -41,8 +41,8 @@ class OnlineProbe:
         self.bias = nn.Parameter(torch.zeros(num_classes, device=device))
         self.mean = torch.zeros(feature_dim, device=device)
         self.var = torch.ones(feature_dim, device=device)
-        self.steps = 0
-        """Number of steps, including skipped ones."""
+        self.steps = torch.zeros((), device=device)
+        """Number of steps that were not skipped."""
         # Fused Adam can skip an update by a flag on the device.
         cuda = device.type == "cuda"
         self.optimizer = torch.optim.Adam([self.weight, self.bias], lr=lr, fused=True, capturable=cuda)
@@ -67,10 +67,10 @@ class OnlineProbe:
         skipped = skipped.float()
         # --- statistics
         var, mean = torch.var_mean(x, dim=0, correction=0)
-        weight = (1 - skipped) * max(1 / (self.steps + 1), MIN_WEIGHT)
+        trained = 1 - skipped
+        weight = trained / self.steps.add_(trained).clamp(1, MAX_STEPS)  # the first step replaces the initial values
         self.mean.lerp_(mean, weight)
         self.var.lerp_(var, weight)
-        self.steps += 1
         x = (x - mean) * (var + EPS).rsqrt_()
 
         # --- predictions and gradient
@@ -128,7 +128,7 @@ class OnlineProbe:
             )
         for name in ("weight", "bias", "mean", "var"):
             getattr(self, name).copy_(state[name])
-        self.steps = state["steps"]
+        self.steps.fill_(state["steps"])
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, lr in zip(self.optimizer.param_groups, rates, strict=True):

@@ -33,8 +33,15 @@ def batches(count: int, size: int = 8) -> list[Batch]:
     return [Batch((v[0], v[1]), None, torch.arange(size)) for v in views]
 
 
-def train_step(model: SSLModel, *, optimizer: str = "lars", precision: Precision = FP32, **options: Any) -> TrainStep:
-    config = OptimConfig(name=optimizer, weight_decay=0.01, trust_coefficient=0.1)  # type: ignore[arg-type]
+def train_step(
+    model: SSLModel, *, optimizer: str = "lars", momentum: float = 0.9, precision: Precision = FP32, **options: Any
+) -> TrainStep:
+    config = OptimConfig(
+        name=optimizer,  # type: ignore[arg-type]
+        momentum=momentum,
+        weight_decay=0.01,
+        trust_coefficient=0.1,
+    )
     made = build_optimizer(config, model.trainable_parameters())
     return TrainStep(model, made, SCHEDULE, precision=precision, **options)
 

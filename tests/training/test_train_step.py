@@ -49,13 +49,17 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_goes_on(opti
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("optimizer", ["lars", "sgd", "adam", "adamw"])
-def test_a_first_step_that_is_not_finite_leaves_the_optimizer_fresh(optimizer: str) -> None:
+@pytest.mark.parametrize("loads", [False, True])
+@pytest.mark.parametrize("optimizer", ["lars", "sgd", "sgd without momentum", "adam", "adamw"])
+def test_a_first_step_that_is_not_finite_leaves_the_optimizer_fresh(optimizer: str, loads: bool) -> None:
     """fp16's first step is one, as a rule: its scale is found by overflowing."""
     good, bad = batches(2)
-    states = []
+    name, _, without_momentum = optimizer.partition(" ")
+    results = []
     for first in (poisoned(bad), None):
-        step = train_step(small_byol(), optimizer=optimizer)
+        step = train_step(small_byol(), optimizer=name, momentum=0.0 if without_momentum else 0.9)
+        if loads:  # of torch's SGD before its first step
+            step.optimizer.load_state_dict(step.optimizer.state_dict() | {"state": {}})
         if first is not None:
             # What an optimizer leaves uninitialized shows with certainty.
             torch.use_deterministic_algorithms(True)
@@ -64,8 +68,9 @@ def test_a_first_step_that_is_not_finite_leaves_the_optimizer_fresh(optimizer: s
             finally:
                 torch.use_deterministic_algorithms(False)
         step(good, 0)
-        states.append(everything(step))
-    for a, b in zip(*states, strict=True):
+        step(good, 1)
+        results.append(everything(step))
+    for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
 
 
