@@ -9,7 +9,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +18,6 @@ import torchvision
 from PIL import Image
 
 import byol_fast
-import byol_kernels
 from byol_fast import config as configs
 from byol_fast.cli import main
 from byol_fast.config import Config, recipes
@@ -47,6 +46,7 @@ SNIPPETS = {
     "load_encoder": ("export.md", "encoder, metadata = byol_fast.load_encoder"),
     "pretrain in docs": ("python_api.md", "result = byol_fast.pretrain"),
     "loop": ("python_api.md", "model = byol_fast.BYOL"),
+    "hook": ("python_api.md", "optimizer = torch.optim.AdamW"),
     "Lightning": ("python_api.md", "class Learner"),
     "early stopping": ("python_api.md", "class EarlyStopping"),
     "print loss": ("python_api.md", "class PrintLoss"),
@@ -60,7 +60,7 @@ SNIPPETS = {
 def test_every_python_snippet_is_tested() -> None:
     in_documents = [text for document in DOCUMENTS for text in blocks(document, "python")]
     assert sorted(in_documents) == sorted(snippet(*of) for of in SNIPPETS.values())
-    source = Path(__file__).read_text()
+    source = "".join(Path(__file__).with_name(name).read_text() for name in ("test_examples.py", "test_own_loops.py"))
     assert not [name for name in SNIPPETS if not re.search(rf'run\(\s*"{name}"', source)]
 
 
@@ -166,36 +166,6 @@ def test_most_similar_image_is_the_image_itself() -> None:
     assert variables["result"].features.shape == (24, 512)
     assert variables["rows"][:, 0].tolist() == [0, 1, 2]
     torch.testing.assert_close(variables["similarities"][:, 0], torch.ones(3))
-
-
-def views(count: int, size: int, batch: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (count, 2, batch, 3, size, size), dtype=torch.uint8, generator=generator)
-    return [(pair[0], pair[1]) for pair in pixels]
-
-
-def test_own_loop_trains() -> None:
-    torch.manual_seed(0)
-    small = {'"resnet50", image_size=224': '"resnet18_narrow", image_size=32'}
-    model = run("loop", small, byol_fast=byol_fast, byol_kernels=byol_kernels, your_loader=views(2, 32))["model"]
-    target, online = model.target_parameters(), model.trainable_parameters()
-    # The target has moved by 1 - tau of the way of the online network: it follows, and it lags.
-    differences = [float((t - o).detach().abs().max()) for t, o in zip(target, online, strict=False)]
-    assert max(differences) > 0
-    assert all(p.grad is None for p in online)
-
-
-@pytest.mark.peers
-def test_lightning_module_trains() -> None:
-    lightning = pytest.importorskip("lightning", reason="pip install byol_fast[peers]")
-    torch.manual_seed(0)
-    learner = run("Lightning", byol_fast=byol_fast, byol_kernels=byol_kernels, lightning=lightning)["Learner"]()
-    before = [p.detach().clone() for p in learner.model.target_parameters()]
-    trainer = lightning.Trainer(
-        max_steps=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
-    )
-    trainer.fit(learner, cast("Any", torch.utils.data.DataLoader)(views(3, 32), batch_size=None))
-    assert any(not torch.equal(a, b) for a, b in zip(before, learner.model.target_parameters(), strict=True))
 
 
 @pytest.mark.usefixtures("folder")

@@ -119,8 +119,8 @@ class BYOL(SSLModel):
     def update_target(self, tau: float | Tensor) -> None:
         """`target = tau * target + (1 - tau) * online`, parameters only, for a training loop of your own.
 
-        Call it after the optimizer's step. A `TrainStep` does not call it: there the optimizer step (LARS), or the step
-        itself, updates the target.
+        Call it once after each optimizer step that was not skipped, however many batches the step had. A `TrainStep`
+        does not call it: there the optimizer step (LARS), or the step itself, updates the target.
 
         Args:
             tau: decay from 0 to 1, a number or a scalar tensor on the model's device.

@@ -1,0 +1,139 @@
+"""The training loops of the documents: their optimizer steps beside plain torch in float64."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any, cast
+
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity
+
+import byol_fast
+import byol_kernels
+from tests.networks import SmallResidualNetwork
+from tests.test_examples import run
+
+SMALL = "SmallResidualNetwork(), image_size=32, hidden_dim=16, projection_dim=8"
+PACKAGES = {"byol_fast": byol_fast, "byol_kernels": byol_kernels, "SmallResidualNetwork": SmallResidualNetwork}
+LR = 0.002  # so small that rounding does not grow from step to step
+REASON = "pip install byol_fast[peers]"
+
+
+def small_byol() -> byol_fast.BYOL:
+    torch.manual_seed(0)
+    return byol_fast.BYOL(SmallResidualNetwork(), image_size=32, hidden_dim=16, projection_dim=8)
+
+
+def views(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (count, 2, 4, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    return [(pair[0], pair[1]) for pair in pixels]
+
+
+def tau_after(steps: int, total_steps: int) -> float:
+    return 1 - 0.004 * (math.cos(math.pi * steps / total_steps) + 1) / 2
+
+
+def train_in_plain_torch(model: byol_fast.BYOL, accumulate: int) -> None:
+    """Gradients of a few of five batches, LARS, target, and so on; the last step has what is left."""
+    online, target, data = model.trainable_parameters(), model.target_parameters(), views(5)
+    momentum = [torch.zeros_like(p) for p in online]
+    windows = [data[i : i + accumulate] for i in range(0, len(data), accumulate)]
+    for step, window in enumerate(windows):
+        for view1, view2 in window:
+            p1, p2, z1, z2 = model(view1, view2)
+            loss = (4 - 2 * cosine_similarity(p1, z2) - 2 * cosine_similarity(p2, z1)).mean()
+            (loss / accumulate).backward()  # type: ignore[no-untyped-call]
+        tau = tau_after(step, len(windows))
+        with torch.no_grad():
+            for p, v in zip(online, momentum, strict=True):
+                assert p.grad is not None
+                d = p.grad if p.ndim == 1 else p.grad + 1.5e-6 * p
+                v.mul_(0.9).add_(d * (1 if p.ndim == 1 else 1e-3 * p.norm() / d.norm()))
+                p.sub_(LR * v)
+                p.grad = None
+            for t, p in zip(target, online, strict=False):
+                t.copy_(tau * t + (1 - tau) * p)
+
+
+def assert_equal_weights(a: byol_fast.BYOL, b: byol_fast.BYOL) -> None:
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_own_loop_equals_plain_torch(accumulate: int) -> None:
+    changes = {
+        '"resnet50", image_size=224)': f"{SMALL}).double()",
+        "accumulate = 2": f"accumulate = {accumulate}",
+        "lr=0.2": f"lr={LR}",
+    }
+    torch.manual_seed(0)
+    model = run("loop", changes, **PACKAGES, your_loader=views(5))["model"]
+    expected = small_byol().double()
+    train_in_plain_torch(expected, accumulate)
+    assert_equal_weights(model, expected)
+
+
+@pytest.mark.parametrize("name", ["LARS", "AdamW", "fused AdamW"])
+def test_target_moves_only_with_the_weights(name: str) -> None:
+    """A step that GradScaler skips leaves the target where it is."""
+    model, tau = small_byol(), tau_after(2, 4)
+    online, target = model.trainable_parameters(), model.target_parameters()
+    options: dict[str, Any] = {}
+    if name == "LARS":
+        optimizer: Any = byol_kernels.LARS(online, lr=0.2)
+        options["ema"] = (dict(zip(online, target, strict=False)), tau)
+    else:
+        fused = {"lr=1e-3": "lr=1e-3, fused=True"} if "fused" in name else {}
+        variables = run("hook", fused, model=model, byol_fast=byol_fast, torch=torch, step=2, total_steps=4)
+        optimizer = variables["optimizer"]
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    for overflows in (True, False, True):
+        for p in online:
+            p.grad = torch.ones_like(p)
+        online[3].grad = torch.full_like(online[3], math.inf if overflows else 1.0)
+        before = [p.detach().clone() for p in target]
+        scaler.scale(torch.ones(()))  # as for a loss
+        scaler.step(optimizer, **options)
+        scaler.update()
+        for t, b, p in zip(target, before, online, strict=False):
+            if overflows:
+                assert torch.equal(t, b)
+            else:
+                torch.testing.assert_close(t, tau * b + (1 - tau) * p)
+
+
+def fit(lightning: Any, learner: Any, batches: int, **options: Any) -> Any:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = lightning.Trainer(accelerator="cpu", **quiet, **options)
+    trainer.fit(learner, cast("Any", torch.utils.data.DataLoader)(views(batches), batch_size=None))
+    return trainer
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_lightning_module_equals_plain_torch(accumulate: int) -> None:
+    lightning = pytest.importorskip("lightning", reason=REASON)
+    changes = {'"resnet18", image_size=32': SMALL, "lr=0.2": f"lr={LR}"}
+    variables = run("Lightning", changes, **PACKAGES, lightning=lightning)
+    learner = variables["Learner"]()
+    expected = copy.deepcopy(learner.model.double())
+    fit(lightning, learner, 5, max_epochs=1, accumulate_grad_batches=accumulate, precision="64-true")
+    train_in_plain_torch(expected, accumulate)
+    assert_equal_weights(learner.model, expected)
+
+
+@pytest.mark.peers
+def test_skipped_lightning_step_leaves_the_target() -> None:
+    lightning = pytest.importorskip("lightning", reason=REASON)
+    variables = run("Lightning", {'"resnet18", image_size=32': SMALL}, **PACKAGES, lightning=lightning)
+    learner = variables["Learner"]()
+    before = [p.detach().clone() for p in learner.model.parameters()]
+    overflows = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    fp16 = lightning.pytorch.plugins.MixedPrecision("16-mixed", "cpu", overflows)
+    assert fit(lightning, learner, 2, max_steps=2, plugins=[fp16]).global_step == 2
+    assert overflows.get_scale() == 2.0**58
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.model.parameters(), strict=True))
