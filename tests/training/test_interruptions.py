@@ -32,7 +32,7 @@ SERVER.set_forkserver_preload(
 )
 STEPS, LAST = 6, 4
 TERMINAL = 100
-"""A descriptor of the terminal that nobody writes to."""
+"""A descriptor of the terminal that the run does not know."""
 
 
 @pytest.fixture
@@ -61,6 +61,7 @@ def open_terminal(path: str) -> None:
 
 
 def wait_for_the_end_of_the_terminal() -> None:
+    os.write(TERMINAL, b"waiting")
     poll = select.poll()
     poll.register(TERMINAL, select.POLLHUP)
     poll.poll(100_000)
@@ -149,19 +150,21 @@ def test_run_in_a_program_without_output_goes_on_to_its_end(small: Config) -> No
     assert saved_step(small) == STEPS
 
 
-@pytest.mark.parametrize(("ignored", "code", "step"), [((), 129, LAST), ((signal.SIGHUP,), 0, STEPS)])
-def test_closed_terminal_saves_or_goes_on(small: Config, ignored: Sequence[int], code: int, step: int) -> None:
+@pytest.mark.parametrize(("ignored", "code", "steps"), [((), 129, range(LAST, STEPS)), ((signal.SIGHUP,), 0, [STEPS])])
+def test_closed_terminal_saves_or_goes_on(
+    small: Config, ignored: Sequence[int], code: int, steps: Sequence[int]
+) -> None:
     terminal, other_end = os.openpty()
     lose = partial(open_terminal, os.ttyname(other_end))
     process = start(train, small, lose, wait_for_the_end_of_the_terminal, ignored)
     output = b""
-    while b"  tau 0." not in output:  # in the progress bar, which a thread draws
+    while b"waiting" not in output:
         assert select.select([terminal], [], [], 100)[0]
         output += os.read(terminal, 1000)
     os.close(other_end)
     os.close(terminal)
     assert exit_code(process) == code
-    assert saved_step(small) == step
+    assert saved_step(small) in steps
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
