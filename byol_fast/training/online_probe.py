@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 EPS = 1e-5
 MAX_STEPS = 100
-"""Number of steps that the running statistics which standardize single images are a mean of."""
+"""Number of steps over which the running statistics average; they standardize single images."""
 
 
 class OnlineProbe:
