@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import nn
 
@@ -14,6 +15,7 @@ from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError
 from byol_fast.models.encoders import build_encoder
 from byol_fast.utils import checkpoint as checkpoints
+from byol_fast.utils.checkpoint import CheckpointError
 from byol_fast.utils.env import version
 from byol_fast.utils.files import atomic_path, atomic_write
 
@@ -21,6 +23,7 @@ log = logging.getLogger(__name__)
 
 PREFIX = "online.encoder."
 """Prefix of the encoder's weights in a checkpoint."""
+_REQUIRED = {"encoder", "cifar_stem", "feature_dim", "image_size", "mean", "std", "step"}  # of the metadata
 
 
 def export_encoder(
@@ -42,8 +45,10 @@ def export_encoder(
 
     Raises:
         ConfigError: the folder cannot be written.
+        CheckpointError: a weight or a buffer is not finite; nothing is written.
     """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    checkpoints.check_finite(state, f"export: the encoder of step {step}")
     metadata = _metadata(config, step=step, feature_dim=feature_dim)
     weights_path, metadata_path = folder / "encoder.safetensors", folder / "encoder.json"
     try:
@@ -73,7 +78,7 @@ def _metadata(config: Config, *, step: int, feature_dim: int) -> dict[str, Any]:
 
 
 def export_run(run: Path, folder: Path | None = None) -> tuple[Path, Path]:
-    """Export the online encoder of a run's latest checkpoint.
+    """Export the online encoder of a run's latest usable checkpoint.
 
     Args:
         run: a run folder.
@@ -96,12 +101,21 @@ def load_latest_encoder(path: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _from_checkpoint(run: Path) -> tuple[Config, nn.Module, dict[str, Any]]:
-    """Configuration, online encoder in eval mode, and metadata of a run's latest checkpoint."""
+    """Configuration, online encoder in eval mode, and metadata of a run's latest usable checkpoint."""
     config = configs.load(run / "config.json")
-    payload = checkpoints.load_latest(run / "checkpoints")
     encoder = build_encoder(config.model.encoder, image_size=config.view1.size, cifar_stem=config.model.cifar_stem)
-    encoder.load_state_dict({k.removeprefix(PREFIX): v for k, v in payload["model"].items() if k.startswith(PREFIX)})
-    return config, encoder.eval(), _metadata(config, step=payload["step"], feature_dim=payload["feature_dim"])
+
+    def use(path: Path) -> dict[str, Any]:
+        payload = checkpoints.load(path)
+        with checkpoints.restoring(path):
+            state = {k.removeprefix(PREFIX): v for k, v in payload["model"].items() if k.startswith(PREFIX)}
+            encoder.load_state_dict(state)
+            metadata = _metadata(config, step=payload["step"], feature_dim=payload["feature_dim"])
+        checkpoints.check_finite(state, f"checkpoint: the encoder of {path}")
+        return metadata
+
+    metadata = checkpoints.use_latest(run / "checkpoints", use)
+    return config, encoder.eval(), metadata
 
 
 def load_encoder(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
@@ -117,7 +131,7 @@ def load_encoder(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is neither an exported encoder nor a run.
-        CheckpointError: the run has neither an exported encoder nor a usable checkpoint.
+        CheckpointError: the exported encoder is damaged, or the run has neither one nor a usable checkpoint.
     """
     path = Path(path)
     weights_path = path / "encoder.safetensors" if path.is_dir() else path.with_suffix(".safetensors")
@@ -129,7 +143,7 @@ def load_encoder(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     for file in (weights_path, metadata_path):
         if not file.exists():
             raise FileNotFoundError(f"load_encoder: {file} does not exist; write it with `byol-fast export RUN`")
-    metadata = json.loads(metadata_path.read_text())
+    metadata = _read_metadata(metadata_path)
     folder = weights_path.parent
     checkpoint_steps = checkpoints.saved_steps(folder / "checkpoints")
     if checkpoint_steps and checkpoint_steps[-1] > metadata["step"]:
@@ -141,6 +155,30 @@ def load_encoder(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
             folder,
         )
     encoder = build_encoder(metadata["encoder"], image_size=metadata["image_size"], cifar_stem=metadata["cifar_stem"])
-    # Read, not mapped as by `load_file`: a file that is cut short meanwhile would end the process (SIGBUS).
-    encoder.load_state_dict(load(weights_path.read_bytes()))
+    try:
+        # Read, not mapped as by `load_file`: a file that is cut short meanwhile would end the process (SIGBUS).
+        encoder.load_state_dict(load(weights_path.read_bytes()))
+    except (SafetensorError, RuntimeError) as error:
+        raise _damaged(weights_path, error) from error
     return encoder.eval(), metadata
+
+
+def _read_metadata(path: Path) -> dict[str, Any]:
+    """Content of an `encoder.json`.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        metadata: dict[str, Any] = json.loads(path.read_text())
+        missing = _REQUIRED - metadata.keys()
+        if missing:
+            raise KeyError(*missing)
+    except (ValueError, LookupError, AttributeError) as error:
+        raise _damaged(path, error) from error
+    return metadata
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    reason = checkpoints.reason(error)
+    return CheckpointError(f"load_encoder: {path} is damaged ({reason}); write it again with `byol-fast export RUN`")

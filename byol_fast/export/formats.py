@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from byol_fast.config import ConfigError
 from byol_fast.models.layers import Normalize
+from byol_fast.utils.checkpoint import check_finite
 from byol_fast.utils.files import atomic_path
 
 Format = Literal["torchvision", "torch-export", "onnx", "timm"]
@@ -91,8 +92,10 @@ def export_as(
     Raises:
         ConfigError: the folder cannot be written, a package is missing, or the options contradict each other.
         ExportError: the format does not support the encoder, or the features differ; no file is written.
+        CheckpointError: a weight or a buffer is not finite; no file is written.
     """
     encoder = copy.deepcopy(encoder).cpu().float().eval()
+    check_finite(encoder.state_dict(), "export: the encoder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if format == "timm":

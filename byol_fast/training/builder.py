@@ -24,11 +24,10 @@ from byol_fast.training.knn_monitor import KNNMonitor, knn_problem
 from byol_fast.training.locks import RunLock, exclusive
 from byol_fast.training.mode import Mode, compile_forward, resolve_mode
 from byol_fast.training.online_probe import OnlineProbe
-from byol_fast.training.resume import restore
+from byol_fast.training.resume import restore_latest
 from byol_fast.training.run_dir import RunDir, open_run_dir
 from byol_fast.training.state import TrainState, set_rng_state, steps_in, whole_steps_in
 from byol_fast.training.train_step import TrainStep
-from byol_fast.utils import checkpoint as checkpoints
 from byol_fast.utils import cpu_tuning, env
 from byol_fast.utils.device import resolve_device
 from byol_fast.utils.precision import Precision, resolve_precision
@@ -116,19 +115,17 @@ def _build(
     resume: bool,
 ) -> TrainerComponents:
     """Build the parts of a run in its locked directory."""
-    # --- checkpoint
     world = execution.world
     if config.max_autotune:
         notes.append("max_autotune: kernels are tuned before the first step, for a ResNet-50 25-60 minutes")
     has_checkpoint = resume and world.run_on_main(run_dir.has_checkpoints)
-    payload = checkpoints.load_latest(run_dir.checkpoints) if has_checkpoint else None
     environment = describe_environment(config, execution)
 
     # --- data and model
     with world.main_process_first():
         train_source, val_source = open_train_val(config, data)
         torch.manual_seed(config.seed)
-        model = build_model(config, pretrained=payload is None)
+        model = build_model(config, pretrained=not has_checkpoint)
     if model.not_batched_reason is not None:
         notes.append(f"the views pass the networks one by one: {model.not_batched_reason}")
     _prepare_networks(model, config, execution)
@@ -151,8 +148,8 @@ def _build(
         model, train_step.optimizer, loader, train_step.grad_scaler, world, grad_accum_steps=accumulated, probe=probe
     )
     knn = _build_knn_monitor(config, model, train_source, val_source, execution, probe, notes)
-    if payload is not None:
-        config = restore(state, payload, run_dir, config, environment)
+    if has_checkpoint:
+        config = restore_latest(state, run_dir, config, environment)
         train_step.on_weights_loaded()
     return TrainerComponents(
         config=config,

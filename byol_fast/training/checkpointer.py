@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from byol_fast import config as configs
 from byol_fast.config import Config
 from byol_fast.training.builder import TrainerComponents
 from byol_fast.training.errors import TrainingError
-from byol_fast.training.state import whole_steps_in
+from byol_fast.training.state import named_tensors, whole_steps_in
 from byol_fast.utils import checkpoint as checkpoints
+from byol_fast.utils.checkpoint import CheckpointError
 
 # A checkpoint after every epoch of a few steps would cost more than the steps.
 MIN_CHECKPOINT_STEPS = 100
@@ -33,6 +33,7 @@ class Checkpointer:
         epoch = whole_steps_in(1, state.loader, config.grad_accum_steps)
         self.every = config.checkpoint_every or -(-MIN_CHECKPOINT_STEPS // epoch) * epoch
         """Steps between checkpoints: by default whole epochs."""
+        self._previous_step = state.step  # of a checkpoint after which older ones were deleted, or the resumed one
         exists = state.world.run_on_main(checkpoints.path_at_step(self._folder, state.step).exists)
         self.saved_step = state.step if state.step and exists else -1
         """Step of the newest checkpoint; -1 for none."""
@@ -40,38 +41,54 @@ class Checkpointer:
     def save(self, config: Config) -> Path:
         """Write a checkpoint of the current state; all processes must call it.
 
+        One within a series of skipped steps is saved beside the older ones, none of which is deleted for it.
+
         Raises:
-            TrainingError: a weight is not finite.
+            TrainingError: a weight, a buffer or the optimizer's state is not finite.
             CheckpointError: the disk is full or read-only.
         """
         parts = self._components
-        self._check_weights_finite()
         payload = parts.state.state_dict() | {
             "config": json.dumps(configs.to_dict(config)),
             "environment": json.dumps(parts.environment),
             "feature_dim": parts.state.model.feature_dim,
         }
-        step = parts.state.step
+        self._check_finite(payload)
+        step, previous = parts.state.step, self._previous_step
+        keep = None if parts.state.skipped_in_a_row else config.keep_checkpoints
         path = parts.execution.world.run_on_main(
-            lambda: checkpoints.save(self._folder, step, payload, keep=config.keep_checkpoints)
+            lambda: checkpoints.save(self._folder, step, payload, keep=keep, previous=previous)
         )
         self.saved_step = step
+        if keep is not None:
+            self._previous_step = step
         return path
 
     def keep_as_best(self) -> None:
-        """Keep the checkpoint of the current step until another one is better."""
-        path = checkpoints.path_at_step(self._folder, self._components.state.step)
-        self._components.execution.world.run_on_main(lambda: checkpoints.save_as_best(path))
-
-    def _check_weights_finite(self) -> None:
-        """A checkpoint of non-finite weights would pass for a good one."""
+        """Keep the checkpoint of the current step until another one is better and outside a series of skipped steps."""
         state = self._components.state
-        norms = torch.stack(torch._foreach_norm(list[Tensor](state.model.trainable_parameters())))
-        if not bool(torch.isfinite(norms).all()):
-            raise TrainingError(self.divergence_message(f"a weight is not finite after step {state.step}"))
+        path, keep_others = checkpoints.path_at_step(self._folder, state.step), state.skipped_in_a_row > 0
+        state.world.run_on_main(lambda: checkpoints.save_as_best(path, keep_others=keep_others))
+
+    def _check_finite(self, payload: dict[str, Any]) -> None:
+        """A checkpoint with a NaN or an infinity would pass for a good one."""
+        state = self._components.state
+        found = state.world.all_gather(checkpoints.nonfinite(named_tensors(payload)))
+        names = [name for names_of_rank in found for name in names_of_rank]
+        if names:
+            raise TrainingError(self.divergence_message(f"{names[0]} is not finite after step {state.step}"))
 
     def divergence_message(self, problem: str) -> str:
         """Error message of a run that diverged, with its last good checkpoint and what usually helps."""
-        saved = checkpoints.saved_steps(self._folder)
-        last = f"the last good checkpoint is of step {saved[-1]}" if saved else "there is no checkpoint yet"
+        step = self._components.execution.world.run_on_main(self._last_good_step)
+        last = "there is no good checkpoint yet" if step is None else f"the last good checkpoint is of step {step}"
         return f"training: {problem}; {last}. A smaller optim.lr, a longer warm-up or precision fp32 usually helps"
+
+    def _last_good_step(self) -> int | None:
+        """Step of the newest checkpoint that is intact, finite, and outside a series of skipped steps."""
+        for path in checkpoints.newest_first(self._folder):
+            with suppress(CheckpointError), checkpoints.restoring(path):
+                payload = checkpoints.load(path)
+                if not payload.get("skipped_in_a_row") and not checkpoints.nonfinite(named_tensors(payload)):
+                    return int(payload["step"])
+        return None

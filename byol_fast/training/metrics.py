@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import resource
 import sys
 import time
@@ -20,20 +21,33 @@ from byol_fast.training.train_step import StepOutput
 from byol_fast.utils.checkpoint import CheckpointError
 from byol_fast.utils.files import atomic_write
 
+log = logging.getLogger(__name__)
+
 Record = dict[str, Any]
 
 
 def read(path: Path) -> list[Record]:
-    """All whole records of a metrics file; a last line cut off by a crash is left out."""
+    """All whole records of a metrics file; damaged lines are left out, as is a last one cut off by a crash."""
+    return _parse(path)[0]
+
+
+def _parse(path: Path) -> tuple[list[Record], list[int]]:
+    """Records of a metrics file, and the numbers of its damaged lines, without a last one cut off by a crash."""
     if not path.exists():
-        return []
-    records = []
-    for line in path.read_text().splitlines():
+        return [], []
+    records: list[Record] = []
+    damaged: list[int] = []
+    *lines, cut_off = path.read_text(errors="replace").split("\n")
+    for number, line in enumerate(lines + ([cut_off] if cut_off else []), 1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+        elif line.strip() and number <= len(lines):
+            damaged.append(number)
+    return records, damaged
 
 
 class MetricsLogger:
@@ -69,7 +83,10 @@ class MetricsLogger:
         def stays(record: Record) -> bool:
             return record["step"] < step or (record["step"] == step and (evaluated or "loss" in record))
 
-        atomic_write(self.path, "".join(json.dumps(r) + "\n" for r in read(self.path) if stays(r)))
+        records, damaged = _parse(self.path)
+        if damaged:
+            log.warning("metrics: %s has damaged lines (%s); left out", self.path, ", ".join(map(str, damaged)))
+        atomic_write(self.path, "".join(json.dumps(r) + "\n" for r in records if stays(r)))
         if self._tensorboard is None:
             return None
         try:
@@ -185,7 +202,6 @@ class StepRecords:
         throughput: counts images and waiting time.
         device: whose peak memory is recorded.
         all_reduce_mean: with several processes, averages a tensor over them.
-        max_skipped_steps: after so many skipped steps in a row, later ones are not recorded.
     """
 
     def __init__(
@@ -194,12 +210,7 @@ class StepRecords:
         throughput: ThroughputMeter,
         device: torch.device,
         all_reduce_mean: Callable[[Tensor], Tensor] | None,
-        *,
-        max_skipped_steps: int,
     ) -> None:
-        self.skipped_in_a_row = 0
-        """Skipped steps at the end of all that were read."""
-        self._max_skipped_steps = max_skipped_steps
         self._steps_per_epoch = steps_per_epoch
         self._throughput = throughput
         self._device = device
@@ -226,13 +237,10 @@ class StepRecords:
             values = self._all_reduce_mean(values)
         throughput, peak = self._throughput.read(), peak_gib(self._device)
         pending, self._pending = self._pending, []
-        records = []
-        for (step, lr, tau, _), row in zip(pending, values.tolist(), strict=True):
-            records.append(self._record(step, lr, tau, row, throughput, peak))
-            self.skipped_in_a_row = self.skipped_in_a_row + 1 if records[-1].get("skipped") else 0
-            if self.skipped_in_a_row == self._max_skipped_steps:
-                break
-        return records
+        return [
+            self._record(step, lr, tau, row, throughput, peak)
+            for (step, lr, tau, _), row in zip(pending, values.tolist(), strict=True)
+        ]
 
     def _record(
         self, step: int, lr: float, tau: float, row: list[float], throughput: Throughput, peak: float

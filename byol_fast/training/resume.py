@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError
+from byol_fast.training.distributed import World
 from byol_fast.training.metrics import read as read_metrics
 from byol_fast.training.run_dir import RunDir
-from byol_fast.training.state import TrainState
+from byol_fast.training.state import TrainState, named_tensors
+from byol_fast.utils import checkpoint as checkpoints
 from byol_fast.utils import env
+from byol_fast.utils.checkpoint import CheckpointError
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Fields that may change between a run and its resumption: they do not change what is computed (the mode only its
 # rounding, about which the run warns).
@@ -33,14 +39,11 @@ RESUMABLE_CHANGES = frozenset(
 )
 
 
-def restore(
-    state: TrainState, payload: dict[str, Any], run_dir: RunDir, config: Config, environment: dict[str, Any]
-) -> Config:
-    """Load a checkpoint into the state of a run.
+def restore_latest(state: TrainState, run_dir: RunDir, config: Config, environment: dict[str, Any]) -> Config:
+    """Load the newest usable checkpoint into the state of a run; all processes must call it, and use the same one.
 
     Args:
         state: of the new process.
-        payload: of the checkpoint.
         run_dir: of the run.
         config: of this start.
         environment: machine, versions and execution mode of this start.
@@ -49,10 +52,47 @@ def restore(
         The configuration to go on with.
 
     Raises:
+        CheckpointError: no checkpoint is usable.
         ConfigError: a field differs that changes what is computed.
         ValueError: the checkpoint belongs to other data or another number of processes.
     """
-    changed = configs.differences(configs.from_dict(json.loads(payload["config"])), config)
+    world = state.world
+
+    def use(path: Path) -> dict[str, Any]:
+        payload = _on_all(world, lambda: checkpoints.load(path))
+        return _on_all(world, lambda: _restore(state, path, payload, run_dir, config))
+
+    paths = world.run_on_main(lambda: checkpoints.newest_first(run_dir.checkpoints))
+    quiet = not world.is_main_process
+    environment_then = checkpoints.use_latest(run_dir.checkpoints, use, paths=paths, quiet=quiet)
+    _restore_evaluation(state, run_dir)
+    if world.is_main_process:
+        for difference in env.differences(environment_then, environment):
+            log.warning("resume: %s; training continues, but is not bit-exact", difference)
+    return configs.replace(config, {"data.accept_changed": False})  # it holds for one resumption
+
+
+def _on_all(world: World, fn: Callable[[], T]) -> T:
+    """Call `fn` on all processes; a CheckpointError on one of them is raised on all."""
+    result: T | None = None
+    problem: str | None = None
+    try:
+        result = fn()
+    except CheckpointError as error:
+        problem = str(error)
+    for message in world.all_gather(problem):
+        if message is not None:
+            raise CheckpointError(message)
+    return cast("T", result)
+
+
+def _restore(state: TrainState, path: Path, payload: dict[str, Any], run_dir: RunDir, config: Config) -> dict[str, Any]:
+    """Load a checkpoint into the state of a run; returns the environment in which it was saved."""
+    with checkpoints.restoring(path):
+        stored = configs.from_dict(json.loads(payload["config"]))
+        environment: dict[str, Any] = json.loads(payload["environment"])
+        checkpoints.check_finite(named_tensors(payload), f"checkpoint: {path}")
+    changed = configs.differences(stored, config)
     refused = {name: values for name, values in changed.items() if name not in RESUMABLE_CHANGES}
     if refused:
         listed = "; ".join(f"{name} was {a!r} and is {b!r}" for name, (a, b) in refused.items())
@@ -60,12 +100,9 @@ def restore(
             f"resume: {run_dir.path} must be continued as it was started, but {listed}; "
             "drop these options, or start a new run"
         )
-    state.load_state_dict(payload)
-    _restore_evaluation(state, run_dir)
-    if state.world.is_main_process:
-        for difference in env.differences(json.loads(payload["environment"]), environment):
-            log.warning("resume: %s; training continues, but is not bit-exact", difference)
-    return configs.replace(config, {"data.accept_changed": False})  # it holds for one resumption
+    with checkpoints.restoring(path):
+        state.load_state_dict(payload)
+    return environment
 
 
 def _restore_evaluation(state: TrainState, run_dir: RunDir) -> None:

@@ -101,7 +101,7 @@ class RunDir:
 
     def has_checkpoints(self) -> bool:
         """True if there is a checkpoint."""
-        return bool(checkpoints.saved_steps(self.checkpoints)) or checkpoints.best_path(self.checkpoints) is not None
+        return bool(checkpoints.newest_first(self.checkpoints))
 
     def check_not_lost(self) -> None:
         """Check that the checkpoints of a run that has saved one are still there.

@@ -13,9 +13,19 @@ from byol_fast.data import ViewLoader
 from byol_fast.models.base import SSLModel
 from byol_fast.training.distributed import World
 from byol_fast.training.online_probe import OnlineProbe
+from byol_fast.utils.checkpoint import CheckpointError
 from byol_fast.utils.precision import GradScaler
 
 log = logging.getLogger(__name__)
+
+
+def named_tensors(state: dict[str, Any]) -> dict[str, Tensor]:
+    """Weights, buffers and the optimizer's tensors in a `TrainState.state_dict`, by name."""
+    tensors: dict[str, Tensor] = dict(state["model"])
+    for number, values in state["optimizer"]["state"].items():
+        named = {f"the optimizer's {key} of parameter {number}": value for key, value in values.items()}
+        tensors |= {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    return tensors
 
 
 def steps_in(epochs: float, loader: ViewLoader, grad_accum_steps: int) -> float:
@@ -51,6 +61,8 @@ class TrainState:
     """Optimizer steps finished."""
     evaluated_at: int = -1
     """Step at which the encoder was evaluated last; -1 for never."""
+    skipped_in_a_row: int = 0
+    """Steps in a row that were skipped, up to the last step whose record was read."""
     best: float = -1.0
     """Best kNN accuracy so far, 0..1; -1 before the first evaluation of a trained encoder."""
 
@@ -71,6 +83,7 @@ class TrainState:
             "processes": self.world.all_gather(own),
             "grad_scaler": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
             "step": self.step,
+            "skipped_in_a_row": self.skipped_in_a_row,
             "evaluated_at": self.evaluated_at,
             "best": self.best,
             "probe": None if self.probe is None else self.probe.state_dict(),
@@ -88,6 +101,7 @@ class TrainState:
 
         Raises:
             ValueError: it belongs to other data or settings, or to another number of processes.
+            CheckpointError: the state of the optimizer is that of another one.
         """
         processes = state["processes"]
         if len(processes) != self.world.size:
@@ -99,10 +113,16 @@ class TrainState:
         own = processes[self.world.rank]
         self.loader.load_state_dict(own["loader"])  # first: it refuses a state of other data
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise CheckpointError(
+                f"checkpoint: the optimizer of step {state['step']} does not fit ({error})"
+            ) from error
         if self.grad_scaler is not None and state["grad_scaler"] is not None:
             self.grad_scaler.load_state_dict(state["grad_scaler"])
         self.step = state["step"]
+        self.skipped_in_a_row = state.get("skipped_in_a_row", 0)  # checkpoints of earlier versions lack it
         self.evaluated_at = state["evaluated_at"]
         self.best = state["best"]
         if self.probe is not None and state.get("probe") is not None:

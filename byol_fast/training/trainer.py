@@ -92,7 +92,6 @@ class Trainer:
             self.throughput,
             self.device,
             None if self.world.is_single else distributed.all_reduce_mean,
-            max_skipped_steps=self.config.max_skipped_steps,
         )
         self.metrics = MetricsLogger(
             parts.run_dir.metrics,
@@ -102,6 +101,7 @@ class Trainer:
         self._checkpointer = Checkpointer(parts)
         self._shutdown = GracefulShutdown()
         self._should_stop = False
+        self._checkpoint_is_due = False
 
     # --- the run
 
@@ -138,8 +138,7 @@ class Trainer:
                 bar.advance(self.state.step)
                 if self._is_due(self.config.log_every):
                     self._log(bar)
-                if self._is_due(self._checkpointer.every):
-                    self.save_checkpoint()
+                self._save_if_due()
                 self._evaluate_if_due(bar.progress)
                 self._raise_if_interrupted()
             if self._checkpointer.saved_step != self.state.step:
@@ -211,13 +210,18 @@ class Trainer:
             records = self._steps.read()
         if not records:
             return records
-        for record in records:
+        max_skipped = self.config.max_skipped_steps
+        for number, record in enumerate(records, 1):
             self.metrics.add(record)
+            self.state.skipped_in_a_row = self.state.skipped_in_a_row + 1 if record.get("skipped") else 0
+            if self.state.skipped_in_a_row >= max_skipped:
+                del records[number:]  # the run ends here
+                break
         self.call_hooks("on_log", records)
         last, skipped = records[-1]["step"], sum(bool(record.get("skipped")) for record in records)
         if skipped and self.world.is_main_process:
             log.warning("skipped %d of the last steps, to step %d: loss or gradient not finite", skipped, last)
-        if (in_a_row := self._steps.skipped_in_a_row) >= self.config.max_skipped_steps:
+        if (in_a_row := self.state.skipped_in_a_row) >= max_skipped:
             self.metrics.flush()
             problem = f"the loss or gradient of {in_a_row} steps in a row, to step {last}, was not finite"
             raise TrainingError(self._checkpointer.divergence_message(problem))
@@ -270,11 +274,20 @@ class Trainer:
 
     # --- files, signals and callbacks
 
+    def _save_if_due(self) -> None:
+        """Save the periodic checkpoint; within a series of skipped steps, it waits for the first good one."""
+        self._checkpoint_is_due |= self._is_due(self._checkpointer.every)
+        if self._checkpoint_is_due:
+            self.queue_records()
+            if not self.state.skipped_in_a_row:
+                self.save_checkpoint()
+                self._checkpoint_is_due = False
+
     def save_checkpoint(self) -> None:
         """Write the records so far, then a checkpoint.
 
         Raises:
-            TrainingError: a weight is not finite.
+            TrainingError: the state is not finite.
             CheckpointError: the disk is full or read-only.
         """
         self.queue_records()

@@ -1,22 +1,31 @@
-"""Checkpoints: written atomically, verified by a checksum, loaded without executing code."""
+"""Checkpoints: written atomically, verified by a checksum before they are loaded, loaded without executing code."""
 
 from __future__ import annotations
 
 import hashlib
+import io
+import itertools
+import json
 import logging
+import math
 import os
-import pickle
+import pickletools
 import re
 import shutil
 import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from byol_fast.utils.files import atomic_path
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 FORMAT = 4
 # A checkpoint is a file of torch.save, followed by a line with the SHA-256 of the data: one file, so that data and
@@ -25,6 +34,7 @@ _TRAILER = b"\nsha256:"
 _TRAILER_SIZE = len(_TRAILER) + 64 + 1
 _NAME = re.compile(r"step_(\d+)\.pt")
 _BEST_NAME = re.compile(r"best_step_(\d+)\.pt")
+_ANY_NAME = re.compile(r"(?:best_)?step_(\d+)\.pt")
 
 
 class CheckpointError(RuntimeError):
@@ -43,8 +53,31 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in (_NAME.fullmatch(p.name) for p in folder.iterdir()) if match)
 
 
-def save(folder: Path, step: int, payload: dict[str, Any], *, keep: int) -> Path:
+def intact_steps(folder: Path) -> list[int]:
+    """`saved_steps` without damaged checkpoints; reads all of them."""
+
+    def is_readable(step: int) -> bool:
+        try:
+            return _is_intact(path_at_step(folder, step))
+        except OSError:
+            return False
+
+    return [step for step in saved_steps(folder) if is_readable(step)]
+
+
+def save(
+    folder: Path, step: int, payload: dict[str, Any], *, keep: int | None = None, previous: int | None = None
+) -> Path:
     """Write a checkpoint and its checksum, then delete the oldest checkpoints beyond `keep`.
+
+    Args:
+        folder: of the checkpoints; created if missing.
+        step: steps finished.
+        payload: tensors and plain values.
+        keep: checkpoints to keep, this one included; None deletes none.
+        previous: step of the good checkpoint that the run saved or resumed before. Those between the two do not count:
+            damaged ones that it did not resume from, or ones within a series of skipped steps. Nor do those of later
+            steps, which are left alone.
 
     Raises:
         CheckpointError: it could not be written (disk full, folder read-only); earlier checkpoints are unchanged.
@@ -52,27 +85,31 @@ def save(folder: Path, step: int, payload: dict[str, Any], *, keep: int) -> Path
     path = path_at_step(folder, step)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Remove temporary files of processes that were killed while writing.
-        for temporary in (*folder.glob(".step_*.pt.*"), *folder.glob(".best_*.pt.*")):
-            temporary.unlink(missing_ok=True)
-        with atomic_path(path) as temporary:
-            torch.save({"format": FORMAT, "step": step, **payload}, temporary)
-            _append_digest(temporary)
-    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
-        intact = ", ".join(map(str, saved_steps(folder))) or "none"
+        with atomic_path(path) as temporary, _DigestingWriter(temporary.open("wb", buffering=0)) as file:
+            torch.save({"format": FORMAT, "step": step, **payload}, file)
+            file.write(_TRAILER + file.digest.hexdigest().encode() + b"\n")
+    except (OSError, RuntimeError) as error:  # torch's zip writer may report a full disk as RuntimeError
+        intact = ", ".join(map(str, intact_steps(folder))) or "none"
         free = shutil.disk_usage(folder if folder.exists() else Path("/")).free / 2**30
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"checkpoint: {path} could not be written ({free:.2f} GiB free there; {reason}); free space or fix the "
-            f"folder's permissions, then resume; intact checkpoints: {intact}"
+            f"checkpoint: {path} could not be written ({free:.2f} GiB free there; {reason(error)}); free space or fix "
+            f"the folder's permissions, then resume; intact checkpoints: {intact}"
         ) from error
-    for old in saved_steps(folder)[:-keep]:
-        path_at_step(folder, old).unlink(missing_ok=True)
+    if keep is not None:
+        earlier = [s for s in saved_steps(folder) if s < step]
+        kept = [s for s in earlier if previous is None or s <= previous][1 - keep :] if keep > 1 else []
+        for old in earlier:
+            if old not in kept:
+                path_at_step(folder, old).unlink(missing_ok=True)
     return path
 
 
-def save_as_best(path: Path) -> None:
-    """Keep a checkpoint as `best_step_N.pt`, in place of the earlier best.
+def save_as_best(path: Path, *, keep_others: bool = False) -> None:
+    """Keep a checkpoint as `best_step_N.pt`.
+
+    Args:
+        path: of the checkpoint.
+        keep_others: keep the earlier best, too.
 
     Raises:
         CheckpointError: it could not be written.
@@ -87,26 +124,25 @@ def save_as_best(path: Path) -> None:
                 shutil.copyfile(path, temporary)
     except OSError as error:
         raise CheckpointError(f"checkpoint: {best} could not be written ({error}); free space, then resume") from error
-    for other in path.parent.iterdir():
+    for other in () if keep_others else path.parent.iterdir():
         if other != best and _BEST_NAME.fullmatch(other.name):
             other.unlink(missing_ok=True)
 
 
-def best_path(folder: Path) -> Path | None:
-    """Path of the checkpoint with the best kNN accuracy, or None."""
-    paths = sorted(p for p in folder.iterdir() if _BEST_NAME.fullmatch(p.name)) if folder.is_dir() else []
-    return paths[-1] if paths else None
+class _DigestingWriter(io.BufferedWriter):
+    """Digests what it writes into a file, which then need not be read again for its checksum."""
+
+    def __init__(self, file: io.RawIOBase) -> None:
+        super().__init__(file)
+        self.digest = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        """Write some bytes."""
+        self.digest.update(data)
+        return super().write(data)
 
 
-def _append_digest(path: Path) -> None:
-    """Append the SHA-256 of a file to it."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    with path.open("ab") as file:
-        file.write(_TRAILER + digest.encode() + b"\n")
-
-
-def _verify_digest(path: Path) -> bool:
+def _is_intact(path: Path) -> bool:
     """Return True if a file ends with the SHA-256 of its data."""
     size = path.stat().st_size - _TRAILER_SIZE
     if size <= 0:
@@ -119,50 +155,150 @@ def _verify_digest(path: Path) -> bool:
         return file.read() == _TRAILER + digest.hexdigest().encode() + b"\n"
 
 
+def _stored_format(path: Path) -> object:
+    """The format that a file of torch.save names, found without unpickling it; None if there is none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (name,) = (n for n in archive.namelist() if n.endswith("/data.pkl"))
+            values = (value for opcode, value, _ in pickletools.genops(archive.read(name)) if "PUT" not in opcode.name)
+            return next(values, None) if "format" in values else None
+    except Exception:  # a damaged file raises errors of all kinds
+        return None
+
+
 def load(path: Path) -> dict[str, Any]:
-    """Load one checkpoint onto the CPU.
+    """Load one checkpoint onto the CPU; only a file whose checksum matches is unpickled.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or in another format.
     """
     try:
-        intact = _verify_digest(path)
-        payload: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        intact = _is_intact(path)
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint: {path} does not exist") from None
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"checkpoint: {path} is damaged (not a file of torch.save, or it has more than tensors and plain "
-            "values); delete it to use an earlier one"
-        ) from error
-    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"checkpoint: {path} is damaged ({reason}); delete it to use an earlier one") from error
+    except OSError as error:
+        raise CheckpointError(f"checkpoint: {path} cannot be read ({reason(error)})") from error
+    if not intact:
+        stored = _stored_format(path)
+        if stored not in {None, FORMAT}:
+            raise CheckpointError(_format_message(path, stored))
+        raise CheckpointError(f"checkpoint: {path} is damaged (its checksum does not match); restore it from a copy")
+    try:
+        payload: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"checkpoint: {path} cannot be loaded ({reason(error)})") from error
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         stored = payload.get("format") if isinstance(payload, dict) else type(payload).__name__
-        raise CheckpointError(
-            f"checkpoint: {path} must have format {FORMAT}, got {stored}; it was written by another version of "
-            "byol_fast: resume with that version, or start a new run"
-        )
-    if not intact:
-        raise CheckpointError(
-            f"checkpoint: {path} is damaged (its checksum does not match); delete it to use an earlier one"
-        )
+        raise CheckpointError(_format_message(path, stored))
     return payload
 
 
-def load_latest(folder: Path) -> dict[str, Any]:
-    """Load the newest intact checkpoint, or the best one if all others are damaged; logs those that are skipped.
+def _format_message(path: Path, stored: object) -> str:
+    return (
+        f"checkpoint: {path} must have format {FORMAT}, got {stored}; it was written by another version of byol_fast: "
+        "resume with that version, or start a new run"
+    )
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """Paths of all checkpoints in a folder, also of the best one, from the newest to the oldest."""
+    if not folder.is_dir():
+        return []
+    steps = {p: int(match[1]) for p in folder.iterdir() if (match := _ANY_NAME.fullmatch(p.name))}
+    # Of the same step, the best one comes last: mostly it is a link to the other.
+    return sorted(steps, key=lambda p: (steps[p], p.name), reverse=True)
+
+
+def use_latest(
+    folder: Path, use: Callable[[Path], T], *, paths: Sequence[Path] | None = None, quiet: bool = False
+) -> T:
+    """Result of `use` for the newest checkpoint, or for the one before it where `use` raises a CheckpointError.
+
+    Args:
+        folder: of the checkpoints.
+        use: gets the path of a checkpoint.
+        paths: of the checkpoints, in the order to try; None: `newest_first`.
+        quiet: log which were skipped, and why, only for debugging.
 
     Raises:
-        CheckpointError: no checkpoint is intact.
+        CheckpointError: no checkpoint is usable.
     """
-    best = best_path(folder)
-    reason = "it is empty"
-    for path in [*(path_at_step(folder, step) for step in reversed(saved_steps(folder))), *([best] if best else [])]:
+    level = logging.DEBUG if quiet else logging.WARNING
+    problem: str | None = None
+    for path in newest_first(folder) if paths is None else paths:
         try:
-            return load(path)
+            result = use(path)
         except CheckpointError as error:
-            log.warning("%s; trying an earlier checkpoint", error)
-            reason = str(error)
-    raise CheckpointError(f"checkpoint: {folder} has no usable checkpoint ({reason}); start a new run")
+            log.log(level, "%s", error)
+            problem = problem or str(error)
+            continue
+        if problem is not None:
+            log.log(level, "checkpoint: an earlier one is used instead, %s", path)
+        return result
+    raise CheckpointError(
+        f"checkpoint: {folder} has no usable checkpoint ({problem or 'it is empty'}); start a new run"
+    )
+
+
+def load_latest(folder: Path) -> dict[str, Any]:
+    """Load the newest usable checkpoint; logs those that are skipped.
+
+    Raises:
+        CheckpointError: no checkpoint is usable.
+    """
+    return use_latest(folder, load)
+
+
+@contextmanager
+def restoring(path: Path) -> Iterator[None]:
+    """Within this, errors about the content of a checkpoint become a CheckpointError; a ValueError explains itself.
+
+    Args:
+        path: of the checkpoint.
+    """
+    try:
+        yield
+    except (CheckpointError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
+            raise
+        raise CheckpointError(f"checkpoint: {path} cannot be restored ({reason(error)})") from error
+
+
+def nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors with a NaN or an infinity. Waits for the device, once per dtype.
+
+    Args:
+        tensors: by name; those that are not floating point are finite.
+    """
+    names: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel():
+            names.setdefault((tensor.device, tensor.dtype), []).append(name)
+    result: list[str] = []
+    for group in names.values():
+        # The largest magnitude keeps an infinity or NaN and cannot overflow, as a sum of squares can.
+        largest = torch.stack(torch._foreach_norm([tensors[name].detach() for name in group], math.inf))
+        result += itertools.compress(group, (~torch.isfinite(largest)).tolist())
+    return result
+
+
+def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Refuse tensors with a NaN or an infinity. Waits for the device, as `nonfinite` does.
+
+    Args:
+        tensors: by name.
+        what: begin of the message.
+
+    Raises:
+        CheckpointError: one is not finite.
+    """
+    if names := nonfinite(tensors):
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise CheckpointError(f"{what} must be finite, but {names[0]}{more} is not; use an earlier checkpoint")
+
+
+def reason(error: Exception) -> str:
+    """Class of an error and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
