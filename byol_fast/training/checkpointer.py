@@ -33,7 +33,7 @@ class Checkpointer:
         epoch = whole_steps_in(1, state.loader, config.grad_accum_steps)
         self.every = config.checkpoint_every or -(-MIN_CHECKPOINT_STEPS // epoch) * epoch
         """Steps between checkpoints: by default whole epochs."""
-        self._previous_step = state.step  # of a checkpoint after which older ones were deleted, or the resumed one
+        self._previous_step = state.step  # see `checkpoints.save`
         exists = state.world.run_on_main(checkpoints.path_at_step(self._folder, state.step).exists)
         self.saved_step = state.step if state.step and exists else -1
         """Step of the newest checkpoint; -1 for none."""

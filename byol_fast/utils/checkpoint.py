@@ -116,17 +116,25 @@ def save_as_best(path: Path, *, keep_others: bool = False) -> None:
     """
     best = path.with_name(f"best_{path.name}")
     try:
-        with atomic_path(best) as temporary:
-            temporary.unlink()
-            try:
-                os.link(path, temporary)  # no second copy of the data
-            except OSError:
-                shutil.copyfile(path, temporary)
+        # A run killed right after this has the link already; renaming a link over another one of the same file would
+        # leave both.
+        if not (best.exists() and best.samefile(path)):
+            _link_or_copy(path, best)
     except OSError as error:
         raise CheckpointError(f"checkpoint: {best} could not be written ({error}); free space, then resume") from error
     for other in () if keep_others else path.parent.iterdir():
         if other != best and _BEST_NAME.fullmatch(other.name):
             other.unlink(missing_ok=True)
+
+
+def _link_or_copy(path: Path, copy: Path) -> None:
+    """Link a file to another name, atomically; copy it where there are no links."""
+    with atomic_path(copy) as temporary:
+        temporary.unlink()
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copyfile(path, temporary)
 
 
 class _DigestingWriter(io.BufferedWriter):
