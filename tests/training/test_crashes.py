@@ -1,14 +1,16 @@
-"""A run killed thirty times at random moments, often while a checkpoint is written, equals an uninterrupted run."""
+"""A run that is killed at any of its file operations and resumed equals an uninterrupted run."""
 
 from __future__ import annotations
 
+import json
 import multiprocessing
-import random
+import os
 import signal
-import time
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,87 +18,97 @@ from byol_fast import config as configs
 from byol_fast.config import Config
 from byol_fast.training.metrics import read
 from byol_fast.utils import checkpoint as checkpoints
+from tests.networks import SmallResidualNetwork
+from tests.training.file_operations import FileOperations
 
-NUM_KILLS = 30
-# Processes are forked from a server that has imported torch and torchvision: a start takes milliseconds, not seconds.
+# Processes are forked from a server that has only imported the package: a start takes milliseconds, not seconds.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["byol_fast.training.trainer", "torchvision", "torch.utils.tensorboard", "tests.networks"]
-)
+CONTEXT.set_forkserver_preload(["byol_fast.training.trainer", "torchvision", "tests.training.test_crashes"])
+CLOCK = {"images_per_second", "data_wait", "peak_memory_gib"}
+NUM_KILLS = 8
 
 
-def train(config: Config) -> None:
+def train(config: Config, kill_at: int, connection: Connection) -> None:
+    """Resume or start a run as `--resume auto` does; send the step at which it begins, and its file operations."""
     from byol_fast.models import encoders
-    from byol_fast.report.callback import ReportCallback
     from byol_fast.training.resume import find_resumable
     from byol_fast.training.trainer import Trainer
-    from tests.networks import SmallResidualNetwork
 
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     encoders.OWN_ENCODERS["small"] = lambda **_: SmallResidualNetwork()
     torch.set_num_threads(1)
-    Trainer(config, resume=find_resumable(config), callbacks=[ReportCallback()]).fit()
+    operations = FileOperations(kill_at)
+    trainer = Trainer(config, resume=find_resumable(config))
+    begin = trainer.state.step
+    trainer.fit()
+    connection.send((begin, operations.count))
 
 
-def start(config: Config) -> ForkServerProcess:
-    process = CONTEXT.Process(target=train, args=(config,))
+def run(config: Config, kill_at: int = 0) -> tuple[int, int]:
+    """Train in a process of its own; returns its first step and the number of file operations, 0 if it was killed."""
+    receiver, sender = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=train, args=(config, kill_at, sender))
     process.start()
-    return process
+    sender.close()
+    process.join()
+    assert process.exitcode == (-signal.SIGKILL if kill_at else 0)
+    result: tuple[int, int] = (0, 0) if kill_at else receiver.recv()
+    return result
 
 
-def is_writing(folder: Path) -> bool:
-    try:
-        return any(p.name.startswith(".step_") for p in folder.iterdir())
-    except FileNotFoundError:
-        return False
+def outputs(folder: Path) -> dict[str, Any]:
+    """Outputs of a run that must be bit for bit those of another one."""
+    payload = checkpoints.load_latest(folder / "checkpoints")
+    records = [{k: v for k, v in r.items() if k not in CLOCK} for r in read(folder / "metrics.jsonl")]
+    # Killed between the last checkpoint and the deletion of the oldest, a run keeps one more.
+    superfluous = {
+        checkpoints.path_at_step(folder, step).name for step in checkpoints.saved_steps(folder / "checkpoints")[:-3]
+    }
+    return {
+        "payload": {k: v for k, v in payload.items() if k not in {"config", "environment"}},
+        "metrics": records,
+        "encoder": (folder / "encoder.safetensors").read_bytes(),
+        "metadata": json.loads((folder / "encoder.json").read_text()),
+        "files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.name not in superfluous),
+    }
 
 
-@pytest.mark.slow
-def test_run_killed_thirty_times_equals_an_uninterrupted_run(tiny: Config) -> None:
-    steps = 20 * NUM_KILLS
-    changes = {"checkpoint_every": 1, "log_every": 3, "data.loader": "threaded", "model.encoder": "small"}
-    config = configs.replace(tiny, changes | {"steps": steps})
-    whole, killed = (configs.replace(config, {"name": name}) for name in ("whole", "killed"))
-    reference = start(whole)
-    reference.join()
-    assert reference.exitcode == 0
+def equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return bool(a == b)
 
-    rng = random.Random(0)
-    folder = killed.out / "killed" / "checkpoints"
-    num_mid_write = 0
-    for kill in range(NUM_KILLS):
-        # Every other kill waits until a checkpoint is being written, the others for a random moment.
-        wait_for_write = kill % 2 == 0
-        until_step = max(checkpoints.saved_steps(folder), default=0) + rng.randint(0, 5)
-        pause = rng.uniform(0, 0.05)
-        process = start(killed)
-        deadline = time.monotonic() + 120
-        while process.is_alive() and time.monotonic() < deadline:
-            past_step = max(checkpoints.saved_steps(folder), default=0) > until_step
-            if past_step and (not wait_for_write or is_writing(folder)):
-                break
-            time.sleep(0.0005)
-        if not wait_for_write:
-            time.sleep(pause)
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-        num_mid_write += is_writing(folder)
-    final = start(killed)
-    final.join()
-    assert final.exitcode == 0
 
-    assert num_mid_write >= NUM_KILLS // 4
-    a, b = (checkpoints.load_latest(c.out / c.name / "checkpoints") for c in (whole, killed))
-    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
-    assert all(
-        torch.equal(x["momentum_buffer"], y["momentum_buffer"])
-        for x, y in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True)
-    )
-    records, expected = (
-        [(r["step"], r["loss"]) for r in read(c.out / c.name / "metrics.jsonl")] for c in (killed, whole)
-    )
-    assert records == expected
-    assert [step for step, _ in records] == list(range(1, steps + 1))
-    encoders = [(c.out / c.name / "encoder.safetensors").read_bytes() for c in (whole, killed)]
-    assert encoders[0] == encoders[1]
-    assert not is_writing(folder)
+@pytest.mark.parametrize(
+    "every", [pytest.param(True, marks=pytest.mark.slow, id="all"), pytest.param(False, id="some")]
+)
+def test_run_killed_at_a_file_operation_equals_an_uninterrupted_run(
+    tiny: Config, npz: Path, photos: np.ndarray, every: bool
+) -> None:
+    """Twelve steps, a checkpoint every three, an evaluation and perhaps a best checkpoint every five."""
+    val = npz.with_name("val.npz")
+    np.savez(val, images=photos[:30], labels=np.arange(30) % 2)
+    changes = {"checkpoint_every": 3, "data.loader": "threaded", "model.encoder": "small", "tensorboard": False}
+    config = configs.replace(tiny, changes | {"knn": {"val_root": val, "every_epochs": 1, "k": 3}})
+    config.out.mkdir()  # so that no run creates it
+    whole = configs.replace(config, {"name": "000"})  # names of one length, so that all files are of one length
+    begin, count = run(whole)
+    expected = outputs(whole.out / "000")
+    assert begin == 0 and count > 10 * NUM_KILLS
+    assert {"checkpoints/step_000000012.pt", "checkpoints/best_step_000000005.pt"} <= set(expected["files"])
+    begins = set()
+    for kill_at in range(1, count + 1) if every else [round((i + 0.5) * count / NUM_KILLS) for i in range(NUM_KILLS)]:
+        killed = configs.replace(config, {"name": f"{kill_at:03}"})
+        folder = killed.out / killed.name
+        run(killed, kill_at)
+        saved = max(checkpoints.saved_steps(folder / "checkpoints"), default=0)
+        begin, _ = run(killed)
+        assert begin == saved
+        got = outputs(folder)
+        assert [name for name in expected if not equal(got[name], expected[name])] == [], f"killed at {kill_at}"
+        begins.add(begin)
+    assert len(begins) >= 4
