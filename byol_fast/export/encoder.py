@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import nn
@@ -47,7 +48,11 @@ def export_encoder(
         ConfigError: the folder cannot be written.
         CheckpointError: a weight or a buffer is not finite; nothing is written.
     """
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    # Copies: safetensors refuses tensors that share memory, as those of a layer that is used twice do.
+    state = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in encoder.state_dict().items()
+    }
     checkpoints.check_finite(state, f"export: the encoder of step {step}")
     metadata = _metadata(config, step=step, feature_dim=feature_dim)
     weights_path, metadata_path = folder / "encoder.safetensors", folder / "encoder.json"

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
-from byol_fast.models.split_batchnorm import is_split_batchnorm
-from byol_fast.models.split_batchnorm_layers import frozen_running_stats
+from byol_fast.models.split_batchnorm_layers import SplitBatchNormBase, frozen_running_stats
 
 
 def checkpoint_blocks(encoder: nn.Module) -> int:
@@ -61,10 +61,36 @@ class _Recomputed:
         if not block.training:
             return forward(block, *inputs)
 
-        # Split batch norms do not count a recomputed batch again; torch's own norms must be told.
-        plain = [m for m in block.modules() if isinstance(m, _NormBase) and not is_split_batchnorm(m)]
+        # Split batch norms do not count a recomputed batch again; torch's own norms must be told, and other layers
+        # (spectral norm) must find their buffers as they were in the first pass.
+        norms = [m for m in block.modules() if isinstance(m, _NormBase)]
+        plain = [m for m in norms if not isinstance(m, SplitBatchNormBase)]
+        of_norms = {id(b) for norm in norms for b in norm.buffers()}
+        others = [b for b in block.buffers() if id(b) not in of_norms]
+        values = [b.clone() for b in others]
 
-        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), frozen_running_stats(plain)
+        @contextmanager
+        def recomputation() -> Iterator[None]:
+            with frozen_running_stats(plain), _values_of(others, values):
+                yield
 
-        return checkpoint(forward, block, *inputs, use_reentrant=False, context_fn=contexts)
+        return checkpoint(
+            forward, block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputation())
+        )
+
+
+@contextmanager
+def _values_of(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
+    """Within this, buffers have these values."""
+    before = [b.clone() for b in buffers]
+    _copy(buffers, values)
+    try:
+        yield
+    finally:
+        _copy(buffers, before)
+
+
+@torch.no_grad()
+def _copy(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for buffer, value in zip(buffers, values, strict=True):
+        buffer.copy_(value)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from byol_fast.models import split_batchnorm
+from byol_fast.models.encoders import check_train_mode
 from byol_fast.models.layers import Normalize
 from byol_fast.models.split_batchnorm_layers import BatchStats, num_splits
 from byol_fast.utils.profiler_ranges import record_range
@@ -101,7 +102,7 @@ class SSLModel(nn.Module, ABC):
     collect_batch_stats: bool = False
     """If set, `forward_train` returns batch statistics instead of updating the running ones, because the step may still
     be skipped. Set it with `collecting_batch_stats`."""
-    _online_call: list[nn.Module]  # in a list, so that nn.Module does not register the wrapper
+    _online_wrapper: list[nn.Module]  # empty, or in a list, so that nn.Module does not register it
     not_batched_reason: str | None
     """Reason why views pass separately although batching was asked for; None if there is none."""
 
@@ -184,12 +185,17 @@ class SSLModel(nn.Module, ABC):
 
     def wrap_online(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
         """Call the online network through a wrapper (DDP), which does not become a part of the model."""
-        self._online_call = [wrap(self.online)]
+        self._online_wrapper = [wrap(self.online)]
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Within this, gradients are not reduced over the processes: those of further batches are added first."""
-        call = self._online_call[0]
+        call = self._online_call
         return call.no_sync() if isinstance(call, DistributedDataParallel) else nullcontext()
+
+    @property
+    def _online_call(self) -> nn.Module:
+        """The online network, or its wrapper."""
+        return self._online_wrapper[0] if self._online_wrapper else self.online
 
     @contextmanager
     def collecting_batch_stats(self) -> Iterator[None]:
@@ -203,13 +209,20 @@ class SSLModel(nn.Module, ABC):
     def _set_view_batching(self, view_batching: ViewBatching, encoder: str | nn.Module, image_size: int) -> None:
         """Convert the networks for the way in which the views pass them."""
         self.view_batching, self.not_batched_reason = view_batching, None
-        self._online_call = [self.online]
-        if view_batching != "batched":
-            return
+        self._online_wrapper = []
         # Torchvision's batch norms are modules; other encoders are tried with an example.
         known = isinstance(encoder, str) and not encoder.startswith("timm/")
+        if view_batching == "batched":
+            self._batch_views(None if known else image_size)
+        for network in self.networks():
+            split_batchnorm.convert_recomputable(network)
+        if not known:
+            check_train_mode(self.online.encoder, image_size, self.feature_dim)
+
+    def _batch_views(self, image_size: int | None) -> None:
+        """Convert the networks for stacked views, or let the views pass separately; tried if a size is given."""
         like = next(self.online.parameters())
-        example = None if known else torch.zeros(2, 3, image_size, image_size, device=like.device)
+        example = None if image_size is None else torch.zeros(2, 3, image_size, image_size, device=like.device)
         self.not_batched_reason = split_batchnorm.convert_split_batchnorm(self.online, example)
         if self.not_batched_reason is not None:
             self.view_batching = "separate"
@@ -232,7 +245,7 @@ class SSLModel(nn.Module, ABC):
     def _pass_online(self, inputs: Sequence[Tensor], batch_stats: list[BatchStats] | None) -> tuple[Pair, Pair, Tensor]:
         """Projections and predictions of the two views, and their features as `ModelOutput.features`."""
         with record_range("online forward"), self._num_splits(self.online, batch_stats):
-            projections, predictions, features = self._online_call[0](*inputs)
+            projections, predictions, features = self._online_call(*inputs)
         both = features[0] if len(features) == 1 else torch.cat(list(features))
         return by_view(projections), by_view(predictions), both
 

@@ -10,16 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from byol_fast.models.split_batchnorm import disable_sync
 
-def _narrow_resnet18(**_: Any) -> nn.Module:
-    """ResNet-18 with half the channels in every stage (2.8 M parameters): the demo's encoder."""
-    from torchvision.models.resnet import BasicBlock, ResNet
 
-    class NarrowResNet(ResNet):  # type: ignore[misc]
-        def _make_layer(self, block: Any, planes: int, *args: Any, **kwargs: Any) -> Any:
-            return super()._make_layer(block, planes // 2, *args, **kwargs)
+def _narrow_resnet18() -> nn.Module:
+    from byol_fast.models.narrow_resnet import narrow_resnet18  # imports torchvision's models, a second
 
-    return NarrowResNet(BasicBlock, [2, 2, 2, 2])
+    return narrow_resnet18()
 
 
 OWN_ENCODERS: dict[str, Callable[..., nn.Module]] = {"resnet18_narrow": _narrow_resnet18}
@@ -64,6 +61,11 @@ def build_encoder(
                 f"{type(encoder).__name__}; prepare the module yourself"
             )
         return encoder
+    if not isinstance(encoder, str):
+        raise ValueError(
+            f"build_encoder: encoder must be a model's name or a torch.nn.Module, got {type(encoder).__name__} "
+            f"{encoder!r}; pass the module itself"
+        )
     if encoder.startswith("timm/"):
         if cifar_stem or zero_init_residual:
             raise ValueError(
@@ -96,6 +98,11 @@ def build_encoder(
             raise ValueError(
                 f"build_encoder: the weights of {encoder!r} could not be fetched ({error}); put them into "
                 f"{torch.hub.get_dir()}/checkpoints, or drop pretrained"
+            ) from error
+        except AssertionError as error:  # of vision transformers
+            raise ValueError(
+                f"build_encoder: {encoder!r} must take images of {image_size} pixels, it failed with: "
+                f"{first_line(error)}; set the views' size to what it takes"
             ) from error
     if zero_init_residual and not pretrained:
         _zero_residuals(network)
@@ -181,20 +188,70 @@ def feature_dim(encoder: nn.Module, image_size: int) -> int:
     Raises:
         ValueError: the encoder does not accept such images, or returns something else.
     """
-    probe = copy.deepcopy(encoder).eval()
-    parameter = next(probe.parameters(), None)
+    return _probe(_copied(encoder).eval(), image_size)
+
+
+def check_train_mode(encoder: nn.Module, image_size: int, features: int) -> None:
+    """Raise a ValueError unless an encoder returns features in train mode, too; tried on a copy.
+
+    Args:
+        encoder: as in `feature_dim`.
+        image_size: height and width of the images, in pixels.
+        features: their size in eval mode.
+    """
+    copied = _copied(encoder).train()
+    disable_sync(copied)
+    devices = {p.device for p in copied.parameters() if p.is_cuda}
+    with torch.random.fork_rng(devices):  # dropout must not change the random numbers of what is built next
+        size = _probe(copied, image_size)
+    if size != features:
+        raise ValueError(
+            f"encoder: {type(encoder).__name__} must return the same features in train and eval mode, got {size} and "
+            f"{features} values; take out what it adds in train mode"
+        )
+
+
+def _copied(encoder: nn.Module) -> nn.Module:
+    name = type(encoder).__name__
+    for path, module in encoder.named_modules():
+        if any(nn.parameter.is_lazy(t) for t in [*module._parameters.values(), *module._buffers.values()]):
+            raise ValueError(
+                f"encoder: the layers of {name} must know their sizes, got an uninitialized {type(module).__name__} at "
+                f"{path or 'its root'}; pass images through it once before"
+            )
+    try:
+        return copy.deepcopy(encoder)
+    except Exception as error:
+        raise ValueError(
+            f"encoder: copy.deepcopy must be able to copy {name}, it failed with: {first_line(error)}; take weight and "
+            "spectral norm from torch.nn.utils.parametrizations"
+        ) from error
+
+
+def _probe(network: nn.Module, image_size: int) -> int:
+    """Size of a network's features of two black images."""
+    parameter = next(network.parameters(), None)
     like = torch.zeros(()) if parameter is None else parameter
     images = torch.zeros(2, 3, image_size, image_size, dtype=like.dtype, device=like.device)
+    name, mode = type(network).__name__, "train" if network.training else "eval"
     try:
         with torch.no_grad():
-            features = probe(images)
-    except (RuntimeError, AssertionError, ValueError) as error:
+            features = network(images)
+    except Exception as error:
         raise ValueError(
-            f"encoder: {type(encoder).__name__} must accept [B, 3, {image_size}, {image_size}] images, "
-            f"it failed with: {error}; set the views' size to what it takes"
+            f"encoder: {name} must accept [B, 3, {image_size}, {image_size}] images in {mode} mode, it failed with: "
+            f"{first_line(error)}; set the views' size to what it takes"
         ) from error
-    if not isinstance(features, Tensor) or features.shape[0] != 2:
+    is_features = isinstance(features, Tensor) and features.ndim > 1 and features.is_floating_point()
+    if not is_features or len(features) != 2 or not features.numel():
+        got = f"{list(features.shape)} of {features.dtype}" if isinstance(features, Tensor) else type(features).__name__
         raise ValueError(
-            f"encoder: {type(encoder).__name__} must return a tensor [B, ...], got {type(features).__name__}"
+            f"encoder: {name} must return a floating-point tensor [B, ...] in {mode} mode, got {got} for 2 images; "
+            "wrap it in a module that picks the features"
         )
-    return features.flatten(1).shape[1]
+    return int(features.flatten(1).shape[1])
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type if it has none."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

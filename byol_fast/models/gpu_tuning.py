@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,8 @@ class SpaceToDepthConv2d(nn.Conv2d):
     the choice between both.
     """
 
+    plain_class: ClassVar[type[nn.Module]] = nn.Conv2d
+
     def forward(self, input: Tensor) -> Tensor:
         """The function of `nn.Conv2d`."""
         dtype, is_accepted = input.dtype, input.dtype == self.weight.dtype
@@ -110,6 +112,8 @@ class GatherMaxPool2d(nn.MaxPool2d):
     The gradient that inductor generates takes longer over its indices than over the memory.
     """
 
+    plain_class: ClassVar[type[nn.Module]] = nn.MaxPool2d
+
     def forward(self, input: Tensor) -> Tensor:
         """The function of `nn.MaxPool2d`."""
         if input.is_cuda and input.ndim == 4:
@@ -127,6 +131,8 @@ def _norm_relu(norm: nn.Module, relu: nn.Module, x: Tensor) -> Tensor:
 class NormReluBasicBlock(BasicBlock):  # type: ignore[misc]
     """torchvision's `BasicBlock`, whose first batch norm applies the ReLU."""
 
+    plain_class: ClassVar[type[nn.Module]] = BasicBlock
+
     def forward(self, x: Tensor) -> Tensor:
         """The function of `BasicBlock`."""
         out = _norm_relu(self.bn1, self.relu, self.conv1(x))
@@ -137,6 +143,8 @@ class NormReluBasicBlock(BasicBlock):  # type: ignore[misc]
 
 class NormReluBottleneck(Bottleneck):  # type: ignore[misc]
     """torchvision's `Bottleneck`, whose first two batch norms apply the ReLU."""
+
+    plain_class: ClassVar[type[nn.Module]] = Bottleneck
 
     def forward(self, x: Tensor) -> Tensor:
         """The function of `Bottleneck`."""
@@ -149,6 +157,8 @@ class NormReluBottleneck(Bottleneck):  # type: ignore[misc]
 
 class NormReluResNet(ResNet):  # type: ignore[misc]
     """torchvision's `ResNet`, whose first batch norm applies the ReLU."""
+
+    plain_class: ClassVar[type[nn.Module]] = ResNet
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         x = self.maxpool(_norm_relu(self.bn1, self.relu, self.conv1(x)))

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from byol_fast.models.split_batchnorm_layers import (
     class_for,
     convert_module,
     num_splits,
+    original_class,
 )
 
 # float64 roundings differ by 1e-13 and less even behind tens of layers; another function differs by far more.
@@ -62,16 +64,23 @@ def convert_split_batchnorm(network: nn.Module, example: Tensor | None = None) -
 
 
 def revert_split_batchnorm(network: nn.Module) -> None:
-    """Undo `convert_split_batchnorm` and `convert_sync_batchnorm`: give batch norms their original classes, in place.
+    """Give the converted layers of a network their original classes, in place.
+
+    Undoes `convert_split_batchnorm` and `convert_sync_batchnorm`, and the faster convolutions, poolings and blocks of a
+    training run. Other programs can then trace the network (`torch.fx`, `torch.jit`) or change its layers.
 
     Args:
         network: any network; parameters and buffers stay as they are.
     """
     for module in network.modules():
         if isinstance(module, SplitBatchNormBase):
-            module.__class__ = type(module).__bases__[1]  # the first base splits, the second is the original
+            plain: Any = original_class(module)
             for name in SplitBatchNormBase.OWN_ATTRIBUTES:
                 module.__dict__.pop(name, None)
+        else:
+            plain = vars(type(module)).get("plain_class")  # of the classes of `gpu_tuning` and `cpu_tuning`
+        if plain is not None:
+            module.__class__ = plain
 
 
 def convert_sync_batchnorm(network: nn.Module) -> None:
@@ -103,9 +112,17 @@ def disable_sync(network: nn.Module) -> None:
             module.synchronized = False
 
 
-def is_split_batchnorm(module: nn.Module) -> bool:
-    """True for a converted batch norm."""
-    return isinstance(module, SplitBatchNormBase)
+def convert_recomputable(network: nn.Module) -> None:
+    """Convert a network's batch norms where possible, in place, for one view per batch.
+
+    Their running statistics then count a batch once, though activation checkpointing passes it twice.
+
+    Args:
+        network: any network.
+    """
+    for module in network.modules():
+        if isinstance(module, _BatchNorm) and _unsupported_reason(module) is None:
+            convert_module(module)
 
 
 def index_layers(networks: Sequence[nn.Module]) -> list[SplitBatchNormBase]:

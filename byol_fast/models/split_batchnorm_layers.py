@@ -1,21 +1,23 @@
 """Batch norm layers that normalize stacked views apart, and the contexts that control them.
 
 Activations that are recomputed in the backward pass (activation checkpointing of any kind) use the number of views of
-the first pass, and their statistics are not counted again.
+the first pass (`first_pass.py`), and their statistics are not counted again.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.fx import Proxy
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from byol_fast.models.first_pass import Settings, SettingsHistory, is_recomputed, settings_change
 from byol_fast.models.split_batchnorm_functions import SplitBNEager, SplitBNTraceable
 
 
@@ -30,8 +32,9 @@ class BatchStats(NamedTuple):
     """Unbiased variance of each view, likewise."""
 
 
-@contextmanager
-def num_splits(network: nn.Module, num_views: int, batch_stats: list[BatchStats] | None = None) -> Iterator[None]:
+def num_splits(
+    network: nn.Module, num_views: int, batch_stats: list[BatchStats] | None = None
+) -> AbstractContextManager[None]:
     """Within this, batches in train mode are `num_views` stacked views of equal size.
 
     Args:
@@ -40,6 +43,9 @@ def num_splits(network: nn.Module, num_views: int, batch_stats: list[BatchStats]
         batch_stats: list to which each call of an indexed layer appends its statistics, instead of updating its running
             statistics; None lets the layers update them.
 
+    Raises:
+        ValueError: a layer would take the statistics of all views together, because it was put in after the conversion.
+
     Example:
         >>> convert_split_batchnorm(network)
         >>> with num_splits(network, 2):
@@ -47,15 +53,42 @@ def num_splits(network: nn.Module, num_views: int, batch_stats: list[BatchStats]
     """
     if num_views < 1:
         raise ValueError(f"num_splits: num_views must be 1 or more, got {num_views}")
-    norms = [m for m in network.modules() if isinstance(m, SplitBatchNormBase)]
+    modules = [m for m in network.modules() if isinstance(m, _NormBase)]
+    norms = [m for m in modules if isinstance(m, SplitBatchNormBase)]
+    if num_views > 1 and len(norms) < len(modules):
+        _check_converted(network)
+    return _settings_of(norms, num_views, batch_stats)
+
+
+@contextmanager
+def _settings_of(
+    norms: Sequence[SplitBatchNormBase], num_views: int, batch_stats: list[BatchStats] | None
+) -> Iterator[None]:
     before = [(norm.num_views, norm.batch_stats) for norm in norms]
     for norm in norms:
         norm.num_views, norm.batch_stats = num_views, batch_stats
+    settings_change()
     try:
         yield
     finally:
+        settings_change()
         for norm, previous in zip(norms, before, strict=True):
             norm.num_views, norm.batch_stats = previous
+
+
+def _check_converted(network: nn.Module) -> None:
+    """Raise a ValueError if a layer in train mode takes the statistics of all stacked views together."""
+    for name, module in network.named_modules():
+        if not isinstance(module, _NormBase) or isinstance(module, SplitBatchNormBase) or not module.training:
+            continue
+        if isinstance(module, _BatchNorm) or module.track_running_stats:
+            raise ValueError(
+                f"num_splits: batch norms of stacked views must be converted, got {type(module).__name__} at "
+                f"{name or 'the network'}, which was put in after the conversion; call "
+                "byol_fast.models.convert_split_batchnorm(model) after changing layers, and "
+                "byol_fast.models.convert_sync_batchnorm(model) in place of torch.nn.SyncBatchNorm's (with Lightning: "
+                "sync_batchnorm=False)"
+            )
 
 
 @contextmanager
@@ -80,36 +113,48 @@ def frozen_running_stats(norms: Sequence[_NormBase]) -> Iterator[None]:
 class SplitBatchNormBase(_BatchNorm):
     """Base of batch norms with a number of stacked views."""
 
-    OWN_ATTRIBUTES = ("num_views", "synchronized", "batch_stats", "index", "last_calls")
+    OWN_ATTRIBUTES = ("num_views", "synchronized", "batch_stats", "index", "histories")
 
     num_views: int
     synchronized: bool
     batch_stats: list[BatchStats] | None = None
     index: int = -1
     """See `index_layers`; -1 for a layer whose statistics are not collected."""
-    last_calls: dict[torch.Size, tuple[int, bool]]
-    """For the last batch of each shape: its number of views, and whether its statistics were collected. A recomputation
-    in the backward pass comes with the same shape, outside of `num_splits`."""
+    histories: dict[torch.Size, SettingsHistory]
+    """Settings of the calls by the shape of the batch: a recomputation comes with the same shape."""
 
-    def _call(self, x: Tensor, *, recomputed: bool) -> tuple[int, bool]:
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Classes made by `class_for` have no name that pickle could import: they are made again from the original one.
+        reduced: Any = super().__reduce_ex__(max(2, protocol))
+        _, _, state, *rest = reduced
+        return _new, (original_class(self),), {**state, "histories": {}}, *rest
+
+    def _call(self, x: Tensor, *, recomputed: bool) -> Settings:
         """Number of stacked views of a batch, and whether its statistics are collected."""
         collects_stats = self.batch_stats is not None and self.index >= 0 and self.track_running_stats
-        num_views = self.num_views
+        settings = Settings(self.num_views, collects_stats)
         if not torch.compiler.is_compiling():
-            if recomputed:
-                num_views, collects_stats = self.last_calls.get(x.shape, (num_views, collects_stats))
-            self.last_calls[x.shape] = num_views, collects_stats
-        if x.shape[0] % num_views:
+            history = self.histories.get(x.shape)
+            if not recomputed:
+                if history is None:
+                    history = self.histories[x.shape] = SettingsHistory()
+                history.record(settings)
+            elif history is not None:
+                settings = history.of_first_pass()
+        if x.shape[0] % settings.num_views:
             raise ValueError(
-                f"batch norm: the batch must be {num_views} views of equal size, got {x.shape[0]} images; "
+                f"batch norm: the batch must be {settings.num_views} views of equal size, got {x.shape[0]} images; "
                 "leave the last, smaller batch out"
             )
-        return num_views, collects_stats
+        return settings
 
-
-def _is_recomputed() -> bool:
-    """True within a backward pass: a forward pass there recomputes activations."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    def _check_input_dim(self, input: Tensor) -> None:
+        if isinstance(input, Proxy):
+            raise TypeError(
+                "batch norm: torch.fx must trace plain batch norms, got split ones; trace "
+                "byol_fast.models.revert_split_batchnorm(copy.deepcopy(network))"
+            )
+        super()._check_input_dim(input)  # type: ignore[no-untyped-call]
 
 
 class _SplitBatchNorm(SplitBatchNormBase):
@@ -130,13 +175,13 @@ class _SplitBatchNorm(SplitBatchNormBase):
         """The result; `relu`, which `forward` sets in train mode and while compiling only, applies a ReLU to it."""
         if not self.training:
             return _BatchNorm.forward(self, x)
-        recomputed = _is_recomputed()
+        self._check_input_dim(x)
+        recomputed = is_recomputed()
         num_views, collects_stats = self._call(x, recomputed=recomputed)
         synchronized = self.synchronized and distributed.is_available() and distributed.is_initialized()
         if num_views == 1 and not synchronized and not collects_stats and not relu:
             with frozen_running_stats([self] if recomputed else []):
                 return _BatchNorm.forward(self, x)
-        self._check_input_dim(x)  # type: ignore[no-untyped-call]
         if x.numel() <= num_views * x.shape[1] and not synchronized:
             raise ValueError(
                 f"batch norm: each view must have more than one value a channel in train mode, got {list(x.shape)} for "
@@ -185,7 +230,7 @@ class ChunkedBatchNorm(SplitBatchNormBase):
         forward = super().forward
         if not self.training:
             return forward(x)
-        recomputed = _is_recomputed()
+        recomputed = is_recomputed()
         num_views, _ = self._call(x, recomputed=recomputed)
         with frozen_running_stats([self] if recomputed else []):
             return forward(x) if num_views == 1 else torch.cat([forward(view) for view in x.chunk(num_views)])
@@ -252,6 +297,18 @@ def _split_class(kind: Any) -> type[SplitBatchNormBase]:
     return type(f"Split{kind.__name__}", (base, kind), {})
 
 
+def original_class(module: SplitBatchNormBase) -> type[_BatchNorm]:
+    """The class that a split batch norm had before its conversion."""
+    original: type[_BatchNorm] = type(module).__bases__[1]  # the first base splits
+    return original
+
+
+def _new(original: Any) -> SplitBatchNormBase:
+    """A split batch norm of an original class, before its state is set."""
+    kind = _split_class(original)
+    return kind.__new__(kind)
+
+
 def convert_module(module: _BatchNorm) -> SplitBatchNormBase:
     """Change the class of one batch norm, in place; returns it."""
     if not isinstance(module, SplitBatchNormBase):
@@ -259,7 +316,7 @@ def convert_module(module: _BatchNorm) -> SplitBatchNormBase:
         synchronized = isinstance(module, nn.SyncBatchNorm)
         module.__class__ = class_for(module)
         converted = cast("SplitBatchNormBase", module)
-        converted.num_views, converted.synchronized, converted.last_calls = 1, synchronized, {}
+        converted.num_views, converted.synchronized, converted.histories = 1, synchronized, {}
         # Set as instance attributes now: one that appears later makes torch.compile recompile.
         converted.batch_stats, converted.index = None, -1
     return cast("SplitBatchNormBase", module)

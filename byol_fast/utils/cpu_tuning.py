@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,9 +61,12 @@ def _is_supported(conv: nn.Conv2d) -> bool:
 class SmallMapConv2d(nn.Conv2d):
     """`nn.Conv2d` without bias, with another implementation for small output maps."""
 
+    plain_class: ClassVar[type[nn.Module]] = nn.Conv2d
+
     def forward(self, input: Tensor) -> Tensor:
         """The function of `nn.Conv2d`."""
-        if torch.compiler.is_compiling() or input.device.type != "cpu" or input.ndim != 4:
+        is_traced = torch.compiler.is_compiling() or torch._C._is_tracing()
+        if is_traced or input.device.type != "cpu" or input.ndim != 4:
             return super().forward(input)
         geometry = _Geometry(
             cast("Pair", tuple(input.shape[2:])), cast("Pair", self.kernel_size), cast("Pair", self.stride),
