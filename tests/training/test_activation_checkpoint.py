@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from byol_fast.models.activation_checkpoint import checkpoint_blocks
 from byol_fast.models.base import ViewBatching
 from byol_fast.models.byol import BYOL
+from byol_fast.models.first_pass import MAX_CHANGES
+from byol_fast.models.split_batchnorm_layers import num_splits
 from byol_fast.utils.precision import Precision
 from tests.training.helpers import BF16, FP32, batches, small_byol, train_step
 
@@ -247,3 +249,33 @@ def test_own_checkpoints_train_the_same_weights(precision: Precision, reentrant:
         states.append(model.state_dict())
     for name, a in states[0].items():
         assert torch.equal(a, states[1][name]), name
+
+
+def test_recomputation_of_a_pass_too_long_ago_is_refused() -> None:
+    """A graph that is kept while the number of views changes again and again."""
+    a = torch.randn(2, 6, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    model = double_byol("each", reentrant=True)
+    loss = model.forward_train(*a).loss
+    with torch.no_grad():
+        for k in range(MAX_CHANGES):
+            with num_splits(model.encoder, 1 + k % 2):
+                model.encoder(a.flatten(0, 1))
+    with pytest.raises(RuntimeError, match=r"must be among the last 64.*call backward\(\) sooner"):
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "efficientnet_b0"])
+def test_checkpoints_of_timm_change_nothing(name: str) -> None:
+    timm = pytest.importorskip("timm", reason="pip install byol_fast[peers]")
+    a = torch.randn(2, 4, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    models = []
+    for checkpoints in (False, True):
+        torch.manual_seed(0)
+        encoder = timm.create_model(name, num_classes=0, **({"img_size": 32} if "vit" in name else {}))
+        encoder.set_grad_checkpointing(checkpoints)
+        model = BYOL(encoder, hidden_dim=16, projection_dim=8, image_size=32).double()
+        assert model.view_batching == "batched"
+        one_pass(model, a, a)
+        models.append(model)
+    same_gradients_and_buffers(*models)

@@ -172,7 +172,7 @@ def test_encoder_runs_through_pretrain(name: str, tiny: Config, monkeypatch: pyt
     config = configs.replace(tiny, {"steps": 2, "knn.enabled": "off", "optim.lr": 10.0})
     result = byol_fast.pretrain(config.data.root, config)
     for network in ("online", "target"):
-        encoders = (vars(m)["_modules"][network].encoder for m in (before, model))
+        encoders = (m.get_submodule(f"{network}.encoder") for m in (before, model))
         for (key, p), (_, q) in zip(*(encoder.named_parameters() for encoder in encoders), strict=True):
             is_frozen = key.startswith("0.") if name == "partly frozen" else name == "frozen"
             if is_frozen or p.ndim > 1:  # biases in front of a norm have no gradient but rounding
