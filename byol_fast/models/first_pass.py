@@ -63,6 +63,7 @@ class SettingsHistory:
         if len(self._changes) == 1:
             return self._changes[0][1]
         node = _node_of_first_pass()
+        # Changes with equal numbers have no nodes between them: the last of them counts.
         for since, settings in reversed(self._changes):
             if since <= node:
                 return settings

@@ -165,10 +165,16 @@ def two_shapes(model: BYOL, a: Tensor, b: Tensor) -> None:
     (model.forward_train(*a).loss + model.forward_train(*b[:, :4]).loss).backward()  # type: ignore[no-untyped-call]
 
 
+def call_before(model: BYOL, a: Tensor, b: Tensor) -> None:
+    with torch.no_grad():
+        model.encoder(b.flatten(0, 1))  # the same shape, as one view
+    one_pass(model, a, b)
+
+
 def call_between(model: BYOL, a: Tensor, b: Tensor) -> None:
     loss = model.forward_train(*a).loss
     with torch.no_grad():
-        model.encoder(b.flatten(0, 1))  # the same shape, as one view
+        model.encoder(b.flatten(0, 1))
     loss.backward()  # type: ignore[no-untyped-call]
 
 
@@ -190,7 +196,16 @@ def older_pass_first(model: BYOL, a: Tensor, b: Tensor) -> None:
         loss.backward()
 
 
-PASSES = [one_pass, two_passes, two_shapes, call_between, evaluation_between, supervised_loss_beside, older_pass_first]
+PASSES = [
+    one_pass,
+    two_passes,
+    two_shapes,
+    call_before,
+    call_between,
+    evaluation_between,
+    supervised_loss_beside,
+    older_pass_first,
+]
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
