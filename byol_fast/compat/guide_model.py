@@ -10,17 +10,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from byol_fast.compat.precision import FullPrecisionAverage
 from byol_fast.compat.random_views import image_tensor, random_view
 from byol_fast.config import ViewConfig, recipes
 from byol_fast.models import split_batchnorm
 from byol_fast.models.layers import MLPHead, Normalize
 from byol_fast.models.split_batchnorm_layers import num_splits
-from byol_kernels import byol_loss, ema_update_
+from byol_kernels import byol_loss
 
 logger = logging.getLogger("byol_fast.compat.guide")
 
 Pair = tuple[Tensor, Tensor]
 Normalization = tuple[float, float, float]
+_AVERAGE_PREFIX = "target_average."
+"""Of the keys of `state_dict` that hold the target in float32 while its parameters are bfloat16 or float16."""
 _MAX_OVERSHOOT = 32.0
 """Levels beyond 0..255 that are clipped without an error: a resize after the normalization overshoots."""
 
@@ -133,6 +136,7 @@ class BYOL(SelfSupervisedTask):
         self.not_batched_reason: str | None = None
         """Reason why the views pass the networks one after the other; None otherwise. Set by the first forward pass."""
         self._converted: tuple[nn.Module, ...] = ()
+        self._average = FullPrecisionAverage()
 
     def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Predictions of the online network and projections of the target, with one call per network for both views.
@@ -173,10 +177,24 @@ class BYOL(SelfSupervisedTask):
         (p1, p2), (t1, t2) = predictions, targets
         return byol_loss(p1, p2, t1, t2)
 
-    @torch.no_grad()
     def update_target_network(self) -> None:
-        """EMA `target = tau * target + (1 - tau) * online` of the parameters; call it after the optimizer's step."""
-        ema_update_(self.target_encoder.parameters(), self.online_encoder.parameters(), self.tau)
+        """EMA `target = tau * target + (1 - tau) * online` of the parameters; call it after the optimizer's step.
+
+        Of a target in bfloat16 or float16 the EMA is kept in float32, in `state_dict` too: rounded at each update, it
+        would stop moving.
+        """
+        self._average.update(self.target_encoder, self.online_encoder, self.tau)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, value in self._average.state(self.target_encoder).items():
+            destination[f"{prefix}{_AVERAGE_PREFIX}{name}"] = value
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        start = prefix + _AVERAGE_PREFIX
+        values = {key.removeprefix(start): state_dict.pop(key) for key in list(state_dict) if key.startswith(start)}
+        self._average.load(self.target_encoder, values)
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def transform(self, image: Any) -> Pair:
         """Two views of an image, or of each image of a batch, with separate augmentation parameters per image.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from byol_fast.compat.precision import split_by_precision
 from byol_fast.compat.random_views import image_tensor, random_view
 from byol_fast.compat.timm import ModelEmaV3
 from byol_fast.compat.torch import AveragedModel, get_ema_multi_avg_fn
@@ -16,6 +17,7 @@ from byol_fast.config import ViewConfig
 from byol_fast.models.base import IMAGENET_MEAN, IMAGENET_STD
 from byol_fast.models.layers import Normalize
 from byol_kernels import ema_update_, normalized_mse_loss
+from byol_kernels.derivatives import is_transformed
 from byol_kernels.layout import same_layout
 
 __all__ = [
@@ -37,8 +39,8 @@ class NegativeCosineSimilarity(nn.Module):
     """Loss of lightly: negative mean cosine similarity, `-mean(x0 x1 / (max(|x0|, eps) max(|x1|, eps)))`.
 
     One launch for rows `[B, D]` if only `x0` needs a gradient, as in BYOL and SimSiam; otherwise (other dimensions, a
-    gradient of `x1`, an eps above 1e-6) torch's own function. The gradient differs from torch's for rows whose norm is
-    below eps but not zero: they are treated as divided by the constant eps.
+    gradient of `x1`, an eps above 1e-6, `torch.func`, forward mode) torch's own function. The gradient differs from
+    torch's for rows whose norm is below eps but not zero: they are treated as divided by the constant eps.
 
     Args:
         dim: dimension of the cosine.
@@ -59,13 +61,16 @@ class NegativeCosineSimilarity(nn.Module):
         are_rows = x0.ndim == 2 and self.dim in {1, -1} and x0.shape == x1.shape and x0.numel() > 0
         match = x0.dtype == x1.dtype and x0.device == x1.device and x0.is_floating_point()
         x1_needs_grad = x1.requires_grad and torch.is_grad_enabled()
-        if x1_needs_grad or not (are_rows and match and 0 < self.eps <= _MAX_EPS):
+        if x1_needs_grad or is_transformed() or not (are_rows and match and 0 < self.eps <= _MAX_EPS):
             return -F.cosine_similarity(x0, x1, self.dim, self.eps).mean()
         return normalized_mse_loss(x0, x1, eps=self.eps) * 0.5 - 1.0
 
 
 def update_momentum(model: nn.Module, model_ema: nn.Module, m: float) -> None:
     """EMA update of lightly: `ema = m * ema + (1 - m) * model`, parameters only, in one launch.
+
+    Averages in bfloat16 and float16 are updated by torch's operators, as in lightly: most updates are below half a unit
+    in the last place, and lost.
 
     Args:
         model: trained network.
@@ -75,7 +80,11 @@ def update_momentum(model: nn.Module, model_ema: nn.Module, m: float) -> None:
     Raises:
         ValueError: the networks differ, or m is out of range.
     """
-    ema_update_(model_ema.parameters(), model.parameters(), m)
+    full, low = split_by_precision(model_ema.parameters(), model.parameters())
+    ema_update_(*full, m)
+    if low[0]:
+        torch._foreach_mul_(low[0], m)
+        torch._foreach_add_(low[0], low[1], alpha=1.0 - m)
 
 
 class LARS(torch.optim.Optimizer):

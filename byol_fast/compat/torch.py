@@ -15,7 +15,8 @@ from byol_kernels import ema_update_
 def get_ema_multi_avg_fn(decay: float = 0.999) -> Callable[[Sequence[Tensor], Sequence[Tensor], Any], None]:
     """EMA function for the argument `multi_avg_fn` of `AveragedModel`, of this module or of torch; one launch per call.
 
-    Integer buffers (with `use_buffers`) are averaged and truncated, as in torch.
+    Integer buffers (with `use_buffers`) are averaged and truncated, as in torch. Averages in bfloat16 and float16 are
+    updated by torch's operators: most updates are below half a unit in the last place, and lost.
 
     Args:
         decay: from 0 to 1.
@@ -35,11 +36,18 @@ class _Average:
     @torch.no_grad()
     def __call__(self, averages: Sequence[Tensor], values: Sequence[Tensor], num_averaged: Any) -> None:
         """Update the EMA of tensors of one device and dtype."""
-        if averages[0].is_floating_point():
+        if _is_fused(averages[0]):
             ema_update_(averages, values, self.decay)
+        elif averages[0].is_floating_point() or averages[0].is_complex():
+            torch._foreach_lerp_(list(averages), list(values), 1 - self.decay)
         else:
             for average, value in zip(averages, values, strict=True):
                 average.copy_(average * self.decay + value * (1 - self.decay))
+
+
+def _is_fused(average: Tensor) -> bool:
+    """True for an average that `ema_update_` takes; other dtypes are torch's."""
+    return average.dtype in {torch.float32, torch.float64}
 
 
 class AveragedModel(swa_utils.AveragedModel):
@@ -67,9 +75,10 @@ class AveragedModel(swa_utils.AveragedModel):
             values += model_buffers
         else:
             torch._foreach_copy_(buffers, model_buffers)
-        groups: dict[tuple[torch.device, bool], tuple[list[Tensor], list[Tensor]]] = {}
+        groups: dict[tuple[torch.device, torch.dtype | None], tuple[list[Tensor], list[Tensor]]] = {}
         for average, value in zip(averages, values, strict=True):
-            pair = groups.setdefault((average.device, average.is_floating_point()), ([], []))
+            dtype = None if _is_fused(average) else average.dtype
+            pair = groups.setdefault((average.device, dtype), ([], []))
             pair[0].append(average)
             pair[1].append(value.to(average.device))
         for pair in groups.values():

@@ -124,5 +124,9 @@ class BYOL(SSLModel):
 
         Args:
             tau: decay from 0 to 1, a number or a scalar tensor on the model's device.
+
+        Raises:
+            ValueError: tau is out of range, or the target is bfloat16 or float16, where it would stop moving. Under
+                autocast it is float32; `copies` of `byol_kernels.ema_update_` also writes it in a low precision.
         """
         ema_update_(self.target_parameters(), self._followed_parameters(), tau)

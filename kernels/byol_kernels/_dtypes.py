@@ -2,7 +2,8 @@
 
 import torch
 
-FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+LOW_PRECISION_DTYPES = (torch.bfloat16, torch.float16)
+FLOAT_DTYPES = (*LOW_PRECISION_DTYPES, torch.float32, torch.float64)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

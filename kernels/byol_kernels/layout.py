@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from byol_kernels._dtypes import FLOAT_DTYPES
+from byol_kernels._dtypes import FLOAT_DTYPES, LOW_PRECISION_DTYPES
 
 
 class Column(NamedTuple):
@@ -22,6 +22,8 @@ class Column(NamedTuple):
     written: bool = False
     shape: Literal["row", "stacked", "counter"] = "row"
     """Shape of each tensor: that of its row; contiguous `[V, *row]`, for a column that is read; an int64 scalar."""
+    is_average: bool = False
+    """An average is refused in a low precision, where it would stop moving."""
 
     def row(self, index: int) -> int:
         """The row of tensor `index`."""
@@ -70,6 +72,11 @@ def check_match(op_name: str, columns: Sequence[Column]) -> None:
             if t.dtype not in FLOAT_DTYPES:
                 raise ValueError(
                     f"{op_name}: {name} must be floating point, got {t.dtype}; leave integer buffers out of the list"
+                )
+            if column.is_average and t.dtype in LOW_PRECISION_DTYPES:
+                raise ValueError(
+                    f"{op_name}: {name} must be float32 or float64, got {t.dtype}, in which an average stops moving; "
+                    "keep the target in float32 and have the low-precision weights written by copies="
                 )
             if t.device != device:
                 raise ValueError(

@@ -180,16 +180,17 @@ def _max_pool(*, backward: bool) -> Case:
 
 _TABLES: dict[str, str | Constant] = {
     **dict.fromkeys(("addresses_ptr", "rows_ptr", "chunks_ptr", "lr_addresses_ptr"), "*i64!"),
-    **dict.fromkeys(
-        ("groups_ptr", "partials_ptr", "ratios_ptr", "tau_ptr", "grad_scale_ptr", "found_inf_ptr"), "*fp32!"
-    ),
+    **dict.fromkeys(("groups_ptr", "ratios_ptr", "tau_ptr", "grad_scale_ptr", "found_inf_ptr"), "*fp32!"),
+    "partials_ptr": "*fp64!",
     "arrival_counters_ptr": "*i32!",
     "num_rows": "i32",
+    "num_groups": "i32",
     "num_adapted_chunks": "i32",
     "weight": "fp32",
     "one_minus_tau": "fp32",
     "CHUNK": Constant(_multi_tensor.CHUNK),
     "BLOCK_PARTIALS": Constant(lars.BLOCK_PARTIALS),
+    "BLOCK_GROUPS": Constant(2),
 }
 
 

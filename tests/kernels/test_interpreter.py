@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
     [
         [
             *("test_loss.py", "test_loss_operator.py", "test_ema.py", "test_running_stats.py", "test_max_pool.py"),
-            *("test_lars.py", "test_lars_layouts.py", "test_lars_found_inf.py"),
+            *("test_lars.py", "test_lars_layouts.py", "test_lars_found_inf.py", "test_ranges.py"),
         ],
         [
             *("test_photometric.py", "test_photometric_operator.py", "test_blur.py"),

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from byol_kernels.augment_params import kernels, reference
 from byol_kernels.augment_params.params import TABLE_COLUMNS, ViewParams, empty_params
+from byol_kernels.derivatives import register_autograd
 
 # -------------------------------------------------------------------------------- operator
 
@@ -19,9 +20,17 @@ def _sample_view_params_fake(index: Tensor, key: Tensor, table: Tensor, blur_ker
     return empty_params(index)
 
 
+def _refuse_backward(ctx: object, *grads: Tensor | None) -> None:
+    raise RuntimeError(
+        "sample_view_params: table must not require a gradient, got a backward pass; detach it, the samples have no "
+        "derivative"
+    )
+
+
 torch.library.impl("byol_kernels::sample_view_params", "CPU", reference.sample_view_params)
 torch.library.impl("byol_kernels::sample_view_params", "CUDA", kernels.sample_view_params_cuda)
 torch.library.register_fake("byol_kernels::sample_view_params", _sample_view_params_fake)
+register_autograd("sample_view_params", _refuse_backward)
 
 # -------------------------------------------------------------------------------- public function
 
@@ -41,7 +50,7 @@ def sample_view_params(index: Tensor, key: Tensor, table: Tensor, *, blur_kernel
         Arguments of `resized_crop` and `photometric`, on the device of `index`.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not match.
+        ValueError: shapes, dtypes or devices that do not match, or a blur_kernel that is negative or even.
 
     Example:
         >>> table = torch.tensor([.08, .92, -.29, .58, .1, 1.9, .6, .6, .8, -.1, .8, .8, .4, .2,
@@ -49,6 +58,8 @@ def sample_view_params(index: Tensor, key: Tensor, table: Tensor, *, blur_kernel
         >>> sample_view_params(torch.arange(7), torch.tensor(42), table).crop_box.shape
         torch.Size([7, 4])
     """
+    if blur_kernel != 0 and (blur_kernel < 0 or blur_kernel % 2 == 0):
+        raise ValueError(f"sample_view_params: blur_kernel must be 0 or odd, got {blur_kernel}; the paper's is 23")
     for name, numbers, shape, dtype in (
         ("index", index, index.shape[:1], torch.int64),
         ("key", key, (), torch.int64),

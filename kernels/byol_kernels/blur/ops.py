@@ -5,6 +5,7 @@ from torch import Tensor
 
 from byol_kernels._images import FLOAT_DTYPES, check_images, check_params
 from byol_kernels.blur import kernels, reference
+from byol_kernels.derivatives import register_autograd
 
 # -------------------------------------------------------------------------------- operator
 
@@ -29,7 +30,7 @@ def _refuse_backward(ctx: object, *grads: Tensor | None) -> None:
 
 
 torch.library.register_fake("byol_kernels::gaussian_blur", _gaussian_blur_fake)
-torch.library.register_autograd("byol_kernels::gaussian_blur", _refuse_backward)
+register_autograd("gaussian_blur", _refuse_backward)
 
 
 # -------------------------------------------------------------------------------- public function
@@ -53,7 +54,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: Tensor, *, blur: T
 
     Raises:
         ValueError: shapes, dtypes or devices that do not match.
-        RuntimeError: in the backward pass.
+        RuntimeError: in the backward pass, and for a derivative in forward mode or by `torch.func`.
 
     Example:
         >>> images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)

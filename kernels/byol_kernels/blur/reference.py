@@ -73,6 +73,8 @@ def blur_rows_(rows: Tensor, scratch: BlurScratch, sigma: float, radius: int) ->
 
 def gaussian_weights(sigma: float, radius: int) -> list[float]:
     """Weights at distances 0 ... radius from the center; over both sides they sum to 1."""
+    if radius and not sigma > 0.0:
+        raise ValueError(f"gaussian_blur: sigma must be positive, got {sigma}; leave images out by the mask blur")
     weights = [math.exp(-0.5 * (k / sigma) ** 2) for k in range(radius + 1)]
     total = weights[0] + 2.0 * sum(weights[1:])
     return [w / total for w in weights]

@@ -6,6 +6,9 @@ w = 1 - tau,
     target + w (online - target)            where w < 1/2
     online - (1 - w) (online - target)      elsewhere
 
+At w = 0 and w = 1 one of the two is selected, since 0 times a NaN or an infinity is a NaN. A tau on the device is
+clamped to [0, 1]; if it is NaN, nothing is written.
+
 It moves 12 bytes per float32 parameter, the minimum: both are read once, the target is written once.
 """
 
@@ -20,9 +23,17 @@ from byol_kernels._triton import device_guard, jit, tl, tl_dtype
 
 @jit
 def lerp(start: tl.tensor, end: tl.tensor, weight: tl.tensor) -> tl.tensor:
-    """`torch.lerp`: exact at weight 0 and weight 1."""
+    """`torch.lerp`, which at weight 0 is `start` and at weight 1 is `end`, whatever the other one holds."""
     difference = end - start
-    return tl.where(weight < 0.5, start + weight * difference, end - (1.0 - weight) * difference)
+    between = tl.where(weight < 0.5, start + weight * difference, end - (1.0 - weight) * difference)
+    return tl.where(weight == 0.0, start, tl.where(weight == 1.0, end, between))
+
+
+@jit
+def load_ema_weight(tau_ptr: tl.tensor) -> tl.tensor:
+    """1 - tau, clamped to [0, 1]; NaN for a tau of NaN."""
+    weight = 1.0 - tl.load(tau_ptr)
+    return tl.where(weight < 0.0, 0.0, tl.where(weight > 1.0, 1.0, weight))
 
 
 @jit
@@ -72,6 +83,12 @@ def _ema_update_kernel(
     HAS_COPY: tl.constexpr,
     CHUNK: tl.constexpr,
 ) -> None:
+    # --- weight, and no update without one
+    if tau_ptr is not None:
+        weight = load_ema_weight(tau_ptr)
+        if ~(weight >= 0.0):
+            return
+
     # --- the row and the chunk of this program
     row = tl.load(chunks_ptr + 2 * tl.program_id(0))
     first = tl.load(chunks_ptr + 2 * tl.program_id(0) + 1) * CHUNK
@@ -82,8 +99,6 @@ def _ema_update_kernel(
     copy = target
     if HAS_COPY:
         copy = tl.load(addresses_ptr + 2 * num_rows + row)
-    if tau_ptr is not None:
-        weight = 1.0 - tl.load(tau_ptr)
     full = (numel >= CHUNK) & ((target | online | copy) % 16 == 0)
 
     # --- update, with the dtypes of the row: they are known when the kernel is compiled, which of them at run time
@@ -106,17 +121,14 @@ def ema_update(plan: MultiTensorPlan, columns: Sequence[Column], *, tau_tensor: 
     Args:
         plan: of the lists.
         columns: the lists.
-        tau_tensor: the decay, 0-dim.
-        tau: the decay where `tau_tensor` is None.
+        tau_tensor: the decay, 0-dim, on the device of the lists.
+        tau: the decay from 0 to 1 where `tau_tensor` is None.
     """
     if not plan.num_chunks:
         return
     target = columns[0].tensors
-    device = target[0].device
-    if tau_tensor is not None and tau_tensor.device != device:  # on the CPU: nothing to wait for
-        tau, tau_tensor = float(tau_tensor), None
     if tau_tensor is None and any(combo[0] == torch.float64 for combo in plan.dtype_combos):
-        tau_tensor = plan.constant("tau", "d", [tau], device)  # as an argument it would be rounded to float32
+        tau_tensor = plan.constant("tau", "d", [tau], target[0].device)  # as an argument it would be rounded to float32
     tables = plan.tables(columns)
     with device_guard(target[0]):
         _ema_update_kernel[(plan.num_chunks,)](

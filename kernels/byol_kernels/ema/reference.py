@@ -14,15 +14,21 @@ def ema_update_(target: Sequence[Tensor], online: Sequence[Tensor], tau: float, 
     Args:
         target: tensors to update.
         online: their partners.
-        tau: the decay.
+        tau: the decay, from 0 to 1.
         copies: of the updated targets, in other dtypes; none, or as many.
     """
-    # lerp is exact at both ends: weight 0 returns the target, weight 1 the online tensor
+    if tau == 0.0:  # not by lerp, nor for 1: 0 times a NaN or an infinity is a NaN
+        torch._foreach_copy_(list(target), list(online))
+    elif tau < 1.0:
+        _lerp_(target, online, 1.0 - tau)
+    if copies:
+        torch._foreach_copy_(list(copies), list(target))
+
+
+def _lerp_(target: Sequence[Tensor], online: Sequence[Tensor], weight: float) -> None:
     if all(t.dtype == o.dtype for t, o in zip(target, online, strict=True)):
-        torch._foreach_lerp_(list(target), list(online), 1.0 - tau)
+        torch._foreach_lerp_(list(target), list(online), weight)
     else:
         for t, o in zip(target, online, strict=True):
             acc = accumulation_dtype(t.dtype)
-            t.copy_(torch.lerp(t.to(acc), o.to(acc), 1.0 - tau))
-    if copies:
-        torch._foreach_copy_(list(copies), list(target))
+            t.copy_(torch.lerp(t.to(acc), o.to(acc), weight))

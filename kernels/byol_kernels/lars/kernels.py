@@ -4,9 +4,13 @@ Launch 1 computes the partial norms of each tensor; the program that arrives las
 order, so runs repeat bit for bit. Launch 2 applies the rule and, while the parameter is in registers, updates its
 target and writes the copies. It moves 40 bytes per float32 parameter with target and two bfloat16 copies.
 
+Squares are summed in float32. Where a sum has overflowed, or is so small that squares may have lost digits, it is
+computed again in float64: for a chunk by the program that has just read it, for a tensor by the last one.
+
 With a `found_inf` flag, launch 1 sets it to 1 if any gradient has an infinity or a NaN, and launch 2 writes nothing
 where it is not 0, so the gradients need no separate finite check. Adapted tensors are not read again for it, because a
 finite sum of squares has finite terms; the gradients of the others (biases and norm parameters) are read once more.
+Launch 2 writes nothing either where tau is NaN, or a learning rate on the device is NaN, infinite or negative.
 """
 
 from collections.abc import Sequence
@@ -15,10 +19,13 @@ import torch
 from torch import Tensor
 
 from byol_kernels._multi_tensor import CHUNK, NUM_WARPS, Column, MultiTensorPlan
-from byol_kernels._triton import device_guard, jit, tl, tl_dtype
-from byol_kernels.ema.kernels import lerp
+from byol_kernels._triton import device_guard, jit, next_power_of_2, tl, tl_dtype
+from byol_kernels.ema.kernels import lerp, load_ema_weight
 
 BLOCK_PARTIALS = 1024
+SMALL_SUM = tl.constexpr(CHUNK * 2.0**-100)
+"""A smaller sum of CHUNK squares may have terms below 2^-126, which lose their digits in float32."""
+MAX_RATIO = tl.constexpr(torch.finfo(torch.float32).max)
 
 
 @jit
@@ -72,6 +79,37 @@ def _norms_chunk(
 
 
 @jit
+def _is_accurate(square: tl.tensor) -> tl.tensor:
+    """True for a float32 sum of squares that has neither overflowed nor lost digits to underflow."""
+    return (square >= SMALL_SUM) & (square < float("inf"))
+
+
+@jit
+def _wide_norms_chunk(
+    p_address: tl.tensor,
+    g_address: tl.tensor,
+    count: tl.tensor,
+    decay: tl.tensor,
+    inv_scale: tl.tensor,
+    DTYPES: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> tl.tensor:
+    """Squared norms of parameter and update of the first `count` elements, in float64."""
+    offsets = tl.arange(0, BLOCK)
+    p_square = tl.zeros((BLOCK,), tl.float64)
+    d_square = tl.zeros((BLOCK,), tl.float64)
+    # In blocks: all at once would take more registers than the norms do.
+    start = 0
+    while start < count:
+        p = _load(p_address, start + offsets, count, DTYPES[0], False).to(tl.float64)
+        d = _load(g_address, start + offsets, count, DTYPES[1], False).to(tl.float64) * inv_scale + decay * p
+        p_square += p * p
+        d_square += d * d
+        start += BLOCK
+    return tl.sum(p_square, axis=0), tl.sum(d_square, axis=0)
+
+
+@jit
 def _has_non_finite(
     g_address: tl.tensor,
     count: tl.tensor,
@@ -102,7 +140,7 @@ def _lars_norms_kernel(
     num_adapted_chunks: tl.tensor,  # the grid's programs; with found_inf the grid covers the chunks of all rows
     grad_scale_ptr: tl.tensor,  # [] or None
     found_inf_ptr: tl.tensor,  # [] out, or None: set to 1 if any gradient has an infinity or a NaN
-    partials_ptr: tl.tensor,  # [2, C] squares of parameter and update
+    partials_ptr: tl.tensor,  # [2, C] float64 squares of parameter and update
     arrival_counters_ptr: tl.tensor,  # [R] int32: 0 before, 0 after
     ratios_ptr: tl.tensor,  # [R] out
     DTYPE_COMBOS: tl.constexpr,
@@ -141,13 +179,22 @@ def _lars_norms_kernel(
                 p_square, d_square = _norms_chunk(p, g, CHUNK, decay, inv_scale, DTYPE_COMBOS[k], True, CHUNK)
             else:
                 p_square, d_square = _norms_chunk(p, g, numel, decay, inv_scale, DTYPE_COMBOS[k], False, CHUNK)
+    p_partial = tl.cast(p_square, tl.float64)
+    d_partial = tl.cast(d_square, tl.float64)
+    if ~(_is_accurate(p_square) & _is_accurate(d_square)):
+        for k in tl.static_range(len(DTYPE_COMBOS)):
+            if norms_combo == k:
+                p = p_address + first * (DTYPE_COMBOS[k][0].primitive_bitwidth // 8)
+                g = g_address + first * (DTYPE_COMBOS[k][1].primitive_bitwidth // 8)
+                count = tl.minimum(numel, CHUNK)
+                p_partial, d_partial = _wide_norms_chunk(p, g, count, decay, inv_scale, DTYPE_COMBOS[k], CHUNK // 4)
 
     # --- finite check
     if found_inf_ptr is not None:
         # Any non-finite gradient makes the sum of squares non-finite, whatever scale and decay are, so a finite sum
         # clears the chunk. The reverse does not hold: squares overflow, and the parameter may be the non-finite one.
         # In that case, and for rows without norms, the gradient itself is checked.
-        if (g_address != 0) & ~(d_square < float("inf")):
+        if (g_address != 0) & ~(d_partial < float("inf")):
             for k in tl.static_range(len(DTYPE_COMBOS)):
                 if dtype_combo == k:
                     g = g_address + first * (DTYPE_COMBOS[k][1].primitive_bitwidth // 8)
@@ -158,8 +205,8 @@ def _lars_norms_kernel(
             return
 
     # --- arrival: the last program of a row sees the partial norms of all
-    tl.store(partials_ptr + chunk, p_square)
-    tl.store(partials_ptr + num_adapted_chunks + chunk, d_square)
+    tl.store(partials_ptr + chunk, p_partial)
+    tl.store(partials_ptr + num_adapted_chunks + chunk, d_partial)
     # The barrier puts this program's stores before its arrival; acquire and release order them across programs.
     tl.debug_barrier()
     num_arrived = tl.atomic_add(arrival_counters_ptr + row, 1, sem="acq_rel", scope="gpu")
@@ -175,15 +222,47 @@ def _lars_norms_kernel(
             partial_ptr = partials_ptr + first_chunk + index
             # .cg reads L2, where the other programs' stores are.
             mask = index < row_chunks
-            p_squares += tl.load(partial_ptr, mask=mask, other=0.0, cache_modifier=".cg")
-            d_squares += tl.load(partial_ptr + num_adapted_chunks, mask=mask, other=0.0, cache_modifier=".cg")
+            p_squares += tl.load(partial_ptr, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
+            d_partials = tl.load(partial_ptr + num_adapted_chunks, mask=mask, other=0.0, cache_modifier=".cg")
+            d_squares += d_partials.to(tl.float32)
             start += BLOCK_PARTIALS
-        p_norm = tl.sqrt_rn(tl.sum(p_squares, axis=0))
-        d_norm = tl.sqrt_rn(tl.sum(d_squares, axis=0))
+        p_square = tl.sum(p_squares, axis=0)
+        d_square = tl.sum(d_squares, axis=0)
         trust_coefficient = tl.load(groups_ptr + 4 * group + 2)
+        p_norm = tl.sqrt_rn(p_square)
+        d_norm = tl.sqrt_rn(d_square)
         ratio = tl.where((p_norm > 0.0) & (d_norm > 0.0), trust_coefficient * tl.div_rn(p_norm, d_norm), 1.0)
+        if ~(_is_accurate(p_square) & _is_accurate(d_square)):
+            ratio = _wide_ratio(
+                partials_ptr + first_chunk, num_adapted_chunks, row_chunks, trust_coefficient, BLOCK_PARTIALS
+            )
         tl.store(ratios_ptr + row, ratio)
         tl.store(arrival_counters_ptr + row, 0)  # ready for the next launch
+
+
+@jit
+def _wide_ratio(
+    partials_ptr: tl.tensor,
+    num_adapted_chunks: tl.tensor,
+    row_chunks: tl.tensor,
+    trust_coefficient: tl.tensor,
+    BLOCK_PARTIALS: tl.constexpr,
+) -> tl.tensor:
+    """Trust ratio of a row from the sums of its partial norms in float64."""
+    p_squares = tl.zeros((BLOCK_PARTIALS,), tl.float64)
+    d_squares = tl.zeros((BLOCK_PARTIALS,), tl.float64)
+    start = 0
+    while start < row_chunks:
+        index = start + tl.arange(0, BLOCK_PARTIALS)
+        mask = index < row_chunks
+        p_squares += tl.load(partials_ptr + index, mask=mask, other=0.0, cache_modifier=".cg")
+        d_squares += tl.load(partials_ptr + num_adapted_chunks + index, mask=mask, other=0.0, cache_modifier=".cg")
+        start += BLOCK_PARTIALS
+    p_square = tl.sum(p_squares, axis=0)
+    d_square = tl.sum(d_squares, axis=0)
+    ratio = trust_coefficient * tl.sqrt(p_square / d_square)
+    ratio = tl.where(ratio > MAX_RATIO, MAX_RATIO, ratio).to(tl.float32)  # not `minimum`: a NaN has to stay NaN
+    return tl.where((p_square > 0.0) & (d_square > 0.0), ratio, 1.0)
 
 
 @jit
@@ -247,6 +326,7 @@ def _lars_apply_kernel(
     lr_addresses_ptr: tl.tensor,  # [groups] int64: where lr is, or 0
     ratios_ptr: tl.tensor,  # [R]
     num_rows: tl.tensor,
+    num_groups: tl.tensor,
     tau_ptr: tl.tensor,  # [] or None
     one_minus_tau: tl.tensor,  # where tau_ptr is None
     grad_scale_ptr: tl.tensor,  # [] or None
@@ -255,11 +335,24 @@ def _lars_apply_kernel(
     HAS_TARGET: tl.constexpr,  # any row has a target, a copy of the parameter, a copy of the target
     HAS_P_COPY: tl.constexpr,
     HAS_T_COPY: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,  # power of two >= the number of groups, 0 if no learning rate is on the device
     CHUNK: tl.constexpr,
 ) -> None:
     # --- skipped step
     if found_inf_ptr is not None:  # noqa: SIM102 - decided when compiled; the next one at run time
         if tl.load(found_inf_ptr) != 0.0:
+            return
+    if tau_ptr is not None:
+        one_minus_tau = load_ema_weight(tau_ptr)
+        if ~(one_minus_tau >= 0.0):
+            return
+    if BLOCK_GROUPS > 0:
+        # Those of all groups: a step is skipped as a whole.
+        groups = tl.arange(0, BLOCK_GROUPS)
+        lr_addresses = tl.load(lr_addresses_ptr + groups, mask=groups < num_groups, other=0)
+        lrs = tl.load(lr_addresses.to(tl.pointer_type(tl.float32)), mask=lr_addresses != 0, other=0.0)
+        is_invalid = ~((lrs >= 0.0) & (lrs < float("inf")))
+        if tl.max(is_invalid.to(tl.int32), axis=0) != 0:
             return
 
     # --- the row and the chunk of this program
@@ -287,8 +380,6 @@ def _lars_apply_kernel(
     inv_scale = 1.0
     if grad_scale_ptr is not None:
         inv_scale = tl.div_rn(1.0, tl.load(grad_scale_ptr).to(tl.float32))
-    if tau_ptr is not None:
-        one_minus_tau = 1.0 - tl.load(tau_ptr)
 
     # --- update, with the dtypes of the row: they are known when the kernel is compiled, which of them at run time
     every = p_address | g_address | v_address | t_address | p_copy_address | t_copy_address
@@ -340,27 +431,19 @@ def lars_step(
         plan: of the lists; adapted rows with a gradient first, flags 2 * group + adapt.
         columns: lists of parameters, gradients, momentum buffers, targets, copies of parameters, copies of targets.
         lr: learning rate per group.
-        lr_tensors: learning rate per group, 0-dim; None where `lr` holds.
+        lr_tensors: learning rate per group, 0-dim, on the device of the lists; None where `lr` holds.
         momentum: per group.
         weight_decay: per group.
         trust_coefficient: per group.
         tau: decay of the EMA where `tau_tensor` is None.
-        tau_tensor: decay of the EMA, 0-dim.
+        tau_tensor: decay of the EMA, 0-dim, on the device of the lists.
         grad_scale: loss scale of the gradients, 0-dim.
         found_inf: flag, in and out.
     """
     device = columns[0].tensors[0].device
-    # A scalar on the CPU is read here: there is nothing to wait for.
-    if tau_tensor is not None and tau_tensor.device != device:
-        tau, tau_tensor = float(tau_tensor), None
-    hyper: list[float] = []
-    lr_addresses: list[float] = []
-    for group, tensor in enumerate(lr_tensors):
-        on_device = tensor is not None and tensor.device == device
-        value = lr[group] if tensor is None or on_device else float(tensor)
-        hyper += [momentum[group], weight_decay[group], trust_coefficient[group], value]
-        lr_addresses.append(tensor.data_ptr() if tensor is not None and on_device else 0)
+    hyper = [value for group in zip(momentum, weight_decay, trust_coefficient, lr, strict=True) for value in group]
     groups = plan.constant("groups", "f", hyper, device)
+    lr_addresses = [0 if tensor is None else tensor.data_ptr() for tensor in lr_tensors]
     lr_table = plan.constant("lr", "q", lr_addresses, device)
 
     tables = plan.tables(columns)
@@ -373,7 +456,7 @@ def lars_step(
         if num_norms_programs:
             _lars_norms_kernel[(num_norms_programs,)](
                 tables.addresses, tables.rows, tables.chunks, groups, num_rows, num_adapted, grad_scale, found_inf,
-                plan.workspace("partials", 2 * num_adapted, torch.float32, device),
+                plan.workspace("partials", 2 * num_adapted, torch.float64, device),
                 plan.workspace("arrival_counters", num_rows, torch.int32, device),
                 ratios,
                 DTYPE_COMBOS=tuple(combo[:2] for combo in combos), CHUNK=CHUNK, BLOCK_PARTIALS=BLOCK_PARTIALS,
@@ -381,7 +464,8 @@ def lars_step(
             )  # fmt: skip
         _lars_apply_kernel[(plan.num_chunks,)](
             tables.addresses, tables.rows, tables.chunks, groups, lr_table, ratios, num_rows,
-            tau_tensor, 1.0 - tau, grad_scale, found_inf,
-            DTYPE_COMBOS=combos, HAS_TARGET=has_target, HAS_P_COPY=has_p_copy, HAS_T_COPY=has_t_copy, CHUNK=CHUNK,
+            len(lr), tau_tensor, 1.0 - tau, grad_scale, found_inf,
+            DTYPE_COMBOS=combos, HAS_TARGET=has_target, HAS_P_COPY=has_p_copy, HAS_T_COPY=has_t_copy,
+            BLOCK_GROUPS=next_power_of_2(len(lr)) if any(lr_addresses) else 0, CHUNK=CHUNK,
             num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip

@@ -1,5 +1,6 @@
-"""The LARS step as an operator: schema and dispatch."""
+"""The LARS step as an operator: schema, dispatch, checks."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor
 
 from byol_kernels._multi_tensor import Column, MultiTensorPlan, plan_for
+from byol_kernels.derivatives import refuse_transforms
+from byol_kernels.ema.ops import read_tau
 from byol_kernels.lars import kernels, reference
 
 
@@ -41,7 +44,7 @@ class _Arguments(NamedTuple):
             Column("params", self.params, written=True),
             Column("grads", self.grads, tuple(self.grad_rows)),
             Column("momentum_buffers", self.momentum_buffers, tuple(self.grad_rows), written=True),
-            Column("target", self.targets, tuple(self.target_rows), written=True),
+            Column("target", self.targets, tuple(self.target_rows), written=True, is_average=True),
             Column("copies of params", self.param_copies, tuple(self.param_copy_rows), written=True),
             Column("copies of target", self.target_copies, tuple(self.target_copy_rows), written=True),
         ]
@@ -55,6 +58,24 @@ class _Arguments(NamedTuple):
             adapted_first=[adapt and row in with_grad for row, adapt in enumerate(self.adapt)],
             flags=[2 * group + adapt for group, adapt in zip(self.group, self.adapt, strict=True)],
         )
+
+    def checked(self, *, read_all: bool) -> "_Arguments":
+        """These arguments with hyperparameters in range.
+
+        Args:
+            read_all: read all scalars; otherwise those that are not on the device of the parameters.
+        """
+        refuse_transforms("LARS.step")
+        device, a = self.params[0].device, self
+        if read_all or a.tau_tensor is None or a.tau_tensor.device != device:
+            a = a._replace(tau_tensor=None, tau=read_tau("LARS.step", a.tau_tensor, a.tau))
+        lr, lr_tensors = list(a.lr), list(a.lr_tensors)
+        for group, tensor in enumerate(a.lr_tensors):
+            if tensor is not None and (read_all or tensor.device != device):
+                lr[group], lr_tensors[group] = float(tensor), None
+        for values in zip(lr, a.momentum, a.weight_decay, a.trust_coefficient, strict=True):
+            check_hyperparameters("LARS.step", *values)
+        return a._replace(lr=lr, lr_tensors=lr_tensors)
 
     def increment_versions(self) -> None:
         """Tell autograd which tensors were written."""
@@ -70,8 +91,23 @@ class _Arguments(NamedTuple):
         )
 
 
+def check_hyperparameters(
+    op_name: str, lr: float, momentum: float, weight_decay: float, trust_coefficient: float
+) -> None:
+    """Raise a ValueError on the first hyperparameter of a group that is out of range."""
+    for name, value, usual in (
+        ("lr", lr, "0.2 * batch / 256"),
+        ("weight_decay", weight_decay, "1.5e-6"),
+        ("trust_coefficient", trust_coefficient, "1e-3"),
+    ):
+        if not (value >= 0.0 and math.isfinite(value)):
+            raise ValueError(f"{op_name}: {name} must be finite and not negative, got {value}; BYOL's is {usual}")
+    if not 0.0 <= momentum < 1.0:
+        raise ValueError(f"{op_name}: momentum must be in [0, 1), got {momentum}; BYOL's is 0.9")
+
+
 def _lars_step_cpu(*arguments: Any) -> None:
-    a = _Arguments(*arguments)
+    a = _Arguments(*arguments).checked(read_all=True)
     if not a.plan(a.columns()).num_chunks:
         return
     if a.found_inf is not None:
@@ -80,7 +116,6 @@ def _lars_step_cpu(*arguments: Any) -> None:
         if float(a.found_inf) != 0.0:
             torch.autograd.graph.increment_version([a.found_inf])
             return
-    lr = [value if tensor is None else float(tensor) for tensor, value in zip(a.lr_tensors, a.lr, strict=True)]
 
     def by_row(rows: Sequence[int], tensors: Sequence[Tensor]) -> list[Tensor | None]:
         entries: list[Tensor | None] = [None] * len(a.params)
@@ -93,13 +128,13 @@ def _lars_step_cpu(*arguments: Any) -> None:
         by_row(a.grad_rows, a.grads),
         by_row(a.grad_rows, a.momentum_buffers),
         targets := by_row(a.target_rows, a.targets),
-        lr=[lr[g] for g in a.group],
+        lr=[a.lr[g] for g in a.group],
         momentum=[a.momentum[g] for g in a.group],
         weight_decay=[a.weight_decay[g] for g in a.group],
         trust_coefficient=[a.trust_coefficient[g] for g in a.group],
         adapt=a.adapt,
         grad_scale=1.0 if a.grad_scale is None else float(a.grad_scale),
-        tau=a.tau if a.tau_tensor is None else float(a.tau_tensor),
+        tau=a.tau,
     )
     for copy, row in zip(a.param_copies, a.param_copy_rows, strict=True):
         copy.copy_(a.params[row])
@@ -111,7 +146,7 @@ def _lars_step_cpu(*arguments: Any) -> None:
 
 
 def _lars_step_cuda(*arguments: Any) -> None:
-    a = _Arguments(*arguments)
+    a = _Arguments(*arguments).checked(read_all=False)
     columns = a.columns()
     plan = a.plan(columns)
     if not plan.num_chunks:

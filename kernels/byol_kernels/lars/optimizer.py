@@ -1,14 +1,14 @@
 """LARS as a `torch.optim.Optimizer`."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from byol_kernels.derivatives import refuse_transforms
 from byol_kernels.ema.ops import check_tau
-from byol_kernels.lars import ops  # noqa: F401 - registers the operator
+from byol_kernels.lars.ops import check_hyperparameters
 from byol_kernels.layout import same_layout
 
 
@@ -37,15 +37,16 @@ class LARS(torch.optim.Optimizer):
         params: parameters, or groups of them with their own lr, momentum, weight_decay, trust_coefficient or
             exclude_1d. They are floating point, dense, on one device. Momentum has the dtype of its parameter; the
             arithmetic is in float32, or in float64 for float64 parameters (norms and scalars are float32 on a GPU all
-            the same).
-        lr: learning rate; a float, or a 0-dim tensor (float32 if it is on a GPU).
+            the same). Norms are right for all normal float32 numbers; the ratio r has to be one too.
+        lr: learning rate; a float, or a 0-dim tensor (float32 if it is on a GPU). A tensor on a GPU cannot raise: one
+            that is NaN, infinite or negative skips the step, as `found_inf` does.
         momentum: decay of the momentum.
         weight_decay: L2 penalty, added to the gradient.
         trust_coefficient: of the ratio r.
         exclude_1d: leave tensors of one dimension or none out of weight decay and adaptation.
 
     Raises:
-        ValueError: on hyperparameters out of range.
+        ValueError: on hyperparameters out of range, or parameters that are not floating point.
     """
 
     _step_supports_amp_scaling = True  # GradScaler then hands over grad_scale and found_inf instead of acting on them
@@ -75,23 +76,27 @@ class LARS(torch.optim.Optimizer):
         """Check the hyperparameters of a group and add it."""
         group = {**self.defaults, **param_group}
         lr = group["lr"]
-        if isinstance(lr, Tensor):
-            if lr.dim() != 0 or not lr.is_floating_point() or (lr.device.type == "cuda" and lr.dtype != torch.float32):
-                raise ValueError(
-                    f"LARS: lr must be a number or a 0-dim tensor (float32 on a GPU), got shape {tuple(lr.shape)} of "
-                    f"{lr.dtype} on {lr.device}; make it with torch.tensor(0.2, device='cuda')"
-                )
-        elif not (lr >= 0.0 and math.isfinite(lr)):
-            raise ValueError(f"LARS: lr must be finite and not negative, got {lr}; BYOL's is 0.2 * batch / 256")
-        for name in ("weight_decay", "trust_coefficient"):
-            if not (group[name] >= 0.0 and math.isfinite(group[name])):
-                raise ValueError(
-                    f"LARS: {name} must be finite and not negative, got {group[name]}; BYOL's is "
-                    f"{'1.5e-6' if name == 'weight_decay' else '1e-3'}"
-                )
-        if not 0.0 <= group["momentum"] < 1.0:
-            raise ValueError(f"LARS: momentum must be in [0, 1), got {group['momentum']}; BYOL's is 0.9")
+        if isinstance(lr, Tensor) and (
+            lr.dim() != 0 or not lr.is_floating_point() or (lr.device.type == "cuda" and lr.dtype != torch.float32)
+        ):
+            raise ValueError(
+                f"LARS: lr must be a number or a 0-dim tensor (float32 on a GPU), got shape {tuple(lr.shape)} of "
+                f"{lr.dtype} on {lr.device}; make it with torch.tensor(0.2, device='cuda')"
+            )
+        check_hyperparameters(
+            "LARS",
+            0.0 if isinstance(lr, Tensor) else lr,
+            group["momentum"],
+            group["weight_decay"],
+            group["trust_coefficient"],
+        )
         super().add_param_group(param_group)
+        for index, p in enumerate(self.param_groups[-1]["params"]):
+            if not p.is_floating_point():
+                del self.param_groups[-1]
+                raise ValueError(
+                    f"LARS: params[{index}] must be floating point, got {p.dtype}; leave integer tensors out"
+                )
 
     @torch.no_grad()
     def step(
@@ -109,7 +114,8 @@ class LARS(torch.optim.Optimizer):
 
         Args:
             closure: evaluates the model again and returns the loss.
-            ema: (targets, tau): afterwards target = tau * target + (1 - tau) * parameter, as `ema_update_`. Targets
+            ema: (targets, tau): afterwards target = tau * target + (1 - tau) * parameter, as `ema_update_`, float32 or
+                float64. A tau on a GPU is clamped to [0, 1], and if it is NaN, the whole step is skipped. Targets
                 are a mapping from parameter to target, or one entry per parameter in the order of `param_groups`, None
                 for a parameter without a target (the predictor's).
             copies: where to write the updated weights in another dtype: a mapping from parameter or target to its
@@ -120,10 +126,12 @@ class LARS(torch.optim.Optimizer):
 
         Raises:
             ValueError: on targets or copies that do not fit their parameters, or that share memory with anything
-                else of the step; on a `found_inf` that is not one float32 number on their device. Nothing has been
-                written then.
+                else of the step; on a `found_inf` that is not one float32 number on their device; on hyperparameters
+                out of range that are numbers or on the CPU. Nothing has been written then.
             RuntimeError: if the first step is being captured into a CUDA graph.
+            NotImplementedError: within `torch.func` and forward-mode differentiation.
         """
+        refuse_transforms("LARS.step")
         loss = None
         if closure is not None:
             with torch.enable_grad():

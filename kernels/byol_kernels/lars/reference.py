@@ -25,6 +25,8 @@ _BLOCK = 1 << 20
 """Elements that are taken at a time, so that what one operation wrote is still in the cache for the next one."""
 _ROW = 256
 """A float32 sum over many elements, one after the other, loses digits: squares are summed in rows, rows in float64."""
+_SMALL_SQUARE = 2.0**-100
+"""Squares in float32 whose mean is less may have terms below 2^-126, which lose their digits."""
 
 
 def lars_step_(
@@ -85,27 +87,29 @@ def _trust_ratio(
     """The ratio trust_coefficient |p| / |g + decay p|, or 1 where either norm is 0."""
     acc = accumulation_dtype(param_blocks[0].dtype)
     p_square = g_square = p_dot_g = 0.0
+    smallest = _SMALL_SQUARE * sum(map(Tensor.numel, param_blocks))
     for p, g in zip(param_blocks, grad_blocks, strict=True):
         p_acc, g_acc = p.to(acc), g.to(acc)  # no copy where the dtype is acc already
         p_square += _square(p_acc)
         g_square += _square(g_acc)
         if decay:
             p_dot_g += torch.dot(p_acc, g_acc).item()
+    is_small = 0.0 < p_square < smallest or 0.0 < g_square < smallest
     g_square, cross = g_square / (grad_scale * grad_scale), 2.0 * decay * p_dot_g / grad_scale
     update_square = g_square + cross + decay * decay * p_square
-    # The product <p, g> is one float32 sum. Where it matters, because p and g point the same way or cancel out, the
-    # update is formed and its squares are summed instead.
-    if not abs(cross) < 1e-4 * update_square:  # or one is NaN
+    # The product <p, g> is one float32 sum. Where it matters, because p and g point the same way or cancel out, or may
+    # have lost its digits, the update is formed and its squares are summed instead.
+    if is_small or not abs(cross) < 1e-4 * update_square:  # or one is NaN
         update_square = 0.0
         for p, g in zip(param_blocks, grad_blocks, strict=True):
             update_square += _square(torch.add(p.to(acc) * decay, g.to(acc), alpha=1.0 / grad_scale))
     if not (p_square > 0.0 and update_square > 0.0):
         return 1.0
-    return trust_coefficient * math.sqrt(p_square / update_square)
+    return min(trust_coefficient * math.sqrt(p_square / update_square), torch.finfo(acc).max)
 
 
 def _square(x: Tensor) -> float:
-    """The sum of the squares of a contiguous vector."""
+    """The sum of the squares of a contiguous vector; in float64 where float32 squares overflow or lose digits."""
     total, rest = 0.0, x.numel() % _ROW
     if rest < x.numel():
         norms = torch.linalg.vector_norm((x[:-rest] if rest else x).view(-1, _ROW), dim=1).double()
@@ -113,6 +117,8 @@ def _square(x: Tensor) -> float:
     if rest:
         tail = x[-rest:]
         total += torch.dot(tail, tail).item()
+    if not _SMALL_SQUARE * x.numel() <= total < math.inf:
+        total = x.double().square().sum().item()
     return total
 
 

@@ -8,16 +8,17 @@ For a prediction p and a target projection z, row by row (Grill et al. 2020, arX
 
 No gradient flows to z. The forward stores the gradient of the loss in the dtype of p, and the backward multiplies it by
 the upstream gradient. In float16 the factor -2 / B is left to the backward, or the gradient would be subnormal before
-a loss scale reaches it.
+a loss scale reaches it. Within the transforms of `torch.func` and in forward mode the public functions are plain
+PyTorch, differentiable any number of times.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from byol_kernels._dtypes import FLOAT_DTYPES, accumulation_dtype
+from byol_kernels.derivatives import is_transformed, register_autograd
 from byol_kernels.loss import kernels, reference
 
 # -------------------------------------------------------------------------------- operators
@@ -141,8 +142,8 @@ torch.library.register_fake("byol_kernels::normalized_mse_fwd", _fwd_fake)
 torch.library.register_fake("byol_kernels::normalized_mse_stats_fwd", _stats_fwd_fake)
 torch.library.register_fake("byol_kernels::normalized_mse_bwd", _bwd_fake)
 for _name in ("normalized_mse_fwd", "normalized_mse_stats_fwd"):
-    torch.library.register_autograd(f"byol_kernels::{_name}", _backward, setup_context=_setup_context)
-torch.library.register_autograd("byol_kernels::normalized_mse_bwd", _refuse_double_backward)
+    register_autograd(_name, _backward, setup_context=_setup_context)
+register_autograd("normalized_mse_bwd", _refuse_double_backward)
 
 
 # -------------------------------------------------------------------------------- public functions
@@ -257,6 +258,8 @@ def byol_loss_with_stats(
 
 
 def _loss(pa: Tensor, za: Tensor, pb: Tensor | None, zb: Tensor | None, eps: float) -> Tensor:
+    if is_transformed():
+        return reference.differentiable_loss(pa, za, pb, zb, eps)[0]
     op = torch.ops.byol_kernels.normalized_mse_fwd.default
     loss: Tensor = op(pa, za, pb, zb, eps, _needs_grad(pa, pb))[0]
     return loss
@@ -265,8 +268,11 @@ def _loss(pa: Tensor, za: Tensor, pb: Tensor | None, zb: Tensor | None, eps: flo
 def _loss_with_stats(
     pa: Tensor, za: Tensor, pb: Tensor | None, zb: Tensor | None, eps: float
 ) -> tuple[Tensor, LossStats]:
-    op = torch.ops.byol_kernels.normalized_mse_stats_fwd.default
-    loss, _, _, row_loss, cosine, std = op(pa, za, pb, zb, eps, _needs_grad(pa, pb))
+    if is_transformed():
+        loss, row_loss, cosine, std = reference.differentiable_loss(pa, za, pb, zb, eps)
+    else:
+        op = torch.ops.byol_kernels.normalized_mse_stats_fwd.default
+        loss, _, _, row_loss, cosine, std = op(pa, za, pb, zb, eps, _needs_grad(pa, pb))
     p_std, z_std = std.unbind(0)
     return loss, LossStats(row_loss, cosine, p_std, z_std)
 
@@ -309,5 +315,9 @@ def _check(op_name: str, tensors: dict[str, Tensor], eps: float) -> None:
                 f"{op_name}: {name} must be on the device of {first_name}, {device}, got {x.device}; "
                 f"move it with .to('{device}')"
             )
-    if not (eps > 0 and math.isfinite(eps)):
-        raise ValueError(f"{op_name}: eps must be positive and finite, got {eps}; leave it at 1e-12")
+    limits = torch.finfo(accumulation_dtype(dtype))
+    if not limits.tiny <= eps <= limits.max:
+        raise ValueError(
+            f"{op_name}: eps must be positive and finite, {limits.tiny:.2g} to {limits.max:.2g} in {limits.dtype}, got "
+            f"{eps}; leave it at 1e-12"
+        )

@@ -1,6 +1,7 @@
 """The BYOL loss in plain PyTorch: the CPU path, and in float64 the oracle of the kernels.
 
 `normalized_mse_stats_fwd` is the plain formula, for any device; `normalized_mse_fwd` computes the same in fewer passes.
+`differentiable_loss` leaves the derivative to torch.
 """
 
 from collections.abc import Sequence
@@ -134,6 +135,33 @@ def normalized_mse_stats_fwd(
     loss = row_loss_NB.sum() / pa_BD.shape[0]
     cosine = 1.0 - 0.5 * row_loss_NB.mean()
     return loss, grads[0], grads[1], row_loss_NB, cosine, torch.stack([torch.stack(p_stds), torch.stack(z_stds)])
+
+
+def differentiable_loss(
+    pa_BD: Tensor, za_BD: Tensor, pb_BD: Tensor | None, zb_BD: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss and statistics by operations that every transform of torch can differentiate; no derivative by a target.
+
+    Returns:
+        Loss [], row losses [N, B], mean cosine [], std of the normalized inputs [2, N, D] (predictions, then targets).
+    """
+    acc = accumulation_dtype(pa_BD.dtype)
+    pairs = [(pa_BD, za_BD)] if pb_BD is None or zb_BD is None else [(pa_BD, za_BD), (pb_BD, zb_BD)]
+    p_hat_NBD, z_hat_NBD = (
+        torch.stack([torch.nn.functional.normalize(x.to(acc), dim=1, eps=eps) for x in inputs])
+        for inputs in ([p for p, _ in pairs], [z.detach() for _, z in pairs])
+    )
+    cosine_NB = (p_hat_NBD * z_hat_NBD).sum(2)
+    # Clamped without a gradient: that of `clamp` is 0 where a rounding has made a cosine greater than 1.
+    cosine_NB = cosine_NB + (cosine_NB.clamp(-1.0, 1.0) - cosine_NB).detach()
+    row_loss_NB = 2.0 - 2.0 * cosine_NB
+    stds = torch.stack([x.detach().std(1, correction=0) for x in (p_hat_NBD, z_hat_NBD)])
+    return (
+        row_loss_NB.sum() / pa_BD.shape[0],
+        row_loss_NB.detach(),
+        1.0 - 0.5 * row_loss_NB.detach().mean(),
+        stds,
+    )
 
 
 def normalized_mse_bwd(

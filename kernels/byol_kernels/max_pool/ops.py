@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from byol_kernels._dtypes import FLOAT_DTYPES
+from byol_kernels.derivatives import is_transformed, register_autograd
 from byol_kernels.max_pool import kernels, reference
 
 # -------------------------------------------------------------------------------- operators
@@ -56,8 +57,8 @@ torch.library.impl("byol_kernels::max_pool2d_3x3_bwd", "CPU", reference.max_pool
 torch.library.impl("byol_kernels::max_pool2d_3x3_bwd", "CUDA", kernels.max_pool2d_3x3_bwd_cuda)
 torch.library.register_fake("byol_kernels::max_pool2d_3x3_fwd", _fwd_fake)
 torch.library.register_fake("byol_kernels::max_pool2d_3x3_bwd", _bwd_fake)
-torch.library.register_autograd("byol_kernels::max_pool2d_3x3_fwd", _backward, setup_context=_setup_context)
-torch.library.register_autograd("byol_kernels::max_pool2d_3x3_bwd", _refuse_double_backward)
+register_autograd("max_pool2d_3x3_fwd", _backward, setup_context=_setup_context)
+register_autograd("max_pool2d_3x3_bwd", _refuse_double_backward)
 
 
 # -------------------------------------------------------------------------------- public function
@@ -66,7 +67,8 @@ torch.library.register_autograd("byol_kernels::max_pool2d_3x3_bwd", _refuse_doub
 def max_pool2d_3x3(x: Tensor) -> Tensor:
     """`torch.nn.functional.max_pool2d(x, 3, stride=2, padding=1)`, bit for bit.
 
-    One launch on a GPU, one for the gradient, which is deterministic: torch's adds in no fixed order there.
+    One launch on a GPU, one for the gradient, which is deterministic: torch's adds in no fixed order there. Within the
+    transforms of `torch.func` and in forward mode it is torch's operator.
 
     Args:
         x: images [B, C, H, W]; bfloat16, float16, float32 or float64, any strides.
@@ -91,5 +93,7 @@ def max_pool2d_3x3(x: Tensor) -> Tensor:
         raise ValueError(
             f"{op}: x must be bfloat16, float16, float32 or float64, got {x.dtype}; convert it with .float()"
         )
+    if is_transformed():
+        return torch.nn.functional.max_pool2d(x, 3, stride=2, padding=1)
     y: Tensor = torch.ops.byol_kernels.max_pool2d_3x3_fwd(x)[0]
     return y

@@ -1,5 +1,6 @@
 """`photometric`: color jitter, grayscale, blur, solarize, flip, normalize and cast of uint8 images."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from byol_kernels._images import FLOAT_DTYPES, check_images, check_params
+from byol_kernels.derivatives import refuse_derivatives
 from byol_kernels.photometric import batched, kernels, reference
 from byol_kernels.photometric.params import VALUES, PhotometricParams
 
@@ -67,6 +69,7 @@ def _check_overlap(images: Tensor, out: Tensor) -> None:
 torch.library.impl("byol_kernels::photometric_out", "CPU", photometric_cpu)
 torch.library.impl("byol_kernels::photometric_out", "CUDA", photometric_cuda)
 torch.library.register_fake("byol_kernels::photometric_out", _photometric_fake)
+refuse_derivatives("photometric_out")
 
 # -------------------------------------------------------------------------------- public function
 
@@ -131,6 +134,7 @@ def photometric(
     Raises:
         ValueError: shapes, dtypes, devices or layouts that do not match, overlapping memory, or only one of two
             arguments that belong together.
+        NotImplementedError: a parameter that a derivative is asked for.
 
     Example:
         >>> images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
@@ -178,10 +182,11 @@ def _checked_mean_std(
     if mean is None and std is None:
         return [], []
     for name, values in (("mean", mean), ("std", std)):
-        if values is None or len(values) != 3 or (name == "std" and not min(values) > 0):
+        smallest = 0.0 if name == "std" else -math.inf
+        if values is None or len(values) != 3 or not all(smallest < value < math.inf for value in values):
             raise ValueError(
-                f"photometric: {name} must be three numbers{', all positive' if name == 'std' else ''}, got {values}; "
-                "pass both mean and std, for values from 0 to 1, or neither"
+                f"photometric: {name} must be three finite numbers{', all positive' if name == 'std' else ''}, got "
+                f"{values}; pass both mean and std, for values from 0 to 1, or neither"
             )
     if dtype == torch.uint8:
         raise ValueError(

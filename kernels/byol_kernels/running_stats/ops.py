@@ -97,7 +97,8 @@ def update_running_stats_(
     """Update the running statistics of batch norms with the statistics of one or several batches, in place.
 
     `running = (1 - momentum) running + momentum batch`, once for each row of the batch statistics, as `torch.nn` does
-    it call by call; num_batches_tracked counts the rows. One launch for all layers on a GPU.
+    it call by call; num_batches_tracked counts the rows. One launch for all layers on a GPU. No derivative flows into
+    them, in any mode of differentiation.
 
     Args:
         running_mean: `[C]` per layer, floating point, on one device.
@@ -109,8 +110,8 @@ def update_running_stats_(
         found_inf: scalar on the device. Where it is not 0 nothing is written, whatever the statistics hold.
 
     Raises:
-        ValueError: lists of different lengths, shapes, devices or dtypes that do not fit, or tensors that share memory.
-            Nothing has been written then.
+        ValueError: lists of different lengths, shapes, devices or dtypes that do not fit, tensors that share memory, or
+            a momentum out of range. Nothing has been written then.
     """
     for name, entries in (
         ("running_var", running_var), ("batch_mean", batch_mean), ("batch_var", batch_var),
@@ -128,6 +129,11 @@ def update_running_stats_(
             raise ValueError(
                 f"update_running_stats_: batch_var[{layer}] must have as many rows as batch_mean[{layer}], "
                 f"{len(mean_VC)}, got {len(var_VC)}; take both from the same batches"
+            )
+        if factor is not None and not 0.0 <= factor <= 1.0:  # a negative one would be the cumulative average
+            raise ValueError(
+                f"update_running_stats_: momentum[{layer}] must be from 0 to 1, got {factor}; pass None for the "
+                "cumulative average"
             )
         if factor is None and counter is None:
             raise ValueError(
