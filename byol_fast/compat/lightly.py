@@ -66,6 +66,7 @@ class NegativeCosineSimilarity(nn.Module):
         return normalized_mse_loss(x0, x1, eps=self.eps) * 0.5 - 1.0
 
 
+@torch.no_grad()
 def update_momentum(model: nn.Module, model_ema: nn.Module, m: float) -> None:
     """EMA update of lightly: `ema = m * ema + (1 - m) * model`, parameters only, in one launch.
 

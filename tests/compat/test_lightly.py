@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.func import grad, jvp
 from torch.nn import functional as F
 
 from byol_fast.compat import lightly
@@ -58,6 +59,14 @@ def test_negative_cosine_equals_lightly(
     gradients = (torch.autograd.grad(3 * loss, inputs) for loss in (value, expected))
     for mine, other in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-14)
+
+
+def test_negative_cosine_within_transforms_equals_lightly() -> None:
+    """Both arguments have derivatives there."""
+    x = tuple(torch.randn(2, 7, 33, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    reference, drop_in = lightly_loss(False), lightly.NegativeCosineSimilarity()
+    values = [(jvp(f, x, (x[1], x[0])), grad(f, argnums=(0, 1))(*x)) for f in (drop_in, reference)]
+    torch.testing.assert_close(*values, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
