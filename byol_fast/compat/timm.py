@@ -65,7 +65,7 @@ class ModelEmaV3(nn.Module):
         self.use_warmup, self.warmup_gamma, self.warmup_power = use_warmup, warmup_gamma, warmup_power
         self.foreach, self.exclude_buffers = foreach, exclude_buffers
         self.stochastic_rounding, self.stochastic_rounding_seed = stochastic_rounding, stochastic_rounding_seed
-        self._generator: torch.Generator | None = None  # made when first needed, as it cannot be copied
+        self._generator: torch.Generator | None = None  # made on the device of the first update
 
     def get_decay(self, step: int | None = None) -> float:
         """Decay of a step.
@@ -119,11 +119,13 @@ class ModelEmaV3(nn.Module):
     def _lerp_at_random(self, pairs: Sequence[_Pair], weight: float) -> None:
         """Move averages in bfloat16, in float32 and rounded at random, in chunks as in timm."""
         chunk: list[_Pair] = []
+        numel = 0
         for pair in pairs:
-            if chunk and sum(average.numel() for average, _ in (*chunk, pair)) > _CHUNK:
+            if chunk and numel + pair[0].numel() > _CHUNK:
                 self._lerp_chunk_at_random(chunk, weight)
-                chunk = []
+                chunk, numel = [], 0
             chunk.append(pair)
+            numel += pair[0].numel()
         if chunk:
             self._lerp_chunk_at_random(chunk, weight)
 
@@ -133,7 +135,7 @@ class ModelEmaV3(nn.Module):
         x.mul_(1.0 - weight).add_(torch.cat([value.reshape(-1) for _, value in pairs]), alpha=weight)
         if self._generator is None:
             self._generator = torch.Generator(x.device).manual_seed(self.stochastic_rounding_seed)
-        # A number below half of a bfloat16 unit and above: the 16 bits that bfloat16 lacks, cut off after the sum.
+        # A random number in the 16 bits that bfloat16 lacks carries into those that it has; then they are cut off.
         bits = x.view(torch.int32)
         bits += torch.randint(1 << 16, bits.shape, dtype=torch.int32, device=x.device, generator=self._generator)
         bits &= -(1 << 16)

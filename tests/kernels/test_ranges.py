@@ -154,7 +154,7 @@ def test_lars_refuses_parameters_without_floating_point(dtype: torch.dtype) -> N
     assert len(optimizer.param_groups) == 1
 
 
-@pytest.mark.parametrize("shape", [(30, 40), (70, 80), (3, 2000)], ids=str)  # one chunk, two, parts of two
+@pytest.mark.parametrize("shape", [(30, 40), (3, 2000)], ids=str)  # a part of a chunk, and more than one
 @pytest.mark.parametrize("weight_decay", [0.0, 0.5])
 @pytest.mark.parametrize(
     ("p_size", "g_size"),
