@@ -83,12 +83,6 @@ def _ema_update_kernel(
     HAS_COPY: tl.constexpr,
     CHUNK: tl.constexpr,
 ) -> None:
-    # --- weight, and no update without one
-    if tau_ptr is not None:
-        weight = load_ema_weight(tau_ptr)
-        if ~(weight >= 0.0):
-            return
-
     # --- the row and the chunk of this program
     row = tl.load(chunks_ptr + 2 * tl.program_id(0))
     first = tl.load(chunks_ptr + 2 * tl.program_id(0) + 1) * CHUNK
@@ -99,6 +93,10 @@ def _ema_update_kernel(
     copy = target
     if HAS_COPY:
         copy = tl.load(addresses_ptr + 2 * num_rows + row)
+    if tau_ptr is not None:
+        weight = load_ema_weight(tau_ptr)
+        if ~(weight >= 0.0):
+            return
     full = (numel >= CHUNK) & ((target | online | copy) % 16 == 0)
 
     # --- update, with the dtypes of the row: they are known when the kernel is compiled, which of them at run time

@@ -342,18 +342,6 @@ def _lars_apply_kernel(
     if found_inf_ptr is not None:  # noqa: SIM102 - decided when compiled; the next one at run time
         if tl.load(found_inf_ptr) != 0.0:
             return
-    if tau_ptr is not None:
-        one_minus_tau = load_ema_weight(tau_ptr)
-        if ~(one_minus_tau >= 0.0):
-            return
-    if BLOCK_GROUPS > 0:
-        # Those of all groups: a step is skipped as a whole.
-        groups = tl.arange(0, BLOCK_GROUPS)
-        lr_addresses = tl.load(lr_addresses_ptr + groups, mask=groups < num_groups, other=0)
-        lrs = tl.load(lr_addresses.to(tl.pointer_type(tl.float32)), mask=lr_addresses != 0, other=0.0)
-        is_invalid = ~((lrs >= 0.0) & (lrs < float("inf")))
-        if tl.max(is_invalid.to(tl.int32), axis=0) != 0:
-            return
 
     # --- the row and the chunk of this program
     row = tl.load(chunks_ptr + 2 * tl.program_id(0))
@@ -380,6 +368,18 @@ def _lars_apply_kernel(
     inv_scale = 1.0
     if grad_scale_ptr is not None:
         inv_scale = tl.div_rn(1.0, tl.load(grad_scale_ptr).to(tl.float32))
+    num_invalid = 0
+    if tau_ptr is not None:
+        one_minus_tau = load_ema_weight(tau_ptr)
+        num_invalid += tl.where(one_minus_tau >= 0.0, 0, 1)
+    if BLOCK_GROUPS > 0:
+        # The learning rates of all groups, because a step is skipped as a whole.
+        groups = tl.arange(0, BLOCK_GROUPS)
+        lr_addresses = tl.load(lr_addresses_ptr + groups, mask=groups < num_groups, other=0)
+        lrs = tl.load(lr_addresses.to(tl.pointer_type(tl.float32)), mask=lr_addresses != 0, other=0.0)
+        num_invalid += tl.sum(tl.where((lrs >= 0.0) & (lrs < float("inf")), 0, 1), axis=0)
+    if num_invalid != 0:  # here and not above: until here all loads are under way at once
+        return
 
     # --- update, with the dtypes of the row: they are known when the kernel is compiled, which of them at run time
     every = p_address | g_address | v_address | t_address | p_copy_address | t_copy_address
