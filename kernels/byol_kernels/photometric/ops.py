@@ -185,7 +185,7 @@ def _checked_mean_std(
         smallest = 0.0 if name == "std" else -math.inf
         if values is None or len(values) != 3 or not all(smallest < value < math.inf for value in values):
             raise ValueError(
-                f"photometric: {name} must be three finite numbers{', all positive' if name == 'std' else ''}, got "
+                f"photometric: {name} must be three numbers, {'all positive' if name == 'std' else 'all finite'}, got "
                 f"{values}; pass both mean and std, for values from 0 to 1, or neither"
             )
     if dtype == torch.uint8:
