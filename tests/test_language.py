@@ -120,6 +120,10 @@ def test_spelling_is_american() -> None:
     assert not found, "\n".join(found)
 
 
+def test_no_conflict_of_a_merge_is_left() -> None:
+    assert not [name for name, text in texts().items() if re.search("^(<{7}|>{7})( |$)", text, re.MULTILINE)]
+
+
 def test_docstrings_say_what_a_thing_is() -> None:
     """A first line is a noun or a verb, not a question word."""
     question = re.compile(r'^\s*"""(What|Whether|How|Who|Why|So many|As many)\b', re.MULTILINE)
