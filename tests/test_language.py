@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
@@ -88,6 +89,7 @@ SPELLINGS = {
 }
 
 
+@functools.cache
 def texts() -> dict[str, str]:
     """Text of each source and document, by its path in the repository, without this file and the measurements."""
     paths = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "pyproject.toml"]
@@ -103,20 +105,21 @@ def is_checked(name: str) -> bool:
 
 def test_replaced_identifiers_are_gone() -> None:
     found = []
+    words = re.compile(rf"\b(?:{'|'.join(REPLACED)})\b")
     for name, text in texts().items():
-        for old, new in REPLACED.items():
-            if re.search(rf"\b{old}\b", text) and name not in ALLOWED.get(old, ()):
-                found.append(f"{name}: {old} is called {new}")
+        for old in sorted(set(words.findall(text))):
+            if name not in ALLOWED.get(old, ()):
+                found.append(f"{name}: {old} is called {REPLACED[old]}")
     assert not found, "\n".join(found)
 
 
 def test_spelling_is_american() -> None:
     found = []
     for name, text in texts().items():
-        for number, line in enumerate(text.splitlines(), 1):
-            for pattern, spelling in SPELLINGS.items():
-                if match := re.search(pattern, line, re.IGNORECASE):
-                    found.append(f"{name}:{number}: {match[0]!r} is spelled with {spelling!r}")
+        for pattern, spelling in SPELLINGS.items():
+            for match in re.finditer(pattern, text, re.IGNORECASE):
+                number = text.count("\n", 0, match.start()) + 1
+                found.append(f"{name}:{number}: {match[0]!r} is spelled with {spelling!r}")
     assert not found, "\n".join(found)
 
 

@@ -106,8 +106,8 @@ class ModelEmaV3(nn.Module):
         for average, value in pairs:
             is_rounded = self.stochastic_rounding and average.dtype == torch.bfloat16
             is_fused = self.foreach and not is_low_precision(average)
-            chosen = rounded if is_rounded else fused if is_fused else others
-            chosen.append((average, value.to(average.device)))
+            group = rounded if is_rounded else fused if is_fused else others
+            group.append((average, value.to(average.device)))
         ema_update_([average for average, _ in fused], [value for _, value in fused], decay)
         for group in [rounded] if self.foreach else [[pair] for pair in rounded]:
             self._lerp_at_random(group, 1.0 - decay)

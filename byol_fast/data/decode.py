@@ -23,7 +23,7 @@ _RGB = 3
 
 _FULL_RANGES = (1, 255, 4095, 65535)
 _MIN_16_BIT = 4096
-"""Smallest largest value of a 16-bit picture: below it, 12 bits or fewer were stored in 16."""
+"""A 16-bit picture whose values are all smaller has 12 bits or fewer, stored in 16."""
 
 
 class PixelDepthError(ValueError):
@@ -64,9 +64,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     has_16_bits = _has_16_bit_channels(image)  # known until the pixels are loaded, of which PIL keeps the upper bytes
     rgb = image.convert("RGB")
     if has_16_bits:
-        low, high = (function(np.asarray(rgb)) for function in (np.min, np.max))
-        if high < _MIN_16_BIT >> 8:
-            raise PixelDepthError(f"mode {image.mode} of 16 bits", int(low) << 8, (int(high) << 8) + 255)
+        upper_bytes = np.asarray(rgb)
+        low, high = int(upper_bytes.min()) << 8, (int(upper_bytes.max()) << 8) + 255
+        if high < _MIN_16_BIT:
+            raise PixelDepthError(f"mode {image.mode} of 16 bits", low, high)
     return rgb
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from byol_fast.config import ConfigError
 from byol_fast.models.layers import Normalize
 from byol_fast.utils.checkpoint import check_finite
+from byol_fast.utils.errors import first_line
 from byol_fast.utils.files import atomic_path
 
 Format = Literal["torchvision", "torch-export", "onnx", "timm"]
@@ -134,10 +135,6 @@ def _as_strings(metadata: dict[str, Any]) -> dict[str, str]:
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 @torch.no_grad()
 def _compare(
     module: ExportModule, metadata: dict[str, Any], path: Path, run: Callable[[Tensor], Tensor]
@@ -178,7 +175,7 @@ def _trace(module: ExportModule, metadata: dict[str, Any], format: Format) -> to
     except Exception as error:  # torch raises all kinds of errors on code it cannot trace
         raise ExportError(
             f"export: {format} does not support {metadata['encoder']} with any number of images "
-            f"({_first_line(error)}); use --format torchvision"
+            f"({first_line(error)}); use --format torchvision"
         ) from error
 
 
@@ -214,7 +211,7 @@ def _export_onnx(module: ExportModule, metadata: dict[str, Any], path: Path) -> 
             )
     except Exception as error:
         raise ExportError(
-            f"export: onnx does not support {metadata['encoder']} ({_first_line(error)}); use torch-export"
+            f"export: onnx does not support {metadata['encoder']} ({first_line(error)}); use torch-export"
         ) from error
     assert onnx is not None
     onnx.model.metadata_props.update(_as_strings(_file_metadata(module, metadata)))
@@ -319,6 +316,6 @@ def _timm(path: Path, name: str, arguments: dict[str, Any], cifar_stem: bool) ->
         model.load_state_dict(load_file(path))
     except RuntimeError as error:
         raise ExportError(
-            f"export: timm's {name} does not accept these weights ({_first_line(error)}); nothing written"
+            f"export: timm's {name} does not accept these weights ({first_line(error)}); nothing written"
         ) from error
     return model.eval()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from byol_fast.models.split_batchnorm import disable_sync
+from byol_fast.utils.errors import first_line
 
 
 def _narrow_resnet18() -> nn.Module:
@@ -250,8 +251,3 @@ def _probe(network: nn.Module, image_size: int) -> int:
             "wrap it in a module that picks the features"
         )
     return int(features.flatten(1).shape[1])
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type if it has none."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from byol_fast.profiling.flops import attention_flops, forward_flops
+from byol_fast.utils.errors import first_line
 
 Kind = Literal[
     "conv", "matmul", "attention", "batch norm", "norm", "pointwise", "pool", "copy", "cat", "free", "unmodeled"
@@ -244,7 +245,7 @@ def trace(network: nn.Module, inputs: Sequence[Tensor]) -> Graph:
     except (NotImplementedError, RuntimeError) as error:
         raise ValueError(
             f"roofline: the encoder must run on meta tensors (shapes without values), {type(network).__name__} failed "
-            f"with: {str(error).splitlines()[0]}; set the size of the views to what it takes, and remove "
+            f"with: {first_line(error)}; set the size of the views to what it takes, and remove "
             "operations that depend on values"
         ) from error
     finally:

@@ -97,7 +97,7 @@ def build_components(config: Config, *, data: object, resume: Path | None) -> Tr
         execution = _resolve_execution(config, world)
         run_dir, lock, notes = _open_run_dir(config, resume, world)
         try:
-            return _build(config, data, execution, run_dir, lock, notes, resume=resume is not None)
+            return _build(config, data, execution, run_dir, lock, notes)
         except BaseException:
             if lock is not None:
                 lock.release()
@@ -105,20 +105,13 @@ def build_components(config: Config, *, data: object, resume: Path | None) -> Tr
 
 
 def _build(
-    config: Config,
-    data: object,
-    execution: Execution,
-    run_dir: RunDir,
-    lock: RunLock | None,
-    notes: list[str],
-    *,
-    resume: bool,
+    config: Config, data: object, execution: Execution, run_dir: RunDir, lock: RunLock | None, notes: list[str]
 ) -> TrainerComponents:
-    """Build the parts of a run in its locked directory."""
+    """Build the parts of a run in its locked directory, which has checkpoints only if it is resumed."""
     world = execution.world
     if config.max_autotune:
         notes.append("max_autotune: kernels are tuned before the first step, for a ResNet-50 25-60 minutes")
-    has_checkpoint = resume and world.run_on_main(run_dir.has_checkpoints)
+    has_checkpoint = world.run_on_main(run_dir.has_checkpoints)
     environment = describe_environment(config, execution)
 
     # --- data and model

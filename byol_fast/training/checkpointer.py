@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,9 @@ class Checkpointer:
     def _check_finite(self, payload: dict[str, Any]) -> None:
         """A checkpoint with a NaN or an infinity would pass for a good one."""
         state = self._components.state
-        found = state.world.all_gather(checkpoints.nonfinite(named_tensors(payload)))
-        names = [name for names_of_rank in found for name in names_of_rank]
-        if names:
-            raise TrainingError(self.divergence_message(f"{names[0]} is not finite after step {state.step}"))
+        names_by_rank = state.world.all_gather(checkpoints.nonfinite(named_tensors(payload)))
+        if (name := next(chain.from_iterable(names_by_rank), None)) is not None:
+            raise TrainingError(self.divergence_message(f"{name} is not finite after step {state.step}"))
 
     def divergence_message(self, problem: str) -> str:
         """Error message of a run that diverged, with its last good checkpoint and what usually helps."""

@@ -23,6 +23,7 @@ from byol_fast.training.messages import startup_summary, status_line, training_b
 from byol_fast.training.metrics import MetricsLogger, Record, StepRecords, ThroughputMeter
 from byol_fast.training.run_dir import RunResult, not_writable
 from byol_fast.training.state import steps_in, whole_steps_in
+from byol_fast.utils.errors import first_line
 from byol_fast.utils.output import ignore_output_errors
 from byol_fast.utils.profiler_ranges import record_range
 from byol_fast.utils.progress import Progress, ProgressBar
@@ -116,7 +117,7 @@ class Trainer:
             Interrupted: SIGINT, SIGTERM or SIGHUP; everything up to the last finished step is saved.
             TrainingError: too many skipped steps in a row, or out of memory.
             CheckpointError: a checkpoint or the metrics could not be written.
-            RuntimeError: another run is being built or trained in this process, or this trainer has given up its
+            RuntimeError: another run is being built or trained in this process, or this trainer has released its
                 folder: it trains once, and a later trainer of the same folder takes over.
         """
         with exclusive():
@@ -147,7 +148,7 @@ class Trainer:
         return self._finish()
 
     def close(self) -> None:
-        """Give up the run folder and the loader's threads without training."""
+        """Release the run folder and the loader's threads without training."""
         self.loader.close()
         self._release_lock()
 
@@ -170,7 +171,7 @@ class Trainer:
         try:
             output = self.train_step(batches, self.state.step)
         except torch.OutOfMemoryError as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
         else:
             self.state.step += 1
             probe_top1 = None
@@ -319,7 +320,7 @@ class Trainer:
         run_dir, lock = self._parts.run_dir, self._parts.lock
         if lock is None or not lock.held:
             raise RuntimeError(
-                f"training: a Trainer trains once and must hold the lock of {self.run_dir}, this one has given it up; "
+                f"training: a Trainer trains once and must hold the lock of {self.run_dir}, this one has released it; "
                 "build another one, with `resume` to continue the run"
             )
         try:

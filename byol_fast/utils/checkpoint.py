@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from byol_fast.utils.errors import summary
 from byol_fast.utils.files import atomic_path
 
 log = logging.getLogger(__name__)
@@ -92,14 +93,15 @@ def save(
         intact = ", ".join(map(str, intact_steps(folder))) or "none"
         free = shutil.disk_usage(folder if folder.exists() else Path("/")).free / 2**30
         raise CheckpointError(
-            f"checkpoint: {path} could not be written ({free:.2f} GiB free there; {reason(error)}); free space or fix "
+            f"checkpoint: {path} could not be written ({free:.2f} GiB free there; {summary(error)}); free space or fix "
             f"the folder's permissions, then resume; intact checkpoints: {intact}"
         ) from error
     if keep is not None:
         earlier = [s for s in saved_steps(folder) if s < step]
-        kept = [s for s in earlier if previous is None or s <= previous][1 - keep :] if keep > 1 else []
+        good = [s for s in earlier if previous is None or s <= previous]
+        retained = good[1 - keep :] if keep > 1 else []
         for old in earlier:
-            if old not in kept:
+            if old not in retained:
                 path_at_step(folder, old).unlink(missing_ok=True)
     return path
 
@@ -185,7 +187,7 @@ def load(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint: {path} does not exist") from None
     except OSError as error:
-        raise CheckpointError(f"checkpoint: {path} cannot be read ({reason(error)})") from error
+        raise CheckpointError(f"checkpoint: {path} cannot be read ({summary(error)})") from error
     if not intact:
         stored = _stored_format(path)
         if stored not in {None, FORMAT}:
@@ -194,7 +196,7 @@ def load(path: Path) -> dict[str, Any]:
     try:
         payload: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"checkpoint: {path} cannot be loaded ({reason(error)})") from error
+        raise CheckpointError(f"checkpoint: {path} cannot be loaded ({summary(error)})") from error
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         stored = payload.get("format") if isinstance(payload, dict) else type(payload).__name__
         raise CheckpointError(_format_message(path, stored))
@@ -271,7 +273,7 @@ def restoring(path: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
             raise
-        raise CheckpointError(f"checkpoint: {path} cannot be restored ({reason(error)})") from error
+        raise CheckpointError(f"checkpoint: {path} cannot be restored ({summary(error)})") from error
 
 
 def nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -305,8 +307,3 @@ def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
     if names := nonfinite(tensors):
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise CheckpointError(f"{what} must be finite, but {names[0]}{more} is not; use an earlier checkpoint")
-
-
-def reason(error: Exception) -> str:
-    """Class of an error and the first line of its message."""
-    return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__

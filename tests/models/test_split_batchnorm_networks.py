@@ -57,6 +57,7 @@ NOT_FINE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "spectral norm": (lambda: nn.Sequential(Spectral(), nn.BatchNorm2d(4)), "mixes images|its buffer .*_u differs"),
     "lazy": (lambda: with_norm(nn.LazyBatchNorm2d()), "does not know its channels yet"),
     "fails in float64": (lambda: nn.Sequential(Half(), nn.BatchNorm2d(3)), "could not be tried in float64"),
+    "fails without a message": (lambda: nn.Sequential(Float32(), nn.BatchNorm2d(3)), r"float64 \(TypeError\)"),
 }
 
 
@@ -73,6 +74,13 @@ class Both(nn.Module):
 class Half(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, torch.eye(5))
+
+
+class Float32(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            raise TypeError
+        return x
 
 
 @pytest.mark.parametrize("name", FINE)

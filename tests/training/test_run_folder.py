@@ -389,12 +389,12 @@ def test_trainer_built_in_between_changes_nothing(small: Config, monkeypatch: py
     assert not between.run_dir.exists()
 
 
-def test_trainer_that_gave_up_its_folder_is_refused(small: Config) -> None:
+def test_trainer_that_released_its_folder_is_refused(small: Config) -> None:
     first = Trainer(small)
     later = Trainer(small)
-    with pytest.raises(RuntimeError, match="this one has given it up; build another one"):
+    with pytest.raises(RuntimeError, match="this one has released it; build another one"):
         first.fit()
     later.fit()
-    with pytest.raises(RuntimeError, match="this one has given it up; build another one"):
+    with pytest.raises(RuntimeError, match="this one has released it; build another one"):
         later.fit()
     assert Trainer(small, resume=later.run_dir).fit().steps == 6

@@ -89,11 +89,11 @@ def read_members(file: BinaryIO) -> Iterator[TarMember]:
         kinds = b""
         while header.type in _EXTENDED:
             kinds += header.type
-            found = _read_records(file, header, offset, end)
+            new = _read_records(file, header, offset, end)
             if header.type == tarfile.XGLTYPE:
-                defaults |= found
+                defaults |= new
             else:
-                records = found | records  # where two name a member, the first one counts
+                records = new | records  # where two name a member, the first one counts
             offset += BLOCK + _padded(header.size)
             header = _read_header(file, offset, end)
             if header is None:

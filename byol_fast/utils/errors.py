@@ -1,0 +1,14 @@
+"""Errors in one line, for messages that quote them."""
+
+from __future__ import annotations
+
+
+def first_line(error: Exception) -> str:
+    """First line of an error's message, or its type if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def summary(error: Exception) -> str:
+    """Type of an error and the first line of its message."""
+    name, line = type(error).__name__, first_line(error)
+    return name if line == name else f"{name}: {line}"
