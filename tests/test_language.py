@@ -107,9 +107,8 @@ def test_replaced_identifiers_are_gone() -> None:
     found = []
     words = re.compile(rf"\b(?:{'|'.join(REPLACED)})\b")
     for name, text in texts().items():
-        for old in sorted(set(words.findall(text))):
-            if name not in ALLOWED.get(old, ()):
-                found.append(f"{name}: {old} is called {REPLACED[old]}")
+        replaced = sorted(old for old in set(words.findall(text)) if name not in ALLOWED.get(old, ()))
+        found += [f"{name}: {old} is called {REPLACED[old]}" for old in replaced]
     assert not found, "\n".join(found)
 
 
