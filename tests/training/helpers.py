@@ -1,23 +1,41 @@
-"""A small BYOL, its batches and its training step."""
+"""A small BYOL, its batches and its training step; small runs, also in processes of their own."""
 
 from __future__ import annotations
 
 import math
+import multiprocessing
 from typing import Any
 
 import torch
 
 from byol_fast.config import OptimConfig
 from byol_fast.data import Batch
+from byol_fast.models import encoders
 from byol_fast.models.base import SSLModel, ViewBatching
 from byol_fast.models.byol import BYOL
 from byol_fast.optim.optimizers import build_optimizer
 from byol_fast.optim.schedules import RunSchedule
 from byol_fast.training.train_step import TrainStep
 from byol_fast.utils.precision import Precision
+from tests.networks import SmallResidualNetwork
 
 SCHEDULE = RunSchedule(total_steps=8, base_lr=20.0, batch_size=8, tau_base=0.9)
 FP32, BF16, FP16 = Precision("fp32", None), Precision("bf16", torch.bfloat16), Precision("fp16", torch.float16)
+
+SMALL_RUN: dict[str, Any] = {"model.encoder": "small", "data.loader": "threaded", "tensorboard": False}
+"""Changes that make `tiny` a run of a tenth of a second; see `use_small_encoder`."""
+
+# Processes are forked from a server that has imported the package and has no threads: they start in milliseconds.
+FORK_SERVER = multiprocessing.get_context("forkserver")
+FORK_SERVER.set_forkserver_preload(
+    ["byol_fast.training.trainer", "torchvision", "torch.utils.tensorboard", "pytest", "tests.training.helpers"]
+)
+
+
+def use_small_encoder() -> None:
+    """Register the encoder of `SMALL_RUN` in this process, which is one of `FORK_SERVER`; use one thread."""
+    encoders.OWN_ENCODERS["small"] = lambda **_: SmallResidualNetwork()
+    torch.set_num_threads(1)
 
 
 def small_byol(view_batching: ViewBatching = "batched") -> BYOL:

@@ -29,6 +29,7 @@ from byol_fast.training.trainer import Trainer
 from byol_fast.utils import checkpoint as checkpoints
 from byol_fast.utils.checkpoint import CheckpointError
 from tests.networks import SmallResidualNetwork
+from tests.training.helpers import SMALL_RUN
 
 T = TypeVar("T")
 
@@ -37,7 +38,7 @@ T = TypeVar("T")
 def small(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> Config:
     """`tiny` with a network of milliseconds and without TensorBoard."""
     monkeypatch.setitem(encoders.OWN_ENCODERS, "small", lambda **_: SmallResidualNetwork())
-    return configs.replace(tiny, {"model.encoder": "small", "tensorboard": False, "data.loader": "threaded"})
+    return configs.replace(tiny, SMALL_RUN)
 
 
 def steps_of(trainer: Trainer) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 from multiprocessing.connection import Connection
@@ -17,26 +16,20 @@ import torch
 from byol_fast import config as configs
 from byol_fast.config import Config
 from byol_fast.training.metrics import read
+from byol_fast.training.resume import find_resumable
+from byol_fast.training.trainer import Trainer
 from byol_fast.utils import checkpoint as checkpoints
-from tests.networks import SmallResidualNetwork
 from tests.training.file_operations import FileOperations
+from tests.training.helpers import FORK_SERVER, SMALL_RUN, use_small_encoder
 
-# Processes are forked from a server that has only imported the package: a start takes milliseconds, not seconds.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["byol_fast.training.trainer", "torchvision", "tests.training.test_crashes"])
 CLOCK = {"images_per_second", "data_wait", "peak_memory_gib"}
 NUM_KILLS = 8
 
 
 def train(config: Config, kill_at: int, connection: Connection) -> None:
     """Resume or start a run as `--resume auto` does; send the step at which it begins, and its file operations."""
-    from byol_fast.models import encoders
-    from byol_fast.training.resume import find_resumable
-    from byol_fast.training.trainer import Trainer
-
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    encoders.OWN_ENCODERS["small"] = lambda **_: SmallResidualNetwork()
-    torch.set_num_threads(1)
+    use_small_encoder()
     operations = FileOperations(kill_at)
     trainer = Trainer(config, resume=find_resumable(config))
     begin = trainer.state.step
@@ -46,8 +39,8 @@ def train(config: Config, kill_at: int, connection: Connection) -> None:
 
 def run(config: Config, kill_at: int = 0) -> tuple[int, int]:
     """Train in a process of its own; returns its first step and the number of file operations, 0 if it was killed."""
-    receiver, sender = CONTEXT.Pipe(duplex=False)
-    process = CONTEXT.Process(target=train, args=(config, kill_at, sender))
+    receiver, sender = FORK_SERVER.Pipe(duplex=False)
+    process = FORK_SERVER.Process(target=train, args=(config, kill_at, sender))
     process.start()
     sender.close()
     process.join()
@@ -92,8 +85,9 @@ def test_run_killed_at_a_file_operation_equals_an_uninterrupted_run(
     """Twelve steps, a checkpoint every three, an evaluation and perhaps a best checkpoint every five."""
     val = npz.with_name("val.npz")
     np.savez(val, images=photos[:30], labels=np.arange(30) % 2)
-    changes = {"checkpoint_every": 3, "data.loader": "threaded", "model.encoder": "small", "tensorboard": False}
-    config = configs.replace(tiny, changes | {"knn": {"val_root": val, "every_epochs": 1, "k": 3}})
+    config = configs.replace(
+        tiny, SMALL_RUN | {"checkpoint_every": 3, "knn": {"val_root": val, "every_epochs": 1, "k": 3}}
+    )
     config.out.mkdir()  # so that no run creates it
     whole = configs.replace(config, {"name": "000"})  # names of one length, so that all files are of one length
     begin, count = run(whole)

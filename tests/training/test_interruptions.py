@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import select
 import signal
@@ -13,23 +12,16 @@ from functools import partial
 from multiprocessing.process import BaseProcess
 
 import pytest
-import torch
 
 from byol_fast import Callback
 from byol_fast import config as configs
 from byol_fast.config import Config, recipes
-from byol_fast.models import encoders
 from byol_fast.training.metrics import read
 from byol_fast.training.train_step import StepOutput
 from byol_fast.training.trainer import Trainer
 from byol_fast.utils import checkpoint as checkpoints
-from tests.networks import SmallResidualNetwork
+from tests.training.helpers import FORK_SERVER, SMALL_RUN, use_small_encoder
 
-# Processes are forked from a server that has imported torch and has no threads; it is shared with other tests.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    ["byol_fast.training.trainer", "torchvision", "torch.utils.tensorboard", "tests.networks"]
-)
 STEPS, LAST = 6, 4
 TERMINAL = 100
 """A descriptor of the terminal that the run does not know."""
@@ -38,8 +30,7 @@ TERMINAL = 100
 @pytest.fixture
 def small(tiny: Config) -> Config:
     """A run of a tenth of a second that saves at its end only."""
-    changes = {"model.encoder": "small", "data.loader": "threaded", "tensorboard": False, "checkpoint_every": 100}
-    return configs.replace(tiny, {**changes, "steps": STEPS})
+    return configs.replace(tiny, SMALL_RUN | {"checkpoint_every": 100, "steps": STEPS})
 
 
 def lose_pipe() -> None:
@@ -86,8 +77,7 @@ class AtStep(Callback):
 
 def prepare(lose: Callable[[], None], ignored: Sequence[int] = ()) -> None:
     """Set up the new process."""
-    encoders.OWN_ENCODERS["small"] = lambda **_: SmallResidualNetwork()
-    torch.set_num_threads(1)
+    use_small_encoder()
     for signum in ignored:
         signal.signal(signum, signal.SIG_IGN)
     lose()
@@ -119,7 +109,7 @@ def pretrain(config: Config, lose: Callable[[], None]) -> None:
 
 
 def start(function: Callable[..., None], *arguments: object) -> BaseProcess:
-    process = SERVER.Process(target=function, args=arguments)
+    process = FORK_SERVER.Process(target=function, args=arguments)
     process.start()
     return process
 

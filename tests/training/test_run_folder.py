@@ -35,20 +35,14 @@ from byol_fast.training.train_step import StepOutput
 from byol_fast.training.trainer import Trainer
 from byol_fast.utils import checkpoint as checkpoints
 from tests.networks import SmallResidualNetwork
-
-# Processes that train are forked from a server that has imported torch and has no threads; other tests share it.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    ["byol_fast.training.trainer", "torchvision", "torch.utils.tensorboard", "tests.networks"]
-)
+from tests.training.helpers import FORK_SERVER, SMALL_RUN, use_small_encoder
 
 
 @pytest.fixture
 def small(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> Config:
     """A run of a tenth of a second."""
     monkeypatch.setitem(encoders.OWN_ENCODERS, "small", lambda **_: SmallResidualNetwork())
-    changes = {"model.encoder": "small", "data.loader": "threaded", "tensorboard": False, "checkpoint_every": 3}
-    return configs.replace(tiny, {**changes, "steps": 6})
+    return configs.replace(tiny, SMALL_RUN | {"checkpoint_every": 3, "steps": 6})
 
 
 class StopAt(Callback):
@@ -68,7 +62,7 @@ def child(
 ) -> Iterator[tuple[BaseProcess, Connection]]:
     """A process that calls `act` with its end of a pipe; killed at the end of the block."""
     here, there = multiprocessing.Pipe()
-    context = SERVER if server else multiprocessing.get_context("fork")
+    context = FORK_SERVER if server else multiprocessing.get_context("fork")
     process = context.Process(target=act, args=(there, *arguments))
     process.start()
     there.close()
@@ -93,8 +87,7 @@ def train_and_wait(pipe: Connection, config: Config, step: int) -> None:
         pipe.send(step)
         pipe.recv()
 
-    torch.set_num_threads(1)
-    encoders.OWN_ENCODERS["small"] = lambda **_: SmallResidualNetwork()
+    use_small_encoder()
     Trainer(config, callbacks=[StopAt(step, wait)]).fit()
 
 
