@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import resource
+import shutil
 import signal
 import tempfile
 from collections.abc import Callable
@@ -218,9 +219,13 @@ def unwritable(trainer: Trainer) -> None:
 
 
 def make_old(run: Path) -> None:
-    for path in (run / "checkpoints").iterdir():
-        path.unlink()
-        torch.save({"format": 1}, path)
+    folder, current = run / "checkpoints", checkpoints.FORMAT
+    steps = checkpoints.saved_steps(folder)
+    shutil.rmtree(folder)
+    checkpoints.FORMAT = 1
+    for step in steps:
+        checkpoints.save(folder, step, {})
+    checkpoints.FORMAT = current
 
 
 def restore_folder(run: Path) -> None:

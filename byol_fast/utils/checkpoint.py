@@ -9,12 +9,10 @@ import json
 import logging
 import math
 import os
-import pickletools
 import re
 import shutil
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,9 +31,7 @@ FORMAT = 4
 # checksum are replaced together. torch.load still reads it, because zip readers ignore what follows the archive.
 _TRAILER = b"\nsha256:"
 _TRAILER_SIZE = len(_TRAILER) + 64 + 1
-_NAME = re.compile(r"step_(\d+)\.pt")
-_BEST_NAME = re.compile(r"best_step_(\d+)\.pt")
-_ANY_NAME = re.compile(r"(?:best_)?step_(\d+)\.pt")
+_NAME = re.compile(r"(best_)?step_(\d+)\.pt")
 
 
 class CheckpointError(RuntimeError):
@@ -48,22 +44,21 @@ def path_at_step(folder: Path, step: int) -> Path:
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints in a folder, in ascending order."""
+    """Steps of the checkpoints in a folder, in ascending order; without the best one."""
     if not folder.is_dir():
         return []
-    return sorted(int(match[1]) for match in (_NAME.fullmatch(p.name) for p in folder.iterdir()) if match)
+    matches = (_NAME.fullmatch(p.name) for p in folder.iterdir())
+    return sorted(int(match[2]) for match in matches if match and not match[1])
 
 
-def intact_steps(folder: Path) -> list[int]:
+def _intact_steps(folder: Path) -> list[int]:
     """`saved_steps` without damaged checkpoints; reads all of them."""
-
-    def is_readable(step: int) -> bool:
-        try:
-            return _is_intact(path_at_step(folder, step))
-        except OSError:
-            return False
-
-    return [step for step in saved_steps(folder) if is_readable(step)]
+    steps = []
+    for step in saved_steps(folder):
+        with suppress(OSError):
+            if _is_intact(path_at_step(folder, step)):
+                steps.append(step)
+    return steps
 
 
 def save(
@@ -90,7 +85,7 @@ def save(
             torch.save({"format": FORMAT, "step": step, **payload}, file)
             file.write(_TRAILER + file.digest.hexdigest().encode() + b"\n")
     except (OSError, RuntimeError) as error:  # torch's zip writer may report a full disk as RuntimeError
-        intact = ", ".join(map(str, intact_steps(folder))) or "none"
+        intact = ", ".join(map(str, _intact_steps(folder))) or "none"
         free = shutil.disk_usage(folder if folder.exists() else Path("/")).free / 2**30
         raise CheckpointError(
             f"checkpoint: {path} could not be written ({free:.2f} GiB free there; {summary(error)}); free space or fix "
@@ -125,7 +120,7 @@ def save_as_best(path: Path, *, keep_others: bool = False) -> None:
     except OSError as error:
         raise CheckpointError(f"checkpoint: {best} could not be written ({error}); free space, then resume") from error
     for other in () if keep_others else path.parent.iterdir():
-        if other != best and _BEST_NAME.fullmatch(other.name):
+        if other != best and (match := _NAME.fullmatch(other.name)) and match[1]:
             other.unlink(missing_ok=True)
 
 
@@ -165,17 +160,6 @@ def _is_intact(path: Path) -> bool:
         return file.read() == _TRAILER + digest.hexdigest().encode() + b"\n"
 
 
-def _stored_format(path: Path) -> object:
-    """The format that a file of torch.save names, found without unpickling it; None if there is none."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            (name,) = (n for n in archive.namelist() if n.endswith("/data.pkl"))
-            values = (value for opcode, value, _ in pickletools.genops(archive.read(name)) if "PUT" not in opcode.name)
-            return next(values, None) if "format" in values else None
-    except Exception:  # a damaged file raises errors of all kinds
-        return None
-
-
 def load(path: Path) -> dict[str, Any]:
     """Load one checkpoint onto the CPU; only a file whose checksum matches is unpickled.
 
@@ -189,9 +173,6 @@ def load(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"checkpoint: {path} cannot be read ({summary(error)})") from error
     if not intact:
-        stored = _stored_format(path)
-        if stored not in {None, FORMAT}:
-            raise CheckpointError(_format_message(path, stored))
         raise CheckpointError(f"checkpoint: {path} is damaged (its checksum does not match); restore it from a copy")
     try:
         payload: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
@@ -199,22 +180,18 @@ def load(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint: {path} cannot be loaded ({summary(error)})") from error
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         stored = payload.get("format") if isinstance(payload, dict) else type(payload).__name__
-        raise CheckpointError(_format_message(path, stored))
+        raise CheckpointError(
+            f"checkpoint: {path} must have format {FORMAT}, got {stored}; it was written by another version of "
+            "byol_fast: resume with that version, or start a new run"
+        )
     return payload
-
-
-def _format_message(path: Path, stored: object) -> str:
-    return (
-        f"checkpoint: {path} must have format {FORMAT}, got {stored}; it was written by another version of byol_fast: "
-        "resume with that version, or start a new run"
-    )
 
 
 def newest_first(folder: Path) -> list[Path]:
     """Paths of all checkpoints in a folder, also of the best one, from the newest to the oldest."""
     if not folder.is_dir():
         return []
-    steps = {p: int(match[1]) for p in folder.iterdir() if (match := _ANY_NAME.fullmatch(p.name))}
+    steps = {p: int(match[2]) for p in folder.iterdir() if (match := _NAME.fullmatch(p.name))}
     # Of the same step, the best one comes last: mostly it is a link to the other.
     return sorted(steps, key=lambda p: (steps[p], p.name), reverse=True)
 
