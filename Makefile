@@ -46,9 +46,10 @@ test: $(READY)
 	$(PY) -m pytest -q -n auto --dist worksteal --durations=25 -m "not slow and not peers and not browser"
 	BYOL_FAST_REHEARSE=1 $(PY) -m pytest -q -n auto --dist worksteal -m gpu tests/test_gpu.py tests/data tests/training tests/utils
 
-# The kernels, the numbers, what is compiled, and what a step asks of CUDA, on the oldest supported torch and triton.
+# The kernels, the numbers, what is compiled, what a step asks of CUDA, and what uses torch's own parts (recomputation,
+# pickled and traced models), on the oldest supported torch and triton.
 test-oldest: .venv-oldest/.ready
-	$(OLDEST) -m pytest -q -n auto --dist worksteal --durations=25 -m "not slow and not peers and not browser" tests/kernels tests/numbers tests/test_compiled.py tests/models/test_split_batchnorm_processes.py tests/test_cuda_operators.py
+	$(OLDEST) -m pytest -q -n auto --dist worksteal --durations=25 -m "not slow and not peers and not browser" tests/kernels tests/numbers tests/test_compiled.py tests/models/test_split_batchnorm_processes.py tests/test_cuda_operators.py tests/training/test_activation_checkpoint.py tests/models/test_changed_models.py
 
 # Beside the other packages, in at most ten minutes on two CPU cores. Results go to bench/DATE-TIME.
 bench: $(PEERS_READY)
