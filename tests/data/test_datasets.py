@@ -209,6 +209,21 @@ def test_plain_torchvision_datasets_are_read_directly(tmp_path: Path) -> None:
     put(tmp_path, "ant/0.png", "bee/1.png")
     assert isinstance(open_source(torchvision.datasets.ImageFolder(tmp_path)), FileSource)
     assert isinstance(open_source(cifar()), ArraySource)
+    assert isinstance(open_source(cifar(torchvision.datasets.CIFAR100)), ArraySource)
+
+
+class BeesAndBugs(torchvision.datasets.ImageFolder):  # type: ignore[misc]
+    """It overrides the method that torchvision documents for this."""
+
+    def find_classes(self, directory: Any) -> tuple[list[str], dict[str, int]]:
+        return ["bee", "bug"], {"bee": 0, "bug": 1}
+
+
+def test_subclass_that_chooses_other_files_is_read_directly(tmp_path: Path) -> None:
+    put(tmp_path, "ant/0.png", "bee/1.png", "bug/2.png")
+    source = files_of(BeesAndBugs(tmp_path))
+    assert source.paths == ("bee/1.png", "bug/2.png")
+    assert source.classes == ("bee", "bug") and labels_of(source) == [0, 1]
 
 
 def test_target_transform_is_applied(tmp_path: Path) -> None:

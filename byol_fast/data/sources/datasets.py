@@ -43,13 +43,10 @@ _LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls", "target")
 _NUM_FINGERPRINTED = 16
 
 _ONE_READ = threading.RLock()  # of the whole process: train and validation sets may share an open file
-_FOLDERS = (torchvision.datasets.DatasetFolder, torchvision.datasets.ImageFolder, torchvision.datasets.ImageNet)
+# Classes whose items are their files, and their arrays; others of torchvision inherit the reading (ImageNet, CIFAR100).
+_FOLDERS = (torchvision.datasets.DatasetFolder,)
 _ARRAYS = tuple(
-    getattr(torchvision.datasets, name)
-    for name in (
-        *("CIFAR10", "CIFAR100", "MNIST", "EMNIST", "FashionMNIST", "KMNIST", "QMNIST", "SEMEION", "STL10", "SVHN"),
-        "USPS",
-    )
+    getattr(torchvision.datasets, name) for name in ("CIFAR10", "MNIST", "QMNIST", "SEMEION", "STL10", "SVHN", "USPS")
 )
 
 
@@ -148,8 +145,9 @@ class HuggingFaceSource(EncodedSource):
 def is_read_directly(dataset: Any) -> bool:
     """Return True if the items of a dataset are its stored images: the rows of Hugging Face, `.samples` or `.data`.
 
-    They are for the classes of `datasets` and torchvision, unless they have a loader or transform of the user's, and
-    for objects without `__getitem__`. Every other dataset may read, choose or change its images in its own way.
+    They are for the classes of `datasets` and torchvision, and classes that inherit their `__getitem__` and `__len__`,
+    unless they have a loader or transform of the user's; and for objects without `__getitem__`. Every other dataset may
+    read, choose or change its images in its own way.
     """
     if is_hugging_face(dataset):
         return bool(dataset.format["type"] != "custom")
@@ -157,9 +155,14 @@ def is_read_directly(dataset: Any) -> bool:
         return True
     if getattr(dataset, "transforms", None) is not None or getattr(dataset, "transform", None) is not None:
         return False
-    if type(dataset) in _FOLDERS:
+    if _inherits_reading(dataset, _FOLDERS):
         return getattr(dataset, "loader", None) is torchvision.datasets.folder.default_loader
-    return type(dataset) in _ARRAYS
+    return _inherits_reading(dataset, _ARRAYS)
+
+
+def _inherits_reading(dataset: Any, classes: Sequence[Any]) -> bool:
+    methods = ("__getitem__", "__len__")
+    return any(all(getattr(type(dataset), m, None) is getattr(kind, m) for m in methods) for kind in classes)
 
 
 def open_samples(dataset: object, samples: Sequence[Any], arg_name: str) -> FileSource:
