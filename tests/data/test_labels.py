@@ -85,7 +85,7 @@ def test_integer_labels_that_occur_are_the_classes(
 
 
 def test_text_labels_have_no_largest_integer() -> None:
-    labels, classes = labels_from_text([str(2**70), "3", "03", str(2**70)])
+    labels, classes = labels_from_text([str(2**70), "3", "03", str(2**70)], "x", str)
     assert labels is not None and labels.tolist() == [1, 0, 0, 1] and classes == ("3", str(2**70))
 
 
@@ -107,7 +107,14 @@ def test_validation_labels_mean_the_training_classes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", WRITERS)
 def test_partly_negative_labels_are_reported(kind: str, tmp_path: Path, caplog: Any) -> None:
     assert labeled(kind, tmp_path / "some", [0, 1, -1, 1]).labels is None
-    assert "1 of 4" in caplog.text or kind == "parquet"
+    assert "1 of 4" in caplog.text
     caplog.clear()
     assert labeled(kind, tmp_path / "none", [-1, -1, -1, -1]).labels is None
     assert not caplog.records
+
+
+def test_negative_and_missing_texts_are_counted(tmp_path: Path, caplog: Any) -> None:
+    pytest.importorskip("datasets")
+    path = write_parquet(tmp_path / "x.parquet", [PICTURE] * 4, ["0", "-1", None, "1"])
+    assert open_source(path, options=options(tmp_path / "cache")).labels is None
+    assert "2 of 4 images have no label, or a negative one, such as row 1" in caplog.text

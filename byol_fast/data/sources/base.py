@@ -203,23 +203,16 @@ def with_class_names(
     return labels.astype(np.int64), names
 
 
-def labels_from_text(texts: Sequence[str]) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
+def labels_from_text(
+    texts: Sequence[str], title: str, sample_name: Callable[[int], str]
+) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
     """Labels and class names from text: the integers, or else the texts, that occur are the classes, in order.
 
     Labels are None if a text is empty or an integer is negative, because then not all images are labeled.
-    """
-    if not texts or _unlabeled(texts):
-        return None, ()
-    numbers = _integers(texts)
-    return _encode_classes(texts) if numbers is None else _encode_classes(numbers)
-
-
-def warn_unlabeled(texts: Sequence[str], title: str, sample_name: Callable[[int], str]) -> None:
-    """Log a warning if `labels_from_text` uses no labels because only some images have one.
 
     Args:
         texts: label of each image.
-        title: name of the whole.
+        title: name of the whole, for a warning if only some images have a label.
         sample_name: returns the name of the image at a position.
     """
     unlabeled = _unlabeled(texts)
@@ -231,6 +224,10 @@ def warn_unlabeled(texts: Sequence[str], title: str, sample_name: Callable[[int]
             len(texts),
             sample_name(unlabeled[0]),
         )
+    if unlabeled or not texts:
+        return None, ()
+    numbers = _integers(texts)
+    return _encode_classes(texts) if numbers is None else _encode_classes(numbers)
 
 
 def labels_from_folders(

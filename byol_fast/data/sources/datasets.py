@@ -319,10 +319,7 @@ def _read_labels(dataset: Any, column: str, arg_name: str) -> tuple[NDArray[np.i
         names = getattr(dataset.features[column], "names", ())
         return with_class_names(validate_labels(values, len(values), arg_name), names, arg_name)
     texts = ["" if value is None else str(value).strip() for value in values]
-    labels, classes = labels_from_text(texts)
-    if labels is None and any(texts):
-        log.warning("%s: %d of %d rows have no label: treated as unlabeled", arg_name, texts.count(""), len(texts))
-    return labels, classes
+    return labels_from_text(texts, arg_name, lambda i: f"row {i}")
 
 
 def open_cifar10(cache: Path) -> tuple[Any, Any]:

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from byol_fast.data.sources.base import SourceError, evenly_spaced, labels_from_text, warn_unlabeled
+from byol_fast.data.sources.base import SourceError, evenly_spaced, labels_from_text
 from byol_fast.data.sources.files import FileSource
 
 LISTS = (".txt", ".csv", ".tsv")
@@ -38,8 +38,7 @@ def open_list(path: Path, arg_name: str) -> FileSource:
     if not names:
         raise SourceError(f"{arg_name}: {path} lists no images; expected one path a line, or path, tab, label")
     _check_some_exist(names, path, arg_name)
-    labels, classes = labels_from_text(texts)
-    warn_unlabeled(texts, str(path), names.__getitem__)
+    labels, classes = labels_from_text(texts, str(path), names.__getitem__)
     return FileSource(root=path.parent, paths=tuple(names), labels=labels, classes=classes)
 
 

@@ -27,7 +27,6 @@ from byol_fast.data.sources.base import (
     evenly_spaced,
     labels_from_folders,
     labels_from_text,
-    warn_unlabeled,
 )
 from byol_fast.data.sources.shards import cache_path, file_stamp
 from byol_fast.data.sources.tar_index import INDEX_FORMAT, Index, build_index, unpack_texts
@@ -157,8 +156,7 @@ def open_tars(
         return f"{shards[shard[i]]}:{names[i]} (header at byte {start[i]})"
 
     if any(texts):
-        labels, classes = labels_from_text(texts)
-        warn_unlabeled(texts, title, sample_name)
+        labels, classes = labels_from_text(texts, title, sample_name)
     else:
         labels, classes = labels_from_folders(_strip_common_folder(names), title, sample_name)
         _warn_stray_image(labels, classes, title, sample_name)
