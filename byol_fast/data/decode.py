@@ -23,7 +23,7 @@ _RGB = 3
 
 _FULL_RANGES = (1, 255, 4095, 65535)
 _MIN_16_BIT = 4096
-"""A 16-bit picture whose values are all smaller has 12 bits or fewer, stored in 16."""
+"""Smallest largest value of a 16-bit picture: below it, 12 bits or fewer were stored in 16."""
 
 
 class PixelDepthError(ValueError):

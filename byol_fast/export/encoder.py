@@ -18,7 +18,7 @@ from byol_fast.models.encoders import build_encoder
 from byol_fast.utils import checkpoint as checkpoints
 from byol_fast.utils.checkpoint import CheckpointError
 from byol_fast.utils.env import version
-from byol_fast.utils.errors import summary
+from byol_fast.utils.errors import reason
 from byol_fast.utils.files import atomic_path, atomic_write
 
 log = logging.getLogger(__name__)
@@ -187,5 +187,5 @@ def _read_metadata(path: Path) -> dict[str, Any]:
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"load_encoder: {path} is damaged ({summary(error)}); write it again with `byol-fast export RUN`"
+        f"load_encoder: {path} is damaged ({reason(error)}); write it again with `byol-fast export RUN`"
     )

@@ -37,7 +37,7 @@ from byol_fast.models.split_batchnorm_layers import (
     num_splits,
     original_class,
 )
-from byol_fast.utils.errors import summary
+from byol_fast.utils.errors import reason
 
 # float64 roundings differ by 1e-13 and less even behind tens of layers; another function differs by far more.
 SAME = 1e-6
@@ -176,7 +176,7 @@ def _find_mismatch(network: nn.Module, example: Tensor) -> str | None:
             with num_splits(stacked, 2):
                 result = [t.chunk(2) for t in _tensors(stacked(views.flatten(0, 1)))]
     except Exception as error:
-        return f"it could not be tried in float64 ({summary(error)})"
+        return f"it could not be tried in float64 ({reason(error)})"
     for first, second, both in zip(*expected, result, strict=True):
         if not (_same(first, both[0]) and _same(second, both[1])):
             return "its outputs differ when the views pass at once: something in it mixes images, or is random"

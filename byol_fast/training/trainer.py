@@ -148,7 +148,7 @@ class Trainer:
         return self._finish()
 
     def close(self) -> None:
-        """Release the run folder and the loader's threads without training."""
+        """Give up the run folder and the loader's threads without training."""
         self.loader.close()
         self._release_lock()
 

@@ -12,14 +12,14 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from byol_fast.utils.errors import summary
+from byol_fast.utils.errors import reason
 from byol_fast.utils.files import atomic_path
 
 log = logging.getLogger(__name__)
@@ -51,14 +51,16 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted(int(match[2]) for match in matches if match and not match[1])
 
 
-def _intact_steps(folder: Path) -> list[int]:
+def intact_steps(folder: Path) -> list[int]:
     """`saved_steps` without damaged checkpoints; reads all of them."""
-    steps = []
-    for step in saved_steps(folder):
-        with suppress(OSError):
-            if _is_intact(path_at_step(folder, step)):
-                steps.append(step)
-    return steps
+
+    def is_readable(step: int) -> bool:
+        try:
+            return _is_intact(path_at_step(folder, step))
+        except OSError:
+            return False
+
+    return [step for step in saved_steps(folder) if is_readable(step)]
 
 
 def save(
@@ -85,10 +87,10 @@ def save(
             torch.save({"format": FORMAT, "step": step, **payload}, file)
             file.write(_TRAILER + file.digest.hexdigest().encode() + b"\n")
     except (OSError, RuntimeError) as error:  # torch's zip writer may report a full disk as RuntimeError
-        intact = ", ".join(map(str, _intact_steps(folder))) or "none"
+        intact = ", ".join(map(str, intact_steps(folder))) or "none"
         free = shutil.disk_usage(folder if folder.exists() else Path("/")).free / 2**30
         raise CheckpointError(
-            f"checkpoint: {path} could not be written ({free:.2f} GiB free there; {summary(error)}); free space or fix "
+            f"checkpoint: {path} could not be written ({free:.2f} GiB free there; {reason(error)}); free space or fix "
             f"the folder's permissions, then resume; intact checkpoints: {intact}"
         ) from error
     if keep is not None:
@@ -171,13 +173,13 @@ def load(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint: {path} does not exist") from None
     except OSError as error:
-        raise CheckpointError(f"checkpoint: {path} cannot be read ({summary(error)})") from error
+        raise CheckpointError(f"checkpoint: {path} cannot be read ({reason(error)})") from error
     if not intact:
         raise CheckpointError(f"checkpoint: {path} is damaged (its checksum does not match); restore it from a copy")
     try:
         payload: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"checkpoint: {path} cannot be loaded ({summary(error)})") from error
+        raise CheckpointError(f"checkpoint: {path} cannot be loaded ({reason(error)})") from error
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         stored = payload.get("format") if isinstance(payload, dict) else type(payload).__name__
         raise CheckpointError(
@@ -250,7 +252,7 @@ def restoring(path: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
             raise
-        raise CheckpointError(f"checkpoint: {path} cannot be restored ({summary(error)})") from error
+        raise CheckpointError(f"checkpoint: {path} cannot be restored ({reason(error)})") from error
 
 
 def nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -8,7 +8,7 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def summary(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """Type of an error and the first line of its message."""
     name, line = type(error).__name__, first_line(error)
     return name if line == name else f"{name}: {line}"

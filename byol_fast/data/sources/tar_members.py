@@ -89,11 +89,11 @@ def read_members(file: BinaryIO) -> Iterator[TarMember]:
         kinds = b""
         while header.type in _EXTENDED:
             kinds += header.type
-            new = _read_records(file, header, offset, end)
+            found = _read_records(file, header, offset, end)
             if header.type == tarfile.XGLTYPE:
-                defaults |= new
+                defaults |= found
             else:
-                records = new | records  # where two name a member, the first one counts
+                records = found | records  # where two name a member, the first one counts
             offset += BLOCK + _padded(header.size)
             header = _read_header(file, offset, end)
             if header is None:
