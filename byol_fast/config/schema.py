@@ -137,7 +137,7 @@ class DataConfig:
     hw_decoder_load: float = 0.65
     """Fraction of the JPEGs that DALI decodes on a GPU's hardware decoder, if it has one."""
     threads: int = 0
-    """Decoding and augmentation threads; 0: one per CPU core it may use; with 1, a dataset is read item by item."""
+    """Decoding and augmentation threads; 0: one per core of the process; with 1, a dataset is read item by item."""
     prefetch: int = 2
     """Batches prepared ahead of the step."""
     on_corrupt: Literal["raise", "skip"] = "raise"
