@@ -79,6 +79,9 @@ def test_archive_of_class_folders_has_classes(tmp_path: Path) -> None:
     source = tars_of(tmp_path / "a.tar", tmp_path / "cache")
     assert contents(source) == ["./photos/dog/1.jpg", "./photos/cat/2021.01.jpg", "./photos/cat/2021.02.jpg"]
     assert source.labels is not None and source.labels.tolist() == [1, 0, 0] and source.classes == ("cat", "dog")
+    write_tar(tmp_path / "a.tar", bodies("photos/./dog/1.jpg", "photos//cat/2.jpg", "/photos/./dog/3.jpg"))
+    source = tars_of(tmp_path / "a.tar", tmp_path / "cache")
+    assert source.labels is not None and source.labels.tolist() == [1, 0, 1] and source.classes == ("cat", "dog")
 
 
 @pytest.mark.parametrize("labels", [[b"dog", b"cat", b"dog"], [b"1", b"0", b"1"]], ids=["names", "numbers"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import subprocess
 import tarfile
@@ -127,25 +128,29 @@ def test_nul_in_a_name_is_refused(tmp_path: Path) -> None:
     "stored",
     [
         lambda name: name.encode("ascii", "replace").decode(),  # Python
-        lambda name: name.encode().decode("latin-1"),  # the bytes as they are
+        lambda name: os.fsencode(name).decode("latin-1"),  # the bytes as they are
         lambda name: name.encode("ascii", "ignore").decode(),
         lambda name: unicodedata.normalize("NFD", name),
         lambda name: name.encode("ascii", "backslashreplace").decode(),
         lambda name: name[-100:],  # star
+        lambda name: name.rpartition("/")[2][:98],  # bsdtar
         lambda name: "PaxHeader",
     ],
-    ids=["replaced", "bytes", "dropped", "decomposed", "escaped", "end", "other"],
+    ids=["replaced", "bytes", "dropped", "decomposed", "escaped", "end", "base", "other"],
 )
 def test_names_of_other_writers_are_read(stored: Any, tmp_path: Path) -> None:
     """Writers differ in the short name that they leave in the header itself."""
-    names = ["h\u00fcnd/\u72ac1.jpg", "k\u00e4tze/2.jpg", "h\u00fcnd/" + "l" * 120 + ".jpg"]
+    names = [
+        *("h\u00fcnd/\u72ac1.jpg", "k\u00e4tze/2.jpg", "h\u00fcnd/" + "l" * 120 + ".jpg"),
+        *("latin-\udce9/3.jpg", "f" * 60 + "/" + "l" * 60 + ".jpg", "f" * 20 + "/4.jpg"),
+    ]
     with tarfile.open(tmp_path / "a.tar", "w", encoding="latin-1", errors="replace") as tar:
         for i, name in enumerate(names):
             info = tarfile.TarInfo(stored(name)[:100])
             info.pax_headers = {"path": name}
             info.size = 4
             tar.addfile(info, io.BytesIO(JPEG + bytes([i])))
-    assert [(name, data[3]) for name, _, data in rows_of(tmp_path / "a.tar")] == list(zip(names, range(3), strict=True))
+    assert [(name, data[3]) for name, _, data in rows_of(tmp_path / "a.tar")] == list(zip(names, range(6), strict=True))
 
 
 def test_global_headers_and_empty_members(tmp_path: Path) -> None:
@@ -156,6 +161,19 @@ def test_global_headers_and_empty_members(tmp_path: Path) -> None:
         info.size = 3
         tar.addfile(info, io.BytesIO(JPEG))
     assert [(name, data) for name, _, data in rows_of(tmp_path / "a.tar")] == [("empty.jpg", b""), ("1.jpg", JPEG)]
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="tar is not installed")
+def test_incremental_archive_of_gnu_tar(tmp_path: Path) -> None:
+    """GNU tar's own format has times where the POSIX format has the beginning of a name."""
+    for name in ("cat", "dog"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "1.jpg").write_bytes(JPEG + name.encode())
+    command = ["tar", "--format=gnu", f"--listed-incremental={tmp_path / 'snapshot'}", "-C", str(tmp_path / "in")]
+    subprocess.run([*command, "-cf", str(tmp_path / "a.tar"), "."], check=True)
+    assert rows_of(tmp_path / "a.tar") == [
+        ("cat/1.jpg", "cat", JPEG + b"cat"), ("dog/1.jpg", "dog", JPEG + b"dog")
+    ]  # fmt: skip
 
 
 @pytest.mark.skipif(shutil.which("tar") is None, reason="tar is not installed")

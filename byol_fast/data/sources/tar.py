@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import posixpath
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -260,14 +261,13 @@ def _log_ignored_members(indexes: Sequence[Index], title: str) -> None:
     if totals:
         kinds = ", ".join(f"{n} x {kind}" for kind, n in totals.most_common(5))
         log.info("%s: ignoring members that are neither images nor labels (%s)", title, kinds)
-    if further := sum(int(index["further"]) for index in indexes):
-        log.warning("%s: ignoring %d further images of samples that have several", title, further)
 
 
 def _strip_common_folder(names: Sequence[str]) -> list[str]:
     """Remove the folder that all names share: an archive of a folder has its name in front of each member."""
-    common = os.path.commonpath([name.rpartition("/")[0] or "." for name in names])
-    return [name[len(common) + 1 :] for name in names] if common not in {"", "."} else list(names)
+    paths = [posixpath.normpath(name) for name in names]
+    common = posixpath.commonpath([posixpath.dirname(path) for path in paths])
+    return [path[len(common) + 1 :] for path in paths] if common else paths
 
 
 def _warn_stray_image(

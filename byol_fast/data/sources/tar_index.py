@@ -17,20 +17,22 @@ from numpy.typing import NDArray
 from byol_fast.data.sources.base import EXTENSIONS
 from byol_fast.data.sources.tar_members import TarDamageError, TarMember, read_members, sparse_extent
 
-INDEX_FORMAT = "2"
+INDEX_FORMAT = "3"
 """Changes with the content of an index, so that stored ones are built anew."""
 
 NO_TARGET = "links to images are left out, because their targets are not in the archive"
 HOLES = "images are left out, because they are stored with holes (pack them without --sparse)"
 REPLACED = "members are replaced by later ones of the same name (extensions in any case)"
-UNNAMED = "members with an image's first bytes are left out, because their names are not those of images"
+FURTHER = "further images of samples that have several are left out"
+UNNAMED = "members that seem to be images are left out, because their names are hidden or not those of images"
 
 _LABEL_EXTENSIONS = ("cls", "cls.txt")
 _MAX_LABEL_BYTES = 1024
+_LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 _MAX_LINKS = 40
 """Symbolic links that one path may lead through, as on Linux."""
 _MAGIC = re.compile(
-    rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|BM....\0\0\0\0|II\*\0|MM\0\*|P[1-6]\s", re.DOTALL
+    rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|BM....\0\0\0\0|II\*\0|MM\0\*|P[1-6]\s[\d#]", re.DOTALL
 )  # the formats of EXTENSIONS
 
 Index = dict[str, NDArray[Any]]
@@ -78,6 +80,8 @@ class _IndexBuilder:
         """Offset and size of each file, by normalized name; None if it has holes."""
         self._links: dict[str, str] = {}
         """Target of each symbolic link, by normalized name."""
+        self._unnamed: dict[int, _Entry] = {}
+        """Members that are not used because of their names, and begin as images do, by offset of the content."""
         self._ignored: Counter[str] = Counter()
         self._notes: dict[str, tuple[int, str]] = {}
         """Count and example for each warning."""
@@ -92,17 +96,16 @@ class _IndexBuilder:
         stem, _, extension = base.partition(".")
         key, extension = f"{folder}/{stem}", extension.lower()
         if base.startswith("."):  # hidden files such as .DS_Store and ._photo.jpg
-            self._check_content(member)
+            self._check_content(member, entry)
         elif base.lower().endswith(EXTENSIONS):
             sample = self._samples.setdefault(key, {})
             self._check_replaced(sample.get(extension), entry)
             sample[extension] = entry
         elif extension in _LABEL_EXTENSIONS and member.size <= _MAX_LABEL_BYTES:
             self._check_replaced(self._labels[key][0] if key in self._labels else None, entry)
-            is_link = member.type in {tarfile.LNKTYPE, tarfile.SYMTYPE}
-            self._labels[key] = entry, None if is_link else self._read_label(entry.path)
+            self._labels[key] = entry, None if member.type in _LINKS else self._read_label(entry.path)
         else:
-            self._check_content(member)
+            self._check_content(member, entry)
             self._ignored[f".{extension}" if extension else "no extension"] += 1
 
     def cut(self, offset: int) -> None:
@@ -113,21 +116,23 @@ class _IndexBuilder:
     def finish(self) -> Index:
         """Arrays of the images of all members so far."""
         rows: list[tuple[_Entry, tuple[int, int], str]] = []
-        further = 0
         for key, sample in self._samples.items():
             located = {extension: (entry, self._image_extent(entry)) for extension, entry in sample.items()}
             usable = {extension: (entry, extent) for extension, (entry, extent) in located.items() if extent}
             selected = _select_images(usable)
-            further += len(usable) - len(selected)
+            for entry, extent in usable.values():
+                if (entry, extent) not in selected:
+                    self._note(FURTHER, entry)
             label = self._label(key) if selected else ""
             rows += [(entry, extent, label) for entry, extent in selected]
+        for offset in self._unnamed.keys() - {offset for _, (offset, _), _ in rows}:  # the others have links to them
+            self._note(UNNAMED, self._unnamed[offset])
         return {
             "start": np.array([entry.start for entry, _, _ in rows], np.int64),
             "offset": np.array([offset for _, (offset, _), _ in rows], np.int64),
             "size": np.array([size for _, (_, size), _ in rows], np.int64),
             "names": pack_texts([entry.name for entry, _, _ in rows]),
             "labels": pack_texts([label for _, _, label in rows]),
-            "further": np.array(further),
             "left_out": np.array([f"{n} x {kind}" for kind, n in self._ignored.most_common(5)], np.str_),
             "notes": np.array([(note, str(n), example) for note, (n, example) in self._notes.items()], np.str_),
         }
@@ -171,7 +176,7 @@ class _IndexBuilder:
         path = self._resolve(entry.path)
         extent = self._extents.get(path)
         if extent is None:
-            self._note(HOLES if path in self._extents else NO_TARGET, entry.name, entry.start)
+            self._note(HOLES if path in self._extents else NO_TARGET, entry)
         return extent
 
     def _label(self, key: str) -> str:
@@ -187,20 +192,23 @@ class _IndexBuilder:
 
     # ---- warnings --------------------------------------------------------------------------------------------------
 
-    def _note(self, note: str, name: str, start: int) -> None:
-        count, example = self._notes.get(note, (0, f"{name} (header at byte {start})"))
+    def _note(self, note: str, entry: _Entry) -> None:
+        count, example = self._notes.get(note, (0, f"{entry.name} (header at byte {entry.start})"))
         self._notes[note] = count + 1, example
 
     def _check_replaced(self, earlier: _Entry | None, entry: _Entry) -> None:
         if earlier is not None and earlier.path.lower() == entry.path.lower():
-            self._note(REPLACED, entry.name, entry.start)
+            self._note(REPLACED, entry)
 
-    def _check_content(self, member: TarMember) -> None:
-        """Note a member that is not used because of a name without a checksum, and begins as an image does."""
-        if member.is_name_unchecked:
-            self._file.seek(member.offset)
-            if _MAGIC.match(self._file.read(min(member.size, 16))):
-                self._note(UNNAMED, member.name, member.start)
+    def _check_content(self, member: TarMember, entry: _Entry) -> None:
+        """Register a member that is not used because of its name, but seems to be an image: the name may be damaged."""
+        if member.type in _LINKS:
+            if member.target.lower().endswith(EXTENSIONS):
+                self._note(UNNAMED, entry)
+            return
+        self._file.seek(member.offset)
+        if _MAGIC.match(self._file.read(min(member.size, 16))):
+            self._unnamed[member.offset] = entry
 
 
 def _select_images(sample: dict[str, tuple[_Entry, tuple[int, int]]]) -> list[tuple[_Entry, tuple[int, int]]]:

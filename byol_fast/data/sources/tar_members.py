@@ -1,8 +1,8 @@
 """Members of a tar file, read header by header with every check that the format allows.
 
 `tarfile` takes a damaged header for the end of an archive. Here the end is two blocks of zeros with nothing but zeros
-behind them. A header has a checksum. The names and sizes that PAX and GNU tar keep in extended headers have none: these
-headers must be well formed, and must agree with the member's own header.
+behind them. A header has a checksum. The names and sizes that PAX and GNU tar keep in extended headers have none: a
+damage that leaves such a header well formed gives its own member another name.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import os
 import re
 import tarfile
-import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -21,18 +20,13 @@ _GNU_NAMES = {tarfile.GNUTYPE_LONGNAME: "path", tarfile.GNUTYPE_LONGLINK: "linkp
 _EXTENDED = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE, *_GNU_NAMES)
 _LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 
-_RECORD = re.compile(rb"(\d{1,12}) ([^=\n\0]+)=")
-_NESTED_RECORD = re.compile(rb"\n\d+ [^=\n\0]+=")
+_RECORD = re.compile(rb"(\d{1,12}) ([^=]+)=")
 _KEYWORDS = ("path", "linkpath", "size")
 """PAX keywords that are used."""
 _NAMES = ("GNU.sparse.name", "path")
 """Keywords of names; the first one counts."""
 
 _CHUNK = 2**20
-_TRUNCATED = 97
-"""Bytes of a header's name from which on it may be the beginning of a longer one; the field has 100."""
-_COMPARED = 90
-"""Bytes of a longer name that are compared with its beginning in the header."""
 _LARGEST_OCTAL = 8**11
 """File size from which on a header cannot hold it."""
 
@@ -53,8 +47,6 @@ class TarMember:
     """Offset of the data in bytes."""
     size: int
     """Size of the data in bytes."""
-    is_name_unchecked: bool
-    """True if the name comes from an extended header, where it has no checksum."""
     is_sparse: bool
     """True if the data was stored without the holes of the file."""
 
@@ -76,19 +68,15 @@ def read_members(file: BinaryIO) -> Iterator[TarMember]:
     """Read the files and links of an archive, in order; other members are passed over.
 
     Raises:
-        TarDamageError: the archive is damaged, or its end marker is missing. The offset may be that of a member that
-            was yielded: one that disagrees with its header, after others have shown that their writer fills it in.
+        TarDamageError: the archive is damaged, or its end marker is missing.
     """
     end = file.seek(0, os.SEEK_END)
     defaults: dict[str, str] = {}
-    names = _NameComparison()
     start = 0
     while (header := _read_header(file, start, end)) is not None:
         # --- extended headers in front of the member's own header
         records, offset = dict[str, str](), start
-        kinds = b""
         while header.type in _EXTENDED:
-            kinds += header.type
             found = _read_records(file, header, offset, end)
             if header.type == tarfile.XGLTYPE:
                 defaults |= found
@@ -109,8 +97,6 @@ def read_members(file: BinaryIO) -> Iterator[TarMember]:
             raise TarDamageError(start, f"the file ends at byte {end}, inside the member that begins there")
         if has_data or header.type in _LINKS:
             name = next((records[key] for key in _NAMES if key in records), header.name).rstrip("/")
-            if "path" in records and not is_sparse:
-                names.add(header.name, records["path"], kinds, start)
             yield TarMember(
                 name=name,
                 type=header.type,
@@ -118,7 +104,6 @@ def read_members(file: BinaryIO) -> Iterator[TarMember]:
                 start=start,
                 offset=data,
                 size=size,
-                is_name_unchecked=not records.keys().isdisjoint(_NAMES),
                 is_sparse=is_sparse,
             )
         start = data + (_padded(size) if has_data else 0)
@@ -148,10 +133,6 @@ def _decode(data: bytes) -> str:
     return data.decode("utf-8", "surrogateescape")
 
 
-def _encode(text: str) -> bytes:
-    return text.encode("utf-8", "surrogateescape")
-
-
 def _padded(size: int) -> int:
     """Bytes of the blocks that hold `size` bytes."""
     return -(-size // BLOCK) * BLOCK
@@ -171,6 +152,8 @@ def _read_header(file: BinaryIO, offset: int, end: int) -> tarfile.TarInfo | Non
         raise TarDamageError(offset, f"the header is damaged ({error})") from None
     if header.size < 0:
         raise TarDamageError(offset, "the header is damaged (negative size)")
+    if block[257:265] == tarfile.GNU_MAGIC:  # has times where tarfile reads the beginning of a POSIX name
+        header.name = _decode(block[:100].partition(b"\0")[0])
     return header
 
 
@@ -197,25 +180,11 @@ def _parse_records(payload: bytes, offset: int) -> dict[str, str]:
         if match is None or not match.end() < stop <= len(payload) or payload[stop - 1] != ord("\n"):
             raise TarDamageError(offset, "the extended header is damaged (bad record)")
         key, value = _decode(match[2]), payload[match.end() : stop - 1]
-        if _NESTED_RECORD.search(payload, match.end(), stop) is not None or _is_misspelled(key):
-            raise TarDamageError(offset, f"the extended header is damaged (record {key!r})")
         if key in _KEYWORDS and b"\0" in value:
             raise TarDamageError(offset, f"the extended header is damaged ({key} with a NUL byte)")
         records[key] = _decode(value)
         position = stop
     return {key: value for key, value in records.items() if value}  # an empty value is none
-
-
-def _is_misspelled(key: str) -> bool:
-    """True for a keyword that a damaged byte makes of one that is used."""
-    if key in _KEYWORDS:
-        return False
-    for keyword in _KEYWORDS:
-        if key.startswith(keyword) or keyword.startswith(key):  # a = was damaged, or a letter became one
-            return True
-        if len(key) == len(keyword) and sum(a != b for a, b in zip(key, keyword, strict=True)) == 1:
-            return True
-    return False
 
 
 def _size(stored: int, record: str | None, start: int) -> int:
@@ -244,71 +213,9 @@ def _check_end(file: BinaryIO, offset: int, end: int) -> None:
     while chunk := file.read(_CHUNK):
         if rest := chunk.lstrip(b"\0"):
             at = position + len(chunk) - len(rest)
-            hint = "unpack joined archives with tar --ignore-zeros and pack them again"
+            hint = f"unpack joined archives with tar --ignore-zeros; cut remains off: truncate --size={at} FILE"
             raise TarDamageError(offset, f"the header is zeros, but data follows at byte {at} ({hint})")
         position += len(chunk)
     if end - offset < 2 * BLOCK:
         hint = "if the archive is whole, append one: head -c 10240 /dev/zero >> FILE"
         raise TarDamageError(min(offset, end), f"the end marker, two blocks of zeros, is missing ({hint})")
-
-
-class _NameComparison:
-    """Comparison of the names in extended headers with their short forms in the members' own headers.
-
-    Writers differ in these forms. A name that does not agree is damaged if another one of its group does. Short names
-    and long ones are groups, because some writers keep the end of a long name; so are kinds of extended headers.
-    """
-
-    def __init__(self) -> None:
-        self._agreeing: set[tuple[bool, bytes]] = set()
-        self._suspects: dict[tuple[bool, bytes], int] = {}
-
-    def add(self, stored: str, name: str, kinds: bytes, start: int) -> None:
-        """Compare the names of a member.
-
-        Args:
-            stored: name in its own header.
-            name: name in an extended header.
-            kinds: types of its extended headers.
-            start: where it starts, in bytes.
-        """
-        is_long = len(_encode(stored)) >= _TRUNCATED
-        group = is_long, kinds
-        if _agrees(stored, name, is_long=is_long):
-            self._agreeing.add(group)
-        else:
-            self._suspects.setdefault(group, start)
-        if group in self._agreeing and group in self._suspects:
-            problem = "the name in the extended header differs from that in the header"
-            raise TarDamageError(self._suspects[group], problem)
-
-
-def _agrees(stored: str, name: str, *, is_long: bool) -> bool:
-    """Compare a name with the short form that is stored in a header.
-
-    Writers store the first 100 bytes, or replace what is not ASCII in their own ways: only ASCII is compared then.
-    """
-    in_header, in_record = _encode(stored), _encode(name)
-    if in_record == in_header or (is_long and in_record.startswith(in_header)):
-        return True
-    if re.search("[\udc80-\udcff]", name):
-        return False  # not UTF-8, although the header does not have the same bytes
-    if is_long:
-        name = in_record[:_COMPARED].decode(errors="ignore")
-    pieces = re.split(r"[^\0-\x7f]+", unicodedata.normalize("NFC", name))
-    return _matches(unicodedata.normalize("NFC", stored), pieces, cut=is_long)
-
-
-def _matches(text: str, pieces: Sequence[str], *, cut: bool) -> bool:
-    """True if a text is these pieces, in order, with anything in between; if `cut`, with anything behind them."""
-    if not text.startswith(pieces[0]):
-        return False
-    position = len(pieces[0])
-    for piece in pieces[1:]:
-        position = text.find(piece, position)
-        if position < 0:
-            return False
-        position += len(piece)
-    if cut:
-        return True
-    return text == pieces[0] if len(pieces) == 1 else text.endswith(pieces[-1])
