@@ -15,7 +15,10 @@ from typing import Any
 from byol_fast.data.sources.base import SourceError
 
 NUM_COMPARED = 16
-"""Number of items that are compared, and of threads that read them at once."""
+"""Largest number of items that are compared, and of threads that read them at once."""
+
+MAX_SECONDS = 1.0
+"""Seconds in which items are read alone. Of a slow dataset fewer are compared, but at least two."""
 
 _NUM_READS = 2  # of each thread, as fast as it can, and again with interruptions
 _SWITCH_INTERVAL = 1e-6  # seconds after which another thread gets its turn
@@ -42,7 +45,11 @@ def compare_threads(read: Callable[[int], bytes], items: Sequence[int], name_of:
         except Exception:  # of any type: the dataset is the user's code
             return None
 
-    alone = [result(item) for item in items]
+    alone: list[bytes | None] = []
+    start_time = time.monotonic()
+    while len(alone) < 2 or (len(alone) < NUM_COMPARED and time.monotonic() - start_time < MAX_SECONDS):
+        alone.append(result(items[len(alone)]))
+    items = items[: len(alone)]
     for item, first in zip(items, alone, strict=True):
         if result(item) != first:
             raise SourceError(
@@ -50,24 +57,26 @@ def compare_threads(read: Callable[[int], bytes], items: Sequence[int], name_of:
                 "transforms out: byol_fast makes the views"
             )
 
-    start = threading.Barrier(NUM_COMPARED)
+    start = threading.Barrier(len(items))
 
     def find_different(k: int, interrupt: bool) -> list[int]:
-        positions = [(k + j) % NUM_COMPARED for j in range(_NUM_READS)]
+        positions = [(k + j) % len(items) for j in range(_NUM_READS)]
         start.wait()
-        sys.settrace(_yield_to_others() if interrupt else None)  # of this thread
+        trace = sys.gettrace()  # of this thread: that of a debugger or of coverage
+        if interrupt:
+            sys.settrace(_yield_to_others())
         try:
             return [items[j] for j in positions if result(items[j]) != alone[j]]
         finally:
-            sys.settrace(None)
+            sys.settrace(trace)
 
     different: list[int] = []
     interval = sys.getswitchinterval()
     sys.setswitchinterval(_SWITCH_INTERVAL)
     try:
-        with ThreadPoolExecutor(NUM_COMPARED, "byol-fast-compare") as pool:
+        with ThreadPoolExecutor(len(items), "byol-fast-compare") as pool:
             for interrupt in (False, True):
-                for items_of_thread in pool.map(partial(find_different, interrupt=interrupt), range(NUM_COMPARED)):
+                for items_of_thread in pool.map(partial(find_different, interrupt=interrupt), range(len(items))):
                     different += items_of_thread
     finally:
         sys.setswitchinterval(interval)
