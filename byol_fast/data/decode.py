@@ -23,7 +23,7 @@ _RGB = 3
 
 _FULL_RANGES = (1, 255, 4095, 65535)
 _MIN_16_BIT = 4096
-"""Smallest largest value of a 16-bit picture: below it, 12 bits or fewer were stored in 16."""
+"""Smallest largest value of a 16-bit picture that is not black: below it, 12 bits or fewer were stored in 16."""
 
 
 class PixelDepthError(ValueError):
@@ -58,7 +58,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image)
         # PIL reads 16-bit PGM, and before version 11 also PNG, into 32 bits.
         has_16_bits = image.mode.startswith("I;16") or image.format in {"PNG", "PPM"}
-        if not has_16_bits or values.max() < _MIN_16_BIT:
+        if not has_16_bits or 0 < values.max() < _MIN_16_BIT:  # black is black in any range
             raise PixelDepthError(f"mode {image.mode}", values.min(), values.max())
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     has_16_bits = _has_16_bit_channels(image)  # known until the pixels are loaded, of which PIL keeps the upper bytes

@@ -37,6 +37,7 @@ _MAGIC_BYTES = {
     b"MM\0*": "a TIFF whose pixel format is not supported: save it with 8 bits per channel",
     b"version https://git-lfs": "a Git LFS pointer: the file itself was not fetched",
 }
+_WEBP_EXIF = 8
 _HEAD_BYTES = 26  # of a PNG up to its color type
 _FTYP_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF", b"msf1": "HEIF"}
 
@@ -132,7 +133,7 @@ def _guess_format(data: bytes) -> str | None:
 
 
 def file_needs_check(path: Path) -> bool:
-    """Return True unless the first and last bytes are those of a complete JPEG, 8-bit PNG or WebP file (16 us)."""
+    """Return True unless the ends are those of a complete JPEG, 8-bit PNG, or WebP file without EXIF (16 us)."""
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD_BYTES)
@@ -155,7 +156,8 @@ def _ends_need_check(head: bytes, tail: bytes, size: int) -> bool:
         bits = head[24:25]
         return tail != _PNG_TAIL or bits == b"\x10"  # 16 bits may hold values of fewer
     if head.startswith(b"RIFF"):
-        return int.from_bytes(head[4:8], "little") + 8 > size
+        has_exif = head[12:16] == b"VP8X" and len(head) > 20 and bool(head[20] & _WEBP_EXIF)
+        return int.from_bytes(head[4:8], "little") + 8 > size or has_exif  # DALI may not read a file with EXIF
     return True
 
 

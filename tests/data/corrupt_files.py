@@ -82,10 +82,18 @@ def of_depth(kind: str, levels: NDArray[Any], dtype: type[np.generic]) -> bytes:
     return save(kind, Image.fromarray(levels.astype(dtype)))
 
 
-def rotated_by_exif() -> bytes:
+def rotated_by_exif(kind: str = "JPEG") -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
-    return save("JPEG", exif=exif, quality=95)
+    return save(kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {"quality": 95}))
+
+
+def pnm(kind: str, levels: NDArray[Any], largest: int) -> bytes:
+    """A picture with values up to `largest`."""
+    values = levels.astype(">u2" if largest > 255 else "u1").tobytes()
+    if kind == "P3":
+        values = " ".join(map(str, levels.ravel().tolist())).encode()
+    return f"{kind} {SIZE} {SIZE} {largest}\n".encode() + values
 
 
 def animated(kind: str) -> bytes:
@@ -210,6 +218,14 @@ UNUSUAL: dict[str, tuple[str, bytes, NDArray[np.uint8], float]] = {
     "TIFF of several pages (first)": ("x.tiff", animated("TIFF"), PICTURE, 0),
     "BMP": ("x.BMP", save("BMP"), PICTURE, 0),
     "PPM": ("x.ppm", save("PPM"), PICTURE, 0),
+    "gray TIFF with alpha": ("x.tif", save("TIFF", Image.fromarray(GRAY).convert("LA")), np.stack([GRAY] * 3, 2), 0),
+    "one-bit TIFF": ("x.tif", save("TIFF", Image.fromarray(GRAY > 128)), np.stack([(GRAY > 128) * 255] * 3, 2), 0),
+    "rotated TIFF (PIL turns it)": ("x.tif", rotated_by_exif("TIFF"), np.rot90(PICTURE, 3), 0),
+    "EXIF rotation of a WebP (not applied)": ("x.webp", rotated_by_exif("WEBP"), PICTURE, 0),
+    "PGM up to 51": ("x.pgm", pnm("P5", GRAY // 5, 51), np.stack([GRAY // 5 * 5] * 3, 2), 0),
+    "PPM up to 1,023": ("x.ppm", pnm("P6", PICTURE.astype(int) * 4, 1023), PICTURE, 0.5),
+    "PPM of text": ("x.ppm", pnm("P3", PICTURE, 255), PICTURE, 0),
+    "16-bit PNG, black": ("x.png", of_depth("PNG", GRAY * 0, np.uint16), np.zeros_like(PICTURE), 0),
     "CMYK JPEG": ("x.jpg", save("JPEG", Image.fromarray(PICTURE).convert("CMYK"), quality=95), PICTURE, 30),
     "gray JPEG": ("x.jpg", save("JPEG", Image.fromarray(GRAY), quality=95), np.stack([GRAY] * 3, 2), 4),
     "progressive JPEG": ("x.jpg", save("JPEG", progressive=True, quality=95), PICTURE, 4),

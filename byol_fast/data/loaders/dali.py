@@ -36,7 +36,7 @@ from byol_fast.data.batch import Batch, Views, empty_views
 from byol_fast.data.integrity import CorruptImageError, CorruptImages, bytes_need_check, check_bytes
 from byol_fast.data.loaders.base import DeterministicLoader
 from byol_fast.data.loaders.dali_views import CROPS_ONLY, INTERPOLATION, Node, fn, types, view_inputs, view_node
-from byol_fast.data.loaders.image_reader import Encoding, ImageReader
+from byol_fast.data.loaders.image_reader import Encoding, ImageReader, for_dali
 from byol_fast.data.loaders.threads import resolve_num_threads
 from byol_fast.data.sampler import BatchSpec
 from byol_fast.data.sources import EncodedSource, ImageSource
@@ -324,8 +324,10 @@ def _check_if_needed(source: EncodedSource, i: int) -> str | None:
 def _check_by_dali(source: EncodedSource, i: int, device: torch.device) -> str | None:
     try:
         data = source.read(i)
+        if isinstance(image := for_dali(data), str):
+            return image
         pipe = _decode_pipeline(
-            lambda: [np.frombuffer(data, np.uint8)],
+            lambda: [image],
             gpu=device.type == "cuda",
             **_pipeline_options(1, 1, 1, device),
         )

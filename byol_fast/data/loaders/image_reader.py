@@ -11,6 +11,7 @@ from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from byol_fast.data.decode import decode
 from byol_fast.data.integrity import (
     CorruptImageError,
     CorruptImages,
@@ -23,6 +24,9 @@ from byol_fast.data.sources import ArraySource, EncodedSource, FileSource, Image
 
 IO_THREADS = 16
 """Threads that read encoded images: they wait for disks and networks and hardly compute."""
+
+_READ_BY_DALI = (".jpg", ".jpeg", ".png")
+_DECODED_BY_DALI = (b"\xff\xd8\xff", b"\x89PNG")
 
 
 class HasIndex(Protocol):
@@ -52,9 +56,9 @@ class _Started(NamedTuple, Generic[S]):
 class ImageReader(Generic[S]):
     """Reader of the images of a DALI pipeline, one batch after another.
 
-    It returns names of files, which DALI reads itself; or the bytes of other encoded images (tar, Parquet) or arrays
-    `[H, W, 3]`. Threads check or read them one batch in advance. Corrupt images are found and replaced before DALI gets
-    them: an error would end its pipeline.
+    It returns names of files, which DALI reads itself, if all are JPEG or PNG by name; or the bytes of other encoded
+    images (see `for_dali`), or arrays `[H, W, 3]`. Threads check or read them one batch in advance. Corrupt images are
+    found and replaced before DALI gets them: an error would end its pipeline.
 
     Args:
         source: the images.
@@ -71,7 +75,8 @@ class ImageReader(Generic[S]):
         self.encoding: Encoding = "array"
         """Form of the images."""
         if isinstance(source, EncodedSource):
-            self.encoding = "file" if isinstance(source, FileSource) else "bytes"
+            by_name = isinstance(source, FileSource) and all(p.lower().endswith(_READ_BY_DALI) for p in source.paths)
+            self.encoding = "file" if by_name else "bytes"
         self.image_size: tuple[int, int] | None = None
         """Height and width of all images, if known and equal."""
         if isinstance(source, ArraySource):
@@ -136,12 +141,11 @@ class ImageReader(Generic[S]):
     def _read(self, i: int) -> ImageOrReason:
         source = self.source
         try:
-            if isinstance(source, FileSource):
+            if isinstance(source, FileSource) and self.encoding == "file":
                 path = source.path(i)
                 return (file_needs_check(path) and check_file(path)) or self._file_name(i)
             if isinstance(source, EncodedSource):
-                data = source.read(i)
-                return (bytes_need_check(data) and check_bytes(data)) or np.frombuffer(data, np.uint8)
+                return for_dali(source.read(i))
             return np.asarray(source.load(i))
         except CorruptImageError as error:
             return error.reason
@@ -156,3 +160,20 @@ class ImageReader(Generic[S]):
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
         self._ahead = None
+
+
+def for_dali(data: bytes) -> ImageOrReason:
+    """Bytes of an encoded image from which DALI decodes the pixels of PIL, or the reason why it cannot be decoded.
+
+    DALI decodes JPEG, PNG and WebP. It does not scale the values of PNM files, does not turn TIFF files by their tag
+    and does not know all of their kinds: those, and the rest, are decoded by PIL and passed on as PPM.
+    """
+    if not bytes_need_check(data):
+        return np.frombuffer(data, np.uint8)
+    if data.startswith(_DECODED_BY_DALI):
+        return check_bytes(data) or np.frombuffer(data, np.uint8)
+    try:
+        image = decode(data)
+    except Exception:  # decoders raise many types of errors on damaged files
+        return check_bytes(data) or "cannot be decoded"
+    return np.frombuffer(b"P6 %d %d 255\n" % image.size + image.tobytes(), np.uint8)
