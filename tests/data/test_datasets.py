@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from byol_fast.data import CorruptImageError, SourceError, eval_batches, open_source
-from byol_fast.data.sources import ArraySource, DatasetSource, FileSource, ImageSource, thread_safety
+from byol_fast.data.sources import ArraySource, DatasetSource, FileSource, ImageSource
 from tests.data.conftest import photo_like
 from tests.data.helpers import config_of, loader_of, pixels, plain
 from tests.data.kinds import encoded
@@ -377,36 +377,6 @@ def test_thread_safe_dataset_is_compared_once() -> None:
     reads.clear()
     assert len(list(eval_batches(source.subset(np.arange(3)), SIZE, 8, threads=2))) == 1
     assert sorted(reads) == [0, 1, 2]
-
-
-def test_slow_dataset_is_compared_by_few_items(monkeypatch: Any) -> None:
-    """One that takes longer than allowed for its first item: two items, each twice alone and four times by threads."""
-    monkeypatch.setattr(thread_safety, "MAX_SECONDS", 0.0)
-    reads: list[int] = []
-
-    def item(i: int) -> Any:
-        reads.append(i)
-        return PICTURES[i]
-
-    open_source(Indexed(item, len(PICTURES))).check_thread_safety(2)
-    assert len(set(reads[1:])) == 2 and len(reads) == 1 + 2 * 2 + 2 * 4  # the first one is that of open_source
-
-
-def test_debugger_goes_on_behind_the_comparison() -> None:
-    source = open_source(Indexed(lambda i: PICTURES[i], len(PICTURES)))
-    before = sys.gettrace()
-    traced: set[tuple[str, str]] = set()
-
-    def trace(frame: Any, event: str, arg: Any) -> Any:
-        traced.add((threading.current_thread().name.partition("_")[0], frame.f_code.co_name))
-        return None
-
-    threading.settrace(trace)
-    try:
-        source.check_thread_safety(2)
-    finally:
-        threading.settrace(before)
-    assert ("byol-fast-compare", "_load") in traced and sys.gettrace() is before
 
 
 def test_corrupt_items_are_no_difference() -> None:

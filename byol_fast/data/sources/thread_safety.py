@@ -75,9 +75,12 @@ def compare_threads(read: Callable[[int], bytes], items: Sequence[int], name_of:
     sys.setswitchinterval(_SWITCH_INTERVAL)
     try:
         with ThreadPoolExecutor(len(items), "byol-fast-compare") as pool:
-            for interrupt in (False, True):
-                for items_of_thread in pool.map(partial(find_different, interrupt=interrupt), range(len(items))):
-                    different += items_of_thread
+            try:
+                for interrupt in (False, True):
+                    for items_of_thread in pool.map(partial(find_different, interrupt=interrupt), range(len(items))):
+                        different += items_of_thread
+            finally:
+                start.abort()  # after a KeyboardInterrupt, some threads may wait for others that were not started
     finally:
         sys.setswitchinterval(interval)
     if different:
