@@ -64,6 +64,16 @@ def test_tables(path_column: str, label_column: str | None, tmp_path: Path) -> N
     assert tabs.paths == source.paths and labels_of(tabs) == [0, 1]
 
 
+def test_lines_end_at_line_feeds_only(tmp_path: Path) -> None:
+    """Names and captions may hold Unicode's other separators, and quoted fields any."""
+    names = ["a\u2028b.png", "c\x85d.png", "e\x0cf.png"]
+    put(tmp_path, *names, "g\nh.png")
+    assert list_of(tmp_path / "x.txt", "\n".join(names)).paths == tuple(names)
+    rows = "".join(f'{name},"line\nline",{i}\n' for i, name in enumerate(names))
+    source = list_of(tmp_path / "x.csv", f'path,caption,label\n{rows}"g\nh.png",x\u2028y,3\n')
+    assert source.paths == (*names, "g\nh.png") and labels_of(source) == [0, 1, 2, 3]
+
+
 def test_absolute_and_parent_paths(tmp_path: Path) -> None:
     put(tmp_path / "photos", "1.png")
     (tmp_path / "lists").mkdir()
@@ -79,6 +89,7 @@ def test_error_messages(tmp_path: Path) -> None:
         ("x.csv", "", r"must have a header with a column `path` \(and `label`\), got nothing"),
         ("x.csv", "1.png,0\n", r"a header with a column `path` \(and `label`\), got 1\.png, 0"),
         ("x.csv", "path,label\n", "lists no images"),
+        ("x.csv", 'path,label\n"1.png,0\n' + "1.png,0\n" * 20_000, r"a second quotation mark .* behind line 1 \("),
         ("x.txt", "no.png\nnor.png\n", r"none of 2 files that .* lists exists, such as .*no\.png; paths are relative"),
         ("x.txt", "https://example.org/1.png\n", "lists addresses"),
     ):

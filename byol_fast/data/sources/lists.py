@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def open_list(path: Path, arg_name: str) -> FileSource:
 
 
 def _read_lines(text: str, folder: Path) -> tuple[list[str], list[str]]:
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in text.split("\n") if line.strip()]
     pairs = [line.partition("\t") for line in lines]
     if not any(tab for _, tab, _ in pairs):
         by_space = [line.rpartition(" ") for line in lines]
@@ -54,7 +55,14 @@ def _read_lines(text: str, folder: Path) -> tuple[list[str], list[str]]:
 
 
 def _read_table(text: str, path: Path, arg_name: str) -> tuple[list[str], list[str]]:
-    rows = csv.DictReader(text.splitlines(), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    try:
+        table = list(rows)
+    except csv.Error as error:
+        raise SourceError(
+            f"{arg_name}: {path} must have a second quotation mark for each, and no very long texts, got an error "
+            f"behind line {rows.line_num} ({error}); repair that line"
+        ) from error
     columns = {(name or "").strip().lower(): name for name in rows.fieldnames or ()}
     name_column = next((columns[name] for name in _PATH_COLUMNS if name in columns), None)
     label_column = next((columns[name] for name in _LABEL_COLUMNS if name in columns), None)
@@ -62,7 +70,7 @@ def _read_table(text: str, path: Path, arg_name: str) -> tuple[list[str], list[s
         header = ", ".join(columns) or "nothing"
         raise SourceError(f"{arg_name}: {path} must have a header with a column `path` (and `label`), got {header}")
     names, labels = [], []
-    for row in rows:
+    for row in table:
         if name := (row[name_column] or "").strip():
             names.append(name)
             labels.append((row[label_column] or "").strip() if label_column is not None else "")
