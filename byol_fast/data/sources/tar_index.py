@@ -125,7 +125,8 @@ class _IndexBuilder:
                     self._note(FURTHER, entry)
             label = self._label(key) if selected else ""
             rows += [(entry, extent, label) for entry, extent in selected]
-        for offset in self._unnamed.keys() - {offset for _, (offset, _), _ in rows}:  # the others have links to them
+        linked = {offset for _, (offset, _), _ in rows}
+        for offset in sorted(self._unnamed.keys() - linked):
             self._note(UNNAMED, self._unnamed[offset])
         return {
             "start": np.array([entry.start for entry, _, _ in rows], np.int64),
