@@ -21,26 +21,9 @@ from torch import Tensor
 from byol_kernels._multi_tensor import CHUNK, NUM_WARPS, Column, MultiTensorPlan
 from byol_kernels._triton import device_guard, jit, next_power_of_2, tl, tl_dtype
 from byol_kernels.ema.kernels import lerp, load_ema_weight
+from byol_kernels.lars.norms import has_non_finite, is_accurate, load, norms_chunk, wide_norms_chunk, wide_ratio
 
 BLOCK_PARTIALS = 1024
-SMALL_SUM = tl.constexpr(CHUNK * 2.0**-100)
-"""A smaller sum of CHUNK squares may have terms below 2^-126, which lose their digits in float32."""
-MAX_RATIO = tl.constexpr(torch.finfo(torch.float32).max)
-
-
-@jit
-def _load(
-    address: tl.tensor,
-    offsets: tl.tensor,
-    count: tl.tensor,
-    DTYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-) -> tl.tensor:
-    """The first `count` elements at an address that is a multiple of 16 bytes if ALIGNED; zeros after them."""
-    ptr = address.to(tl.pointer_type(DTYPE))
-    if ALIGNED:
-        ptr = tl.multiple_of(ptr, 16)
-    return tl.load(ptr + offsets, mask=offsets < count, other=0.0)
 
 
 @jit
@@ -57,77 +40,6 @@ def _store(
     if ALIGNED:
         ptr = tl.multiple_of(ptr, 16)
     tl.store(ptr + offsets, value.to(DTYPE), mask=offsets < count)
-
-
-@jit
-def _norms_chunk(
-    p_address: tl.tensor,
-    g_address: tl.tensor,
-    count: tl.tensor,
-    decay: tl.tensor,
-    inv_scale: tl.tensor,
-    DTYPES: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    CHUNK: tl.constexpr,
-) -> tl.tensor:
-    """Squared norms of parameter and update of one chunk."""
-    ACC: tl.constexpr = tl.float64 if DTYPES[0] == tl.float64 else tl.float32
-    offsets = tl.arange(0, CHUNK)
-    p = _load(p_address, offsets, count, DTYPES[0], ALIGNED).to(ACC)
-    d = _load(g_address, offsets, count, DTYPES[1], ALIGNED).to(ACC) * inv_scale + decay * p
-    return tl.sum(p * p, axis=0).to(tl.float32), tl.sum(d * d, axis=0).to(tl.float32)
-
-
-@jit
-def _is_accurate(square: tl.tensor) -> tl.tensor:
-    """True for a float32 sum of squares that has neither overflowed nor lost digits to underflow."""
-    return (square >= SMALL_SUM) & (square < float("inf"))
-
-
-@jit
-def _wide_norms_chunk(
-    p_address: tl.tensor,
-    g_address: tl.tensor,
-    count: tl.tensor,
-    decay: tl.tensor,
-    inv_scale: tl.tensor,
-    DTYPES: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> tl.tensor:
-    """Squared norms of parameter and update of the first `count` elements, in float64."""
-    offsets = tl.arange(0, BLOCK)
-    p_square = tl.zeros((BLOCK,), tl.float64)
-    d_square = tl.zeros((BLOCK,), tl.float64)
-    # In blocks: all at once would take more registers than the norms do.
-    start = 0
-    while start < count:
-        p = _load(p_address, start + offsets, count, DTYPES[0], False).to(tl.float64)
-        d = _load(g_address, start + offsets, count, DTYPES[1], False).to(tl.float64) * inv_scale + decay * p
-        p_square += p * p
-        d_square += d * d
-        start += BLOCK
-    return tl.sum(p_square, axis=0), tl.sum(d_square, axis=0)
-
-
-@jit
-def _has_non_finite(
-    g_address: tl.tensor,
-    count: tl.tensor,
-    DTYPES: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> tl.tensor:
-    """True if any of the first `count` elements of a gradient is an infinity or a NaN."""
-    # Compared in the gradient's own precision: a finite float64 may be infinite in float32.
-    WIDE: tl.constexpr = tl.float64 if DTYPES[1] == tl.float64 else tl.float32
-    offsets = tl.arange(0, BLOCK)
-    non_finite = tl.zeros((BLOCK,), tl.int1)
-    # In blocks: all at once would take more registers than the norms do.
-    start = 0
-    while start < count:
-        g = _load(g_address, start + offsets, count, DTYPES[1], False).to(WIDE)
-        non_finite |= ~(tl.abs(g) < float("inf"))  # a NaN is not less than anything
-        start += BLOCK
-    return tl.max(non_finite.to(tl.int32), axis=0) != 0
 
 
 @jit
@@ -176,18 +88,18 @@ def _lars_norms_kernel(
             g = g_address + first * (DTYPE_COMBOS[k][1].primitive_bitwidth // 8)
             if full:
                 # A count that is known to be CHUNK or 0 leaves the accesses 128 bits wide.
-                p_square, d_square = _norms_chunk(p, g, CHUNK, decay, inv_scale, DTYPE_COMBOS[k], True, CHUNK)
+                p_square, d_square = norms_chunk(p, g, CHUNK, decay, inv_scale, DTYPE_COMBOS[k], True, CHUNK)
             else:
-                p_square, d_square = _norms_chunk(p, g, numel, decay, inv_scale, DTYPE_COMBOS[k], False, CHUNK)
+                p_square, d_square = norms_chunk(p, g, numel, decay, inv_scale, DTYPE_COMBOS[k], False, CHUNK)
     p_partial = tl.cast(p_square, tl.float64)
     d_partial = tl.cast(d_square, tl.float64)
-    if ~(_is_accurate(p_square) & _is_accurate(d_square)):
+    if ~(is_accurate(p_square) & is_accurate(d_square)):
         for k in tl.static_range(len(DTYPE_COMBOS)):
             if norms_combo == k:
                 p = p_address + first * (DTYPE_COMBOS[k][0].primitive_bitwidth // 8)
                 g = g_address + first * (DTYPE_COMBOS[k][1].primitive_bitwidth // 8)
                 count = tl.minimum(numel, CHUNK)
-                p_partial, d_partial = _wide_norms_chunk(p, g, count, decay, inv_scale, DTYPE_COMBOS[k], CHUNK // 4)
+                p_partial, d_partial = wide_norms_chunk(p, g, count, decay, inv_scale, DTYPE_COMBOS[k], CHUNK // 4)
 
     # --- finite check
     if found_inf_ptr is not None:
@@ -198,7 +110,7 @@ def _lars_norms_kernel(
             for k in tl.static_range(len(DTYPE_COMBOS)):
                 if dtype_combo == k:
                     g = g_address + first * (DTYPE_COMBOS[k][1].primitive_bitwidth // 8)
-                    if _has_non_finite(g, tl.minimum(numel, CHUNK), DTYPE_COMBOS[k], CHUNK // 4):
+                    if has_non_finite(g, tl.minimum(numel, CHUNK), DTYPE_COMBOS[k], CHUNK // 4):
                         # No atomic: all programs store the same value, and none of this launch reads it.
                         tl.store(found_inf_ptr, 1.0)
         if chunk >= num_adapted_chunks:
@@ -232,37 +144,12 @@ def _lars_norms_kernel(
         p_norm = tl.sqrt_rn(p_square)
         d_norm = tl.sqrt_rn(d_square)
         ratio = tl.where((p_norm > 0.0) & (d_norm > 0.0), trust_coefficient * tl.div_rn(p_norm, d_norm), 1.0)
-        if ~(_is_accurate(p_square) & _is_accurate(d_square)):
-            ratio = _wide_ratio(
+        if ~(is_accurate(p_square) & is_accurate(d_square)):
+            ratio = wide_ratio(
                 partials_ptr + first_chunk, num_adapted_chunks, row_chunks, trust_coefficient, BLOCK_PARTIALS
             )
         tl.store(ratios_ptr + row, ratio)
         tl.store(arrival_counters_ptr + row, 0)  # ready for the next launch
-
-
-@jit
-def _wide_ratio(
-    partials_ptr: tl.tensor,
-    num_adapted_chunks: tl.tensor,
-    row_chunks: tl.tensor,
-    trust_coefficient: tl.tensor,
-    BLOCK_PARTIALS: tl.constexpr,
-) -> tl.tensor:
-    """Trust ratio of a row from the sums of its partial norms in float64."""
-    p_squares = tl.zeros((BLOCK_PARTIALS,), tl.float64)
-    d_squares = tl.zeros((BLOCK_PARTIALS,), tl.float64)
-    start = 0
-    while start < row_chunks:
-        index = start + tl.arange(0, BLOCK_PARTIALS)
-        mask = index < row_chunks
-        p_squares += tl.load(partials_ptr + index, mask=mask, other=0.0, cache_modifier=".cg")
-        d_squares += tl.load(partials_ptr + num_adapted_chunks + index, mask=mask, other=0.0, cache_modifier=".cg")
-        start += BLOCK_PARTIALS
-    p_square = tl.sum(p_squares, axis=0)
-    d_square = tl.sum(d_squares, axis=0)
-    ratio = trust_coefficient * tl.sqrt(p_square / d_square)
-    ratio = tl.where(ratio > MAX_RATIO, MAX_RATIO, ratio).to(tl.float32)  # not `minimum`: a NaN has to stay NaN
-    return tl.where((p_square > 0.0) & (d_square > 0.0), ratio, 1.0)
 
 
 @jit
@@ -295,11 +182,11 @@ def _apply_chunk(
     ACC: tl.constexpr = tl.float64 if DTYPES[0] == tl.float64 else tl.float32
     offsets = tl.arange(0, CHUNK)
     # What a row may lack is predicated and not branched around: all loads then start together.
-    p = _load(p_address, offsets, count, DTYPES[0], ALIGNED)
-    g = _load(g_address, offsets, g_count, DTYPES[1], ALIGNED).to(ACC)
-    v = _load(v_address, offsets, g_count, DTYPES[2], ALIGNED).to(ACC)
+    p = load(p_address, offsets, count, DTYPES[0], ALIGNED)
+    g = load(g_address, offsets, g_count, DTYPES[1], ALIGNED).to(ACC)
+    v = load(v_address, offsets, g_count, DTYPES[2], ALIGNED).to(ACC)
     if HAS_TARGET:
-        t = _load(t_address, offsets, t_count, DTYPES[3], ALIGNED)
+        t = load(t_address, offsets, t_count, DTYPES[3], ALIGNED)
     # --- LARS
     v = momentum * v + ratio * (g * inv_scale + decay * p.to(ACC))
     p = tl.where(offsets < g_count, (p.to(ACC) - lr * v).to(DTYPES[0]), p)
