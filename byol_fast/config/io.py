@@ -105,8 +105,10 @@ def load(path: Path) -> Config:
         values = json.loads(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"config: {path} does not exist; give the run folder of a `byol-fast train`") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ConfigError(f"config: {path} is not valid JSON ({error}); restore it or start a new run") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"config: {path} must hold a run's configuration, got {values!r:.50}; check the path")
     return from_dict(values)
 
 

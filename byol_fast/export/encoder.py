@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from torch import nn
 
 from byol_fast import config as configs
@@ -60,7 +60,8 @@ def export_encoder(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(weights_path) as temporary:
-            save_file(state, temporary, metadata={"format": "pt"})
+            # Not by `save_file`, whose error about a full disk is no OSError.
+            temporary.write_bytes(save(state, metadata={"format": "pt"}))
         atomic_write(metadata_path, json.dumps(metadata, indent=2) + "\n")
     except OSError as error:
         raise ConfigError(f"export: {folder} cannot be written ({error}); choose another folder") from None

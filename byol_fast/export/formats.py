@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from byol_fast.config import ConfigError
@@ -288,7 +288,8 @@ def _export_timm(encoder: nn.Module, metadata: dict[str, Any], path: Path, with_
             f"model.load_state_dict(safetensors.torch.load_file({path.name!r}))"
         )
     with atomic_path(path) as temporary:
-        save_file(state, temporary, metadata={"format": "pt"} | _as_strings(metadata | {"timm": name, "load": note}))
+        about = {"format": "pt"} | _as_strings(metadata | {"timm": name, "load": note})
+        temporary.write_bytes(save(state, metadata=about))
         if importlib.util.find_spec("timm") is None:
             return ExportResult(path, None, 0.0, (), f"not verified, timm is not installed; load it with {note}")
         module = ExportModule(encoder, None).eval()

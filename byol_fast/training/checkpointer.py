@@ -35,8 +35,10 @@ class Checkpointer:
         self.every = config.checkpoint_every or -(-MIN_CHECKPOINT_STEPS // epoch) * epoch
         """Steps between checkpoints: by default whole epochs."""
         self._previous_step = state.step  # see `checkpoints.save`
-        exists = state.world.run_on_main(checkpoints.path_at_step(self._folder, state.step).exists)
-        self.saved_step = state.step if state.step and exists else -1
+        path = checkpoints.path_at_step(self._folder, state.step)
+        # It is damaged where the run resumed from the best checkpoint, which has the same step.
+        intact = state.world.run_on_main(lambda: checkpoints.is_intact(path))
+        self.saved_step = state.step if state.step and intact else -1
         """Step of the newest checkpoint; -1 for none."""
 
     def save(self, config: Config) -> Path:

@@ -41,7 +41,7 @@ def _parse(path: Path) -> tuple[list[Record], list[int]]:
     for number, line in enumerate(lines + ([cut_off] if cut_off else []), 1):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)
@@ -113,13 +113,12 @@ class MetricsLogger:
         try:
             with self.path.open("a") as file:
                 file.write("".join(json.dumps(record) + "\n" for record in self._pending))
-            written, self._pending = self._pending, []
-            if self._writer is not None:
-                self._write_scalars(written)
         except OSError as error:
             raise CheckpointError(
                 f"metrics: {self.path} could not be written ({error}); free space, then resume"
             ) from error
+        written, self._pending = self._pending, []
+        self._use_tensorboard(lambda writer: _write_scalars(writer, written))
 
     def discard(self) -> None:
         """Drop the queued records."""
@@ -127,15 +126,26 @@ class MetricsLogger:
 
     def close(self) -> None:
         """Finish TensorBoard's files."""
-        if self._writer is not None:
-            self._writer.close()
+        self._use_tensorboard(lambda writer: writer.close())
 
-    def _write_scalars(self, records: list[Record]) -> None:
-        for record in records:
-            for name, value in record.items():
-                if name not in {"step", "skipped", "knn_k"} and value is not None:
-                    self._writer.add_scalar(name, value, record["step"])
-        self._writer.flush()
+    def _use_tensorboard(self, use: Callable[[Any], None]) -> None:
+        """Call `use` with TensorBoard's writer, if there is one; the run goes on without it after an error."""
+        if self._writer is None:
+            return
+        try:
+            use(self._writer)
+        except OSError as error:
+            log.warning("metrics: %s could not be written (%s); no more TensorBoard files", self._tensorboard, error)
+            self._writer = None
+
+
+def _write_scalars(writer: Any, records: list[Record]) -> None:
+    """Write the numbers of some records into TensorBoard's files."""
+    for record in records:
+        for name, value in record.items():
+            if name not in {"step", "skipped", "knn_k"} and value is not None:
+                writer.add_scalar(name, value, record["step"])
+    writer.flush()
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,11 +134,11 @@ def find_resumable(config: Config) -> Path | None:
         return run_dir.path if run_dir.has_checkpoints() else None
     folders = list(config.out.iterdir()) if config.out.is_dir() else []
     for run_dir in map(RunDir, sorted(folders, key=_modified, reverse=True)):
-        if run_dir.is_finished() or not (run_dir.has_checkpoints() or run_dir.status.exists()):
-            continue
         try:
+            if run_dir.is_finished() or not (run_dir.has_checkpoints() or run_dir.status.exists()):
+                continue
             stored = configs.load(run_dir.path / "config.json")
-        except ConfigError:
+        except (ConfigError, OSError):  # a foreign folder, or a private one of somebody else
             continue
         same_data = stored.data.root == (config.data.root and config.data.root.expanduser().absolute())
         if same_data and set(configs.differences(stored, config)) <= RESUMABLE_CHANGES:
@@ -151,5 +151,5 @@ def _modified(path: Path) -> float:
     """Time of the last change; 0 if the path is gone, as the folder of a start that failed meanwhile."""
     try:
         return path.stat().st_mtime
-    except FileNotFoundError:
+    except OSError:
         return 0.0

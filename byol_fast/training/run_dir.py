@@ -182,9 +182,10 @@ def open_run_dir(config: Config, resume: Path | None) -> tuple[RunDir, RunLock, 
     path = resume or config.out / config.name
     try:
         path, created = _create(config) if resume is None else (resume, [])
-        lock = RunLock(path, created)
+        run_dir = RunDir(path.absolute())  # the program may change its working directory during the run
+        lock = RunLock(run_dir.path, created)
         try:
-            return RunDir(path), lock, RunDir(path).prepare(resume=resume is not None)
+            return run_dir, lock, run_dir.prepare(resume=resume is not None)
         except BaseException:
             lock.release()
             raise
@@ -210,4 +211,4 @@ def _create(config: Config) -> tuple[Path, list[Path]]:
 
 def not_writable(path: Path, error: OSError) -> ConfigError:
     """Error of a run directory that cannot be written."""
-    return ConfigError(f"config: {path} cannot be written ({error}); set `out` to another folder")
+    return ConfigError(f"config: {path} cannot be written ({error}); make it writable, or set `out` to another folder")

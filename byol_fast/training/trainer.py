@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -125,7 +126,7 @@ class Trainer:
                 self._parts.restore_global_state()
                 return self._fit()
             finally:
-                self._release_lock()
+                self.close()
 
     def _fit(self) -> RunResult:
         notes = self.world.run_on_main(self._write_run_files)
@@ -144,17 +145,16 @@ class Trainer:
                 self._raise_if_interrupted()
             if self._checkpointer.saved_step != self.state.step:
                 self.save_checkpoint()
-        self.loader.close()
         return self._finish()
 
     def close(self) -> None:
-        """Give up the run folder and the loader's threads without training."""
-        self.loader.close()
-        self._release_lock()
-
-    def _release_lock(self) -> None:
-        if self._parts.lock is not None:
-            self._parts.lock.release()
+        """Give up the run folder and all threads; `fit` does it at its end."""
+        try:
+            self.metrics.close()
+            self.loader.close()
+        finally:
+            if self._parts.lock is not None:
+                self._parts.lock.release()
 
     def stop(self) -> None:
         """End the run after the current step, as if it were complete: saved, and the encoder exported."""
@@ -243,9 +243,8 @@ class Trainer:
             return
         with self.throughput.paused():
             result = self.world.run_on_main(self._evaluate)
-        if result is None:
-            self._raise_if_interrupted()
-            return
+        if result is None:  # also after the last step: the run is not finished without its evaluation
+            self._interrupt(self.world.all_reduce_max(self._shutdown.signum))
         which = "untrained, norms calibrated" if state.step == 0 else f"epoch {state.epoch:.4g}"
         progress.print(f"{result.summary(self.config.knn.k)}  ({which})")
         self.queue_records()
@@ -311,9 +310,11 @@ class Trainer:
         if asked >= _STOP:
             self._should_stop = True
         elif asked and self.state.step < self.total_steps:
-            self.save_checkpoint()
-            self.loader.close()
-            raise Interrupted(asked, self.run_dir, self.state.step)
+            self._interrupt(asked)
+
+    def _interrupt(self, signum: int) -> NoReturn:
+        self.save_checkpoint()
+        raise Interrupted(signum, self.run_dir, self.state.step)
 
     def _write_run_files(self) -> list[str]:
         """Write `config.json` and `environment.json`, and open the metrics; returns notes for the user."""
@@ -340,7 +341,6 @@ class Trainer:
             self._parts.run_dir.write_status(finished=True)
             return self._parts.run_dir.result(step, weights)
 
-        self.metrics.close()
         result = self.world.run_on_main(export)
         self.call_hooks("on_run_end", result)
         return result

@@ -53,14 +53,15 @@ def saved_steps(folder: Path) -> list[int]:
 
 def intact_steps(folder: Path) -> list[int]:
     """`saved_steps` without damaged checkpoints; reads all of them."""
+    return [step for step in saved_steps(folder) if is_intact(path_at_step(folder, step))]
 
-    def is_readable(step: int) -> bool:
-        try:
-            return _is_intact(path_at_step(folder, step))
-        except OSError:
-            return False
 
-    return [step for step in saved_steps(folder) if is_readable(step)]
+def is_intact(path: Path) -> bool:
+    """True if a checkpoint can be read and its checksum matches; reads all of it."""
+    try:
+        return _is_intact(path)
+    except OSError:
+        return False
 
 
 def save(
@@ -86,11 +87,13 @@ def save(
         with atomic_path(path) as temporary, _DigestingWriter(temporary.open("wb", buffering=0)) as file:
             torch.save({"format": FORMAT, "step": step, **payload}, file)
             file.write(_TRAILER + file.digest.hexdigest().encode() + b"\n")
-    except (OSError, RuntimeError) as error:  # torch's zip writer may report a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:
+        # torch's zip writer ends with a RuntimeError after an OSError of the file, as of a full disk.
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
         intact = ", ".join(map(str, intact_steps(folder))) or "none"
         free = shutil.disk_usage(folder if folder.exists() else Path("/")).free / 2**30
         raise CheckpointError(
-            f"checkpoint: {path} could not be written ({free:.2f} GiB free there; {reason(error)}); free space or fix "
+            f"checkpoint: {path} could not be written ({free:.2f} GiB free there; {reason(cause)}); free space or fix "
             f"the folder's permissions, then resume; intact checkpoints: {intact}"
         ) from error
     if keep is not None:

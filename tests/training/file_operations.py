@@ -7,10 +7,7 @@ import io
 import os
 import signal
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-
-from byol_fast.export import encoder as export
 
 # What changes a folder; a kill comes before the call.
 CALLS = ("fsync", "ftruncate", "link", "mkdir", "rename", "replace", "rmdir", "unlink")
@@ -41,7 +38,6 @@ class FileOperations:
 
         os.open, os.write = open_descriptor, write
         io.open = builtins.open = self._open(builtins.open)
-        vars(export)["save_file"] = self._save_file(vars(export)["save_file"])
 
     def begin(self, part: Callable[[int], object] = lambda thirds: None) -> None:
         """Count an operation, or make a part of it and die.
@@ -79,16 +75,3 @@ class FileOperations:
             return io.BufferedWriter(raw) if "b" in mode else io.TextIOWrapper(io.BufferedWriter(raw), *args, **kwargs)
 
         return open_file
-
-    def _save_file(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        """`safetensors` writes from Rust, out of sight: the file is cut afterwards."""
-
-        def save_file(tensors: Any, path: Path, **kwargs: Any) -> None:
-            def write(thirds: int) -> None:
-                real(tensors, path, **kwargs)
-                os.truncate(path, path.stat().st_size * thirds // 3)
-
-            self.begin(write)
-            real(tensors, path, **kwargs)
-
-        return save_file

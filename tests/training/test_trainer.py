@@ -146,22 +146,29 @@ def test_interrupted_in_this_process_says_how_to_go_on(tiny: Config, monkeypatch
     assert same(final_weights(result.run_dir), final_weights(uninterrupted.run_dir))
 
 
-def test_stopped_during_the_first_evaluation_and_resumed(tiny: Config, npz: Path, photos: np.ndarray) -> None:
+def test_stopped_during_first_and_last_evaluation_and_resumed(tiny: Config, npz: Path, photos: np.ndarray) -> None:
     val = npz.with_name("val.npz")
     np.savez(val, images=photos[:30], labels=np.arange(30) % 3)
     tiny = configs.replace(tiny, {"knn": {"val_root": val, "every_epochs": 1, "k": 3, "max_train": 40}})
-    trainer = Trainer(tiny)
-    check = trainer._stop_evaluation_on_signal
 
-    def stop_at_once() -> None:
-        if not trainer._shutdown.signum:
-            os.kill(os.getpid(), signal.SIGTERM)
-        check()
+    def stop_evaluation(trainer: Trainer, step: int) -> None:
+        check = trainer._stop_evaluation_on_signal
 
-    trainer._stop_evaluation_on_signal = stop_at_once  # type: ignore[method-assign]
-    with pytest.raises(Interrupted, match="saved after step 0"):
-        trainer.fit()
-    Trainer(tiny, resume=tiny.out / "tiny").fit()
+        def stop_at_once() -> None:
+            if trainer.state.step == step and not trainer._shutdown.signum:
+                os.kill(os.getpid(), signal.SIGTERM)
+            check()
+
+        trainer._stop_evaluation_on_signal = stop_at_once  # type: ignore[method-assign]
+        with pytest.raises(Interrupted, match=f"saved after step {step}"):
+            trainer.fit()
+        assert find_resumable(configs.replace(tiny, {"name": ""})) == trainer.run_dir
+
+    stop_evaluation(Trainer(tiny), 0)
+    stop_evaluation(Trainer(tiny, resume=tiny.out / "tiny"), 12)
+    resumed = Trainer(tiny, resume=tiny.out / "tiny")
+    assert resumed.state.step == 12
+    resumed.fit()
     whole = Trainer(configs.replace(tiny, {"name": "whole"})).fit()
     records, expected = (read(tiny.out / name / "metrics.jsonl") for name in ("tiny", "whole"))
     assert [{k: v for k, v in r.items() if k not in CLOCK} for r in records] == [

@@ -1,0 +1,188 @@
+"""Changes around a run, while it lasts or before it is resumed: working directory, disk, other folders and files."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from byol_fast import config as configs
+from byol_fast.config import Config, ConfigError
+from byol_fast.export.encoder import export_run, load_encoder
+from byol_fast.export.formats import export_as
+from byol_fast.models import encoders
+from byol_fast.training.callbacks import Callback
+from byol_fast.training.metrics import read
+from byol_fast.training.resume import find_resumable
+from byol_fast.training.train_step import StepOutput
+from byol_fast.training.trainer import Trainer
+from byol_fast.utils import checkpoint as checkpoints
+from byol_fast.utils.checkpoint import CheckpointError
+from byol_fast.utils.files import atomic_path, atomic_write
+from tests.networks import SmallResidualNetwork
+
+
+@pytest.fixture
+def small(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """A run of a tenth of a second."""
+    monkeypatch.setitem(encoders.OWN_ENCODERS, "small", lambda **_: SmallResidualNetwork())
+    changes = {"model.encoder": "small", "data.loader": "threaded", "tensorboard": False, "checkpoint_every": 3}
+    return configs.replace(tiny, {**changes, "steps": 6})
+
+
+class AtStep(Callback):
+    """Calls a function after a step."""
+
+    def __init__(self, step: int, act: Callable[[], object]) -> None:
+        self.step, self.act = step, act
+
+    def on_step_end(self, trainer: Trainer, output: StepOutput) -> None:
+        if trainer.state.step == self.step:
+            self.act()
+
+
+def fail() -> None:
+    raise ZeroDivisionError
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Files can grow to this size only: writes of all libraries fail behind it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_run_stays_in_its_folder_when_the_working_directory_changes(
+    small: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("first", "second", "third"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "first")
+    trainer = Trainer(
+        configs.replace(small, {"out": "runs"}), callbacks=[AtStep(2, lambda: os.chdir(tmp_path / "third"))]
+    )
+    os.chdir(tmp_path / "second")
+    result = trainer.fit()
+    assert result.run_dir == tmp_path / "first" / "runs" / "tiny"
+    assert checkpoints.saved_steps(result.run_dir / "checkpoints") == [3, 6]
+    assert result.encoder.exists()
+    assert not list((tmp_path / "second").iterdir()) and not list((tmp_path / "third").iterdir())
+
+
+def test_run_goes_on_without_the_folder_of_tensorboard(small: Config, caplog: pytest.LogCaptureFixture) -> None:
+    config = configs.replace(small, {"tensorboard": True, "log_every": 1})
+    folder = config.out / "tiny" / "tb"
+    hook = threading.excepthook
+    threading.excepthook = lambda _: None  # that of TensorBoard's thread prints the traceback
+    try:
+        assert Trainer(config, callbacks=[AtStep(2, lambda: shutil.rmtree(folder))]).fit().steps == 6
+    finally:
+        threading.excepthook = hook
+    assert [r["step"] for r in read(config.out / "tiny" / "metrics.jsonl") if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    messages = [message for message in caplog.messages if "TensorBoard" in message]
+    assert len(messages) == 1
+    assert str(folder) in messages[0]
+
+
+def test_run_that_fails_leaves_no_threads(small: Config) -> None:
+    before = set(threading.enumerate())
+    trainer = Trainer(configs.replace(small, {"tensorboard": True}), callbacks=[AtStep(2, fail)])
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit()
+    assert set(threading.enumerate()) <= before
+    assert not (trainer.run_dir / ".lock").exists()
+
+
+def test_export_to_a_full_disk_is_explained(small: Config, tmp_path: Path) -> None:
+    run = Trainer(small).fit().run_dir
+    encoder, metadata = load_encoder(run)
+    metadata["encoder"], metadata["cifar_stem"] = "resnet18", False  # a name that timm has
+    before = (run / "encoder.safetensors").read_bytes()
+    with largest_file(1000):
+        for export in (
+            lambda: export_run(run),
+            lambda: export_as(encoder, metadata, "timm", tmp_path / "timm"),
+            lambda: export_as(encoder, metadata, "torch-export", tmp_path / "program"),
+        ):
+            with pytest.raises(ConfigError, match="export: .* cannot be written .*File too large.*; choose another"):
+                export()
+        with pytest.raises(CheckpointError, match=r"GiB free there; OSError: .Errno 27. File too large\)"):
+            checkpoints.save(tmp_path, 3, {"x": torch.zeros(100_000), "y": torch.zeros(100_000)})
+    assert (run / "encoder.safetensors").read_bytes() == before
+    assert [p.name for p in tmp_path.rglob("*.tmp")] == []
+
+
+@pytest.mark.parametrize("content", [None, "[1]", "5", "\x80"])
+def test_resume_auto_passes_over_foreign_folders(small: Config, content: str | None) -> None:
+    with pytest.raises(ZeroDivisionError):
+        Trainer(small, callbacks=[AtStep(4, fail)]).fit()
+    foreign = small.out / "foreign"
+    (foreign / "checkpoints").mkdir(parents=True)
+    (foreign / "checkpoints" / "step_100.pt").touch()
+    if content is None:
+        (foreign / "config.json").mkdir()  # an error of the system, as for a folder of somebody else
+    else:
+        (foreign / "config.json").write_bytes(content.encode("latin-1"))
+    os.utime(foreign, (2**32, 2**32))  # the newest
+    assert find_resumable(configs.replace(small, {"name": ""})) == small.out / "tiny"
+
+
+def test_damaged_checkpoint_is_not_kept_as_the_best(
+    small: Config, npz: Path, photos: np.ndarray, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The best is a file of its own after a copy that knows no links, and damage to the other one is not seen in it."""
+    val = npz.with_name("val.npz")
+    np.savez(val, images=photos[:30], labels=np.arange(30) % 3)
+    small = configs.replace(small, {"knn": {"val_root": val, "every_epochs": 1, "k": 3}})
+    with pytest.raises(ZeroDivisionError):
+        Trainer(small, callbacks=[AtStep(6, fail)]).fit()
+    run = small.out / "tiny"
+    best, path = (run / "checkpoints" / f"{prefix}step_000000005.pt" for prefix in ("best_", ""))
+    path.unlink()
+    path.write_bytes(best.read_bytes()[:-1])
+    (run / "metrics.jsonl").unlink()  # the step is evaluated again
+    assert Trainer(small, resume=run).fit().steps == 6
+    assert "step_000000005.pt is damaged" in caplog.text
+    for checkpoint in (run / "checkpoints").iterdir():
+        checkpoints.load(checkpoint)
+
+
+def test_files_have_the_permissions_of_the_program(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        atomic_write(tmp_path / "a", "x")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EIO])
+def test_folder_that_cannot_be_synchronized(tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def fail_for_folders(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(code, os.strerror(code))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", fail_for_folders)
+    if code == errno.EINVAL:  # some network file systems
+        atomic_write(tmp_path / "a", "x")
+    else:
+        with pytest.raises(OSError, match="Input/output"), atomic_path(tmp_path / "a") as temporary:
+            temporary.write_text("x")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
