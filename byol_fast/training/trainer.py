@@ -145,7 +145,12 @@ class Trainer:
                 self._raise_if_interrupted()
             if self._checkpointer.saved_step != self.state.step:
                 self.save_checkpoint()
-        return self._finish()
+            # Before the callbacks: they may evaluate or upload, and need the memory and the files.
+            self.loader.close()
+            self.metrics.close()
+            result = self.world.run_on_main(self._export)
+        self.call_hooks("on_run_end", result)
+        return result
 
     def close(self) -> None:
         """Give up the run folder and all threads; `fit` does it at its end."""
@@ -332,15 +337,9 @@ class Trainer:
             raise not_writable(self.run_dir, error) from None
         return [] if note is None else [note]
 
-    def _finish(self) -> RunResult:
-        """Export the encoder; the report is a callback on `on_run_end`."""
-
-        def export() -> RunResult:
-            step, size = self.state.step, self.model.feature_dim
-            weights, _ = export_encoder(self.model.encoder, self.config, self.run_dir, step=step, feature_dim=size)
-            self._parts.run_dir.write_status(finished=True)
-            return self._parts.run_dir.result(step, weights)
-
-        result = self.world.run_on_main(export)
-        self.call_hooks("on_run_end", result)
-        return result
+    def _export(self) -> RunResult:
+        """Export the encoder and mark the run as finished; the report is a callback on `on_run_end`."""
+        step, size = self.state.step, self.model.feature_dim
+        weights, _ = export_encoder(self.model.encoder, self.config, self.run_dir, step=step, feature_dim=size)
+        self._parts.run_dir.write_status(finished=True)
+        return self._parts.run_dir.result(step, weights)

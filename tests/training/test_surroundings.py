@@ -6,11 +6,13 @@ import errno
 import os
 import resource
 import shutil
+import signal
 import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,9 +23,11 @@ from byol_fast.config import Config, ConfigError
 from byol_fast.export.encoder import export_run, load_encoder
 from byol_fast.export.formats import export_as
 from byol_fast.models import encoders
+from byol_fast.training import trainer as trainers
 from byol_fast.training.callbacks import Callback
 from byol_fast.training.metrics import read
 from byol_fast.training.resume import find_resumable
+from byol_fast.training.run_dir import RunDir
 from byol_fast.training.train_step import StepOutput
 from byol_fast.training.trainer import Trainer
 from byol_fast.utils import checkpoint as checkpoints
@@ -105,6 +109,20 @@ def test_run_that_fails_leaves_no_threads(small: Config) -> None:
         trainer.fit()
     assert set(threading.enumerate()) <= before
     assert not (trainer.run_dir / ".lock").exists()
+
+
+def test_signal_during_the_export_does_not_stop_it(small: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    export = vars(trainers)["export_encoder"]
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return export(*args, **kwargs)
+
+    monkeypatch.setattr(trainers, "export_encoder", interrupted)
+    result = Trainer(small).fit()
+    assert result.encoder.exists()
+    assert RunDir(result.run_dir).is_finished()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_export_to_a_full_disk_is_explained(small: Config, tmp_path: Path) -> None:
