@@ -99,12 +99,14 @@ def load(path: Path) -> Config:
     """Read a `config.json`.
 
     Raises:
-        ConfigError: the file is missing, is not JSON, or holds an unknown or invalid field.
+        ConfigError: the file is missing, cannot be read, is not JSON, or holds an unknown or invalid field.
     """
     try:
         values = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"config: {path} does not exist; give the run folder of a `byol-fast train`") from None
+    except OSError as error:
+        raise ConfigError(f"config: {path} cannot be read ({error}); make it readable") from None
     except ValueError as error:
         raise ConfigError(f"config: {path} is not valid JSON ({error}); restore it or start a new run") from None
     if not isinstance(values, dict):

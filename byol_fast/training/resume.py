@@ -138,7 +138,7 @@ def find_resumable(config: Config) -> Path | None:
             if run_dir.is_finished() or not (run_dir.has_checkpoints() or run_dir.status.exists()):
                 continue
             stored = configs.load(run_dir.path / "config.json")
-        except (ConfigError, OSError):  # a foreign folder, or a private one of somebody else
+        except (ConfigError, OSError):  # foreign, or private to somebody else
             continue
         same_data = stored.data.root == (config.data.root and config.data.root.expanduser().absolute())
         if same_data and set(configs.differences(stored, config)) <= RESUMABLE_CHANGES:

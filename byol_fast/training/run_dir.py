@@ -70,10 +70,8 @@ class RunDir:
         """Status file, `status.json`: exists once a checkpoint was saved, and says if the run is finished."""
         return self.path / "status.json"
 
-    def prepare(self, *, resume: bool) -> str | None:
+    def check_usable(self, *, resume: bool) -> str | None:
         """Check that this run may use the directory; a directory in which no checkpoint was ever saved is reused.
-
-        The run must hold the directory's lock: temporary files of killed processes are removed.
 
         Args:
             resume: the directory holds the run to be continued.
@@ -84,20 +82,28 @@ class RunDir:
         Raises:
             ConfigError: the directory holds another run, or not the one to be resumed, or its checkpoints are gone.
         """
-        remove_temporaries(self.path)
-        remove_temporaries(self.checkpoints)
         if resume and self.has_checkpoints():
             return None
         self.check_not_lost()
         # Hidden files are no run's: the lock, or what file managers and network file systems leave.
         present = {p.name for p in self.path.iterdir() if p != self.checkpoints and not p.name.startswith(".")}
         present = {name for name in present if not name.startswith("corrupt_images.")}
-        if self.has_checkpoints() or present - _BEFORE_FIRST_CHECKPOINT:
+        others = present - _BEFORE_FIRST_CHECKPOINT
+        # Beside the configuration of a run, other files than an export are the user's: a log, notes.
+        is_foreign = bool(others) and not self._has_config()
+        if self.has_checkpoints() or is_foreign or "encoder.safetensors" in others:
             raise ConfigError(
                 f"config: {self.path} must be a new run's folder, it is not empty; continue it with "
                 f"--resume {self.path}, or choose another name"
             )
         return f"{self.path} has no checkpoint yet: starting from the beginning" if present else None
+
+    def _has_config(self) -> bool:
+        try:
+            configs.load(self.path / "config.json")
+        except ConfigError:
+            return False
+        return True
 
     def has_checkpoints(self) -> bool:
         """True if there is a checkpoint."""
@@ -185,7 +191,10 @@ def open_run_dir(config: Config, resume: Path | None) -> tuple[RunDir, RunLock, 
         run_dir = RunDir(path.absolute())  # the program may change its working directory during the run
         lock = RunLock(run_dir.path, created)
         try:
-            return run_dir, lock, run_dir.prepare(resume=resume is not None)
+            note = run_dir.check_usable(resume=resume is not None)
+            remove_temporaries(run_dir.path)  # of killed processes: this one has the lock
+            remove_temporaries(run_dir.checkpoints)
+            return run_dir, lock, note
         except BaseException:
             lock.release()
             raise

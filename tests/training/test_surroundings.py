@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import shutil
@@ -19,6 +20,7 @@ import pytest
 import torch
 
 from byol_fast import config as configs
+from byol_fast import pretrain
 from byol_fast.config import Config, ConfigError
 from byol_fast.export.encoder import export_run, load_encoder
 from byol_fast.export.formats import export_as
@@ -157,6 +159,34 @@ def test_resume_auto_passes_over_foreign_folders(small: Config, content: str | N
         (foreign / "config.json").write_bytes(content.encode("latin-1"))
     os.utime(foreign, (2**32, 2**32))  # the newest
     assert find_resumable(configs.replace(small, {"name": ""})) == small.out / "tiny"
+
+
+def test_users_files_in_the_folder_of_a_run_without_checkpoint_are_kept(small: Config) -> None:
+    run = small.out / "tiny"
+    run.mkdir(parents=True)
+    (run / "job.out").write_text("mine")
+    (run / ".notes.txt.a1b2c3d4.tmp").touch()  # perhaps another program's that writes atomically
+    for config in (None, '{"architectures": ["ResNet"]}'):  # none, and another program's
+        if config is not None:
+            (run / "config.json").write_text(config)
+        with pytest.raises(ConfigError, match="must be a new run's folder, it is not empty"):
+            Trainer(small)
+        assert (run / ".notes.txt.a1b2c3d4.tmp").exists()
+    (run / "config.json").write_text(json.dumps(configs.to_dict(small)))
+    for resume in (None, run):
+        Trainer(small, resume=resume).close()
+    (run / "encoder.safetensors").touch()  # its checkpoints are gone
+    with pytest.raises(ConfigError, match="must be a new run's folder, it is not empty"):
+        Trainer(small, resume=run)
+    (run / "encoder.safetensors").unlink()
+    assert Trainer(small, resume=run).fit().steps == 6
+    assert (run / "job.out").read_text() == "mine"
+
+
+def test_checkpoint_in_place_of_a_run_folder_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "step_000000003.pt").touch()
+    with pytest.raises(ConfigError, match="config.json does not exist; give the run folder"):
+        pretrain(resume=tmp_path / "step_000000003.pt")
 
 
 def test_damaged_checkpoint_is_not_kept_as_the_best(
