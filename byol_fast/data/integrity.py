@@ -261,5 +261,8 @@ class CorruptImages:
                 json.dumps({"image": bad.image, "reason": bad.reason, "batch_number": bad.batch_number, "index": i})
                 for i, bad in self.by_index.items()
             )
-            self._corrupt_list.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(self._corrupt_list, "".join(f"{line}\n" for line in lines))
+            try:
+                self._corrupt_list.parent.mkdir(parents=True, exist_ok=True)
+                atomic_write(self._corrupt_list, "".join(f"{line}\n" for line in lines))
+            except OSError as error:  # the checkpoints hold them, too
+                log.warning("the list of corrupt images, %s, could not be written (%s)", self._corrupt_list, error)

@@ -219,6 +219,18 @@ def test_corrupt_image_limit(total: int, share: float, limit: int) -> None:
         bad.add([(limit, "is empty")], batch_number=1)
 
 
+def test_list_of_corrupt_images_that_cannot_be_written_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "corrupt_images.jsonl"
+    path.mkdir()
+    bad = CorruptImages(str, 20, on_corrupt="skip", corrupt_list=path)
+    bad.add([(3, "is empty")], batch_number=0)
+    assert bad.state_dict() == [[3, "is empty", 0]]
+    assert caplog.messages[0].startswith(f"the list of corrupt images, {path}, could not be written")
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_intact_images_keep_their_views(tmp_path: Path) -> None:
     """Corrupt images do not change the views of the others."""
     images = pictures()

@@ -36,14 +36,14 @@ from byol_fast.utils import checkpoint as checkpoints
 from byol_fast.utils.checkpoint import CheckpointError
 from byol_fast.utils.files import atomic_path, atomic_write
 from tests.networks import SmallResidualNetwork
+from tests.training.helpers import SMALL_RUN
 
 
 @pytest.fixture
 def small(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> Config:
     """A run of a tenth of a second."""
     monkeypatch.setitem(encoders.OWN_ENCODERS, "small", lambda **_: SmallResidualNetwork())
-    changes = {"model.encoder": "small", "data.loader": "threaded", "tensorboard": False, "checkpoint_every": 3}
-    return configs.replace(tiny, {**changes, "steps": 6})
+    return configs.replace(tiny, SMALL_RUN | {"checkpoint_every": 3, "steps": 6})
 
 
 class AtStep(Callback):
