@@ -61,10 +61,11 @@ class LowPrecisionWeights:
                 module._parameters[name] = weight
 
     def move_grads(self) -> None:
-        """Move the gradients of the copies to the weights."""
+        """Move the gradients of the copies to the weights; a weight that other layers use, too, has one already."""
         for weight, copy in self.copies.items():
             if copy.grad is not None:
-                weight.grad, copy.grad = copy.grad, None
+                weight.grad = copy.grad if weight.grad is None else weight.grad + copy.grad
+                copy.grad = None
 
     def zero_grad(self) -> None:
         """Free gradients that were not moved: those of a backward pass that failed."""

@@ -135,6 +135,30 @@ def test_weight_copies_give_the_numbers_of_autocast() -> None:
             assert (a[name] - b[name]).norm() < 2**-6 * moved, name
 
 
+def test_weight_copies_of_shared_weights_get_the_gradients_of_all_uses() -> None:
+    """Those of layers without a copy arrive at the weight itself."""
+
+    class Transposed(nn.Module):
+        def __init__(self, linear: nn.Linear) -> None:
+            super().__init__()
+            self.weight = linear.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weight
+
+    gradients: list[torch.Tensor] = []
+    for with_copies in (True, False):
+        torch.manual_seed(0)
+        linear = nn.Linear(48, 8, bias=False)
+        encoder = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), linear, nn.ReLU(), Transposed(linear))
+        model = BYOL(encoder, hidden_dim=16, projection_dim=8, image_size=32)
+        step = train_step(model, precision=BF16, lowp_weights=with_copies)
+        step.optimizer.register_step_pre_hook(lambda *_, w=linear.weight: gradients.append(w.grad.float()))
+        step(batches(1)[0], 0)
+    copies, autocast = gradients
+    assert (copies - autocast).norm() < 2**-7 * autocast.norm()
+
+
 def test_weight_copies_follow_weights_that_are_loaded() -> None:
     model, other = small_byol(), small_byol()
     with torch.no_grad():
