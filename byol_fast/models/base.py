@@ -18,6 +18,7 @@ from byol_fast.models.layers import Normalize
 from byol_fast.models.split_batchnorm_layers import BatchStats, num_splits
 from byol_fast.utils.profiler_ranges import record_range
 from byol_kernels import byol_loss, byol_loss_with_stats
+from byol_kernels.derivatives import is_transformed
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -74,8 +75,8 @@ def stack_views(views: Sequence[Tensor]) -> Tensor:
         views: of one shape, each `[B, C, H, W]`.
     """
     first = views[0]
-    # Under torch.compile the copy is fused with the normalization that follows.
-    if torch.compiler.is_compiling() or any(view.requires_grad for view in views):
+    # Under torch.compile the copy is fused with the normalization that follows. Tangents are in a memory of their own.
+    if torch.compiler.is_compiling() or is_transformed() or any(view.requires_grad for view in views):
         return torch.cat(list(views))
     memory, size = first.untyped_storage().data_ptr(), first.shape[0] * first.stride(0)
     for i, view in enumerate(views):

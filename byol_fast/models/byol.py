@@ -91,7 +91,7 @@ class BYOL(SSLModel):
             like
         )
         predictor = MLPHead(projection_dim, hidden_dim, projection_dim, last_bias=last_bias).to(like)
-        self.normalize = Normalize(mean, std)
+        self.normalize = Normalize(mean, std).to(like)
         self.online = OnlineNetwork(network, projector, predictor)
         self.target = TargetNetwork(copy.deepcopy(network), copy.deepcopy(projector))
         self.feature_dim = features
@@ -106,7 +106,7 @@ class BYOL(SSLModel):
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Parameters of the online encoder, projector and predictor, in this order."""
-        return [*self._followed_parameters(), *self.online.predictor.parameters()]
+        return list(dict.fromkeys([*self._followed_parameters(), *self.online.predictor.parameters()]))
 
     def _followed_parameters(self) -> list[nn.Parameter]:
         return [*self.online.encoder.parameters(), *self.online.projector.parameters()]

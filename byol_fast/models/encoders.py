@@ -156,10 +156,13 @@ def _zero_residuals(network: nn.Module) -> None:
 
 
 def _remove_classifier(network: nn.Module, name: str) -> None:
-    """Replace a torchvision model's last linear layer (VGG: its whole classifier) by the identity."""
+    """Replace a torchvision model's last linear layer by the identity; VGG's, AlexNet's and SqueezeNet's classifier."""
     if name.startswith(("vgg", "alexnet")):
         network.avgpool = nn.AdaptiveAvgPool2d(1)
         network.classifier = nn.Identity()
+        return
+    if name.startswith("squeezenet"):
+        network.classifier = nn.AdaptiveAvgPool2d(1)
         return
     if name in {"inception_v3", "googlenet"}:
         setattr(network, "aux_logits", False)  # noqa: B010  (nn.Module's stubs allow only tensors and modules)

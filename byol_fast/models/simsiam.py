@@ -79,7 +79,7 @@ class SimSiam(SSLModel):
         like = parameter_like("SimSiam", network)
         projector = simsiam_projector(self.feature_dim, hidden_dim, projection_dim, num_layers=projector_layers)
         predictor = simsiam_predictor(projection_dim, predictor_hidden_dim)
-        self.normalize = Normalize(mean, std)
+        self.normalize = Normalize(mean, std).to(like)
         self.online = OnlineNetwork(network, projector.to(like), predictor.to(like))
         self._set_view_batching(view_batching, encoder, image_size)
 

@@ -20,6 +20,7 @@ batch_stats=[])`) and updates all running statistics at once if the step is not 
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,16 +73,21 @@ def revert_split_batchnorm(network: nn.Module) -> None:
 
     Args:
         network: any network; parameters and buffers stay as they are.
+
+    Raises:
+        ValueError: the class of a converted layer was changed since the conversion. Nothing is changed then.
     """
+    plain: dict[nn.Module, Any] = {}
     for module in network.modules():
         if isinstance(module, SplitBatchNormBase):
-            plain: Any = original_class(module)
+            plain[module] = original_class(module)
+        elif "plain_class" in vars(type(module)):  # of the classes of `gpu_tuning` and `cpu_tuning`
+            plain[module] = vars(type(module))["plain_class"]
+    for module, kind in plain.items():
+        if isinstance(module, SplitBatchNormBase):
             for name in SplitBatchNormBase.OWN_ATTRIBUTES:
                 module.__dict__.pop(name, None)
-        else:
-            plain = vars(type(module)).get("plain_class")  # of the classes of `gpu_tuning` and `cpu_tuning`
-        if plain is not None:
-            module.__class__ = plain
+        module.__class__ = kind
 
 
 def convert_sync_batchnorm(network: nn.Module) -> None:
@@ -166,10 +172,13 @@ def _unsupported_reason(network: nn.Module) -> str | None:
 
 def _find_mismatch(network: nn.Module, example: Tensor) -> str | None:
     """Difference between stacked and separate views, tried on copies in float64 and train mode; None if equal."""
+    if example.is_meta:
+        return "it has no values on the meta device, with which it could be tried"
     views = torch.randn(2, *example.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     views = views.to(example.device)
     separate, stacked = (_without_dropout(copy.deepcopy(network).double().train()) for _ in range(2))
     convert_split_batchnorm(stacked)
+    states = _rng_states(example.device)
     try:
         with torch.no_grad():
             expected = [_tensors(separate(view)) for view in views]
@@ -183,7 +192,17 @@ def _find_mismatch(network: nn.Module, example: Tensor) -> str | None:
     for (name, a), b in zip(separate.named_buffers(), stacked.buffers(), strict=True):
         if not _same(a, b):
             return f"its buffer {name} differs when the views pass at once"
+    if states != _rng_states(example.device):  # the outputs may be equal by chance
+        return "it draws random numbers for a whole batch"
     return None
+
+
+def _rng_states(device: torch.device) -> list[object]:
+    """States of the random number generators that a network on a device may draw from."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return [random.getstate(), *(state.numpy().tobytes() for state in states)]
 
 
 def _without_dropout(network: nn.Module) -> nn.Module:
@@ -202,5 +221,7 @@ def _tensors(outputs: object) -> list[Tensor]:
 def _same(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape:
         return False
+    if torch.equal(a, b):  # also where a constant is infinite, as in a mask of attention
+        return True
     a, b = a.double(), b.double()
-    return bool((a - b).abs().max() <= SAME * a.abs().max().clamp_min(1.0)) if a.numel() else True
+    return bool((a - b).abs().max() <= SAME * a.abs().max().clamp_min(1.0))

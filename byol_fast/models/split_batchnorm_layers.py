@@ -298,9 +298,18 @@ def _split_class(kind: Any) -> type[SplitBatchNormBase]:
 
 
 def original_class(module: SplitBatchNormBase) -> type[_BatchNorm]:
-    """The class that a split batch norm had before its conversion."""
-    original: type[_BatchNorm] = type(module).__bases__[1]  # the first base splits
-    return original
+    """The class that a split batch norm had before its conversion.
+
+    Raises:
+        ValueError: the class was changed since then.
+    """
+    original: Any = type(module).__bases__[-1]  # the first base splits
+    if _split_class(original) is not type(module):
+        raise ValueError(
+            f"batch norm: a split batch norm must have the class of its conversion, got {type(module).__name__}; first "
+            "undo what changed it, for instance by torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    return cast("type[_BatchNorm]", original)
 
 
 def _new(original: Any) -> SplitBatchNormBase:

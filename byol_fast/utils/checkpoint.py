@@ -261,6 +261,8 @@ def restoring(path: Path) -> Iterator[None]:
 def nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of the tensors with a NaN or an infinity. Waits for the device, once per dtype.
 
+    An additive mask of attention, which consists of 0 and -inf, is a legitimate constant.
+
     Args:
         tensors: by name; those that are not floating point are finite.
     """
@@ -273,7 +275,12 @@ def nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:
         # The largest magnitude keeps an infinity or NaN and cannot overflow, as a sum of squares can.
         largest = torch.stack(torch._foreach_norm([tensors[name].detach() for name in group], math.inf))
         result += itertools.compress(group, (~torch.isfinite(largest)).tolist())
-    return result
+    return [name for name in result if not _is_mask(tensors[name])]
+
+
+def _is_mask(tensor: Tensor) -> bool:
+    is_zero = tensor == 0
+    return bool(is_zero.any()) and bool((is_zero | (tensor == -math.inf)).all())
 
 
 def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:

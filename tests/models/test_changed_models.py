@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.utils import parametrize
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from byol_fast.models import (
@@ -180,6 +182,51 @@ def test_reverted_encoder_is_torchs_and_can_be_traced() -> None:
     assert [type(m) for m in reverted.modules()] == [type(m) for m in residual_encoder().modules()]
     assert "byol_fast" not in pickle.dumps(reverted).decode("latin-1")
     torch.testing.assert_close(torch.fx.symbolic_trace(reverted)(images), encoder(images))
+
+
+def test_norm_whose_class_was_changed_is_not_reverted() -> None:
+    """The parametrization, which is in that class, would be lost."""
+    network = with_norm(nn.BatchNorm2d(4))
+    convert_split_batchnorm(network)
+    norm = next(m for m in network.modules() if isinstance(m, nn.BatchNorm2d))
+    parametrize.register_parametrization(norm, "weight", nn.Softplus())
+    with pytest.raises(ValueError, match="got ParametrizedSplitBatchNorm2d; first undo.*remove_parametrizations"):
+        revert_split_batchnorm(network)
+    parametrize.remove_parametrizations(norm, "weight")
+    revert_split_batchnorm(network)
+    assert type(norm) is nn.BatchNorm2d
+
+
+def test_parameter_of_two_networks_is_trained_once() -> None:
+    model = BYOL(residual_encoder(), **SIZES)
+    tied = model.online.get_parameter("projector.3.weight")
+    model.online.predictor.get_submodule("3").register_parameter("weight", tied)
+    parameters = model.trainable_parameters()
+    assert sum(p is tied for p in parameters) == 1
+    assert set(parameters) == set(model.online.parameters())
+    followed = parameters[: len(model.target_parameters())]
+    assert [p.shape for p in followed] == [p.shape for p in model.target_parameters()]
+
+
+@pytest.mark.parametrize("transform", ["torch.func", "dual numbers"])
+def test_forward_mode_derivatives_of_views_pass_the_model(transform: str) -> None:
+    """The views lie in memory one behind the other; their tangents do not."""
+    model = BYOL(residual_encoder(), **SIZES).double().eval()
+    a, b = torch.cat(views()).double().chunk(2)
+    generator = torch.Generator().manual_seed(2)
+    ta, tb = (torch.randn(a.shape, dtype=torch.float64, generator=generator) for _ in range(2))
+
+    def loss(a: Tensor, b: Tensor) -> Tensor:
+        return model.forward_train(a, b).loss
+
+    if transform == "torch.func":
+        derivative = torch.func.jvp(loss, (a, b), (ta, tb))[1]
+    else:
+        with forward_ad.dual_level():
+            dual = loss(forward_ad.make_dual(a, ta), forward_ad.make_dual(b, tb))  # type: ignore[no-untyped-call]
+            derivative = forward_ad.unpack_dual(dual).tangent  # type: ignore[no-untyped-call]
+    da, db = torch.autograd.grad(loss(a.requires_grad_(), b.requires_grad_()), (a, b))
+    torch.testing.assert_close(derivative, (da * ta).sum() + (db * tb).sum(), rtol=1e-9, atol=1e-12)
 
 
 def test_checkpointed_encoder_can_be_pickled() -> None:

@@ -27,6 +27,7 @@ from byol_fast.models.layers import Normalize
         ("vgg16", 64, 512),
         ("inception_v3", 96, 2048),
         ("densenet121", 32, 1024),
+        ("squeezenet1_1", 32, 512),
         ("resnet18_narrow", 28, 256),
     ],
 )

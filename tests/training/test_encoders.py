@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +20,7 @@ import byol_fast
 from byol_fast import config as configs
 from byol_fast.config import Config
 from byol_fast.models import BYOL, SimSiam, revert_split_batchnorm
+from byol_fast.models.base import IMAGENET_MEAN, IMAGENET_STD
 from byol_fast.training import builder
 from tests.training.helpers import train_step
 
@@ -41,6 +44,30 @@ def shared() -> nn.Module:
     return around(norm, nn.Conv2d(4, 4, 1), norm)
 
 
+class Mask(nn.Module):
+    """An additive mask, whose constant is infinite."""
+
+    mask: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.tensor([0.0, -math.inf, 0.0, 0.0]).view(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x + self.mask).softmax(dim=1)
+
+
+class SkippedBlock(nn.Module):
+    """Stochastic depth of a user's own: the block is left out for a whole batch."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.block, self.draw = nn.Conv2d(4, 4, 1), draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.block(x) if not self.training or self.draw() < 0.999 else x
+
+
 TAKEN: dict[str, tuple[Encoder, str]] = {
     "map": (lambda: nn.Conv2d(3, 4, 5), "batched"),
     "partly frozen": (partly_frozen, "batched"),
@@ -54,6 +81,7 @@ TAKEN: dict[str, tuple[Encoder, str]] = {
     "spectral norm": (lambda: around(parametrizations.spectral_norm(nn.Conv2d(4, 4, 3))), "separate"),
     "spectral norm hook": (lambda: around(nn.utils.spectral_norm(nn.Conv2d(4, 4, 3)), nn.BatchNorm2d(4)), "separate"),
     "shared norm": (shared, "separate"),
+    "infinite mask": (lambda: around(nn.BatchNorm2d(4), Mask()), "batched"),
 }
 """Encoders that are trained, and how the views pass them."""
 
@@ -68,6 +96,29 @@ class Returns(nn.Module):
     def forward(self, x: Tensor) -> Any:
         y = self.conv(x)
         return self.output(y) if self.training or self.in_eval else y
+
+
+@pytest.mark.parametrize("draw", [lambda: float(torch.rand(())), random.random], ids=["torch", "random"])
+def test_encoder_that_draws_for_a_batch_takes_views_one_by_one(draw: Callable[[], float]) -> None:
+    """Where both ways happen to draw the same, too."""
+    model = BYOL(around(nn.BatchNorm2d(4), SkippedBlock(draw)), **SIZES)
+    assert (model.view_batching, model.not_batched_reason) == ("separate", "it draws random numbers for a whole batch")
+
+
+def test_encoder_without_values_takes_views_one_by_one() -> None:
+    with torch.device("meta"):
+        model = BYOL(around(nn.BatchNorm2d(4)), **SIZES)
+    assert model.not_batched_reason == "it has no values on the meta device, with which it could be tried"
+
+
+@pytest.mark.parametrize("method", [BYOL, SimSiam])
+def test_bytes_reach_an_encoder_in_its_dtype(method: Any) -> None:
+    model = method(around(nn.BatchNorm2d(4)).double(), **SIZES)
+    a, b = torch.randint(256, (2, 4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    expected = model.forward_train(*((v.double() / 255 - mean) / std for v in (a, b))).loss
+    assert expected.dtype == torch.float64
+    torch.testing.assert_close(model.forward_train(a, b).loss, expected, rtol=1e-5, atol=0)
 
 
 def vit(size: int) -> nn.Module:

@@ -177,6 +177,10 @@ def test_nonfinite_tensors_are_named() -> None:
         "empty": torch.empty(0),
         "half": torch.tensor([65504.0, math.inf], dtype=torch.float16),
         "fine": torch.tensor(-1.5, dtype=torch.float64),
+        "mask": torch.tensor([[0.0, -math.inf], [0.0, 0.0]]),  # of attention: a constant
+        "mean": torch.tensor([0.1, -math.inf]),
+        "positive": torch.tensor([0.0, math.inf]),
+        "mixed": torch.tensor([0.0, -math.inf, math.nan]),
     }
-    assert sorted(checkpoints.nonfinite(tensors)) == ["half", "inf", "nan"]
+    assert sorted(checkpoints.nonfinite(tensors)) == ["half", "inf", "mean", "mixed", "nan", "positive"]
     assert checkpoints.nonfinite({}) == []
