@@ -31,8 +31,6 @@ class LowPrecisionWeights:
             for module in network.modules():
                 if isinstance(module, _PRODUCTS):
                     self._add(module, dtype)
-        for weight in self.copies:
-            weight.grad_dtype = dtype  # lets an fp32 weight take the gradient of its copy, see `move_grads`
         self.refresh()
 
     def _add(self, module: nn.Module, dtype: torch.dtype) -> None:
@@ -63,11 +61,17 @@ class LowPrecisionWeights:
     def move_grads(self) -> None:
         """Move the gradients of the copies to the weights; a weight that other layers use, too, has one already."""
         for weight, copy in self.copies.items():
-            if copy.grad is not None:
-                weight.grad = copy.grad if weight.grad is None else weight.grad + copy.grad
-                copy.grad = None
+            if copy.grad is None:
+                continue
+            if weight.grad is None:
+                weight.grad_dtype = copy.dtype  # until `zero_grad`: afterwards others may train the model
+                weight.grad = copy.grad
+            else:
+                weight.grad += copy.grad
+            copy.grad = None
 
     def zero_grad(self) -> None:
-        """Free gradients that were not moved: those of a backward pass that failed."""
-        for copy in self.copies.values():
-            copy.grad = None
+        """Free the gradients of weights and copies; those of copies are left over from a backward pass that failed."""
+        for weight, copy in self.copies.items():
+            weight.grad = copy.grad = None
+            weight.grad_dtype = weight.dtype

@@ -159,6 +159,16 @@ def test_weight_copies_of_shared_weights_get_the_gradients_of_all_uses() -> None
     assert (copies - autocast).norm() < 2**-7 * autocast.norm()
 
 
+def test_weight_copies_leave_a_model_that_others_can_train() -> None:
+    """In full precision: gradients of the weights themselves are float32."""
+    model = small_byol()
+    train_step(model, precision=BF16)(batches(1)[0], 0)
+    model.forward_train(*batches(1)[0].views).loss.backward()  # type: ignore[no-untyped-call]
+    gradients = {name: p.grad.dtype for name, p in model.named_parameters() if p.grad is not None}
+    assert gradients == dict.fromkeys(gradients, torch.float32)
+    assert len(gradients) == len(model.trainable_parameters())
+
+
 def test_weight_copies_follow_weights_that_are_loaded() -> None:
     model, other = small_byol(), small_byol()
     with torch.no_grad():
