@@ -61,6 +61,11 @@ def build_encoder(
                 "build_encoder: cifar_stem, zero_init_residual and pretrained go with an encoder's name, got a "
                 f"{type(encoder).__name__}; prepare the module yourself"
             )
+        if isinstance(encoder, torch.jit.ScriptModule):
+            raise ValueError(
+                "build_encoder: encoder must be a module in Python, got a TorchScript one; pass the module that it was "
+                "made from"
+            )
         return encoder
     if not isinstance(encoder, str):
         raise ValueError(
@@ -196,7 +201,7 @@ def feature_dim(encoder: nn.Module, image_size: int) -> int:
 
 
 def check_train_mode(encoder: nn.Module, image_size: int, features: int) -> None:
-    """Raise a ValueError unless an encoder returns features in train mode, too; tried on a copy.
+    """Raise a ValueError unless an encoder returns features in train mode, too, and is complete; tried on a copy.
 
     Args:
         encoder: as in `feature_dim`.
@@ -208,10 +213,16 @@ def check_train_mode(encoder: nn.Module, image_size: int, features: int) -> None
     devices = {p.device for p in copied.parameters() if p.is_cuda}
     with torch.random.fork_rng(devices):  # dropout must not change the random numbers of what is built next
         size = _probe(copied, image_size)
+    name = type(encoder).__name__
     if size != features:
         raise ValueError(
-            f"encoder: {type(encoder).__name__} must return the same features in train and eval mode, got {size} and "
-            f"{features} values; take out what it adds in train mode"
+            f"encoder: {name} must return the same features in train and eval mode, got {size} and {features} values; "
+            "take out what it adds in train mode"
+        )
+    if late := sorted(copied.state_dict().keys() - encoder.state_dict().keys()):
+        raise ValueError(
+            f"encoder: {name} must have all parameters and buffers before its first pass, got new ones in it: "
+            f"{', '.join(late)}; make them in __init__, or pass images through it once before"
         )
 
 

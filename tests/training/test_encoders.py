@@ -121,6 +121,21 @@ def test_bytes_reach_an_encoder_in_its_dtype(method: Any) -> None:
     torch.testing.assert_close(model.forward_train(a, b).loss, expected, rtol=1e-5, atol=0)
 
 
+class Late(nn.Module):
+    """An encoder that makes a layer in its first pass."""
+
+    def __init__(self, make: Callable[[nn.Module], None]) -> None:
+        super().__init__()
+        self.conv, self.make = nn.Conv2d(3, 4, 3), make
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).mean((2, 3))
+        if not hasattr(self, "late"):
+            self.make(self)
+        features: Tensor = self.late(y) if isinstance(self.late, nn.Module) else y + self.late
+        return features
+
+
 def vit(size: int) -> nn.Module:
     return torchvision.models.VisionTransformer(size, 8, 1, 1, 8, 8)  # type: ignore[no-any-return]
 
@@ -138,6 +153,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "classes": (lambda: Returns(lambda y: y.argmax(1)), "got .* of torch.int64"),
     "its own error": (lambda: Returns(lambda y: y.flatten(9)), "it failed with: Dimension out of range"),
     "no parameters": (nn.Flatten, "must have parameters to train"),
+    "late layer": (
+        lambda: Late(lambda encoder: setattr(encoder, "late", nn.Linear(4, 4))),
+        "before its first pass, got new ones in it: late.bias, late.weight; make them in __init__",
+    ),
+    "late buffer": (lambda: Late(lambda encoder: encoder.register_buffer("late", torch.zeros(4))), "in it: late;"),
+    "TorchScript": (lambda: torch.jit.script(nn.Conv2d(3, 4, 3)), "got a TorchScript one"),
     "lazy": (lambda: around(nn.LazyBatchNorm2d()), "must know their sizes, got an uninitialized LazyBatchNorm2d at 1"),
     "weight norm hook": (
         lambda: around(nn.utils.weight_norm(nn.Conv2d(4, 4, 1))),
@@ -149,7 +170,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 
 @pytest.mark.parametrize("method", [BYOL, SimSiam])
 @pytest.mark.parametrize("name", REFUSED)
-@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning", "ignore:.*torch.jit.script:FutureWarning")
 def test_encoder_is_refused_with_the_reason(name: str, method: Any) -> None:
     encoder, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
