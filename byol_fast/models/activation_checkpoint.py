@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,12 +55,13 @@ class _Recomputed:
 
     def __init__(self, block: nn.Module) -> None:
         self._block = block
+        self._own_forward: Callable[..., Any] | None = vars(block).get("forward")  # set on the instance
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
         block = self._block
-        forward: Callable[..., Any] = type(block).forward
+        forward = self._own_forward or partial(type(block).forward, block)
         if not block.training:
-            return forward(block, *inputs)
+            return forward(*inputs, **options)
 
         # Split batch norms do not count a recomputed batch again; torch's own norms must be told, and other layers
         # (spectral norm) must find their buffers as they were in the first pass.
@@ -75,7 +77,10 @@ class _Recomputed:
                 yield
 
         return checkpoint(
-            forward, block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputation())
+            partial(forward, **options),
+            *inputs,
+            use_reentrant=False,
+            context_fn=lambda: (nullcontext(), recomputation()),
         )
 
 

@@ -107,6 +107,30 @@ def test_recomputation_keeps_less_for_the_backward_pass() -> None:
     assert kept(True) < 0.7 * kept(False)
 
 
+class Scaled(nn.Module):
+    """A block with an option."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor, *, factor: float = 1.0) -> Tensor:
+        return factor * self.conv(x)  # type: ignore[no-any-return]
+
+
+def test_recomputed_blocks_are_called_as_before() -> None:
+    """With options, and by a forward that was set on the block itself."""
+    first, second = Scaled(), Scaled()
+    second.forward = first.forward  # type: ignore[method-assign]
+    x = torch.randn(2, 3, 4, 4)
+    expected = first(first(x, factor=3.0), factor=3.0)
+    checkpoint_blocks(nn.Sequential(first, second))
+    result = second(first(x, factor=3.0), factor=3.0)
+    assert torch.equal(result, expected)
+    gradients = [torch.autograd.grad(y.sum(), first.conv.weight)[0] for y in (result, expected)]
+    assert torch.equal(*gradients)
+
+
 def test_an_encoder_without_blocks_cannot_be_recomputed() -> None:
     with pytest.raises(ValueError, match=r"activation_checkpointing: the encoder must have blocks"):
         checkpoint_blocks(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
