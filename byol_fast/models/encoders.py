@@ -197,11 +197,12 @@ def feature_dim(encoder: nn.Module, image_size: int) -> int:
     Raises:
         ValueError: the encoder does not accept such images, or returns something else.
     """
-    return _probe(_copied(encoder).eval(), image_size)
+    with torch.no_grad():
+        return _probe(_copied(encoder).eval(), image_size).shape[1]
 
 
 def check_train_mode(encoder: nn.Module, image_size: int, features: int) -> None:
-    """Raise a ValueError unless an encoder returns features in train mode, too, and is complete; tried on a copy.
+    """Raise a ValueError unless a copy of an encoder returns features in train mode, too, by its own weights.
 
     Args:
         encoder: as in `feature_dim`.
@@ -211,14 +212,24 @@ def check_train_mode(encoder: nn.Module, image_size: int, features: int) -> None
     copied = _copied(encoder).train()
     disable_sync(copied)
     devices = {p.device for p in copied.parameters() if p.is_cuda}
-    with torch.random.fork_rng(devices):  # dropout must not change the random numbers of what is built next
-        size = _probe(copied, image_size)
-    name = type(encoder).__name__
+    # Dropout must not change the random numbers of what is built next.
+    with torch.random.fork_rng(devices), torch.enable_grad():
+        output = _probe(copied, image_size)
+    name, size = type(encoder).__name__, output.shape[1]
     if size != features:
         raise ValueError(
             f"encoder: {name} must return the same features in train and eval mode, got {size} and {features} values; "
             "take out what it adds in train mode"
         )
+    weights = [p for p in encoder.parameters() if p.requires_grad]
+    if weights and output.requires_grad:
+        gradients = torch.autograd.grad(output.sum(), weights, allow_unused=True)
+        if any(gradient is not None for gradient in gradients):
+            raise ValueError(
+                f"encoder: a copy of {name} must use weights of its own, got one that uses the original's, to which a "
+                "function that was set as the forward of a module refers; override forward in a class, and compile the "
+                "module in place of its forward"
+            )
     if late := sorted(copied.state_dict().keys() - encoder.state_dict().keys()):
         raise ValueError(
             f"encoder: {name} must have all parameters and buffers before its first pass, got new ones in it: "
@@ -243,15 +254,14 @@ def _copied(encoder: nn.Module) -> nn.Module:
         ) from error
 
 
-def _probe(network: nn.Module, image_size: int) -> int:
-    """Size of a network's features of two black images."""
+def _probe(network: nn.Module, image_size: int) -> Tensor:
+    """A network's features of two black images, `[2, D]`."""
     parameter = next(network.parameters(), None)
     like = torch.zeros(()) if parameter is None else parameter
     images = torch.zeros(2, 3, image_size, image_size, dtype=like.dtype, device=like.device)
     name, mode = type(network).__name__, "train" if network.training else "eval"
     try:
-        with torch.no_grad():
-            features = network(images)
+        features = network(images)
     except Exception as error:
         raise ValueError(
             f"encoder: {name} must accept [B, 3, {image_size}, {image_size}] images in {mode} mode, it failed with: "
@@ -264,4 +274,5 @@ def _probe(network: nn.Module, image_size: int) -> int:
             f"encoder: {name} must return a floating-point tensor [B, ...] in {mode} mode, got {got} for 2 images; "
             "wrap it in a module that picks the features"
         )
-    return int(features.flatten(1).shape[1])
+    flat: Tensor = features.flatten(1)
+    return flat

@@ -81,6 +81,7 @@ TAKEN: dict[str, tuple[Encoder, str]] = {
     "spectral norm": (lambda: around(parametrizations.spectral_norm(nn.Conv2d(4, 4, 3))), "separate"),
     "spectral norm hook": (lambda: around(nn.utils.spectral_norm(nn.Conv2d(4, 4, 3)), nn.BatchNorm2d(4)), "separate"),
     "shared norm": (shared, "separate"),
+    "forward as a method": (lambda: own_forward(lambda forward: forward), "batched"),
     "infinite mask": (lambda: around(nn.BatchNorm2d(4), Mask()), "batched"),
 }
 """Encoders that are trained, and how the views pass them."""
@@ -136,6 +137,12 @@ class Late(nn.Module):
         return features
 
 
+def own_forward(change: Callable[[Any], Any]) -> nn.Module:
+    encoder = around(nn.BatchNorm2d(4))
+    encoder.forward = change(encoder.forward)
+    return encoder
+
+
 def vit(size: int) -> nn.Module:
     return torchvision.models.VisionTransformer(size, 8, 1, 1, 8, 8)  # type: ignore[no-any-return]
 
@@ -158,6 +165,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "before its first pass, got new ones in it: late.bias, late.weight; make them in __init__",
     ),
     "late buffer": (lambda: Late(lambda encoder: encoder.register_buffer("late", torch.zeros(4))), "in it: late;"),
+    "forward in a closure": (
+        lambda: own_forward(lambda forward: lambda x: forward(x) * 2),
+        "copy of Sequential must use wei",
+    ),
+    "decorated forward": (lambda: own_forward(torch.autocast("cpu")), "got one that uses the original's"),
     "TorchScript": (lambda: torch.jit.script(nn.Conv2d(3, 4, 3)), "got a TorchScript one"),
     "lazy": (lambda: around(nn.LazyBatchNorm2d()), "must know their sizes, got an uninitialized LazyBatchNorm2d at 1"),
     "weight norm hook": (
