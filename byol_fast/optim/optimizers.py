@@ -47,18 +47,27 @@ def build_optimizer(
         )
     # The fused forms take `found_inf`, so that a step is skipped without a host synchronization.
     if config.name == "sgd":
-        sgd = torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, fused=True)
-        _create_momentum(sgd)
-        sgd.register_load_state_dict_post_hook(_create_momentum)  # a state without momentum replaces the one here
-        return sgd
+        return _SGD(groups, lr=0.0, momentum=config.momentum, fused=True)
     cuda = any(p.is_cuda for p in parameters)
     adam = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
     return adam(groups, lr=0.0, fused=True, capturable=cuda)
 
 
-def _create_momentum(sgd: torch.optim.Optimizer) -> None:
-    """Create missing momentum at zero: torch's first step leaves it uninitialized if that step is skipped."""
-    for group in sgd.param_groups:
-        for p in group["params"] if group["momentum"] else ():
-            if sgd.state[p].get("momentum_buffer") is None:
-                sgd.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+class _SGD(torch.optim.SGD):
+    """SGD whose momentum begins at zero: torch's first step leaves it uninitialized if that step is skipped."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, and create its momentum."""
+        super().add_param_group(param_group)
+        self._create_momentum()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, and create the momentum that it lacks."""
+        super().load_state_dict(state_dict)
+        self._create_momentum()
+
+    def _create_momentum(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"] if group["momentum"] else ():
+                if self.state[p].get("momentum_buffer") is None:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)

@@ -74,6 +74,18 @@ def test_a_first_step_that_is_not_finite_leaves_the_optimizer_fresh(optimizer: s
         assert torch.equal(a, b)
 
 
+def test_group_added_later_begins_with_momentum_of_zero() -> None:
+    first, second = (nn.Parameter(torch.ones(1000)) for _ in range(2))
+    sgd = build_optimizer(OptimConfig(name="sgd"), [first])
+    sgd.add_param_group({"params": [second], "lr": 0.5})
+    assert torch.equal(sgd.state[second]["momentum_buffer"], torch.zeros(1000))
+    second.grad = torch.ones(1000)
+    for found_inf in (1.0, 0.0):
+        sgd.found_inf, sgd.grad_scale = torch.tensor(found_inf), None  # type: ignore[attr-defined]
+        sgd.step()
+    assert torch.equal(second, torch.full((1000,), 0.5))
+
+
 def test_a_gradient_that_overflows_behind_a_finite_loss_is_undone_too() -> None:
     (good,) = batches(1)
     step = train_step(small_byol())
