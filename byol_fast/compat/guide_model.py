@@ -14,6 +14,7 @@ from byol_fast.compat.precision import FullPrecisionAverage
 from byol_fast.compat.random_views import image_tensor, random_view
 from byol_fast.config import ViewConfig, recipes
 from byol_fast.models import split_batchnorm
+from byol_fast.models.encoders import check_copied
 from byol_fast.models.layers import MLPHead, Normalize
 from byol_fast.models.split_batchnorm_layers import num_splits
 from byol_kernels import byol_loss
@@ -222,7 +223,9 @@ class BYOL(SelfSupervisedTask):
         """True if both views can pass in one batch; tested once for the current networks, on images of this size."""
         parts = (self.online_encoder, self.target_encoder, self.predictor)
         if len(self._converted) != len(parts) or any(a is not b for a, b in zip(self._converted, parts, strict=True)):
-            example = torch.zeros(2, *view.shape[1:], device=view.device)
+            example = torch.zeros(2, *view.shape[1:], dtype=view.dtype, device=view.device)
+            with torch.random.fork_rng([view.device] if view.is_cuda else []), torch.enable_grad():
+                check_copied(self.online_encoder, copy.deepcopy(self.online_encoder)(example))
             self.not_batched_reason = split_batchnorm.convert_split_batchnorm(
                 nn.Sequential(self.online_encoder, self.predictor), example
             )

@@ -221,19 +221,29 @@ def check_train_mode(encoder: nn.Module, image_size: int, features: int) -> None
             f"encoder: {name} must return the same features in train and eval mode, got {size} and {features} values; "
             "take out what it adds in train mode"
         )
-    weights = [p for p in encoder.parameters() if p.requires_grad]
-    if weights and output.requires_grad:
-        gradients = torch.autograd.grad(output.sum(), weights, allow_unused=True)
-        if any(gradient is not None for gradient in gradients):
-            raise ValueError(
-                f"encoder: a copy of {name} must use weights of its own, got one that uses the original's, to which a "
-                "function that was set as the forward of a module refers; override forward in a class, and compile the "
-                "module in place of its forward"
-            )
+    check_copied(encoder, output)
     if late := sorted(copied.state_dict().keys() - encoder.state_dict().keys()):
         raise ValueError(
             f"encoder: {name} must have all parameters and buffers before its first pass, got new ones in it: "
             f"{', '.join(late)}; make them in __init__, or pass images through it once before"
+        )
+
+
+def check_copied(encoder: nn.Module, output: Tensor) -> None:
+    """Raise a ValueError if the output of a copy of an encoder depends on weights of the original.
+
+    Args:
+        encoder: the original.
+        output: of a copy, computed with gradients.
+    """
+    weights = [p for p in encoder.parameters() if p.requires_grad]
+    if not weights or not output.requires_grad:
+        return
+    if any(gradient is not None for gradient in torch.autograd.grad(output.sum(), weights, allow_unused=True)):
+        raise ValueError(
+            f"encoder: a copy of {type(encoder).__name__} must use weights of its own, got the original's: a "
+            "function that was set as the forward of a module refers to it; override forward in a class, and compile "
+            "the module in place of its forward"
         )
 
 

@@ -175,6 +175,14 @@ def test_target_update_changes_parameters_only() -> None:
     assert all(torch.equal(a, b) for a, b in zip(buffers, model.target_encoder.buffers(), strict=True))
 
 
+def test_network_whose_copy_uses_its_weights_is_refused() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1))
+    network.forward = torch.autocast("cpu", enabled=False)(network.forward)  # type: ignore[method-assign]
+    model = guide.BYOL(network, network, 4)
+    with pytest.raises(ValueError, match="a copy of Encoder must use weights of its own"):
+        model(*torch.randn(2, 4, 3, 8, 8))
+
+
 def test_network_that_mixes_images_gets_separate_views() -> None:
     class Mixing(nn.Module):
         def __init__(self) -> None:

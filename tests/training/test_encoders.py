@@ -169,7 +169,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: own_forward(lambda forward: lambda x: forward(x) * 2),
         "copy of Sequential must use wei",
     ),
-    "decorated forward": (lambda: own_forward(torch.autocast("cpu")), "got one that uses the original's"),
+    "decorated forward": (lambda: own_forward(torch.autocast("cpu")), "got the original's: a function"),
     "TorchScript": (lambda: torch.jit.script(nn.Conv2d(3, 4, 3)), "got a TorchScript one"),
     "lazy": (lambda: around(nn.LazyBatchNorm2d()), "must know their sizes, got an uninitialized LazyBatchNorm2d at 1"),
     "weight norm hook": (
