@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ from byol_fast.evaluate.rankme import rankme, subsample_rows
 from byol_fast.export.encoder import load_encoder
 from byol_fast.models.layers import Normalize
 from byol_fast.utils.device import resolve_device
-from byol_fast.utils.files import atomic_path
+from byol_fast.utils.files import atomic_path, printable_name
 from byol_fast.utils.precision import resolve_precision
 from byol_fast.utils.progress import Progress
 
@@ -217,7 +216,7 @@ def _write_parquet(features: Features, path: Path) -> None:
     from pyarrow import parquet
 
     columns: dict[str, Any] = {
-        "path": pa.array([_utf8(name) for name in features.paths]),
+        "path": pa.array([printable_name(name) for name in features.paths]),
         "index": pa.array(features.index),
     }
     if features.labels is not None:
@@ -233,11 +232,6 @@ def _write_parquet(features: Features, path: Path) -> None:
     }
     table = pa.table(columns).replace_schema_metadata({"byol_fast": json.dumps(others)})
     parquet.write_table(table, path)
-
-
-def _utf8(name: str) -> str:
-    """A file name, which may contain any bytes, as UTF-8 for Parquet."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def load_features(path: Path | str) -> Features:

@@ -38,6 +38,11 @@ def atomic_write(path: Path, text: str) -> None:
         temporary.write_text(text)
 
 
+def printable_name(name: str) -> str:
+    r"""A file name, which may hold any bytes, as text that every encoding of Unicode has: others become `\xHH`."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def remove_temporaries(folder: Path) -> None:
     """Remove the temporary files of processes that were killed while writing into a folder.
 

@@ -31,7 +31,7 @@ from byol_fast.data.sources.base import (
 )
 from byol_fast.data.sources.shards import cache_path, file_stamp
 from byol_fast.data.sources.tar_index import INDEX_FORMAT, Index, build_index, unpack_texts
-from byol_fast.utils.files import atomic_path
+from byol_fast.utils.files import atomic_path, printable_name
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ def open_tars(
     texts = [text for index in indexes for text in unpack_texts(index["labels"], len(index["offset"]))]
 
     def sample_name(i: int) -> str:
-        return f"{shards[shard[i]]}:{names[i]} (header at byte {start[i]})"
+        return f"{shards[shard[i]]}:{printable_name(names[i])} (header at byte {start[i]})"
 
     if any(texts):
         labels, classes = labels_from_text(texts, title, sample_name)
@@ -282,6 +282,6 @@ def _warn_stray_image(
         "%s: only %s is outside of the folder %s of all other images; the classes are %s and %s",
         title,
         sample_name(int((labels == small).argmax())),
-        classes[1 - small],
-        *classes,
+        printable_name(classes[1 - small]),
+        *map(printable_name, classes),
     )

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from byol_fast.data.sources.base import EXTENSIONS
 from byol_fast.data.sources.tar_members import TarDamageError, TarMember, read_members, sparse_extent
+from byol_fast.utils.files import printable_name
 
 INDEX_FORMAT = "3"
 """Changes with the content of an index, so that stored ones are built anew."""
@@ -194,7 +195,7 @@ class _IndexBuilder:
     # ---- warnings --------------------------------------------------------------------------------------------------
 
     def _note(self, note: str, entry: _Entry) -> None:
-        count, example = self._notes.get(note, (0, f"{entry.name} (header at byte {entry.start})"))
+        count, example = self._notes.get(note, (0, f"{printable_name(entry.name)} (header at byte {entry.start})"))
         self._notes[note] = count + 1, example
 
     def _check_replaced(self, earlier: _Entry | None, entry: _Entry) -> None:
