@@ -75,7 +75,7 @@ class Faults:
         self.rows: list[tuple[str, str, str]] = []
 
     def weights(self, run: Path) -> dict[str, torch.Tensor]:
-        weights: dict[str, torch.Tensor] = checkpoints.load_latest(run / "checkpoints")["model"]
+        weights: dict[str, torch.Tensor] = checkpoints.use_latest(run / "checkpoints", checkpoints.load)["model"]
         return weights
 
     def add(

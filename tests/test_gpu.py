@@ -275,7 +275,7 @@ def test_resumed_run_goes_on_where_it_stopped(small: Config, mode: str) -> None:
     trainer = Trainer(half)
     trainer.total_steps = 6  # as if killed there: the schedules still count to 12
     run = trainer.fit().run_dir
-    saved = checkpoints.load_latest(run / "checkpoints")
+    saved = checkpoints.use_latest(run / "checkpoints", checkpoints.load)
     resumed = Trainer(half, resume=run)
     assert resumed.state.step == 6
     for name, weight in resumed.model.state_dict().items():
@@ -304,7 +304,7 @@ def test_one_rank_trains_as_a_process_alone(gpu: Config) -> None:
     assert "x 1 processes" in output
     run = Trainer(alone).fit().run_dir
     assert losses_in(ranked.out / "ranked") == pytest.approx(losses_in(run), rel=1e-4)
-    a, b = (checkpoints.load_latest(c.out / c.name / "checkpoints")["model"] for c in (alone, ranked))
+    a, b = (checkpoints.use_latest(c.out / c.name / "checkpoints", checkpoints.load)["model"] for c in (alone, ranked))
     start = Trainer(configs.replace(alone, {"name": "start"})).model.state_dict()
     names = [name for name in a if a[name].is_floating_point()]
     moved = distance([a[n].cpu() for n in names], [start[n].cpu() for n in names])

@@ -16,6 +16,7 @@ from byol_fast.bench.numerics import relative_error
 from byol_fast.bench.results import Results
 from byol_fast.bench.timing import Timing, interleaved
 from byol_fast.utils.env import version
+from byol_fast.utils.errors import first_line
 
 Case = Callable[[], object]
 COPY_BYTES = 128 << 20  # larger than any cache
@@ -140,7 +141,7 @@ def capture_cases(suite: Suite, syncing: Collection[str]) -> dict[str, Case]:
             try:
                 graphs[f"{provider}, captured"] = as_graph(case)
             except RuntimeError as error:
-                print(f"  {provider} cannot be captured: {str(error).splitlines()[0]}")
+                print(f"  {provider} cannot be captured: {first_line(error)}")
     return graphs
 
 

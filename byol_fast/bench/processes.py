@@ -19,6 +19,7 @@ import torch
 
 from byol_fast.bench.flags import BackendFlags
 from byol_fast.bench.timing import Timing
+from byol_fast.utils.errors import reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,8 +168,7 @@ def _serve(pipe: Connection, job: Job, threads: int, device_name: str) -> None:
         return
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        message = f"{type(error).__name__}: {error}".splitlines()[0]
-        pipe.send(("failed", f"{message} ({Path(last.filename).name}:{last.lineno})"))
+        pipe.send(("failed", f"{reason(error)} ({Path(last.filename).name}:{last.lineno})"))
 
 
 def _timed(call: Callable[[], object], device: torch.device) -> tuple[float, float]:

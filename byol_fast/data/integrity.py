@@ -22,8 +22,8 @@ MIN_LIMIT = 100
 MAX_LOGGED = 20
 """Number of corrupt images that are named in the log."""
 
-_JPEG_HEAD, _JPEG_TAIL = b"\xff\xd8\xff", b"\xff\xd9"
-_PNG_HEAD, _PNG_TAIL = b"\x89PNG", b"IEND\xaeB`\x82"
+JPEG_HEAD, _JPEG_TAIL = b"\xff\xd8\xff", b"\xff\xd9"
+PNG_HEAD, _PNG_TAIL = b"\x89PNG", b"IEND\xaeB`\x82"
 _MAGIC_BYTES = {
     b"<!": "HTML",
     b"<h": "HTML",
@@ -118,9 +118,9 @@ def check_bytes(data: bytes) -> str | None:
     except Image.DecompressionBombError:
         return f"is too large to decode safely (more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels)"
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ... on damaged files
-        if data.startswith(_JPEG_HEAD) and not data.rstrip(b"\0").endswith(_JPEG_TAIL):
+        if data.startswith(JPEG_HEAD) and not data.rstrip(b"\0").endswith(_JPEG_TAIL):
             return f"is a truncated JPEG ({len(data)} bytes)"
-        if data.startswith(_PNG_HEAD) and not data.endswith(_PNG_TAIL):
+        if data.startswith(PNG_HEAD) and not data.endswith(_PNG_TAIL):
             return f"is a truncated PNG ({len(data)} bytes)"
         return f"cannot be decoded ({error})"
     return None
@@ -150,9 +150,9 @@ def bytes_need_check(data: bytes) -> bool:
 
 
 def _ends_need_check(head: bytes, tail: bytes, size: int) -> bool:
-    if head.startswith(_JPEG_HEAD):
+    if head.startswith(JPEG_HEAD):
         return not tail.endswith(_JPEG_TAIL)
-    if head.startswith(_PNG_HEAD):
+    if head.startswith(PNG_HEAD):
         bits = head[24:25]
         return tail != _PNG_TAIL or bits == b"\x10"  # 16 bits may hold values of fewer
     if head.startswith(b"RIFF"):

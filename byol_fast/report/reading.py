@@ -11,6 +11,7 @@ from typing import Any
 
 from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError
+from byol_fast.utils.files import read_json_lines
 
 Record = dict[str, Any]
 
@@ -176,23 +177,13 @@ def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def _read_lines(path: Path, notes: list[str]) -> list[Record]:
-    if not path.exists():
-        return []
-    records, damaged = [], []
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if isinstance(record, dict):
-            records.append(record)
-        elif line.strip():
-            damaged.append(number)
+    lines = list(read_json_lines(path))
+    damaged = [line.number for line in lines if line.content is None]
     if damaged:
         shown = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
         which = f"line{'s' * (len(damaged) > 1)}"
         notes.append(f"{len(damaged)} damaged {which} of {path.name} ({shown})")
-    return records
+    return [line.content for line in lines if line.content is not None]
 
 
 def _reason(error: Exception) -> str:

@@ -58,6 +58,8 @@ class TrainerComponents:
     run_dir: RunDir
     lock: RunLock | None
     """Lock of the run directory; None on other ranks than 0."""
+    checkpoint: Path | None
+    """Checkpoint that the run was resumed from."""
     environment: dict[str, Any]
     """Machine, versions and execution mode, as in `environment.json`."""
     train_source: ImageSource
@@ -141,14 +143,16 @@ def _build(
         model, train_step.optimizer, loader, train_step.grad_scaler, world, grad_accum_steps=accumulated, probe=probe
     )
     knn = _build_knn_monitor(config, model, train_source, val_source, execution, probe, notes)
+    checkpoint = None
     if has_checkpoint:
-        config = restore_latest(state, run_dir, config, environment)
+        config, checkpoint = restore_latest(state, run_dir, config, environment)
         train_step.on_weights_loaded()
     return TrainerComponents(
         config=config,
         execution=execution,
         run_dir=run_dir,
         lock=lock,
+        checkpoint=checkpoint,
         environment=environment,
         train_source=train_source,
         train_step=train_step,

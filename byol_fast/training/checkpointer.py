@@ -35,10 +35,9 @@ class Checkpointer:
         self.every = config.checkpoint_every or -(-MIN_CHECKPOINT_STEPS // epoch) * epoch
         """Steps between checkpoints: by default whole epochs."""
         self._previous_step = state.step  # see `checkpoints.save`
-        path = checkpoints.path_at_step(self._folder, state.step)
-        # It is damaged where the run resumed from the best checkpoint, which has the same step.
-        intact = state.world.run_on_main(lambda: checkpoints.is_intact(path))
-        self.saved_step = state.step if state.step and intact else -1
+        # A run that was resumed from the best checkpoint has no usable one of the same step beside it.
+        is_saved = components.checkpoint == checkpoints.path_at_step(self._folder, state.step)
+        self.saved_step = state.step if is_saved else -1
         """Step of the newest checkpoint; -1 for none."""
 
     def save(self, config: Config) -> Path:

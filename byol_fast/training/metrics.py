@@ -19,7 +19,7 @@ from torch import Tensor
 from byol_fast.data import ViewLoader
 from byol_fast.training.train_step import StepOutput
 from byol_fast.utils.checkpoint import CheckpointError
-from byol_fast.utils.files import atomic_write
+from byol_fast.utils.files import atomic_write, read_json_lines
 
 log = logging.getLogger(__name__)
 
@@ -33,20 +33,13 @@ def read(path: Path) -> list[Record]:
 
 def _parse(path: Path) -> tuple[list[Record], list[int]]:
     """Records of a metrics file, and the numbers of its damaged lines, without a last one cut off by a crash."""
-    if not path.exists():
-        return [], []
     records: list[Record] = []
     damaged: list[int] = []
-    *lines, cut_off = path.read_text(errors="replace").split("\n")
-    for number, line in enumerate(lines + ([cut_off] if cut_off else []), 1):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
-        elif line.strip() and number <= len(lines):
-            damaged.append(number)
+    for line in read_json_lines(path):
+        if line.content is not None and isinstance(line.content.get("step"), int):
+            records.append(line.content)
+        elif line.is_whole:
+            damaged.append(line.number)
     return records, damaged
 
 

@@ -39,7 +39,9 @@ RESUMABLE_CHANGES = frozenset(
 )
 
 
-def restore_latest(state: TrainState, run_dir: RunDir, config: Config, environment: dict[str, Any]) -> Config:
+def restore_latest(
+    state: TrainState, run_dir: RunDir, config: Config, environment: dict[str, Any]
+) -> tuple[Config, Path]:
     """Load the newest usable checkpoint into the state of a run; all processes must call it, and use the same one.
 
     Args:
@@ -49,7 +51,7 @@ def restore_latest(state: TrainState, run_dir: RunDir, config: Config, environme
         environment: machine, versions and execution mode of this start.
 
     Returns:
-        The configuration to go on with.
+        The configuration to go on with, and the path of the checkpoint.
 
     Raises:
         CheckpointError: no checkpoint is usable.
@@ -58,18 +60,18 @@ def restore_latest(state: TrainState, run_dir: RunDir, config: Config, environme
     """
     world = state.world
 
-    def use(path: Path) -> dict[str, Any]:
+    def use(path: Path) -> tuple[Path, dict[str, Any]]:
         payload = _on_all(world, lambda: checkpoints.load(path))
-        return _on_all(world, lambda: _restore(state, path, payload, run_dir, config))
+        return path, _on_all(world, lambda: _restore(state, path, payload, run_dir, config))
 
     paths = world.run_on_main(lambda: checkpoints.newest_first(run_dir.checkpoints))
     quiet = not world.is_main_process
-    environment_then = checkpoints.use_latest(run_dir.checkpoints, use, paths=paths, quiet=quiet)
+    checkpoint, environment_then = checkpoints.use_latest(run_dir.checkpoints, use, paths=paths, quiet=quiet)
     _restore_evaluation(state, run_dir)
     if world.is_main_process:
         for difference in env.differences(environment_then, environment):
             log.warning("resume: %s; training continues, but is not bit-exact", difference)
-    return configs.replace(config, {"data.accept_changed": False})  # it holds for one resumption
+    return configs.replace(config, {"data.accept_changed": False}), checkpoint  # it holds for one resumption
 
 
 def _on_all(world: World, fn: Callable[[], T]) -> T:

@@ -53,15 +53,14 @@ def saved_steps(folder: Path) -> list[int]:
 
 def intact_steps(folder: Path) -> list[int]:
     """`saved_steps` without damaged checkpoints; reads all of them."""
-    return [step for step in saved_steps(folder) if is_intact(path_at_step(folder, step))]
 
+    def is_readable(step: int) -> bool:
+        try:
+            return _is_intact(path_at_step(folder, step))
+        except OSError:
+            return False
 
-def is_intact(path: Path) -> bool:
-    """True if a checkpoint can be read and its checksum matches; reads all of it."""
-    try:
-        return _is_intact(path)
-    except OSError:
-        return False
+    return [step for step in saved_steps(folder) if is_readable(step)]
 
 
 def save(
@@ -230,15 +229,6 @@ def use_latest(
     raise CheckpointError(
         f"checkpoint: {folder} has no usable checkpoint ({problem or 'it is empty'}); start a new run"
     )
-
-
-def load_latest(folder: Path) -> dict[str, Any]:
-    """Load the newest usable checkpoint; logs those that are skipped.
-
-    Raises:
-        CheckpointError: no checkpoint is usable.
-    """
-    return use_latest(folder, load)
 
 
 @contextmanager

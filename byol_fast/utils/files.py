@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 _TEMPORARY_NAME = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
 
@@ -36,6 +38,32 @@ def atomic_write(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text)
+
+
+class JSONLine(NamedTuple):
+    """A line of a file of JSON objects that is not blank."""
+
+    number: int
+    """Counted from 1."""
+    content: dict[str, Any] | None
+    """The object; None for a line that is damaged or holds something else."""
+    is_whole: bool
+    """The line ends with a line feed. The last one does not if a crash has cut it off."""
+
+
+def read_json_lines(path: Path) -> Iterator[JSONLine]:
+    """Lines of a file with a JSON object each, none if the file does not exist."""
+    if not path.exists():
+        return
+    *whole, cut_off = path.read_text(errors="replace").split("\n")
+    for number, line in enumerate([*whole, cut_off], 1):
+        if not line.strip():
+            continue
+        try:
+            content = json.loads(line)
+        except (ValueError, RecursionError):
+            content = None
+        yield JSONLine(number, content if isinstance(content, dict) else None, number <= len(whole))
 
 
 def printable_name(name: str) -> str:

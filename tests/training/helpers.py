@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from byol_fast.models.base import SSLModel, ViewBatching
 from byol_fast.models.byol import BYOL
 from byol_fast.optim.optimizers import build_optimizer
 from byol_fast.optim.schedules import RunSchedule
-from byol_fast.training.train_step import TrainStep
+from byol_fast.training.callbacks import Callback
+from byol_fast.training.train_step import StepOutput, TrainStep
+from byol_fast.training.trainer import Trainer
 from byol_fast.utils.precision import Precision
 from tests.networks import SmallResidualNetwork
 
@@ -73,3 +76,14 @@ def poisoned(batch: Batch) -> Batch:
     view1 = batch.views[0].float() / 255
     view1[3, 1, 2, 5] = math.nan
     return Batch((view1, batch.views[1].float() / 255), batch.labels, batch.index)
+
+
+class AtStep(Callback):
+    """Calls a function after a step."""
+
+    def __init__(self, step: int, act: Callable[[], object]) -> None:
+        self.step, self.act = step, act
+
+    def on_step_end(self, trainer: Trainer, output: StepOutput) -> None:
+        if trainer.state.step == self.step:
+            self.act()

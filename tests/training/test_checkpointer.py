@@ -20,7 +20,6 @@ from byol_fast.config import Config
 from byol_fast.data import Batch
 from byol_fast.export.encoder import export_run, load_encoder
 from byol_fast.export.formats import export_as
-from byol_fast.models import encoders
 from byol_fast.training.distributed import World
 from byol_fast.training.errors import Interrupted, TrainingError
 from byol_fast.training.resume import restore_latest
@@ -28,16 +27,14 @@ from byol_fast.training.run_dir import RunDir
 from byol_fast.training.trainer import Trainer
 from byol_fast.utils import checkpoint as checkpoints
 from byol_fast.utils.checkpoint import CheckpointError
-from tests.networks import SmallResidualNetwork
 from tests.training.helpers import SMALL_RUN
 
 T = TypeVar("T")
 
 
 @pytest.fixture
-def small(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> Config:
+def small(tiny: Config, small_network: None) -> Config:
     """`tiny` with a network of milliseconds and without TensorBoard."""
-    monkeypatch.setitem(encoders.OWN_ENCODERS, "small", lambda **_: SmallResidualNetwork())
     return configs.replace(tiny, SMALL_RUN)
 
 
@@ -148,7 +145,7 @@ def test_state_that_is_not_finite_is_not_saved(small: Config, name: str) -> None
 def test_checkpoint_that_cannot_be_restored_gives_way_to_the_one_before(small: Config) -> None:
     trainer = Trainer(small)
     run = trainer.fit().run_dir
-    whole = checkpoints.load_latest(run / "checkpoints")["model"]
+    whole = checkpoints.use_latest(run / "checkpoints", checkpoints.load)["model"]
     changes: list[Callable[[dict[str, Any]], object]] = [
         lambda payload: payload.pop("optimizer"),
         lambda payload: payload.update(config="{"),
@@ -164,7 +161,7 @@ def test_checkpoint_that_cannot_be_restored_gives_way_to_the_one_before(small: C
         resumed = Trainer(small, resume=run)
         assert resumed.state.step == 10
         resumed.fit()
-        weights = checkpoints.load_latest(run / "checkpoints")
+        weights = checkpoints.use_latest(run / "checkpoints", checkpoints.load)
         assert weights["step"] == 12 and all(torch.equal(weights["model"][key], whole[key]) for key in whole)
     for step in (5, 10, 12):
         rewrite(run, step, changes[0])

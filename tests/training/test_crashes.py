@@ -51,7 +51,7 @@ def run(config: Config, kill_at: int = 0) -> tuple[int, int]:
 
 def outputs(folder: Path) -> dict[str, Any]:
     """Outputs of a run that must be bit for bit those of another one."""
-    payload = checkpoints.load_latest(folder / "checkpoints")
+    payload = checkpoints.use_latest(folder / "checkpoints", checkpoints.load)
     records = [{k: v for k, v in r.items() if k not in CLOCK} for r in read(folder / "metrics.jsonl")]
     # Killed between the last checkpoint and the deletion of the oldest, a run keeps one more.
     superfluous = {

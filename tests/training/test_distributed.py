@@ -65,7 +65,7 @@ def losses(run: Path) -> list[float]:
 
 
 def payload(run: Path) -> dict[str, torch.Tensor]:
-    weights: dict[str, torch.Tensor] = checkpoints.load_latest(run / "checkpoints")["model"]
+    weights: dict[str, torch.Tensor] = checkpoints.use_latest(run / "checkpoints", checkpoints.load)["model"]
     return weights
 
 

@@ -101,7 +101,7 @@ class Returns(nn.Module):
 
 @pytest.mark.parametrize("draw", [lambda: float(torch.rand(())), random.random], ids=["torch", "random"])
 def test_encoder_that_draws_for_a_batch_takes_views_one_by_one(draw: Callable[[], float]) -> None:
-    """Where both ways happen to draw the same, too."""
+    """Also in a run in which both ways draw the same."""
     model = BYOL(around(nn.BatchNorm2d(4), SkippedBlock(draw)), **SIZES)
     assert (model.view_batching, model.not_batched_reason) == ("separate", "it draws random numbers for a whole batch")
 

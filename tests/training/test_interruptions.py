@@ -123,7 +123,7 @@ def exit_code(process: BaseProcess) -> int | None:
 def saved_step(config: Config) -> int:
     """Step of the newest checkpoint, up to which there are all records."""
     run = config.out / config.name
-    step = checkpoints.load_latest(run / "checkpoints")["step"]
+    step = checkpoints.use_latest(run / "checkpoints", checkpoints.load)["step"]
     assert [record["step"] for record in read(run / "metrics.jsonl")] == list(range(1, step + 1))
     return int(step)
 

@@ -31,29 +31,10 @@ from byol_fast.training.callbacks import Callback
 from byol_fast.training.locks import RunLock, exclusive
 from byol_fast.training.resume import find_resumable
 from byol_fast.training.run_dir import RunDir, open_run_dir
-from byol_fast.training.train_step import StepOutput
 from byol_fast.training.trainer import Trainer
 from byol_fast.utils import checkpoint as checkpoints
 from tests.networks import SmallResidualNetwork
-from tests.training.helpers import FORK_SERVER, SMALL_RUN, use_small_encoder
-
-
-@pytest.fixture
-def small(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> Config:
-    """A run of a tenth of a second."""
-    monkeypatch.setitem(encoders.OWN_ENCODERS, "small", lambda **_: SmallResidualNetwork())
-    return configs.replace(tiny, SMALL_RUN | {"checkpoint_every": 3, "steps": 6})
-
-
-class StopAt(Callback):
-    """Calls a function after a step."""
-
-    def __init__(self, step: int, act: Callable[[], object]) -> None:
-        self.step, self.act = step, act
-
-    def on_step_end(self, trainer: Trainer, output: StepOutput) -> None:
-        if trainer.state.step == self.step:
-            self.act()
+from tests.training.helpers import FORK_SERVER, AtStep, use_small_encoder
 
 
 @contextmanager
@@ -88,7 +69,7 @@ def train_and_wait(pipe: Connection, config: Config, step: int) -> None:
         pipe.recv()
 
     use_small_encoder()
-    Trainer(config, callbacks=[StopAt(step, wait)]).fit()
+    Trainer(config, callbacks=[AtStep(step, wait)]).fit()
 
 
 def open_and_wait(pipe: Connection, config: Config) -> None:
@@ -99,7 +80,7 @@ def open_and_wait(pipe: Connection, config: Config) -> None:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    model: dict[str, torch.Tensor] = checkpoints.load_latest(run / "checkpoints")["model"]
+    model: dict[str, torch.Tensor] = checkpoints.use_latest(run / "checkpoints", checkpoints.load)["model"]
     return model
 
 
@@ -114,7 +95,7 @@ def unfinished(config: Config, step: int = 4) -> Path:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        Trainer(config, callbacks=[StopAt(step, fail)]).fit()
+        Trainer(config, callbacks=[AtStep(step, fail)]).fit()
     run = config.out / config.name
     assert not (run / ".lock").exists()
     return run
@@ -329,7 +310,7 @@ def test_best_checkpoint_alone_is_resumed(small: Config) -> None:
 def test_mark_that_a_kill_prevented_is_written_on_resume(small: Config) -> None:
     run = unfinished(small)
     (run / "status.json").unlink()  # killed between the first checkpoint and the mark
-    resumed = Trainer(small, resume=run, callbacks=[StopAt(4, lambda: shutil.copytree(run, small.out / "copy"))])
+    resumed = Trainer(small, resume=run, callbacks=[AtStep(4, lambda: shutil.copytree(run, small.out / "copy"))])
     resumed.fit()
     assert RunDir(small.out / "copy").status.exists()
 
@@ -349,7 +330,7 @@ def test_second_run_in_a_process_is_refused_and_changes_nothing(small: Config) -
                 start()
             errors.append(error)
 
-    first = Trainer(small, callbacks=[StopAt(2, start_others)]).fit().run_dir
+    first = Trainer(small, callbacks=[AtStep(2, start_others)]).fit().run_dir
     assert len(errors) == 3
     assert_equal(weights(first), weights(whole))
     assert not (small.out / "second").exists()

@@ -10,7 +10,7 @@ import shutil
 import signal
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,37 +24,15 @@ from byol_fast import pretrain
 from byol_fast.config import Config, ConfigError
 from byol_fast.export.encoder import export_run, load_encoder
 from byol_fast.export.formats import export_as
-from byol_fast.models import encoders
 from byol_fast.training import trainer as trainers
-from byol_fast.training.callbacks import Callback
 from byol_fast.training.metrics import read
 from byol_fast.training.resume import find_resumable
 from byol_fast.training.run_dir import RunDir
-from byol_fast.training.train_step import StepOutput
 from byol_fast.training.trainer import Trainer
 from byol_fast.utils import checkpoint as checkpoints
 from byol_fast.utils.checkpoint import CheckpointError
 from byol_fast.utils.files import atomic_path, atomic_write
-from tests.networks import SmallResidualNetwork
-from tests.training.helpers import SMALL_RUN
-
-
-@pytest.fixture
-def small(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> Config:
-    """A run of a tenth of a second."""
-    monkeypatch.setitem(encoders.OWN_ENCODERS, "small", lambda **_: SmallResidualNetwork())
-    return configs.replace(tiny, SMALL_RUN | {"checkpoint_every": 3, "steps": 6})
-
-
-class AtStep(Callback):
-    """Calls a function after a step."""
-
-    def __init__(self, step: int, act: Callable[[], object]) -> None:
-        self.step, self.act = step, act
-
-    def on_step_end(self, trainer: Trainer, output: StepOutput) -> None:
-        if trainer.state.step == self.step:
-            self.act()
+from tests.training.helpers import AtStep
 
 
 def fail() -> None:

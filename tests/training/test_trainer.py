@@ -34,7 +34,7 @@ CLOCK = {"images_per_second", "data_wait", "peak_memory_gib"}
 
 
 def final_weights(run: Path) -> dict[str, torch.Tensor]:
-    payload = checkpoints.load_latest(run / "checkpoints")
+    payload = checkpoints.use_latest(run / "checkpoints", checkpoints.load)
     weights: dict[str, torch.Tensor] = payload["model"]
     return weights
 
@@ -251,7 +251,7 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tiny: Config) ->
     whole = final_weights(run)
     newest = checkpoints.path_at_step(run / "checkpoints", 12)
     newest.write_bytes(newest.read_bytes()[:1000])
-    assert checkpoints.load_latest(run / "checkpoints")["step"] == 10
+    assert checkpoints.use_latest(run / "checkpoints", checkpoints.load)["step"] == 10
     Trainer(tiny, resume=run).fit()
     assert same(final_weights(run), whole)
 

@@ -22,7 +22,7 @@ def test_oldest_checkpoints_are_deleted(tmp_path: Path) -> None:
     for step in (1, 5, 9, 200):
         checkpoints.save(tmp_path, step, {"x": torch.tensor(step)}, keep=2)
     assert checkpoints.saved_steps(tmp_path) == [9, 200]
-    assert int(checkpoints.load_latest(tmp_path)["x"]) == 200
+    assert int(checkpoints.use_latest(tmp_path, checkpoints.load)["x"]) == 200
 
 
 def with_checksum(content: object) -> bytes:
@@ -59,7 +59,7 @@ def test_nothing_is_deleted_without_a_number_to_keep(tmp_path: Path) -> None:
 def test_strides_are_preserved(tmp_path: Path) -> None:
     weight = torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last)
     checkpoints.save(tmp_path, 1, {"w": weight}, keep=1)
-    assert checkpoints.load_latest(tmp_path)["w"].stride() == weight.stride()
+    assert checkpoints.use_latest(tmp_path, checkpoints.load)["w"].stride() == weight.stride()
 
 
 def test_failed_write_keeps_earlier_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +72,7 @@ def test_failed_write_keeps_earlier_checkpoints(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(CheckpointError, match=r"No space left on device.*intact checkpoints: 1$"):
         checkpoints.save(tmp_path, 2, {"x": 2}, keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ["step_000000001.pt"]
-    assert checkpoints.load_latest(tmp_path)["x"] == 1
+    assert checkpoints.use_latest(tmp_path, checkpoints.load)["x"] == 1
 
 
 def test_atomic_path_removes_its_temporary_file_on_failure(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_atomic_path_removes_its_temporary_file_on_failure(tmp_path: Path) -> No
 
 def test_missing_damaged_and_unknown_checkpoints_are_explained(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="has no usable checkpoint"):
-        checkpoints.load_latest(tmp_path)
+        checkpoints.use_latest(tmp_path, checkpoints.load)
     path = checkpoints.path_at_step(tmp_path, 3)
     path.write_bytes(b"nonsense")
     with pytest.raises(CheckpointError, match="is damaged .*restore it from a copy"):
@@ -113,10 +113,10 @@ def test_flipped_byte_falls_back_to_the_previous_checkpoint(tmp_path: Path) -> N
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match="step_000000002.pt is damaged"):
             checkpoints.load(path)
-        assert checkpoints.load_latest(tmp_path)["step"] == 1
+        assert checkpoints.use_latest(tmp_path, checkpoints.load)["step"] == 1
     for size in (0, 1, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:size])
-        assert checkpoints.load_latest(tmp_path)["step"] == 1
+        assert checkpoints.use_latest(tmp_path, checkpoints.load)["step"] == 1
 
 
 def test_skipped_checkpoints_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -125,7 +125,7 @@ def test_skipped_checkpoints_are_logged(tmp_path: Path, caplog: pytest.LogCaptur
     for step, content in ((3, with_checksum({"format": 3})), (4, with_checksum({"format": 4})[:-2])):
         checkpoints.path_at_step(tmp_path, step).write_bytes(content)
     with caplog.at_level(logging.WARNING):
-        assert checkpoints.load_latest(tmp_path)["step"] == 2
+        assert checkpoints.use_latest(tmp_path, checkpoints.load)["step"] == 2
     newest, second, used = caplog.messages
     assert "step_000000004.pt is damaged (its checksum does not match)" in newest
     assert "step_000000003.pt must have format 4, got 3" in second
@@ -145,9 +145,9 @@ def test_best_checkpoint_is_the_fallback(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best_step_000000004.pt", "step_000000006.pt"]
     assert checkpoints.load(tmp_path / "best_step_000000004.pt")["x"] == 4
     path.write_bytes(b"")
-    assert checkpoints.load_latest(tmp_path)["x"] == 4
+    assert checkpoints.use_latest(tmp_path, checkpoints.load)["x"] == 4
     checkpoints.save(tmp_path, 3, {"x": 3}, keep=2)
-    assert checkpoints.load_latest(tmp_path)["x"] == 4  # the newest that is intact, best or not
+    assert checkpoints.use_latest(tmp_path, checkpoints.load)["x"] == 4  # the newest that is intact, best or not
 
 
 class Malicious:
@@ -164,7 +164,7 @@ def test_checkpoint_with_code_is_rejected(tmp_path: Path, capsys: pytest.Capture
     with pytest.raises(CheckpointError, match="cannot be loaded .UnpicklingError"):
         checkpoints.load(path)
     checkpoints.save(tmp_path, 1, {"x": 1}, keep=2)
-    assert checkpoints.load_latest(tmp_path)["x"] == 1
+    assert checkpoints.use_latest(tmp_path, checkpoints.load)["x"] == 1
     assert capsys.readouterr().out == ""
 
 

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from byol_fast.data.decode import decode
 from byol_fast.data.integrity import (
+    JPEG_HEAD,
+    PNG_HEAD,
     CorruptImageError,
     CorruptImages,
     bytes_need_check,
@@ -26,7 +28,6 @@ IO_THREADS = 16
 """Threads that read encoded images: they wait for disks and networks and hardly compute."""
 
 _READ_BY_DALI = (".jpg", ".jpeg", ".png")
-_DECODED_BY_DALI = (b"\xff\xd8\xff", b"\x89PNG")
 
 
 class HasIndex(Protocol):
@@ -170,7 +171,7 @@ def for_dali(data: bytes) -> ImageOrReason:
     """
     if not bytes_need_check(data):
         return np.frombuffer(data, np.uint8)
-    if data.startswith(_DECODED_BY_DALI):
+    if data.startswith((JPEG_HEAD, PNG_HEAD)):
         return check_bytes(data) or np.frombuffer(data, np.uint8)
     try:
         image = decode(data)

@@ -215,7 +215,11 @@ def labels_from_text(
         title: name of the whole, for a warning if only some images have a label.
         sample_name: returns the name of the image at a position.
     """
-    unlabeled = _unlabeled(texts)
+    numbers = _integers(texts)
+    if numbers is None:
+        unlabeled = [i for i, text in enumerate(texts) if not text]
+    else:
+        unlabeled = [i for i, number in enumerate(numbers) if number < 0]
     if 0 < len(unlabeled) < len(texts):
         log.warning(
             "%s: %d of %d images have no label, or a negative one, such as %s: treated as unlabeled",
@@ -226,7 +230,6 @@ def labels_from_text(
         )
     if unlabeled or not texts:
         return None, ()
-    numbers = _integers(texts)
     return _encode_classes(texts) if numbers is None else _encode_classes(numbers)
 
 
@@ -257,17 +260,11 @@ def labels_from_folders(
 
 
 def _integers(texts: Sequence[str]) -> list[int] | None:
-    """Integers of the texts; None if one is something else."""
+    """Integers of the texts, -1 for an empty one; None if one is something else."""
     try:
-        return [int(text) for text in texts]
+        return [int(text) if text else -1 for text in texts]
     except ValueError:
         return None
-
-
-def _unlabeled(texts: Sequence[str]) -> list[int]:
-    """Positions of empty texts and, if all others are integers, of negative ones."""
-    numeric = _integers([text for text in texts if text]) is not None
-    return [i for i, text in enumerate(texts) if not text or (numeric and int(text) < 0)]
 
 
 def _encode_classes(values: Sequence[_Value]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
