@@ -124,9 +124,9 @@ class DataConfig:
     cache: Path = Path("~/.cache/byol_fast")
     """Folder for downloaded data sets, indexes of tar shards and copies of Parquet files."""
     image_column: str = ""
-    """Parquet and Hugging Face: column of the encoded images; empty: detected by name and type."""
+    """Parquet, Hugging Face and lists: column of the images or their paths; empty: detected by name and type."""
     label_column: str = ""
-    """Parquet and Hugging Face: column of the class numbers or names; empty: detected by name."""
+    """Parquet, Hugging Face and lists: column of the class numbers or names; empty: detected by name."""
     loader: Literal["auto", "dali", "threaded", "device_cache"] = "auto"
     """Data loader: `dali`; `threaded` (CPU threads with torchvision's decoder); or `device_cache` (arrays that are kept
     on the device). auto: on a GPU device_cache for arrays that fit, otherwise dali if it is installed; on a CPU

@@ -63,8 +63,8 @@ def open_images(pretrained: PretrainedEncoder, train: object, test: object, sett
     for name, source in (("training", train_source), ("test", test_source)):
         if source.labels is None:
             raise SourceError(
-                f"eval: the {name} images must have labels, {source.describe()} have none; sort them into one folder "
-                "per class"
+                f"eval: the {name} images must have labels, {source.describe()} have none: "
+                f"{source.label_problem or 'sort them into one folder per class'}"
             )
     test_source = _match_classes(train_source, test_source)
     if train_source.fingerprint == test_source.fingerprint and train_source.sample_name(0) == test_source.sample_name(

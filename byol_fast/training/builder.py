@@ -297,8 +297,8 @@ def _build_probe(config: Config, model: SSLModel, source: ImageSource, execution
     probe = config.probe
     if probe.enabled == "on" and source.labels is None:
         raise ConfigError(
-            "config: probe.enabled is 'on', but the training images have no labels: sort them into one folder per "
-            "class, or set it to 'auto'"
+            "config: probe.enabled is 'on', but the training images have no labels: "
+            f"{source.label_problem or 'sort them into one folder per class'}; or set it to 'auto'"
         )
     if probe.enabled == "off" or source.labels is None:
         return None

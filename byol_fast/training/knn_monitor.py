@@ -150,8 +150,8 @@ def knn_problem(config: Config, train: ImageSource, val: ImageSource | None) -> 
     if val is None:
         missing = "there are no validation images: set knn.val_root, or give a root with train and val inside"
     else:
-        which = "training" if train.labels is None else "validation"
-        missing = f"the {which} images have no labels: sort them into one folder per class"
+        which, source = ("training", train) if train.labels is None else ("validation", val)
+        missing = f"the {which} images have no labels: {source.label_problem or 'sort them into one folder per class'}"
     if config.knn.enabled == "on":
         raise ConfigError(f"config: knn.enabled is 'on', but {missing}")
     return missing

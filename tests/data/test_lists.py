@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from byol_fast.config import DataConfig
 from byol_fast.data import SourceError, open_source
 from byol_fast.data.sources import FileSource
 from tests.data.test_sources import labels_of, put
@@ -64,6 +65,66 @@ def test_tables(path_column: str, label_column: str | None, tmp_path: Path) -> N
     assert tabs.paths == source.paths and labels_of(tabs) == [0, 1]
 
 
+ROWS = [("cat/1 a.png", "cat"), ("2.png", "dog"), ("3.png", "cat")]
+
+
+def _table(delimiter: str, end: str = "\n", header: tuple[str, str] = ("path", "label"), quote: str = "") -> str:
+    return "".join(f"{quote}{a}{quote}{delimiter}{quote}{b}{quote}{end}" for a, b in [header, *ROWS])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.csv", _table(";", "\r\n").encode("utf-8-sig")),
+        ("x.csv", _table("\t").encode()),
+        ("x.tsv", _table(",").encode()),
+        ("x.csv", _table(",", quote='"').encode()),
+        ("x.csv", b"\n\n" + _table(",", "\n\n").encode() + b",\n"),
+        ("x.csv", _table(",", ",,\n").encode()),
+        ("x.CSV", _table(",", header=(" File Name ", "CLASS")).encode()),
+        ("metadata.csv", _table(",", header=("file_name", "labels")).encode()),
+        ("x.txt", _table("\t", "\r\n").encode("utf-16")),
+        ("x.csv", b"\xfe\xff" + _table("\t").encode("utf-16-be")),
+        ("x.txt", _table(",").encode()),
+        ("x.txt", b"# " + _table("\t").encode()),
+        ("x.txt", _table(" ").partition("\n")[2].encode()),
+        ("x.csv", _table(",").replace("cat/1 a", "cat\\1 a").encode()),
+    ],
+    ids=["Excel", "tabs", "commas in tsv", "quotes", "empty rows", "empty columns", "upper case", "imagefolder",
+         "Excel's Unicode text", "big endian", "header in txt", "comment", "path and name", "Windows"],
+)  # fmt: skip
+def test_forms_of_lists_are_read_alike(name: str, content: bytes, tmp_path: Path) -> None:
+    put(tmp_path, *(path for path, _ in ROWS))
+    (tmp_path / name).write_bytes(content)
+    source = open_source(tmp_path / name)
+    assert isinstance(source, FileSource) and source.paths == tuple(path for path, _ in ROWS)
+    assert source.classes == ("cat", "dog") and labels_of(source) == [0, 1, 0]
+
+
+def test_columns_can_be_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    put(tmp_path, "1.png", "2.png")
+    (tmp_path / "x.csv").write_text("scan,species,group,class\n1.png,ant,insect,a\n2.png,owl,bird,b\n")
+    named = DataConfig(image_column="scan", label_column="group")
+    assert open_source(tmp_path / "x.csv", options=named).classes == ("bird", "insect")
+    (tmp_path / "y.csv").write_text("path,species\n1.png,ant\n2.png,owl\n")
+    source = open_source(tmp_path / "y.csv")
+    assert source.labels is None and "y.csv has no column named label, labels" in source.label_problem
+    assert open_source(tmp_path / "y.csv", options=DataConfig(label_column="species")).classes == ("ant", "owl")
+    assert not caplog.records
+    several = list_of(tmp_path / "z.csv", "path,target,label\n1.png,ant,insect\n2.png,owl,bird\n")
+    assert several.classes == ("bird", "insect") and "column label holds the labels; target is not used" in caplog.text
+    empty = list_of(tmp_path / "z.csv", "path,label\n1.png,\n2.png, \n")
+    assert empty.labels is None and empty.label_problem.startswith("no image has a label")
+
+
+def test_images_listed_with_two_labels_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    put(tmp_path, "1.png", "2.png")
+    list_of(tmp_path / "x.csv", "path,label\n1.png,a\n1.png,a\n2.png,b\n")
+    assert not caplog.records
+    list_of(tmp_path / "x.csv", "path,label\n1.png,a\n2.png,b\n1.png,b\n")
+    assert "1 images are listed again with another label, such as 1.png" in caplog.text
+
+
 def test_lines_end_at_line_feeds_only(tmp_path: Path) -> None:
     """Names and captions may hold Unicode's other separators, and quoted fields any."""
     names = ["a\u2028b.png", "c\x85d.png", "e\x0cf.png"]
@@ -91,6 +152,13 @@ def test_error_messages(tmp_path: Path) -> None:
         ("x.csv", "path,label\n", "lists no images"),
         ("x.csv", 'path,label\n"1.png,0\n' + "1.png,0\n" * 20_000, r"a second quotation mark .* behind line 1 \("),
         ("x.txt", "no.png\nnor.png\n", r"none of 2 files that .* lists exists, such as .*no\.png; paths are relative"),
+        ("x.csv", 'path,label\n1.png,0\n"1.png,1\n', "a second quotation mark .* behind line 2"),
+        ("x.csv", "path,label\n1.png,0\na,b.png,1\n", "at most 2 fields, as the header has, .* a,b.png,1 in line 3"),
+        ("x.csv", "label,path\n0,1.png\n1,\n", "must have a path in each line, got 1, in line 3"),
+        ("x.csv", "path,label,label\n1.png,0,1\n", "data.label_column must be one column of .* there are 2"),
+        ("x.csv", "p\0a\0t\0h\0", "must be text in UTF-8, got NUL bytes"),
+        ("x.csv", "path\nC:\\photos\\1.png\n", r"none of 1 files .* such as .*C:/photos/1\.png; paths are relative"),
+        ("x.txt", "1.png,0\n1.png,1\n", r"none of 2 files .* such as .*/1\.png,0; paths are relative"),
         ("x.txt", "https://example.org/1.png\n", "lists addresses"),
     ):
         with pytest.raises(SourceError, match=message) as caught:

@@ -89,16 +89,19 @@ def test_several_files_labels_and_class_names(tmp_path: Path) -> None:
 def test_columns_are_selected_or_named(tmp_path: Path) -> None:
     table = pa.table({"id": [b"1", b"2"], "scan": [b"x", b"y"], "kind": ["a", "b"], "coarse": [3, 4]})
     pq.write_table(table, tmp_path / "x.parquet")
-    with pytest.raises(SourceError, match=r"several columns of binary data.*--data\.image-column; its columns are id "):
+    with pytest.raises(
+        SourceError, match=r"several columns of images or binary data.*--data\.image-column; its columns are id "
+    ):
         parquet_of(tmp_path / "x.parquet", tmp_path / "cache")
     one = parquet_of(tmp_path / "x.parquet", tmp_path / "cache", image_column="scan", label_column="kind")
     assert contents(one) == [b"x", b"y"] and one.classes == ("a", "b")
     other = parquet_of(tmp_path / "x.parquet", tmp_path / "cache", image_column="id")
     assert contents(other) == [b"1", b"2"] and other.labels is None
     for columns, message in (
-        ({"image_column": "kind"}, "data.image_column must be a column of encoded images .* got 'kind'"),
+        ({"image_column": "coarse"}, "data.image_column must be a column of encoded images .* got 'coarse'"),
+        ({"image_column": "kind"}, "none of 2 files that .*x.parquet lists exists, such as .*/a; paths are relative"),
         ({"image_column": "scan", "label_column": "scan"}, "data.label_column must be a column of integers or texts"),
-        ({"image_column": "scan", "label_column": "no"}, "got 'no'; its columns are id, scan, kind, coarse"),
+        ({"image_column": "scan", "label_column": "no"}, "got 'no'; its columns are id .binary., scan"),
     ):
         with pytest.raises(SourceError, match=message):
             parquet_of(tmp_path / "x.parquet", tmp_path / "cache", **columns)
@@ -165,7 +168,7 @@ def test_error_messages(tmp_path: Path, monkeypatch: Any) -> None:
     for name, message in (
         ("cut.parquet", r"cut\.parquet cannot be read as Parquet"),
         ("bent.parquet", r"bent\.parquet is damaged"),
-        ("texts.parquet", r"no column of encoded images .* its columns are text \(string\), label \(int64\)"),
+        ("texts.parquet", r"no column of encoded images.* its columns are text \(string\), label \(int64\)"),
         ("empty.parquet", "no column of encoded images|has no rows"),
     ):
         with pytest.raises(SourceError, match=message):
@@ -236,7 +239,7 @@ class TestHuggingFace:
         with pytest.raises(SourceError, match="got IterableDataset; pick a split, and do not stream"):
             open_source(dataset.to_iterable_dataset())
         with pytest.raises(
-            SourceError, match=r"has no column of encoded images .* are text \(string\), kind \(int64\)"
+            SourceError, match=r"has no column of encoded images.* are text \(string\), kind \(class label\)"
         ):
             open_source(dataset.remove_columns("image"))
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from byol_fast.data.sources.base import ImageSource, SourceError, validate_labels, with_class_names
+from byol_fast.data.sources.base import ClassLabels, ImageSource, SourceError, labels_from_integers
 
 NPZ_HELP = "save it with numpy.savez(path, images=images, labels=labels)"
 
@@ -31,6 +31,7 @@ class ArraySource(ImageSource):
     classes: tuple[str, ...] = ()
     name: str = "array"
     """Origin of the array, for messages."""
+    label_problem: str = ""
 
     def __post_init__(self) -> None:
         _check_dtype(self.images, self.name)
@@ -89,10 +90,10 @@ def array_source(
         raise SourceError(f"{arg_name}: has no images (shape {list(x.shape)})")
     if x.shape[3] == 1:
         x = np.broadcast_to(x, (*x.shape[:3], 3))
-    y, names = with_class_names(
-        None if labels is None else validate_labels(labels, len(x), arg_name), classes, arg_name
-    )
-    return ArraySource(np.ascontiguousarray(x), y, names, name)
+    class_labels = ClassLabels(None)
+    if labels is not None:
+        class_labels = labels_from_integers(labels, len(x), arg_name, lambda i: f"{name}[{i}]", classes)
+    return ArraySource(np.ascontiguousarray(x), name=name, **class_labels._asdict())
 
 
 def _check_dtype(images: NDArray[Any], arg_name: str) -> None:

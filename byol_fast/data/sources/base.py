@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,10 +19,12 @@ from torch import Tensor
 
 from byol_fast.data.decode import decode, decode_jpeg
 from byol_fast.data.integrity import CorruptImageError, bytes_need_check, check_bytes
+from byol_fast.utils.files import printable_name
 
 log = logging.getLogger(__name__)
 
-_Value = TypeVar("_Value", int, str)
+_INTEGER = re.compile(r"0|[1-9][0-9]*")
+_NEGATIVE = re.compile(r"-0*[1-9][0-9]*(\.0*)?")
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm")
 """Extensions of image files, in any case; other files are ignored and listed in the log."""
@@ -34,12 +38,14 @@ class SourceError(ValueError):
 
 
 class ImageSource(ABC):
-    """A map-style set of images. Implementations are frozen dataclasses with the fields `labels` and `classes`."""
+    """A map-style set of images. Implementations are frozen dataclasses with the fields of `ClassLabels`."""
 
     labels: NDArray[np.int64] | None
     """Class index of each image `[N]`, or None."""
     classes: tuple[str, ...]
     """Class names; empty without labels."""
+    label_problem: str = ""
+    """Reason why there are no labels, as a clause; empty if there are labels, or nothing to say."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -88,15 +94,27 @@ class ImageSource(ABC):
     def describe(self) -> str:
         """One-line summary for the log."""
 
-    def with_labels(self, labels: NDArray[np.int64] | None, classes: tuple[str, ...]) -> ImageSource:
+    def with_labels(
+        self, labels: NDArray[np.int64] | None, classes: tuple[str, ...], label_problem: str = ""
+    ) -> ImageSource:
         """The same images with other labels."""
-        changes: dict[str, Any] = {"labels": labels, "classes": classes}
+        changes: dict[str, Any] = {"labels": labels, "classes": classes, "label_problem": label_problem}
         result: ImageSource = dataclasses.replace(self, **changes)  # type: ignore[type-var]
         return result
 
     def with_classes(self, classes: tuple[str, ...]) -> ImageSource:
-        """The same images, with labels that index into `classes` by class name; -1 for classes not among them."""
+        """The same images, with labels that index into `classes` by class name; -1 for classes not among them.
+
+        Raises:
+            SourceError: two classes have the same name.
+        """
         assert self.labels is not None
+        for names in (self.classes, classes):
+            if repeated := [name for name, count in Counter(names).items() if count > 1]:
+                raise SourceError(
+                    f"labels: class names must differ to find the classes of one set of images in another, got "
+                    f"{repeated[0]!r} twice; rename one, or give both sets the same list of names"
+                )
         class_index = {name: i for i, name in enumerate(classes)}
         table = np.array([class_index.get(name, -1) for name in self.classes], np.int64)
         return self.with_labels(table[self.labels], classes)
@@ -163,11 +181,35 @@ def digest(parts: Iterable[bytes]) -> str:
     return result.hexdigest()
 
 
-def validate_labels(labels: Any, num_images: int, arg_name: str) -> NDArray[np.integer[Any]] | None:
-    """Convert labels to an array of integers `[num_images]`; None if some are negative, which means unlabeled.
+class ClassLabels(NamedTuple):
+    """Labels of a source, or the reason why there are none."""
+
+    labels: NDArray[np.int64] | None
+    """Class index of each image `[N]`, or None."""
+    classes: tuple[str, ...] = ()
+    """Class names; empty without labels."""
+    label_problem: str = ""
+    """Reason why there are no labels, as a clause."""
+
+
+def labels_from_integers(
+    labels: Any,
+    num_images: int,
+    arg_name: str,
+    sample_name: Callable[[int], str],
+    classes: Sequence[object] = (),
+) -> ClassLabels:
+    """Labels that index into class names; without names, the integers that occur are the classes, in ascending order.
+
+    Args:
+        labels: integers `[num_images]`: an array, a tensor or a list. A negative one means unlabeled.
+        num_images: number of images.
+        arg_name: name of the argument, for messages.
+        sample_name: returns the name of the image at a position.
+        classes: class names.
 
     Raises:
-        SourceError: the labels are not `num_images` integers.
+        SourceError: the labels are not `num_images` integers, or there are fewer names than classes.
     """
     y = labels.numpy(force=True) if isinstance(labels, torch.Tensor) else np.asarray(labels)
     if y.dtype == np.float64 and isinstance(labels, list) and all(isinstance(v, int) and v >= 0 for v in labels):
@@ -176,61 +218,54 @@ def validate_labels(labels: Any, num_images: int, arg_name: str) -> NDArray[np.i
         raise SourceError(
             f"{arg_name}: labels must be {num_images} integers, one per image, got {y.dtype} of shape {list(y.shape)}"
         )
-    num_negative = int((y < 0).sum())
-    if 0 < num_negative < num_images:
-        log.warning("%s: %d of %d labels are negative: treated as unlabeled", arg_name, num_negative, num_images)
-    return None if num_negative else y
-
-
-def with_class_names(
-    labels: NDArray[np.integer[Any]] | None, classes: Sequence[object], arg_name: str
-) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
-    """Labels that index into class names; without names, the integers that occur are the classes, in ascending order.
-
-    Raises:
-        SourceError: there are fewer names than classes.
-    """
-    if labels is None:
-        return None, ()
-    names = tuple(str(c) for c in classes)
+    if (problem := _find_unlabeled(np.flatnonzero(y < 0), num_images, arg_name, sample_name)) is not None:
+        return ClassLabels(None, (), problem)
+    names = tuple(map(str, classes))
     if not names:
-        numbers, index = np.unique(labels, return_inverse=True)
-        return index.astype(np.int64), tuple(map(str, numbers.tolist()))
-    if int(labels.max()) >= len(names):
+        numbers, index = np.unique(y, return_inverse=True)
+        return ClassLabels(index.astype(np.int64), tuple(map(str, numbers.tolist())))
+    if int(y.max(initial=0)) >= len(names):
         raise SourceError(
-            f"{arg_name}: labels must be below the number of class names, {len(names)}, got {int(labels.max())}"
+            f"{arg_name}: labels must be below the number of class names, {len(names)}, got {int(y.max())}"
         )
-    return labels.astype(np.int64), names
+    return ClassLabels(y.astype(np.int64), names)
 
 
-def labels_from_text(
-    texts: Sequence[str], title: str, sample_name: Callable[[int], str]
-) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
-    """Labels and class names from text: the integers, or else the texts, that occur are the classes, in order.
+def labels_from_text(texts: Sequence[str], title: str, sample_name: Callable[[int], str]) -> ClassLabels:
+    """The texts that occur are the classes: `1`, `01` and `1.0` are three of them.
 
-    Labels are None if a text is empty or an integer is negative, because then not all images are labeled.
+    They are sorted like names of folders, or by value if all are integers as Python writes them. An empty text, or a
+    negative number, means unlabeled.
 
     Args:
         texts: label of each image.
-        title: name of the whole, for a warning if only some images have a label.
+        title: name of the whole, for messages.
         sample_name: returns the name of the image at a position.
     """
-    numbers = _integers(texts)
-    if numbers is None:
-        unlabeled = [i for i, text in enumerate(texts) if not text]
-    else:
-        unlabeled = [i for i, number in enumerate(numbers) if number < 0]
-    if 0 < len(unlabeled) < len(texts):
-        log.warning(
-            "%s: %d of %d images have no label, or a negative one, such as %s: treated as unlabeled",
-            title,
-            len(unlabeled),
-            len(texts),
-            sample_name(unlabeled[0]),
-        )
-    if unlabeled or not texts:
-        return None, ()
-    return _encode_classes(texts) if numbers is None else _encode_classes(numbers)
+    distinct = set(texts)
+    missing = {text for text in distinct if not text or _NEGATIVE.fullmatch(text)}
+    unlabeled = np.array([i for i, text in enumerate(texts) if text in missing] if missing else [], np.int64)
+    if (problem := _find_unlabeled(unlabeled, len(texts), title, sample_name)) is not None:
+        return ClassLabels(None, (), problem)
+    is_numeric = all(_INTEGER.fullmatch(text) for text in distinct)
+    # Of two integers written without leading zeros, the longer one is the larger one.
+    return ClassLabels(*_encode_classes(texts, key=(lambda text: (len(text), text)) if is_numeric else None))
+
+
+def _find_unlabeled(
+    unlabeled: NDArray[np.int64], num_images: int, title: str, sample_name: Callable[[int], str]
+) -> str | None:
+    """Reason why no labels are used, because these images have none; None if all have one. Logged if some have one."""
+    if num_images == 0 or len(unlabeled) == num_images:
+        return "no image has a label (empty and negative ones do not count)"
+    if not len(unlabeled):
+        return None
+    problem = (
+        f"{len(unlabeled):,} of {num_images:,} images have no label, or a negative one, such as "
+        f"{printable_name(sample_name(int(unlabeled[0])))}"
+    )
+    log.warning("%s: %s: no labels are used; label all images, or leave those out", title, problem)
+    return problem
 
 
 def labels_from_folders(
@@ -259,15 +294,9 @@ def labels_from_folders(
     return _encode_classes(folders)
 
 
-def _integers(texts: Sequence[str]) -> list[int] | None:
-    """Integers of the texts, -1 for an empty one; None if one is something else."""
-    try:
-        return [int(text) if text else -1 for text in texts]
-    except ValueError:
-        return None
-
-
-def _encode_classes(values: Sequence[_Value]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    classes = sorted(set(values))
+def _encode_classes(
+    values: Sequence[str], key: Callable[[str], Any] | None = None
+) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    classes = sorted(set(values), key=key)
     class_index = {value: i for i, value in enumerate(classes)}
-    return np.array([class_index[value] for value in values], np.int64), tuple(map(str, classes))
+    return np.array([class_index[value] for value in values], np.int64), tuple(classes)

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,23 +22,22 @@ from PIL import Image
 from byol_fast.data.decode import PixelDepthError, to_rgb
 from byol_fast.data.integrity import CorruptImageError, read_file
 from byol_fast.data.sources.base import (
+    ClassLabels,
     EncodedSource,
     ImageSource,
     SourceError,
     digest,
     evenly_spaced,
-    labels_from_text,
-    validate_labels,
-    with_class_names,
+    labels_from_integers,
 )
+from byol_fast.data.sources.columns import LabelColumn, find_columns, read_labels
 from byol_fast.data.sources.files import FileSource
+from byol_fast.data.sources.lists import NUM_CHECKED, check_some_exist, open_files
 from byol_fast.data.sources.thread_safety import NUM_COMPARED, compare_threads
 
 log = logging.getLogger(__name__)
 
 _IMAGE_KEYS = ("image", "img", "jpg", "png", "pixel_values")
-_IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "image_bytes", "bytes")
-_LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls", "target")
 _NUM_FINGERPRINTED = 16
 
 _ONE_READ = threading.RLock()  # of the whole process: train and validation sets may share an open file
@@ -60,6 +58,7 @@ class DatasetSource(ImageSource):
     """Item of each image `[N]`."""
     labels: NDArray[np.int64] | None = None
     classes: tuple[str, ...] = ()
+    label_problem: str = ""
     thread_safe: threading.Event = dataclasses.field(default_factory=threading.Event)
     """Set once `check_thread_safety` has passed; until then one thread at a time reads. Common to subsets."""
 
@@ -116,6 +115,7 @@ class HuggingFaceSource(EncodedSource):
     """Row of each image `[N]`."""
     labels: NDArray[np.int64] | None = None
     classes: tuple[str, ...] = ()
+    label_problem: str = ""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -129,8 +129,12 @@ class HuggingFaceSource(EncodedSource):
         value = self.dataset[int(self.index[i])][self.column]
         data = value if isinstance(value, bytes) else (value or {}).get("bytes")
         if data is None and isinstance(value, Mapping) and value.get("path"):
-            return read_file(Path(value["path"]))
+            return read_file(self.folder(i) / value["path"])
         return data or b""
+
+    def folder(self, i: int) -> Path:
+        """Folder that the path of image `i` is relative to, if its file is stored and not its bytes."""
+        return Path()
 
     def sample_name(self, i: int) -> str:  # noqa: D102 (inherited)
         return f"Dataset[{self.index[i]}]"
@@ -174,12 +178,14 @@ def open_samples(dataset: object, samples: Sequence[Any], arg_name: str) -> File
     root = Path(getattr(dataset, "root", None) or ".")
     try:
         files = [os.fspath(sample[0]) for sample in samples]
-        labels = validate_labels([sample[1] for sample in samples], len(files), arg_name)
+        labels = [sample[1] for sample in samples]
     except (TypeError, IndexError):
         raise SourceError(f"{arg_name}: .samples of {type(dataset).__name__} must be a list of (path, label)") from None
     prefix = f"{root}{os.sep}"
-    y, names = with_class_names(labels, getattr(dataset, "classes", ()), arg_name)
-    return FileSource(root=root, paths=tuple(file.removeprefix(prefix) for file in files), labels=y, classes=names)
+    classes = getattr(dataset, "classes", ())
+    class_labels = labels_from_integers(labels, len(files), arg_name, files.__getitem__, classes)
+    paths = tuple(file.removeprefix(prefix) for file in files)
+    return FileSource(root=root, paths=paths, **class_labels._asdict())
 
 
 def open_dataset(dataset: Any, arg_name: str) -> DatasetSource:
@@ -208,16 +214,16 @@ def open_dataset(dataset: Any, arg_name: str) -> DatasetSource:
             "transform of the dataset, too): byol_fast makes the views"
         )
     labels, classes = labels_of(dataset), getattr(dataset, "classes", None) or ()
-    y: NDArray[np.int64] | None = None
-    names: tuple[str, ...] = ()
+    class_labels = ClassLabels(None)
     try:
         if labels is not None and (target_transform := getattr(dataset, "target_transform", None)) is not None:
             labels, classes = [target_transform(label) for label in np.asarray(labels).tolist()], ()
-        valid = None if labels is None else validate_labels(labels, len(dataset), arg_name)
-        y, names = with_class_names(valid, classes, arg_name)
+        if labels is not None:
+            class_labels = labels_from_integers(labels, len(dataset), arg_name, lambda i: f"{name}[{i}]", classes)
     except (ValueError, TypeError) as error:
         log.warning("%s: the labels of %s are not used (%s)", arg_name, name, error)
-    return DatasetSource(dataset, np.arange(len(dataset)), y, names)
+        class_labels = ClassLabels(None, (), f"the labels of {name} are not used ({error})")
+    return DatasetSource(dataset, np.arange(len(dataset)), *class_labels)
 
 
 def labels_of(dataset: object) -> Any:
@@ -234,13 +240,14 @@ def is_hugging_face(root: object) -> bool:
 
 def open_hugging_face(
     dataset: Any, arg_name: str, *, image_column: str = "", label_column: str = ""
-) -> HuggingFaceSource:
+) -> HuggingFaceSource | FileSource:
     """A `datasets.Dataset`, whose images are read encoded, like files.
 
     Args:
         dataset: the dataset of one split.
         arg_name: name of the argument, for error messages.
-        image_column: encoded images: a column of images, binary, or `{bytes, path}`. Empty: selected by type and name.
+        image_column: encoded images: a column of images, binary, or `{bytes, path}`; or their paths, as texts. Empty:
+            selected by type and name.
         label_column: class indices or names. Empty: selected by type and name; if there is none, no labels.
 
     Raises:
@@ -255,71 +262,41 @@ def open_hugging_face(
         )
     if not len(dataset):
         raise SourceError(f"{arg_name}: the dataset is empty")
-    image, label = find_columns(dataset.features, "the dataset", arg_name, image_column, label_column)
+    title, features = "the dataset", dataset.features
+    image, has_paths, label, problem = find_columns(
+        features.arrow_schema, features, title, arg_name, image_column, label_column
+    )
+    class_labels = ClassLabels(None, (), problem)
+    if label:
+        names = getattr(features[label], "names", ())
+        values = dataset.select_columns([label]).with_format("arrow")[:][label]
+        part = LabelColumn(values, names, title)
+        class_labels = read_labels([part], label, arg_name, lambda i: f"row {i}", strict=bool(label_column))
     plain = dataset.with_format(None)
-    labels = _read_labels(plain, label, arg_name) if label else (None, ())
     encoded = plain.select_columns([image])
-    if isinstance(dataset.features[image], datasets.Image):
+    if has_paths:
+        return open_files(Path(), encoded[image][:], class_labels, title, arg_name)
+    if isinstance(features[image], datasets.Image):
         encoded = encoded.cast_column(image, datasets.Image(decode=False))
-    return HuggingFaceSource(encoded, image, np.arange(len(dataset)), *labels)
+    source = HuggingFaceSource(encoded, image, np.arange(len(dataset)), *class_labels)
+    check_stored_files(source, title, arg_name)
+    return source
 
 
-def find_columns(features: Any, title: str, arg_name: str, image_column: str, label_column: str) -> tuple[str, str]:
-    """Names of the image and the label column; an empty label column if there is none.
+def check_stored_files(source: HuggingFaceSource, title: str, arg_name: str) -> None:
+    """Raise SourceError if the files that rows name instead of holding their bytes do not exist."""
+    from pyarrow import compute, types
 
-    Raises:
-        SourceError: a named column has the wrong type, or no image column was named and the choice is ambiguous.
-    """
-    import datasets
-
-    def kind(feature: Any) -> str:
-        if isinstance(feature, Mapping):
-            return f"{{{', '.join(feature)}}}"
-        return str(getattr(feature, "dtype", None) or type(feature).__name__)
-
-    def holds_images(feature: Any) -> bool:
-        if isinstance(feature, Mapping):
-            return holds_images(feature.get("bytes"))
-        return isinstance(feature, datasets.Image) or kind(feature) in {"binary", "large_binary"}
-
-    columns = ", ".join(f"{name} ({kind(feature)})" for name, feature in features.items())
-    candidates = [name for name, feature in features.items() if holds_images(feature)]
-    if image_column and image_column not in candidates:
-        raise SourceError(
-            f"{arg_name}: data.image_column must be a column of encoded images (binary, or {{bytes, path}}) of "
-            f"{title}, got {image_column!r}; its columns are {columns}"
-        )
-    images = [name for name in candidates if isinstance(features[name], datasets.Image)]
-    images += [name for name in _IMAGE_COLUMNS if name in candidates] or (candidates if len(candidates) == 1 else [])
-    if not image_column and not images:
-        problem = (
-            "several columns of binary data" if candidates else "no column of encoded images (binary, {bytes, path})"
-        )
-        raise SourceError(
-            f"{arg_name}: {title} has {problem}; name one with --data.image-column; its columns are {columns}"
-        )
-
-    integer_or_text = re.compile(r"u?int\d+|(large_)?string")
-    candidates = [name for name, feature in features.items() if integer_or_text.fullmatch(kind(feature))]
-    if label_column and label_column not in candidates:
-        raise SourceError(
-            f"{arg_name}: data.label_column must be a column of integers or texts of {title}, got {label_column!r}; "
-            f"its columns are {', '.join(features)}"
-        )
-    classes = [name for name in candidates if isinstance(features[name], datasets.ClassLabel)]
-    known = [name for name in _LABEL_COLUMNS if name in candidates]
-    labels = [*(name for name in known if name in classes), *classes, *known]
-    return image_column or images[0], label_column or next(iter(labels), "")
-
-
-def _read_labels(dataset: Any, column: str, arg_name: str) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
-    """Labels and class names of a column; labels are None if some rows have none."""
-    values = dataset[column][:]
-    if all(isinstance(value, int) for value in values):
-        names = getattr(dataset.features[column], "names", ())
-        return with_class_names(validate_labels(values, len(values), arg_name), names, arg_name)
-    texts = ["" if value is None else str(value).strip() for value in values]
-    return labels_from_text(texts, arg_name, lambda i: f"row {i}")
+    values = source.dataset.data.column(source.column)
+    if not types.is_struct(values.type) or not compute.struct_field(values, "bytes").null_count:
+        return
+    names = []
+    for i in evenly_spaced(len(source), NUM_CHECKED).tolist():
+        value = source.dataset[i][source.column] or {}
+        if value.get("bytes") is None and value.get("path"):
+            names.append(str(source.folder(i) / value["path"]))
+    if names:
+        check_some_exist(names, Path(), title, arg_name)
 
 
 def open_cifar10(cache: Path) -> tuple[Any, Any]:

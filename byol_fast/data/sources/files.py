@@ -41,6 +41,7 @@ class FileSource(EncodedSource):
     """Number of files in the folder whose extensions are not those of images."""
     ignored_examples: tuple[str, ...] = ()
     """Names of up to ten ignored files."""
+    label_problem: str = ""
 
     def __len__(self) -> int:
         return len(self.paths)

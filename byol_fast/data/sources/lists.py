@@ -2,88 +2,205 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
+import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from byol_fast.data.sources.base import SourceError, evenly_spaced, labels_from_text
+from byol_fast.data.sources.base import ClassLabels, SourceError, evenly_spaced, labels_from_text
+from byol_fast.data.sources.columns import PATH_COLUMNS, find_by_name, find_labels
 from byol_fast.data.sources.files import FileSource
+
+log = logging.getLogger(__name__)
 
 LISTS = (".txt", ".csv", ".tsv")
 """Extensions of files that list images."""
 
-_PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "image", "image_path", "image_file")
-_LABEL_COLUMNS = ("label", "class", "target", "category", "class_name")
+NUM_CHECKED = 100
+"""Number of listed files of which one at least must exist."""
+
+_DELIMITERS = (",", ";", "\t")
+_NO_LABELS = "the list has no labels (expected path, tab, label)"
 
 
-def open_list(path: Path, arg_name: str) -> FileSource:
+class _Listing(NamedTuple):
+    """Content of a list."""
+
+    names: list[str]
+    """Path of each image."""
+    labels: list[str]
+    """Label of each image, empty for none."""
+    label_problem: str
+    """Reason why there are no labels, as a clause; empty if the list has labels."""
+
+
+def open_list(path: Path, arg_name: str, *, image_column: str = "", label_column: str = "") -> FileSource:
     """The images named in a list; paths are relative to the folder of the list.
 
-    Each line of a `.txt` is a path, or a path, a tab and a label. (A space and an integer after every path are a label
-    too, if the path without them exists and the whole line does not.) A `.csv` or `.tsv` has a header with a column
-    `path` (or `file`, `filename`, `image`, ...) and optionally `label` (or `class`, `target`, ...). Labels are
-    integers, or names; those that occur are the classes, in order.
+    Each line of a `.txt` is a path, or a path, a tab and a label. (A space and a label after every path are read too,
+    if the path without them exists and the whole line does not.) A table (`.csv`, `.tsv`, or a `.txt` with a header)
+    has commas, semicolons or tabs, a column `path` (or `file`, `filename`, `image`, ...) and optionally `label` (or
+    `class`, `target`, ...). Labels are texts without the spaces around them; those that occur are the classes.
+
+    Args:
+        path: the list, in UTF-8 or UTF-16 with a byte order mark.
+        arg_name: name of the argument, for error messages.
+        image_column: column of a table with the paths; empty: selected by name.
+        label_column: column of a table with the labels; empty: selected by name.
 
     Raises:
-        SourceError: the list cannot be read, is empty, or names no file that exists.
+        SourceError: the list cannot be read, is empty, has no such column, or names no file that exists.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    except OSError as error:
-        raise SourceError(f"{arg_name}: {path} cannot be read ({error.strerror})") from error
-    if path.suffix.lower() == ".txt":
-        names, texts = _read_lines(text, path.parent)
+    text = _read_text(path, arg_name)
+    delimiter = _find_delimiter(text, path, image_column)
+    if delimiter is not None:
+        listing = _read_table(text, delimiter, path, arg_name, image_column, label_column)
     else:
-        names, texts = _read_table(text, path, arg_name)
+        listing = _read_lines(text, path.parent)
+    names, texts, problem = listing
     if not names:
         raise SourceError(f"{arg_name}: {path} lists no images; expected one path a line, or path, tab, label")
-    _check_some_exist(names, path, arg_name)
-    labels, classes = labels_from_text(texts, str(path), names.__getitem__)
-    return FileSource(root=path.parent, paths=tuple(names), labels=labels, classes=classes)
+    class_labels = ClassLabels(None, (), problem)
+    if not problem:
+        class_labels = labels_from_text(texts, str(path), names.__getitem__)
+    return open_files(path.parent, names, class_labels, str(path), arg_name)
 
 
-def _read_lines(text: str, folder: Path) -> tuple[list[str], list[str]]:
-    lines = [line for line in text.split("\n") if line.strip()]
+def _read_text(path: Path, arg_name: str) -> str:
+    try:
+        data = path.read_bytes()
+        is_utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # "Unicode text" of Excel
+        text = data.decode("utf-16") if is_utf_16 else data.decode("utf-8-sig", "surrogateescape")
+    except OSError as error:
+        raise SourceError(f"{arg_name}: {path} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{arg_name}: {path} cannot be read as UTF-16 ({error}); save it as UTF-8") from error
+    if "\0" in text:
+        raise SourceError(f"{arg_name}: {path} must be text in UTF-8, got NUL bytes; save it as UTF-8")
+    return text
+
+
+# ---- lines and tables ----------------------------------------------------------------------------------------------
+
+
+def _read_lines(text: str, folder: Path) -> _Listing:
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    lines = [line for line in lines if not line.startswith("#") or (folder / line.partition("\t")[0]).exists()]
     pairs = [line.partition("\t") for line in lines]
     if not any(tab for _, tab, _ in pairs):
         by_space = [line.rpartition(" ") for line in lines]
-        numbered = bool(by_space) and all(space and label.lstrip("-").isdigit() for _, space, label in by_space)
-        if numbered and not (folder / lines[0].strip()).exists() and (folder / by_space[0][0].strip()).exists():
+        is_labeled = bool(by_space) and all(space for _, space, _ in by_space)
+        if is_labeled and not (folder / lines[0]).exists() and (folder / by_space[0][0].strip()).exists():
             pairs = by_space
-    return [name.strip() for name, _, _ in pairs], [label.strip() for _, _, label in pairs]
+    problem = "" if any(separator for _, separator, _ in pairs) else _NO_LABELS
+    return _Listing([name.strip() for name, _, _ in pairs], [label.strip() for _, _, label in pairs], problem)
 
 
-def _read_table(text: str, path: Path, arg_name: str) -> tuple[list[str], list[str]]:
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+def _find_delimiter(text: str, path: Path, image_column: str) -> str | None:
+    """Delimiter of a table; None for lines of a `.txt`, which is a table if it has a header of two columns or more."""
+    suffix = path.suffix.lower()
+    default = "\t" if suffix == ".tsv" else ","
+    header = next((line.strip() for line in text.split("\n") if line.strip()), "")
+    for delimiter in dict.fromkeys((default, *_DELIMITERS)):
+        names = [name.strip().strip('"') for name in header.split(delimiter)]
+        is_header = image_column in names if image_column else bool(find_by_name(names, PATH_COLUMNS))
+        if is_header and (suffix != ".txt" or (len(names) > 1 and not (path.parent / names[0]).exists())):
+            return delimiter
+    return None if suffix == ".txt" else default
+
+
+def _read_table(text: str, delimiter: str, path: Path, arg_name: str, image_column: str, label_column: str) -> _Listing:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows: list[tuple[int, list[str]]] = []
     try:
-        table = list(rows)
+        rows.extend((reader.line_num, [cell.strip() for cell in row]) for row in reader if any(map(str.strip, row)))
     except csv.Error as error:
         raise SourceError(
             f"{arg_name}: {path} must have a second quotation mark for each, and no very long texts, got an error "
-            f"behind line {rows.line_num} ({error}); repair that line"
+            f"behind line {rows[-1][0] if rows else 0} ({error}); repair that line"
         ) from error
-    columns = {(name or "").strip().lower(): name for name in rows.fieldnames or ()}
-    name_column = next((columns[name] for name in _PATH_COLUMNS if name in columns), None)
-    label_column = next((columns[name] for name in _LABEL_COLUMNS if name in columns), None)
+    header = rows[0][1] if rows else []
+    name_column = image_column or next(iter(find_by_name(header, PATH_COLUMNS)), None)
+    listed = ", ".join(header) or "nothing"
     if name_column is None:
-        header = ", ".join(columns) or "nothing"
-        raise SourceError(f"{arg_name}: {path} must have a header with a column `path` (and `label`), got {header}")
-    names, labels = [], []
-    for row in table:
-        if name := (row[name_column] or "").strip():
-            names.append(name)
-            labels.append((row[label_column] or "").strip() if label_column is not None else "")
-    return names, labels
+        raise SourceError(f"{arg_name}: {path} must have a header with a column `path` (and `label`), got {listed}")
+    problem = ""
+    if not label_column:
+        others = [name for name in header if name != name_column]
+        label_column, problem = find_labels(dict.fromkeys(others, "string"), str(path))
+    for option, name in (("image_column", name_column), ("label_column", label_column)):
+        if name and header.count(name) != 1:
+            raise SourceError(
+                f"{arg_name}: data.{option} must be one column of {path}, got {name!r}, of which there are "
+                f"{header.count(name)}; its columns are {listed}"
+            )
+    position = header.index(name_column)
+    label_position = header.index(label_column) if label_column else None
+    listing = _Listing([], [], problem)
+    for line, row in rows[1:]:
+        if any(row[len(header) :]) or not (position < len(row) and row[position]):
+            wanted = f"at most {len(header)} fields, as the header has," if any(row[len(header) :]) else "a path"
+            raise SourceError(
+                f"{arg_name}: {path} must have {wanted} in each line, got {delimiter.join(row)} in line {line}; repair "
+                "that line (a path that contains the separator stands in quotation marks)"
+            )
+        listing.names.append(row[position])
+        has_label = label_position is not None and label_position < len(row)
+        listing.labels.append(row[label_position] if has_label and label_position is not None else "")
+    return listing
 
 
-def _check_some_exist(names: Sequence[str], path: Path, arg_name: str) -> None:
-    """Raise SourceError if none of up to a hundred listed files exists: the list belongs in another folder."""
-    if "://" in names[0]:
-        raise SourceError(f"{arg_name}: {path} lists addresses ({names[0]}); fetch the images and list the files")
-    sampled = [names[i] for i in evenly_spaced(len(names), 100)]
-    if not any((path.parent / name).exists() for name in sampled):
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def open_files(root: Path, names: Sequence[str], labels: ClassLabels, title: str, arg_name: str) -> FileSource:
+    r"""Image files that a list or a table names.
+
+    Args:
+        root: folder that relative paths start from.
+        names: path of each image; `\` is read as `/` where no file is named so.
+        labels: of the images.
+        title: name of the list, for messages.
+        arg_name: name of the argument, for error messages.
+
+    Raises:
+        SourceError: none of the files exists, or a path is missing.
+    """
+    if not all(names):
         raise SourceError(
-            f"{arg_name}: none of {len(sampled)} files that {path} lists exists, such as "
-            f"{path.parent / sampled[0]}; paths are relative to the folder of the list"
+            f"{arg_name}: {title} must have a path for each image, got none in row "
+            f"{next(i for i, name in enumerate(names) if not name)}; remove the row, or add the path"
         )
+    paths = tuple(name.replace("\\", "/") if "\\" in name and not (root / name).exists() else name for name in names)
+    check_some_exist(paths, root, title, arg_name)
+    if labels.labels is not None:
+        first = dict(zip(reversed(paths), reversed(labels.labels.tolist()), strict=True))
+        differing = [name for name, label in zip(paths, labels.labels.tolist(), strict=True) if first[name] != label]
+        if differing:
+            log.warning(
+                "%s: %d images are listed again with another label, such as %s", title, len(differing), differing[0]
+            )
+    return FileSource(root=root, paths=paths, **labels._asdict())
+
+
+def check_some_exist(names: Sequence[str], root: Path, title: str, arg_name: str) -> None:
+    """Raise SourceError if none of up to a hundred files exists: the list belongs in another folder."""
+    if "://" in names[0]:
+        raise SourceError(f"{arg_name}: {title} lists addresses ({names[0]}); fetch the images and list the files")
+    sampled = [names[i] for i in evenly_spaced(len(names), NUM_CHECKED)]
+    if not any(_exists(root / name) for name in sampled):
+        example = str(root / sampled[0])
+        raise SourceError(
+            f"{arg_name}: none of {len(sampled)} files that {title} lists exists, such as "
+            f"{example if len(example) <= 300 else example[:300] + '...'}; paths are relative to its folder"
+        )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False

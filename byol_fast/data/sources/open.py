@@ -75,7 +75,7 @@ def open_source(root: object, *, arg_name: str = "images", options: DataConfig |
         rows = open_hugging_face(root, arg_name, **_columns(options))
         if is_read_directly(root):
             return rows
-        return open_dataset(root, arg_name).with_labels(rows.labels, rows.classes)
+        return open_dataset(root, arg_name).with_labels(rows.labels, rows.classes, rows.label_problem)
     direct = is_read_directly(root)
     if direct and isinstance(samples := getattr(root, "samples", None), Sequence) and samples:
         return open_samples(root, samples, arg_name)
@@ -100,7 +100,7 @@ def _open_path(path: Path, arg_name: str, options: DataConfig) -> ImageSource:
         if path.suffix == ".npz":
             return open_npz(path, arg_name)
         if path.suffix.lower() in LISTS:
-            return open_list(path, arg_name)
+            return open_list(path, arg_name, **_columns(options))
         hint = "; unpack it first" if re.search(r"\.(tar\.\w+|tgz|zip|gz|xz|zst|7z)$", path.name.lower()) else ""
         raise SourceError(f"{arg_name}: {path} is a file of an unknown kind{hint}; {_GIVE} ({NPZ_HELP})")
     raise SourceError(f"{arg_name}: {path.absolute()} does not exist; {_GIVE}{_nearest_parent(path.absolute())}")
@@ -232,14 +232,17 @@ def _align_labels(train: ImageSource, val: ImageSource, *, strict: bool) -> Imag
     """Map validation labels to the class indices of the training images."""
     if train.labels is None or val.labels is None or train.classes == val.classes:
         return val
-    unknown = sorted(set(val.classes) - set(train.classes))
-    if unknown:
-        message = (
-            f"knn: {len(unknown)} of {len(val.classes)} validation classes are not among the training classes "
-            f"(such as {', '.join(unknown[:3])}); use the same folder names, or --knn.enabled off"
-        )
+    try:
+        names = [val.classes[i] for i in np.unique(val.labels).tolist()]
+        if unknown := [name for name in names if name not in set(train.classes)]:
+            raise SourceError(
+                f"knn: {len(unknown)} of {len(names)} validation classes are not among the training classes (such as "
+                f"{', '.join(unknown[:3])}; the training classes are {', '.join(train.classes[:3])}, ...); use the "
+                "same names in both, or --knn.enabled off"
+            )
+        return val.with_classes(train.classes)
+    except SourceError as error:
         if strict:
-            raise SourceError(message)
-        log.warning(message)
-        return val.with_labels(None, ())
-    return val.with_classes(train.classes)
+            raise
+        log.warning("%s", error)
+        return val.with_labels(None, (), str(error))

@@ -8,6 +8,7 @@ truncates it.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import logging
 import os
@@ -21,8 +22,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from byol_fast.data.sources.base import NUM_SAMPLED_SIZES, SourceError, digest, evenly_spaced
-from byol_fast.data.sources.datasets import HuggingFaceSource, find_columns, open_hugging_face
+from byol_fast.data.sources.base import NUM_SAMPLED_SIZES, ClassLabels, SourceError, digest, evenly_spaced
+from byol_fast.data.sources.columns import LabelColumn, find_columns, is_text, read_labels
+from byol_fast.data.sources.datasets import HuggingFaceSource, check_stored_files
+from byol_fast.data.sources.files import FileSource
+from byol_fast.data.sources.lists import open_files
 from byol_fast.data.sources.shards import cache_path, file_stamp
 
 log = logging.getLogger(__name__)
@@ -49,8 +53,10 @@ class ParquetSource(HuggingFaceSource):
         return tuple(len(self.read(i)) for i in evenly_spaced(len(self), NUM_SAMPLED_SIZES).tolist())
 
     def sample_name(self, i: int) -> str:  # noqa: D102 (inherited)
-        file = int(np.searchsorted(self.starts, self.index[i], side="right")) - 1
-        return f"{self.files[file]}:row {self.index[i] - self.starts[file]}"
+        return _row_name(self.files, self.starts, int(self.index[i]))
+
+    def folder(self, i: int) -> Path:  # noqa: D102 (inherited)
+        return self.files[_file_of_row(self.starts, int(self.index[i]))].parent
 
     def describe(self) -> str:  # noqa: D102 (inherited)
         return f"{self._counts()} in {self.title}"
@@ -58,8 +64,8 @@ class ParquetSource(HuggingFaceSource):
 
 def open_parquet(
     files: Sequence[Path], title: str, arg_name: str, cache: Path, *, image_column: str = "", label_column: str = ""
-) -> ParquetSource:
-    """The images of Parquet files, row by row.
+) -> ParquetSource | FileSource:
+    """The images of Parquet files, row by row: encoded ones, or files, relative to the folder of the Parquet file.
 
     Args:
         files: in order.
@@ -85,32 +91,116 @@ def open_parquet(
             footers.append(parquet.read_metadata(path))
         except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
             raise SourceError(f"{arg_name}: {path} cannot be read as Parquet ({error}); fetch it again") from error
-    features = datasets.Features.from_arrow_schema(parquet.read_schema(files[0]))
-    image, label = find_columns(features, str(files[0]), arg_name, image_column, label_column)
-    if label and (without := [p for p, f in zip(files, footers, strict=True) if label not in f.schema.names]):
-        log.warning("%s: %s has no column %s: treated as unlabeled", title, without[0], label)
-        label = ""
     rows = [footer.num_rows for footer in footers]
     if not any(rows):
         raise SourceError(f"{arg_name}: {title} has no rows")
+    starts = np.cumsum(rows) - rows
+    schemas = [footer.schema.to_arrow_schema() for footer in footers]
+    features = _read_features(schemas[0], list(dict.fromkeys(schemas[0].names)))
+    columns = find_columns(schemas[0], features, str(files[0]), arg_name, image_column, label_column)
+    for path, schema in zip(files, schemas, strict=True):
+        type_ = schema.field(columns.image).type if columns.image in schema.names else None
+        if type_ is None or is_text(type_) != columns.has_paths:
+            raise SourceError(
+                f"{arg_name}: column {columns.image} must have one type in all files, got {type_} in {path} and "
+                f"{schemas[0].field(columns.image).type} in {files[0]}; give files of one kind"
+            )
+    class_labels = ClassLabels(None, (), columns.label_problem)
+    if columns.label:
+        class_labels = _read_labels(files, schemas, starts, columns.label, title, arg_name, strict=bool(label_column))
 
-    columns = [image, label] if label else [image]
-    size = sum(_column_size(footer, columns) for footer in footers)
-    dataset = _load_copy(files, columns, size, title, arg_name, cache.expanduser() / "parquet")
-    source = open_hugging_face(dataset, arg_name, image_column=image, label_column=label)
-    return ParquetSource(
-        source.dataset, source.column, source.index, source.labels, source.classes,
-        files=tuple(files), starts=np.cumsum(rows) - rows, title=title,
-    )  # fmt: skip
+    if columns.has_paths:
+        root, names = _read_paths(files, columns.image, arg_name)
+        return open_files(root, names, class_labels, title, arg_name)
+    size = sum(_column_size(footer, columns.image) for footer in footers)
+    feature = features[columns.image]
+    if isinstance(feature, datasets.Image):
+        feature = datasets.Image(decode=False)
+    dataset = _load_copy(files, columns.image, feature, size, title, arg_name, cache.expanduser() / "parquet")
+    source = ParquetSource(
+        dataset, columns.image, np.arange(len(dataset)), *class_labels, files=tuple(files), starts=starts, title=title
+    )
+    check_stored_files(source, title, arg_name)
+    return source
 
 
-def _load_copy(files: Sequence[Path], columns: list[str], size: int, title: str, arg_name: str, folder: Path) -> Any:
-    """Columns of Parquet files as a `datasets.Dataset`, from a copy in a cache folder that is created if missing."""
+def _read_features(schema: Any, columns: Sequence[str]) -> dict[str, Any]:
+    """Features of some columns: their types, and their class names if `datasets` wrote the file."""
+    import datasets
+    import pyarrow as pa
+
+    features: dict[str, Any] = {}
+    for name in columns:
+        field = pa.schema([schema.field(name)])
+        for described in (field.with_metadata(schema.metadata), field):
+            # Errors of any type: columns that are not used may have types and descriptions of other versions.
+            with contextlib.suppress(Exception):
+                features |= datasets.Features.from_arrow_schema(described)
+                break
+    return features
+
+
+def _read_labels(
+    files: Sequence[Path],
+    schemas: Sequence[Any],
+    starts: NDArray[np.int64],
+    column: str,
+    title: str,
+    arg_name: str,
+    *,
+    strict: bool,
+) -> ClassLabels:
+    parts = []
+    for path, schema in zip(files, schemas, strict=True):
+        if column not in schema.names:
+            problem = f"{path} has no column {column}"
+            log.warning("%s: %s: no labels are used", title, problem)
+            return ClassLabels(None, (), problem)
+        names = getattr(_read_features(schema, [column]).get(column), "names", None) or ()
+        parts.append(LabelColumn(_read_column(path, column, arg_name), names, str(path)))
+    return read_labels(parts, column, arg_name, lambda i: _row_name(files, starts, i), strict=strict)
+
+
+def _read_column(path: Path, column: str, arg_name: str) -> Any:
+    """One column of a Parquet file as an Arrow array."""
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            return file.read(columns=[column]).column(column)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{arg_name}: column {column} of {path} is damaged ({error}); fetch it again") from error
+
+
+def _read_paths(files: Sequence[Path], column: str, arg_name: str) -> tuple[Path, list[str]]:
+    """A folder, and the paths of the images from there, which the files hold relative to their own folders."""
+    root = Path(os.path.commonpath([path.absolute().parent for path in files]))
+    paths: list[str] = []
+    for file in files:
+        prefix = f"{file.absolute().parent.relative_to(root)}/".removeprefix("./")
+        names = _read_column(file, column, arg_name).to_pylist()
+        paths.extend(name and (name if name.startswith("/") or "://" in name else prefix + name) for name in names)
+    return root, paths
+
+
+def _file_of_row(starts: NDArray[np.int64], row: int) -> int:
+    return int(np.searchsorted(starts, row, side="right")) - 1
+
+
+def _row_name(files: Sequence[Path], starts: NDArray[np.int64], row: int) -> str:
+    file = _file_of_row(starts, row)
+    return f"{files[file]}:row {row - starts[file]}"
+
+
+def _load_copy(
+    files: Sequence[Path], column: str, feature: Any, size: int, title: str, arg_name: str, folder: Path
+) -> Any:
+    """A column of Parquet files as a `datasets.Dataset`, from a copy in a cache folder that is created if missing."""
     import datasets
 
-    # One folder per set of files; in it one copy, named by the current stamps of the files and by the columns.
+    # One folder per set of files; in it one copy, named by the current stamps of the files and by the column.
     copies = cache_path(files[0], folder, f"-{digest([os.fsencode(path.absolute()) for path in files])[:16]}")
-    copy = copies / digest([file_stamp(path, columns).encode() for path in files])[:16]
+    copy = copies / digest([file_stamp(path, [column]).encode() for path in files])[:16]
     bars_disabled = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
@@ -120,7 +210,9 @@ def _load_copy(files: Sequence[Path], columns: list[str], size: int, title: str,
             _check_space(copies, size, title, arg_name)
             log.info("%s: copying its images (%.2f GiB) to %s, once", title, size / 2**30, copies)
         paths = [glob.escape(str(path.absolute())) for path in files]
-        dataset = datasets.Dataset.from_parquet(paths, cache_dir=str(copy), columns=columns)
+        dataset = datasets.Dataset.from_parquet(
+            paths, features=datasets.Features({column: feature}), cache_dir=str(copy), columns=[column]
+        )
     except (OSError, datasets.exceptions.DatasetGenerationError) as error:
         cause = error.__cause__ or error
         if isinstance(cause, OSError) and cause.errno is not None:
@@ -148,8 +240,8 @@ def _check_space(folder: Path, size: int, title: str, arg_name: str) -> None:
         )
 
 
-def _column_size(footer: Any, columns: list[str]) -> int:
-    """Uncompressed size of some columns of a Parquet file in bytes; slightly more than the size of their values."""
+def _column_size(footer: Any, column: str) -> int:
+    """Uncompressed size of a column of a Parquet file in bytes; slightly more than the size of its values."""
     groups = [footer.row_group(g) for g in range(footer.num_row_groups)]
     chunks = [group.column(c) for group in groups for c in range(group.num_columns)]
-    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
+    return sum(c.total_uncompressed_size for c in chunks if f"{c.path_in_schema}.".startswith(f"{column}."))

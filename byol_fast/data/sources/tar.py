@@ -22,6 +22,7 @@ from byol_fast.data.integrity import CorruptImageError
 from byol_fast.data.sources.base import (
     EXTENSIONS,
     NUM_SAMPLED_SIZES,
+    ClassLabels,
     EncodedSource,
     SourceError,
     digest,
@@ -55,6 +56,7 @@ class TarSource(EncodedSource):
     """Member name of each image `[N]`."""
     labels: NDArray[np.int64] | None = None
     classes: tuple[str, ...] = ()
+    label_problem: str = ""
     title: str = ""
     """Name of the whole, for messages."""
 
@@ -157,19 +159,18 @@ def open_tars(
         return f"{shards[shard[i]]}:{printable_name(names[i])} (header at byte {start[i]})"
 
     if any(texts):
-        labels, classes = labels_from_text(texts, title, sample_name)
+        class_labels = labels_from_text(texts, title, sample_name)
     else:
-        labels, classes = labels_from_folders(_strip_common_folder(names), title, sample_name)
-        _warn_stray_image(labels, classes, title, sample_name)
+        class_labels = ClassLabels(*labels_from_folders(_strip_common_folder(names), title, sample_name))
+        _warn_stray_image(class_labels.labels, class_labels.classes, title, sample_name)
     return TarSource(
         shards=tuple(shards),
         shard=shard,
         offset=np.concatenate([index["offset"] for index in indexes]),
         size=np.concatenate([index["size"] for index in indexes]),
         names=tuple(names),
-        labels=labels,
-        classes=classes,
         title=title,
+        **class_labels._asdict(),
     )
 
 

@@ -18,7 +18,7 @@ from byol_fast.data.sources.base import EXTENSIONS
 from byol_fast.data.sources.tar_members import TarDamageError, TarMember, read_members, sparse_extent
 from byol_fast.utils.files import printable_name
 
-INDEX_FORMAT = "3"
+INDEX_FORMAT = "4"
 """Changes with the content of an index, so that stored ones are built anew."""
 
 NO_TARGET = "links to images are left out, because their targets are not in the archive"
@@ -190,7 +190,7 @@ class _IndexBuilder:
     def _read_label(self, path: str) -> str:
         offset, size = self._extents.get(path) or (0, 0)
         self._file.seek(offset)
-        return self._file.read(min(size, _MAX_LABEL_BYTES)).decode(errors="replace").replace("\0", "").strip()
+        return self._file.read(min(size, _MAX_LABEL_BYTES)).decode(errors="surrogateescape").replace("\0", "").strip()
 
     # ---- warnings --------------------------------------------------------------------------------------------------
 
