@@ -87,7 +87,7 @@ def test_columns_that_cannot_be_labels_are_named(values: Any, problem: str, tmp_
     assert source.labels is None
     assert re.search(problem, source.label_problem) and source.label_problem in caplog.text
     assert source.label_problem.endswith("name another one with --data.label-column")
-    with pytest.raises(SourceError, match=r"data\.label_column: column label of|data\.label_column must be a column"):
+    with pytest.raises(SourceError, match=r"data\.root: column label of|data\.label_column must be a column"):
         open_(path, tmp_path / "cache", label_column="label")
 
 
@@ -118,6 +118,22 @@ def test_label_column_is_selected_or_named(tmp_path: Path, caplog: Any) -> None:
     both = datasets.Dataset.from_dict(columns, datasets.Features({"image": datasets.Value("binary"), **features}))
     assert labels_of(open_source(both)) == ["a", "b", "c"]
     assert "column fine_label holds the labels; coarse_label is not used" in caplog.text
+
+
+def test_labels_in_names_of_folders(tmp_path: Path) -> None:
+    """As pandas and Spark write them: one folder for each value of a column, which the files do not have."""
+    table = pa.table({"image": IMAGES[:3], "label": ["x y", "01", "x y"]})
+    pq.write_to_dataset(table, tmp_path / "data", partition_cols=["label"])
+    assert labels_of(open_(tmp_path / "data", tmp_path / "cache")) == ["01", "x y", "x y"]
+
+
+def test_files_without_rows_do_not_matter(tmp_path: Path) -> None:
+    for k, rows in enumerate((0, 2, 0, 1)):
+        labels = pa.array(["b", "a"][:rows], pa.string()) if rows else pa.array([], pa.int64())
+        write(tmp_path / "x" / f"{k}.parquet", image=pa.array(IMAGES[k : k + rows], pa.binary()), label=labels)
+    source = open_(tmp_path / "x", tmp_path / "cache")
+    assert isinstance(source, EncodedSource) and [source.read(i) for i in range(3)] == [*IMAGES[1:3], IMAGES[3]]
+    assert labels_of(source) == ["b", "a", "b"] and source.sample_name(2) == f"{tmp_path / 'x' / '3.parquet'}:row 0"
 
 
 def test_index_of_pandas_is_no_image(tmp_path: Path) -> None:

@@ -117,6 +117,17 @@ def test_columns_can_be_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     assert empty.labels is None and empty.label_problem.startswith("no image has a label")
 
 
+def test_table_in_a_folder_of_images_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    put(tmp_path, "1.png", "2.png")
+    (tmp_path / "metadata.csv").write_text("file_name,label\n1.png,a\n2.png,b\n")
+    source = open_source(tmp_path)
+    assert source.labels is None and source.label_problem in caplog.text
+    assert (
+        source.label_problem
+        == f"{tmp_path}/metadata.csv is not read with the folder; give the table itself to use its labels"
+    )
+
+
 def test_images_listed_with_two_labels_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     put(tmp_path, "1.png", "2.png")
     list_of(tmp_path / "x.csv", "path,label\n1.png,a\n1.png,a\n2.png,b\n")

@@ -227,7 +227,7 @@ def read_labels(
             parts.append(_read_part(part))
         except ValueError as error:  # of Arrow: a number with a fraction, or too large
             problem = (
-                f"data.label_column: column {column} of {part.title} must hold integers, texts or categories, got "
+                f"column {column} of {part.title} must hold integers, texts or categories, got "
                 f"{part.values.type} ({str(error).strip()}); name another one with --data.label-column"
             )
             if strict:

@@ -92,7 +92,7 @@ def open_source(root: object, *, arg_name: str = "images", options: DataConfig |
 
 def _open_path(path: Path, arg_name: str, options: DataConfig) -> ImageSource:
     if path.is_dir() and not has_only_shards(path, arg_name):
-        return open_folder(path, arg_name)
+        return _name_metadata(open_folder(path, arg_name), path)
     for suffix in SHARDS:
         if shards := find_shards(path, suffix, arg_name):
             return _open_shards(shards, str(path), arg_name, options)
@@ -104,6 +104,16 @@ def _open_path(path: Path, arg_name: str, options: DataConfig) -> ImageSource:
         hint = "; unpack it first" if re.search(r"\.(tar\.\w+|tgz|zip|gz|xz|zst|7z)$", path.name.lower()) else ""
         raise SourceError(f"{arg_name}: {path} is a file of an unknown kind{hint}; {_GIVE} ({NPZ_HELP})")
     raise SourceError(f"{arg_name}: {path.absolute()} does not exist; {_GIVE}{_nearest_parent(path.absolute())}")
+
+
+def _name_metadata(source: ImageSource, folder: Path) -> ImageSource:
+    """The images of a folder; if there are no classes, but a table of `datasets`, that is the reason."""
+    table = folder / "metadata.csv"
+    if source.labels is not None or not table.is_file():
+        return source
+    problem = f"{table} is not read with the folder; give the table itself to use its labels"
+    log.warning("%s", problem)
+    return source.with_labels(None, (), problem)
 
 
 def _open_shards(shards: list[Path], title: str, arg_name: str, options: DataConfig) -> ImageSource:

@@ -13,17 +13,33 @@ import glob
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import NDArray
 
-from byol_fast.data.sources.base import NUM_SAMPLED_SIZES, ClassLabels, SourceError, digest, evenly_spaced
-from byol_fast.data.sources.columns import LabelColumn, find_columns, is_text, read_labels
+from byol_fast.data.sources.base import (
+    NUM_SAMPLED_SIZES,
+    ClassLabels,
+    SourceError,
+    digest,
+    evenly_spaced,
+    labels_from_text,
+)
+from byol_fast.data.sources.columns import (
+    LABEL_COLUMNS,
+    Columns,
+    LabelColumn,
+    find_by_name,
+    find_columns,
+    is_text,
+    read_labels,
+)
 from byol_fast.data.sources.datasets import HuggingFaceSource, check_stored_files
 from byol_fast.data.sources.files import FileSource
 from byol_fast.data.sources.lists import open_files
@@ -80,48 +96,75 @@ def open_parquet(
     """
     try:
         import datasets
-        from pyarrow import parquet
     except ImportError:
         raise SourceError(
             f"{arg_name}: {title} is Parquet, which needs datasets; pip install datasets (or byol_fast[parquet])"
         ) from None
-    footers = []
-    for path in files:
-        try:
-            footers.append(parquet.read_metadata(path))
-        except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-            raise SourceError(f"{arg_name}: {path} cannot be read as Parquet ({error}); fetch it again") from error
-    rows = [footer.num_rows for footer in footers]
-    if not any(rows):
-        raise SourceError(f"{arg_name}: {title} has no rows")
+    tables = [_read_footer(path, arg_name) for path in files]
+    rows = [table.footer.num_rows for table in tables]
     starts = np.cumsum(rows) - rows
-    schemas = [footer.schema.to_arrow_schema() for footer in footers]
-    features = _read_features(schemas[0], list(dict.fromkeys(schemas[0].names)))
-    columns = find_columns(schemas[0], features, str(files[0]), arg_name, image_column, label_column)
-    for path, schema in zip(files, schemas, strict=True):
-        type_ = schema.field(columns.image).type if columns.image in schema.names else None
-        if type_ is None or is_text(type_) != columns.has_paths:
-            raise SourceError(
-                f"{arg_name}: column {columns.image} must have one type in all files, got {type_} in {path} and "
-                f"{schemas[0].field(columns.image).type} in {files[0]}; give files of one kind"
-            )
+    tables = [table for table in tables if table.footer.num_rows]
+    if not tables:
+        raise SourceError(f"{arg_name}: {title} has no rows")
+    path, _, schema = tables[0]
+    features = _read_features(schema, list(dict.fromkeys(schema.names)))
+    columns = find_columns(schema, features, str(path), arg_name, image_column, label_column)
+    _check_image_column(tables, columns, arg_name)
     class_labels = ClassLabels(None, (), columns.label_problem)
     if columns.label:
-        class_labels = _read_labels(files, schemas, starts, columns.label, title, arg_name, strict=bool(label_column))
+        class_labels = _read_labels(
+            tables, columns.label, title, arg_name, lambda i: _row_name(files, starts, i), strict=bool(label_column)
+        )
+    elif texts := _partition_labels(tables):
+        class_labels = labels_from_text(texts, title, lambda i: _row_name(files, starts, i))
 
     if columns.has_paths:
-        root, names = _read_paths(files, columns.image, arg_name)
+        root, names = _read_paths(tables, columns.image, arg_name)
         return open_files(root, names, class_labels, title, arg_name)
-    size = sum(_column_size(footer, columns.image) for footer in footers)
-    feature = features[columns.image]
+    if (feature := features.get(columns.image)) is None:
+        type_ = schema.field(columns.image).type
+        raise SourceError(
+            f"{arg_name}: column {columns.image} of {path} must be binary or {{bytes, path}}, got {type_}"
+        )
     if isinstance(feature, datasets.Image):
         feature = datasets.Image(decode=False)
-    dataset = _load_copy(files, columns.image, feature, size, title, arg_name, cache.expanduser() / "parquet")
+    dataset = _load_copy(tables, columns.image, feature, title, arg_name, cache.expanduser() / "parquet")
     source = ParquetSource(
         dataset, columns.image, np.arange(len(dataset)), *class_labels, files=tuple(files), starts=starts, title=title
     )
     check_stored_files(source, title, arg_name)
     return source
+
+
+class _Table(NamedTuple):
+    """A Parquet file."""
+
+    path: Path
+    footer: Any
+    schema: Any
+    """Arrow schema."""
+
+
+def _read_footer(path: Path, arg_name: str) -> _Table:
+    from pyarrow import parquet
+
+    try:
+        footer = parquet.read_metadata(path)
+        return _Table(path, footer, footer.schema.to_arrow_schema())
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise SourceError(f"{arg_name}: {path} cannot be read as Parquet ({error}); fetch it again") from error
+
+
+def _check_image_column(tables: Sequence[_Table], columns: Columns, arg_name: str) -> None:
+    """Raise SourceError if a file has no image column, or one of paths where others have encoded images."""
+    first = tables[0]
+    for path, _, schema in tables:
+        type_ = schema.field(columns.image).type if columns.image in schema.names else None
+        if type_ is None or is_text(type_) != columns.has_paths:
+            raise SourceError(
+                f"{arg_name}: column {columns.image} must have one type in all files, got {type_ or 'none'} in {path} "
+                f"and {first.schema.field(columns.image).type} in {first.path}; give files of one kind"
+            )
 
 
 def _read_features(schema: Any, columns: Sequence[str]) -> dict[str, Any]:
@@ -141,24 +184,38 @@ def _read_features(schema: Any, columns: Sequence[str]) -> dict[str, Any]:
 
 
 def _read_labels(
-    files: Sequence[Path],
-    schemas: Sequence[Any],
-    starts: NDArray[np.int64],
+    tables: Sequence[_Table],
     column: str,
     title: str,
     arg_name: str,
+    sample_name: Callable[[int], str],
     *,
     strict: bool,
 ) -> ClassLabels:
     parts = []
-    for path, schema in zip(files, schemas, strict=True):
+    for path, _, schema in tables:
         if column not in schema.names:
             problem = f"{path} has no column {column}"
             log.warning("%s: %s: no labels are used", title, problem)
             return ClassLabels(None, (), problem)
         names = getattr(_read_features(schema, [column]).get(column), "names", None) or ()
         parts.append(LabelColumn(_read_column(path, column, arg_name), names, str(path)))
-    return read_labels(parts, column, arg_name, lambda i: _row_name(files, starts, i), strict=strict)
+    return read_labels(parts, column, arg_name, sample_name, strict=strict)
+
+
+def _partition_labels(tables: Sequence[_Table]) -> list[str]:
+    """Label of each row from folders such as `label=cat`, which take the place of a column; empty if there are none."""
+    labels = []
+    root = os.path.commonpath([table.path.absolute().parent for table in tables])
+    for path, footer, _ in tables:
+        parts = [part.partition("=") for part in path.absolute().parent.relative_to(root).parts]
+        pairs = [(key, unquote(value)) for key, equals, value in parts if equals]
+        columns = find_by_name([key for key, _ in pairs], LABEL_COLUMNS)
+        if not columns:
+            return []
+        label = dict(pairs)[columns[0]]
+        labels += [label if label != "__HIVE_DEFAULT_PARTITION__" else ""] * footer.num_rows
+    return labels
 
 
 def _read_column(path: Path, column: str, arg_name: str) -> Any:
@@ -172,13 +229,14 @@ def _read_column(path: Path, column: str, arg_name: str) -> Any:
         raise SourceError(f"{arg_name}: column {column} of {path} is damaged ({error}); fetch it again") from error
 
 
-def _read_paths(files: Sequence[Path], column: str, arg_name: str) -> tuple[Path, list[str]]:
+def _read_paths(tables: Sequence[_Table], column: str, arg_name: str) -> tuple[Path, list[str]]:
     """A folder, and the paths of the images from there, which the files hold relative to their own folders."""
-    root = Path(os.path.commonpath([path.absolute().parent for path in files]))
+    folders = [table.path.absolute().parent for table in tables]
+    root = Path(os.path.commonpath(folders))
     paths: list[str] = []
-    for file in files:
-        prefix = f"{file.absolute().parent.relative_to(root)}/".removeprefix("./")
-        names = _read_column(file, column, arg_name).to_pylist()
+    for table, folder in zip(tables, folders, strict=True):
+        prefix = f"{folder.relative_to(root)}/".removeprefix("./")
+        names = _read_column(table.path, column, arg_name).to_pylist()
         paths.extend(name and (name if name.startswith("/") or "://" in name else prefix + name) for name in names)
     return root, paths
 
@@ -192,13 +250,13 @@ def _row_name(files: Sequence[Path], starts: NDArray[np.int64], row: int) -> str
     return f"{files[file]}:row {row - starts[file]}"
 
 
-def _load_copy(
-    files: Sequence[Path], column: str, feature: Any, size: int, title: str, arg_name: str, folder: Path
-) -> Any:
+def _load_copy(tables: Sequence[_Table], column: str, feature: Any, title: str, arg_name: str, folder: Path) -> Any:
     """A column of Parquet files as a `datasets.Dataset`, from a copy in a cache folder that is created if missing."""
     import datasets
 
     # One folder per set of files; in it one copy, named by the current stamps of the files and by the column.
+    files = [table.path for table in tables]
+    size = sum(_column_size(table.footer, column) for table in tables)
     copies = cache_path(files[0], folder, f"-{digest([os.fsencode(path.absolute()) for path in files])[:16]}")
     copy = copies / digest([file_stamp(path, [column]).encode() for path in files])[:16]
     bars_disabled = datasets.are_progress_bars_disabled()
