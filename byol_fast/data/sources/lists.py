@@ -114,15 +114,33 @@ def _find_delimiter(text: str, path: Path, image_column: str) -> str | None:
 
 def _read_table(text: str, delimiter: str, path: Path, arg_name: str, image_column: str, label_column: str) -> _Listing:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows: list[tuple[int, list[str]]] = []
+    names: list[str] = []
+    labels: list[str] = []
+    end = 0  # line of the last row
     try:
-        rows.extend((reader.line_num, [cell.strip() for cell in row]) for row in reader if any(map(str.strip, row)))
+        header = next(([cell.strip() for cell in row] for row in reader if any(map(str.strip, row))), [])
+        end = reader.line_num
+        position, label_position, problem = _find_columns(header, path, arg_name, image_column, label_column)
+        for row in reader:
+            name = row[position].strip() if position < len(row) else ""
+            if not name or len(row) > len(header):
+                _check_row(row, header, name, f"{arg_name}: {path}", reader.line_num)
+            if name:
+                names.append(name)
+                labels.append(row[label_position].strip() if -1 < label_position < len(row) else "")
+            end = reader.line_num
     except csv.Error as error:
         raise SourceError(
             f"{arg_name}: {path} must have a second quotation mark for each, and no very long texts, got an error "
-            f"behind line {rows[-1][0] if rows else 0} ({error}); repair that line"
+            f"behind line {end} ({error}); repair that line"
         ) from error
-    header = rows[0][1] if rows else []
+    return _Listing(names, labels, problem)
+
+
+def _find_columns(
+    header: Sequence[str], path: Path, arg_name: str, image_column: str, label_column: str
+) -> tuple[int, int, str]:
+    """Positions of the column of paths and of labels (-1: none), and the reason why there is no column of labels."""
     name_column = image_column or next(iter(find_by_name(header, PATH_COLUMNS)), None)
     listed = ", ".join(header) or "nothing"
     if name_column is None:
@@ -137,20 +155,18 @@ def _read_table(text: str, delimiter: str, path: Path, arg_name: str, image_colu
                 f"{arg_name}: data.{option} must be one column of {path}, got {name!r}, of which there are "
                 f"{header.count(name)}; its columns are {listed}"
             )
-    position = header.index(name_column)
-    label_position = header.index(label_column) if label_column else None
-    listing = _Listing([], [], problem)
-    for line, row in rows[1:]:
-        if any(row[len(header) :]) or not (position < len(row) and row[position]):
-            wanted = f"at most {len(header)} fields, as the header has," if any(row[len(header) :]) else "a path"
-            raise SourceError(
-                f"{arg_name}: {path} must have {wanted} in each line, got {delimiter.join(row)} in line {line}; repair "
-                "that line (a path that contains the separator stands in quotation marks)"
-            )
-        listing.names.append(row[position])
-        has_label = label_position is not None and label_position < len(row)
-        listing.labels.append(row[label_position] if has_label and label_position is not None else "")
-    return listing
+    return header.index(name_column), header.index(label_column) if label_column else -1, problem
+
+
+def _check_row(row: Sequence[str], header: Sequence[str], name: str, title: str, line: int) -> None:
+    """Raise SourceError for a row that is not empty, but has no path, or more fields than the header."""
+    has_more = any(map(str.strip, row[len(header) :]))
+    if has_more or (not name and any(map(str.strip, row))):
+        wanted = f"at most {len(header)} fields, as the header has," if has_more else "a path"
+        raise SourceError(
+            f"{title} must have {wanted} in each line, got {', '.join(row)} in line {line}; repair that line (a path "
+            "that contains the separator stands in quotation marks)"
+        )
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
@@ -169,14 +185,14 @@ def open_files(root: Path, names: Sequence[str], labels: ClassLabels, title: str
     Raises:
         SourceError: none of the files exists, or a path is missing.
     """
-    if not all(names):
+    if "" in names or None in names:
         raise SourceError(
             f"{arg_name}: {title} must have a path for each image, got none in row "
             f"{next(i for i, name in enumerate(names) if not name)}; remove the row, or add the path"
         )
     paths = tuple(name.replace("\\", "/") if "\\" in name and not (root / name).exists() else name for name in names)
     check_some_exist(paths, root, title, arg_name)
-    if labels.labels is not None:
+    if labels.labels is not None and len(set(paths)) < len(paths):
         first = dict(zip(reversed(paths), reversed(labels.labels.tolist()), strict=True))
         differing = [name for name, label in zip(paths, labels.labels.tolist(), strict=True) if first[name] != label]
         if differing:
