@@ -77,9 +77,10 @@ def test_labels_of_every_type_are_read(values: Any, names: list[str], tmp_path: 
         ([[1], [0, 1], [2]], "column label of .* has the type list<element: int64>, not integers or texts"),
         ([{"a": 1}] * 3, r"column label of .* has the type \{a\}, not integers or texts"),
         (pa.array([1, 2, 3], pa.date32()), r"has the type date32\[day\]"),
+        (pa.array([1, 2, 10**30], pa.decimal256(40, 0)), r"must hold integers, .* got decimal256\(40, 0\)"),
         ([0.5, 1.0, 2.0], r"column label of .*x\.parquet must hold integers, texts or categories, got double .*0\.5"),
     ],
-    ids=["multi-label", "struct", "date", "fractions"],
+    ids=["multi-label", "struct", "date", "large decimals", "fractions"],
 )
 def test_columns_that_cannot_be_labels_are_named(values: Any, problem: str, tmp_path: Path, caplog: Any) -> None:
     path = write(tmp_path / "x.parquet", image=IMAGES[:3], label=values)
@@ -92,7 +93,7 @@ def test_columns_that_cannot_be_labels_are_named(values: Any, problem: str, tmp_
 
 
 @pytest.mark.parametrize(
-    "values", [[1, None, 2], [1.0, float("nan"), 2.0], ["a", "", "b"], [1, -1, 2], [True, None, False]]
+    "values", [[1, None, 2], [1.0, float("nan"), 2.0], ["a", " ", "b"], [1, -1, 2], [True, None, False]]
 )
 def test_images_without_a_label_are_counted(values: list[Any], tmp_path: Path, caplog: Any) -> None:
     path = write(tmp_path / "x.parquet", image=IMAGES[:3], label=values)

@@ -232,10 +232,10 @@ def labels_from_integers(
 
 
 def labels_from_text(texts: Sequence[str], title: str, sample_name: Callable[[int], str]) -> ClassLabels:
-    """The texts that occur are the classes: `1`, `01` and `1.0` are three of them.
+    """Labels and class names from texts: those that occur are the classes; `1`, `01` and `1.0` are three of them.
 
-    They are sorted like names of folders, or by value if all are integers as Python writes them. An empty text, or a
-    negative number, means unlabeled.
+    Classes are sorted like names of folders, or by value if all are integers without leading zeros. A text of nothing
+    but spaces, or a negative number, means unlabeled.
 
     Args:
         texts: label of each image.
@@ -243,7 +243,7 @@ def labels_from_text(texts: Sequence[str], title: str, sample_name: Callable[[in
         sample_name: returns the name of the image at a position.
     """
     distinct = set(texts)
-    missing = {text for text in distinct if not text or _NEGATIVE.fullmatch(text)}
+    missing = {text for text in distinct if not text.strip() or _NEGATIVE.fullmatch(text)}
     unlabeled = np.array([i for i, text in enumerate(texts) if text in missing] if missing else [], np.int64)
     if (problem := _find_unlabeled(unlabeled, len(texts), title, sample_name)) is not None:
         return ClassLabels(None, (), problem)

@@ -225,7 +225,7 @@ def read_labels(
     for part in columns:
         try:
             parts.append(_read_part(part))
-        except ValueError as error:  # of Arrow: a number with a fraction, or too large
+        except (ValueError, NotImplementedError) as error:  # of Arrow: a number with a fraction, or too large
             problem = (
                 f"column {column} of {part.title} must hold integers, texts or categories, got "
                 f"{part.values.type} ({str(error).strip()}); name another one with --data.label-column"
@@ -252,7 +252,7 @@ def read_labels(
 
 
 def _read_part(column: LabelColumn) -> _Part:
-    """Labels of one file; raises a ValueError if they are neither integers nor texts."""
+    """Labels of one file; raises an error of Arrow if they are neither integers nor texts."""
     import pyarrow as pa
     from pyarrow import compute, types
 

@@ -111,9 +111,7 @@ def _name_metadata(source: ImageSource, folder: Path) -> ImageSource:
     table = folder / "metadata.csv"
     if source.labels is not None or not table.is_file():
         return source
-    problem = f"{table} is not read with the folder; give the table itself to use its labels"
-    log.warning("%s", problem)
-    return source.with_labels(None, (), problem)
+    return source.with_labels(None, (), f"{table} is not read with the folder; give the table itself to use its labels")
 
 
 def _open_shards(shards: list[Path], title: str, arg_name: str, options: DataConfig) -> ImageSource:
