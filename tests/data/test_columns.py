@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from byol_fast.config import Config, DataConfig, replace
 from byol_fast.data import CorruptImageError, ImageSource, SourceError, open_source, open_train_val
 from byol_fast.data.sources import EncodedSource, FileSource
+from byol_fast.data.sources.columns import LabelColumn, read_labels
 from tests.data.kinds import installed, options
 
 if not installed("datasets"):
@@ -101,6 +103,43 @@ def test_images_without_a_label_are_counted(values: list[Any], tmp_path: Path, c
     assert source.labels is None
     assert source.label_problem == f"1 of 3 images have no label, or a negative one, such as {path}:row 1"
     assert source.label_problem in caplog.text
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_labels_agree_with_the_values_of_arrow(seed: int) -> None:
+    """Of one to three files with one type each, also other integers, texts and encodings of them."""
+    rng = random.Random(seed)
+    numbers: list[Any] = [0, 1, 2, 10, 100, -1, None]
+    texts: list[Any] = ["a", "1", "01", "1.0", " 1", "x\ny", "\xe9", "", None]
+    values, types = rng.choice([
+        (numbers, [pa.int8(), pa.int32(), pa.int64(), pa.float32(), pa.float64(), pa.decimal128(20, 1)]),
+        (texts, [pa.string(), pa.large_string(), pa.string_view()]),
+        ([True, False, None], [pa.bool_()]),
+    ])  # fmt: skip
+    choices = rng.sample(values, rng.randint(1, 5 if len(values) > 3 else 3))
+    rows: list[Any] = []
+    parts = []
+    for k in range(rng.randint(1, 3)):
+        part = rng.choices(choices, k=rng.choice([0, 1, 5]))
+        array = pa.array(part).cast(rng.choice(types)) if part else pa.array([], types[0])
+        array = array.dictionary_encode() if rng.random() < 0.3 and array.type != pa.string_view() else array
+        parts.append(LabelColumn(pa.chunked_array([array]), (), str(k)))
+        rows += part
+    result = read_labels(parts, "label", "x", str, strict=True)
+    if not rows or {None, "", -1} & set(rows):
+        assert result.labels is None and result.label_problem
+    else:
+        assert result.labels is not None and len(set(result.classes)) == len(result.classes)
+        assert [result.classes[i] for i in result.labels.tolist()] == list(map(str, rows))
+
+
+def test_every_file_must_hold_labels(tmp_path: Path) -> None:
+    """Dates in the second file are no integers."""
+    write(tmp_path / "x" / "0.parquet", image=IMAGES[:2], label=[1, 2])
+    last = write(tmp_path / "x" / "1.parquet", image=IMAGES[:2], label=pa.array([1, 2], pa.timestamp("ms")))
+    source = open_(tmp_path / "x", tmp_path / "cache")
+    assert source.labels is None
+    assert f"column label of {last} must hold integers, texts or categories, got timestamp[ms]" in source.label_problem
 
 
 def test_label_column_is_selected_or_named(tmp_path: Path, caplog: Any) -> None:

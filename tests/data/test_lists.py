@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -99,6 +103,28 @@ def test_forms_of_lists_are_read_alike(name: str, content: bytes, tmp_path: Path
     source = open_source(tmp_path / name)
     assert isinstance(source, FileSource) and source.paths == tuple(path for path, _ in ROWS)
     assert source.classes == ("cat", "dog") and labels_of(source) == [0, 1, 0]
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_tables_are_read_as_the_csv_module_writes_them(seed: int, tmp_path: Path) -> None:
+    rng = random.Random(seed)
+    names = ["1.png", "a b/2.png", "3, 4;5.png", '"6".png', "\xe9.png"]
+    put(tmp_path, *names)
+    rows = [
+        (rng.choice(names), rng.choice(["cat", "1", "01", "a;b", "c,d", '"e"', "g\nh", "\xfc", "i\tj"]))
+        for _ in range(6)
+    ]
+    order = rng.sample([0, 1, 2], 3)
+    text = io.StringIO()
+    quoting: Any = rng.choice([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+    writer = csv.writer(text, delimiter=rng.choice(",;\t"), quoting=quoting, lineterminator=rng.choice(["\n", "\r\n"]))
+    for row in [("path", "label"), *rows]:
+        writer.writerow([(*row, "note")[i] for i in order])
+    path = tmp_path / f"x.{rng.choice(['csv', 'tsv', 'txt'])}"
+    path.write_bytes(text.getvalue().encode(rng.choice(["utf-8", "utf-8-sig", "utf-16"])))
+    source = open_source(path)
+    assert isinstance(source, FileSource) and source.labels is not None
+    assert [(name, source.classes[y]) for name, y in zip(source.paths, source.labels.tolist(), strict=True)] == rows
 
 
 def test_columns_can_be_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -257,6 +257,8 @@ def _read_part(column: LabelColumn) -> _Part:
     from pyarrow import compute, types
 
     values, names = column.values, tuple(map(str, column.names))
+    if not _holds_labels(_kind(values.type, None)):  # dates could be converted to integers
+        raise ValueError("not one of these types")
     if types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
     if types.is_boolean(values.type):
