@@ -19,7 +19,6 @@ from torch import Tensor
 
 from byol_fast.data.decode import decode, decode_jpeg
 from byol_fast.data.integrity import CorruptImageError, bytes_need_check, check_bytes
-from byol_fast.utils.files import printable_name
 
 log = logging.getLogger(__name__)
 
@@ -205,7 +204,7 @@ def labels_from_integers(
         labels: integers `[num_images]`: an array, a tensor or a list. A negative one means unlabeled.
         num_images: number of images.
         arg_name: name of the argument, for messages.
-        sample_name: returns the name of the image at a position.
+        sample_name: returns the printable name of the image at a position.
         classes: class names.
 
     Raises:
@@ -240,7 +239,7 @@ def labels_from_text(texts: Sequence[str], title: str, sample_name: Callable[[in
     Args:
         texts: label of each image.
         title: name of the whole, for messages.
-        sample_name: returns the name of the image at a position.
+        sample_name: returns the printable name of the image at a position.
     """
     distinct = set(texts)
     missing = {text for text in distinct if not text.strip() or _NEGATIVE.fullmatch(text)}
@@ -262,7 +261,7 @@ def _find_unlabeled(
         return None
     problem = (
         f"{len(unlabeled):,} of {num_images:,} images have no label, or a negative one, such as "
-        f"{printable_name(sample_name(int(unlabeled[0])))}"
+        f"{sample_name(int(unlabeled[0]))}"
     )
     log.warning("%s: %s: no labels are used; label all images, or leave those out", title, problem)
     return problem

@@ -34,6 +34,7 @@ from byol_fast.data.sources.columns import LabelColumn, find_columns, read_label
 from byol_fast.data.sources.files import FileSource
 from byol_fast.data.sources.lists import NUM_CHECKED, check_some_exist, open_files
 from byol_fast.data.sources.thread_safety import NUM_COMPARED, compare_threads
+from byol_fast.utils.files import printable_name
 
 log = logging.getLogger(__name__)
 
@@ -183,7 +184,7 @@ def open_samples(dataset: object, samples: Sequence[Any], arg_name: str) -> File
         raise SourceError(f"{arg_name}: .samples of {type(dataset).__name__} must be a list of (path, label)") from None
     prefix = f"{root}{os.sep}"
     classes = getattr(dataset, "classes", ())
-    class_labels = labels_from_integers(labels, len(files), arg_name, files.__getitem__, classes)
+    class_labels = labels_from_integers(labels, len(files), arg_name, lambda i: printable_name(files[i]), classes)
     paths = tuple(file.removeprefix(prefix) for file in files)
     return FileSource(root=root, paths=paths, **class_labels._asdict())
 

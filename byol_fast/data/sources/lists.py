@@ -13,6 +13,7 @@ from typing import NamedTuple
 from byol_fast.data.sources.base import ClassLabels, SourceError, evenly_spaced, labels_from_text
 from byol_fast.data.sources.columns import PATH_COLUMNS, find_by_name, find_labels
 from byol_fast.data.sources.files import FileSource
+from byol_fast.utils.files import printable_name
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def open_list(path: Path, arg_name: str, *, image_column: str = "", label_column
         raise SourceError(f"{arg_name}: {path} lists no images; expected one path a line, or path, tab, label")
     class_labels = ClassLabels(None, (), problem)
     if not problem:
-        class_labels = labels_from_text(texts, str(path), names.__getitem__)
+        class_labels = labels_from_text(texts, str(path), lambda i: printable_name(names[i]))
     return open_files(path.parent, names, class_labels, str(path), arg_name)
 
 
@@ -197,7 +198,10 @@ def open_files(root: Path, names: Sequence[str], labels: ClassLabels, title: str
         differing = [name for name, label in zip(paths, labels.labels.tolist(), strict=True) if first[name] != label]
         if differing:
             log.warning(
-                "%s: %d images are listed again with another label, such as %s", title, len(differing), differing[0]
+                "%s: %d images are listed again with another label, such as %s",
+                title,
+                len(differing),
+                printable_name(differing[0]),
             )
     return FileSource(root=root, paths=paths, **labels._asdict())
 

@@ -27,6 +27,7 @@ from byol_fast.data.sources.lists import LISTS, open_list
 from byol_fast.data.sources.parquet import open_parquet
 from byol_fast.data.sources.shards import SHARDS, find_shards, has_only_shards
 from byol_fast.data.sources.tar import open_tars
+from byol_fast.utils.files import printable_name
 
 log = logging.getLogger(__name__)
 
@@ -242,11 +243,12 @@ def _align_labels(train: ImageSource, val: ImageSource, *, strict: bool) -> Imag
         return val
     try:
         names = [val.classes[i] for i in np.unique(val.labels).tolist()]
-        if unknown := [name for name in names if name not in set(train.classes)]:
+        known = set(train.classes)
+        if unknown := [name for name in names if name not in known]:
+            examples, others = (", ".join(map(printable_name, some[:3])) for some in (unknown, train.classes))
             raise SourceError(
                 f"knn: {len(unknown)} of {len(names)} validation classes are not among the training classes (such as "
-                f"{', '.join(unknown[:3])}; the training classes are {', '.join(train.classes[:3])}, ...); use the "
-                "same names in both, or --knn.enabled off"
+                f"{examples}; the training classes are {others}, ...); use the same names in both, or --knn.enabled off"
             )
         return val.with_classes(train.classes)
     except SourceError as error:

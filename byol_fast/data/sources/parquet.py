@@ -44,6 +44,7 @@ from byol_fast.data.sources.datasets import HuggingFaceSource, check_stored_file
 from byol_fast.data.sources.files import FileSource
 from byol_fast.data.sources.lists import open_files
 from byol_fast.data.sources.shards import cache_path, file_stamp
+from byol_fast.utils.files import printable_name
 
 log = logging.getLogger(__name__)
 
@@ -247,7 +248,7 @@ def _file_of_row(starts: NDArray[np.int64], row: int) -> int:
 
 def _row_name(files: Sequence[Path], starts: NDArray[np.int64], row: int) -> str:
     file = _file_of_row(starts, row)
-    return f"{files[file]}:row {row - starts[file]}"
+    return f"{printable_name(str(files[file]))}:row {row - starts[file]}"
 
 
 def _load_copy(tables: Sequence[_Table], column: str, feature: Any, title: str, arg_name: str, folder: Path) -> Any:
