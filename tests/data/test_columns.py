@@ -142,6 +142,18 @@ def test_every_file_must_hold_labels(tmp_path: Path) -> None:
     assert f"column label of {last} must hold integers, texts or categories, got timestamp[ms]" in source.label_problem
 
 
+def test_label_column_is_in_every_file(tmp_path: Path, caplog: Any) -> None:
+    write(tmp_path / "x" / "0.parquet", image=IMAGES[:2], label=[1, 2])
+    last = write(tmp_path / "x" / "1.parquet", image=IMAGES[:2])
+    source = open_(tmp_path / "x", tmp_path / "cache")
+    assert source.labels is None and source.label_problem == f"{last} has no column label"
+    assert source.label_problem in caplog.text
+    with pytest.raises(
+        SourceError, match=r"data\.label_column must be a column of all files, but .*1\.parquet has no column"
+    ):
+        open_(tmp_path / "x", tmp_path / "cache", label_column="label")
+
+
 def test_label_column_is_selected_or_named(tmp_path: Path, caplog: Any) -> None:
     path = write(tmp_path / "x.parquet", image=IMAGES[:3], species=["a", "b", "a"], Category=[1, 0, 1], label=[[1]] * 3)
     source = open_(path, tmp_path / "cache")

@@ -197,6 +197,8 @@ def _read_labels(
     for path, _, schema in tables:
         if column not in schema.names:
             problem = f"{path} has no column {column}"
+            if strict:
+                raise SourceError(f"{arg_name}: data.label_column must be a column of all files, but {problem}")
             log.warning("%s: %s: no labels are used", title, problem)
             return ClassLabels(None, (), problem)
         names = getattr(_read_features(schema, [column]).get(column), "names", None) or ()
