@@ -28,7 +28,8 @@ def pretrain(
     Args:
         data: folder or list of images, tar or Parquet shards, `.npz` file, uint8 array `[N, H, W, 3]` or `[N, H, W]`,
             or a dataset (torchvision, Hugging Face, any map-style dataset of images): see
-            `byol_fast.data.open_source`. None: the dataset of the recipe.
+            `byol_fast.data.open_source`. A folder with `train` and `val` inside is split. None: the dataset of the
+            recipe.
         recipe: name of a recipe (`byol_fast.config.recipes.RECIPES`), or a `Config`.
         resume: run folder to continue with its own configuration; `recipe` is then ignored.
         callbacks: hooks called during the run, see `byol_fast.Callback`.

@@ -19,6 +19,7 @@ from byol_fast import config as configs
 from byol_fast.config import ConfigError, DataConfig
 from byol_fast.data import ImageSource, eval_batches, open_source
 from byol_fast.data.sources import FileSource
+from byol_fast.data.sources.splits import part_of
 from byol_fast.evaluate.extract import extract_features
 from byol_fast.evaluate.rankme import rankme, subsample_rows
 from byol_fast.export.encoder import load_encoder
@@ -29,9 +30,6 @@ from byol_fast.utils.precision import resolve_precision
 from byol_fast.utils.progress import Progress
 
 log = logging.getLogger(__name__)
-
-SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test"}
-"""Names of folders that are usually splits of a data set and not classes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +94,7 @@ def embed_folder(
     network, metadata = load_encoder(encoder) if isinstance(encoder, str | Path) else encoder
     options = configs.replace(options or DataConfig(), {"on_corrupt": on_corrupt})
     source = open_source(images, arg_name="images", options=options)
-    if source.labels is not None and set(source.classes) <= SPLIT_NAMES:
+    if source.labels is not None and all(map(part_of, source.classes)):
         folders = " and ".join(source.classes)
         log.warning("embed: the folders %s are taken as classes; pass one of them to use the folders inside", folders)
     batches = eval_batches(

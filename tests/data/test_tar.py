@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from byol_fast.config import Config, DataConfig
 from byol_fast.data import CorruptImageError, SourceError, open_source, open_train_val
 from byol_fast.data.sources import EncodedSource, TarSource
-from byol_fast.data.sources.shards import expand_braces
 from tests.data.conftest import photo_like
 from tests.data.kinds import encoded, installed, options, write_tar
 
@@ -112,12 +111,6 @@ def test_shard_patterns(root: str, found: list[str], tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     write_tar(tmp_path / "sub" / "val.tar", bodies("v.jpg"))
     assert contents(tars_of(tmp_path / root, tmp_path / "cache")) == [f"{name}.jpg" for name in found]
-
-
-def test_brace_expansion() -> None:
-    assert expand_braces("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
-    assert expand_braces("{8..10}{x,y}") == ["8x", "8y", "9x", "9y", "10x", "10y"]
-    assert expand_braces("plain{}{1}") == ["plain{}{1}"]
 
 
 def test_index_is_reused_until_the_file_changes(tmp_path: Path, caplog: Any) -> None:

@@ -144,10 +144,10 @@ def test_unusable_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_split_folders_as_classes_are_a_warning(encoder: Path, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (folder / "cats").rename(folder / "train")
-    (folder / "dogs").rename(folder / "val")
+    (folder / "cats").rename(folder / "Train")
+    (folder / "dogs").rename(folder / "val2017")
     embed_folder(encoder, folder, device="cpu", threads=1)
-    assert "the folders train and val are taken as classes" in caplog.text
+    assert "the folders Train and val2017 are taken as classes" in caplog.text
 
 
 def test_command_writes_features_and_sheet(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from byol_fast.data.decode import decode, decode_jpeg
 from byol_fast.data.integrity import CorruptImageError, bytes_need_check, check_bytes
+from byol_fast.utils.files import printable_name
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +29,18 @@ _NEGATIVE = re.compile(r"-0*[1-9][0-9]*(\.0*)?")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm")
 """Extensions of image files, in any case; other files are ignored and listed in the log."""
 
+MAX_STRAY_IMAGES = 10
+"""Number of images beside class folders up to which they are left out, if they are fewer than 1 in 20 images."""
+
 NUM_SAMPLED_SIZES = 1000
 """Number of images whose sizes are compared on resuming, to detect that files were replaced under the same names."""
+
+
+_SYSTEM_NAMES = {
+    "$recycle.bin", "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "lost+found",
+    "@eadir", "#recycle", "#snapshot", "@recycle", "@__thumb",  # of storage servers
+}  # fmt: skip
+"""Folders and files that operating systems and archivers put beside data, in lower case."""
 
 
 class SourceError(ValueError):
@@ -180,6 +191,18 @@ def digest(parts: Iterable[bytes]) -> str:
     return result.hexdigest()
 
 
+def is_hidden(name: str) -> bool:
+    """True for names of hidden and system folders and files (`.git`, `._1.jpg`, `@eaDir`), which are not data."""
+    return name.startswith(".") or name.lower() in _SYSTEM_NAMES
+
+
+def log_hidden(names: Sequence[str], title: str) -> None:
+    """Log the number of hidden and system folders and files that are left out, and some of their names."""
+    if names:
+        shown = ", ".join(map(printable_name, names[:5]))
+        log.info("%s: %d hidden or system folders and files are left out, such as %s", title, len(names), shown)
+
+
 class ClassLabels(NamedTuple):
     """Labels of a source, or the reason why there are none."""
 
@@ -269,28 +292,51 @@ def _find_unlabeled(
 
 def labels_from_folders(
     names: Sequence[str], title: str, sample_name: Callable[[int], str]
-) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
+) -> tuple[Sequence[int], ClassLabels]:
     """Labels and class names from `class/**/image` paths: the first folder is the class, classes sorted by name.
 
-    Labels are None if an image is in no folder, or all are in the same one.
+    A folder that holds all images is not a class, but the folders in it are. A few images beside class folders are left
+    out, with a warning. Labels are None if there is no folder, or only one, or more images than that beside them.
 
     Args:
         names: path of each image.
-        title: name of the whole, for a warning if only some images are in folders.
+        title: name of the whole, for warnings.
         sample_name: returns the name of the image at a position.
+
+    Returns:
+        Positions of the images that are used, and their labels.
     """
-    folders = [folder for folder, slash, _ in (name.partition("/") for name in names) if slash]
-    if 0 < len(folders) < len(names):
-        log.warning(
-            "%s: %d images, such as %s, lie beside %d subfolders, so the subfolders are not used as classes: no labels",
-            title,
-            len(names) - len(folders),
-            sample_name(next(i for i, name in enumerate(names) if "/" not in name)),
-            len(set(folders)),
+    used: Sequence[int] = range(len(names))
+    stray: list[int] = []
+    start = 0  # behind the folders that hold all images
+    while True:
+        ends = [names[i].find("/", start) for i in used]
+        folders = [names[i][start:end] for i, end in zip(used, ends, strict=True) if end >= 0]
+        num_folders = len(set(folders))
+        stray += [i for i, end in zip(used, ends, strict=True) if end < 0]
+        if not folders or len(stray) > MAX_STRAY_IMAGES or 20 * len(stray) >= len(names):
+            break
+        used = [i for i, end in zip(used, ends, strict=True) if end >= 0]
+        if num_folders > 1:
+            if stray:
+                log.warning(
+                    "%s: %d of %d images lie beside the class folders and are left out (%s); to use them, move them "
+                    "into a class folder, or list all images in a file (.txt)",
+                    title,
+                    len(stray),
+                    len(names),
+                    ", ".join(map(sample_name, stray)),
+                )
+            return used, ClassLabels(*_encode_classes(folders))
+        start += len(folders[0]) + 1
+    problem = ""
+    if num_folders > 1:
+        problem = (
+            f"{len(stray):,} of {len(names):,} images have no label, such as {sample_name(stray[0])}: they lie beside "
+            f"{num_folders} subfolders, which therefore are not used as classes"
         )
-    if len(folders) < len(names) or len(set(folders)) < 2:
-        return None, ()
-    return _encode_classes(folders)
+        log.warning("%s: %s: no labels are used", title, problem)
+    return range(len(names)), ClassLabels(None, (), problem)
 
 
 def _encode_classes(

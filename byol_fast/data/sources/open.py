@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from byol_fast.config import Config, DataConfig
 from byol_fast.data.sources.arrays import NPZ_HELP, array_source, open_demo, open_npz, open_npz_part
-from byol_fast.data.sources.base import EXTENSIONS, ImageSource, SourceError
+from byol_fast.data.sources.base import ImageSource, SourceError
 from byol_fast.data.sources.datasets import (
     is_hugging_face,
     is_read_directly,
@@ -22,19 +23,16 @@ from byol_fast.data.sources.datasets import (
     open_hugging_face,
     open_samples,
 )
-from byol_fast.data.sources.files import open_folder, walk
+from byol_fast.data.sources.files import FileSource, open_folder
 from byol_fast.data.sources.lists import LISTS, open_list
 from byol_fast.data.sources.parquet import open_parquet
 from byol_fast.data.sources.shards import SHARDS, find_shards, has_only_shards
-from byol_fast.data.sources.tar import open_tars
+from byol_fast.data.sources.splits import check_parts, split_folder, split_shards
+from byol_fast.data.sources.tar import TarSource, open_tars
 from byol_fast.utils.files import printable_name
 
 log = logging.getLogger(__name__)
 
-VALIDATION = ("val", "validation", "valid", "test")
-"""Names of validation folders and shards beside `train`, in order of preference."""
-
-_PART = re.compile(r"(?:^|[-_.])(train|training|val|valid|validation|test)(?=[-_.\d]|$)")
 _GIVE = "give a folder of images, a list of them (.txt, .csv), .tar or .parquet shards, or a .npz file"
 
 
@@ -43,8 +41,9 @@ def open_source(root: object, *, arg_name: str = "images", options: DataConfig |
 
     Args:
         root: one of
-            - a folder: `class/**/image.jpg` gives labels (the class is the first folder; classes are sorted by
-              name); images in the folder itself, or a single subfolder, give none;
+            - a folder: `class/**/image.jpg` gives labels (the class is the first folder, below those that hold all
+              images; classes are sorted by name); images that are in no such folder give none, except for a few,
+              which are left out with a warning. Hidden and system folders are passed over;
             - a list of files: `.txt` (a path a line, or path, tab, label), `.csv` or `.tsv` (with a header);
             - tar shards (webdataset, or archives of image folders): a file, a pattern such as
               `train-{000..127}.tar` or `train-*.tar`, or a folder of them;
@@ -67,7 +66,7 @@ def open_source(root: object, *, arg_name: str = "images", options: DataConfig |
     if isinstance(root, ImageSource):
         return root
     if isinstance(root, str | Path):
-        return _open_path(Path(root).expanduser(), arg_name, options)
+        return _open_path(_expand_user(root), arg_name, options)
     if isinstance(root, np.ndarray | torch.Tensor):
         return array_source(root, arg_name=arg_name)
     if type(root) is torch.utils.data.Subset:
@@ -92,19 +91,20 @@ def open_source(root: object, *, arg_name: str = "images", options: DataConfig |
 
 
 def _open_path(path: Path, arg_name: str, options: DataConfig) -> ImageSource:
-    if path.is_dir() and not has_only_shards(path, arg_name):
+    # Path.is_dir and .is_file raise errors for names that are too long, as those of patterns may be.
+    if os.path.isdir(path) and not has_only_shards(path, arg_name):  # noqa: PTH112
         return _name_metadata(open_folder(path, arg_name), path)
     for suffix in SHARDS:
         if shards := find_shards(path, suffix, arg_name):
             return _open_shards(shards, str(path), arg_name, options)
-    if path.is_file():
+    if os.path.isfile(path):  # noqa: PTH113
         if path.suffix == ".npz":
             return open_npz(path, arg_name)
         if path.suffix.lower() in LISTS:
             return open_list(path, arg_name, **_columns(options))
         hint = "; unpack it first" if re.search(r"\.(tar\.\w+|tgz|zip|gz|xz|zst|7z)$", path.name.lower()) else ""
         raise SourceError(f"{arg_name}: {path} is a file of an unknown kind{hint}; {_GIVE} ({NPZ_HELP})")
-    raise SourceError(f"{arg_name}: {path.absolute()} does not exist; {_GIVE}{_nearest_parent(path.absolute())}")
+    raise SourceError(f"{arg_name}: {path.absolute()} {_problem(path)}; {_GIVE}{_nearest_parent(path.absolute())}")
 
 
 def _name_metadata(source: ImageSource, folder: Path) -> ImageSource:
@@ -125,8 +125,23 @@ def _columns(options: DataConfig) -> dict[str, str]:
     return {"image_column": options.image_column, "label_column": options.label_column}
 
 
+def _expand_user(path: str | Path) -> Path:
+    return Path(os.path.expanduser(path))  # noqa: PTH111 (Path.expanduser raises an error for a folder named ~x)
+
+
+def _problem(path: Path) -> str:
+    """Reason why a path is neither a file nor a folder."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # a ValueError for a NUL byte
+        return "is a broken link" if os.path.islink(path) else "does not exist"  # noqa: PTH114
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return "is neither a file nor a folder"
+
+
 def _nearest_parent(path: Path) -> str:
-    parent = next((p for p in path.parents if p.exists()), None)
+    parent = next((p for p in path.parents if os.path.exists(p)), None)  # noqa: PTH110
     if parent is None or parent == parent.parent:
         return ""
     return f" (the nearest folder that exists is {parent})"
@@ -138,24 +153,29 @@ def _nearest_parent(path: Path) -> str:
 def open_train_val(config: Config, data: object = None) -> tuple[ImageSource, ImageSource | None]:
     """Training and validation images of a run, from `DataConfig.root`, `.builtin` and `KNNConfig.val_root`.
 
-    A folder is split if it contains folders or shards named `train` and `val`, `validation`, `valid` or `test`
-    (`train-000.tar`, `val.parquet`); with `train` alone, only that is used. (A folder `train` of images beside other
+    A folder is split if it contains folders or shards named `train` (or `training`) and `val`, `validation`, `valid`,
+    `dev`, `eval`, `evaluation`, `test` or `testing`, in any case (`Train`, `val2017`, `training_set`, `train_images`;
+    `train-000.tar`, `val.parquet`); with `train` alone, only that is used. (A folder `train` of images beside other
     folders of images is a class.) A `.npz` is split if it has `val_images` (and `val_labels`). Validation labels use
     the class indices of the training images.
 
     Args:
         config: provides `data` and `knn`.
-        data: training images that replace those of the configuration; any argument of `open_source`.
+        data: training images that replace those of the configuration; any argument of `open_source`. A path is split as
+            `data.root` is.
 
     Returns:
         The training images, and the validation images or None (there are none, or kNN is off).
 
     Raises:
-        SourceError: there are no images, or the validation classes are not among the training classes.
+        SourceError: there are no images, the validation classes are not among the training classes, or folders or
+            shards seem to be parts of a data set and do not say which is for training (`train_a`, `val_a`).
     """
     root, arg_name, options = config.data.root, "data.root", config.data
     wants_val = config.knn.enabled != "off"
     val: ImageSource | None = None
+    if isinstance(data, str | Path):
+        root, arg_name, data = Path(data), "data", None
     if data is not None:
         train = open_source(data, arg_name="data", options=options)
     elif root is None:
@@ -167,7 +187,7 @@ def open_train_val(config: Config, data: object = None) -> tuple[ImageSource, Im
             train, val = (open_source(part, arg_name="cifar10") for part in open_cifar10(config.data.cache))
         val = val if wants_val else None
     else:
-        train, val = _open_root(root.expanduser(), arg_name, options, wants_val and config.knn.val_root is None)
+        train, val = _open_root(_expand_user(root), arg_name, options, wants_val and config.knn.val_root is None)
     if wants_val and config.knn.val_root is not None:
         val = open_source(config.knn.val_root, arg_name="knn.val_root", options=options)
     log.info("training images: %s", train.describe())
@@ -181,60 +201,23 @@ def open_train_val(config: Config, data: object = None) -> tuple[ImageSource, Im
 def _open_root(
     root: Path, arg_name: str, options: DataConfig, wants_val: bool
 ) -> tuple[ImageSource, ImageSource | None]:
-    if not root.is_dir():
-        val: ImageSource | None = None
-        if wants_val and root.suffix == ".npz":
-            val = open_npz_part(root, arg_name, "val_") if root.is_file() else None
-        return open_source(root, arg_name=arg_name, options=options), val
-    train_dir, val_dir = _split_folder(root, arg_name)
-    if train_dir == root and (shards := _split_shards(root, arg_name)):
+    is_folder = os.path.isdir(root)  # noqa: PTH112
+    train_root, val_root = split_folder(root, arg_name) if is_folder else (root, None)
+    has_shards = is_folder and train_root == root and has_only_shards(root, arg_name)
+    if has_shards and (shards := split_shards(root, arg_name)):
         train_shards, val_shards = shards
         train = _open_shards(train_shards, str(root), arg_name, options)
         return train, _open_shards(val_shards, str(root), arg_name, options) if val_shards and wants_val else None
-    train = open_source(train_dir, arg_name=arg_name, options=options)
-    return train, open_source(
-        val_dir, arg_name=arg_name, options=options
-    ) if val_dir is not None and wants_val else None
-
-
-def _split_folder(root: Path, arg_name: str) -> tuple[Path, Path | None]:
-    """Folders of the training and validation images of a dataset."""
-    if not (root / "train").is_dir():
-        return root, None
-    val = next((root / name for name in VALIDATION if (root / name).is_dir()), None)
-    used = {"train"} | ({val.name} if val is not None else set())
-    others = sorted(entry.name for entry in root.iterdir() if entry.name not in used and not entry.name.startswith("."))
-    if val is None:
-        image_folders = [name for name in others if (root / name).is_dir() and _has_images(root / name, arg_name)]
-        if image_folders and any(entry.suffix.lower() in EXTENSIONS for entry in (root / "train").iterdir()):
-            return root, None  # a class named train
-    if others:
-        log.info("%s: only train%s used, not %s", root, f" and {val.name} are" if val else " is", ", ".join(others[:5]))
-    return root / "train", val
-
-
-def _has_images(folder: Path, arg_name: str) -> bool:
-    return any(name.lower().endswith(EXTENSIONS) for name in walk(folder, arg_name))
-
-
-def _split_shards(root: Path, arg_name: str) -> tuple[list[Path], list[Path]] | None:
-    """Training and validation shards of a folder, by name; None if no shard is named `train`."""
-    if not has_only_shards(root, arg_name):
-        return None
-    for suffix in SHARDS:
-        named: dict[str, list[Path]] = {}
-        for shard in find_shards(root, suffix, arg_name) or ():
-            match = _PART.search(shard.stem.lower())
-            named.setdefault(match[1] if match else "", []).append(shard)
-        train = named.pop("train", []) + named.pop("training", [])
-        if not train:
-            continue
-        val = next((named.pop(name) for name in VALIDATION if name in named), [])
-        if named:
-            unused = ", ".join(str(shards[0].relative_to(root)) for shards in named.values())
-            log.info("%s: shards that are neither training nor validation images are not used (%s)", root, unused)
-        return sorted(train), val
-    return None
+    train = open_source(train_root, arg_name=arg_name, options=options)
+    if isinstance(train, TarSource):
+        check_parts(train.names, train_root, arg_name, packed=True)
+    elif isinstance(train, FileSource) and is_folder:  # a list names its files one by one
+        check_parts(train.paths, train_root, arg_name)
+    if not wants_val:
+        return train, None
+    if val_root is not None:
+        return train, open_source(val_root, arg_name=arg_name, options=options)
+    return train, open_npz_part(root, arg_name, "val_") if root.suffix == ".npz" else None
 
 
 def _align_labels(train: ImageSource, val: ImageSource, *, strict: bool) -> ImageSource:

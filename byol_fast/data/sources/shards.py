@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import itertools
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from byol_fast.data.sources.base import EXTENSIONS, SourceError
+from byol_fast.data.sources.braces import expand_braces
 from byol_fast.data.sources.files import walk
 
 SHARDS = (".tar", ".parquet")
@@ -25,22 +24,22 @@ def find_shards(root: Path, suffix: str, arg_name: str) -> list[Path] | None:
     Patterns: `train-{000..127}.tar` (all must exist), `{a,b}`, `*`, `?`, `[...]`.
 
     Raises:
-        SourceError: the pattern refers to shards that do not exist.
+        SourceError: the pattern refers to shards that do not exist, or to too many.
     """
-    if root.is_file():
+    if os.path.isfile(root):  # noqa: PTH113 (Path.is_file raises an error for a long pattern)
         return [root] if root.suffix.lower() == suffix else None
-    if root.is_dir():
-        shards = sorted(p for p in root.rglob("*") if p.suffix.lower() == suffix and p.is_file())
-        return [p for p in shards if not any(part.startswith(".") for part in p.relative_to(root).parts)] or None
+    if os.path.isdir(root):  # noqa: PTH112
+        shards = sorted(root / name for name in walk(root, arg_name) if name.lower().endswith(suffix))
+        return _check_files(shards, arg_name) or None
     if not root.name.lower().endswith(suffix):
         return None
-    names = expand_braces(str(root))
+    names = expand_braces(str(root), arg_name)
     if len(names) == 1 and not glob.has_magic(names[0]):
         return None
     shards = []
     missing: list[str] = []
     for name in names:
-        matches = sorted(glob.glob(name)) if glob.has_magic(name) else [name] * Path(name).is_file()  # noqa: PTH207
+        matches = [name] if os.path.isfile(name) else _glob(name)  # noqa: PTH113
         shards.extend(map(Path, matches))
         missing.extend([] if matches else [name])
     if missing:
@@ -48,22 +47,28 @@ def find_shards(root: Path, suffix: str, arg_name: str) -> list[Path] | None:
             f"{arg_name}: {len(missing)} of {len(names)} shards of {root} do not exist, such as {missing[0]}; "
             "correct the pattern, or fetch them"
         )
+    return _check_files(list(dict.fromkeys(shards)), arg_name)  # alternatives may overlap
+
+
+def _check_files(shards: list[Path], arg_name: str) -> list[Path]:
+    """The shards; a broken link would be missed, and reading a pipe might never end."""
+    unusable = [path for path in shards if not os.path.isfile(path)]  # noqa: PTH113
+    if unusable:
+        problem = "a broken link" if unusable[0].is_symlink() and not unusable[0].exists() else "no regular file"
+        raise SourceError(
+            f"{arg_name}: shards must be files, got {unusable[0]}, which is {problem}; fetch or remove such shards "
+            f"({len(unusable)} of {len(shards)})"
+        )
     return shards
 
 
-def expand_braces(pattern: str) -> list[str]:
-    """Expand `a{1..3}b` and `a{x,y}b`; leading zeros are preserved."""
-    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
-    if match is None:
-        return [pattern]
-    first, last, alternatives = match.groups()
-    if alternatives is not None:
-        parts = alternatives.split(",")
-    else:
-        width = len(first) if first.startswith("0") or len(first) == len(last) else 0
-        parts = [f"{k:0{width}d}" for k in range(int(first), int(last) + 1)]
-    tails = expand_braces(pattern[match.end() :])
-    return [pattern[: match.start()] + part + tail for part, tail in itertools.product(parts, tails)]
+def _glob(pattern: str) -> list[str]:
+    """Files that a pattern matches, sorted by name; brackets in the names of existing folders have no meaning."""
+    if not glob.has_magic(pattern):
+        return []
+    folder = next((parent for parent in Path(pattern).parents if os.path.isdir(parent)), Path())  # noqa: PTH112
+    names = glob.glob(os.path.relpath(pattern, folder), root_dir=folder)  # noqa: PTH207
+    return sorted(str(folder / name) for name in names)
 
 
 def has_only_shards(folder: Path, arg_name: str) -> bool:

@@ -22,13 +22,14 @@ from byol_fast.data.integrity import CorruptImageError
 from byol_fast.data.sources.base import (
     EXTENSIONS,
     NUM_SAMPLED_SIZES,
-    ClassLabels,
     EncodedSource,
     SourceError,
     digest,
     evenly_spaced,
+    is_hidden,
     labels_from_folders,
     labels_from_text,
+    log_hidden,
 )
 from byol_fast.data.sources.shards import cache_path, file_stamp
 from byol_fast.data.sources.tar_index import INDEX_FORMAT, Index, build_index, unpack_texts
@@ -154,21 +155,25 @@ def open_tars(
     start = np.concatenate([index["start"] for index in indexes])
     names = [name for index in indexes for name in unpack_texts(index["names"], len(index["offset"]))]
     texts = [text for index in indexes for text in unpack_texts(index["labels"], len(index["offset"]))]
+    used: Sequence[int] = _visible_members(names, title, arg_name)
 
     def sample_name(i: int) -> str:
-        return f"{shards[shard[i]]}:{printable_name(names[i])} (header at byte {start[i]})"
+        row = used[i]
+        return f"{shards[shard[row]]}:{printable_name(names[row])} (header at byte {start[row]})"
 
-    if any(texts):
-        class_labels = labels_from_text(texts, title, sample_name)
+    if any(texts[i] for i in used):
+        class_labels = labels_from_text([texts[i] for i in used], title, sample_name)
     else:
-        class_labels = ClassLabels(*labels_from_folders(_strip_common_folder(names), title, sample_name))
+        paths = [posixpath.normpath(names[i]) for i in used]
+        positions, class_labels = labels_from_folders(paths, title, sample_name)
+        used = [used[i] for i in positions]
         _warn_stray_image(class_labels.labels, class_labels.classes, title, sample_name)
     return TarSource(
         shards=tuple(shards),
-        shard=shard,
-        offset=np.concatenate([index["offset"] for index in indexes]),
-        size=np.concatenate([index["size"] for index in indexes]),
-        names=tuple(names),
+        shard=shard[used],
+        offset=np.concatenate([index["offset"] for index in indexes])[used],
+        size=np.concatenate([index["size"] for index in indexes])[used],
+        names=tuple(names[i] for i in used),
         title=title,
         **class_labels._asdict(),
     )
@@ -264,11 +269,21 @@ def _log_ignored_members(indexes: Sequence[Index], title: str) -> None:
         log.info("%s: ignoring members that are neither images nor labels (%s)", title, kinds)
 
 
-def _strip_common_folder(names: Sequence[str]) -> list[str]:
-    """Remove the folder that all names share: an archive of a folder has its name in front of each member."""
-    paths = [posixpath.normpath(name) for name in names]
-    common = posixpath.commonpath([posixpath.dirname(path) for path in paths])
-    return [path[len(common) + 1 :] for path in paths] if common else paths
+def _visible_members(names: Sequence[str], title: str, arg_name: str) -> list[int]:
+    """Positions of the members that are not in hidden or system folders; folders that hold all may have any name.
+
+    Raises:
+        SourceError: there are none.
+    """
+    folders = [name.rpartition("/")[0] for name in names]
+    paths = {folder: posixpath.normpath(f"/{folder}") for folder in set(folders)}
+    common = posixpath.commonpath(paths.values())
+    hidden = {folder for folder, path in paths.items() if any(map(is_hidden, path[len(common) :].split("/")))}
+    log_hidden(sorted(hidden), title)
+    visible = [i for i, folder in enumerate(folders) if folder not in hidden]
+    if not visible:
+        raise SourceError(f"{arg_name}: no images in {title} but in hidden folders, such as {printable_name(names[0])}")
+    return visible
 
 
 def _warn_stray_image(

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from byol_fast.data.sources.base import EXTENSIONS
+from byol_fast.data.sources.base import EXTENSIONS, is_hidden
 from byol_fast.data.sources.tar_members import TarDamageError, TarMember, read_members, sparse_extent
 from byol_fast.utils.files import printable_name
 
@@ -96,7 +96,7 @@ class _IndexBuilder:
         folder, _, base = name.rpartition("/")
         stem, _, extension = base.partition(".")
         key, extension = f"{folder}/{stem}", extension.lower()
-        if base.startswith("."):  # hidden files such as .DS_Store and ._photo.jpg
+        if is_hidden(base):  # such as .DS_Store and ._photo.jpg
             self._check_content(member, entry)
         elif base.lower().endswith(EXTENSIONS):
             sample = self._samples.setdefault(key, {})

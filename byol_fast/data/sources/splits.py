@@ -1,0 +1,183 @@
+"""Training and validation parts of a data set, by the names of folders and shards."""
+
+from __future__ import annotations
+
+import logging
+import os
+import posixpath
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from byol_fast.data.sources.base import EXTENSIONS, SourceError
+from byol_fast.data.sources.files import list_folder, walk
+from byol_fast.data.sources.shards import SHARDS, find_shards
+from byol_fast.utils.files import printable_name
+
+log = logging.getLogger(__name__)
+
+_TRAINING = ("train", "training")
+_VALIDATION = ("val", "validation", "valid", "dev", "eval", "evaluation", "test", "testing")
+"""In order of preference."""
+
+_NAME = f"(?P<part>(?i:trainval|{'|'.join(sorted((*_TRAINING, *_VALIDATION), key=len, reverse=True))}))"
+_KIND = "(?i:set|split|data|images?|imgs?)"
+_USUAL = re.compile(rf"{_NAME}(?P<ending>(?:[-_. ]?(?:{_KIND}|\d+))*)")
+"""Whole names of folders that are parts: `train`, `Test`, `val2017`, `training_set`, `train_images`."""
+_WORD = re.compile(rf"(?:(?<![A-Za-z])|(?<=[a-z])(?=[A-Z])){_NAME}{_KIND}?(?:[A-Z]$|(?![A-Za-z]))")
+"""A part's name as a word of a longer one: `imagenet-train-000`, `cars_test`, `trainA`."""
+
+
+def part_of(name: str) -> str | None:
+    """Part of a data set that is a word of a name, in lower case: `train`, `val`, `test`, ...; None without one."""
+    match = _WORD.search(name)
+    return match["part"].lower() if match is not None else None
+
+
+def split_folder(root: Path, arg_name: str) -> tuple[Path, Path | None]:
+    """Folders of the training and validation images of a data set: the folder itself and None if it has no such parts.
+
+    Raises:
+        SourceError: there are several training folders, or a folder cannot be listed.
+    """
+    names = list_folder(root, arg_name)
+    folders = [name for name in names if os.path.isdir(root / name)]  # noqa: PTH112 (False for a link to itself)
+    usual = {name: match for name in folders if (match := _USUAL.fullmatch(name))}
+    named = {name: match["part"].lower() for name, match in usual.items()}
+    parts = {name: part for name, part in named.items() if _has_data(root / name, arg_name)}
+    training = [name for name, part in parts.items() if part in _TRAINING]
+    if not training:  # an empty folder `train` is an error, because nobody means the validation images alone
+        empty = [name for name, part in named.items() if part == "train"]
+        return root / empty[0] if parts and empty else root, None
+    training = list({(root / name).resolve(): name for name in training}.values())  # a link and its target are one
+    if len(training) > 1:
+        if len(parts) == len(training) and all(name[-1].isdigit() for name in training):
+            return root, None  # train1, train2, ...
+        raise SourceError(_question(root, list(parts), arg_name))
+
+    train = training[0]
+    val = min(  # of several, one for the same year
+        (name for name, part in parts.items() if part in _VALIDATION),
+        key=lambda name: (_VALIDATION.index(parts[name]), usual[name]["ending"] != usual[train]["ending"], name),
+        default=None,
+    )
+    others = [name for name in names if name not in {train, val}]
+    is_class = val is None and any(name in folders and _has_images(root / name, arg_name) for name in others)
+    own = filter(_is_image, list_folder(root / train, arg_name)) if is_class else ()
+    if any(os.path.isfile(root / train / name) for name in own):  # noqa: PTH113
+        return root, None  # a class named train
+    if others:
+        used = f"{train} and {val} are" if val else f"{train} is"
+        log.info("%s: only %s used, not %s", root, used, ", ".join(map(printable_name, others[:5])))
+    return root / train, None if val is None else root / val
+
+
+def split_shards(root: Path, arg_name: str) -> tuple[list[Path], list[Path]] | None:
+    """Training and validation shards of a folder; None if no names say which those are.
+
+    The name of a shard counts, or else the nearest folder that is named for a part.
+
+    Raises:
+        SourceError: some shards are validation images by their names, and none are training images.
+    """
+    for suffix in SHARDS:
+        named: dict[str, list[Path]] = {}
+        for shard in find_shards(root, suffix, arg_name) or ():
+            named.setdefault(_part_of_shard(shard.relative_to(root)), []).append(shard)
+        training = sorted(shard for part in _TRAINING for shard in named.pop(part, []))
+        val = next((named.pop(part) for part in _VALIDATION if part in named), [])
+        others = [printable_name(str(shards[0].relative_to(root))) for shards in named.values()]
+        if training:
+            if others:
+                unused = ", ".join(others)
+                log.info("%s: shards that are neither training nor validation images are not used (%s)", root, unused)
+            return training, val
+        if val and others:
+            shown = ", ".join([printable_name(str(val[0].relative_to(root))), *others])
+            raise SourceError(
+                f"{arg_name}: the shards in {root} seem to be parts of a data set ({shown}), and it is not clear which "
+                f"to train on; set {arg_name} to a pattern of those, such as {root}/*{suffix} for all, and "
+                "knn.val_root to one of the others"
+            )
+    return None
+
+
+def check_parts(names: Sequence[str], title: Path, arg_name: str, *, packed: bool = False) -> None:
+    """Raise an error if the folders of all images seem to be different parts of a data set.
+
+    Classes that are named as one part, or have such parts inside, are a warning.
+
+    Args:
+        names: path of each image.
+        title: the folder or archive of the images.
+        arg_name: name of the argument, for error messages.
+        packed: the images are in archives.
+
+    Raises:
+        SourceError: the names of several folders are those of different parts, or contain those of different parts and
+            there are no other folders.
+    """
+    folders = {posixpath.normpath(f"/{folder}").lstrip("/") for folder in {name.rpartition("/")[0] for name in names}}
+    children: dict[str, set[str]] = {}
+    for folder in folders:
+        path = folder
+        while path:
+            parent, _, child = path.rpartition("/")
+            children.setdefault(parent, set()).add(child)
+            path = parent
+    for parent in sorted(children.keys() - folders):
+        inside = sorted(children[parent])
+        usual = [name for name in inside if _USUAL.fullmatch(name)]
+        roles = {_role(name) for name in inside}
+        are_parts = len({_role(name) for name in usual}) > 1 or (None not in roles and len(roles) > 1)
+        has_all = all(f"{folder}/".startswith(f"{parent}/" if parent else "") for folder in folders)
+        if are_parts and has_all:
+            raise SourceError(_question(title / parent, inside, arg_name, packed=packed))
+        if are_parts:
+            shown = ", ".join(map(printable_name, inside))
+            log.warning("%s: images of all parts are used (%s in %s, and others)", title, shown, printable_name(parent))
+            return
+        if has_all and usual and len(inside) > 1:
+            log.warning("%s: classes, not parts of a data set: %s", title, ", ".join(map(printable_name, usual)))
+
+
+def _role(name: str) -> str | None:
+    """Purpose of the part that a name contains: train, val or test; None without one."""
+    part = part_of(name)
+    if part is None:
+        return None
+    return "train" if part in {*_TRAINING, "trainval"} else "test" if part in {"test", "testing"} else "val"
+
+
+def _part_of_shard(path: Path) -> str:
+    """Part that a shard belongs to; empty if its name and folders say nothing."""
+    folders = [match["part"].lower() for name in path.parts[:-1] if (match := _USUAL.fullmatch(name))]
+    return part_of(path.stem) or (folders[-1] if folders else "")
+
+
+def _question(root: Path, names: Sequence[str], arg_name: str, *, packed: bool = False) -> str:
+    """Error message with the two ways to go on."""
+    roles = {name: _role(name) for name in names}
+    train = next((name for role in ("train", None) for name in names if roles[name] == role), names[0])
+    val = next((name for name in names if roles[name] not in {"train", None, roles[train]}), None)
+    shown = ", ".join(map(printable_name, names[:5])) + (", ..." if len(names) > 5 else "")
+    question = f"the folders in {root} seem to be parts of a data set ({shown}), and it is not clear which to train on"
+    if packed:
+        return f"{arg_name}: {question}; unpack them, and set {arg_name} to the one to train on"
+    one = f"{root / train}" + ("" if val is None else f", and knn.val_root to {root / val}")
+    return (
+        f"{arg_name}: {question}; set {arg_name} to that one, such as {one}; or, to train on all of them, set "
+        f"{arg_name} to a list of the images (.txt)"
+    )
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS)
+
+
+def _has_images(folder: Path, arg_name: str) -> bool:
+    return any(map(_is_image, walk(folder, arg_name)))
+
+
+def _has_data(folder: Path, arg_name: str) -> bool:
+    return any(name.lower().endswith(EXTENSIONS + SHARDS) for name in walk(folder, arg_name))
