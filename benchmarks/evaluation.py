@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch.nn import functional as F
 
 from benchmarks.tables import save_table
@@ -37,6 +36,7 @@ from byol_fast.evaluate.images import open_images
 from byol_fast.evaluate.logistic import LogisticProblem
 from byol_fast.evaluate.runner import EvalContext
 from byol_fast.utils import env
+from byol_fast.utils.output import PlainConsole
 from byol_fast.utils.progress import Progress
 
 COLUMNS = ("protocol", "candidate", "top1", "low95", "high95", "top5", "num_train", "num_test", "chosen", "cpu_seconds")
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--save", type=Path)
     options = parser.parse_args()
     common: dict[str, Any] = {"max_train": options.max_train, "max_test": options.max_test, "baselines": True}
-    common |= {"output_dir": options.run / "eval", "progress": Progress(Console(highlight=False))}
+    common |= {"output_dir": options.run / "eval", "progress": Progress(PlainConsole())}
     images = (options.run, options.train, options.test)
     few = {"epochs": (options.few_epochs,), **common}
     every = {"epochs": (options.epochs,), "batch_size": options.batch_size, **common}

@@ -6,13 +6,13 @@ import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from byol_fast import config as configs
 from byol_fast.cli.options import parse_config
 from byol_fast.cli.train import print_outputs
 from byol_fast.config import recipes
+from byol_fast.utils.output import PlainConsole
 
 
 def main(argv: list[str]) -> int:
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
         table.add_row("after BYOL, without labels", f"{result.knn_top1:.1%}")
         gain = round(100 * result.knn_top1, 1) - round(100 * result.knn_top1_untrained, 1)
         table.add_row("gain", f"{gain:+.1f} points")
-    Console().print(table)
+    PlainConsole().print(table)
     print(f"{result.steps} steps in {time.monotonic() - start:.0f} s, including evaluations")
     print_outputs(result)
     program = Path(sys.executable).with_name("byol-fast")

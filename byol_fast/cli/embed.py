@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
-from rich.console import Console
 
 from byol_fast.config import ConfigError, DataConfig
+from byol_fast.utils.files import atomic_path, printable_name
+from byol_fast.utils.output import PlainConsole
 from byol_fast.utils.progress import Progress
 
 if TYPE_CHECKING:
@@ -63,17 +63,17 @@ def main(argv: list[str]) -> int:
     """Run the command; return the exit code."""
     options = tyro.cli(Options, args=argv, prog="byol-fast embed")
     _check_options(options)
+    for path in (options.output, *([] if options.neighbors is None else [options.neighbors])):
+        _check_writable(path, options.overwrite)
 
     from byol_fast.data import open_source
     from byol_fast.data.sources import FileSource
     from byol_fast.evaluate import save_features
-    from byol_fast.evaluate.features import check_features_path
+    from byol_fast.evaluate.features import check_features_path, check_saving
     from byol_fast.export.encoder import load_encoder
     from byol_fast.report.neighbor_sheet import neighbor_sheet, save_sheet
 
     check_features_path(options.output)
-    for path in (options.output, *([options.neighbors] if options.neighbors is not None else [])):
-        _check_writable(path, options.overwrite)
     encoder = load_encoder(options.encoder)
     data_options = DataConfig(
         image_column=options.image_column,
@@ -82,21 +82,25 @@ def main(argv: list[str]) -> int:
         on_corrupt=options.on_corrupt,
     )
     source = open_source(options.folder, arg_name="folder", options=data_options)
+    query_source = FileSource(root=Path(), paths=tuple(map(str, options.query))) if options.query else None
+    # What cannot be written is found before the work of an hour, not after it.
+    check_saving(source, encoder[1], options.output)
+    title = f"Nearest neighbors: {encoder[1]['encoder']}, {encoder[1]['step']} steps"
+    if options.neighbors is not None:
+        _check_sheet(source, query_source, options, title)
     own = None
-    if options.query:  # first: an error there should not come after an hour
-        query_source = FileSource(root=Path(), paths=tuple(map(str, options.query)))
+    if query_source is not None:  # first: an error there should not come after an hour
         own = query_source, _embed(encoder, query_source, options, on_corrupt="raise").features
     results = _embed(
         encoder,
         source,
         options,
         on_corrupt=options.on_corrupt,
-        progress=Progress(Console() if sys.stdout.isatty() else None),
+        progress=Progress(PlainConsole() if sys.stdout.isatty() else None),
     )
     save_features(results, options.output)
     print(_summary(results, options.output))
     if options.neighbors is not None:
-        title = f"Nearest neighbors: {encoder[1]['encoder']}, {encoder[1]['step']} steps"
         embedded = source.subset(results.index)
         sheet = neighbor_sheet(embedded, results.features, queries=options.queries, k=options.k, own=own, title=title)
         save_sheet(sheet, options.neighbors)
@@ -144,29 +148,47 @@ def _embed(
         if on_corrupt == "skip":  # too many
             raise
         raise ConfigError(
-            f"embed: {error.path} {error.reason}; replace it, or leave out such images with --on-corrupt skip"
+            f"embed: {error.name} {error.reason}; replace it, or leave out such images with --on-corrupt skip"
         ) from error
 
 
 def _check_writable(path: Path, overwrite: bool) -> None:
-    """Raise an error for a file that cannot be written or would be replaced, before the features are computed."""
+    """Raise an error for a file that cannot be written or would be replaced, before torch is imported."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path, trial=True):
+            pass
     except OSError as error:
         raise ConfigError(f"embed: {path} cannot be written ({error}); choose another file") from error
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        reason = "it is a folder" if path.is_dir() else f"no permission to write into {path.parent}"
-        raise ConfigError(f"embed: {path} cannot be written ({reason}); choose another file")
     if path.exists() and not overwrite:
         raise ConfigError(f"embed: {path} exists already; choose another file, or add --overwrite")
+
+
+def _check_sheet(source: ImageSource, query_source: ImageSource | None, options: Options, title: str) -> None:
+    """Draw a sheet of the first two images and write it beside the real one, then remove it."""
+    import numpy as np
+
+    from byol_fast.data import CorruptImageError
+    from byol_fast.report.neighbor_sheet import neighbor_sheet, save_sheet, sheet_size
+
+    assert options.neighbors is not None
+    count = min(options.queries, len(source)) if query_source is None else len(query_source)
+    sheet_size(count, min(options.k, len(source) - 1))
+    two, features = source.subset(np.arange(min(2, len(source)))), np.ones((2, 1), np.float32)
+    own = None if query_source is None else (query_source.subset(np.arange(1)), features[:1])
+    try:
+        sheet = neighbor_sheet(two, features[: len(two)], queries=1, k=1, own=own, title=title)
+    except CorruptImageError:
+        return  # found again, and named, when the images are embedded
+    save_sheet(sheet, options.neighbors, trial=True)
 
 
 def _summary(results: Features, output: Path) -> str:
     count, dim = results.features.shape
     labels = f", {len(results.classes)} classes" if results.labels is not None else ""
-    text = f"{output}: {count:,} images, {dim} features each{labels}"
+    text = f"{printable_name(output)}: {count:,} images, {dim} features each{labels}"
     text += f"; RankMe {results.rankme:.1f} of at most {min(count, dim)}"
     if results.skipped:
-        names = ", ".join(results.skipped[:5]) + (", ..." if len(results.skipped) > 5 else "")
+        names = ", ".join(map(printable_name, results.skipped[:5])) + (", ..." if len(results.skipped) > 5 else "")
         text += f"\nskipped because they cannot be read: {len(results.skipped)} ({names}); the file lists them"
     return text

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
 import tyro
-from rich.console import Console
 
 from byol_fast.cli.options import print_error
 from byol_fast.config.evaluation import EvalSettings, FinetuneSettings, KNNSettings, LinearSettings
+from byol_fast.utils.output import PlainConsole
 
 if TYPE_CHECKING:
     from byol_fast.evaluate import Evaluation
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
 
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by `cli.main` for the time of the imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    console = Console(highlight=False)
+    console = PlainConsole()
     progress = Progress(console)
     pretrained = load_pretrained(options.encoder)
     assert pretrained.folder is not None

@@ -10,12 +10,10 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from byol_fast import __version__
 from byol_fast.cli.options import print_error
 from byol_fast.config import ConfigError
-from byol_fast.utils.output import ignore_output_errors
+from byol_fast.utils.output import PlainConsole, ignore_output_errors
 
 USAGE = f"""\
 byol-fast {__version__}: fast, correct BYOL pre-training
@@ -58,7 +56,7 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         style = "yellow" if record.levelno >= logging.WARNING else "dim"
-        Console(stderr=True, highlight=False).print(self.format(record), soft_wrap=True, markup=False, style=style)
+        PlainConsole(stderr=True).print(self.format(record), soft_wrap=True, style=style)
 
 
 def _run(argv: list[str]) -> int:

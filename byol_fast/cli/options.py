@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import tyro
-from rich.console import Console
 
 from byol_fast.config import Config
+from byol_fast.utils.output import PlainConsole
 
 
 def print_error(message: str, code: int) -> int:
     """Print an error to standard error and return the exit code."""
-    Console(stderr=True, highlight=False).print(message, soft_wrap=True, markup=False, style="red")
+    PlainConsole(stderr=True).print(message, soft_wrap=True, style="red")
     return code
 
 

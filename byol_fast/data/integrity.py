@@ -12,7 +12,7 @@ from typing import Any, Literal
 from PIL import Image, UnidentifiedImageError
 
 from byol_fast.data.decode import PixelDepthError, decode
-from byol_fast.utils.files import atomic_write
+from byol_fast.utils.files import atomic_write, printable_name
 
 log = logging.getLogger(__name__)
 
@@ -47,19 +47,22 @@ class CorruptImageError(ValueError):
 
     Attributes:
         path: the file, or `shard:member`.
+        name: the same for messages, as of `ImageSource.sample_name`.
         reason: the defect, as the predicate of a sentence about the file.
     """
 
     def __init__(self, path: Path | str, reason: str) -> None:
+        self._arguments = path, reason
         self.path = Path(path)
+        self.name = path if isinstance(path, str) else printable_name(path)
         self.reason = reason
         super().__init__(
-            f"image: {path} {reason}; replace it and resume, or skip corrupt images with "
+            f"image: {self.name} {reason}; replace it and resume, or skip corrupt images with "
             "--data.on-corrupt skip (also when resuming)"
         )
 
-    def __reduce__(self) -> tuple[type[CorruptImageError], tuple[Path, str]]:
-        return CorruptImageError, (self.path, self.reason)
+    def __reduce__(self) -> tuple[type[CorruptImageError], tuple[Path | str, str]]:
+        return CorruptImageError, self._arguments
 
 
 class TooManyCorruptImagesError(CorruptImageError):

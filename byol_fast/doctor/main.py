@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from byol_fast.config import Config, ConfigError, DataConfig, KNNConfig
 from byol_fast.doctor.checks import run_checks
 from byol_fast.doctor.system_info import collect
 from byol_fast.utils.env import num_cpus
+from byol_fast.utils.output import PlainConsole
 from byol_fast.utils.progress import Progress
 
 PLAIN_WIDTH = 120
@@ -42,7 +43,7 @@ class ScanData:
     """Decoding threads; 0 means one per CPU core."""
 
 
-def scan_data(data: ScanData, *, fast: bool, console: Console) -> dict[str, Any]:
+def scan_data(data: ScanData, *, fast: bool, console: PlainConsole) -> dict[str, Any]:
     """Scan training and validation images and print the results.
 
     Returns:
@@ -62,7 +63,7 @@ def scan_data(data: ScanData, *, fast: bool, console: Console) -> dict[str, Any]
     for name, source in parts:
         if source is None:
             continue
-        stderr = Console(stderr=True)
+        stderr = PlainConsole(stderr=True)
         with Progress(stderr if stderr.is_terminal else None).bar(len(source), f"{name} images") as bar:
             result = scan(source, threads=data.threads or num_cpus(), fast=fast, progress=bar.advance)
         scans[name] = result.as_dict()
@@ -70,7 +71,7 @@ def scan_data(data: ScanData, *, fast: bool, console: Console) -> dict[str, Any]
     return scans
 
 
-def _print_scan(name: str, scan: dict[str, Any], console: Console) -> None:
+def _print_scan(name: str, scan: dict[str, Any], console: PlainConsole) -> None:
     table = Table(title=f"{name} images: {scan['source']}", show_header=False, title_justify="left")
     decoded = f"{scan['decoded']:,} of {scan['images']:,} decoded in {scan['seconds']:.1f} s"
     table.add_row("images", decoded)
@@ -82,14 +83,14 @@ def _print_scan(name: str, scan: dict[str, Any], console: Console) -> None:
     else:
         table.add_row("classes", "no labels: not needed for training, but for kNN and linear evaluation")
     corrupt = scan["corrupt"]
-    table.add_row("cannot be read", f"[red]{len(corrupt):,}[/red]" if corrupt else "[green]none[/green]")
+    table.add_row("cannot be read", Text(f"{len(corrupt):,}", "red") if corrupt else Text("none", "green"))
     console.print(table)
     for entry in corrupt[:MAX_SHOWN]:
-        console.print(f"{entry['image']} {entry['reason']}", soft_wrap=True, markup=False, style="red")
+        console.print(f"{entry['image']} {entry['reason']}", soft_wrap=True, style="red")
     if corrupt:
         more = f"{len(corrupt) - MAX_SHOWN} more: see --json. " if len(corrupt) > MAX_SHOWN else ""
         advice = "Replace them or remove them, or train with --data.on-corrupt skip."
-        console.print(more + advice, soft_wrap=True, markup=False)
+        console.print(more + advice, soft_wrap=True)
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
@@ -116,14 +117,14 @@ def main(options: Options) -> int:
     data, fast, as_json = options.data, options.fast, options.json
     if fast and data.root is None:
         raise ConfigError("doctor: --fast requires images; pass --data.root, too")
-    console = Console(highlight=False, quiet=as_json, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    console = PlainConsole(quiet=as_json, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     checks = run_checks(collect())
     table = Table(title="environment", title_justify="left")
     for column in ("", "", "result", "advice"):
         table.add_column(column, overflow="fold")
-    marks = {"ok": "[green]ok[/green]", "note": "[yellow]note[/yellow]", "broken": "[red]broken[/red]"}
+    colors = {"ok": "green", "note": "yellow", "broken": "red"}
     for check in checks:
-        table.add_row(marks[check.status], check.name, check.result.replace("[", r"\["), check.advice)
+        table.add_row(Text(check.status, colors[check.status]), check.name, check.result, check.advice)
     console.print(table)
     usable = all(check.status != "broken" for check in checks)
     images = scan_data(data, fast=fast, console=console) if data.root is not None else {}
@@ -135,5 +136,5 @@ def main(options: Options) -> int:
         console.print("Ready to train." if readable else "Ready to train, but some images cannot be read.")
     else:
         broken = ", ".join(check.name for check in checks if check.status == "broken")
-        console.print(f"[red]Required, but broken: {broken}.[/red]")
+        console.print(f"Required, but broken: {broken}.", style="red")
     return 0 if usable and readable else 1

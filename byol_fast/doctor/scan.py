@@ -18,6 +18,7 @@ from byol_fast.data.decode import FORMATS
 from byol_fast.data.integrity import CorruptImageError, check_bytes
 from byol_fast.data.sources import ArraySource, EncodedSource, ImageSource
 from byol_fast.data.sources.base import NUM_SAMPLED_SIZES, evenly_spaced
+from byol_fast.utils.files import printable_name
 
 _CHUNK = 32
 
@@ -94,7 +95,7 @@ def scan(
         corrupt=tuple((source.sample_name(i), reason) for i, reason, _ in results if reason is not None),
         widths=measured[:, 0],
         heights=measured[:, 1],
-        per_class={name: counts[k] for k, name in enumerate(source.classes)},
+        per_class={printable_name(name): counts[k] for k, name in enumerate(source.classes)},
         seconds=time.monotonic() - start,
     )
 

@@ -16,6 +16,7 @@ from byol_fast.export.encoder import load_encoder
 from byol_fast.models.base import IMAGENET_MEAN, IMAGENET_STD
 from byol_fast.models.encoders import build_encoder
 from byol_fast.models.layers import Normalize
+from byol_fast.utils.files import printable_name
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -91,7 +92,7 @@ def load_pretrained(path: str | Path) -> PretrainedEncoder:
         )
 
     return PretrainedEncoder(
-        name=f"{metadata['encoder']} of {path}",
+        name=f"{metadata['encoder']} of {printable_name(path)}",
         encoder=encoder,
         image_size=metadata["image_size"],
         mean=tuple(metadata["mean"]),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,14 +19,14 @@ from torch import Tensor, nn
 from byol_fast import config as configs
 from byol_fast.config import ConfigError, DataConfig
 from byol_fast.data import ImageSource, eval_batches, open_source
-from byol_fast.data.sources import FileSource
+from byol_fast.data.sources import FileSource, ParquetSource, TarSource
 from byol_fast.data.sources.splits import part_of
 from byol_fast.evaluate.extract import extract_features
 from byol_fast.evaluate.rankme import rankme, subsample_rows
 from byol_fast.export.encoder import load_encoder
 from byol_fast.models.layers import Normalize
 from byol_fast.utils.device import resolve_device
-from byol_fast.utils.files import atomic_path, printable_name
+from byol_fast.utils.files import atomic_path, original_name, printable_name
 from byol_fast.utils.precision import resolve_precision
 from byol_fast.utils.progress import Progress
 
@@ -39,7 +40,8 @@ class Features:
     features: NDArray[np.float32]
     """One row per image `[N, D]`."""
     paths: tuple[str, ...]
-    """Path of each image in the folder, `shard:member`, or name and number."""
+    """Path of each image in the folder, `shard:member`, or name and number. Bytes that are not UTF-8 are surrogates, as
+    in Python's paths."""
     index: NDArray[np.int64]
     """Position of each image in the folder `[N]`; positions of skipped images are missing."""
     labels: NDArray[np.int64] | None = None
@@ -119,7 +121,7 @@ def embed_folder(
             f"embed: features must be finite, some are not in {torch_precision.name}; set precision fp32, or check "
             "the loss of the run"
         )
-    names = list(_names(source))
+    names = _names(source)
     return Features(
         features=features,
         paths=tuple(names[i] for i in index),
@@ -154,14 +156,15 @@ def _extract_to_cpu(
     return features[:count], torch.cat(positions).numpy()
 
 
-def _names(source: ImageSource) -> Iterator[str]:
+def _names(source: ImageSource) -> list[str]:
     """Names of images, without the folder where that is possible, so that they are valid on another machine."""
     if isinstance(source, FileSource):
-        yield from source.paths
-        return
-    for i in range(len(source)):
-        file, colon, member = source.sample_name(i).partition(":")
-        yield f"{Path(file).name}:{member}" if colon else file
+        return list(source.paths)
+    if isinstance(source, TarSource):
+        shards = zip(source.shard.tolist(), source.names, strict=True)
+        return [f"{source.shards[shard].name}:{name}" for shard, name in shards]
+    names = [original_name(source.sample_name(i)) for i in range(len(source))]
+    return [Path(name).name for name in names] if isinstance(source, ParquetSource) else names
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
@@ -179,12 +182,50 @@ def check_features_path(path: Path) -> None:
         raise ConfigError(f"embed: output is {path}, which needs pyarrow; pip install pyarrow, or write .npz")
 
 
-def save_features(features: Features, path: Path) -> None:
-    """Write features as `.npz` or `.parquet`, atomically.
+def check_saving(source: ImageSource, metadata: dict[str, Any], path: Path) -> None:
+    """Write the names and classes of images beside a file of their features, and remove that again.
+
+    Args:
+        source: the images.
+        metadata: of the encoder.
+        path: the file.
+
+    Raises:
+        ConfigError: the file could not be written once the features are computed.
+    """
+    names = _names(source)
+    trial = Features(
+        features=np.zeros((len(names), 1), np.float32),
+        paths=tuple(names),
+        index=np.arange(len(names)),
+        labels=source.labels,
+        classes=source.classes,
+        skipped=tuple(names[:1]),
+        metadata=metadata,
+    )
+    save_features(trial, path, trial=True)
+    dim = metadata["feature_dim"]
+    needed, free = 4 * len(names) * dim, shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise ConfigError(
+            f"embed: output needs {needed / 2**30:.3g} GiB for {len(names):,} images with {dim} features, "
+            f"{path.parent.absolute()} has {free / 2**30:.3g} GiB free; free space, or choose another folder"
+        )
+
+
+def save_features(features: Features, path: Path, *, trial: bool = False) -> None:
+    r"""Write features as `.npz` or `.parquet`, atomically.
 
     `.npz`: `features` fp32 `[N, D]`, `paths` `[N]`, `index` `[N]`, `skipped`, `rankme`, `metadata` as JSON, and, with
     labels, `labels` int64 `[N]` and `classes` `[C]`. `.parquet`: columns `path`, `index`, `features` (lists of D) and,
-    with labels, `label` and `class`; the rest as JSON in the schema's metadata `byol_fast`.
+    with labels, `label` and `class`; the rest as JSON in the schema's metadata `byol_fast`. Its texts are Unicode: in
+    names, a byte that is not UTF-8 is written as `\xHH`, a backslash as `\\`, a line break as `\n`; see
+    `byol_fast.utils.files.original_name`.
+
+    Args:
+        features: to write.
+        path: the file.
+        trial: write beside the file and remove that again.
 
     Raises:
         ConfigError: the suffix is another one, or the file cannot be written.
@@ -192,7 +233,7 @@ def save_features(features: Features, path: Path) -> None:
     check_features_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
+        with atomic_path(path, trial=trial) as temporary:
             (_write_npz if path.suffix == ".npz" else _write_parquet)(features, temporary)
     except OSError as error:
         raise ConfigError(f"embed: output must be a file that can be written, got {path} ({error})") from error
@@ -218,13 +259,14 @@ def _write_parquet(features: Features, path: Path) -> None:
         "index": pa.array(features.index),
     }
     if features.labels is not None:
-        names = [features.classes[label] if label >= 0 else None for label in features.labels.tolist()]
+        classes = list(map(printable_name, features.classes))
+        names = [classes[label] if label >= 0 else None for label in features.labels.tolist()]
         columns |= {"label": pa.array(features.labels), "class": pa.array(names).dictionary_encode()}
     flat = pa.array(np.ascontiguousarray(features.features).reshape(-1))
     columns["features"] = pa.FixedSizeListArray.from_arrays(flat, features.features.shape[1])
     others = {
-        "classes": features.classes,
-        "skipped": features.skipped,
+        "classes": list(map(printable_name, features.classes)),
+        "skipped": list(map(printable_name, features.skipped)),
         "rankme": features.rankme,
         "metadata": features.metadata,
     }
@@ -271,11 +313,11 @@ def _read_parquet(path: Path) -> Features:
     column = table["features"].combine_chunks()
     return Features(
         features=column.values.to_numpy().reshape(len(table), -1),
-        paths=tuple(table["path"].to_pylist()),
+        paths=tuple(map(original_name, table["path"].to_pylist())),
         index=table["index"].to_numpy(),
         labels=table["label"].to_numpy() if "label" in table.column_names else None,
-        classes=tuple(others["classes"]),
-        skipped=tuple(others["skipped"]),
+        classes=tuple(map(original_name, others["classes"])),
+        skipped=tuple(map(original_name, others["skipped"])),
         rankme=others["rankme"],
         metadata=others["metadata"],
     )

@@ -16,6 +16,7 @@ from byol_fast.config.evaluation import EvalSettings
 from byol_fast.data import ImageSource, SourceError, open_source, open_train_val
 from byol_fast.evaluate.encoder import PretrainedEncoder
 from byol_fast.evaluate.splits import subsample
+from byol_fast.utils.files import printable_name
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +30,8 @@ class EvalImages:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes."""
-        return self.train.classes
+        """Names of the classes, printable: for records and charts."""
+        return tuple(map(printable_name, self.train.classes))
 
 
 def open_images(pretrained: PretrainedEncoder, train: object, test: object, settings: EvalSettings) -> EvalImages:
@@ -112,7 +113,8 @@ def _match_classes(train: ImageSource, test: ImageSource) -> ImageSource:
     if unknown:
         raise SourceError(
             f"eval: all test classes must be among the training classes, {len(unknown)} of {len(test_names)} are not "
-            f"(such as {', '.join(unknown[:3])}; the training classes are {', '.join(train.classes[:3])}, ...); use "
+            f"(such as {', '.join(map(printable_name, unknown[:3]))}; the training classes are "
+            f"{', '.join(map(printable_name, train.classes[:3]))}, ...); use "
             "the same folder names in both"
         )
     untested = sorted(train_names.difference(test_names))
@@ -121,7 +123,7 @@ def _match_classes(train: ImageSource, test: ImageSource) -> ImageSource:
             "eval: %d of %d classes have no test images (such as %s): no accuracy is reported for them",
             len(untested),
             len(train_names),
-            ", ".join(untested[:3]),
+            ", ".join(map(printable_name, untested[:3])),
         )
     return test if train.classes == test.classes else test.with_classes(train.classes)
 

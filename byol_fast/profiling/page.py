@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from byol_fast.report.charts import Series, bar_chart, scatter, timeline
 from byol_fast.report.page import Section, chart_grid, details, facts, paragraph, table
+from byol_fast.utils.output import PlainConsole
 
 _LEVELS = {
     "A": "one kernel per operation",
@@ -47,11 +47,11 @@ def run_sections(run_dir: Path) -> list[Section]:
         return [Section("Profile", paragraph(f"Left out: {path} could not be shown ({error})."))]
 
 
-def show(profile: dict[str, Any], console: Console | None = None) -> None:
+def show(profile: dict[str, Any]) -> None:
     """Print a profile: phases, families, limits and findings."""
-    console = console or Console()
+    console = PlainConsole()
     step, limit = profile["step"], profile["roofline"]
-    console.print(_headline(profile), soft_wrap=True, markup=False)
+    console.print(_headline(profile), soft_wrap=True)
 
     phases = Table(title="phases of a step", title_justify="left")
     for column in ("phase", "ms", "share", "floor, ms", _memory_title(profile)):
@@ -74,14 +74,13 @@ def show(profile: dict[str, Any], console: Console | None = None) -> None:
             f"{limit['ceilings']['name']}; floor {floor:.3g} ms per step (measured: "
             f"{1e3 * step['seconds']:.4g})",
             soft_wrap=True,
-            markup=False,
         )
     for number, finding in enumerate(profile["findings"], 1):
-        console.print(f"{number}. {_sentence(finding)}", soft_wrap=True, markup=False, style="bold")
+        console.print(f"{number}. {_sentence(finding)}", soft_wrap=True, style="bold")
     if not profile["findings"]:
         console.print("No findings.", style="green")
     for note in profile["notes"]:
-        console.print(note, soft_wrap=True, markup=False, style="dim")
+        console.print(note, soft_wrap=True, style="dim")
 
 
 def roofline_chart(

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,6 +21,7 @@ from byol_fast.models.byol import BYOL
 from byol_fast.profiling.ceilings import Ceilings, Dtype
 from byol_fast.profiling.layers import trace
 from byol_fast.profiling.traffic import GRADIENT_WIDTH, LEVEL_NAMES, LEVELS, Kernel, Level, Traffic
+from byol_fast.utils.output import PlainConsole
 
 WIDTHS: dict[Dtype, int] = {"bf16": 2, "fp16": 2, "tf32": 4, "fp32": 4}
 """Bytes per element of an activation."""
@@ -158,9 +158,9 @@ class Roofline:
             ],
         }
 
-    def show(self, ceilings: Sequence[Ceilings], console: Console | None = None) -> None:
+    def show(self, ceilings: Sequence[Ceilings]) -> None:
         """Print the traffic of a step and the maximum speed of the devices."""
-        console = console or Console()
+        console = PlainConsole()
         title = (
             f"{self.encoder}, {self.batch_size} images x {self.views} views of {self.image_size} px, {self.dtype}: "
             f"{self.total('A').flops / 1e12:.4g} TFLOP per step"
@@ -194,11 +194,9 @@ class Roofline:
         console.print(table)
         for source in dict.fromkeys(c.source for c in ceilings):
             names = ", ".join(c.name for c in ceilings if c.source == source)
-            console.print(f"ceilings of {names}: {source}", markup=False, soft_wrap=True)
+            console.print(f"ceilings of {names}: {source}", soft_wrap=True)
         if self.unmodeled:
-            console.print(
-                f"counted by their inputs and outputs alone: {', '.join(self.unmodeled)}", markup=False, soft_wrap=True
-            )
+            console.print(f"counted by their inputs and outputs alone: {', '.join(self.unmodeled)}", soft_wrap=True)
 
     def points(self, ceilings: Ceilings, level: Level) -> dict[str, tuple[list[float], list[float]]]:
         """FLOP per byte and maximum TFLOP/s of each block of layers, by phase.

@@ -14,10 +14,14 @@ from byol_fast.config import ConfigError
 from byol_fast.data import ImageSource
 from byol_fast.evaluate.neighbors import Matrix, nearest, select_queries
 from byol_fast.report.preview import FAINT, INK, PAPER, TRAY, VIEW_COLORS
-from byol_fast.utils.files import atomic_path
+from byol_fast.utils.files import atomic_path, printable_name
 
 TILE, GAP, MARGIN, LINE = 102, 12, 24, 15  # a tile has room for 32 pixels three times enlarged, and the frame
 TEXT, TITLE, FRAME = 11, 18, 3
+TOP, LEFT = 2 * MARGIN + TITLE + LINE + 8, MARGIN + TILE + 2 * GAP
+"""Position of the first neighbor."""
+MAX_PIXELS = 89_478_485
+"""Pillow's limit, above which it warns of an image."""
 SAME, OTHER = VIEW_COLORS
 """Frames of neighbors of the query's class, and of other classes."""
 
@@ -64,9 +68,8 @@ def neighbor_sheet(
         query_source, query_labels = own[0], None
         rows = list(range(len(query_source)))
         similarity, neighbors = nearest(features, own[1], k=k)
-    step = TILE + GAP
-    top, left = 2 * MARGIN + TITLE + LINE + 8, MARGIN + step + GAP
-    canvas = Image.new("RGB", (left + k * step + MARGIN - GAP, top + len(rows) * (step + 2 * LINE) + GAP), PAPER)
+    step, top, left = TILE + GAP, TOP, LEFT
+    canvas = Image.new("RGB", sheet_size(len(rows), k), PAPER)
     pen = ImageDraw.Draw(canvas)
     _header(pen, title, len(source), neighbors, labels, query_labels)
     for i, row in enumerate(rows):
@@ -83,6 +86,21 @@ def neighbor_sheet(
             _draw(canvas, source.load(j), at, _frame(query_label, label))
             _caption(pen, (at[0], y + TILE + 4), f"{score:.3f}", _class_name(source, label))
     return canvas
+
+
+def sheet_size(num_queries: int, k: int) -> tuple[int, int]:
+    """Width and height of a sheet in pixels.
+
+    Raises:
+        ValueError: it has more pixels than an image may have.
+    """
+    width, height = LEFT + k * (TILE + GAP) + MARGIN - GAP, TOP + num_queries * (TILE + GAP + 2 * LINE) + GAP
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"neighbors: queries and k must give a sheet of at most {MAX_PIXELS:,} pixels, got {width:,} x {height:,} "
+            f"for {num_queries} and {k}; set smaller ones"
+        )
+    return width, height
 
 
 def _header(
@@ -145,18 +163,23 @@ def _caption(pen: ImageDraw.ImageDraw, at: tuple[int, int], *lines: str) -> None
 
 
 def _class_name(source: ImageSource, label: int) -> str:
-    return source.classes[label] if 0 <= label < len(source.classes) else ""
+    return printable_name(source.classes[label]) if 0 <= label < len(source.classes) else ""
 
 
-def save_sheet(sheet: Image.Image, path: Path) -> None:
+def save_sheet(sheet: Image.Image, path: Path, *, trial: bool = False) -> None:
     """Write a sheet as PNG, atomically.
+
+    Args:
+        sheet: the picture.
+        path: the file.
+        trial: write beside the file and remove that again.
 
     Raises:
         ConfigError: the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
+        with atomic_path(path, trial=trial) as temporary:
             sheet.save(temporary, format="png", optimize=True)
     except OSError as error:
         raise ConfigError(f"neighbors: {path} cannot be written ({error}); choose another file") from error

@@ -25,6 +25,7 @@ from byol_fast.report.charts import Series, scatter
 from byol_fast.report.neighbor_sheet import neighbor_sheet
 from byol_fast.report.page import Section, chart_grid, figure, paragraph
 from byol_fast.report.reading import RunFiles
+from byol_fast.utils.files import printable_name
 from byol_fast.utils.precision import resolve_precision
 
 log = logging.getLogger(__name__)
@@ -175,7 +176,7 @@ def _by_class(xy_N2: NDArray[np.float32], labels: NDArray[np.int64] | None, clas
     shown = present
     if len(present) > MAX_CLASSES + 1:
         shown = np.sort(present[np.argsort(-counts, kind="stable")[:MAX_CLASSES]])
-    groups = [group(classes[c], labels == c) for c in shown.tolist()]
+    groups = [group(printable_name(classes[c]), labels == c) for c in shown.tolist()]
     others = ~np.isin(labels, shown)
     if others.any():
         num_others = len(present) - len(shown)

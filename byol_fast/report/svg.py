@@ -6,6 +6,8 @@ import html
 import re
 from collections.abc import Sequence
 
+from byol_fast.utils.files import printable_text
+
 # Okabe and Ito's colors, darkened where they would be faint on white, and lighter ones for a dark background.
 COLORS = ("#0072b2", "#d55e00", "#00845f", "#b3588a", "#a87400", "#3a98d0", "#7a4fbf", "#6b7280", "#8b5a2b", "#111111")
 DARK_COLORS = (
@@ -30,14 +32,13 @@ def palette(colors: Sequence[str] = COLORS) -> str:
 
 def clean(text: str) -> str:
     """Text in one line without the characters that XML forbids: names of files may contain anything."""
-    line = " ".join(text.encode("utf-8", "replace").decode().split())
+    line = " ".join(printable_text(text).split())
     return re.sub(r"[^\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", line)
 
 
 def escape(text: str) -> str:
     """Any text, escaped for HTML and XML."""
-    whole = text.encode("utf-8", "replace").decode()
-    return html.escape(re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", whole))
+    return html.escape(re.sub(r"[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", printable_text(text)))
 
 
 def tooltip_id(text: str) -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 
-from rich.console import Console
-
 from byol_fast.training.builder import TrainerComponents
 from byol_fast.training.metrics import Record
+from byol_fast.utils.output import PlainConsole
 from byol_fast.utils.progress import Progress, ProgressBar
 
 
@@ -36,7 +35,7 @@ def startup_summary(parts: TrainerComponents) -> list[str]:
 
 def training_bar(parts: TrainerComponents) -> ProgressBar:
     """Progress bar of the run; prints nothing on other ranks than 0."""
-    progress = Progress(Console(highlight=False) if parts.execution.world.is_main_process else None)
+    progress = Progress(PlainConsole() if parts.execution.world.is_main_process else None)
     line = "step {done}/{total}  {description}  {note}"
     return ProgressBar(progress, parts.total_steps, "epoch 0.00", done=parts.state.step, line=line, keep=True)
 

@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,17 +16,32 @@ _TEMPORARY_NAME = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, trial: bool = False) -> Iterator[Path]:
     """Temporary path that replaces `path`, synced to disk, when the block succeeds.
 
     If the block raises, `path` is unchanged and the temporary file is removed.
+
+    Args:
+        path: the file.
+        trial: remove the temporary file in any case: an error now, not after the work that it is written for.
+
+    Raises:
+        OSError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    # A part of the name: all of it and more could be too long for the file system.
+    temporary = path.with_name(f".{path.name[:60]}.{secrets.token_hex(4)}.tmp")
     temporary.touch(exist_ok=False)
     try:
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
+        if trial:
+            with suppress(FileNotFoundError):
+                path.lstat()  # fails if the name is too long
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+            temporary.unlink()
+            return
         temporary.replace(path)
         _sync_folder(path.parent)
     except BaseException:
@@ -37,7 +52,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def atomic_write(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 class JSONLine(NamedTuple):
@@ -55,7 +70,7 @@ def read_json_lines(path: Path) -> Iterator[JSONLine]:
     """Lines of a file with a JSON object each, none if the file does not exist."""
     if not path.exists():
         return
-    *whole, cut_off = path.read_text(errors="replace").split("\n")
+    *whole, cut_off = path.read_text("utf-8", errors="replace").split("\n")
     for number, line in enumerate([*whole, cut_off], 1):
         if not line.strip():
             continue
@@ -66,9 +81,49 @@ def read_json_lines(path: Path) -> Iterator[JSONLine]:
         yield JSONLine(number, content if isinstance(content, dict) else None, number <= len(whole))
 
 
-def printable_name(name: str) -> str:
-    r"""A file name, which may hold any bytes, as text that every encoding of Unicode has: others become `\xHH`."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+def printable_name(name: str | Path) -> str:
+    r"""A name, which may hold anything, on one line that every encoding of Unicode has; `original_name` reverses it.
+
+    A byte that is not UTF-8 becomes `\xHH`, a backslash two; control characters, line breaks and marks of direction
+    become what Python writes for them: `\n`, `\x1b`, `\u202e`.
+    """
+    return _UNPRINTABLE.sub(_escape, str(name).replace("\\", "\\\\"))
+
+
+def original_name(text: str) -> str:
+    """Inverse of `printable_name`: the name as Python opens it, with surrogates for bytes that are not UTF-8."""
+    return _ESCAPED.sub(_unescape, text)
+
+
+def printable_text(text: str) -> str:
+    """A message, which may quote names, without characters that a terminal obeys or an encoding lacks.
+
+    Line breaks, tabs and backslashes are left, so that names that are printable already do not change.
+    """
+    return _UNPRINTABLE.sub(lambda match: match[0] if match[0] in "\n\t" else _escape(match), text)
+
+
+# Control characters, separators of lines, marks of direction, and surrogates: Python's form of bytes beyond UTF-8.
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_ESCAPED = re.compile(r"\\(?:x([0-9a-f]{2})|u([0-9a-f]{4})|([ntr\\]))")
+_LETTERS = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if 0xDC80 <= code <= 0xDCFF:
+        return f"\\x{code - 0xDC00:02x}"
+    return f"\\u{code:04x}" if code > 0x7F else repr(match[0])[1:-1]
+
+
+def _unescape(match: re.Match[str]) -> str:
+    byte, code, letter = match.groups()
+    if letter is not None:
+        return _LETTERS[letter]
+    if code is not None:
+        return chr(int(code, 16))
+    value = int(byte, 16)
+    return chr(value + 0xDC00 if value > 0x7F else value)
 
 
 def remove_temporaries(folder: Path) -> None:

@@ -9,8 +9,24 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any, TextIO, cast
 
+from rich.console import Console
+from rich.text import Text
+
+from byol_fast.utils.files import printable_text
+
 # After these a later write may succeed again; after others (EPIPE, EIO of a closed terminal, EBADF) none will.
 _TEMPORARY = {errno.ENOSPC, errno.EDQUOT, errno.EAGAIN}
+
+
+class PlainConsole(Console):
+    """Console that prints every text as it is: a name or a message may look like markup or hold control characters."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"markup": False, "emoji": False, "highlight": False} | options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Text of a line or cell."""
+        return super().render_str(printable_text(text), **options | {"markup": False, "emoji": False})
 
 
 class _OptionalStream:

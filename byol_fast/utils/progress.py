@@ -6,9 +6,10 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+
+from byol_fast.utils.output import PlainConsole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,12 +24,12 @@ class Progress:
         console: None prints nothing.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(quiet=True)
+    def __init__(self, console: PlainConsole | None = None) -> None:
+        self.console = console or PlainConsole(quiet=True)
 
     def print(self, text: str) -> None:
         """Print a line above the progress bars."""
-        self.console.print(text, soft_wrap=True, markup=False)
+        self.console.print(text, soft_wrap=True)
 
     def bar(self, total: int, description: str) -> ProgressBar:
         """Progress bar that is removed at the end; a context manager."""
@@ -72,10 +73,10 @@ class ProgressBar:
         self._line, self._keep = line, keep
         self._last_line = 0.0 if keep else time.monotonic()
         self._bars = RichProgress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=progress.console,

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from byol_fast.cli.main import main as cli
 from byol_fast.data import SourceError, open_source
@@ -21,6 +20,7 @@ from byol_fast.doctor.main import Options, ScanData, main, scan_data
 from byol_fast.doctor.scan import scan
 from byol_fast.doctor.system_info import SystemInfo, run_probes
 from byol_fast.utils.env import version
+from byol_fast.utils.output import PlainConsole
 from tests.data.corrupt_files import CORRUPT, JPEG, fill
 from tests.data.kinds import available, make, write_tar
 from tests.data.test_resume import pictures, with_one_corrupt
@@ -188,7 +188,7 @@ def test_report_of_images(tmp_path: Path, capsys: Any) -> None:
             fill(tmp_path / part / name, count)
     (tmp_path / "train" / "dog" / "x[1].jpg").write_bytes(JPEG[:300])
     data = ScanData(root=tmp_path, threads=1)
-    result = scan_data(data, fast=False, console=Console(width=200))
+    result = scan_data(data, fast=False, console=PlainConsole(width=200))
     shown = capsys.readouterr().out
     assert f"{tmp_path / 'train' / 'dog' / 'x[1].jpg'} is a truncated JPEG (300 bytes)" in shown
     assert "training images: 19 images of 2 classes" in shown and "validation images: 8 images of 2 classes" in shown
@@ -233,4 +233,4 @@ def test_damaged_shard_is_an_error(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", [(f"{i}.jpg", JPEG) for i in range(3)])
     path.write_bytes(path.read_bytes().rstrip(b"\0"))
     with pytest.raises(SourceError, match=r"a\.tar is damaged at byte \d+ \(images before it: 3\): the end marker"):
-        scan_data(ScanData(root=path, cache=tmp_path / "cache"), fast=True, console=Console())
+        scan_data(ScanData(root=path, cache=tmp_path / "cache"), fast=True, console=PlainConsole())

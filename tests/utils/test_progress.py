@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
+from byol_fast.utils.output import PlainConsole
 from byol_fast.utils.progress import Progress, ProgressBar
 
 
@@ -22,7 +22,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def plain() -> tuple[Progress, io.StringIO]:
     out = io.StringIO()
-    return Progress(Console(file=out, highlight=False, width=60)), out
+    return Progress(PlainConsole(file=out, width=60)), out
 
 
 def test_lines_without_a_terminal_come_every_ten_seconds(clock: list[float]) -> None:
@@ -47,7 +47,7 @@ def test_kept_bar_prints_first_and_last_line(clock: list[float]) -> None:
 def test_bar_on_a_terminal_shows_counts_and_note(monkeypatch: Any) -> None:
     monkeypatch.setenv("TERM", "xterm")
     out = io.StringIO()
-    shown = Progress(Console(file=out, force_terminal=True, width=100))
+    shown = Progress(PlainConsole(file=out, force_terminal=True, width=100))
     batches = [(torch.zeros(2), torch.arange(2))] * 3
     assert len(list(shown.track(batches, 6, "test images"))) == 3
     with ProgressBar(shown, 9, "epoch 0.00", done=4, keep=True) as bar:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from byol_fast.data.sources.base import ClassLabels, ImageSource, SourceError, labels_from_integers
+from byol_fast.utils.files import printable_name
 
 NPZ_HELP = "save it with numpy.savez(path, images=images, labels=labels)"
 
@@ -49,14 +50,14 @@ class ArraySource(ImageSource):
         return Image.fromarray(self.images[i])
 
     def sample_name(self, i: int) -> str:  # noqa: D102 (inherited)
-        return f"{self.name}[{i}]"
+        return f"{printable_name(self.name)}[{i}]"
 
     def subset(self, index: NDArray[np.int64]) -> ArraySource:  # noqa: D102 (inherited)
         return replace(self, images=self.images[index], labels=self._select_labels(index))
 
     def describe(self) -> str:  # noqa: D102 (inherited)
         h, w = self.images.shape[1:3]
-        return f"{self._counts()} of {h} x {w} pixels from {self.name}"
+        return f"{self._counts()} of {h} x {w} pixels from {printable_name(self.name)}"
 
 
 def array_source(

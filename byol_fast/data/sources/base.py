@@ -94,7 +94,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def sample_name(self, i: int) -> str:
-        """Name of image `i` for messages: its file, `shard:member`, or the source and the index."""
+        """Name of image `i`: its file, `shard:member`, or the source and the index; see `printable_name`."""
 
     @abstractmethod
     def subset(self, index: NDArray[np.int64]) -> ImageSource:

@@ -68,13 +68,13 @@ class FileSource(EncodedSource):
         return file_needs_check(self.path(i))  # reads the two ends of the file only
 
     def sample_name(self, i: int) -> str:  # noqa: D102 (inherited)
-        return str(self.path(i))
+        return printable_name(self.path(i))
 
     def subset(self, index: NDArray[np.int64]) -> FileSource:  # noqa: D102 (inherited)
         return replace(self, paths=tuple(self.paths[i] for i in index), labels=self._select_labels(index))
 
     def describe(self) -> str:  # noqa: D102 (inherited)
-        return f"{self._counts()} in {self.root}"
+        return f"{self._counts()} in {printable_name(self.root)}"
 
 
 def _file_size(path: Path) -> int:
@@ -209,4 +209,4 @@ def _warn_empty_classes(root: Path, paths: Sequence[str], known: Set[str], arg_n
 def _count_extensions(names: Sequence[str]) -> str:
     """File counts by extension: `3 x .txt, 1 x no extension`."""
     kinds = Counter(Path(name).suffix.lower() or "no extension" for name in names)
-    return ", ".join(f"{n} x {kind}" for kind, n in kinds.most_common(5))
+    return ", ".join(f"{n} x {printable_name(kind)}" for kind, n in kinds.most_common(5))

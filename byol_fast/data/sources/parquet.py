@@ -63,7 +63,7 @@ class ParquetSource(HuggingFaceSource):
     @cached_property
     def fingerprint(self) -> str:  # noqa: D102 (inherited)
         names = "\0".join(path.name for path in self.files)
-        return digest([names.encode(), self.starts.tobytes(), self.index.tobytes()])
+        return digest([os.fsencode(names), self.starts.tobytes(), self.index.tobytes()])
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:  # noqa: D102 (inherited)
@@ -76,7 +76,7 @@ class ParquetSource(HuggingFaceSource):
         return self.files[_file_of_row(self.starts, int(self.index[i]))].parent
 
     def describe(self) -> str:  # noqa: D102 (inherited)
-        return f"{self._counts()} in {self.title}"
+        return f"{self._counts()} in {printable_name(self.title)}"
 
 
 def open_parquet(

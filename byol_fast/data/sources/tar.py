@@ -93,7 +93,7 @@ class TarSource(EncodedSource):
         return lru_cache(MAX_OPEN_FILES)(_OpenFile)
 
     def sample_name(self, i: int) -> str:  # noqa: D102 (inherited)
-        return f"{self.shards[self.shard[i]]}:{self.names[i]}"
+        return printable_name(f"{self.shards[self.shard[i]]}:{self.names[i]}")
 
     def subset(self, index: NDArray[np.int64]) -> TarSource:  # noqa: D102 (inherited)
         return replace(
@@ -106,7 +106,7 @@ class TarSource(EncodedSource):
         )
 
     def describe(self) -> str:  # noqa: D102 (inherited)
-        return f"{self._counts()} in {self.title}"
+        return f"{self._counts()} in {printable_name(self.title)}"
 
 
 class _OpenFile:
@@ -159,7 +159,7 @@ def open_tars(
 
     def sample_name(i: int) -> str:
         row = used[i]
-        return f"{shards[shard[row]]}:{printable_name(names[row])} (header at byte {start[row]})"
+        return f"{printable_name(shards[shard[row]])}:{printable_name(names[row])} (header at byte {start[row]})"
 
     if any(texts[i] for i in used):
         class_labels = labels_from_text([texts[i] for i in used], title, sample_name)
@@ -265,7 +265,7 @@ def _log_ignored_members(indexes: Sequence[Index], title: str) -> None:
         count, _, kind = entry.partition(" x ")
         totals[kind] += int(count)
     if totals:
-        kinds = ", ".join(f"{n} x {kind}" for kind, n in totals.most_common(5))
+        kinds = ", ".join(f"{n} x {printable_name(kind)}" for kind, n in totals.most_common(5))
         log.info("%s: ignoring members that are neither images nor labels (%s)", title, kinds)
 
 
