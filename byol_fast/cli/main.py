@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import logging
 import os
@@ -37,6 +38,8 @@ usage: byol-fast COMMAND ...
 
 # Each command is a module of `byol_fast.cli`, imported on use.
 COMMANDS = ("demo", "train", "preview", "doctor", "export", "eval", "embed", "report", "bench", "profile", "roofline")
+_WRONG_PATH = {None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
+"""Errors of paths that the user gives; None: a message of our own about a missing file."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -92,9 +95,11 @@ def _explain(error: Exception) -> int:
         return 1  # already printed by the main process
     if isinstance(error, Interrupted):
         return print_error(str(error), 128 + error.signum)
-    expected = CheckpointError | TrainingError | CorruptImageError | ValueError | FileNotFoundError
+    expected = CheckpointError | TrainingError | CorruptImageError | ValueError | OSError
     if not isinstance(error, expected) or os.environ.get("BYOL_FAST_TRACEBACK"):
         raise error
-    wrong_input = isinstance(error, ValueError | FileNotFoundError) and not isinstance(error, CorruptImageError)
-    hint = "\n(set BYOL_FAST_TRACEBACK=1 for the traceback)" if type(error) is ValueError else ""
+    wrong_input = isinstance(error, ValueError) and not isinstance(error, CorruptImageError)
+    wrong_input |= isinstance(error, OSError) and error.errno in _WRONG_PATH
+    is_foreign = type(error) is ValueError or (isinstance(error, OSError) and error.errno is not None)
+    hint = "\n(set BYOL_FAST_TRACEBACK=1 for the traceback)" if is_foreign else ""
     return print_error(f"{error}{hint}", 2 if wrong_input else 1)

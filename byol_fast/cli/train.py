@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 from byol_fast import config as configs
 from byol_fast.cli.options import parse_config, print_error
 from byol_fast.config import Config, ConfigError, recipes
+from byol_fast.utils.run_folder import check_run_folder
 
 if TYPE_CHECKING:
     from byol_fast.training.run_dir import RunResult
@@ -48,6 +50,8 @@ def main(argv: list[str]) -> int:
     if resume is None or resume == "auto":
         assert name is not None
         config = parse_config(recipes.get(name), argv, f"byol-fast train {name}")
+        if os.environ.get("RANK", "0") == "0":  # with several processes, only the first one writes
+            check_run_folder(config.out, config.name)
     else:
         folder = Path(resume)
         stored = configs.load(folder / "config.json")

@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 from byol_fast.data import ViewLoader
 from byol_fast.training.train_step import StepOutput
 from byol_fast.utils.checkpoint import CheckpointError
+from byol_fast.utils.errors import write_advice
 from byol_fast.utils.files import atomic_write, read_json_lines
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,10 @@ class MetricsLogger:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             return f"no TensorBoard files ({error}): pip install tensorboard, or set tensorboard to false"
-        self._writer = SummaryWriter(str(self._tensorboard), purge_step=step + 1 if step else None)
+        try:
+            self._writer = SummaryWriter(str(self._tensorboard), purge_step=step + 1 if step else None)
+        except OSError as error:
+            return f"no TensorBoard files: {self._tensorboard} cannot be written ({error})"
         return None
 
     def add(self, record: Record) -> None:
@@ -108,7 +112,7 @@ class MetricsLogger:
                 file.write("".join(json.dumps(record) + "\n" for record in self._pending))
         except OSError as error:
             raise CheckpointError(
-                f"metrics: {self.path} could not be written ({error}); free space, then resume"
+                f"metrics: {self.path} could not be written ({error}); {write_advice(error)}, then resume"
             ) from error
         written, self._pending = self._pending, []
         self._use_tensorboard(lambda writer: _write_scalars(writer, written))
@@ -125,11 +129,15 @@ class MetricsLogger:
         """Call `use` with TensorBoard's writer, if there is one; the run goes on without it after an error."""
         if self._writer is None:
             return
+        assert self._tensorboard is not None
         try:
+            self._tensorboard.stat()  # a writer whose folder was deleted fails in its own thread, with a traceback
             use(self._writer)
         except OSError as error:
             log.warning("metrics: %s could not be written (%s); no more TensorBoard files", self._tensorboard, error)
-            self._writer = None
+            writer, self._writer = self._writer, None
+            with suppress(OSError):
+                writer.close()  # ends its thread
 
 
 def _write_scalars(writer: Any, records: list[Record]) -> None:

@@ -16,7 +16,9 @@ from byol_fast.training.locks import RunLock
 from byol_fast.training.metrics import read as read_metrics
 from byol_fast.utils import checkpoint as checkpoints
 from byol_fast.utils.checkpoint import CheckpointError
+from byol_fast.utils.errors import write_advice
 from byol_fast.utils.files import atomic_write, remove_temporaries
+from byol_fast.utils.run_folder import check_run_folder, not_writable
 
 # Files of a run that has saved no checkpoint yet: such a directory is used again.
 _BEFORE_FIRST_CHECKPOINT = {"config.json", "environment.json", "metrics.jsonl", "tb", "report.html", "profile"}
@@ -141,7 +143,7 @@ class RunDir:
             atomic_write(self.status, json.dumps({"finished": finished}) + "\n")
         except OSError as error:
             raise CheckpointError(
-                f"checkpoint: {self.status} could not be written ({error}); free space, then resume"
+                f"checkpoint: {self.status} could not be written ({error}); {write_advice(error)}, then resume"
             ) from error
 
     def write_config(self, config: Config, environment: dict[str, Any]) -> None:
@@ -186,6 +188,8 @@ def open_run_dir(config: Config, resume: Path | None) -> tuple[RunDir, RunLock, 
     if resume is not None and not (resume / "config.json").exists():
         raise ConfigError(f"resume: {resume} must be a run folder, it has no config.json; check the path")
     path = resume or config.out / config.name
+    if resume is None:
+        check_run_folder(config.out, config.name)
     try:
         path, created = _create(config) if resume is None else (resume, [])
         run_dir = RunDir(path.absolute())  # the program may change its working directory during the run
@@ -216,8 +220,3 @@ def _create(config: Config) -> tuple[Path, list[Path]]:
             if config.name:
                 raise ConfigError(f"config: {path} must be a folder, it is a file; choose another name") from None
     return path, created
-
-
-def not_writable(path: Path, error: OSError) -> ConfigError:
-    """Error of a run directory that cannot be written."""
-    return ConfigError(f"config: {path} cannot be written ({error}); make it writable, or set `out` to another folder")

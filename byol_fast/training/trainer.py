@@ -22,12 +22,13 @@ from byol_fast.training.locks import exclusive
 from byol_fast.training.memory import out_of_memory_message
 from byol_fast.training.messages import startup_summary, status_line, training_bar
 from byol_fast.training.metrics import MetricsLogger, Record, StepRecords, ThroughputMeter
-from byol_fast.training.run_dir import RunResult, not_writable
+from byol_fast.training.run_dir import RunResult
 from byol_fast.training.state import steps_in, whole_steps_in
 from byol_fast.utils.errors import first_line
 from byol_fast.utils.output import ignore_output_errors
 from byol_fast.utils.profiler_ranges import record_range
 from byol_fast.utils.progress import Progress, ProgressBar
+from byol_fast.utils.run_folder import not_writable
 from byol_fast.utils.signals import GracefulShutdown
 
 log = logging.getLogger(__name__)

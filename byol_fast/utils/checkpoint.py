@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from byol_fast.utils.errors import reason
+from byol_fast.utils.errors import reason, write_advice
 from byol_fast.utils.files import atomic_path
 
 log = logging.getLogger(__name__)
@@ -122,7 +122,9 @@ def save_as_best(path: Path, *, keep_others: bool = False) -> None:
         if not (best.exists() and best.samefile(path)):
             _link_or_copy(path, best)
     except OSError as error:
-        raise CheckpointError(f"checkpoint: {best} could not be written ({error}); free space, then resume") from error
+        raise CheckpointError(
+            f"checkpoint: {best} could not be written ({error}); {write_advice(error)}, then resume"
+        ) from error
     for other in () if keep_others else path.parent.iterdir():
         if other != best and (match := _NAME.fullmatch(other.name)) and match[1]:
             other.unlink(missing_ok=True)

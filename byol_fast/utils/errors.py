@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 def first_line(error: Exception) -> str:
     """First line of an error's message, or its type if it has none."""
@@ -12,3 +14,10 @@ def reason(error: Exception) -> str:
     """Type of an error and the first line of its message."""
     name, line = type(error).__name__, first_line(error)
     return name if line == name else f"{name}: {line}"
+
+
+def write_advice(error: OSError) -> str:
+    """Remedy of a file that could not be written, as the imperative of a message."""
+    if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        return "free space"
+    return "put its folder back" if error.errno == errno.ENOENT else "make it writable"

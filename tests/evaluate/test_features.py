@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -198,9 +200,24 @@ def test_unwritable_output_is_refused_before_embedding(
     monkeypatch.setattr("byol_fast.evaluate.embed_folder", lambda *_, **__: pytest.fail("it embeds"))
     (tmp_path / "file").touch()
     (tmp_path / "folder.npz").mkdir()
-    for output in ("file/features.npz", "folder.npz"):
+    for output in ("file/features.npz", "folder.npz", "ü" * 126 + ".npz"):
         with pytest.raises(ConfigError, match=r"\.npz cannot be written \(.*choose another file"):
             command.main([str(encoder), str(folder), "--output", str(tmp_path / output)])
+    options = [str(encoder), str(folder), "--output", str(tmp_path / "f.npz"), "--neighbors", str(tmp_path / "n.png")]
+    with pytest.raises(ValueError, match=r"at most 89,478,485 pixels, got [\d,]+ x [\d,]+ for 9000 and 11; set"):
+        command.main([*options, "--k", "99", "--query", *[str(folder / "dogs" / "00.png")] * 9000])
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=12 * 256 * 4 - 1))
+    with pytest.raises(ConfigError, match=r"needs 1\.14e-05 GiB for 12 images with 256 features, .* free; free space"):
+        command.main(options)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=12 * 256 * 4))
+    monkeypatch.setattr("PIL.Image.Image.save", fail_to_write)
+    with pytest.raises(ConfigError, match=r"n\.png cannot be written"):
+        command.main(options)
+    assert {path.name for path in tmp_path.iterdir()} <= {"file", "folder.npz", "images", "encoder", "photos.npz"}
+
+
+def fail_to_write(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_existing_file_needs_overwrite(encoder: Path, folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,45 @@
+"""Check of a run's folder that needs neither torch nor the folder: an error comes at once."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from byol_fast.config import ConfigError
+from byol_fast.utils.errors import write_advice
+
+
+def check_run_folder(out: Path, name: str) -> None:
+    """Check that the folder of a run exists or can be created; creates nothing.
+
+    Args:
+        out: folder of the run folders.
+        name: of the run; empty for one that is not known yet.
+
+    Raises:
+        ConfigError: the name has control characters or is too long, a file is in the way, or a permission is missing.
+    """
+    if any(letter < " " or letter == "\x7f" for letter in name):
+        raise ConfigError(f"config: name must have no control characters, got {name!r}; choose another name")
+    path = out / name
+    try:
+        existing, missing = path.absolute(), [""]
+        while not existing.exists():
+            existing, missing = existing.parent, [*missing, existing.name]
+        if max(len(os.fsencode(part)) for part in missing) > os.pathconf(existing, "PC_NAME_MAX"):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        if not existing.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(existing))
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(existing))
+    except OSError as error:
+        raise not_writable(path, error) from None
+
+
+def not_writable(path: Path, error: OSError) -> ConfigError:
+    """Error of a run folder that cannot be created or written."""
+    if error.errno == errno.ENAMETOOLONG:
+        return ConfigError(f"config: {path} cannot be created ({error.strerror}); set a shorter `name` or `out`")
+    advice = write_advice(error) if error.errno != errno.ENOENT else "make it writable"  # as in /proc
+    return ConfigError(f"config: {path} cannot be written ({error}); {advice}, or set `out` to another folder")
