@@ -15,7 +15,7 @@ from PIL import Image
 from byol_fast import config as configs
 from byol_fast.cli import embed, main
 from byol_fast.config import Config, ConfigError
-from byol_fast.data import open_source
+from byol_fast.data import SourceError, open_source
 from byol_fast.data.integrity import CorruptImages
 from byol_fast.doctor.main import ScanData, scan_data
 from byol_fast.evaluate import load_features
@@ -109,6 +109,14 @@ def test_tar_members_are_named_as_in_the_archive(encoder: Path, root: Path, tmp_
     members = [b"a.tar:./" + name for name in listed(root) if len(name) < 198]
     found = [os.fsencode(path) for path in load_features(output).paths]
     assert sorted(path.replace(b":./", b":") for path in found) == sorted(m.replace(b":./", b":") for m in members)
+
+
+def test_parquet_file_that_its_reader_cannot_open_is_refused_by_name(tmp_path: Path) -> None:
+    pytest.importorskip("datasets", reason="datasets is not installed")
+    shard = tmp_path / os.fsdecode(b"a\xe9.parquet")
+    shard.touch()
+    with pytest.raises(SourceError, match=r"must have a path in UTF-8, as pyarrow needs; rename it"):
+        open_source(shard)
 
 
 def test_printed_names_are_lines_of_plain_text(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

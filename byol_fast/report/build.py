@@ -51,6 +51,7 @@ def report(
     if output.suffix.lower() not in {".html", ".htm"}:
         raise ConfigError(f"report: output must be a file that ends in .html, got {output}")
     files = [read_run(folder) for folder in runs]
+    _write(output, "", [], trial=True)  # before the images are embedded
     if len(files) == 1:
         title, sections = (
             f"Run {files[0].name}",
@@ -58,12 +59,16 @@ def report(
         )
     else:
         title, sections = f"{len(files)} runs", comparison(files)
+    _write(output, title, sections)
+    return output
+
+
+def _write(output: Path, title: str, sections: Sequence[Section], *, trial: bool = False) -> None:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_page(output, title, sections)
+        write_page(output, title, sections, trial=trial)
     except OSError as error:
         raise ConfigError(f"report: output must be a file that can be written, got {output} ({error})") from error
-    return output
 
 
 def _sections(

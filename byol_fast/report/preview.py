@@ -248,9 +248,15 @@ def _draw_original(canvas: Image.Image, sample: Sample, at: tuple[int, int], til
 
 
 def check_path(path: Path) -> None:
-    """Raise a ConfigError unless the path has the suffix of a PNG file."""
+    """Raise a ConfigError unless the path has the suffix of a PNG file and can be written."""
     if path.suffix.lower() != ".png":
         raise ConfigError(f"preview: output must be a file that ends in .png, got {path}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path, trial=True):
+            pass
+    except OSError as error:
+        raise ConfigError(f"preview: output must be a file that can be written, got {path} ({error})") from error
 
 
 def write(image: Image.Image, path: Path) -> None:
@@ -261,7 +267,6 @@ def write(image: Image.Image, path: Path) -> None:
     """
     check_path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
             image.save(temporary, format="png", optimize=True)
     except OSError as error:

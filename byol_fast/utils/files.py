@@ -49,9 +49,9 @@ def atomic_path(path: Path, *, trial: bool = False) -> Iterator[Path]:
         raise
 
 
-def atomic_write(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    with atomic_path(path) as temporary:
+def atomic_write(path: Path, text: str, *, trial: bool = False) -> None:
+    """Write a text file atomically, in UTF-8; see `atomic_path`."""
+    with atomic_path(path, trial=trial) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

@@ -152,6 +152,8 @@ def _read_footer(path: Path, arg_name: str) -> _Table:
     try:
         footer = parquet.read_metadata(path)
         return _Table(path, footer, footer.schema.to_arrow_schema())
+    except UnicodeEncodeError:
+        raise SourceError(f"{arg_name}: {path} must have a path in UTF-8, as pyarrow needs; rename it") from None
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
         raise SourceError(f"{arg_name}: {path} cannot be read as Parquet ({error}); fetch it again") from error
 
