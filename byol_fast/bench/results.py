@@ -143,7 +143,7 @@ class Results:
         atomic_write(folder / f"{self.name}.json", json.dumps(content, indent=1) + "\n")
         rows = self.rows()
         columns = list(dict.fromkeys([*COLUMNS, *(key for row in rows for key in row)]))
-        with atomic_path(folder / f"{self.name}.csv") as path, path.open("w", newline="") as file:
+        with atomic_path(folder / f"{self.name}.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns, restval="")
             writer.writeheader()
             writer.writerows(rows)

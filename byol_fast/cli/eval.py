@@ -69,11 +69,12 @@ def main(argv: list[str]) -> int:
 
     from byol_fast.evaluate import evaluate_finetune, evaluate_knn, evaluate_linear, load_pretrained
     from byol_fast.evaluate.results import summary
-    from byol_fast.report.evaluation_figures import save_figures
+    from byol_fast.report.evaluation_figures import accuracy_chart, save_figures
     from byol_fast.utils.progress import Progress
 
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by `cli.main` for the time of the imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    accuracy_chart({"top1": 0.5}, "trial")  # a broken matplotlib is found before the work
     console = PlainConsole()
     progress = Progress(console)
     pretrained = load_pretrained(options.encoder)

@@ -53,11 +53,15 @@ def main(argv: list[str]) -> int:
     from byol_fast.profiling import GPUS, measure, roofline, stated
     from byol_fast.profiling.traffic import LEVELS
     from byol_fast.utils.device import resolve_device
-    from byol_fast.utils.files import atomic_write
+    from byol_fast.utils.files import atomic_path, atomic_write
     from byol_fast.utils.precision import resolve_precision
 
     if level not in LEVELS:
         return print_error(f"byol-fast roofline: level must be one of {', '.join(LEVELS)}, got {level!r}", 2)
+    for path in (output, plot):
+        if path is not None:
+            with atomic_path(path, trial=True):  # an error now, not after the measurement
+                pass
     device = resolve_device(config.device)
     if measured:
         dtype = resolve_precision(config.precision, device).name
