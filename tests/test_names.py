@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import tarfile
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from PIL import Image
 from byol_fast import config as configs
 from byol_fast.cli import embed, main
 from byol_fast.config import Config, ConfigError
-from byol_fast.data import SourceError, open_source
+from byol_fast.data import CorruptImageError, SourceError, open_source
 from byol_fast.data.integrity import CorruptImages
 from byol_fast.doctor.main import ScanData, scan_data
 from byol_fast.evaluate import load_features
@@ -133,6 +134,12 @@ def test_printed_names_are_lines_of_plain_text(root: Path, tmp_path: Path, capsy
     }
 
     source = open_source(root)
+    for i in range(1, 22, 2):
+        with pytest.raises(CorruptImageError, match="1.png is not an image; replace it") as caught:
+            source.load(i)
+        error = pickle.loads(pickle.dumps(caught.value))
+        assert error.path == caught.value.path == source.root / source.paths[i]  # type: ignore[attr-defined]
+        assert str(error) == str(caught.value) and len(str(error).splitlines()) == 1
     corrupt = CorruptImages(source.sample_name, len(source), on_corrupt="skip", corrupt_list=tmp_path / "list.jsonl")
     corrupt.add([(i, "is not an image") for i in range(0, 22, 2)], 0)
     entries = [json.loads(line) for line in (tmp_path / "list.jsonl").read_bytes().decode("ascii").splitlines()]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from PIL import Image, UnidentifiedImageError
 
 from byol_fast.data.decode import PixelDepthError, decode
-from byol_fast.utils.files import atomic_write, printable_name
+from byol_fast.utils.files import atomic_write, original_name, printable_name
 
 log = logging.getLogger(__name__)
 
@@ -47,22 +47,21 @@ class CorruptImageError(ValueError):
 
     Attributes:
         path: the file, or `shard:member`.
-        name: the same for messages, as of `ImageSource.sample_name`.
+        name: the same as text, as of `ImageSource.sample_name`.
         reason: the defect, as the predicate of a sentence about the file.
     """
 
     def __init__(self, path: Path | str, reason: str) -> None:
-        self._arguments = path, reason
-        self.path = Path(path)
         self.name = path if isinstance(path, str) else printable_name(path)
+        self.path = Path(original_name(self.name))
         self.reason = reason
         super().__init__(
             f"image: {self.name} {reason}; replace it and resume, or skip corrupt images with "
             "--data.on-corrupt skip (also when resuming)"
         )
 
-    def __reduce__(self) -> tuple[type[CorruptImageError], tuple[Path | str, str]]:
-        return CorruptImageError, self._arguments
+    def __reduce__(self) -> tuple[type[CorruptImageError], tuple[str, str]]:
+        return CorruptImageError, (self.name, self.reason)
 
 
 class TooManyCorruptImagesError(CorruptImageError):
