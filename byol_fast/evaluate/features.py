@@ -32,6 +32,9 @@ from byol_fast.utils.progress import Progress
 
 log = logging.getLogger(__name__)
 
+ROW_GROUP_VALUES = 1 << 24
+"""Values of a row group of Parquet: writing one of a million rows, as by default, takes many GiB of memory."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Features:
@@ -271,7 +274,7 @@ def _write_parquet(features: Features, path: Path) -> None:
         "metadata": features.metadata,
     }
     table = pa.table(columns).replace_schema_metadata({"byol_fast": json.dumps(others)})
-    parquet.write_table(table, path)
+    parquet.write_table(table, path, row_group_size=max(1, ROW_GROUP_VALUES // features.features.shape[1]))
 
 
 def load_features(path: Path | str) -> Features:

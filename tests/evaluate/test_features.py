@@ -101,9 +101,12 @@ def test_damaged_tar_raises_or_is_used_up_to_the_damage(encoder: Path, folder: P
 
 @pytest.mark.parametrize("suffix", [".npz", ".parquet"])
 @pytest.mark.parametrize("labeled", [False, True])
-def test_saved_features_are_loaded_unchanged(tmp_path: Path, suffix: str, labeled: bool) -> None:
+def test_saved_features_are_loaded_unchanged(
+    tmp_path: Path, suffix: str, labeled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if suffix == ".parquet":
         pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+        monkeypatch.setattr("byol_fast.evaluate.features.ROW_GROUP_VALUES", 5)
     written = Features(
         features=np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32),
         paths=("a/ü 1.jpg", "b.jpg", "c.jpg"),
@@ -121,6 +124,10 @@ def test_saved_features_are_loaded_unchanged(tmp_path: Path, suffix: str, labele
     for name in ("features", "index", "labels"):
         np.testing.assert_array_equal(getattr(read, name), getattr(written, name))
     assert replace(read, features=0, index=0, labels=None) == replace(written, features=0, index=0, labels=None)  # type: ignore[arg-type]
+    if suffix == ".parquet":
+        from pyarrow.parquet import ParquetFile
+
+        assert ParquetFile(path).num_row_groups == 3
     if suffix == ".npz":  # for other programs
         with np.load(path) as file:
             assert {"features", "paths"} <= set(file)
