@@ -101,6 +101,8 @@ def load(path: Path) -> Config:
     Raises:
         ConfigError: the file is missing, cannot be read, is not JSON, or holds an unknown or invalid field.
     """
+    if path.exists() and not path.is_file():  # reading a FIFO would wait for good
+        raise ConfigError(f"config: {path} must be a regular file, got something else; check the path")
     try:
         values = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):

@@ -19,7 +19,7 @@ from byol_fast.utils import checkpoint as checkpoints
 from byol_fast.utils.checkpoint import CheckpointError
 from byol_fast.utils.env import version
 from byol_fast.utils.errors import reason
-from byol_fast.utils.files import atomic_path, atomic_write
+from byol_fast.utils.files import atomic_path, atomic_write, open_regular
 
 log = logging.getLogger(__name__)
 
@@ -164,8 +164,9 @@ def load_encoder(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     encoder = build_encoder(metadata["encoder"], image_size=metadata["image_size"], cifar_stem=metadata["cifar_stem"])
     try:
         # Read, not mapped as by `load_file`: a file that is cut short meanwhile would end the process (SIGBUS).
-        encoder.load_state_dict(load(weights_path.read_bytes()))
-    except (SafetensorError, RuntimeError) as error:
+        with open(weights_path, "rb", opener=open_regular) as stream:
+            encoder.load_state_dict(load(stream.read()))
+    except (OSError, SafetensorError, RuntimeError) as error:
         raise _damaged(weights_path, error) from error
     return encoder.eval(), metadata
 
@@ -177,11 +178,12 @@ def _read_metadata(path: Path) -> dict[str, Any]:
         CheckpointError: it is damaged.
     """
     try:
-        metadata: dict[str, Any] = json.loads(path.read_text())
+        with open(path, opener=open_regular) as stream:
+            metadata: dict[str, Any] = json.load(stream)
         missing = _REQUIRED - metadata.keys()
         if missing:
             raise KeyError(*missing)
-    except (ValueError, LookupError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, AttributeError) as error:
         raise _damaged(path, error) from error
     return metadata
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from byol_fast.utils.errors import reason, write_advice
-from byol_fast.utils.files import atomic_path
+from byol_fast.utils.files import atomic_path, open_regular
 
 log = logging.getLogger(__name__)
 
@@ -155,11 +155,11 @@ class _DigestingWriter(io.BufferedWriter):
 
 def _is_intact(path: Path) -> bool:
     """Return True if a file ends with the SHA-256 of its data."""
-    size = path.stat().st_size - _TRAILER_SIZE
-    if size <= 0:
-        return False
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open(path, "rb", opener=open_regular) as file:
+        size = os.fstat(file.fileno()).st_size - _TRAILER_SIZE
+        if size <= 0:
+            return False
         while size and (block := file.read(min(size, 1 << 22))):
             digest.update(block)
             size -= len(block)

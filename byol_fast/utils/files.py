@@ -7,11 +7,13 @@ import json
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+_WITHOUT_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)  # not on all systems
 _TEMPORARY_NAME = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
 
 
@@ -53,6 +55,30 @@ def atomic_write(path: Path, text: str, *, trial: bool = False) -> None:
     """Write a text file atomically, in UTF-8; see `atomic_path`."""
     with atomic_path(path, trial=trial) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
+    """File descriptor of a regular file; the argument `opener` of `open`.
+
+    A FIFO without a writer would block a reader for good, a device such as /dev/zero fill the memory.
+
+    Raises:
+        OSError: the file cannot be opened, or is something else; `strerror` says what.
+    """
+    try:
+        descriptor = os.open(path, flags | _WITHOUT_WAITING)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise OSError(errno.EINVAL, "it is a socket or a device, not a regular file", str(path)) from None
+        raise
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    kind = "FIFO" if stat.S_ISFIFO(mode) else "device"
+    raise OSError(errno.EINVAL, f"it is a {kind}, not a regular file", str(path))
 
 
 class JSONLine(NamedTuple):

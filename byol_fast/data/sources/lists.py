@@ -13,7 +13,7 @@ from typing import NamedTuple
 from byol_fast.data.sources.base import ClassLabels, SourceError, evenly_spaced, labels_from_text
 from byol_fast.data.sources.columns import PATH_COLUMNS, find_by_name, find_labels
 from byol_fast.data.sources.files import FileSource
-from byol_fast.utils.files import printable_name
+from byol_fast.utils.files import open_regular, printable_name
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,8 @@ def open_list(path: Path, arg_name: str, *, image_column: str = "", label_column
 
 def _read_text(path: Path, arg_name: str) -> str:
     try:
-        data = path.read_bytes()
+        with open(path, "rb", opener=open_regular) as file:
+            data = file.read()
         is_utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # "Unicode text" of Excel
         text = data.decode("utf-16") if is_utf_16 else data.decode("utf-8-sig", "surrogateescape")
     except OSError as error:

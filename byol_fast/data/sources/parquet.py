@@ -44,7 +44,7 @@ from byol_fast.data.sources.datasets import HuggingFaceSource, check_stored_file
 from byol_fast.data.sources.files import FileSource
 from byol_fast.data.sources.lists import open_files
 from byol_fast.data.sources.shards import cache_path, file_stamp
-from byol_fast.utils.files import printable_name
+from byol_fast.utils.files import open_regular, printable_name
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +150,8 @@ def _read_footer(path: Path, arg_name: str) -> _Table:
     from pyarrow import parquet
 
     try:
-        footer = parquet.read_metadata(path)
+        with open(path, "rb", opener=open_regular) as file:
+            footer = parquet.read_metadata(file)
         return _Table(path, footer, footer.schema.to_arrow_schema())
     except UnicodeEncodeError:
         raise SourceError(f"{arg_name}: {path} must have a path in UTF-8, as pyarrow needs; rename it") from None

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from byol_fast.data.sources.base import EXTENSIONS, is_hidden
 from byol_fast.data.sources.tar_members import TarDamageError, TarMember, read_members, sparse_extent
-from byol_fast.utils.files import printable_name
+from byol_fast.utils.files import open_regular, printable_name
 
 INDEX_FORMAT = "4"
 """Changes with the content of an index, so that stored ones are built anew."""
@@ -57,7 +57,7 @@ def build_index(path: Path) -> Index:
         OSError: the file cannot be read.
     """
     damage_offset, damage = -1, ""
-    with path.open("rb") as file:
+    with open(path, "rb", opener=open_regular) as file:
         builder = _IndexBuilder(file)
         try:
             for member in read_members(file):
