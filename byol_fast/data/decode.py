@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import math
 import re
 import struct
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torchvision  # noqa: F401 (registers the operator)
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+
+MAX_PIXELS = 89_478_485
+"""Largest number of pixels of an image: PIL's limit, but not changed by a program that changes PIL's."""
+
+MAX_ASPECT = 50
+"""Largest ratio of the sides of an image: the memory of a resize to a fixed shorter side grows with it."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
 """Formats that PIL may decode: those of DALI, so that all loaders accept the same files."""
+
+JPEG_HEAD, JPEG_TAIL = b"\xff\xd8\xff", b"\xff\xd9"
+PNG_HEAD, PNG_TAIL = b"\x89PNG", b"IEND\xaeB`\x82"
+_HEADER_BYTES = 30  # of a PNG or WebP up to its size
+_MAX_SEGMENTS = 10_000  # in front of the frame of a JPEG, and bytes of padding
+_TILE_WIDTH, _TILE_HEIGHT = 322, 323  # tags of TIFF
+
+ReadAt = Callable[[int, int], bytes]
+"""Returns bytes of a file: so many from an offset on, fewer at its end."""
 
 # torchvision's JPEG decoder, called as an operator: its Python function warns of a future removal. PIL decodes where
 # there is no such operator.
@@ -26,8 +44,16 @@ _MIN_16_BIT = 4096
 """Smallest largest value of a 16-bit picture that is not black: below it, 12 bits or fewer were stored in 16."""
 
 
-class PixelDepthError(ValueError):
-    """Pixel values whose range is not known; the message is the predicate of a sentence about the image."""
+class UnusableImageError(ValueError):
+    """An intact image that is not supported; the message is the predicate of a sentence about the image."""
+
+
+class ImageSizeError(UnusableImageError):
+    """An image with too many pixels, or much longer than wide."""
+
+
+class PixelDepthError(UnusableImageError):
+    """Pixel values whose range is not known."""
 
     def __init__(self, kind: str, low: float, high: float) -> None:
         full = next((str(limit) for limit in _FULL_RANGES if low >= 0 and high <= limit), "LARGEST")
@@ -44,16 +70,60 @@ def decode(data: bytes) -> Image.Image:
     Raises:
         Exception: of any type, depending on the decoder and the damage; `integrity.check_bytes` returns a description.
     """
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        return to_rgb(image)
+    if (size := header_size(reader_of(data))) is not None:  # before PIL allocates the canvas of a WebP
+        check_size(*size)
+    image = open_image(data)
+    tags = getattr(image, "tag_v2", {})
+    tile = tags.get(_TILE_WIDTH, 0), tags.get(_TILE_HEIGHT, 0)
+    if math.prod(tile) > MAX_PIXELS:  # libtiff decodes all of a tile, also if the image is smaller
+        raise ImageSizeError(f"must have tiles of at most {MAX_PIXELS:,} pixels, got {tile[0]:,} x {tile[1]:,}")
+    if data.startswith(PNG_HEAD) and not data.endswith(PNG_TAIL) and not _has_png_end(data):
+        raise OSError("its end is missing")  # PIL would read it, DALI would not
+    return to_rgb(image)
+
+
+def open_image(data: bytes) -> Image.Image:
+    """An image whose header is read and whose pixels are not, without PIL's own limit and its warning.
+
+    Raises:
+        Exception: of any type, depending on the decoder and the damage.
+    """
+    Image.preinit()  # the common formats
+    for name in FORMATS:
+        if name not in Image.OPEN:
+            Image.init()
+        factory, accepts = Image.OPEN[name]
+        accepted = accepts is None or accepts(data[:16])
+        if not accepted or isinstance(accepted, str):  # a text says why the format is not supported
+            continue
+        with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):
+            return factory(io.BytesIO(data), "")
+    raise UnidentifiedImageError("not an image of a supported format")
+
+
+def check_size(width: int, height: int) -> None:
+    """Raise ImageSizeError for a width and height in pixels that are not supported."""
+    if (problem := size_problem(width, height)) is not None:
+        raise ImageSizeError(problem)
+
+
+def size_problem(width: int, height: int) -> str | None:
+    """Predicate of a sentence about an image, or images, whose width and height in pixels are not supported."""
+    if width * height > MAX_PIXELS:
+        return f"must have at most {MAX_PIXELS:,} pixels, got {width:,} x {height:,}; scale down, or cut into parts"
+    if not 0 < max(width, height) <= MAX_ASPECT * min(width, height):
+        return f"must have sides of a ratio up to {MAX_ASPECT}:1, got {width:,} x {height:,}; crop, or cut into parts"
+    return None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode to RGB; 16-bit values are divided by 256, where PIL would clip them.
 
     Raises:
+        ImageSizeError: the image is too large or too narrow.
         PixelDepthError: the values are floating-point numbers, 32-bit integers, or 16-bit integers all below 4,096.
     """
+    check_size(*image.size)
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image)
         # PIL reads 16-bit PGM, and before version 11 also PNG, into 32 bits.
@@ -96,18 +166,84 @@ def decode_jpeg(data: bytes) -> Tensor | None:
 
 
 def is_common_jpeg(data: bytes) -> bool:
-    """True for baseline and progressive JPEGs of 8 bits, gray or with three colors, up to PIL's size limit.
+    """True for baseline and progressive JPEGs of 8 bits, gray or with three colors, within the limits of size.
 
     Others, CMYK above all, are converted to RGB in several ways; ours is PIL's.
     """
+    frame = _jpeg_frame(reader_of(data)) if data.startswith(JPEG_HEAD) else None
+    return (
+        frame is not None
+        and frame.marker in {0xC0, 0xC1, 0xC2}
+        and frame.bits == 8
+        and frame.components in {1, 3}
+        and size_problem(frame.width, frame.height) is None
+    )
+
+
+# ---- headers -------------------------------------------------------------------------------------------------------
+
+
+class _Frame(NamedTuple):
+    """Start of the frame of a JPEG."""
+
+    marker: int
+    bits: int
+    height: int
+    width: int
+    components: int
+
+
+def reader_of(data: bytes) -> ReadAt:
+    """Access to a file in memory."""
+    return lambda at, count: data[at : at + count]
+
+
+def header_size(read: ReadAt) -> tuple[int, int] | None:
+    """Width and height in pixels in the header of a JPEG, PNG or WebP; None for others, and damaged ones (2 us)."""
+    head = read(0, _HEADER_BYTES)
+    if head.startswith(JPEG_HEAD):
+        frame = _jpeg_frame(read)
+        return None if frame is None else (frame.width, frame.height)
+    if len(head) < _HEADER_BYTES:
+        return None
+    kind = head[12:16]
+    if head.startswith(PNG_HEAD) and kind == b"IHDR":
+        width, height = struct.unpack_from(">II", head, 16)
+        return width, height
+    if not head.startswith(b"RIFF") or head[8:12] != b"WEBP":
+        return None
+    if kind == b"VP8X":  # the canvas of all frames
+        return 1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little")
+    if kind == b"VP8 " and head[23:26] == b"\x9d\x01\x2a":
+        width, height = struct.unpack_from("<HH", head, 26)
+        return width & 0x3FFF, height & 0x3FFF
+    if kind == b"VP8L" and head[20] == 0x2F:
+        bits = int.from_bytes(head[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    return None
+
+
+def _jpeg_frame(read: ReadAt) -> _Frame | None:
+    """The first start of a frame in a JPEG, behind segments of any size; None if there is none."""
     at = 2
-    while data[:2] == b"\xff\xd8" and at + 10 <= len(data) and data[at] == 0xFF:
-        marker, length = struct.unpack_from(">BH", data, at + 1)
-        if marker in {0xC0, 0xC1, 0xC2}:  # start of frame
-            bits, height, width, components = struct.unpack_from(">BHHB", data, at + 4)
-            max_pixels = Image.MAX_IMAGE_PIXELS or 1 << 32
-            return bits == 8 and components in {1, 3} and 0 < height * width <= max_pixels
-        if 0xC0 <= marker <= 0xCF and marker != 0xC4:
-            return False
-        at += 2 + length
-    return False
+    for _ in range(_MAX_SEGMENTS):
+        segment = read(at, 10)
+        if len(segment) < 10 or segment[0] != 0xFF:
+            return None
+        marker, length = struct.unpack_from(">BH", segment, 1)
+        if 0xC0 <= marker <= 0xCF and marker not in {0xC4, 0xC8, 0xCC}:
+            return _Frame(marker, *struct.unpack_from(">BHHB", segment, 4))
+        if marker == 0xFF:  # a byte of padding
+            at += 1
+        elif length < 2:
+            return None
+        else:
+            at += 2 + length
+    return None
+
+
+def _has_png_end(data: bytes) -> bool:
+    at = 8
+    while not (is_end := data[at + 4 : at + 8] == b"IEND") and at + 12 <= len(data):
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+    return is_end and at + 12 <= len(data)

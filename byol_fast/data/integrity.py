@@ -4,26 +4,42 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
-from byol_fast.data.decode import PixelDepthError, decode
-from byol_fast.utils.files import atomic_write, original_name, printable_name
+from byol_fast.data.decode import (
+    JPEG_HEAD,
+    JPEG_TAIL,
+    PNG_HEAD,
+    PNG_TAIL,
+    ReadAt,
+    UnusableImageError,
+    decode,
+    header_size,
+    reader_of,
+    size_problem,
+)
+from byol_fast.utils.files import atomic_write, open_regular, original_name, printable_name
 
 log = logging.getLogger(__name__)
 
 MIN_LIMIT = 100
 """Number of corrupt images that never stops a run that skips them, unless they are half of all images."""
 
+MAX_BYTES = 2**31 - 2**12
+"""Size of the largest file of an image in bytes, the most that Linux reads in one call."""
+
+TOO_MANY_BYTES = f"must have at most {MAX_BYTES:,} bytes, got {{:,}}; save it as a single picture, compressed"
+"""The defect of a larger file."""
+
 MAX_LOGGED = 20
 """Number of corrupt images that are named in the log."""
 
-JPEG_HEAD, _JPEG_TAIL = b"\xff\xd8\xff", b"\xff\xd9"
-PNG_HEAD, _PNG_TAIL = b"\x89PNG", b"IEND\xaeB`\x82"
 _MAGIC_BYTES = {
     b"<!": "HTML",
     b"<h": "HTML",
@@ -98,7 +114,10 @@ def read_file(path: Path) -> bytes:
         CorruptImageError: the file does not exist or cannot be read.
     """
     try:
-        return path.read_bytes()
+        with open(path, "rb", buffering=0, opener=open_regular) as file:
+            if (num_bytes := os.fstat(file.fileno()).st_size) > MAX_BYTES:
+                raise CorruptImageError(path, TOO_MANY_BYTES.format(num_bytes))
+            return file.readall()
     except FileNotFoundError:
         raise CorruptImageError(path, "is a broken link" if path.is_symlink() else "does not exist any more") from None
     except IsADirectoryError:
@@ -115,14 +134,12 @@ def check_bytes(data: bytes) -> str | None:
         decode(data)
     except UnidentifiedImageError:
         return "is not an image" + (f" (it looks like {kind})" if (kind := _guess_format(data)) else "")
-    except PixelDepthError as error:
+    except UnusableImageError as error:
         return str(error)
-    except Image.DecompressionBombError:
-        return f"is too large to decode safely (more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels)"
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ... on damaged files
-        if data.startswith(JPEG_HEAD) and not data.rstrip(b"\0").endswith(_JPEG_TAIL):
+        if data.startswith(JPEG_HEAD) and not data.rstrip(b"\0").endswith(JPEG_TAIL):
             return f"is a truncated JPEG ({len(data)} bytes)"
-        if data.startswith(PNG_HEAD) and not data.endswith(_PNG_TAIL):
+        if data.startswith(PNG_HEAD) and not data.endswith(PNG_TAIL):
             return f"is a truncated PNG ({len(data)} bytes)"
         return f"cannot be decoded ({error})"
     return None
@@ -135,32 +152,40 @@ def _guess_format(data: bytes) -> str | None:
 
 
 def file_needs_check(path: Path) -> bool:
-    """Return True unless the ends are those of a complete JPEG, 8-bit PNG, or WebP file without EXIF (16 us)."""
+    """Return True unless header and end are those of a complete, supported file (16 us).
+
+    That is a JPEG, an 8-bit PNG, or a WebP without EXIF, within the limits of size.
+    """
     try:
-        with path.open("rb") as file:
-            head = file.read(_HEAD_BYTES)
-            size = file.seek(0, 2)
-            file.seek(max(size - 8, 0))
-            return _ends_need_check(head, file.read(8), size)
+        descriptor = open_regular(path)
     except OSError:
         return True
+    try:
+        size = os.fstat(descriptor).st_size
+        return _needs_check(lambda at, count: os.pread(descriptor, count, at), size)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
 
 
 def bytes_need_check(data: bytes) -> bool:
     """`file_needs_check` for an encoded image in memory."""
-    return _ends_need_check(data[:_HEAD_BYTES], data[-8:], len(data))
+    return _needs_check(reader_of(data), len(data))
 
 
-def _ends_need_check(head: bytes, tail: bytes, size: int) -> bool:
+def _needs_check(read: ReadAt, num_bytes: int) -> bool:
+    size = header_size(read)
+    if num_bytes > MAX_BYTES or size is None or size_problem(*size) is not None:
+        return True
+    head, tail = read(0, _HEAD_BYTES), read(num_bytes - 8, 8)
     if head.startswith(JPEG_HEAD):
-        return not tail.endswith(_JPEG_TAIL)
+        return not tail.endswith(JPEG_TAIL)
     if head.startswith(PNG_HEAD):
         bits = head[24:25]
-        return tail != _PNG_TAIL or bits == b"\x10"  # 16 bits may hold values of fewer
-    if head.startswith(b"RIFF"):
-        has_exif = head[12:16] == b"VP8X" and len(head) > 20 and bool(head[20] & _WEBP_EXIF)
-        return int.from_bytes(head[4:8], "little") + 8 > size or has_exif  # DALI may not read a file with EXIF
-    return True
+        return tail != PNG_TAIL or bits == b"\x10"  # 16 bits may hold values of fewer
+    has_exif = head[12:16] == b"VP8X" and bool(head[20] & _WEBP_EXIF)
+    return int.from_bytes(head[4:8], "little") + 8 > num_bytes or has_exif  # DALI may not read a file with EXIF
 
 
 @dataclass(frozen=True, slots=True)

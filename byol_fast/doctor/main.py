@@ -103,7 +103,7 @@ class Options:
     data: ScanData = field(default_factory=ScanData)
     """Images to check."""
     fast: bool = False
-    """Check only the first and last bytes of each file (16 us): finds truncated files and files that are no images."""
+    """Check only the header and the end of each file (20 us): finds files that are cut off, too large or no images."""
     json: bool = False
     """Print the report as JSON."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -12,9 +11,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from byol_fast.data.decode import FORMATS
+from byol_fast.data.decode import open_image
 from byol_fast.data.integrity import CorruptImageError, check_bytes
 from byol_fast.data.sources import ArraySource, EncodedSource, ImageSource
 from byol_fast.data.sources.base import NUM_SAMPLED_SIZES, evenly_spaced
@@ -79,7 +77,7 @@ def scan(
     Args:
         source: the images.
         threads: number of decoding threads.
-        fast: check only the first and last bytes of each image, decode suspicious ones, and measure up to 1,000; misses
+        fast: check only the header and the end of each image, decode suspicious ones, and measure up to 1,000; misses
             damage in the middle of a file.
         progress: called with the number of finished images.
     """
@@ -132,7 +130,6 @@ def _scan_all(source: ImageSource, threads: int, fast: bool, progress: Callable[
 
 def _size(data: bytes) -> tuple[int, int] | None:
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            return image.size
+        return open_image(data).size
     except Exception:  # the ends are valid, but the header is not: only decoding finds that
         return None

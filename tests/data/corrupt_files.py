@@ -64,7 +64,7 @@ def png_of(side: int, bits: int, color_type: int, packed_rows: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed_rows) + chunk(b"IEND", b"")
 
 
-def bomb(side: int = 20_000) -> bytes:
+def bomb(side: int = 10_000) -> bytes:
     """A PNG of a few hundred bytes for each thousand rows, and of side * side black pixels."""
     packer = zlib.compressobj(9)
     row = bytes(1 + side // 8)
@@ -137,6 +137,7 @@ CORRUPT: dict[str, tuple[str, bytes, str]] = {
         ".*Git LFS pointer: .* not fetched",
     ),
     "truncated PNG": ("x.png", PNG[: len(PNG) // 2], r"is a truncated PNG \(\d+ bytes\)"),
+    "PNG without its end": ("x.png", PNG[:-12], r"is a truncated PNG \(\d+ bytes\)"),
     "PNG with damaged pixels": ("x.png", wrong_crc(), r"cannot be decoded \("),
     "truncated WebP": ("x.webp", WEBP[: len(WEBP) // 2], r"cannot be decoded \("),
     "GIF as .jpg": ("x.jpg", save("GIF"), r"is not an image \(it looks like GIF\)"),
@@ -165,6 +166,12 @@ CORRUPT: dict[str, tuple[str, bytes, str]] = {
         color_png_of_16_bits(PICTURE.astype(np.uint16) * 16),
         wrong_depth("mode RGB of 16 bits .* to 4,095", "4095"),
     ),
+    "100 million pixels": ("x.png", bomb(), "must have at most 89,478,485 pixels, got 10,000 x 10,000; scale down"),
+    "4 x 60,000 PNG": (
+        "x.png",
+        save("PNG", Image.new("L", (4, 60_000))),
+        "must have sides .* to 50:1, got 4 x 60,000; crop",
+    ),
     "floating-point color TIFF": ("x.tif", float_color_tiff(), r"is not an image \(it looks like a TIFF .* 8 bits per"),
 }
 """File name, contents, and a pattern of the defect."""
@@ -186,11 +193,23 @@ def _folder(path: Path) -> None:
     path.mkdir()
 
 
+def _fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
 DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "deleted during the run": (Path.unlink, "does not exist any more"),
     "link whose file went": (_dangling, "is a broken link"),
     "unreadable (permissions)": (_unreadable, r"cannot be read \(Permission denied\)"),
     "replaced by a folder": (_folder, "is a folder"),
+    "replaced by a FIFO": (_fifo, r"cannot be read \(it is a FIFO, not a regular file\)"),
+    "replaced by a link to a device": (_device, r"cannot be read \(it is a device, not a regular file\)"),
     "cut off during the run": (lambda path: os.truncate(path, 200), "is a truncated JPEG"),
 }
 """Damage to an intact file after the source was opened, and a pattern of the defect."""
@@ -235,7 +254,9 @@ UNUSUAL: dict[str, tuple[str, bytes, NDArray[np.uint8], float]] = {
     "unicode name": ("\u00e9\u4e2d \U0001f600.jpg", JPEG, PICTURE, 4),
     "odd characters in the name": ("a\nb\t%20'\"[x]{1..3}.jpg", JPEG, PICTURE, 4),
     "1 x 1": ("x.png", save("PNG", Image.new("RGB", (1, 1), PLAIN)), FLAT, 0),
-    "1 x 3000": ("x.png", save("PNG", Image.new("RGB", (1, 3000), PLAIN)), FLAT, 0),
+    "1 x 50": ("x.png", save("PNG", Image.new("RGB", (1, 50), PLAIN)), FLAT, 0),
+    "50 x 1": ("x.webp", save("WEBP", Image.new("RGB", (50, 1), PLAIN), lossless=True), FLAT, 0),
+    "junk behind the end of a PNG": ("x.png", PNG + b"junk" * 20, PICTURE, 0),
     "5000 x 4000": ("x.png", save("PNG", Image.new("RGB", (5000, 4000), PLAIN)), FLAT, 0),
 }  # fmt: skip
 """File name, contents, expected pixels, and tolerance of the mean difference."""
@@ -304,7 +325,6 @@ def main() -> None:
         show(kind, "x.jpg", JPEG, damage)
     for kind, (name, data, _, _) in UNUSUAL.items():
         show(kind, name, data)
-    show("20000 x 20000 pixels in 50 kB", "x.png", bomb())
 
 
 if __name__ == "__main__":

@@ -157,7 +157,7 @@ def test_error_messages(tmp_path: Path) -> None:
         (tmp_path / "file.doc", "is a file of an unknown kind; give a folder of images, a list"),
         (tmp_path / "photos.tar.gz", "is a file of an unknown kind; unpack it first"),
         (tmp_path / "broken.npz", "cannot be read as a .npz file"),
-        (tmp_path / "objects.npz", "cannot be read as a .npz file"),
+        (tmp_path / "objects.npz", "must be uint8 in 0..255, got object"),
         (tmp_path / "other.npz", r"no array `images` \(it has pictures\); save it with numpy.savez"),
         (tmp_path / "short.npz", "labels must be 4 integers, one per image, got int64 of shape"),
         (tmp_path / "names.npz", "labels must be below the number of class names, 2, got 3"),

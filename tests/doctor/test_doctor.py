@@ -176,7 +176,7 @@ def test_fast_scan_finds_invalid_ends_only(tmp_path: Path) -> None:
         f"{n} {name}" for n, (name, _, _) in enumerate(CORRUPT.values())
     }
     missed = {Path(image).name for image, _ in slow.corrupt} - {Path(image).name for image, _ in fast.corrupt}
-    inside = ("JPEG with a piece missing", "garbage in a JPEG's frame", "PNG with damaged pixels")
+    inside = ("JPEG with a piece missing", "PNG with damaged pixels")
     assert missed == {f"{number} {CORRUPT[kind][0]}" for number, kind in enumerate(CORRUPT) if kind in inside}
     assert dict(fast.corrupt).items() <= dict(slow.corrupt).items()
 

@@ -11,10 +11,8 @@ from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from byol_fast.data.decode import decode
+from byol_fast.data.decode import JPEG_HEAD, PNG_HEAD, decode
 from byol_fast.data.integrity import (
-    JPEG_HEAD,
-    PNG_HEAD,
     CorruptImageError,
     CorruptImages,
     bytes_need_check,

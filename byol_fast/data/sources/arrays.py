@@ -16,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from byol_fast.data.decode import size_problem
 from byol_fast.data.sources.base import ClassLabels, ImageSource, SourceError, labels_from_integers
-from byol_fast.utils.files import printable_name
+from byol_fast.utils.files import open_regular, printable_name
 
 NPZ_HELP = "save it with numpy.savez(path, images=images, labels=labels)"
 
@@ -35,7 +36,8 @@ class ArraySource(ImageSource):
     label_problem: str = ""
 
     def __post_init__(self) -> None:
-        _check_dtype(self.images, self.name)
+        _check_dtype(self.images.dtype, self.name)
+        _check_size(self.images.shape, self.name)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -78,7 +80,7 @@ def array_source(
     """
     x = images.numpy(force=True) if isinstance(images, torch.Tensor) else np.asarray(images)
     shape = list(x.shape)
-    _check_dtype(x, arg_name)
+    _check_dtype(x.dtype, arg_name)
     if x.ndim == 3:
         x = x[..., None]
     if x.ndim == 4 and x.shape[3] not in {1, 3} and x.shape[1] in {1, 3}:
@@ -89,6 +91,7 @@ def array_source(
         )
     if 0 in x.shape:
         raise SourceError(f"{arg_name}: has no images (shape {list(x.shape)})")
+    _check_size(x.shape, arg_name)
     if x.shape[3] == 1:
         x = np.broadcast_to(x, (*x.shape[:3], 3))
     class_labels = ClassLabels(None)
@@ -97,12 +100,20 @@ def array_source(
     return ArraySource(np.ascontiguousarray(x), name=name, **class_labels._asdict())
 
 
-def _check_dtype(images: NDArray[Any], arg_name: str) -> None:
-    if images.dtype != np.uint8:
+def _check_dtype(dtype: np.dtype[Any], arg_name: str) -> None:
+    if dtype != np.uint8:
         raise SourceError(
-            f"{arg_name}: must be uint8 in 0..255, got {images.dtype}; convert it, for example "
+            f"{arg_name}: must be uint8 in 0..255, got {dtype}; convert it, for example "
             "(images * 255).round().astype('uint8') for values in 0..1"
         )
+
+
+def _check_size(shape: Sequence[int], arg_name: str) -> None:
+    """Raise SourceError for images `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]` that are too large or too narrow."""
+    channels_first = len(shape) == 4 and shape[3] not in {1, 3} and shape[1] in {1, 3}
+    height, width = shape[2:4] if channels_first else shape[1:3]
+    if (problem := size_problem(width, height)) is not None:
+        raise SourceError(f"{arg_name}: images {problem}")
 
 
 def open_npz(path: Path, arg_name: str) -> ArraySource:
@@ -113,7 +124,7 @@ def open_npz(path: Path, arg_name: str) -> ArraySource:
     """
     source = open_npz_part(path, arg_name, "")
     if source is None:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb", opener=open_regular) as stream, np.load(stream, allow_pickle=False) as file:
             names = ", ".join(sorted(file)) or "nothing"
         raise SourceError(f"{arg_name}: {path} has no array `images` (it has {names}); {NPZ_HELP}")
     return source
@@ -125,16 +136,30 @@ def open_npz_part(path: Path, arg_name: str, prefix: str) -> ArraySource | None:
     Raises:
         SourceError: the file cannot be read.
     """
+    title = f"{arg_name}: {path}: {prefix}images"
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb", opener=open_regular) as stream, np.load(stream, allow_pickle=False) as file:
             if f"{prefix}images" not in file:
                 return None
+            _check_header(file, f"{prefix}images", title)
             images = file[f"{prefix}images"]
             labels = file.get(f"{prefix}labels")
             classes = file["classes"].tolist() if "classes" in file else ()
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except SourceError:
+        raise
+    except (ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         raise SourceError(f"{arg_name}: {path} cannot be read as a .npz file ({error}); {NPZ_HELP}") from error
-    return array_source(images, labels, classes, arg_name=f"{arg_name}: {path}: {prefix}images", name=path.name)
+    return array_source(images, labels, classes, arg_name=title, name=path.name)
+
+
+def _check_header(file: Any, name: str, title: str) -> None:
+    """Check the type and the size of the images in a `.npz` file before they are read."""
+    with file.zip.open(f"{name}.npy") as member:
+        if np.lib.format.read_magic(member) == (1, 0):
+            shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+            _check_dtype(dtype, title)
+            if len(shape) in {3, 4}:
+                _check_size(shape, title)
 
 
 def open_demo() -> tuple[ArraySource, ArraySource]:

@@ -148,7 +148,7 @@ class EncodedSource(ImageSource):
         """
 
     def needs_check(self, i: int) -> bool:
-        """Return True if the first and last bytes of image `i` do not prove it complete: decode it to know."""
+        """Return True if header and end of image `i` do not prove it complete: decode it to know."""
         return bytes_need_check(self.read(i))
 
     def load(self, i: int) -> Image.Image:  # noqa: D102 (inherited)

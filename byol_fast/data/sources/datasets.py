@@ -19,7 +19,7 @@ import torchvision
 from numpy.typing import NDArray
 from PIL import Image
 
-from byol_fast.data.decode import PixelDepthError, to_rgb
+from byol_fast.data.decode import UnusableImageError, check_size, to_rgb
 from byol_fast.data.integrity import CorruptImageError, read_file
 from byol_fast.data.sources.base import (
     ClassLabels,
@@ -86,7 +86,7 @@ class DatasetSource(ImageSource):
         try:
             item = self.dataset[int(self.index[i])]
             image = as_image(item)  # PIL decodes here
-        except PixelDepthError as error:
+        except UnusableImageError as error:
             raise CorruptImageError(self.sample_name(i), str(error)) from error
         except Exception as error:  # of any type: the dataset is the user's code
             raise CorruptImageError(self.sample_name(i), f"cannot be read ({type(error).__name__}: {error})") from error
@@ -204,7 +204,7 @@ def open_dataset(dataset: Any, arg_name: str) -> DatasetSource:
     try:
         first = dataset[0]
         image = as_image(first)
-    except PixelDepthError as error:
+    except UnusableImageError as error:
         raise SourceError(f"{arg_name}: {name}[0] {error}") from error
     except Exception as error:
         raise SourceError(f"{arg_name}: {name}[0] raises {type(error).__name__}: {error}") from error
@@ -338,6 +338,7 @@ def as_image(item: Any) -> Image.Image | None:
         item = item[..., 0]
     if item.ndim not in {2, 3} or (item.ndim == 3 and item.shape[2] not in {3, 4}) or 0 in item.shape:
         return None
+    check_size(item.shape[1], item.shape[0])
     return Image.fromarray(np.ascontiguousarray(item)).convert("RGB")
 
 

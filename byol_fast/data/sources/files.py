@@ -65,7 +65,7 @@ class FileSource(EncodedSource):
         return read_file(self.path(i))
 
     def needs_check(self, i: int) -> bool:  # noqa: D102 (inherited)
-        return file_needs_check(self.path(i))  # reads the two ends of the file only
+        return file_needs_check(self.path(i))  # reads the header and the end of the file only
 
     def sample_name(self, i: int) -> str:  # noqa: D102 (inherited)
         return printable_name(self.path(i))

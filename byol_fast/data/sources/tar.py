@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from byol_fast.data.integrity import CorruptImageError
+from byol_fast.data.integrity import MAX_BYTES, TOO_MANY_BYTES, CorruptImageError
 from byol_fast.data.sources.base import (
     EXTENSIONS,
     NUM_SAMPLED_SIZES,
@@ -33,7 +33,7 @@ from byol_fast.data.sources.base import (
 )
 from byol_fast.data.sources.shards import cache_path, file_stamp
 from byol_fast.data.sources.tar_index import INDEX_FORMAT, Index, build_index, unpack_texts
-from byol_fast.utils.files import atomic_path, printable_name
+from byol_fast.utils.files import atomic_path, open_regular, printable_name
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +76,8 @@ class TarSource(EncodedSource):
 
     def read(self, i: int) -> bytes:  # noqa: D102 (inherited)
         size = int(self.size[i])
+        if size > MAX_BYTES:
+            raise CorruptImageError(self.sample_name(i), TOO_MANY_BYTES.format(size))
         try:
             file = self._open_file(self.shards[self.shard[i]])
             data = os.pread(file.descriptor, size, int(self.offset[i]))
@@ -113,7 +115,7 @@ class _OpenFile:
     """File descriptor that is closed when the last reference to it is dropped."""
 
     def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY)
+        self.descriptor = open_regular(path)
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
@@ -218,7 +220,7 @@ def _save_index(path: Path, stamp: str, index: Mapping[str, NDArray[Any]]) -> No
 
 def _wrong_format(path: Path) -> str | None:
     """Problem of a file that is not a tar file; None if it may be one."""
-    with path.open("rb") as file:
+    with open(path, "rb", opener=open_regular) as file:
         head = file.read(64)
     if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
         return "is compressed, so single images cannot be read from it; unpack it (gunzip, unxz, ...)"
