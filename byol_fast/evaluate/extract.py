@@ -27,6 +27,7 @@ def extract_features(
     device: torch.device,
     autocast: torch.dtype | None = None,
     check: Callable[[], None] | None = None,
+    transform: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Features of all images, in order.
 
@@ -37,6 +38,7 @@ def extract_features(
         device: device of the encoder.
         autocast: dtype to compute in; None: that of the weights.
         check: called before every batch; may raise to stop.
+        transform: applied to the features of each batch; its results are returned instead.
 
     Returns:
         Features, fp32 `[N, D]` on the device, and the positions of their images, int64 `[N]` on the CPU.
@@ -53,7 +55,8 @@ def extract_features(
                 check()
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                 x = encoder(normalize(batch.to(device, non_blocking=True)))
-            features.append(x.flatten(1).float())
+            x = x.flatten(1).float()
+            features.append(x if transform is None else transform(x))
             positions.append(index)
     finally:
         for module, mode in modes:

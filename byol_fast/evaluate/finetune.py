@@ -182,11 +182,13 @@ def _evaluate_network(
         seed=s.seed,
         description=description,
     )
-    logits, y = context.features(pretrained, result.network, run.images.test, f"{description}: test images")
+    ranking, y = context.features(
+        pretrained, result.network, run.images.test, f"{description}: test images", transform=top_classes
+    )
     facts: dict[str, Any] = {"lr": lr, "epochs": epochs, "batch_size": batch_size, "num_held_out": num_held_out}
     facts["tried"] = [{"lr": t.lr, "epochs": t.epochs, "top1_held_out": t.accuracy} for t in trials]
     curve = [(float(epoch), top1) for epoch, top1 in enumerate(result.history, 1)]
-    return score(top_classes(logits), y, run.images.classes), facts, curve
+    return score(ranking, y, run.images.classes), facts, curve
 
 
 def batch_size_for(num_images: int, requested: int) -> int:
@@ -243,8 +245,10 @@ def grid_search(
             trials.append(Trial(lr, epochs, 0.0))
             num_diverged += 1
             continue
-        logits, y = context.features(pretrained, result.network, val, "held-out images")
-        trials.append(Trial(lr, epochs, accuracy(logits, y)))
+        predictions, y = context.features(
+            pretrained, result.network, val, "held-out images", transform=lambda logits: logits.argmax(dim=1)
+        )
+        trials.append(Trial(lr, epochs, accuracy(predictions, y)))
         context.progress.print(f"{name}: {trials[-1].accuracy:.1%} of {len(y)} held-out images")
     if num_diverged == len(trials):
         raise DivergedError(
@@ -285,7 +289,9 @@ def finetune(
         DivergedError: the loss is not finite.
     """
     # --- network, data, optimizer
-    head = _initial_head(feature_dim(encoder, pretrained.image_size), len(source.classes), generator(seed))
+    dim, num_classes = feature_dim(encoder, pretrained.image_size), len(source.classes)
+    context.check_memory(3 * (dim + batch_size) * num_classes, num_classes)
+    head = _initial_head(dim, num_classes, generator(seed))
     network = context.to_device(Classifier(encoder, head)).train().requires_grad_()
     assert isinstance(network, Classifier)
     normalize = pretrained.normalize.to(context.device)

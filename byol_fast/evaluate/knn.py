@@ -94,6 +94,7 @@ def _scores_by_k(entry: Entry, ks: Sequence[int], temperature: float) -> list[Sc
         ks=[min(k, len(train_x)) for k in ks],  # corrupt images may be missing
         temperature=temperature,
         num_classes=len(images.classes),
+        num_ranked=5,
     )
     return [score(ranking, test_y, images.classes) for ranking in rankings]
 
@@ -142,6 +143,7 @@ def knn_rankings(
     ks: Sequence[int],
     temperature: float,
     num_classes: int,
+    num_ranked: int | None = None,
     chunk: int = 1024,
 ) -> list[Tensor]:
     """`knn_predict` for several k, in one search.
@@ -153,10 +155,12 @@ def knn_rankings(
         ks: numbers of neighbors, each 1..M.
         temperature: as for `knn_predict`.
         num_classes: as for `knn_predict`.
+        num_ranked: number of classes to rank, the best ones, in memory that does not grow with the number of classes;
+            None: all.
         chunk: as for `knn_predict`.
 
     Returns:
-        A ranking for each k.
+        A ranking for each k, `[N, num_ranked]`, or `[N, num_classes]` if there are fewer.
 
     Raises:
         ValueError: as `knn_predict`.
@@ -177,7 +181,7 @@ def knn_rankings(
         raise ValueError(
             f"knn_predict: train_y must be 0..{num_classes - 1}, got {int(train_y.min())}..{int(train_y.max())}"
         )
-    train_y = train_y.long()
+    train_y, num_ranked = train_y.long(), min(num_ranked or num_classes, num_classes)
     bank = _normalize(train_x)
     rankings: list[list[Tensor]] = [[] for _ in ks]
     for queries in torch.split(test_x, chunk):
@@ -186,10 +190,32 @@ def knn_rankings(
         votes = ((similarity - similarity[:, :1]) / temperature).exp()
         classes = train_y[nearest]
         for k, rankings_of_k in zip(ks, rankings, strict=True):
-            scores = votes.new_zeros(len(queries), num_classes).scatter_add_(1, classes[:, :k], votes[:, :k])
-            rankings_of_k.append(scores.argsort(dim=1, descending=True, stable=True))
-    empty = torch.empty(0, num_classes, dtype=torch.int64, device=test_x.device)
+            rankings_of_k.append(_rank_classes(classes[:, :k], votes[:, :k], num_ranked))
+    empty = torch.empty(0, num_ranked, dtype=torch.int64, device=test_x.device)
     return [torch.cat([empty, *rankings_of_k]) for rankings_of_k in rankings]
+
+
+def _rank_classes(classes: Tensor, votes: Tensor, num_ranked: int) -> Tensor:
+    """The R classes with the most votes, best first; those with equal votes in ascending order.
+
+    Args:
+        classes: of the neighbors `[N, k]`.
+        votes: of the neighbors `[N, k]`, zero or more.
+        num_ranked: R.
+    """
+    # Of the classes without votes, only 0..R-1 can be among the first R: each gets a vote of 0.
+    others = torch.arange(num_ranked, device=classes.device).expand(len(classes), -1)
+    classes, votes = torch.cat([classes, others], dim=1), F.pad(votes, (0, num_ranked))
+    # --- number the different classes of each row, in ascending order
+    ascending, order = classes.sort(dim=1)
+    numbers = F.pad((ascending[:, 1:] != ascending[:, :-1]).cumsum(dim=1), (1, 0))
+    class_of = torch.zeros_like(numbers).scatter_(1, numbers, ascending)
+    # --- sum the votes of each class in the order of the neighbors, and sort
+    number_of_neighbor = torch.empty_like(numbers).scatter_(1, order, numbers)
+    sums = torch.zeros_like(votes).scatter_add_(1, number_of_neighbor, votes)
+    sums.masked_fill_(torch.arange(sums.shape[1], device=sums.device) > numbers[:, -1:], -1)  # no class
+    best = sums.argsort(dim=1, descending=True, stable=True)[:, :num_ranked]
+    return class_of.gather(1, best)
 
 
 def _normalize(x: Tensor) -> Tensor:
@@ -213,8 +239,10 @@ def knn_accuracy(
 ) -> KNNResult:
     """Accuracy of `knn_predict`; k is limited to the number of training samples."""
     k = min(k, len(train_x))
-    ranking = knn_predict(train_x, train_y, test_x, k=k, temperature=temperature, num_classes=num_classes)
-    hits = ranking[:, :5] == test_y.to(ranking.device)[:, None]
+    (ranking,) = knn_rankings(
+        train_x, train_y, test_x, ks=(k,), temperature=temperature, num_classes=num_classes, num_ranked=5
+    )
+    hits = ranking == test_y.to(ranking.device)[:, None]
     return KNNResult(
         top1=float(hits[:, 0].float().mean()),
         top5=float(hits.any(dim=1).float().mean()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from torch.nn import functional as F
 from byol_fast.config.evaluation import LinearSettings
 from byol_fast.data import ImageSource
 from byol_fast.evaluate.encoder import PretrainedEncoder
-from byol_fast.evaluate.logistic import sweep_logistic
-from byol_fast.evaluate.metrics import Scores, accuracy, score, top_classes
+from byol_fast.evaluate.logistic import COPIES_IN_FIT, sweep_logistic
+from byol_fast.evaluate.metrics import Scores, accuracy, in_chunks, score, top_classes
 from byol_fast.evaluate.results import Baseline, Evaluation
 from byol_fast.evaluate.runner import Entry, EvalRun, OnResult
 from byol_fast.evaluate.splits import train_val_split
@@ -79,6 +80,11 @@ def evaluate_linear(
 
 def _evaluate_logistic(run: EvalRun[LinearSettings]) -> Evaluation:
     s, images = run.settings, run.images
+    num_classes = len(images.classes)
+    if len(set(s.l2)) > 1:  # raises before the work
+        train_val_split(np.asarray(images.train.labels), s.held_out, seed=s.seed)
+    dim = feature_dim(run.pretrained.encoder, run.pretrained.image_size)
+    run.context.check_memory(COPIES_IN_FIT * num_classes * (dim + 1), num_classes)
 
     def evaluate(entry: Entry) -> tuple[Scores, dict[str, Any], Curve, int]:
         x, y = entry.features(images.train, "training images")
@@ -89,7 +95,7 @@ def _evaluate_logistic(run: EvalRun[LinearSettings]) -> Evaluation:
             sweep = sweep_logistic(
                 views,
                 y,
-                num_classes=len(images.classes),
+                num_classes=num_classes,
                 l2=s.l2,
                 held_out=s.held_out,
                 seed=s.seed,
@@ -97,7 +103,8 @@ def _evaluate_logistic(run: EvalRun[LinearSettings]) -> Evaluation:
             )
         del x, views  # room for the features of the test images
         test_x, test_y = entry.features(images.test, "test images")
-        scores = score(top_classes(sweep.model.logits(test_x)), test_y, images.classes)
+        ranking = in_chunks(lambda rows: top_classes(sweep.model.logits(rows)), test_x, num_classes)
+        scores = score(ranking, test_y, images.classes)
         facts = {
             "l2": sweep.model.l2,
             "iterations": sweep.model.iterations,
@@ -120,7 +127,7 @@ def _evaluate_logistic(run: EvalRun[LinearSettings]) -> Evaluation:
 
 def _evaluate_sgd(run: EvalRun[LinearSettings]) -> Evaluation:
     s, images = run.settings, run.images
-    train, val = images.train, None
+    train, val, num_classes = images.train, None, len(images.classes)
     if len(set(s.lr)) > 1:
         parts = train_val_split(np.asarray(train.labels), s.held_out, seed=s.seed)
         train, val = (images.train.subset(part) for part in parts)
@@ -131,12 +138,15 @@ def _evaluate_sgd(run: EvalRun[LinearSettings]) -> Evaluation:
         best = 0
         if val is not None:
             x, y = entry.features(val, "held-out images")
-            accuracies = [accuracy(logits, y) for logits in classifiers(x)]
+            accuracies = [
+                accuracy(in_chunks(partial(_predict, layer), x, num_classes), y) for layer in classifiers.layers
+            ]
             curve = sorted(zip(classifiers.lr, accuracies, strict=True))
             best = int(np.argmax(accuracies))
         test_x, test_y = entry.features(images.test, "test images")
-        scores = score(top_classes(classifiers(test_x)[best]), test_y, images.classes)
-        return scores, classifiers.lr[best], curve
+        layer = classifiers.layers[best]
+        ranking = in_chunks(lambda rows: top_classes(layer(rows)), test_x, num_classes)
+        return score(ranking, test_y, images.classes), classifiers.lr[best], curve
 
     with torch.no_grad():
         results = [(entry.name, evaluate(entry)) for entry in run.entries(raw_pixels=False)]
@@ -158,12 +168,20 @@ def _evaluate_sgd(run: EvalRun[LinearSettings]) -> Evaluation:
     )
 
 
+def _predict(layer: nn.Module, x: Tensor) -> Tensor:
+    logits: Tensor = layer(x)
+    return logits.argmax(dim=1)
+
+
 def _train_classifiers(entry: Entry, source: ImageSource, s: LinearSettings) -> LinearClassifiers:
     """One linear classifier per learning rate, all trained in one pass over random crops."""
     context, pretrained = entry.run.context, entry.run.pretrained
     encoder = entry.network.eval()
-    dim = feature_dim(encoder, pretrained.image_size)
-    classifiers = LinearClassifiers(dim, len(source.classes), sorted(set(s.lr)), generator(s.seed)).to(context.device)
+    dim, num_classes = feature_dim(encoder, pretrained.image_size), len(source.classes)
+    # Weights, gradients and momentum; the logits of a batch, and their gradients.
+    values = 3 * dim * num_classes + 2 * min(s.batch_size, len(source)) * num_classes
+    context.check_memory(len(set(s.lr)) * values, num_classes)
+    classifiers = LinearClassifiers(dim, num_classes, sorted(set(s.lr)), generator(s.seed)).to(context.device)
     normalize = pretrained.normalize.to(context.device)
     loader = SupervisedLoader(pretrained, source, context, batch_size=s.batch_size, seed=s.seed)
     total_steps = s.epochs * loader.batches_per_epoch

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from byol_fast.evaluate.metrics import accuracy
+from byol_fast.evaluate.metrics import MAX_LOGITS, accuracy, in_chunks
 from byol_fast.evaluate.splits import train_val_split
 
 log = logging.getLogger(__name__)
@@ -21,8 +21,17 @@ MAX_ITERATIONS = 300
 MAX_WORSE_IN_A_ROW = 3
 """A sweep stops after this many candidates in a row that do not improve the accuracy."""
 
+MAX_MEAN = 1e3
+"""Largest mean of a feature, in standard deviations, of which the product of weights and features has digits enough;
+those of a nearly collapsed encoder have a larger one."""
+
+HISTORY = 20
+"""Steps that L-BFGS remembers."""
+COPIES_IN_FIT = 2 * HISTORY + 6
+"""Tensors of the size of the weights that a fit has in memory."""
+
 _CHUNK_ROWS = 1 << 16
-"""Number of rows whose logits are in memory at a time."""
+"""Number of rows whose logits are in memory at a time; fewer with so many classes that they exceed `MAX_LOGITS`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,7 +45,8 @@ class LogisticModel:
     mean: Tensor
     """Mean of the features it was fitted on `[D]`."""
     scale: Tensor
-    """Standard deviation of these features `[D]`; 1 for constant ones."""
+    """Standard deviation of these features `[D]`; 1 for those that vary less than a millionth of the one that varies
+    most."""
     l2: float
     iterations: int
     converged: bool
@@ -44,8 +54,14 @@ class LogisticModel:
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits `[N, C]` of features `[N, D]`."""
+        if bool((self.mean.abs() > MAX_MEAN * self.scale).any()):
+            return torch.addmm(self.bias, (x - self.mean) / self.scale, self.weight.T)
         weight = self.weight / self.scale
         return torch.addmm(self.bias - weight @ self.mean, x, weight.T)
+
+    def predict(self, x: Tensor) -> Tensor:
+        """The most probable class of features `[N, D]`, int64 `[N]`."""
+        return self.logits(x).argmax(dim=1)
 
 
 class LogisticProblem:
@@ -116,7 +132,7 @@ class LogisticProblem:
             max_eval=2 * max_iterations,
             tolerance_grad=tolerance,
             tolerance_change=0.1 * tolerance**2,
-            history_size=20,
+            history_size=HISTORY,
             line_search_fn="strong_wolfe",
         )
 
@@ -148,10 +164,11 @@ class LogisticProblem:
         gradient = torch.zeros_like(weights)
         gradient[:, :-1] = l2 * weight
         sample_weight = 1 / len(self.rotated)
-        for rows, labels in zip(torch.split(self.rotated, _CHUNK_ROWS), torch.split(self.y, _CHUNK_ROWS), strict=True):
+        chunk = max(min(_CHUNK_ROWS, MAX_LOGITS // self.num_classes), 1)
+        for rows, labels in zip(torch.split(self.rotated, chunk), torch.split(self.y, chunk), strict=True):
             log_p = F.log_softmax(torch.addmm(bias, rows, weight.T), dim=1)
             loss = loss - sample_weight * log_p.gather(1, labels[:, None]).double().sum()
-            error = log_p.exp()
+            error = log_p.exp_()
             error.scatter_add_(1, labels[:, None], error.new_full((len(labels), 1), -1.0))
             gradient[:, :-1].addmm_(error.T, rows, alpha=sample_weight)
             gradient[:, -1].add_(error.sum(dim=0), alpha=sample_weight)
@@ -228,7 +245,7 @@ def _best_model(
     best_accuracy, num_worse = -1.0, 0
     for number, l2 in enumerate(strengths, 1):
         model = problem.fit(l2, start=model)
-        val_accuracy = accuracy(model.logits(val_x), val_y)
+        val_accuracy = accuracy(in_chunks(model.predict, val_x, problem.num_classes), val_y)
         candidates.append((l2, val_accuracy))
         on_fit(number, f"l2 {l2:.3g}: {val_accuracy:.1%}, {model.iterations} iterations")
         if val_accuracy > best_accuracy:  # the stronger one if equal

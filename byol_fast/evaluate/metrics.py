@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,9 @@ from torch import Tensor
 
 Z95 = 1.959963984540054
 """The 97.5 % point of the normal distribution."""
+
+MAX_LOGITS = 1 << 26
+"""Number of logits that are in memory at a time: 256 MiB in fp32."""
 
 Interval = tuple[float, float]
 
@@ -66,7 +69,7 @@ class Scores:
     """Share of images whose class is among the first five."""
     per_class: tuple[ClassScore, ...]
     confusion: NDArray[np.int64]
-    """Number of images of class i (row) that were classified as class j (column) `[C, C]`."""
+    """Cells of the confusion matrix that are not 0, `[K, 3]`: true class, predicted class, number of images; sorted."""
 
 
 def score(ranking: Tensor, labels: Tensor, classes: Sequence[str]) -> Scores:
@@ -79,9 +82,9 @@ def score(ranking: Tensor, labels: Tensor, classes: Sequence[str]) -> Scores:
     """
     predictions, labels = ranking[:, :5].cpu(), labels.cpu()
     num_classes, num_images = len(classes), len(labels)
-    cells = labels * num_classes + predictions[:, 0]
-    confusion = torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes).numpy()
-    counts, hits = confusion.sum(axis=1).tolist(), confusion.diagonal().tolist()
+    cells, sizes = np.unique((labels * num_classes + predictions[:, 0]).numpy(), return_counts=True)
+    is_hit = predictions[:, 0] == labels
+    counts, hits = (torch.bincount(part, minlength=num_classes).tolist() for part in (labels, labels[is_hit]))
     return Scores(
         top1=sum(hits) / num_images,
         top1_ci95=wilson_interval(sum(hits), num_images),
@@ -90,7 +93,7 @@ def score(ranking: Tensor, labels: Tensor, classes: Sequence[str]) -> Scores:
             ClassScore(name, count, hit / count if count else None, wilson_interval(hit, count))
             for name, count, hit in zip(classes, counts, hits, strict=True)
         ),
-        confusion=confusion,
+        confusion=np.stack([*divmod(cells, num_classes), sizes], axis=1),
     )
 
 
@@ -99,6 +102,17 @@ def top_classes(logits: Tensor) -> Tensor:
     return logits.topk(min(5, logits.shape[1]), dim=1).indices
 
 
-def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of rows whose largest entry is that of the label, 0..1."""
-    return float((logits.argmax(dim=1) == labels.to(logits.device)).double().mean())
+def in_chunks(fn: Callable[[Tensor], Tensor], x: Tensor, num_classes: int) -> Tensor:
+    """Results of a function of rows that computes their logits, for at most `MAX_LOGITS` logits at a time.
+
+    Args:
+        fn: of some rows `[B, D]`, with a result for each.
+        x: features `[N, D]`.
+        num_classes: logits of a row.
+    """
+    return torch.cat([fn(rows) for rows in torch.split(x, max(MAX_LOGITS // num_classes, 1))])
+
+
+def accuracy(predictions: Tensor, labels: Tensor) -> float:
+    """Share of predictions that equal their labels, 0..1."""
+    return float((predictions == labels.to(predictions.device)).double().mean())

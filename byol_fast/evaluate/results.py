@@ -208,11 +208,14 @@ def _class_table(evaluation: Evaluation) -> Table:
     for heading in ("class", "images", "top-1", "95 % interval", "most common mistake"):
         table.add_column(heading, justify="right" if heading in {"images", "top-1"} else "left")
     number_of = {name: i for i, name in enumerate(evaluation.classes)}
+    confusion = evaluation.scores.confusion
+    mistakes = confusion[confusion[:, 0] != confusion[:, 1]]
     for c in shown:
-        mistakes = evaluation.scores.confusion[number_of[c.name]].copy()
-        mistakes[number_of[c.name]] = 0
-        top = mistakes.argmax()
-        mistake = f"{evaluation.classes[top]} ({mistakes[top] / c.count:.0%})" if mistakes[top] else ""
+        of_class = mistakes[mistakes[:, 0] == number_of[c.name]]
+        mistake = ""
+        if len(of_class):
+            _, predicted, count = of_class[of_class[:, 2].argmax()]
+            mistake = f"{evaluation.classes[predicted]} ({count / c.count:.0%})"
         table.add_row(c.name, str(c.count), f"{c.accuracy:.1%}", _interval_text(c.ci95), mistake)
     return table
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,9 +25,11 @@ from byol_fast.evaluate.metrics import Scores
 from byol_fast.evaluate.results import Baseline, Evaluation, check_writable, write
 from byol_fast.evaluate.splits import subsample
 from byol_fast.utils import cpu_tuning, env
-from byol_fast.utils.device import resolve_device
+from byol_fast.utils.device import resolve_device, total_memory
 from byol_fast.utils.precision import resolve_precision
 from byol_fast.utils.progress import Progress
+
+log = logging.getLogger(__name__)
 
 S = TypeVar("S", bound=EvalSettings)
 OnResult = Callable[[Evaluation], None]
@@ -33,6 +37,8 @@ OnResult = Callable[[Evaluation], None]
 RAW_PIXELS_SIZE = 32
 """Height and width of images whose raw pixels are the features; larger ones would have too many."""
 BATCH_SIZE = 256
+FEATURE_RANGE = (1e-10, 1e15)
+"""Smallest and largest value that the largest feature may have: squares of others vanish or overflow in fp32."""
 
 
 class EvalContext:
@@ -86,6 +92,7 @@ class EvalContext:
         *,
         size: int | None = None,
         flip: bool = False,
+        transform: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Features of center crops, and their labels.
 
@@ -96,27 +103,64 @@ class EvalContext:
             description: text of the progress bar.
             size: height and width of the crops in pixels; None: `pretrained.image_size`.
             flip: mirror the images.
+            transform: applied to the features of each batch; its results are returned instead.
 
         Returns:
             Features, fp32 `[N, D]`, and labels, int64 `[N]`, of the readable images, on the device.
 
         Raises:
-            ValueError: a feature is not finite.
+            ValueError: a feature is not finite, or they are too large or too small to compute with.
         """
         batches = self.progress.track(self.batches(pretrained, source, size), len(source), description)
+        largest = torch.zeros((), device=self.device)
+
+        def measure_and_transform(x: Tensor) -> Tensor:
+            largest.copy_(torch.maximum(largest, x.abs().max()))  # keeps NaN
+            return x if transform is None else transform(x)
+
         x, index = extract_features(
             network,
             ((images.flip(3) if flip else images, index) for images, index in batches),
             normalize=pretrained.normalize.to(self.device),
             device=self.device,
             autocast=self.precision.autocast_dtype,
+            transform=measure_and_transform,
         )
-        if not bool(torch.isfinite(x).all()):
-            raise ValueError(
-                f"eval: the features of {pretrained.name} must be finite, some are not; set --precision fp32, or "
-                "check the loss of its run"
-            )
+        self._check_range(float(largest), pretrained.name, is_bounded=transform is None)
+        if transform is None and len(x) > 1 and torch.equal(x.amin(dim=0), x.amax(dim=0)):
+            log.warning("eval: %s: all %d images have the same features; the network is collapsed", description, len(x))
         return x, labels_of(source)[index].to(self.device)
+
+    def _check_range(self, largest: float, name: str, *, is_bounded: bool) -> None:
+        if not math.isfinite(largest):
+            raise ValueError(
+                f"eval: the features of {name} must be finite, some are not; set --precision fp32, or check the loss "
+                "of its run"
+            )
+        low, high = FEATURE_RANGE
+        if is_bounded and largest and not low <= largest <= high:
+            raise ValueError(
+                f"eval: the largest feature of {name} must be {low:g} to {high:g} in size, got {largest:.3g}; its "
+                "weights have diverged or vanished, use an earlier checkpoint"
+            )
+
+    def check_memory(self, num_values: int, num_classes: int) -> None:
+        """Refuse a classifier that cannot fit into the memory of the device.
+
+        Args:
+            num_values: fp32 values that are in memory at once.
+            num_classes: of the classifier.
+
+        Raises:
+            ValueError: it cannot fit.
+        """
+        needed, total = 4 * num_values, total_memory(self.device)
+        if needed > total:
+            raise ValueError(
+                f"eval: a linear classifier of {num_classes:,} classes needs {needed / 2**30:.0f} GiB, "
+                f"{self.device.type} has {total / 2**30:.0f}; check that the labels are classes, not numbers of the "
+                "images, or use eval knn"
+            )
 
     def untrained(self, pretrained: PretrainedEncoder, train: ImageSource, seed: int) -> nn.Module:
         """The encoder's network with new weights and BN statistics of the training images, on the device.
@@ -220,7 +264,7 @@ class EvalRun(Generic[S]):
             train=self.images.train.describe(),
             test=self.images.test.describe(),
             num_train=len(self.images.train) if num_train is None else num_train,
-            num_test=int(scores.confusion.sum()),
+            num_test=int(scores.confusion[:, 2].sum()),
             classes=self.images.classes,
             scores=scores,
             settings={k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self.settings).items()},

@@ -36,7 +36,8 @@ def save_figures(record: Record, folder: Path) -> list[Path]:
     hardest = "classes" if num_classes <= MAX_CLASSES else f"the {MAX_CLASSES} hardest classes"
     charts = {"": accuracy_chart(record, title), "_classes": _class_chart(record, f"{title}: {hardest}")}
     if num_classes <= MAX_CLASSES:
-        charts["_confusion"] = confusion_chart(record["confusion"], record["classes"], f"{title}: confusion, percent")
+        counts = confusion_matrix(record["confusion"], num_classes)
+        charts["_confusion"] = confusion_chart(counts, record["classes"], f"{title}: confusion, percent")
     if len(record["curve"]) > 1:
         charts["_curve"] = curve_chart(record, title)
     try:
@@ -72,6 +73,19 @@ def _class_chart(record: Record, title: str) -> str:
     return bar_chart(
         [c["class"] for c in rows], [c["accuracy"] for c in rows], title=title, x_label="top-1", intervals=intervals
     )
+
+
+def confusion_matrix(cells: Sequence[Sequence[int]], num_classes: int) -> list[list[int]]:
+    """Number of images of each class (row) that were classified as each class (column).
+
+    Args:
+        cells: true class, predicted class and number of images of the cells that are not 0.
+        num_classes: number of rows and columns.
+    """
+    matrix = [[0] * num_classes for _ in range(num_classes)]
+    for true, predicted, count in cells:
+        matrix[true][predicted] = count
+    return matrix
 
 
 def confusion_chart(counts: Sequence[Sequence[float]], classes: Sequence[str], title: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from byol_fast.report.evaluation_figures import (
@@ -9,12 +10,16 @@ from byol_fast.report.evaluation_figures import (
     accuracy_chart,
     baselines_of,
     confusion_chart,
+    confusion_matrix,
     curve_chart,
     curve_label,
 )
 from byol_fast.report.formatting import UNKNOWN, as_text, count, finite, flatten, interval_text, percent
 from byol_fast.report.page import Section, chart_grid, details, facts, paragraph, table
 from byol_fast.report.reading import Record, RunFiles
+
+MAX_ROWS = 1000
+"""Largest number of classes in a table."""
 
 
 def evaluations(run: RunFiles) -> list[Section]:
@@ -47,17 +52,21 @@ def _evaluation(record: Record) -> str:
     if isinstance(record.get("encoder"), str):
         parts.append(paragraph(f"{record['encoder']}, step {count(record.get('step'))}", "faint"))
     parts += [paragraph(text, "warn") for text in weaker_than_baselines(record)]
-    confusion = _confusion(record)
+    classes: list[str] = record.get("classes") or []
+    cells = _confusion(record, len(classes))
     column = ""
     if baselines_of(record) and finite(record.get("top1")) is not None:
         column += accuracy_chart(record, "Compared with its baselines")
     if any(isinstance(point, dict) for point in record.get("curve") or []):
         column += curve_chart(record, f"Top-1 by {curve_label(record)}")
     charts = [f"<div>{column}</div>"] if column else []
-    if confusion is not None and len(confusion[1]) <= MAX_CLASSES:
-        charts.append(confusion_chart(*confusion, "Confusion, percent of each true class"))
+    if cells and len(classes) <= MAX_CLASSES:
+        matrix = confusion_matrix(cells, len(classes))
+        charts.append(confusion_chart(matrix, classes, "Confusion, percent of each true class"))
     parts.append(chart_grid(charts) if charts else "")
-    parts.append(_common_mistakes(*confusion) if confusion is not None else "")
+    parts.append(_common_mistakes(cells, classes) if cells else "")
+    if cells is None:
+        parts.append(paragraph("The confusion matrix is left out: it was written by an earlier version.", "faint"))
     return "".join(parts) + _class_table(record) + _settings_table(record)
 
 
@@ -66,10 +75,11 @@ def _class_table(record: Record) -> str:
     classes.sort(key=lambda c: finite(c.get("accuracy")) or 0.0)
     rows = [
         [str(c.get("class", "?")), c.get("count"), percent(c.get("accuracy")), interval_text(c, "ci95")]
-        for c in classes
+        for c in classes[:MAX_ROWS]
     ]
     headers = ["class", "images", "accuracy", "95 % interval"]
-    return details("Accuracy by class, lowest first", table(headers, rows)) if rows else ""
+    title = "Accuracy by class, lowest first" + (f" ({MAX_ROWS:,} of {len(classes):,})" if classes[MAX_ROWS:] else "")
+    return details(title, table(headers, rows)) if rows else ""
 
 
 def _settings_table(record: Record) -> str:
@@ -79,20 +89,22 @@ def _settings_table(record: Record) -> str:
     return details("Settings", table(["setting", "value"], rows)) if rows else ""
 
 
-def _confusion(record: Record) -> tuple[list[list[float]], list[str]] | None:
-    """The confusion matrix and the names of its classes, if they fit together."""
-    matrix, classes = record.get("confusion"), [str(c) for c in record.get("classes") or []]
-    if not isinstance(matrix, list) or not classes or len(matrix) != len(classes):
-        return None
-    if any(not isinstance(row, list) or len(row) != len(classes) for row in matrix):
-        return None
-    return [[finite(v) or 0.0 for v in row] for row in matrix], classes
+def _confusion(record: Record, num_classes: int) -> list[list[int]] | None:
+    """Cells of the confusion matrix, none without one; None if they do not fit the other fields."""
+    cells: list[list[int]] = record.get("confusion") or []
+    places = [(true, predicted) for true, predicted, _ in cells]
+    fits = all(max(place) < num_classes for place in places) and places == sorted(set(places))
+    # Matrices of earlier versions, of three classes, look like three cells.
+    total = sum(number for *_, number in cells)
+    return cells if not cells or (fits and total == record.get("num_test")) else None
 
 
-def _common_mistakes(counts: Sequence[Sequence[float]], classes: Sequence[str]) -> str:
-    pairs = [(n, i, j) for i, row in enumerate(counts) for j, n in enumerate(row) if i != j and n > 0]
-    pairs.sort(key=lambda pair: -pair[0])
-    rows = [[classes[i], classes[j], int(n), f"{n / sum(counts[i]):.1%}"] for n, i, j in pairs[:10]]
+def _common_mistakes(cells: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
+    sizes = Counter[int]()
+    for true, _, number in cells:
+        sizes[true] += number
+    mistakes = sorted((cell for cell in cells if cell[0] != cell[1]), key=lambda cell: -cell[2])
+    rows = [[classes[i], classes[j], number, f"{number / sizes[i]:.1%}"] for i, j, number in mistakes[:10]]
     if not rows:
         return ""
     headers = ["true class", "predicted class", "images", "of the class"]

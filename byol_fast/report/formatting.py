@@ -6,6 +6,8 @@ import json
 import math
 from typing import Any
 
+from byol_fast.utils.records import number
+
 UNKNOWN = "?"
 
 
@@ -24,13 +26,13 @@ def as_text(value: object) -> str:
 
 def finite(value: object) -> float | None:
     """A number, or None for anything else."""
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    return float(value) if isinstance(value, int | float) and number(value, "") is None else None
 
 
 def percent(value: object) -> str:
     """A share in percent with one decimal."""
-    number = finite(value)
-    return UNKNOWN if number is None else f"{number:.1%}"
+    share = finite(value)
+    return UNKNOWN if share is None else f"{share:.1%}"
 
 
 def count(value: object) -> str:
@@ -53,14 +55,14 @@ def interval_text(record: dict[str, Any], key: str = "top1_ci95", prefix: str = 
     return "" if ends is None else f"{prefix}{ends[0]:.1%} to {ends[1]:.1%}"
 
 
-def plural(number: int, one: str, many: str) -> str:
+def plural(num: int, one: str, many: str) -> str:
     """A number and the form of a word that goes with it."""
-    return f"{number:,} {one if number == 1 else many}"
+    return f"{num:,} {one if num == 1 else many}"
 
 
 def duration(seconds: float | None) -> str:
     """A time in hours, minutes and seconds."""
-    if seconds is None:
+    if seconds is None or not math.isfinite(seconds):
         return UNKNOWN
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

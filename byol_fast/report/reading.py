@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -11,9 +12,28 @@ from typing import Any
 
 from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError
+from byol_fast.utils import records as checks
 from byol_fast.utils.files import read_json_lines
 
 Record = dict[str, Any]
+
+_INTERVAL = checks.list_of(checks.number, 2)
+_EVALUATION = {
+    **dict.fromkeys(("protocol", "encoder", "curve_label"), checks.text),
+    **dict.fromkeys(("step", "num_train", "num_test"), checks.count),
+    **dict.fromkeys(("top1", "top5"), checks.number),
+    "top1_ci95": _INTERVAL,
+    "classes": checks.list_of(checks.text),
+    "baselines": checks.list_of(checks.record_of({"name": checks.text, "top1": checks.number, "top1_ci95": _INTERVAL})),
+    "per_class": checks.list_of(
+        checks.record_of({"class": checks.text, "count": checks.count, "accuracy": checks.number, "ci95": _INTERVAL})
+    ),
+    "confusion": checks.list_of(checks.list_of(checks.count, 3)),
+    "curve": checks.list_of(checks.record_of({"x": checks.number, "top1": checks.number})),
+}
+"""Kinds of the fields of an evaluation's record that the report computes with."""
+_ENVIRONMENT = {"processes": checks.count}
+_CORRUPT_IMAGE = {"image": checks.text, "reason": checks.text}
 
 NUM_LAST = 10
 """Steps whose mean is a run's last loss, as in `RunResult`."""
@@ -66,11 +86,11 @@ class RunFiles:
             return None
         if self.config.steps:
             return self.config.steps
-        known = [r for r in self.steps if r.get("epoch")]
+        known = [r for r in self.steps if (r.get("epoch") or 0) > 0]
         if not known:
             return None
         step, epoch = int(known[-1]["step"]), float(known[-1]["epoch"])
-        total = int(self.config.epochs * step / epoch + 0.5)
+        total = int(min(self.config.epochs * step / epoch, checks.LARGEST_COUNT) + 0.5)
         # The epoch is rounded to four digits, and gradient accumulation may leave a rest: exact to one step.
         return step if abs(total - step) <= 1 else total
 
@@ -91,9 +111,9 @@ class RunFiles:
         """Duration of the steps by the recorded throughput, without evaluations and pauses; None if not known."""
         speeds = [r.get("images_per_second") for r in self.steps]
         batch = self.global_batch_size
-        if batch is None or not speeds or any(not speed for speed in speeds):
+        if batch is None or not speeds or any(speed is None or speed <= 0 for speed in speeds):
             return None
-        return sum(batch / float(speed) for speed in speeds if speed)
+        return math.fsum(batch / float(speed) for speed in speeds if speed)
 
     def curve(self, key: str, x: str = "step") -> tuple[list[float | None], list[float | None]]:
         """Positions and values of all records with a key; a value that was not recorded is None."""
@@ -141,21 +161,20 @@ def read_run(folder: Path) -> RunFiles:
             config = configs.from_dict(values)
         except ConfigError as error:
             notes.append(f"the meaning of config.json, which belongs to another version of byol_fast ({error})")
-    records = [r for r in _read_lines(folder / "metrics.jsonl", notes) if isinstance(r.get("step"), int)]
     evaluations = []
     for path in sorted((folder / "eval").glob("*.json")):
-        evaluation = _read_json(path, notes)
+        evaluation = _valid(_read_json(path, notes), _EVALUATION, f"eval/{path.name}", notes)
         if evaluation:
-            evaluations.append({"name": path.stem} | evaluation)
+            evaluations.append(evaluation | {"name": path.stem})
     corrupt_images = [
         line for path in sorted(folder.glob("corrupt_images*.jsonl")) for line in _read_lines(path, notes)
     ]
     return RunFiles(
         folder=folder,
-        records=records,
+        records=_read_metrics(folder / "metrics.jsonl", notes),
         values=values,
         config=config,
-        environment=_read_json(folder / "environment.json", notes),
+        environment=_valid(_read_json(folder / "environment.json", notes), _ENVIRONMENT, "environment.json", notes),
         exported=_read_json(folder / "encoder.json", notes) if (folder / "encoder.json").exists() else {},
         evaluations=evaluations,
         corrupt_images=corrupt_images,
@@ -166,24 +185,51 @@ def read_run(folder: Path) -> RunFiles:
 
 def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        return checks.read_json(path)
     except (OSError, ValueError) as error:
         notes.append(f"{path.name}, which could not be read ({_reason(error)})")
         return {}
-    if not isinstance(content, dict):
-        notes.append(f"{path.name}, which contains no JSON object")
-        return {}
-    return content
+
+
+def _valid(record: Record, fields: Mapping[str, checks.Kind], name: str, notes: list[str]) -> Record:
+    """The record without the fields of another kind, which are noted."""
+    valid, problems = checks.keep_valid(record, fields)
+    notes += [f"a field of {name}: {problem}" for problem in problems]
+    return valid
 
 
 def _read_lines(path: Path, notes: list[str]) -> list[Record]:
-    lines = list(read_json_lines(path))
-    damaged = [line.number for line in lines if line.content is None]
-    if damaged:
-        shown = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
-        which = f"line{'s' * (len(damaged) > 1)}"
-        notes.append(f"{len(damaged)} damaged {which} of {path.name} ({shown})")
+    try:
+        lines = list(read_json_lines(path))
+    except OSError as error:
+        notes.append(f"{path.name}, which could not be read ({_reason(error)})")
+        return []
+    if damaged := [line.number for line in lines if line.content is None]:
+        notes.append(f"{len(damaged)} damaged line{'s' * (len(damaged) > 1)} of {path.name} ({_some(damaged)})")
     return [line.content for line in lines if line.content is not None]
+
+
+def _read_metrics(path: Path, notes: list[str]) -> list[Record]:
+    """Records with a step; values that are no numbers are unknown (null)."""
+    records: list[Record] = []
+    wrong: dict[str, list[str]] = {}
+    for record in _read_lines(path, notes):
+        step = record.get("step")
+        if checks.count(step, "step") is not None:
+            wrong.setdefault("step", []).append("after " + str(records[-1]["step"] if records else 0))
+            continue
+        for name, value in record.items():
+            if value is not None and name != "skipped" and checks.number(value, name) is not None:
+                record[name] = None
+                wrong.setdefault(name, []).append(str(step))
+        records.append(record)
+    for name, steps in wrong.items():
+        notes.append(f"{len(steps)} of the values of {name} in {path.name} that are no numbers (step {_some(steps)})")
+    return records
+
+
+def _some(values: Sequence[object]) -> str:
+    return ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
 
 
 def _reason(error: Exception) -> str:
@@ -195,6 +241,6 @@ def _starts(folder: Path) -> list[datetime]:
     times = []
     for path in folder.glob("events.out.tfevents.*"):
         stamp = path.name.split(".")[3]
-        if stamp.isdigit():
+        with suppress(ValueError, OverflowError, OSError):  # another file's name, or no time
             times.append(datetime.fromtimestamp(int(stamp)))
     return sorted(times)

@@ -78,11 +78,10 @@ def summary(run: RunFiles) -> Section:
     """The most important figures of a run, and its health."""
     word, steps = progress(run)
     entries = [("Progress", word, steps)]
-    model = run.values.get("model") or {}
+    model, view = (value if isinstance(value := run.values.get(k), dict) else {} for k in ("model", "view1"))
     method, recipe = str(run.values.get("method", "byol")).upper(), run.values.get("recipe", "")
     if model:
-        size = (run.values.get("view1") or {}).get("size", "?")
-        entries.append((method, str(model.get("encoder", "?")), f"recipe {recipe}, {size} px"))
+        entries.append((method, str(model.get("encoder", "?")), f"recipe {recipe}, {view.get('size', '?')} px"))
     if (loss := run.last("loss")) is not None:
         entries.append(("Loss", f"{loss:.4f}", "mean of the last ten steps"))
     entries += _accuracies(run)

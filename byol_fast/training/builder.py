@@ -23,7 +23,7 @@ from byol_fast.training.distributed import World
 from byol_fast.training.knn_monitor import KNNMonitor, knn_problem
 from byol_fast.training.locks import RunLock, exclusive
 from byol_fast.training.mode import Mode, compile_forward, resolve_mode
-from byol_fast.training.online_probe import OnlineProbe
+from byol_fast.training.online_probe import MAX_WEIGHTS, OnlineProbe
 from byol_fast.training.resume import restore_latest
 from byol_fast.training.run_dir import RunDir, open_run_dir
 from byol_fast.training.state import TrainState, set_rng_state, steps_in, whole_steps_in
@@ -137,7 +137,7 @@ def _build(
     total_steps = config.steps or whole_steps_in(config.epochs, loader, config.grad_accum_steps)
     schedule = _build_schedule(config, loader, total_steps, world, notes)
     train_step = _build_train_step(config, execution, model, schedule)
-    probe = _build_probe(config, model, train_source, execution)
+    probe = _build_probe(config, model, train_source, execution, notes)
     accumulated = config.grad_accum_steps
     state = TrainState(
         model, train_step.optimizer, loader, train_step.grad_scaler, world, grad_accum_steps=accumulated, probe=probe
@@ -293,7 +293,9 @@ def global_batch_size(config: Config, world: World) -> int:
     return config.batch_size * config.grad_accum_steps * world.size
 
 
-def _build_probe(config: Config, model: SSLModel, source: ImageSource, execution: Execution) -> OnlineProbe | None:
+def _build_probe(
+    config: Config, model: SSLModel, source: ImageSource, execution: Execution, notes: list[str]
+) -> OnlineProbe | None:
     probe = config.probe
     if probe.enabled == "on" and source.labels is None:
         raise ConfigError(
@@ -302,9 +304,16 @@ def _build_probe(config: Config, model: SSLModel, source: ImageSource, execution
         )
     if probe.enabled == "off" or source.labels is None:
         return None
+    num_classes, most = len(source.classes), MAX_WEIGHTS // model.feature_dim
+    if num_classes > most:
+        problem = f"{num_classes:,} classes are more than it is trained for, {most:,}; are they numbers of the images?"
+        if probe.enabled == "on":
+            raise ConfigError(f"config: probe.enabled is 'on', but {problem} Set it to 'auto'")
+        notes.append(f"no linear probe: {problem}")
+        return None
     return OnlineProbe(
         model.feature_dim,
-        len(source.classes),
+        num_classes,
         lr=probe.lr,
         device=execution.device,
         all_reduce_mean=None if execution.world.is_single else distributed.all_reduce_mean,

@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from byol_fast.evaluate.metrics import in_chunks
+
+MAX_WEIGHTS = 1 << 27
+"""Largest number of weights: with gradients and Adam's state they take 2 GiB."""
 EPS = 1e-5
 MAX_STEPS = 100
 """Number of steps over which the running statistics average; they standardize single images."""
@@ -100,7 +104,9 @@ class OnlineProbe:
             labels: classes `[N]`, on any device.
         """
         x = (features_ND.to(self.mean) - self.mean) * (self.var + EPS).rsqrt()
-        predictions = torch.addmm(self.bias, x, self.weight.T).argmax(dim=1)
+        predictions = in_chunks(
+            lambda rows: torch.addmm(self.bias, rows, self.weight.T).argmax(dim=1), x, self.num_classes
+        )
         return float((predictions == labels.to(predictions.device)).float().mean())
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,6 +1,8 @@
-"""Device selection."""
+"""Device selection, and the memory of a device."""
 
 from __future__ import annotations
+
+import os
 
 import torch
 
@@ -20,3 +22,10 @@ def resolve_device(name: str) -> torch.device:
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def total_memory(device: torch.device) -> int:
+    """Memory of a device in bytes; that of the machine for the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

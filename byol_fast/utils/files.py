@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import secrets
@@ -12,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from byol_fast.utils.records import parse_object
 
 _WITHOUT_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)  # not on all systems
 _TEMPORARY_NAME = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
@@ -100,11 +101,10 @@ def read_json_lines(path: Path) -> Iterator[JSONLine]:
     for number, line in enumerate([*whole, cut_off], 1):
         if not line.strip():
             continue
-        try:
-            content = json.loads(line)
-        except (ValueError, RecursionError):
-            content = None
-        yield JSONLine(number, content if isinstance(content, dict) else None, number <= len(whole))
+        content: dict[str, Any] | None = None
+        with suppress(ValueError):
+            content = parse_object(line)
+        yield JSONLine(number, content, number <= len(whole))
 
 
 def printable_name(name: str | Path) -> str:

@@ -61,6 +61,24 @@ def test_rankings_of_several_k_equal_single_ones() -> None:
         assert torch.equal(ranking, alone)
 
 
+@pytest.mark.parametrize("k", [1, 2, 4, 57])
+def test_first_classes_of_many_equal_definition(k: int) -> None:
+    """Classes without votes follow those of the neighbors; memory does not grow with their number."""
+    rng = np.random.default_rng(k)
+    train_x, train_y = rng.normal(size=(57, 6)).astype(np.float32), rng.integers(0, 9, 57)
+    test_x = rng.normal(size=(23, 6)).astype(np.float32)
+    expected = rankings_by_definition(train_x, train_y, test_x, k, 0.1, 9)
+    for num_classes, num_ranked in ((9, 5), (9, 99), (10**12, 9)):
+        (got,) = knn_rankings(
+            *map(torch.from_numpy, (train_x, train_y, test_x)),
+            ks=(k,),
+            temperature=0.1,
+            num_classes=num_classes,
+            num_ranked=num_ranked,
+        )
+        np.testing.assert_array_equal(got.numpy(), expected[:, :num_ranked])
+
+
 @pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (20, 0.07), (200, 0.1)])
 def test_knn_equals_scikit_learn(k: int, temperature: float) -> None:
     neighbors = pytest.importorskip("sklearn.neighbors", reason="scikit-learn is not installed")

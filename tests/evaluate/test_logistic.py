@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -40,6 +42,41 @@ def test_logistic_regression_equals_scikit_learn(l2: float) -> None:
     np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
 
 
+DEGENERATE: dict[str, Callable[[Tensor], Tensor]] = {
+    "equal": lambda x: torch.full_like(x, 0.7),
+    "zeros": torch.zeros_like,
+    "nearly_collapsed": lambda x: 1 + 1e-5 * x,
+    "collapsed_to_rounding": lambda x: 1 + 1e-7 * x,
+    "offset": lambda x: x + 1e7,
+    "one_constant": lambda x: torch.cat([x[:, :7], torch.full_like(x[:, :1], 5.3)], dim=1),
+    "duplicates": lambda x: x[:, [0, 0, 1, 1, 2, 2]],
+    "one_dimension": lambda x: x[:, :1],
+    "fewer_images_than_dimensions": lambda x: x.repeat(1, 40) + torch.linspace(0, 99, 320 * len(x)).sin().view(-1, 320),
+    "large": lambda x: 1e15 * x / x.abs().max(),
+    "small": lambda x: 1e-10 * x,
+    "one_outlier": lambda x: torch.zeros_like(x).index_fill(0, torch.tensor([3]), 1e10),
+    "equal_images": lambda x: x[:8].repeat(30, 1),
+}
+
+
+@pytest.mark.parametrize("change", DEGENERATE.values(), ids=DEGENERATE)
+@pytest.mark.parametrize("num_classes", [4, 300])  # 296 of them without images
+def test_accuracy_on_degenerate_features_equals_scikit_learn(
+    change: Callable[[Tensor], Tensor], num_classes: int
+) -> None:
+    linear_model = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is not installed")
+    preprocessing = pytest.importorskip("sklearn.preprocessing", reason="scikit-learn is not installed")
+    y = torch.arange(240) % 4
+    centers = torch.randn(4, 8, generator=torch.Generator().manual_seed(5))
+    x = change(centers[y] + 1.5 * torch.randn(240, 8, generator=torch.Generator().manual_seed(0)))
+    model = LogisticProblem(x, y, num_classes=num_classes).fit(1e-2)
+    assert model.converged
+    standardized = preprocessing.StandardScaler().fit_transform(x.double().numpy())
+    theirs = linear_model.LogisticRegression(C=1 / (1e-2 * len(x)), tol=1e-10, max_iter=5000)
+    expected = theirs.fit(standardized, y.numpy()).score(standardized, y.numpy())
+    assert float((model.predict(x) == y).double().mean()) == pytest.approx(expected, abs=1e-12)
+
+
 def test_minimum_is_stationary_and_independent_of_start() -> None:
     (x, y), (other_x, other_y) = features(300, 0), features(200, 1)
     other_model = LogisticProblem(other_x, other_y, num_classes=5).fit(1e-3)
@@ -70,9 +107,10 @@ def test_start_keeps_classifier_of_other_features() -> None:
 def test_chunks_of_rows_give_same_model(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = features(100, 0)
     whole = LogisticProblem(x, y, num_classes=5).fit(0.1, tolerance=1e-10)
-    monkeypatch.setattr("byol_fast.evaluate.logistic._CHUNK_ROWS", 7)
-    pieces = LogisticProblem(x, y, num_classes=5).fit(0.1, tolerance=1e-10)
-    torch.testing.assert_close(pieces.weight, whole.weight, atol=1e-7, rtol=0)
+    for name, value in (("_CHUNK_ROWS", 7), ("MAX_LOGITS", 15), ("MAX_LOGITS", 1)):
+        monkeypatch.setattr(f"byol_fast.evaluate.logistic.{name}", value)
+        pieces = LogisticProblem(x, y, num_classes=5).fit(0.1, tolerance=1e-10)
+        torch.testing.assert_close(pieces.weight, whole.weight, atol=1e-7, rtol=0)
 
 
 def test_sweep_selects_best_on_images_held_out_in_all_views() -> None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from byol_fast.evaluate.metrics import Z95, score, top_classes, wilson_interval
+from byol_fast.evaluate.metrics import MAX_LOGITS, Z95, in_chunks, score, top_classes, wilson_interval
 
 
 @given(count=st.integers(1, 100_000), share=st.floats(0, 1))
@@ -40,16 +40,36 @@ def test_scores_of_known_predictions() -> None:
     scores = score(ranking, labels, names)
     assert scores.top1 == 2 / 5
     assert scores.top5 == 3 / 5
-    expected = np.zeros((7, 7), int)
-    for label, prediction in ((0, 0), (0, 1), (6, 1), (6, 6), (1, 2)):
-        expected[label, prediction] += 1
-    np.testing.assert_array_equal(scores.confusion, expected)
+    assert scores.confusion.tolist() == [[0, 0, 1], [0, 1, 1], [1, 2, 1], [6, 1, 1], [6, 6, 1]]
     assert [(c.name, c.count, c.accuracy) for c in scores.per_class[:3]] == [
         ("c0", 2, 0.5),
         ("c1", 1, 0.0),
         ("c2", 0, None),
     ]
     assert scores.per_class[6].ci95 == wilson_interval(1, 2)
+
+
+def test_confusion_of_many_classes_has_cells_of_images_only() -> None:
+    num = 100_000  # the matrix would take 75 GiB
+    ranking = torch.tensor([[num - 1], [7], [num - 1], [5]])
+    scores = score(ranking, torch.tensor([num - 1, 3, num - 1, 3]), [""] * num)
+    assert scores.confusion.tolist() == [[3, 5, 1], [3, 7, 1], [num - 1, num - 1, 2]]
+    assert (scores.top1, len(scores.per_class)) == (0.5, num)
+    assert scores.per_class[-1].accuracy == 1
+
+
+def test_chunks_of_rows_have_at_most_the_largest_number_of_logits() -> None:
+    sizes: list[int] = []
+
+    def first_column(rows: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(rows))
+        return rows[:, 0]
+
+    x = torch.arange(14.0).view(7, 2)
+    assert in_chunks(first_column, x, MAX_LOGITS // 3).tolist() == x[:, 0].tolist()
+    assert sizes == [3, 3, 1]
+    assert in_chunks(first_column, x, 2 * MAX_LOGITS).tolist() == x[:, 0].tolist()
+    assert sizes[3:] == [1] * 7
 
 
 @pytest.mark.parametrize("classes", [2, 5, 9])

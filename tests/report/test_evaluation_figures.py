@@ -23,7 +23,7 @@ RECORD: dict[str, Any] = {
         {"class": "dog", "count": 3, "accuracy": 1.0, "ci95": [0.4, 1.0]},
         {"class": "emu", "count": 0, "accuracy": None, "ci95": [0.0, 1.0]},
     ],
-    "confusion": [[1, 1, 0], [0, 3, 0], [0, 0, 0]],
+    "confusion": [[0, 0, 1], [0, 1, 1], [1, 1, 3]],
     "curve": [{"x": 0.001, "top1": 0.7}, {"x": 0.1, "top1": 0.8}],
     "curve_label": "l2",
 }
@@ -37,6 +37,7 @@ def test_figures_show_record(tmp_path: Path) -> None:
     assert {"cat", "dog", "0.5", "1"} <= set(classes)
     assert "emu" not in classes  # without test images
     assert {"predicted class", "true class", "emu", "100"} <= set(confusion)
+    assert confusion.count("50") == 2
     assert "l2" in curve
 
 

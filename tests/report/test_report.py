@@ -221,7 +221,7 @@ EVALUATION: Record = {
         {"class": "cat", "count": 100, "accuracy": 0.9, "ci95": [0.8, 0.95]},
         {"class": "fish", "count": 100, "accuracy": 0.6, "ci95": [0.5, 0.7]},
     ],
-    "confusion": [[90, 8, 2], [7, 90, 3], [0, 40, 60]],
+    "confusion": [[0, 0, 90], [0, 1, 8], [0, 2, 2], [1, 0, 7], [1, 1, 90], [1, 2, 3], [2, 1, 40], [2, 2, 60]],
     "curve": [{"x": 0.001, "top1": 0.7}, {"x": 0.1, "top1": 0.8}, {"x": 10.0, "top1": 0.75}],
     "curve_label": "weight decay",
     "settings": {"epochs": 100, "nested": {"a": [1, 2]}},

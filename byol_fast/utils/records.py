@@ -1,0 +1,134 @@
+"""JSON objects and checks of their fields: a file may be damaged, edited, or of another version.
+
+A `Kind` is a function of a value and its name; it returns the contract that the value breaks, or None.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+Kind = Callable[[object, str], str | None]
+
+MAX_DEPTH = 100
+"""Levels of lists and objects within each other."""
+LARGEST_NUMBER = 1e100
+"""Sums and squares of numbers up to this one do not overflow."""
+LARGEST_COUNT = 1 << 53
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds something else; the message does not name the file.
+    """
+    return parse_object(path.read_text())
+
+
+def parse_object(text: str) -> dict[str, Any]:
+    """The JSON object in a text.
+
+    Raises:
+        ValueError: the text is no JSON, or not an object.
+    """
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        content = None
+    if not isinstance(content, dict) or _is_deep(content):
+        raise ValueError(f"it must be a JSON object of at most {MAX_DEPTH} levels")
+    return content
+
+
+def _is_deep(value: object) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)]
+        level = [v for values in inner for v in values]
+    return bool(level)
+
+
+def number(value: object, name: str) -> str | None:
+    """A finite number."""
+    # Comparisons: an int that is too large for a float raises an error as soon as it is converted.
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_NUMBER
+    return None if ok else f"{name} must be a number, got {_short(value)}"
+
+
+def count(value: object, name: str) -> str | None:
+    """A whole number of 0 or more."""
+    ok = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_COUNT
+    return None if ok else f"{name} must be a whole number, got {_short(value)}"
+
+
+def text(value: object, name: str) -> str | None:
+    """A string."""
+    return None if isinstance(value, str) else f"{name} must be text, got {_short(value)}"
+
+
+def flag(value: object, name: str) -> str | None:
+    """True or false."""
+    return None if isinstance(value, bool) else f"{name} must be true or false, got {_short(value)}"
+
+
+def list_of(kind: Kind, length: int | None = None) -> Kind:
+    """Kind of a list.
+
+    Args:
+        kind: of its entries.
+        length: number of entries; None: any.
+    """
+
+    def check(value: object, name: str) -> str | None:
+        if not isinstance(value, list) or (length is not None and len(value) != length):
+            return f"{name} must be a list{'' if length is None else f' of {length}'}, got {_short(value)}"
+        return next((p for i, v in enumerate(value) if (p := kind(v, f"{name}[{i}]")) is not None), None)
+
+    return check
+
+
+def record_of(fields: Mapping[str, Kind], *, required: bool = False) -> Kind:
+    """Kind of an object.
+
+    Args:
+        fields: kinds of its fields; others may be anything.
+        required: all fields must be there; otherwise they may be missing or null.
+    """
+
+    def check(value: object, name: str) -> str | None:
+        if not isinstance(value, dict):
+            return f"{name} must be an object, got {_short(value)}"
+        prefix = f"{name}." if name else ""
+        for field, kind in fields.items():
+            if field not in value and required:
+                return f"{prefix}{field} is missing"
+            if required or value.get(field) is not None:
+                problem = kind(value[field], f"{prefix}{field}")
+                if problem is not None:
+                    return problem
+        return None
+
+    return check
+
+
+def keep_valid(record: dict[str, Any], fields: Mapping[str, Kind]) -> tuple[dict[str, Any], list[str]]:
+    """A record without the fields of another kind, and their problems.
+
+    Args:
+        record: the record.
+        fields: kinds of its fields, which may be missing or null; others may be anything.
+    """
+    found = {name: fields[name](value, name) for name, value in record.items() if name in fields and value is not None}
+    problems = {name: problem for name, problem in found.items() if problem is not None}
+    return {name: value for name, value in record.items() if name not in problems}, list(problems.values())
+
+
+def _short(value: object) -> str:
+    if isinstance(value, list | dict):
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
+    # The digits of a large int are not converted: Python limits their number.
+    return "a huge number" if isinstance(value, int) and abs(value) > LARGEST_COUNT else f"{json.dumps(value):.40}"
