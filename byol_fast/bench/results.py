@@ -16,10 +16,16 @@ from typing import Any
 import torch
 
 from byol_fast.bench.timing import Timing, ratio
+from byol_fast.config import ConfigError
 from byol_fast.utils import env
+from byol_fast.utils.errors import reason
 from byol_fast.utils.files import atomic_path, atomic_write
+from byol_fast.utils.records import list_of, number, read_json, record_of, text
 
 FORMAT = 2
+_CANDIDATE = record_of({"name": text, "seconds": list_of(number), "extras": record_of({})}, required=True)
+_SUITE = record_of({"name": text, "candidates": list_of(_CANDIDATE), "unit": text, "baseline": text}, required=True)
+_CONTENT = record_of({"suites": list_of(_SUITE), "environment": record_of({})}, required=True)
 _TEXT_EXTRAS = {"note", "version", "flags"}
 """Extras that `lines` prints below the numbers."""
 COLUMNS = ("suite", "provider", "unit", "p50", "p20", "p80", "ratio", "ratio_p20", "ratio_p80", "rounds")
@@ -160,28 +166,39 @@ def load(path: Path) -> tuple[dict[str, Any], list[SuiteResult]]:
         The whole content, and the suites.
 
     Raises:
-        ValueError: not such a file, or another format.
+        ConfigError: not such a file, or another format.
     """
     try:
-        content = json.loads(path.read_text())
-        if content["format"] != FORMAT:
-            raise ValueError(f"bench: {path} must be of format {FORMAT}, got {content['format']}; measure again")
-        suites = [
-            SuiteResult(
-                **suite
-                | {
-                    "candidates": tuple(
-                        CandidateResult(**c | {"seconds": tuple(c["seconds"])}) for c in suite["candidates"]
-                    )
-                }
-            )
-            for suite in content["suites"]
-        ]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"bench: {path} must be results that `byol-fast bench --save` wrote, but {type(error).__name__}: {error}"
-        ) from None
+        content = read_json(path)
+    except (OSError, ValueError) as error:
+        raise _not_results(path, reason(error)) from None
+    if content.get("format") != FORMAT:
+        raise ConfigError(f"bench: {path} must be of format {FORMAT}, got {content.get('format')!r:.40}; measure again")
+    if (problem := _CONTENT(content, "")) is not None:
+        raise _not_results(path, problem)
+    try:
+        suites = [SuiteResult(**suite | {"candidates": _candidates(suite)}) for suite in content["suites"]]
+    except (TypeError, ValueError) as error:  # an unknown field, or times that do not fit together
+        raise _not_results(path, reason(error)) from None
     return content, suites
+
+
+def _candidates(suite: dict[str, Any]) -> tuple[CandidateResult, ...]:
+    """Candidates of a suite, as in the file.
+
+    Raises:
+        TypeError: one has an unknown field.
+        ValueError: they have different numbers of rounds, or times that are not positive.
+    """
+    candidates = tuple(CandidateResult(**c | {"seconds": tuple(c["seconds"])}) for c in suite["candidates"])
+    rounds = {len(c.seconds) for c in candidates}
+    if len(rounds) != 1 or 0 in rounds or any(s <= 0 for c in candidates for s in c.seconds):
+        raise ValueError(f"candidates of {suite['name']} must have as many positive times as each other")
+    return candidates
+
+
+def _not_results(path: Path, problem: str) -> ConfigError:
+    return ConfigError(f"bench: {path} must be results that `byol-fast bench --save` wrote, but {problem}")
 
 
 def lines(suite: SuiteResult) -> Sequence[str]:

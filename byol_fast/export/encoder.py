@@ -16,6 +16,7 @@ from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError
 from byol_fast.models.encoders import build_encoder
 from byol_fast.utils import checkpoint as checkpoints
+from byol_fast.utils import records as checks
 from byol_fast.utils.checkpoint import CheckpointError
 from byol_fast.utils.env import version
 from byol_fast.utils.errors import reason
@@ -25,7 +26,15 @@ log = logging.getLogger(__name__)
 
 PREFIX = "online.encoder."
 """Prefix of the encoder's weights in a checkpoint."""
-_REQUIRED = {"encoder", "cifar_stem", "feature_dim", "image_size", "mean", "std", "step"}  # of the metadata
+_METADATA = checks.record_of(
+    {
+        "encoder": checks.text,
+        "cifar_stem": checks.flag,
+        **dict.fromkeys(("feature_dim", "image_size", "step"), checks.count),
+        **dict.fromkeys(("mean", "std"), checks.list_of(checks.number, 3)),
+    },
+    required=True,
+)
 
 
 def export_encoder(
@@ -166,7 +175,7 @@ def load_encoder(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
         # Read, not mapped as by `load_file`: a file that is cut short meanwhile would end the process (SIGBUS).
         with open(weights_path, "rb", opener=open_regular) as stream:
             encoder.load_state_dict(load(stream.read()))
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (SafetensorError, RuntimeError, OSError) as error:
         raise _damaged(weights_path, error) from error
     return encoder.eval(), metadata
 
@@ -178,12 +187,11 @@ def _read_metadata(path: Path) -> dict[str, Any]:
         CheckpointError: it is damaged.
     """
     try:
-        with open(path, opener=open_regular) as stream:
-            metadata: dict[str, Any] = json.load(stream)
-        missing = _REQUIRED - metadata.keys()
-        if missing:
-            raise KeyError(*missing)
-    except (OSError, ValueError, LookupError, AttributeError) as error:
+        metadata = checks.read_json(path)
+        problem = _METADATA(metadata, "")
+        if problem is not None:
+            raise ValueError(problem)
+    except (OSError, ValueError) as error:
         raise _damaged(path, error) from error
     return metadata
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,9 @@ from rich.table import Table
 
 from byol_fast.report.charts import Series, bar_chart, scatter, timeline
 from byol_fast.report.page import Section, chart_grid, details, facts, paragraph, table
+from byol_fast.utils.errors import reason
 from byol_fast.utils.output import PlainConsole
+from byol_fast.utils.records import read_json
 
 _LEVELS = {
     "A": "one kernel per operation",
@@ -42,9 +43,9 @@ def run_sections(run_dir: Path) -> list[Section]:
     if not path.exists():
         return []
     try:
-        return sections(json.loads(path.read_text()))
-    except (OSError, ValueError, KeyError) as error:
-        return [Section("Profile", paragraph(f"Left out: {path} could not be shown ({error})."))]
+        return sections(read_json(path))
+    except Exception as error:  # any part of a damaged file, or of another version's, may be of another type
+        return [Section("Profile", paragraph(f"Left out: {path} could not be shown ({reason(error)})."))]
 
 
 def show(profile: dict[str, Any]) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError
 from byol_fast.utils import records as checks
-from byol_fast.utils.files import read_json_lines
 
 Record = dict[str, Any]
 
@@ -200,7 +199,7 @@ def _valid(record: Record, fields: Mapping[str, checks.Kind], name: str, notes: 
 
 def _read_lines(path: Path, notes: list[str]) -> list[Record]:
     try:
-        lines = list(read_json_lines(path))
+        lines = list(checks.read_json_lines(path))
     except OSError as error:
         notes.append(f"{path.name}, which could not be read ({_reason(error)})")
         return []

@@ -20,11 +20,14 @@ from byol_fast.data import ViewLoader
 from byol_fast.training.train_step import StepOutput
 from byol_fast.utils.checkpoint import CheckpointError
 from byol_fast.utils.errors import write_advice
-from byol_fast.utils.files import atomic_write, read_json_lines
+from byol_fast.utils.files import atomic_write
+from byol_fast.utils.records import count, number, read_json_lines, record_of
 
 log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
+
+_RECORD = record_of({"step": count, "loss": number, "knn_top1": number})
 
 
 def read(path: Path) -> list[Record]:
@@ -37,7 +40,7 @@ def _parse(path: Path) -> tuple[list[Record], list[int]]:
     records: list[Record] = []
     damaged: list[int] = []
     for line in read_json_lines(path):
-        if line.content is not None and isinstance(line.content.get("step"), int):
+        if line.content is not None and _RECORD(line.content, "") is None and "step" in line.content:
             records.append(line.content)
         elif line.is_whole:
             damaged.append(line.number)

@@ -127,12 +127,18 @@ class OnlineProbe:
         Raises:
             ValueError: the number of features or classes differs.
         """
-        if state["weight"].shape != self.weight.shape:
-            raise ValueError(
-                f"probe: weights must be {list(self.weight.shape)} (classes, features), got "
-                f"{list(state['weight'].shape)}; training it from the start"
-            )
-        for name in ("weight", "bias", "mean", "var"):
+        names = ("weight", "bias", "mean", "var")
+        moments = state["optimizer"]["state"]
+        pairs = [(name, state[name], getattr(self, name)) for name in names]
+        for number, (name, parameter) in enumerate((("weight", self.weight), ("bias", self.bias))):
+            pairs += [(f"{key} of {name}", m, parameter) for key, m in moments.get(number, {}).items() if m.ndim]
+        for name, stored, own in pairs:
+            if stored.shape != own.shape:
+                raise ValueError(
+                    f"probe: {name} must be {list(own.shape)} (classes, features), got {list(stored.shape)}; training "
+                    "it from the start"
+                )
+        for name in names:
             getattr(self, name).copy_(state[name])
         self.steps.fill_(state["steps"])
         rates = [group["lr"] for group in self.optimizer.param_groups]

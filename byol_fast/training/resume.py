@@ -17,10 +17,13 @@ from byol_fast.training.state import TrainState, named_tensors
 from byol_fast.utils import checkpoint as checkpoints
 from byol_fast.utils import env
 from byol_fast.utils.checkpoint import CheckpointError
+from byol_fast.utils.records import number, record_of
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_ENVIRONMENT = record_of({"packages": record_of({})})
 
 # Fields that may change between a run and its resumption: they do not change what is computed (the mode only its
 # rounding, about which the run warns).
@@ -93,6 +96,8 @@ def _restore(state: TrainState, path: Path, payload: dict[str, Any], run_dir: Ru
     with checkpoints.restoring(path):
         stored = configs.from_dict(json.loads(payload["config"]))
         environment: dict[str, Any] = json.loads(payload["environment"])
+        if problem := _ENVIRONMENT(environment, "environment"):
+            raise CheckpointError(f"checkpoint: {path} cannot be restored ({problem})")
         checkpoints.check_finite(named_tensors(payload), f"checkpoint: {path}")
     changed = configs.differences(stored, config)
     refused = {name: values for name, values in changed.items() if name not in RESUMABLE_CHANGES}
@@ -112,7 +117,8 @@ def _restore_evaluation(state: TrainState, run_dir: RunDir) -> None:
 
     def accuracies() -> list[float]:
         records = read_metrics(run_dir.metrics)
-        return [r["knn_top1"] for r in records if r["step"] == state.step and "knn_top1" in r]
+        found = [r["knn_top1"] for r in records if r["step"] == state.step and "knn_top1" in r]
+        return [top1 for top1 in found if number(top1, "knn_top1") is None]
 
     evaluated = state.world.run_on_main(accuracies)
     if evaluated:

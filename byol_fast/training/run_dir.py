@@ -17,7 +17,8 @@ from byol_fast.training.metrics import read as read_metrics
 from byol_fast.utils import checkpoint as checkpoints
 from byol_fast.utils.checkpoint import CheckpointError
 from byol_fast.utils.errors import write_advice
-from byol_fast.utils.files import atomic_write, open_regular, remove_temporaries
+from byol_fast.utils.files import atomic_write, remove_temporaries
+from byol_fast.utils.records import read_json
 from byol_fast.utils.run_folder import check_run_folder, not_writable
 
 # Files of a run that has saved no checkpoint yet: such a directory is used again.
@@ -126,11 +127,9 @@ class RunDir:
     def is_finished(self) -> bool:
         """True if the run came to its end, and was not continued since."""
         try:
-            with open(self.status, opener=open_regular) as file:
-                status = json.load(file)
+            return read_json(self.status).get("finished") is True
         except (OSError, ValueError):
             return False
-        return isinstance(status, dict) and status.get("finished") is True
 
     def write_status(self, *, finished: bool) -> None:
         """Write `status.json` if there is a checkpoint.

@@ -13,10 +13,14 @@ from byol_fast.data import ViewLoader
 from byol_fast.models.base import SSLModel
 from byol_fast.training.distributed import World
 from byol_fast.training.online_probe import OnlineProbe
-from byol_fast.utils.checkpoint import CheckpointError
+from byol_fast.utils import records as checks
+from byol_fast.utils.errors import first_line
 from byol_fast.utils.precision import GradScaler
 
 log = logging.getLogger(__name__)
+
+_COUNTERS = checks.record_of({"step": checks.count, "evaluated_at": checks.number, "best": checks.number})
+_POSITION = checks.record_of({"loader": checks.record_of({"batch_number": checks.count}, required=True)}, required=True)
 
 
 def named_tensors(state: dict[str, Any]) -> dict[str, Tensor]:
@@ -101,7 +105,7 @@ class TrainState:
 
         Raises:
             ValueError: it belongs to other data or settings, or to another number of processes.
-            CheckpointError: the state of the optimizer is that of another one.
+            RuntimeError: it is that of another model or optimizer, or damaged; nothing was changed.
         """
         processes = state["processes"]
         if len(processes) != self.world.size:
@@ -111,14 +115,12 @@ class TrainState:
                 "begin a new run"
             )
         own = processes[self.world.rank]
+        problem = _COUNTERS(state, "") or _POSITION(own, "process") or self._tensor_problem(state, own)
+        if problem is not None:  # before anything is overwritten
+            raise RuntimeError(problem)
         self.loader.load_state_dict(own["loader"])  # first: it refuses a state of other data
         self.model.load_state_dict(state["model"])
-        try:
-            self.optimizer.load_state_dict(state["optimizer"])
-        except ValueError as error:
-            raise CheckpointError(
-                f"checkpoint: the optimizer of step {state['step']} does not fit ({error})"
-            ) from error
+        self.optimizer.load_state_dict(state["optimizer"])
         if self.grad_scaler is not None and state["grad_scaler"] is not None:
             self.grad_scaler.load_state_dict(state["grad_scaler"])
         self.step = state["step"]
@@ -131,3 +133,44 @@ class TrainState:
             except ValueError as error:  # the images changed, and the run was told to go on
                 log.warning("%s", error)
         set_rng_state(own)
+
+    def _tensor_problem(self, state: dict[str, Any], own: dict[str, Any]) -> str | None:
+        """The first tensor of a state that does not fit; None if all do."""
+        problem = tensor_problem(state["model"], self.model.state_dict())
+        if problem is not None:
+            return problem
+        stored, groups = state["optimizer"], self.optimizer.param_groups
+        sizes, own_sizes = ([len(group["params"]) for group in g] for g in (stored["param_groups"], groups))
+        if sizes != own_sizes:
+            return f"the optimizer must have {own_sizes} parameters in its groups, got {sizes}"
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        for number, values in stored["state"].items():
+            shape = parameters[number].shape
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.ndim and value.shape != shape:
+                    what = f"{name} of the optimizer's parameter {number}"
+                    return f"{what} must be {list(shape)}, got {list(value.shape)}"
+        return _rng_problem(own, self.rng_state())
+
+
+def tensor_problem(state: dict[str, Any], expected: dict[str, Tensor]) -> str | None:
+    """The first tensor of a state that is missing, unknown, or of another shape; None if all fit."""
+    for name, tensor in expected.items():
+        got = state.get(name)
+        if not isinstance(got, Tensor) or got.shape != tensor.shape:
+            found = list(got.shape) if isinstance(got, Tensor) else "nothing" if got is None else type(got).__name__
+            return f"{name} must be {list(tensor.shape)}, got {found}"
+    return next((f"{name} is unknown" for name in state if name not in expected), None)
+
+
+def _rng_problem(state: dict[str, Any], expected: dict[str, Tensor]) -> str | None:
+    """Why the states of random number generators cannot be restored; None if they can."""
+    for name in expected.keys() & state.keys():
+        got = state[name]
+        if not isinstance(got, Tensor) or got.dtype != torch.uint8 or got.shape != expected[name].shape:
+            return f"{name} must be {len(expected[name])} bytes, got others"
+    try:
+        torch.Generator().set_state(state["rng"])
+    except RuntimeError as error:
+        return f"rng is no state of a random number generator ({first_line(error)})"
+    return None

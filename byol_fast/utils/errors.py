@@ -6,8 +6,9 @@ import errno
 
 
 def first_line(error: Exception) -> str:
-    """First line of an error's message, or its type if it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """First line of an error's message, or its type if it has none; with the second one if it ends in a colon."""
+    first, *others = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {others[0].strip()}" if others and first.endswith(":") else first
 
 
 def reason(error: Exception) -> str:

@@ -10,9 +10,6 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from byol_fast.utils.records import parse_object
 
 _WITHOUT_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)  # not on all systems
 _TEMPORARY_NAME = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
@@ -80,31 +77,6 @@ def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     kind = "FIFO" if stat.S_ISFIFO(mode) else "device"
     raise OSError(errno.EINVAL, f"it is a {kind}, not a regular file", str(path))
-
-
-class JSONLine(NamedTuple):
-    """A line of a file of JSON objects that is not blank."""
-
-    number: int
-    """Counted from 1."""
-    content: dict[str, Any] | None
-    """The object; None for a line that is damaged or holds something else."""
-    is_whole: bool
-    """The line ends with a line feed. The last one does not if a crash has cut it off."""
-
-
-def read_json_lines(path: Path) -> Iterator[JSONLine]:
-    """Lines of a file with a JSON object each, none if the file does not exist."""
-    if not path.exists():
-        return
-    *whole, cut_off = path.read_text("utf-8", errors="replace").split("\n")
-    for number, line in enumerate([*whole, cut_off], 1):
-        if not line.strip():
-            continue
-        content: dict[str, Any] | None = None
-        with suppress(ValueError):
-            content = parse_object(line)
-        yield JSONLine(number, content, number <= len(whole))
 
 
 def printable_name(name: str | Path) -> str:

@@ -6,9 +6,12 @@ A `Kind` is a function of a value and its name; it returns the contract that the
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from byol_fast.utils.files import open_regular
 
 Kind = Callable[[object, str], str | None]
 
@@ -26,7 +29,8 @@ def read_json(path: Path) -> dict[str, Any]:
         OSError: the file cannot be read.
         ValueError: it holds something else; the message does not name the file.
     """
-    return parse_object(path.read_text())
+    with open(path, encoding="utf-8", opener=open_regular) as file:
+        return parse_object(file.read())
 
 
 def parse_object(text: str) -> dict[str, Any]:
@@ -50,6 +54,32 @@ def _is_deep(value: object) -> bool:
         inner = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)]
         level = [v for values in inner for v in values]
     return bool(level)
+
+
+class JSONLine(NamedTuple):
+    """A line of a file of JSON objects that is not blank."""
+
+    number: int
+    """Counted from 1."""
+    content: dict[str, Any] | None
+    """The object; None for a line that is damaged or holds something else."""
+    is_whole: bool
+    """The line ends with a line feed. The last one does not if a crash has cut it off."""
+
+
+def read_json_lines(path: Path) -> Iterator[JSONLine]:
+    """Lines of a file with a JSON object each, none if the file does not exist."""
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8", errors="replace", opener=open_regular) as file:
+        *whole, cut_off = file.read().split("\n")
+    for number, line in enumerate([*whole, cut_off], 1):
+        if not line.strip():
+            continue
+        content: dict[str, Any] | None = None
+        with suppress(ValueError):
+            content = parse_object(line)
+        yield JSONLine(number, content, number <= len(whole))
 
 
 def number(value: object, name: str) -> str | None:

@@ -179,7 +179,23 @@ def test_comparison_of_invalid_files_raises(tmp_path: Path) -> None:
     (tmp_path / "bad" / "step.json").write_text("{")
     with pytest.raises(ValueError, match="must be results that `byol-fast bench --save` wrote"):
         compare(good, tmp_path / "bad")
-    content = json.loads((good / "step.json").read_text()) | {"format": 0}
+    content = json.loads((good / "step.json").read_text())
+    suite = content["suites"][0]
+    first, *others = suite["candidates"]
+    for changed, problem in (
+        ({"suites": 3}, "suites must be a list, got 3"),
+        ({"suites": [suite | {"unit": None}]}, r"suites\[0\].unit must be text, got null"),
+        ({"suites": [suite | {"more": 1}]}, "TypeError"),
+        (
+            {"suites": [suite | {"candidates": [first | {"seconds": ["x"]}, *others]}]},
+            r"suites\[0\].candidates\[0\].seconds\[0\] must be a number",
+        ),
+        ({"suites": [suite | {"candidates": [first | {"seconds": [1.0]}, *others]}]}, ".*as many positive times"),
+    ):
+        (tmp_path / "bad" / "step.json").write_text(json.dumps(content | changed))
+        with pytest.raises(ConfigError, match=f"must be results that .* wrote, but {problem}"):
+            compare(good, tmp_path / "bad")
+    content |= {"format": 0}
     (tmp_path / "bad" / "step.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="must be of format 2, got 0"):
         compare(good, tmp_path / "bad")

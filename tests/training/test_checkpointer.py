@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -155,6 +156,8 @@ def test_checkpoint_that_cannot_be_restored_gives_way_to_the_one_before(small: C
         lambda payload: payload["optimizer"]["param_groups"].pop(),
         lambda payload: payload["model"]["target.encoder.bn1.running_mean"].fill_(math.nan),
         lambda payload: payload["optimizer"]["state"][1]["momentum_buffer"].fill_(math.inf),
+        lambda payload: payload.update(environment="[]"),
+        lambda payload: payload.update(environment='{"packages": 3}'),
     ]
     for change in changes:
         rewrite(run, 12, change)
@@ -167,6 +170,52 @@ def test_checkpoint_that_cannot_be_restored_gives_way_to_the_one_before(small: C
         rewrite(run, step, changes[0])
     with pytest.raises(CheckpointError, match="no usable checkpoint .*000000012.pt cannot be restored .KeyError: 'opt"):
         Trainer(small, resume=run)
+
+
+CHECKPOINT_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "shape": (
+        lambda p: p["model"].update({"online.encoder.bn1.weight": torch.ones(3)}),
+        r"online.encoder.bn1.weight must be \[\d+\], got \[3\]",
+    ),
+    "type": (
+        lambda p: p["model"].update({"online.encoder.bn1.num_batches_tracked": 7}),
+        "cannot be restored .AttributeError",
+    ),
+    "unknown": (lambda p: p["model"].update(other=torch.ones(3)), "other is unknown"),
+    "momentum": (
+        lambda p: p["optimizer"]["state"][1].update(momentum_buffer=torch.ones(2, 2)),
+        r"momentum_buffer of the optimizer's parameter 1 must be \[\d+\], got \[2, 2\]",
+    ),
+    "rng_size": (lambda p: p["processes"][0].update(rng=torch.zeros(3, dtype=torch.uint8)), "rng must be 5056 bytes"),
+    "rng_type": (lambda p: p["processes"][0].update(rng="x"), "rng must be 5056 bytes"),
+    "rng_content": (lambda p: p["processes"][0]["rng"].fill_(255), "rng is no state of a random number generator"),
+    "step": (lambda p: p.update(step="12"), 'step must be a whole number, got "12"'),
+    "batch": (
+        lambda p: p["processes"][0]["loader"].update(batch_number="x"),
+        "process.loader.batch_number must be a whole number",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), CHECKPOINT_FAULTS.values(), ids=CHECKPOINT_FAULTS)
+def test_state_that_does_not_fit_is_named_and_changes_nothing(
+    change: Callable[[dict[str, Any]], object], message: str, small: Config
+) -> None:
+    trainer = Trainer(small)
+    payload = trainer.state.state_dict() | {"config": json.dumps(configs.to_dict(small)), "environment": "{}"}
+    payload = copy.deepcopy(payload)
+    for tensor in payload["model"].values():
+        tensor.add_(1)
+    payload["optimizer"]["state"] = {1: {"momentum_buffer": torch.ones_like(trainer.model.trainable_parameters()[1])}}
+    change(payload)
+    checkpoints.save(trainer.run_dir / "checkpoints", 12, payload)
+    before = copy.deepcopy(trainer.state.state_dict())
+    with pytest.raises(CheckpointError, match=message):
+        restore_latest(trainer.state, RunDir(trainer.run_dir), small, {})
+    after = trainer.state.state_dict()
+    assert all(torch.equal(after["model"][name], tensor) for name, tensor in before["model"].items())
+    assert torch.equal(after["processes"][0]["rng"], before["processes"][0]["rng"])
+    assert after["optimizer"] == before["optimizer"]
 
 
 class SecondProcessFails(World):
@@ -216,7 +265,9 @@ def test_damaged_export_is_explained(small: Config) -> None:
     run = Trainer(configs.replace(small, {"steps": 2})).fit().run_dir
     weights, metadata = run / "encoder.safetensors", run / "encoder.json"
     intact = metadata.read_text()
-    for text in ("{", "[]", intact.replace("image_size", "image_syze"), "\x80"):
+    wrong = [json.dumps(json.loads(intact) | {key: value}) for key, value in (("mean", [0.5, "x", 1]), ("step", None))]
+    deep = "[" * 100_000
+    for text in ("{", "[]", intact.replace("image_size", "image_syze"), "\x80", *wrong, deep):
         metadata.write_bytes(text.encode("latin-1"))
         with pytest.raises(CheckpointError, match="encoder.json is damaged .*write it again with `byol-fast export"):
             load_encoder(run)
@@ -226,3 +277,10 @@ def test_damaged_export_is_explained(small: Config) -> None:
         weights.write_bytes(content)
         with pytest.raises(CheckpointError, match="encoder.safetensors is damaged"):
             load_encoder(run)
+    for path in (weights, metadata):
+        path.unlink()
+        path.mkdir()
+        with pytest.raises(CheckpointError, match=f"{path.name} is damaged .IsADirectoryError"):
+            load_encoder(run)
+        path.rmdir()
+        path.write_bytes(data)
