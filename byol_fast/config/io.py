@@ -109,7 +109,7 @@ def load(path: Path) -> Config:
         raise ConfigError(f"config: {path} does not exist; give the run folder of a `byol-fast train`") from None
     except OSError as error:
         raise ConfigError(f"config: {path} cannot be read ({error}); make it readable") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"config: {path} is not valid JSON ({error}); restore it or start a new run") from None
     if not isinstance(values, dict):
         raise ConfigError(f"config: {path} must hold a run's configuration, got {values!r:.50}; check the path")

@@ -290,7 +290,7 @@ class ProbeConfig:
     """Linear classifier trained online on detached features of the encoder; it does not change the training."""
 
     enabled: Literal["auto", "on", "off"] = "auto"
-    """auto: if the training images have labels (class folders), of at most 134 million / (feature size) classes."""
+    """auto: if the training images have labels (class folders)."""
     lr: float = 1e-3
     """Learning rate of the classifier (Adam)."""
 

@@ -24,13 +24,23 @@ from byol_fast.utils.files import atomic_path, atomic_write, open_regular
 
 log = logging.getLogger(__name__)
 
+MAX_IMAGE_SIZE = 8192
+"""Largest height and width of the input, as in the configuration."""
 PREFIX = "online.encoder."
 """Prefix of the encoder's weights in a checkpoint."""
+
+
+def _image_size(value: object, name: str) -> str | None:
+    fits = isinstance(value, int) and 1 <= value <= MAX_IMAGE_SIZE
+    return checks.count(value, name) or (None if fits else f"{name} must be 1..{MAX_IMAGE_SIZE}, got {value}")
+
+
 _METADATA = checks.record_of(
     {
         "encoder": checks.text,
         "cifar_stem": checks.flag,
-        **dict.fromkeys(("feature_dim", "image_size", "step"), checks.count),
+        "image_size": _image_size,
+        **dict.fromkeys(("feature_dim", "step"), checks.count),
         **dict.fromkeys(("mean", "std"), checks.list_of(checks.number, 3)),
     },
     required=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,24 @@ def test_different_features_are_refused(
     with pytest.raises(ExportError, match=r"encoder.pt2 must give the encoder's features, they differ by"):
         export_as(encoder, metadata, "torch-export", tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", ["torch-export", "onnx"])
+def test_full_disk_keeps_the_earlier_file(
+    small: tuple[torch.nn.Module, dict[str, Any]], tmp_path: Path, format: str
+) -> None:
+    if format == "onnx":
+        pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    encoder, metadata = small
+    path = export_as(encoder, metadata, format, tmp_path).path
+    earlier, before = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(ConfigError, match="cannot be written .*File too large"):
+            export_as(encoder, metadata, format, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == earlier
 
 
 def test_unsupported_encoder_is_refused(

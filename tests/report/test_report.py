@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,51 @@ def test_unfinished_empty_and_damaged_runs_are_shown(tmp_path: Path) -> None:
     assert "Left out: config.json, which could not be read" in page.text
     assert len(read_run(damaged).steps) == 10
     assert "Healthy" in page.text
+
+
+def test_values_of_other_types_are_left_out_and_named(tmp_path: Path) -> None:
+    records = steps(12, lr=0.1)
+    records[3] |= {"loss": "high", "lr": [1]}
+    records[5] |= {"lr": math.nan, "note": "mine"}
+    records[7]["step"] = "8"
+    records[9]["loss"] = 10**400
+    folder = run_folder(tmp_path / "run", records)
+    (folder / "environment.json").write_text('{"processes": "two", "gpu": ["a GPU"]}')
+    (folder / "config.json").write_text('{"model": [1], "view1": 3}')
+    (folder / "corrupt_images.jsonl").write_text('{"image": 3, "reason": null}\n')
+    (folder / "eval").mkdir()
+    dense = [[90, 8, 2], [7, 90, 3], [0, 40, 60]]
+    for name, changes in {
+        "types": {"top1_ci95": ["a", 1], "step": True, "classes": [1, 2], "baselines": "none"},
+        "nested": {"per_class": [{"class": "cat"}, {"class": "dog", "accuracy": "x"}]},
+        "dense": {"confusion": dense},
+        "small": {
+            "confusion": [[0, 1, 2], [1, 0, 2], [1, 1, 1]],
+            "num_test": 9,
+        },  # three by three, of an earlier version
+        "deep": {"settings": "DEEP"},
+    }.items():
+        text = json.dumps(EVALUATION | changes).replace('"DEEP"', 200 * "[" + 200 * "]")
+        (folder / "eval" / f"{name}.json").write_text(text)
+    page = page_of(folder)
+    for note in (
+        "1 of the values of step in metrics.jsonl that are no numbers (step after 7)",
+        "2 of the values of loss in metrics.jsonl that are no numbers (step 4, 10)",
+        "2 of the values of lr in metrics.jsonl that are no numbers (step 4, 6)",
+        "1 of the values of note in metrics.jsonl that are no numbers (step 6)",
+        'a field of environment.json: processes must be a whole number, got "two"',
+        'a field of eval/types.json: top1_ci95[0] must be a number, got "a"',
+        "a field of eval/types.json: step must be a whole number, got true",
+        "a field of eval/types.json: classes[0] must be text, got 1",
+        'a field of eval/types.json: baselines must be a list, got "none"',
+        'a field of eval/nested.json: per_class[1].accuracy must be a number, got "x"',
+        "deep.json, which could not be read (it must be a JSON object of at most 100 levels)",
+    ):
+        assert f"Left out: {note}." in page.text
+    assert page.text.count("The confusion matrix is left out: it was written by an earlier version.") == 3
+    assert page.text.count("80.0%") >= 4  # the accuracy of each evaluation
+    assert "Healthy: the embedding std is 0.90" in page.text
+    assert page_of(folder, folder).headings[0] == "2 runs"
 
 
 def test_options_of_another_version_are_shown(tmp_path: Path) -> None:

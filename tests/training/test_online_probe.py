@@ -162,6 +162,15 @@ class Recorder(Callback):
             raise RuntimeError("crash")
 
 
+def test_probe_of_too_many_classes_is_left_out(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = Trainer(tiny).model.feature_dim
+    monkeypatch.setattr("byol_fast.training.builder.MAX_WEIGHTS", 2 * size)
+    trainer = Trainer(configs.replace(tiny, {"name": "other"}))
+    assert trainer.state.probe is None
+    with pytest.raises(ConfigError, match="'on', but 3 classes are more than it is trained for, 2; are they numbers"):
+        Trainer(configs.replace(tiny, {"name": "third", "probe.enabled": "on"}))
+
+
 def test_crash_after_evaluation_does_not_repeat_it(evaluated: Config) -> None:
     recorder = Recorder()
     run = Trainer(evaluated, callbacks=[recorder]).fit().run_dir
