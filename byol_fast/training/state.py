@@ -164,7 +164,7 @@ def tensor_problem(state: dict[str, Any], expected: dict[str, Tensor]) -> str | 
 
 
 def _rng_problem(state: dict[str, Any], expected: dict[str, Tensor]) -> str | None:
-    """Why the states of random number generators cannot be restored; None if they can."""
+    """The first state of a random number generator that does not fit; None if all do."""
     for name in expected.keys() & state.keys():
         got = state[name]
         if not isinstance(got, Tensor) or got.dtype != torch.uint8 or got.shape != expected[name].shape:

@@ -101,9 +101,10 @@ def test_replace_explains_what_it_refuses(changes: dict[str, object], message: s
 def test_load_explains_missing_and_broken_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist; give the run folder"):
         configs.load(tmp_path / "config.json")
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="not valid JSON"):
-        configs.load(tmp_path / "config.json")
+    for text in ("{", "[" * 100_000):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ConfigError, match="not valid JSON"):
+            configs.load(tmp_path / "config.json")
 
 
 def test_differences_name_fields_with_both_values() -> None:

@@ -191,7 +191,7 @@ def test_values_of_other_types_are_left_out_and_named(tmp_path: Path) -> None:
     (folder / "corrupt_images.jsonl").write_text('{"image": 3, "reason": null}\n')
     (folder / "eval").mkdir()
     dense = [[90, 8, 2], [7, 90, 3], [0, 40, 60]]
-    for name, changes in {
+    evaluations: dict[str, Record] = {
         "types": {"top1_ci95": ["a", 1], "step": True, "classes": [1, 2], "baselines": "none"},
         "nested": {"per_class": [{"class": "cat"}, {"class": "dog", "accuracy": "x"}]},
         "dense": {"confusion": dense},
@@ -200,7 +200,8 @@ def test_values_of_other_types_are_left_out_and_named(tmp_path: Path) -> None:
             "num_test": 9,
         },  # three by three, of an earlier version
         "deep": {"settings": "DEEP"},
-    }.items():
+    }
+    for name, changes in evaluations.items():
         text = json.dumps(EVALUATION | changes).replace('"DEEP"', 200 * "[" + 200 * "]")
         (folder / "eval" / f"{name}.json").write_text(text)
     page = page_of(folder)

@@ -265,9 +265,8 @@ def test_damaged_export_is_explained(small: Config) -> None:
     run = Trainer(configs.replace(small, {"steps": 2})).fit().run_dir
     weights, metadata = run / "encoder.safetensors", run / "encoder.json"
     intact = metadata.read_text()
-    wrong = [
-        json.dumps(json.loads(intact) | {key: value}) for key, value in (("mean", [0.5, "x", 1]), ("image_size", 10**9))
-    ]
+    changes: tuple[dict[str, Any], ...] = ({"mean": [0.5, "x", 1]}, {"image_size": 10**9})
+    wrong = [json.dumps(json.loads(intact) | change) for change in changes]
     deep = "[" * 100_000
     for text in ("{", "[]", intact.replace("image_size", "image_syze"), "\x80", *wrong, deep):
         metadata.write_bytes(text.encode("latin-1"))
