@@ -14,6 +14,7 @@ from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError, DataConfig
 from byol_fast.config.evaluation import EvalSettings
 from byol_fast.data import ImageSource, SourceError, open_source, open_train_val
+from byol_fast.data.sources.overlap import warn_shared_images
 from byol_fast.evaluate.encoder import PretrainedEncoder
 from byol_fast.evaluate.splits import subsample
 from byol_fast.utils.files import printable_name
@@ -74,6 +75,8 @@ def open_images(pretrained: PretrainedEncoder, train: object, test: object, sett
         raise SourceError(
             f"eval: test images must differ from the training images, both are {train_source.describe()}; pass --test"
         )
+    if test is not None:  # others are compared where they are opened
+        warn_shared_images(train_source, test_source, "--test")
     return EvalImages(subsample(train_source, settings.max_train), subsample(test_source, settings.max_test))
 
 

@@ -25,6 +25,7 @@ from byol_fast.data.sources.datasets import (
 )
 from byol_fast.data.sources.files import FileSource, open_folder
 from byol_fast.data.sources.lists import LISTS, open_list
+from byol_fast.data.sources.overlap import warn_shared_images
 from byol_fast.data.sources.parquet import open_parquet
 from byol_fast.data.sources.shards import SHARDS, find_shards, has_only_shards
 from byol_fast.data.sources.splits import check_parts, split_folder, split_shards
@@ -195,6 +196,7 @@ def open_train_val(config: Config, data: object = None) -> tuple[ImageSource, Im
         return train, None
     val = _align_labels(train, val, strict=config.knn.enabled == "on" or config.knn.val_root is not None)
     log.info("validation images: %s", val.describe())
+    warn_shared_images(train, val, "knn.val_root" if config.knn.val_root is not None else "data")
     return train, val
 
 
