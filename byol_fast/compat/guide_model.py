@@ -25,8 +25,9 @@ Pair = tuple[Tensor, Tensor]
 Normalization = tuple[float, float, float]
 _AVERAGE_PREFIX = "target_average."
 """Of the keys of `state_dict` that hold the target in float32 while its parameters are bfloat16 or float16."""
-_MAX_OVERSHOOT = 32.0
-"""Levels beyond 0..255 that are clipped without an error: a resize after the normalization overshoots."""
+_MAX_OVERSHOOT = 72.0
+"""Levels beyond 0..255 that are clipped without an error: a resize after the normalization overshoots, a cubic one
+between black and white by up to 2 * 1.125 * 0.125 of the range."""
 
 
 class SelfSupervisedTask(nn.Module):

@@ -141,7 +141,10 @@ def _check_cpu(info: SystemInfo) -> Iterator[Check]:
         yield Check("CPU", "note", f"{cpu} for {len(info.gpus)} GPUs", advice)
     else:
         yield Check("CPU", "ok", cpu)
-    if info.torch_threads < min(info.cpus, usable) and not info.gpus:
+    cores = min(info.cpus, usable)
+    # Two hyperthreads of a core count as two cores here: half as many threads, torch's default, are enough.
+    few_threads = info.torch_threads == 1 < cores or 2 * info.torch_threads < cores
+    if few_threads and not info.gpus:
         advice = "unset OMP_NUM_THREADS, unless the machine is shared"
         yield Check("threads", "note", f"torch uses {info.torch_threads} of {info.cpus} cores", advice)
     else:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 from byol_fast.report.evaluations import weaker_than_baselines
 from byol_fast.report.formatting import duration, interval_text, plural
 from byol_fast.report.page import Section, facts, paragraph
 from byol_fast.report.reading import RunFiles
 
 HEALTHY, COLLAPSED = 0.5, 0.2
-"""Embedding standard deviations: healthy at the first or above, collapsed below the second."""
+"""Embedding standard deviations in large batches: healthy at the first or above, collapsed below the second."""
+LARGE_BATCH = 0.95
+"""Largest standard deviation of a batch (of 16 images or more) from which on its size is not mentioned."""
 
 
 def health(run: RunFiles) -> list[tuple[str, str]]:
@@ -33,22 +37,33 @@ def health(run: RunFiles) -> list[tuple[str, str]]:
 
 
 def _collapse(run: RunFiles) -> tuple[str, str]:
-    std, loss = run.last("embedding_std"), run.last("loss")
+    std, loss, largest = run.last("embedding_std"), run.last("loss"), _largest_std(run.values.get("batch_size"))
+    scale = "1 is healthy, 0 is collapsed"
+    if largest < LARGE_BATCH:
+        scale = f"in batches of {run.values['batch_size']}, {largest:.2f} is healthy, 0 is collapsed"
     if not run.steps:
         return "", "No step is recorded yet."
     if loss is None or std is None:
         return "warn", "Every step was skipped: no loss was finite. Try a smaller optim.lr or precision fp32."
-    if std >= HEALTHY:
-        return "good", f"Healthy: the embedding std is {std:.2f} (1 is healthy, 0 is collapsed)."
-    if std >= COLLAPSED:
+    if std >= HEALTHY * largest:
+        return "good", f"Healthy: the embedding std is {std:.2f} ({scale})."
+    if std >= COLLAPSED * largest:
         return "warn", (
-            f"Partly collapsed: the embedding std is {std:.2f} (above {HEALTHY} is healthy). If it keeps falling, try "
-            "a smaller optim.lr, a longer warm-up or a larger tau.base."
+            f"Partly collapsed: the embedding std is {std:.2f} (above {HEALTHY * largest:.2g} is healthy). If it keeps "
+            "falling, try a smaller optim.lr, a longer warm-up or a larger tau.base."
         )
     return "warn", (
-        f"Collapsed: the embedding std is {std:.2f} (1 is healthy, 0 is collapsed): all images have nearly the same "
-        "embedding, and a small loss means nothing. Try a smaller optim.lr, a longer warm-up or a larger tau.base."
+        f"Collapsed: the embedding std is {std:.2f} ({scale}): all images have nearly the same embedding, and a small "
+        "loss means nothing. Try a smaller optim.lr, a longer warm-up or a larger tau.base."
     )
+
+
+def _largest_std(batch_size: object) -> float:
+    """Mean standard deviation of `batch_size` normal numbers of variance 1; 1 if it is unknown."""
+    if not isinstance(batch_size, int) or batch_size < 2:
+        return 1.0
+    n = min(batch_size, 1000)  # of larger ones it is 1 to three digits
+    return math.sqrt(2 / n) * math.exp(math.lgamma(n / 2) - math.lgamma((n - 1) / 2))
 
 
 def _knn_gain(run: RunFiles) -> list[tuple[str, str]]:

@@ -1,8 +1,12 @@
-"""Comparison of a run's views with torchvision's: each operator alone, then whole views, with the same parameters."""
+"""Comparison of a run's views with torchvision's: each operator alone, then whole views, with the same parameters.
+
+The reference is torchvision in float64, which rounds nowhere. With each value goes the largest error that rounding to
+whole levels may cause there: it follows from the image and the parameters, and is no number that was measured on some
+photographs. A correct loader is therefore within the bounds for all images.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
@@ -11,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from byol_fast.config import Config, ViewConfig
@@ -19,52 +24,58 @@ from byol_fast.data.augment_params import PROBABILITIES, AugmentParams, crop_box
 from byol_fast.data.loaders.backend import resolve_backend
 from byol_fast.data.sources import ArraySource, ImageSource
 from byol_fast.data.sources.base import evenly_spaced
-from byol_kernels.photometric.params import ADJUSTMENTS
+from byol_kernels.photometric.params import ADJUSTMENTS, BRIGHTNESS, CONTRAST, HUE
 
 NUM_IMAGES = 64
 
 Pixels = NDArray[np.uint8]
-Against = Literal["PIL", "tensors"]
+Crop = Literal["rounded twice", "rounded once", "repeated border"]
+
+ROUNDING = 0.5
+FLOAT32 = 0.01
+"""Error of float32 arithmetic in levels of 255, with a margin: a few units in the last place of 255, 1.5e-5."""
+LUMA = 0.03
+"""Difference between the weights of red in torchvision's gray image, .2989, and in the standard's, .299, for 255."""
+HUE_GAIN = 3.0
+"""Largest error of a hue shift for an error of 1 in each channel: its middle value is a m + b v +- x for the smallest,
+largest and middle value of a pixel, with |a| + |b| <= 2."""
+CUBIC_GAIN = 1.25
+"""Largest sum of the absolute weights of a cubic filter, midway between two pixels: 2 (9 + 1) / 16."""
+FIXED_POINT = 0.1
+"""Error of the 16-bit weights of PyTorch's resize of bytes, of both passes."""
+FILTER_TABLE = 0.5
+"""Error of the table of 129 values in which DALI looks up its filter: 0.16 in each pass, more where it overshoots."""
+BLUR_FLOAT16 = 3 * 255 / 2**11
+"""Error of the weights and intermediate values of our CUDA kernel, float16."""
+NVJPEG_MEAN = 1.9
+"""Mean error of a GPU's JPEG decoder, which has another IDCT and chroma upsampling: a limit that was measured."""
 
 
-class Levels(NamedTuple):
-    """Absolute differences of pixels in levels of 255; an infinite limit allows any."""
+class Comparison(NamedTuple):
+    """Errors of an operator or a view, in levels of 255."""
 
-    max: float = math.inf
-    p999: float = math.inf
-    mean: float = math.inf
-
-    def within(self, limit: Levels) -> bool:
-        """True if none of the three is above its limit."""
-        return all(value <= largest for value, largest in zip(self, limit, strict=True))
+    name: str
+    """Name of the operator, or `view 1`, `view 2`."""
+    largest: float
+    """Largest error."""
+    mean: float
+    """Mean error."""
+    bound: float
+    """Largest error that rounding explains, over all pixels."""
+    num_wrong: int
+    """Number of values whose error is above the bound at their pixel."""
+    ok: bool
+    """True if there are none; for JPEGs that a GPU decodes, if the mean error is small enough."""
 
     def __str__(self) -> str:
-        return " / ".join("-" if math.isinf(x) else f"{x:.3g}" for x in self)
-
-
-# We round once; torchvision's tensors are rounded down after each adjustment, by half a level on average. Two random
-# orders of torchvision's jitter differ by 1.1. Without the clipping between adjustments the 99.9th percentile is 27.
-ROUNDED_DOWN = Levels(max=1, mean=0.5)
-JITTER = Levels(p999=6, mean=1.9)
-# At the border of a crop DALI repeats the outermost pixels, where torchvision leaves out the filter's weights beyond
-# it: up to 7 % of them, in a corner twice. Without antialiasing the mean error is 0.93, the largest 84.
-CROP = Levels(max=36, mean=0.25)
-VIEW = Levels(mean=JITTER.mean + CROP.mean)  # the largest errors are at the borders
-LIMITS = {"crop": CROP, "flip": Levels(0, 0, 0), "solarize": Levels(0, 0, 0), "view 1": VIEW, "view 2": VIEW}
-LIMITS |= {"jitter": JITTER, "brightness": ROUNDED_DOWN, "contrast": ROUNDED_DOWN, "saturation": ROUNDED_DOWN}
-# torchvision scales the hue by 255.999 / 255 before it rounds down. PIL's luma has a weight of .299 and 16 bits, ours
-# .2989. Both compute the blur in float32: values halfway between two levels may be rounded differently.
-LIMITS |= {"hue": Levels(1, mean=0.1), "grayscale": Levels(1, mean=0.03), "blur": Levels(1, mean=0.01)}
-DESATURATION = Levels(
-    max=2, mean=0.5
-)  # torchvision also rounds down the gray image, which has more than half of the weight
-BLUR_FLOAT16 = Levels(max=1, mean=0.25)  # weights and intermediate values of our CUDA kernel: errors up to 255 / 2^11
-NVJPEG_MEAN = 1.9  # a GPU's decoder has another IDCT and chroma upsampling; the same limit as for the jitter
+        wrong = "" if self.ok else f" ({self.num_wrong:,} values are wrong)"
+        error = f"{self.largest:.3g} / {self.mean:.3g}"
+        return f"{self.name:12s} {error:16s} at most {self.bound:<6.3g} {'OK' if self.ok else 'FAIL'}{wrong}"
 
 
 def compare(
     source: ImageSource, config: Config, device: torch.device, *, num_images: int = NUM_IMAGES
-) -> Iterator[tuple[str, Levels, Levels]]:
+) -> Iterator[Comparison]:
     """Compare the views of a run's loader with torchvision's, with the augmentation parameters of the first epoch.
 
     Operators of the run are compared one by one on center crops, with probability 1 and the strength of the run; crops
@@ -76,9 +87,6 @@ def compare(
         device: where the views are computed.
         num_images: largest number of images.
 
-    Yields:
-        Name, error and limit.
-
     Raises:
         CorruptImageError: an image cannot be read, and `DataConfig.on_corrupt` is "raise"; or too many cannot.
     """
@@ -89,33 +97,34 @@ def compare(
         source, config.view1.size, 64, interpolation=config.view1.interpolation, on_corrupt=config.data.on_corrupt
     )
     squares = ArraySource(torch.cat([images for images, _ in center_crops]).permute(0, 2, 3, 1).numpy())
-    # PIL rounds between the two passes of a resize, as our crops on a CPU do; torchvision's float tensors do not.
-    rounds_twice = backend.loader == "threaded" or (backend.loader == "device_cache" and device.type == "cpu")
-    crop: Against = "PIL" if rounds_twice else "tensors"
+    crop: Crop = "rounded once"
+    if backend.loader == "threaded" or (backend.loader == "device_cache" and device.type == "cpu"):
+        crop = "rounded twice"  # between the two passes of the resize
+    elif backend.loader == "dali":
+        crop = "repeated border"
+    blur_error = BLUR_FLOAT16 if device.type == "cuda" and backend.augment == "kernels" else FLOAT32
     for name, views in _cases(config.view1, config.view2):
         view, number = views[-1], len(views) - 1
-        whole, limit = name in {"crop", "view 1", "view 2"}, LIMITS[name]
+        whole = name in {"crop", "view 1", "view 2"}
         images = source if whole else squares
         loader = make_loader(images, replace(config, data=data, batch_size=len(images)), views, device=device)
         batch = next(loader)
         loader.close()
-        ours = batch.views[number].permute(0, 2, 3, 1).cpu().numpy()
-        inputs = [images.load(i) for i in batch.index.tolist()]
+        ours = batch.views[number].cpu().double()
         params = sample_augment_params(view, batch.index.numpy(), seed=config.seed, epoch=0, view=number)
-        reference = torchvision_views(inputs, params, view, crop=crop, colors="tensors")
-        error = differences(ours, reference)
-        if name == "grayscale":
-            error = differences(ours, torchvision_views(inputs, params, view))
-        elif name == "saturation" and view.saturation > 0.5:
-            limit = DESATURATION
-        elif name == "blur" and device.type == "cuda" and backend.augment == "kernels":
-            limit = BLUR_FLOAT16
-        elif name == "jitter":  # if torchvision's own PIL and tensor operators differ by more, that is the limit
-            between_torchvisions = differences(torchvision_views(inputs, params, view), reference)
-            limit = limit._replace(p999=max(limit.p999, between_torchvisions.p999))
-        if whole and backend.loader == "dali" and device.type == "cuda" and not isinstance(source, ArraySource):
-            limit = Levels(mean=limit.mean + NVJPEG_MEAN)
-        yield name, error, limit
+        error, bound = torch.empty_like(ours), torch.empty_like(ours)
+        for row, i in enumerate(batch.index.tolist()):
+            expected, bound[row] = reference_view(
+                images.load(i), params, row, view, crop=crop, rounds=backend.augment == "dali", blur_error=blur_error
+            )
+            error[row] = (ours[row] - expected).abs()
+        num_wrong, mean = int((error > bound).sum()), float(error.mean())
+        decoded_by_gpu = whole and backend.loader == "dali" and device.type == "cuda"
+        if decoded_by_gpu and not isinstance(source, ArraySource):
+            ok = mean <= float(bound.mean()) + NVJPEG_MEAN
+        else:
+            ok = num_wrong == 0
+        yield Comparison(name, float(error.max()), mean, float(bound.max()), num_wrong, ok)
 
 
 def _cases(view1: ViewConfig, view2: ViewConfig) -> Iterator[tuple[str, tuple[ViewConfig, ...]]]:
@@ -137,47 +146,91 @@ def _cases(view1: ViewConfig, view2: ViewConfig) -> Iterator[tuple[str, tuple[Vi
     yield "view 2", (view1, view2)
 
 
-def torchvision_views(
-    images: list[Image.Image],
+def reference_view(
+    image: Image.Image,
     params: AugmentParams,
+    row: int,
     view: ViewConfig,
     *,
-    crop: Against = "PIL",
-    colors: Against = "PIL",
-) -> Pixels:
-    """Views `[B, S, S, 3]` of B RGB images by torchvision's functions, in the order of its transforms.
+    crop: Crop = "rounded once",
+    rounds: bool = False,
+    blur_error: float = FLOAT32,
+) -> tuple[Tensor, Tensor]:
+    """One view by torchvision's functions in float64, in the order of its transforms, and its largest errors.
 
     Args:
-        images: B images.
-        params: augmentation parameters of the images.
+        image: RGB image.
+        params: augmentation parameters of a batch.
+        row: position of the image in the batch.
         view: configuration of the view that the parameters were sampled for.
-        crop: crop PIL images, or floating-point tensors.
-        colors: apply the other operators to PIL images, or to uint8 tensors, where colors are rounded down.
+        crop: the way in which the loader rounds the crop, and continues it beyond its border.
+        rounds: the loader rounds to whole levels after each operator, not once.
+        blur_error: error of the arithmetic of the blur.
+
+    Returns:
+        Values from 0 to 255, and bounds of the errors of whole levels that a correct loader returns, `[3, S, S]` each.
     """
-    views, interpolation = [], F.InterpolationMode(view.interpolation)
-    for i, image in enumerate(images):
-        x: Any = F.pil_to_tensor(image).float() if crop == "tensors" else image
-        box = crop_box(params.crop_candidates[i], image.height, image.width, view.ratio)
-        x = F.resized_crop(x, *box, [view.size, view.size], interpolation=interpolation, antialias=True)
-        if crop == "tensors":
-            x = F.to_pil_image(x.round().clamp(0, 255).to(torch.uint8))
-        x = F.pil_to_tensor(x) if colors == "tensors" else x
-        x = F.horizontal_flip(x) if params.flip[i] else x
-        for number in params.order[i].tolist() if params.jitter[i] else ():
-            if getattr(view, ADJUSTMENTS[number]) > 0:  # ColorJitter leaves out an adjustment without a range
-                x = getattr(F, f"adjust_{ADJUSTMENTS[number]}")(x, float(params.factors[i, number]))
-        x = F.rgb_to_grayscale(x, 3) if params.grayscale[i] else x
-        if params.blur[i]:
-            kernel_size = min(int(params.kernel_size[i]), 2 * view.size - 1)
-            x = F.gaussian_blur(x, [kernel_size] * 2, [float(params.sigma[i])] * 2)
-        x = F.solarize(x, view.solarize_threshold) if params.solarize[i] else x
-        views.append(np.asarray(x) if isinstance(x, Image.Image) else x.permute(1, 2, 0).numpy())
-    return np.stack(views)
+    box = crop_box(params.crop_candidates[row], image.height, image.width, view.ratio)
+    x, bound = _resized_crop(F.pil_to_tensor(image).double(), box, view, crop)
+    if params.flip[row]:
+        x, bound = F.horizontal_flip(x), F.horizontal_flip(bound)
+    rounding, is_rounded = ROUNDING * rounds + FLOAT32, True
+    for number in params.order[row].tolist() if params.jitter[row] else ():
+        if getattr(view, ADJUSTMENTS[number]) > 0:  # ColorJitter leaves out an adjustment without a range
+            x, bound = _adjust(x, bound, number, float(params.factors[row, number]), rounds)
+            bound, is_rounded = bound + rounding, rounds
+    if params.grayscale[row]:
+        x, bound = _gray(x).expand(3, -1, -1), _gray(bound).expand(3, -1, -1) + LUMA + rounding
+        is_rounded = rounds
+    if params.blur[row]:
+        kernel_size = min(int(params.kernel_size[row]), 2 * view.size - 1)
+        blur = [kernel_size] * 2, [float(params.sigma[row])] * 2
+        before = 0.0 if is_rounded else ROUNDING  # our kernels round what they blur
+        x, bound = F.gaussian_blur(x, *blur), F.gaussian_blur(bound + before, *blur) + blur_error + rounding
+        is_rounded = rounds
+    if params.solarize[row]:
+        # A value that rounds up to the threshold reaches it. Next to it, either side may be right.
+        limit, inverse = view.solarize_threshold - 0.5, 255 - x
+        bound = torch.where((x - limit).abs() <= bound, bound + (inverse - x).abs(), bound)
+        x = torch.where(x >= limit, inverse, x)
+    return x, bound if is_rounded else bound + ROUNDING
 
 
-def differences(ours: Pixels, theirs: Pixels) -> Levels:
-    """Largest, 99.9th percentile and mean of the absolute differences of pixels."""
-    counts = np.bincount(np.abs(ours.astype(np.int16) - theirs).ravel(), minlength=256)
-    share = counts.cumsum() / counts.sum()
-    mean = counts @ np.arange(256) / counts.sum()
-    return Levels(max=float(np.flatnonzero(counts)[-1]), p999=float((share < 0.999).sum()), mean=float(mean))
+def _resized_crop(x: Tensor, box: tuple[int, int, int, int], view: ViewConfig, crop: Crop) -> tuple[Tensor, Tensor]:
+    """Crop and resize values `[3, H, W]`, first the columns, then the rows."""
+    x = F.crop(x, *box)
+    gain, error = (CUBIC_GAIN if view.interpolation == "bicubic" else 1.0), 0.0
+    for dim in (2, 1):
+        if x.shape[dim] == view.size:
+            continue
+        size, repeats = list(x.shape[1:]), 1
+        if crop == "repeated border":  # the size on both sides, so that the scale stays the same
+            pad = [0, 0, size[1], size[1]] if dim == 2 else [size[0], size[0], 0, 0]
+            x, repeats = torch.nn.functional.pad(x[None], pad[2:] + pad[:2], mode="replicate")[0], 3
+            size = list(x.shape[1:])
+        size[dim - 1] = repeats * view.size
+        x = F.resize(x, size, F.InterpolationMode(view.interpolation), antialias=True)
+        x = x.narrow(dim, (repeats // 2) * view.size, view.size)
+        if crop == "rounded twice":
+            x, error = x.clamp(0, 255), gain * error + ROUNDING + FIXED_POINT / 2
+        else:
+            error = ROUNDING + (FILTER_TABLE if crop == "repeated border" else FLOAT32)
+    return x.clamp(0, 255), torch.full_like(x, error)
+
+
+def _adjust(x: Tensor, bound: Tensor, number: int, factor: float, rounds: bool) -> tuple[Tensor, Tensor]:
+    """Apply an adjustment of the jitter."""
+    result: Tensor = getattr(F, f"adjust_{ADJUSTMENTS[number]}")(x / 255, factor) * 255
+    if number == HUE:
+        return result, HUE_GAIN * bound.amax(0, keepdim=True).expand_as(bound)
+    if number == BRIGHTNESS:
+        return result, factor * bound
+    gray = _gray(bound) + (ROUNDING + LUMA if rounds else 0.0)
+    if number == CONTRAST:
+        gray = gray.mean() + (ROUNDING if rounds else 0.0)
+    return result, factor * bound + abs(1 - factor) * gray
+
+
+def _gray(x: Tensor) -> Tensor:
+    gray: Tensor = F.rgb_to_grayscale(x, 1)
+    return gray

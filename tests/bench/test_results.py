@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from byol_fast.bench.compare import compare
+from byol_fast.bench.data import check_levels
 from byol_fast.bench.options import Options
 from byol_fast.bench.processes import Job, measure
 from byol_fast.bench.results import Results, load
@@ -46,6 +47,21 @@ def test_rounds_are_interleaved_and_warmup_is_discarded() -> None:
     assert [sorted(calls[i : i + 2]) for i in range(0, 8, 2)] == [["a", "b"]] * 4
     assert times["a"].seconds == (2.0, 2.0, 2.0)
     assert times["b"].seconds == (3.0, 3.0, 3.0)
+
+
+def test_level_check_allows_for_chance_and_finds_gross_errors() -> None:
+    """White images, of which each candidate solarizes a fifth on its own: the mean level is random."""
+    rng = np.random.default_rng(0)
+
+    def views(scale: float = 1.0) -> list[torch.Tensor]:
+        levels = torch.from_numpy(np.where(rng.random((2, 64, 1, 1, 1)) < 0.2, 0.0, scale))
+        return list(levels.expand(-1, -1, 3, 4, 4))
+
+    for _ in range(50):
+        check_levels({"a": views, "b": views, "c": views})
+    for scale in (1 / 255, 0.5):
+        with pytest.raises(AssertionError, match="c: mean and std of the levels are"):
+            check_levels({"a": views, "b": views, "c": functools.partial(views, scale)})
 
 
 def test_case_order_is_shuffled() -> None:

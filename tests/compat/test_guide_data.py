@@ -36,6 +36,22 @@ def test_normalization_is_undone_exactly() -> None:
     assert (wrapped != levels.permute(1, 2, 0).numpy()).mean() > 0.9
 
 
+@pytest.mark.parametrize("pattern", ["noise", "stripes", "checks"])
+def test_overshoot_of_a_cubic_resize_is_clipped(pattern: str) -> None:
+    """Black and white images, resized without clamping: the sharpest edges that there are."""
+    y, x = np.mgrid[:60, :60]
+    values = {"noise": np.random.default_rng(0).integers(0, 2, (60, 60)), "stripes": x // 3 % 2}
+    image = torch.from_numpy(values.get(pattern, (x // 5 + y // 5) % 2)).float().expand(3, -1, -1)
+    resized = transforms.Resize(97, transforms.InterpolationMode.BICUBIC)(image)
+    assert 255 * float(resized.max()) > 255 + 16
+    levels = guide_model.to_bytes(
+        transforms.Normalize(guide.CIFAR10_MEAN, guide.CIFAR10_STD)(resized)[None],
+        guide.CIFAR10_MEAN,
+        guide.CIFAR10_STD,
+    )
+    assert torch.equal(levels[0], (255 * resized).round().clamp(0, 255).to(torch.uint8))
+
+
 def test_image_types_give_equal_views(photos: np.ndarray) -> None:
     model = small_guide()
     image = photos[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,6 +65,21 @@ def photo_like(n: int, height: int, width: int, seed: int = 0) -> NDArray[np.uin
 def arrays() -> ArraySource:
     """48 photo-like images of 64 x 64."""
     return ArraySource(photo_like(48, 64, 64))
+
+
+@pytest.fixture(scope="session")
+def extremes() -> ArraySource:
+    """48 images of 64 x 64 that photographs are between: four of each kind."""
+    rng = np.random.default_rng(2)
+    shape = (4, 64, 64, 3)
+    gray, noise = rng.integers(0, 256, (4, 64, 64, 1), np.uint8), rng.integers(0, 256, shape, np.uint8)
+    kinds: list[NDArray[Any]] = [
+        np.zeros(shape), np.full(shape, 255), np.full(shape, 128),
+        rng.integers(0, 256, (4, 1, 1, 3)), rng.integers(0, 256, (4, 1, 1, 1)),
+        gray, noise, np.where(gray < 128, 0, 255), np.where(noise < 128, 0, 255), np.where(gray < 128, 127, 128),
+        noise * np.array([1, 0, 0]), np.arange(64)[:, None] % 2 * 255,
+    ]  # fmt: skip
+    return ArraySource(np.concatenate([np.broadcast_to(kind, shape) for kind in kinds]).astype(np.uint8))
 
 
 @pytest.fixture(scope="session")

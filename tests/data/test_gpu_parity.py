@@ -17,8 +17,8 @@ pytestmark = pytest.mark.gpu("parity")
 
 def assert_parity(source: ImageSource, backend: str, size: int, num_images: int) -> None:
     found = list(view_check.compare(source, paper(backend, size), torch.device(DEVICE), num_images=num_images))
-    assert not [f"{name}: {error}, at most {limit}" for name, error, limit in found if not error.within(limit)]
-    assert [name for name, _, _ in found] == [*OPERATORS, "view 1", "view 2"]
+    assert not [str(result) for result in found if not result.ok]
+    assert [result.name for result in found] == [*OPERATORS, "view 1", "view 2"]
 
 
 def test_photographs_from_files(files_backend: str, photographs: FileSource) -> None:

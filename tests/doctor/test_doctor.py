@@ -90,6 +90,10 @@ def test_complete_machine_has_no_problems(info: SystemInfo) -> None:
         (CPU, {"cpu_quota": 3.5}, "CPU", "note", "--data.threads 4"),
         (GPU, {"cpus": 2}, "CPU", "note", "2 cores for this process for 1 GPUs"),
         (CPU, {"torch_threads": 1}, "threads", "note", "1 of 16 cores"),
+        (CPU, {"torch_threads": 7}, "threads", "note", "7 of 16 cores"),
+        (CPU, {"torch_threads": 8}, "threads", "ok", "8"),  # torch's default for hyperthreads
+        (CPU, {"torch_threads": 1, "cpus": 1}, "threads", "ok", "1"),
+        (CPU, {"torch_threads": 1, "cpus": 2}, "threads", "note", "1 of 2 cores"),
         (CPU, {"bf16": False}, "bf16 on the CPU", "ok", "fp32"),
         (CPU, {"memory_gib": 1.5}, "memory", "note", "1.5 GiB"),
         (CPU, {"shm_gib": 0.0625}, "shared memory", "ok", "0.06 GiB"),

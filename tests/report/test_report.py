@@ -132,12 +132,22 @@ def test_summary_and_tables_show_the_metrics(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("std", "verdict"), [(0.95, "Healthy"), (0.35, "Partly collapsed"), (0.02, "Collapsed: the embedding")]
+    ("std", "batch_size", "verdict"),
+    [
+        (0.95, 64, "Healthy: the embedding std is 0.95 (1 is healthy, 0 is collapsed)"),
+        (0.35, 64, "Partly collapsed"),
+        (0.02, 64, "Collapsed: the embedding"),
+        # 0.62 in large batches, as measured on CIFAR-10; normal numbers have a std of sqrt(1 / pi) in pairs
+        (0.62 * 0.564, 2, "Healthy: the embedding std is 0.35 (in batches of 2, 0.56 is healthy, 0 is collapsed)"),
+        (0.62 * 0.798, 4, "Healthy: the embedding std is 0.49 (in batches of 4, 0.80 is healthy, 0 is collapsed)"),
+        (0.2, 2, "Partly collapsed: the embedding std is 0.20 (above 0.28 is healthy)"),
+        (0.02, 2, "Collapsed: the embedding"),
+    ],
 )
-def test_collapse_is_reported(std: float, verdict: str, tmp_path: Path) -> None:
-    page = page_of(run_folder(tmp_path / "run", steps(12, std=std)))
+def test_collapse_is_reported(std: float, batch_size: int, verdict: str, tmp_path: Path) -> None:
+    page = page_of(run_folder(tmp_path / "run", steps(12, std=std), batch_size=batch_size))
     assert verdict in page.text
-    assert ("warn" in [a.get("class") for t, a in page.tags if t == "p"]) == (std < 0.5)
+    assert ("warn" in [a.get("class") for t, a in page.tags if t == "p"]) == ("Healthy" not in verdict)
 
 
 def test_skipped_steps_corrupt_images_and_waiting_are_reported(tmp_path: Path) -> None:

@@ -68,13 +68,14 @@ def compare(context: Context, checks: Checks, source: ImageSource, *, num_images
         if not is_small(context):
             config = configs.replace(config, {"view1.size": PARITY_SIZE, "view2.size": PARITY_SIZE})
         results = view_check.compare(source, config, torch.device(context.device), num_images=num_images)
-        rows += [(f"{name}, {loader}", error, limit) for name, error, limit in results]
-    lines = [f"{name:36s} {error!s:20s} at most {limit}" for name, error, limit in rows]
+        rows += [result._replace(name=f"{result.name}, {loader}") for result in results]
+    lines = [f"{row.name:36s} {row.largest:.3g} / {row.mean:.3g} at most {row.bound:.3g}" for row in rows]
     (context.folder / "parity.txt").write_text("\n".join(lines) + "\n")
-    failed = [row for row in rows if not row[1].within(row[2])]
+    failed = [row for row in rows if not row.ok]
     checks("parity: rows beyond their limit", len(failed), 0, rows=len(rows))
-    for name, error, limit in failed:
-        context.record(f"parity: {name}", **error._replace(mean=rounded(error.mean))._asdict(), limit=str(limit))
+    for row in failed:
+        values = {name: rounded(value) for name, value in row._asdict().items() if isinstance(value, float)}
+        context.record(f"parity: {row.name}", **values, num_wrong=row.num_wrong)
 
 
 # ------------------------------------------------------------------------------------------------ under load
