@@ -124,7 +124,7 @@ class HuggingFaceSource(EncodedSource):
     @cached_property
     def fingerprint(self) -> str:  # noqa: D102 (inherited)
         sampled = evenly_spaced(len(self), _NUM_FINGERPRINTED).tolist()
-        return digest([str(self.dataset.features).encode(), self.index.tobytes(), *(self.read(i) for i in sampled)])
+        return digest([self.column.encode(), self.index.tobytes(), *(self.read(i) for i in sampled)])
 
     def read(self, i: int) -> bytes:  # noqa: D102 (inherited)
         value = self.dataset[int(self.index[i])][self.column]
