@@ -204,7 +204,7 @@ def test_command_fails_if_an_error_is_too_large(npz: Path, tmp_path: Path, capsy
         main.main(["preview", "cifar10_resnet18", *options, "--check"])
     assert stopped.value.code == 1
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("blur") and line.endswith("FAIL") for line in lines)
+    assert any(line.startswith("blur") and " FAIL (" in line for line in lines)
     assert "too large" in lines[-1] and "none" not in lines[-1]
     assert to.exists()
 

@@ -26,7 +26,7 @@ NUM_VAL = 200
 """Largest number of validation images that are looked for."""
 NUM_TRAIN = 100_000
 """Largest number of training images among which they are looked for."""
-NUM_DECODED = 1000
+NUM_DECODED = 200
 """The same where training images have to be decoded for it."""
 MAX_BYTES = 1 << 30
 """Largest number of bytes of encoded training images that are read."""
@@ -84,7 +84,7 @@ def find_shared_images(train: ImageSource, val: ImageSource) -> SharedImages:
 
     The digests of 200 validation images, evenly spaced, are compared with those of the training images that have as
     many bytes as one of them (pixels: the same values at 32 places), in whatever files, shards or tables they are. This
-    is exact up to 100,000 training images, of which 1 GiB are read, or 1,000 that have to be decoded. Beyond that,
+    is exact up to 100,000 training images, of which 1 GiB are read, or 200 that have to be decoded. Beyond that,
     evenly spaced ones stand for all, so that a million take seconds: copies are then missed in proportion, but not
     those of a set that is its own copy.
 
