@@ -150,13 +150,18 @@ def _read_footer(path: Path, arg_name: str) -> _Table:
     from pyarrow import parquet
 
     try:
+        str(path.absolute()).encode()
         with open(path, "rb", opener=open_regular) as file:
             footer = parquet.read_metadata(file)
         return _Table(path, footer, footer.schema.to_arrow_schema())
     except UnicodeEncodeError:
-        raise SourceError(f"{arg_name}: {path} must have a path in UTF-8, as pyarrow needs; rename it") from None
+        raise SourceError(
+            f"{arg_name}: {printable_name(path)} must have a path in UTF-8, as pyarrow needs; rename it"
+        ) from None
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-        raise SourceError(f"{arg_name}: {path} cannot be read as Parquet ({error}); fetch it again") from error
+        raise SourceError(
+            f"{arg_name}: {printable_name(path)} cannot be read as Parquet ({error}); fetch it again"
+        ) from error
 
 
 def _check_image_column(tables: Sequence[_Table], columns: Columns, arg_name: str) -> None:
