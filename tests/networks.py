@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,3 +34,15 @@ class SmallResidualNetwork(nn.Module):
         y = F.relu(x + y, inplace=True)
         logits: Tensor = self.fc(y.mean((2, 3)))
         return logits
+
+
+class Steep(nn.Module):
+    """Scales features by a factor that overflows after a large step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled: Tensor = x * torch.cosh(self.weight)
+        return scaled

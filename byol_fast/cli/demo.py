@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     result = pretrain(recipe=config)
     table = Table(title="Fashion-MNIST, 10 classes: kNN accuracy of the features")
     table.add_column("encoder")
-    table.add_column(f"kNN-{config.knn.k} top-1", justify="right")
+    table.add_column(f"kNN-{result.knn_k or config.knn.k} top-1", justify="right")
     if result.knn_top1 is not None and result.knn_top1_untrained is not None:
         table.add_row("untrained (norms calibrated)", f"{result.knn_top1_untrained:.1%}")
         table.add_row("after BYOL, without labels", f"{result.knn_top1:.1%}")

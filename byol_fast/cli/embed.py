@@ -5,11 +5,21 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from byol_fast.config import ConfigError, DataConfig
+from byol_fast.config.fields import (
+    BatchSize,
+    Device,
+    OnCorrupt,
+    Precision,
+    SheetNeighbors,
+    SheetQueries,
+    Threads,
+    check_fields,
+)
 from byol_fast.utils.files import atomic_path, printable_name
 from byol_fast.utils.output import PlainConsole
 from byol_fast.utils.progress import Progress
@@ -33,21 +43,21 @@ class Options:
     """File to write, .npz or .parquet: features, paths, labels where known."""
     neighbors: Path | None = None
     """PNG file to write: some images, each beside those with the most similar features."""
-    queries: int = 8
+    queries: SheetQueries = 8
     """Number of images on that sheet, selected from all classes."""
-    k: int = 8
+    k: SheetNeighbors = 8
     """Number of neighbors of each."""
     query: tuple[Path, ...] = ()
     """Images to show on the sheet instead of selected ones."""
-    batch_size: int = 256
+    batch_size: BatchSize = 256
     """Images per batch."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """auto: the GPU if there is one."""
-    precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = "auto"
+    precision: Precision = "auto"
     """Precision of the network; auto: bf16 where the hardware has it. Features are written as fp32."""
-    threads: int = 0
+    threads: Threads = 0
     """Decoding threads; 0: one per core."""
-    on_corrupt: Literal["raise", "skip"] = "raise"
+    on_corrupt: OnCorrupt = "raise"
     """raise: stop at an image that cannot be read; skip: leave it out and list it."""
     image_column: str = ""
     """Parquet: name of the column of images, if it cannot be inferred."""
@@ -57,6 +67,9 @@ class Options:
     """Folder for indexes of tar shards and images of Parquet files."""
     overwrite: bool = False
     """Replace existing files."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "embed: ")
 
 
 def main(argv: list[str]) -> int:
@@ -116,9 +129,6 @@ def _check_options(options: Options) -> None:
         raise ConfigError(f"embed: query images must exist, {', '.join(missing)} does not; check the spelling")
     if options.neighbors is not None and options.neighbors.suffix.lower() != ".png":
         raise ConfigError(f"embed: neighbors must be a file that ends in .png, got {options.neighbors}")
-    sizes = options.queries, options.k, options.batch_size
-    if min(sizes) < 1:
-        raise ConfigError(f"embed: queries, k and batch_size must be 1 or more, got {', '.join(map(str, sizes))}")
 
 
 def _embed(
@@ -126,7 +136,7 @@ def _embed(
     source: ImageSource,
     options: Options,
     *,
-    on_corrupt: Literal["raise", "skip"],
+    on_corrupt: OnCorrupt,
     progress: Progress | None = None,
 ) -> Features:
     """Features of images; a corrupt image is an error of the user."""

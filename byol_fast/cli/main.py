@@ -90,9 +90,13 @@ def _explain(error: Exception) -> int:
     from byol_fast.training.distributed import MainProcessError
     from byol_fast.training.errors import Interrupted, TrainingError
     from byol_fast.utils.checkpoint import CheckpointError
+    from byol_fast.utils.errors import first_line
 
     if isinstance(error, MainProcessError):
         return 1  # already printed by the main process
+    if _is_out_of_memory(error):
+        advice = "use smaller batches, views or networks, or fewer threads"
+        return print_error(f"out of memory: {first_line(error)}; {advice}", 1)
     if isinstance(error, Interrupted):
         return print_error(str(error), 128 + error.signum)
     expected = CheckpointError | TrainingError | CorruptImageError | ValueError | OSError
@@ -103,3 +107,13 @@ def _explain(error: Exception) -> int:
     is_foreign = type(error) is ValueError or (isinstance(error, OSError) and error.errno is not None)
     hint = "\n(set BYOL_FAST_TRACEBACK=1 for the traceback)" if is_foreign else ""
     return print_error(f"{error}{hint}", 2 if wrong_input else 1)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """True for memory or a thread that Python, torch (on a GPU, on a CPU) or the system could not get."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    reasons = ("out of memory", "can't allocate memory", "can't start new thread")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(reason in str(error) for reason in reasons)
+    )

@@ -9,6 +9,7 @@ from byol_fast import config as configs
 from byol_fast.cli.options import parse_config, print_error
 from byol_fast.cli.train import take_resume
 from byol_fast.config import ConfigError, recipes
+from byol_fast.config.fields import ProfiledSteps, check
 
 USAGE = """\
 usage: byol-fast profile RECIPE [--steps N] [--option value ...]
@@ -55,6 +56,8 @@ def _take_steps(argv: list[str]) -> tuple[int, list[str]]:
             steps = word.partition("=")[2] or next(words, "")
         else:
             rest.append(word)
-    if not steps.isdigit() or int(steps) < 1:
-        raise ConfigError(f"byol-fast profile: --steps must be a number, 1 or more, got {steps!r}")
-    return int(steps), rest
+    try:
+        number = int(steps)
+    except ValueError:
+        raise ConfigError(f"byol-fast profile: --steps must be an integer, got {steps!r}") from None
+    return check("byol-fast profile: --steps", ProfiledSteps, number), rest

@@ -1,9 +1,9 @@
 """Configuration of a run: documented and validated frozen dataclasses, recipes, JSON and overrides."""
 
+from byol_fast.config.fields import ConfigError
 from byol_fast.config.io import differences, from_dict, load, replace, to_dict
 from byol_fast.config.schema import (
     Config,
-    ConfigError,
     DataConfig,
     KNNConfig,
     ModelConfig,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
-from byol_fast.config.schema import Config, ConfigError
+from byol_fast.config.fields import ConfigError
+from byol_fast.config.schema import Config
 
 T = TypeVar("T")
 
@@ -44,36 +44,12 @@ def replace(config: T, changes: Mapping[str, object]) -> T:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"fields are {', '.join(names)}"
             raise ConfigError(f"config: {type(config).__name__} has no field {name!r}; {hint}")
-    hints = get_type_hints(type(config))
-    values = {name: _typed(name, hints[name], value) for name, value in flat.items()}
+    values = dict(flat)
     for name, fields in nested.items():
         if not dataclasses.is_dataclass(getattr(config, name)):
             raise ConfigError(f"config: {name} is a single value, got fields {', '.join(fields)} for it")
         values[name] = replace(getattr(config, name), fields)
     return dataclasses.replace(config, **values)
-
-
-def _typed(name: str, hint: Any, value: Any) -> Any:
-    """Value of a field, converted from JSON types; a ConfigError if it does not fit the type of the field."""
-    if get_origin(hint) in {Union, types.UnionType}:
-        if value is None:
-            return None
-        hint = next(a for a in get_args(hint) if a is not type(None))
-    if get_origin(hint) is tuple:
-        hints = get_args(hint)
-        if hints[-1] is Ellipsis and isinstance(value, list | tuple):
-            hints = (hints[0],) * len(value)
-        if isinstance(value, list | tuple) and len(value) == len(hints):
-            return tuple(_typed(name, inner, v) for inner, v in zip(hints, value, strict=True))
-    elif hint is Path and isinstance(value, str | Path):
-        return Path(value)
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    elif get_origin(hint) is Literal and isinstance(value, str):
-        return value  # __post_init__ checks the choices
-    elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    raise ConfigError(f"config: {name} must be of type {getattr(hint, '__name__', hint)}, got {value!r}")
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 
+from byol_fast.config.fields import ConfigError
 from byol_fast.config.schema import (
     Config,
-    ConfigError,
     DataConfig,
     KNNConfig,
     ModelConfig,

@@ -6,109 +6,91 @@ fields of it; the run folder keeps the result as `config.json`. The docstrings o
 
 from __future__ import annotations
 
-import difflib
-import functools
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal
 
+from byol_fast.config.fields import (
+    ChannelMean,
+    ChannelStd,
+    Count,
+    Device,
+    Epochs,
+    GradAccumSteps,
+    ImageSize,
+    Interpolation,
+    LearningRate,
+    Loader,
+    Neighbors,
+    OnCorrupt,
+    Precision,
+    Probability,
+    Range,
+    Schedule,
+    Seed,
+    Temperature,
+    Threads,
+    TrainBatchSize,
+    ViewBatching,
+    Width,
+    check_fields,
+    require,
+)
 
-class ConfigError(ValueError):
-    """Invalid value or unknown field of a configuration."""
-
-
-def _require(ok: bool, where: str, contract: str, got: object, fix: str = "") -> None:
-    if not ok:
-        raise ConfigError(f"config: {where} must {contract}, got {got!r}{'; ' + fix if fix else ''}")
-
-
-def _probability(where: str, value: float) -> None:
-    _require(0.0 <= value <= 1.0, where, "be a probability between 0 and 1", value)
-
-
-def _positive(where: str, value: float) -> None:
-    _require(math.isfinite(value) and value > 0, where, "be positive", value)
-
-
-def _not_negative(where: str, value: float) -> None:
-    _require(math.isfinite(value) and value >= 0, where, "be zero or more", value)
-
-
-def _check_choices(config: object, prefix: str = "") -> None:
-    """Raise a ConfigError for a field with a value that its `Literal` type does not list."""
-    for name, choices in _choices(type(config)).items():  # type: ignore[arg-type]
-        value = getattr(config, name)
-        if value not in choices:
-            near = difflib.get_close_matches(str(value), choices, n=1)
-            fix = f"did you mean {near[0]!r}?" if near else ""
-            _require(False, f"{prefix}{name}", f"be one of {', '.join(choices)}", value, fix)
-
-
-@functools.cache
-def _choices(config_type: type) -> dict[str, tuple[str, ...]]:
-    """Values of the fields with a `Literal` type."""
-    hints = get_type_hints(config_type).items()
-    return {name: get_args(hint) for name, hint in hints if get_origin(hint) is Literal}
+MAX_PIXELS = 2**32
+"""Largest number of pixels in the batches of one view that are in memory at a time: 12 GiB."""
+MAX_WEIGHTS = 2**28
+"""Largest number of weights in a layer of the heads: 1 GiB."""
+CropArea = Annotated[float, Range(1e-6, 1)]
+CropRatio = Annotated[float, Range(0.01, 100)]
+JitterRange = Annotated[float, Range(0, 10)]
+BlurSigma = Annotated[float, Range(1e-3, 80)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ViewConfig:
     """Augmentation of one view; the defaults are view 1 of the paper (appendix B)."""
 
-    size: int = 224
+    size: ImageSize = 224
     """Height and width of the view in pixels."""
-    scale: tuple[float, float] = (0.08, 1.0)
+    scale: tuple[CropArea, CropArea] = (0.08, 1.0)
     """Area of the random crop as a fraction of the image's, smallest and largest."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    ratio: tuple[CropRatio, CropRatio] = (3 / 4, 4 / 3)
     """Aspect ratio (width / height) of the random crop, smallest and largest; its logarithm is uniform."""
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    interpolation: Interpolation = "bicubic"
     """Filter that resizes the crop (always antialiased)."""
-    hflip_p: float = 0.5
+    hflip_p: Probability = 0.5
     """Probability of a horizontal flip."""
-    color_jitter_p: float = 0.8
+    color_jitter_p: Probability = 0.8
     """Probability of the color jitter; its four adjustments are applied in random order."""
-    brightness: float = 0.4
+    brightness: JitterRange = 0.4
     """The brightness factor is uniform on 1 - brightness .. 1 + brightness."""
-    contrast: float = 0.4
+    contrast: JitterRange = 0.4
     """The contrast factor (about the mean of the gray image) is uniform on 1 - contrast .. 1 + contrast."""
-    saturation: float = 0.2
+    saturation: JitterRange = 0.2
     """The saturation factor is uniform on 1 - saturation .. 1 + saturation."""
-    hue: float = 0.1
+    hue: Annotated[float, Range(0, 0.5)] = 0.1
     """The hue shift is uniform on -hue .. hue, in turns (0.5 is the opposite color)."""
-    grayscale_p: float = 0.2
+    grayscale_p: Probability = 0.2
     """Probability of the conversion to gray."""
-    blur_p: float = 1.0
+    blur_p: Probability = 1.0
     """Probability of the Gaussian blur."""
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_sigma: tuple[BlurSigma, BlurSigma] = (0.1, 2.0)
     """Standard deviation of the blur in pixels, smallest and largest."""
-    blur_kernel: int = 23
+    blur_kernel: Annotated[int, Range(0, 501)] = 23
     """Largest width of the blur kernel in pixels, odd (it covers three sigma to each side); 0 for no limit."""
-    solarize_p: float = 0.0
+    solarize_p: Probability = 0.0
     """Probability of solarization: values at or above the threshold are inverted."""
-    solarize_threshold: int = 128
+    solarize_threshold: Annotated[int, Range(0, 256)] = 128
     """Threshold of the solarization, 0..256."""
 
     def __post_init__(self) -> None:
-        _require(1 <= self.size <= 8192, "view.size", "be 1..8192 pixels", self.size)
-        for name in self.__slots__:
-            if name.endswith("_p"):
-                _probability(f"view.{name}", getattr(self, name))
-        lo, hi = self.scale
-        _require(0 < lo <= hi <= 1, "view.scale", "be two rising fractions within (0, 1]", self.scale)
-        lo, hi = self.ratio
-        _require(0 < lo <= hi and math.isfinite(hi), "view.ratio", "be two rising positive ratios", self.ratio)
-        _check_choices(self, "view.")
-        for name in ("brightness", "contrast", "saturation"):
-            _not_negative(f"view.{name}", getattr(self, name))
-        _require(0 <= self.hue <= 0.5, "view.hue", "be 0..0.5 turns", self.hue)
-        lo, hi = self.blur_sigma
-        _require(
-            0 < lo <= hi and math.isfinite(hi), "view.blur_sigma", "be two rising positive widths", self.blur_sigma
-        )
+        check_fields(self, "config: view.")
+        for name in ("scale", "ratio", "blur_sigma"):
+            low, high = getattr(self, name)
+            require(low <= high, f"config: view.{name}", "be the smallest and the largest value", (low, high))
         kernel = self.blur_kernel
-        _require(kernel == 0 or (kernel > 0 and kernel % 2 == 1), "view.blur_kernel", "be 0 or odd", kernel)
-        _require(0 <= self.solarize_threshold <= 256, "view.solarize_threshold", "be 0..256", self.solarize_threshold)
+        require(kernel == 0 or kernel % 2 == 1, "config: view.blur_kernel", "be 0 or odd", kernel)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,38 +109,34 @@ class DataConfig:
     """Parquet, Hugging Face and lists: column of the images or their paths; empty: detected by name and type."""
     label_column: str = ""
     """Parquet, Hugging Face and lists: column of the class numbers or names; empty: detected by name."""
-    loader: Literal["auto", "dali", "threaded", "device_cache"] = "auto"
+    loader: Loader = "auto"
     """Data loader: `dali`; `threaded` (CPU threads with torchvision's decoder); or `device_cache` (arrays that are kept
     on the device). auto: on a GPU device_cache for arrays that fit, otherwise dali if it is installed; on a CPU
     threaded."""
     augment: Literal["kernels", "dali"] = "kernels"
     """Augmentation after the crop (color, grayscale, blur, solarize): our kernels, with every loader; or `dali`: all
     views entirely by DALI's own operators, which requires loader dali (or auto, which is dali then)."""
-    hw_decoder_load: float = 0.65
+    hw_decoder_load: Probability = 0.65
     """Fraction of the JPEGs that DALI decodes on a GPU's hardware decoder, if it has one."""
-    threads: int = 0
+    threads: Threads = 0
     """Decoding and augmentation threads; 0: one per core of the process; with 1, a dataset is read item by item."""
-    prefetch: int = 2
+    prefetch: Annotated[int, Range(1, 64)] = 2
     """Batches prepared ahead of the step."""
-    on_corrupt: Literal["raise", "skip"] = "raise"
+    on_corrupt: OnCorrupt = "raise"
     """Images that cannot be read: `raise` ends the run (progress is saved); `skip` replaces them by other images and
     lists them in `corrupt_images.jsonl`. A damaged tar shard: `raise` is an error at the start; `skip` uses the images
     in front of the damage."""
-    max_corrupt_fraction: float = 0.01
+    max_corrupt_fraction: Probability = 0.01
     """With on_corrupt skip: stop if more than this fraction of the images (and more than 100, or half of all) is
     corrupt."""
     accept_changed: bool = False
     """Resume although images were added, removed or renamed since the run was started; it is then not bit-exact."""
 
     def __post_init__(self) -> None:
-        _check_choices(self, "data.")
+        check_fields(self, "config: data.")
         if self.augment == "dali":
             contract, fix = "be auto or dali with data.augment=dali", "set --data.augment kernels"
-            _require(self.loader in ("auto", "dali"), "data.loader", contract, self.loader, fix)
-        _probability("data.hw_decoder_load", self.hw_decoder_load)
-        _not_negative("data.threads", self.threads)
-        _positive("data.prefetch", self.prefetch)
-        _probability("data.max_corrupt_fraction", self.max_corrupt_fraction)
+            require(self.loader in ("auto", "dali"), "config: data.loader", contract, self.loader, fix)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,35 +151,34 @@ class ModelConfig:
     """ResNets: initialize every residual block as the identity (weight of its last norm = 0)."""
     pretrained: bool = False
     """Initialize the encoder with torchvision's default weights (downloaded, or from torch's cache)."""
-    hidden_dim: int = 4096
+    hidden_dim: Width = 4096
     """Width of the hidden layers of projector and predictor (with SimSiam of the projector)."""
-    projection_dim: int = 256
+    projection_dim: Width = 256
     """Size of projections and predictions."""
-    projector_layers: int = 2
+    projector_layers: Annotated[int, Range(2, 8)] = 2
     """Linear layers of the projector (SimSiam on ImageNet has 3)."""
-    predictor_hidden_dim: int = 512
+    predictor_hidden_dim: Width = 512
     """SimSiam only: width of the predictor's hidden layer (BYOL's is hidden_dim)."""
     last_bias: bool = False
     """BYOL only: give the last linear layer of the heads a bias (the reference has none)."""
-    view_batching: Literal["batched", "separate", "concat"] = "batched"
+    view_batching: ViewBatching = "batched"
     """Forward passes of two views: one pass with batch-norm statistics of each view (`batched`: equal to separate
     passes, and faster), two passes (`separate`), or one pass with common statistics (`concat`: another algorithm)."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    mean: tuple[ChannelMean, ChannelMean, ChannelMean] = (0.485, 0.456, 0.406)
     """Channel means, of values from 0 to 1, for the normalization of the input."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    std: tuple[ChannelStd, ChannelStd, ChannelStd] = (0.229, 0.224, 0.225)
     """Channel standard deviations, of values from 0 to 1, for the normalization of the input."""
 
     def __post_init__(self) -> None:
-        _require(bool(self.encoder), "model.encoder", "name a model", self.encoder)
-        _positive("model.hidden_dim", self.hidden_dim)
-        _positive("model.projection_dim", self.projection_dim)
-        _require(2 <= self.projector_layers <= 8, "model.projector_layers", "be 2..8", self.projector_layers)
-        _positive("model.predictor_hidden_dim", self.predictor_hidden_dim)
-        _check_choices(self, "model.")
-        for value in self.mean:
-            _require(math.isfinite(value), "model.mean", "be three finite numbers", self.mean)
-        for value in self.std:
-            _require(math.isfinite(value) and value > 0, "model.std", "be three positive numbers", self.std)
+        check_fields(self, "config: model.")
+        require(bool(self.encoder), "config: model.encoder", "name a model", self.encoder)
+        hidden, out = self.hidden_dim, self.projection_dim
+        inner = hidden if self.projector_layers > 2 else 1
+        contract = f"leave every layer of the heads at most {MAX_WEIGHTS:,} weights with projection_dim {out:,}"
+        require(hidden * max(out, inner) <= MAX_WEIGHTS, "config: model.hidden_dim", contract, hidden)
+        contract = f"leave the predictor at most {MAX_WEIGHTS:,} weights a layer with projection_dim {out:,}"
+        width = self.predictor_hidden_dim
+        require(width * out <= MAX_WEIGHTS, "config: model.predictor_hidden_dim", contract, width)
 
 
 METHOD_OPTIONS = {"last_bias": "byol", "predictor_hidden_dim": "simsiam"}
@@ -214,50 +191,42 @@ class OptimConfig:
 
     name: Literal["lars", "sgd", "adam", "adamw"] = "lars"
     """LARS as in the reference implementation, or torch's SGD, Adam, AdamW."""
-    lr: float = 0.2
+    lr: LearningRate = 0.2
     """Base learning rate, for a batch of 256."""
     scale_lr: bool = True
     """Multiply the base learning rate by batch size / 256; usually off for Adam."""
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Schedule = "cosine"
     """Learning rate after the warmup: cosine to 0, or constant."""
-    warmup_epochs: float = 10.0
+    warmup_epochs: Annotated[float, Range(0, 1_000_000)] = 10.0
     """Epochs of linear warmup from 0; at most a quarter of the run."""
-    warmup_steps: int | None = None
+    warmup_steps: Count | None = None
     """Steps of linear warmup, used as given; replaces warmup_epochs."""
-    momentum: float = 0.9
+    momentum: Annotated[float, Range(0, 0.9999)] = 0.9
     """Momentum of LARS and SGD."""
-    weight_decay: float = 1.5e-6
+    weight_decay: Annotated[float, Range(0, 100)] = 1.5e-6
     """Weight decay."""
     decay_1d: bool = False
     """Apply weight decay and LARS's adaptation to biases and norms, too; the reference does not, SimSiam does."""
     constant_predictor_lr: bool = False
     """Keep the predictor's learning rate constant after the warmup, with any schedule (SimSiam)."""
-    trust_coefficient: float = 1e-3
+    trust_coefficient: Annotated[float, Range(1e-9, 1000)] = 1e-3
     """LARS trust coefficient."""
 
     def __post_init__(self) -> None:
-        _check_choices(self, "optim.")
-        _positive("optim.lr", self.lr)
-        _not_negative("optim.warmup_epochs", self.warmup_epochs)
-        if self.warmup_steps is not None:
-            _not_negative("optim.warmup_steps", self.warmup_steps)
-        _require(0 <= self.momentum < 1, "optim.momentum", "be within [0, 1)", self.momentum)
-        _not_negative("optim.weight_decay", self.weight_decay)
-        _positive("optim.trust_coefficient", self.trust_coefficient)
+        check_fields(self, "config: optim.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TauConfig:
     """EMA of the target network: target = tau * target + (1 - tau) * online, after every optimizer step."""
 
-    base: float = 0.996
+    base: Probability = 0.996
     """Tau at the first step."""
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Schedule = "cosine"
     """Cosine from base to 1 over the run (as in the paper), or constant."""
 
     def __post_init__(self) -> None:
-        _require(0.0 <= self.base <= 1.0, "tau.base", "be between 0 and 1", self.base)
-        _check_choices(self, "tau.")
+        check_fields(self, "config: tau.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -268,21 +237,17 @@ class KNNConfig:
     """auto: if the training images have labels (class folders) and there are validation images."""
     val_root: Path | None = None
     """Validation images with the same classes; empty: `val` or `test` beside `train` in data.root."""
-    every_epochs: int = 10
+    every_epochs: Epochs = 10
     """Epochs between evaluations; also before the first step and after the last."""
-    k: int = 20
-    """Number of neighbors."""
-    temperature: float = 0.07
+    k: Neighbors = 20
+    """Number of neighbors; at most the number of training images to compare with."""
+    temperature: Temperature = 0.07
     """Temperature of the votes, which are weighted by exp(cosine similarity / temperature)."""
-    max_train: int = 0
+    max_train: Count = 0
     """Largest number of training images to compare with, evenly spaced; 0 means all."""
 
     def __post_init__(self) -> None:
-        _check_choices(self, "knn.")
-        _positive("knn.every_epochs", self.every_epochs)
-        _positive("knn.k", self.k)
-        _positive("knn.temperature", self.temperature)
-        _not_negative("knn.max_train", self.max_train)
+        check_fields(self, "config: knn.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -291,12 +256,11 @@ class ProbeConfig:
 
     enabled: Literal["auto", "on", "off"] = "auto"
     """auto: if the training images have labels (class folders)."""
-    lr: float = 1e-3
+    lr: LearningRate = 1e-3
     """Learning rate of the classifier (Adam)."""
 
     def __post_init__(self) -> None:
-        _check_choices(self, "probe.")
-        _positive("probe.lr", self.lr)
+        check_fields(self, "config: probe.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -311,20 +275,20 @@ class Config:
     """Name of the run; its folder is OUT/NAME. Empty: recipe, date and time."""
     out: Path = Path("runs")
     """Folder in which run folders are created."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of weights, shuffling and augmentation."""
-    epochs: int = 100
+    epochs: Epochs = 100
     """Passes over the training images."""
-    steps: int = 0
+    steps: Count = 0
     """Total number of optimizer steps; 0: determined by epochs."""
-    batch_size: int = 256
+    batch_size: TrainBatchSize = 256
     """Images per batch and process (each gives two views)."""
-    grad_accum_steps: int = 1
+    grad_accum_steps: GradAccumSteps = 1
     """Batches whose gradients are averaged for one optimizer step and one target update. The learning rate scales with
     batch_size * grad_accum_steps * processes."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """auto: the GPU if there is one."""
-    precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = "auto"
+    precision: Precision = "auto"
     """Arithmetic of the networks (weights stay fp32). auto: bf16 on GPUs and CPUs with bf16 instructions; fp16 scales
     the loss automatically; tf32 is fp32 with TF32 products on a GPU."""
     mode: Literal["auto", "eager", "compile", "graph"] = "auto"
@@ -341,20 +305,20 @@ class Config:
     third more time."""
     sync_batchnorm: bool = True
     """With several processes: compute batch-norm statistics over all of them (as the reference does)."""
-    max_skipped_steps: int = 10
+    max_skipped_steps: Annotated[int, Range(1, 1_000_000_000)] = 10
     """Stop after this many consecutive steps with a non-finite loss or gradient; each is skipped and counted."""
     channels_last: bool = True
     """Use the channels_last (NHWC) memory format."""
-    log_every: int = 10
+    log_every: Annotated[int, Range(1, 10_000)] = 10
     """Steps between writes to metrics.jsonl, which has a record of every step. Without a terminal, the log shows one of
     these steps, at most every ten seconds."""
-    checkpoint_every: int = 0
+    checkpoint_every: Count = 0
     """Steps between checkpoints; 0: an epoch, or as many whole epochs as make 100 steps."""
-    keep_checkpoints: int = 3
+    keep_checkpoints: Annotated[int, Range(1, 1_000_000)] = 3
     """Number of checkpoints to keep besides the one with the best kNN accuracy; older ones are deleted."""
     tensorboard: bool = True
     """Write the metrics for TensorBoard, too, into `tb` of the run folder."""
-    timeout_minutes: float = 30.0
+    timeout_minutes: Annotated[float, Range(0.1, 100_000)] = 30.0
     """With several processes: timeout of collective operations, in minutes."""
     data: DataConfig = field(default_factory=DataConfig)
     """Images and data loader."""
@@ -374,27 +338,27 @@ class Config:
     """Linear classifier trained online."""
 
     def __post_init__(self) -> None:
-        _require("/" not in self.name and self.name not in {".", ".."}, "name", "be a plain folder name", self.name)
-        _require(0 <= self.seed < 2**31, "seed", "be 0..2147483647", self.seed)
-        _positive("epochs", self.epochs)
-        _not_negative("steps", self.steps)
-        _require(self.batch_size >= 2, "batch_size", "be 2 or more", self.batch_size, "batch normalization needs 2")
-        _check_choices(self)
+        check_fields(self, "config: ")
+        is_name = "/" not in self.name and self.name not in {".", ".."}
+        require(is_name, "config: name", "be a plain folder name", self.name)
         for option, method in METHOD_OPTIONS.items():
             value, default = getattr(self.model, option), ModelConfig.__dataclass_fields__[option].default
             contract = f"be its default with method {self.method}, which has no such option"
             fix = f"set it to {default!r}"
-            _require(self.method == method or value == default, f"model.{option}", contract, value, fix)
-        _positive("grad_accum_steps", self.grad_accum_steps)
-        _positive("max_skipped_steps", self.max_skipped_steps)
-        _positive("timeout_minutes", self.timeout_minutes)
-        _positive("log_every", self.log_every)
-        _not_negative("checkpoint_every", self.checkpoint_every)
-        _positive("keep_checkpoints", self.keep_checkpoints)
-        _require(
+            require(self.method == method or value == default, f"config: model.{option}", contract, value, fix)
+        require(
             self.view1.size == self.view2.size,
-            "view2.size",
+            "config: view2.size",
             f"equal view1.size ({self.view1.size})",
             self.view2.size,
             "both views go through the same networks; set both sizes",
+        )
+        batches = self.data.prefetch + 1 + self.grad_accum_steps
+        require(
+            batches * self.batch_size * self.view1.size**2 <= MAX_PIXELS,
+            "config: batch_size",
+            f"leave the views in memory (data.prefetch + grad_accum_steps + 1 = {batches:,} batches) at most "
+            f"{MAX_PIXELS:,} pixels each, {MAX_PIXELS // (batches * self.view1.size**2):,} images a batch",
+            self.batch_size,
+            "make the batch, the views or these numbers smaller",
         )

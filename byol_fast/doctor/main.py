@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from byol_fast.config import Config, ConfigError, DataConfig, KNNConfig
+from byol_fast.config.fields import Threads, check_fields
 from byol_fast.doctor.checks import run_checks
 from byol_fast.doctor.system_info import collect
 from byol_fast.utils.env import num_cpus
@@ -39,8 +40,11 @@ class ScanData:
     """As for training."""
     label_column: str = ""
     """As for training."""
-    threads: int = 0
+    threads: Threads = 0
     """Decoding threads; 0 means one per CPU core."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "doctor: data.")
 
 
 def scan_data(data: ScanData, *, fast: bool, console: PlainConsole) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from byol_fast.config import ConfigError
 from byol_fast.config.evaluation import KNNSettings
+from byol_fast.config.fields import Temperature, check
 from byol_fast.evaluate.encoder import PretrainedEncoder
 from byol_fast.evaluate.metrics import Scores, score
 from byol_fast.evaluate.results import Baseline, Evaluation
@@ -73,30 +74,33 @@ def evaluate_knn(
     temperature = s.temperature or (config.knn.temperature if config is not None else 0.07)
 
     (_, scores), *baselines = [(entry.name, _scores_by_k(entry, ks, temperature)) for entry in run.entries()]
+    k, scores_at_k = scores[0]
     return run.finish(
         "knn",
-        scores[0],
-        chosen={"k": ks[0], "temperature": temperature},
-        baselines=[Baseline.of(name, baseline_scores[0]) for name, baseline_scores in baselines],
-        curve=sorted(zip(ks, [at_k.top1 for at_k in scores], strict=True)),
+        scores_at_k,
+        chosen={"k": k, "temperature": temperature},
+        baselines=[Baseline.of(name, baseline_scores[0][1]) for name, baseline_scores in baselines],
+        curve=sorted({k: at_k.top1 for k, at_k in scores}.items()),
         curve_label="k, neighbors (test images)",
     )
 
 
-def _scores_by_k(entry: Entry, ks: Sequence[int], temperature: float) -> list[Scores]:
+def _scores_by_k(entry: Entry, ks: Sequence[int], temperature: float) -> list[tuple[int, Scores]]:
+    """Each k, cut to the number of training images that can be read, and the scores of its votes."""
     images = entry.run.images
     train_x, train_y = entry.features(images.train, "training images")
     test_x, test_y = entry.features(images.test, "test images")
+    ks = [min(k, len(train_x)) for k in ks]
     rankings = knn_rankings(
         train_x,
         train_y,
         test_x,
-        ks=[min(k, len(train_x)) for k in ks],  # corrupt images may be missing
+        ks=ks,
         temperature=temperature,
         num_classes=len(images.classes),
         num_ranked=5,
     )
-    return [score(ranking, test_y, images.classes) for ranking in rankings]
+    return [(k, score(ranking, test_y, images.classes)) for k, ranking in zip(ks, rankings, strict=True)]
 
 
 @torch.no_grad()
@@ -175,8 +179,7 @@ def knn_rankings(
     for k in ks:
         if not 1 <= k <= len(train_x):
             raise ValueError(f"knn_predict: k must be 1..{len(train_x)} (training samples), got {k}")
-    if not temperature > 0:
-        raise ValueError(f"knn_predict: temperature must be positive, got {temperature}")
+    check("knn_predict: temperature", Temperature, temperature)
     if int(train_y.min()) < 0 or int(train_y.max()) >= num_classes:
         raise ValueError(
             f"knn_predict: train_y must be 0..{num_classes - 1}, got {int(train_y.min())}..{int(train_y.max())}"
@@ -232,6 +235,8 @@ class KNNResult:
     """Share of test samples whose class is among the first five."""
     num_train: int
     num_test: int
+    k: int
+    """Number of neighbors that voted."""
 
 
 def knn_accuracy(
@@ -248,4 +253,5 @@ def knn_accuracy(
         top5=float(hits.any(dim=1).float().mean()),
         num_train=len(train_x),
         num_test=len(test_x),
+        k=k,
     )

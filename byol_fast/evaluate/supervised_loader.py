@@ -42,6 +42,8 @@ class SupervisedLoader:
         config = Config(
             batch_size=self.batch_size,
             seed=seed,
+            view1=view,
+            view2=view,
             data=DataConfig(threads=settings.threads, on_corrupt=settings.on_corrupt),
         )
         self._loader = make_loader(source, config, (view,), device=context.device)

@@ -6,12 +6,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from byol_fast.config.fields import ImageSize, Range, ViewBatching, Width, check
 from byol_fast.models import split_batchnorm
 from byol_fast.models.encoders import check_train_mode
 from byol_fast.models.layers import Normalize
@@ -26,8 +27,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 NUM_VIEWS = 2
 """Views of each image that a step takes."""
 
-ViewBatching = Literal["batched", "separate", "concat"]
-"""See `byol_fast.config.ModelConfig.view_batching`."""
 Pair = tuple[Tensor, Tensor]
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -292,11 +291,15 @@ class TargetNetwork(nn.Module):
         return [self.projector(self.encoder(view).flatten(1)) for view in views]
 
 
-def check_sizes(what: str, **sizes: int) -> None:
-    """Raise a ValueError unless all sizes are 1 or more."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{what}: {name} must be 1 or more, got {size}")
+def check_options(
+    what: str, image_size: int, projector_layers: int, view_batching: ViewBatching, **widths: int
+) -> None:
+    """Raise a ValueError for an option that is out of range or none of the choices."""
+    check(f"{what}: image_size", ImageSize, image_size)
+    check(f"{what}: projector_layers", Annotated[int, Range(1, 8)], projector_layers)
+    check(f"{what}: view_batching", ViewBatching, view_batching)
+    for name, width in widths.items():
+        check(f"{what}: {name}", Width, width)
 
 
 def parameter_like(what: str, network: nn.Module) -> Tensor:

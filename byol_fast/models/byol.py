@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from byol_fast.config.fields import ViewBatching
 from byol_fast.models.base import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -15,9 +16,8 @@ from byol_fast.models.base import (
     Outputs,
     SSLModel,
     TargetNetwork,
-    ViewBatching,
     by_view,
-    check_sizes,
+    check_options,
     parameter_like,
 )
 from byol_fast.models.encoders import build_encoder, feature_dim
@@ -50,7 +50,7 @@ class BYOL(SSLModel):
             `separate` for a network it cannot serve; `not_batched_reason` then says why.
 
     Raises:
-        ValueError: unknown encoder, or one that does not accept images of this size.
+        ValueError: unknown encoder, or one that does not accept images of this size; another argument out of range.
 
     Example:
         >>> model = BYOL("resnet18", image_size=32)
@@ -77,7 +77,14 @@ class BYOL(SSLModel):
         view_batching: ViewBatching = "batched",
     ) -> None:
         super().__init__()
-        check_sizes("BYOL", hidden_dim=hidden_dim, projection_dim=projection_dim, image_size=image_size)
+        check_options(
+            "BYOL",
+            image_size,
+            projector_layers,
+            view_batching,
+            hidden_dim=hidden_dim,
+            projection_dim=projection_dim,
+        )
         network = build_encoder(
             encoder,
             image_size=image_size,

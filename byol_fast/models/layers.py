@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from byol_fast.config.fields import ChannelMean, ChannelStd, check
+
 
 class Normalize(nn.Module):
     """Bytes to normalized floats: `(x / 255 - mean) / std`; input that is floating point passes unchanged.
@@ -12,6 +14,9 @@ class Normalize(nn.Module):
     Args:
         mean: channel means of values scaled to 0..1.
         std: channel standard deviations of values scaled to 0..1.
+
+    Raises:
+        ValueError: not three numbers, or out of range.
     """
 
     scale: Tensor
@@ -19,6 +24,8 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> None:
         super().__init__()
+        mean = check("normalize: mean", tuple[ChannelMean, ChannelMean, ChannelMean], mean)
+        std = check("normalize: std", tuple[ChannelStd, ChannelStd, ChannelStd], std)
         mean64 = torch.tensor(mean, dtype=torch.float64)
         std64 = torch.tensor(std, dtype=torch.float64)
         # One multiply-add an element; computed in float64 so that only the last rounding is float32's.

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from byol_fast.config.fields import ViewBatching
 from byol_fast.models.base import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     OnlineNetwork,
     Outputs,
     SSLModel,
-    ViewBatching,
-    check_sizes,
+    check_options,
     parameter_like,
 )
 from byol_fast.models.encoders import build_encoder, feature_dim
@@ -41,7 +41,7 @@ class SimSiam(SSLModel):
         view_batching: as `BYOL`.
 
     Raises:
-        ValueError: unknown encoder, or one that does not accept images of this size.
+        ValueError: unknown encoder, or one that does not accept images of this size; another argument out of range.
     """
 
     def __init__(
@@ -61,12 +61,14 @@ class SimSiam(SSLModel):
         view_batching: ViewBatching = "batched",
     ) -> None:
         super().__init__()
-        check_sizes(
+        check_options(
             "SimSiam",
+            image_size,
+            projector_layers,
+            view_batching,
             hidden_dim=hidden_dim,
             projection_dim=projection_dim,
             predictor_hidden_dim=predictor_hidden_dim,
-            image_size=image_size,
         )
         network = build_encoder(
             encoder,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+
+from byol_fast.config.fields import Schedule, check
 
 
 def _check(name: str, step: int, total_steps: int) -> None:
@@ -75,9 +76,13 @@ class RunSchedule:
     base_lr: float
     batch_size: int = 256
     """Effective batch that the learning rate is scaled with (256: not at all)."""
-    lr_schedule: Literal["cosine", "constant"] = "cosine"
+    lr_schedule: Schedule = "cosine"
     tau_base: float
-    tau_schedule: Literal["cosine", "constant"] = "cosine"
+    tau_schedule: Schedule = "cosine"
+
+    def __post_init__(self) -> None:
+        for name in ("lr_schedule", "tau_schedule"):
+            check(f"RunSchedule: {name}", Schedule, getattr(self, name))
 
     def lr(self, step: int) -> float:
         """Learning rate of the step that follows `step` finished ones."""

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from byol_fast import config as configs
 from byol_fast.config import Config
+from byol_fast.config.fields import check
 from byol_fast.models.base import SSLModel
 from byol_fast.models.builder import build_model
 from byol_fast.models.byol import BYOL
@@ -108,6 +109,7 @@ class Roofline:
                 arithmetic are always busy, `max` of the totals.
             phase: one of `PHASES`; None for all.
         """
+        check("roofline: schedule", Literal["sum", "overlap"], schedule)
         kernels = [k for k in self.kernels[level] if phase in {None, k.phase}]
         if schedule == "overlap":
             return max(

@@ -15,6 +15,7 @@ import torch
 
 from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError
+from byol_fast.config.fields import ProfiledSteps, check
 from byol_fast.profiling import findings as rules
 from byol_fast.profiling import probes
 from byol_fast.profiling.ceilings import Ceilings, measure
@@ -75,8 +76,7 @@ def profile(
         ValueError: the data is missing, empty or too small.
         RuntimeError: a run is being built or trained in this process.
     """
-    if steps < 1:
-        raise ConfigError(f"profile: steps must be 1 or more, got {steps}")
+    check("profile: steps", ProfiledSteps, steps)
     trainer = Trainer(config, data=data, resume=resume, callbacks=callbacks)
     if not trainer.world.is_single:
         raise ConfigError("profile: must be one process, got several; start it without torchrun")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated
 
 from byol_fast.config import ConfigError
+from byol_fast.config.fields import Range, check
 from byol_fast.report import settings
 from byol_fast.report.comparison import comparison
 from byol_fast.report.curves import curves
@@ -45,8 +47,7 @@ def report(
     """
     if not runs:
         raise ConfigError("report: a run folder is missing")
-    if num < 2:
-        raise ConfigError(f"report: num must be 2 or more, got {num}")
+    check("report: num", Annotated[int, Range(2, 100_000)], num)
     output = output or (runs[0] if len(runs) == 1 else Path()) / "report.html"
     if output.suffix.lower() not in {".html", ".htm"}:
         raise ConfigError(f"report: output must be a file that ends in .html, got {output}")

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from byol_fast.config import ConfigError
+from byol_fast.config.fields import SheetNeighbors, SheetQueries, check
 from byol_fast.data import ImageSource
 from byol_fast.evaluate.neighbors import Matrix, nearest, select_queries
 from byol_fast.report.preview import FAINT, INK, PAPER, TRAY, VIEW_COLORS
@@ -58,6 +59,8 @@ def neighbor_sheet(
         raise ValueError(
             f"neighbors: features must be one for each of 2 or more images, got {len(features)} for {len(source)}"
         )
+    check("neighbors: k", SheetNeighbors, k)
+    check("neighbors: queries", SheetQueries, queries if isinstance(queries, int) else len(queries))
     labels = source.labels if labels is None else labels
     k = min(k, len(source) - 1)
     if own is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from byol_fast.config import Config, ConfigError, ViewConfig
+from byol_fast.config.fields import Range, check
 from byol_fast.data.augment_params import PROBABILITIES, AugmentParams, crop_box, sample_augment_params
 from byol_fast.data.batch import Batch
 from byol_fast.data.loaders.backend import resolve_backend
@@ -79,10 +81,8 @@ def load_samples(
         SourceError: there are fewer than two images.
         CorruptImageError: an image cannot be read, and `DataConfig.on_corrupt` is "raise".
     """
-    if num < 1:
-        raise ConfigError(f"preview: num must be 1 or more, got {num}")
-    if epoch < 0:
-        raise ConfigError(f"preview: epoch must be 0 or more, got {epoch}")
+    check("preview: num", Annotated[int, Range(1, 256)], num)
+    check("preview: epoch", Annotated[int, Range(0, 1_000_000)], epoch)
     if len(source) < 2:
         raise SourceError(f"preview: data.root must have at least 2 images, got {len(source)}; a batch has 2 or more")
     num = min(num, len(source))

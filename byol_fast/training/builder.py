@@ -335,6 +335,9 @@ def _build_knn_monitor(
             notes.append(f"no kNN evaluation: {problem}")
         return None
     assert val is not None
+    num_train = min(len(train), config.knn.max_train or len(train))
+    if config.knn.k > num_train:
+        notes.append(f"knn.k of {config.knn.k} cut to {num_train}, the number of training images to compare with")
     return KNNMonitor(
         config, model, train, val, device=execution.device, autocast=execution.precision.autocast_dtype, probe=probe
     )

@@ -32,28 +32,20 @@ class EvalMetrics:
     probe_top1: float | None
     """Accuracy of the online probe on the validation images, 0..1; None without a trained probe."""
 
-    def summary(self, k: int) -> str:
-        """One line for the terminal.
-
-        Args:
-            k: neighbors that vote.
-        """
+    def summary(self) -> str:
+        """One line for the terminal."""
         probe = "" if self.probe_top1 is None else f"linear probe {self.probe_top1:.1%}, "
         return (
-            f"kNN-{k} top-1 {self.knn.top1:.1%}, {probe}on {self.knn.num_test} images; RankMe {self.rankme:.0f} on the "
-            "training images"
+            f"kNN-{self.knn.k} top-1 {self.knn.top1:.1%}, {probe}on {self.knn.num_test} images; "
+            f"RankMe {self.rankme:.0f} on the training images"
         )
 
-    def to_dict(self, k: int) -> dict[str, float | None]:
-        """Values for the metrics file.
-
-        Args:
-            k: neighbors that vote.
-        """
+    def to_dict(self) -> dict[str, float | None]:
+        """Values for the metrics file."""
         values = {
             "knn_top1": self.knn.top1,
             "knn_top5": self.knn.top5,
-            "knn_k": k,
+            "knn_k": self.knn.k,
             "rankme": self.rankme if math.isfinite(self.rankme) else None,
         }
         return values if self.probe_top1 is None else values | {"probe_val_top1": self.probe_top1}

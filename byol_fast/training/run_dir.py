@@ -41,6 +41,8 @@ class RunResult:
     """kNN accuracy of the untrained encoder with recalibrated batch norms: the baseline."""
     encoder: Path
     """`encoder.safetensors`; `byol_fast.load_encoder` reads it."""
+    knn_k: int | None = None
+    """Number of neighbors of `knn_top1`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,14 +163,15 @@ class RunDir:
         """
         records = read_metrics(self.metrics)
         losses = [r["loss"] for r in records if r.get("loss") is not None][-10:]
-        knn = [(r["step"], r["knn_top1"]) for r in records if "knn_top1" in r]
+        knn = [r for r in records if "knn_top1" in r]
         return RunResult(
             run_dir=self.path,
             steps=steps,
             loss=sum(losses) / len(losses) if losses else math.nan,
-            knn_top1=knn[-1][1] if knn else None,
-            knn_top1_untrained=knn[0][1] if knn and knn[0][0] == 0 else None,
+            knn_top1=knn[-1]["knn_top1"] if knn else None,
+            knn_top1_untrained=knn[0]["knn_top1"] if knn and knn[0]["step"] == 0 else None,
             encoder=encoder,
+            knn_k=knn[-1].get("knn_k") if knn else None,
         )
 
 

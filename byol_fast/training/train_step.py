@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from byol_fast.config.fields import GradAccumSteps, check
 from byol_fast.data.batch import Batch, Views
 from byol_fast.models.base import ModelOutput, SSLModel
 from byol_fast.optim.optimizers import CONSTANT
@@ -72,6 +73,9 @@ class TrainStep:
         lowp_weights: let LARS write the weights in the autocast dtype, instead of casting them in every step, where
             that is possible: one batch per step, one process.
         all_reduce_found_inf: with several processes, makes the flag 1 on all ranks if it is 1 on any.
+
+    Raises:
+        ValueError: `grad_accum_steps` is out of range.
     """
 
     def __init__(
@@ -87,6 +91,7 @@ class TrainStep:
         lowp_weights: bool = True,
         all_reduce_found_inf: Callable[[Tensor], None] | None = None,
     ) -> None:
+        check("TrainStep: grad_accum_steps", GradAccumSteps, grad_accum_steps)
         self.model = model
         self.optimizer = optimizer
         self.schedule = schedule

@@ -252,9 +252,9 @@ class Trainer:
         if result is None:  # also after the last step: the run is not finished without its evaluation
             self._interrupt(self.world.all_reduce_max(self._shutdown.signum))
         which = "untrained, norms calibrated" if state.step == 0 else f"epoch {state.epoch:.4g}"
-        progress.print(f"{result.summary(self.config.knn.k)}  ({which})")
+        progress.print(f"{result.summary()}  ({which})")
         self.queue_records()
-        record = {"step": state.step, "epoch": round(state.epoch, 4), **result.to_dict(self.config.knn.k)}
+        record = {"step": state.step, "epoch": round(state.epoch, 4), **result.to_dict()}
         if state.step > 0 and result.knn.top1 > state.best:
             if self._checkpointer.saved_step != state.step:
                 self.save_checkpoint()

@@ -7,14 +7,16 @@ import os
 import torch
 
 from byol_fast.config import ConfigError
+from byol_fast.config.fields import Device, check
 
 
 def resolve_device(name: str) -> torch.device:
     """Device for `Config.device`; `auto` is the current GPU if there is one, else the CPU.
 
     Raises:
-        ConfigError: the name is `cuda` and there is no GPU.
+        ConfigError: the name is `cuda` and there is no GPU, or it is another name.
     """
+    check("config: device", Device, name)
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "config: device='cuda' requires a GPU, but torch finds none; check `nvidia-smi`, or set device='cpu'"

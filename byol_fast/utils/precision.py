@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from byol_fast.config import fields
 from byol_fast.utils import env
 
 Name = Literal["bf16", "fp16", "tf32", "fp32"]
@@ -34,7 +35,12 @@ class Precision:
 
 
 def resolve_precision(name: str, device: torch.device) -> Precision:
-    """Precision of a configuration; `auto` is bf16 if the hardware supports it, else tf32 (GPU) or fp32 (CPU)."""
+    """Precision of a configuration; `auto` is bf16 if the hardware supports it, else tf32 (GPU) or fp32 (CPU).
+
+    Raises:
+        ConfigError: another name.
+    """
+    fields.check("config: precision", fields.Precision, name)
     cuda = device.type == "cuda"
     if name == "auto":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else env.cpu_has_bf16()

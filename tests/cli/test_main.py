@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from byol_fast import config as configs
 from byol_fast.cli import main, options, train
@@ -57,7 +60,12 @@ def test_train_resume_and_export(
         (["trian"], "did you mean 'train'"),
         (["train", "cifar_resnet18"], "did you mean 'cifar10_resnet18'"),
         (["train"], "a recipe is missing"),
-        (["train", "cifar10_resnet18", "--optim.lr", "-1"], "optim.lr must be positive"),
+        (["train", "cifar10_resnet18", "--optim.lr", "-1"], "optim.lr must be a number from 1e-12 to 10000, got"),
+        (
+            ["train", "demo", "--model.projection-dim", "2147483648"],
+            "must be an integer from 1 to 65,536, got",
+        ),
+        (["profile", "demo", "--steps", "²"], "--steps must be an integer, got '²'"),
         (["train", "cifar10_resnet18", "--optim.weight-decy", "1"], "--optim.weight-decay"),
         (["train", "--resume"], "--resume must be followed by a run folder"),
         (["train", "--resume", "nowhere"], "nowhere/config.json does not exist"),
@@ -93,6 +101,15 @@ def test_error_in_a_process_has_exit_code_and_no_traceback(tmp_path: Path) -> No
     assert ended.returncode == 2
     assert "nowhere does not exist" in " ".join(ended.stderr.split())
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("allocate", [lambda: torch.empty(2**50), lambda: np.empty(2**50)])
+def test_failed_allocation_is_a_message(
+    allocate: Callable[[], object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("byol_fast.cli.doctor.main", lambda argv: allocate())
+    assert exit_code("doctor") == 1
+    assert "out of memory: " in capsys.readouterr().err
 
 
 def test_help_shows_every_field_with_the_recipe_value(capsys: pytest.CaptureFixture[str]) -> None:

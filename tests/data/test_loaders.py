@@ -304,7 +304,7 @@ def test_automatic_loader(files: FileSource, arrays: ArraySource, monkeypatch: A
             r"must be auto or dali with .*, got 'threaded'; set --data.augment k",
         ),
         ({"loader": "device_cache", "augment": "dali"}, r"data\.loader must be auto or dali with data\.augment=dali"),
-        ({"hw_decoder_load": 1.5}, r"data\.hw_decoder_load must be a probability"),
+        ({"hw_decoder_load": 1.5}, r"data\.hw_decoder_load must be a number from 0 to 1, got 1.5"),
         ({"augment": "pil"}, r"data\.augment must be one of kernels, dali"),
     ],
 )

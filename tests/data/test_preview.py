@@ -145,7 +145,7 @@ def test_num_is_limited_to_the_images(files: FileSource) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "error"), [({"num": 0}, "num must be 1 or more, got 0"), ({"epoch": -1}, "epoch must")]
+    ("changes", "error"), [({"num": 0}, "num must be an integer from 1 to 256, got 0"), ({"epoch": -1}, "epoch must")]
 )
 def test_numbers_out_of_range_are_refused(changes: dict[str, Any], error: str, arrays: ArraySource) -> None:
     with pytest.raises(ConfigError, match=error):
@@ -215,7 +215,7 @@ def test_command_fails_if_an_error_is_too_large(npz: Path, tmp_path: Path, capsy
         ([], "byol-fast preview: a recipe is missing"),
         (["dem"], "did you mean 'demo'?"),
         (["demo", "--output", "sheet.jpg"], "output must be a file that ends in .png, got sheet.jpg"),
-        (["demo", "--num", "-3"], "num must be 1 or more, got -3"),
+        (["demo", "--num", "-3"], "num must be an integer from 1 to 256, got -3"),
         (["imagenet_resnet50"], "give --data.root FOLDER"),
         (["imagenet_resnet50", "--data.root", "nowhere"], "nowhere does not exist"),
     ],

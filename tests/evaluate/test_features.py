@@ -193,7 +193,6 @@ def test_command_writes_features_and_sheet(
         (["--neighbors", "x.png", "--query", "no.png"], r"query images must exist, no\.png does not"),
         (["--neighbors", "x.jpg"], "neighbors must be a file that ends in .png"),
         (["--output", "x.csv"], "output must be a file that ends in .npz or .parquet"),
-        (["--k", "0"], "k and batch_size must be 1 or more"),
     ],
 )
 def test_invalid_options_are_refused_before_reading(options: list[str], message: str) -> None:

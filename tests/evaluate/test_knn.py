@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
-from byol_fast.evaluate import knn_accuracy, knn_predict
+from byol_fast.evaluate import PretrainedEncoder, evaluate_knn, knn_accuracy, knn_predict
 from byol_fast.evaluate.knn import knn_rankings
 
 
@@ -122,7 +126,7 @@ def test_accuracy_of_first_and_first_five_classes() -> None:
     [
         ({"k": 0}, "k must be 1..4"),
         ({"k": 5}, "k must be 1..4"),
-        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"temperature": 1e-320}, "temperature must be a number from 0.0001 to 10000"),
         ({"num_classes": 2}, r"train_y must be 0..1, got 0..2"),
         ({"test_x": torch.ones(2, 5)}, "train_x and test_x must be"),
         ({"train_y": torch.zeros(3, dtype=torch.long)}, r"train_y must be \[4\]"),
@@ -139,3 +143,17 @@ def test_invalid_arguments_are_refused(change: dict[str, object], message: str) 
     }
     with pytest.raises(ValueError, match=message):
         knn_predict(**(arguments | change))  # type: ignore[arg-type]
+
+
+def test_k_is_the_number_of_images_that_were_read(tmp_path: Path) -> None:
+    for i in range(6):
+        (tmp_path / "train" / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "val" / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(tmp_path / "train" / str(i % 2) / f"{i}.png")
+        Image.new("RGB", (8, 8), (40 * i, 0, 9)).save(tmp_path / "val" / str(i % 2) / f"{i}.png")
+    (tmp_path / "train" / "0" / "0.png").write_bytes(b"no image")
+    encoder = PretrainedEncoder(name="pixels", encoder=nn.Flatten(), image_size=8)
+    options: dict[str, Any] = {"device": "cpu", "precision": "fp32", "threads": 1, "on_corrupt": "skip"}
+    result = evaluate_knn(encoder, tmp_path / "train", tmp_path / "val", k=(6, 5, 2), **options)
+    assert result.chosen["k"] == 5
+    assert [k for k, _ in result.curve] == [2, 5]

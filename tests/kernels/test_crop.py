@@ -133,7 +133,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "index_shape": (lambda: resized_crop(X, W, 8, index=FIRST[:1]), r"box must have shape \(1, 4\)"),
     "index_dtype": (lambda: resized_crop(X, W, 8, index=FIRST.float()), "index must be int32 or int64"),
     "device": (lambda: resized_crop(X, W, 8, index=FIRST.to("meta")), "index must be on the device of images, cpu"),
-    "size": (lambda: resized_crop(X, W, 0), "size must be at least 1, got 0"),
+    "size": (lambda: resized_crop(X, W, 0), "size must be 1..32768 pixels, got 0"),
+    "size_too_large": (lambda: resized_crop(X, W, 2**40), "size must be 1..32768 pixels, got 1099511627776"),
     "interpolation": (lambda: resized_crop(X, W, 8, interpolation="cubic"), "must be bicubic or bilinear"),  # type: ignore[arg-type]
 }
 

@@ -114,7 +114,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "dtype": (lambda: photometric(X, dtype=torch.int32), "dtype must be torch.uint8, torch.bfloat16"),
     "std_missing": (lambda: photometric(X, mean=MEAN, dtype=torch.float32), "std must be three numbers"),
     "mean_of_one": (lambda: photometric(X, mean=[0.5], std=STD, dtype=torch.float32), "mean must be three numbers"),
-    "std_zero": (lambda: photometric(X, mean=MEAN, std=(1, 0, 1), dtype=torch.float32), "all positive"),
+    "std_zero": (lambda: photometric(X, mean=MEAN, std=(1, 0, 1), dtype=torch.float32), "all from 1e-06 to"),
     "uint8_normalized": (lambda: photometric(X, mean=MEAN, std=STD), "dtype must be floating point with mean and std"),
 }
 

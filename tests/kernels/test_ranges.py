@@ -213,11 +213,11 @@ INVALID: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "mean_nan": (
         lambda: photometric(_IMAGES, mean=(0.5, NAN, 0.5), std=(1, 1, 1), dtype=torch.float32),
-        "mean must be three numbers, all finite, got",
+        "mean must be three numbers, all from -1e.06 to 1e.06, got",
     ),
     "std_nan": (
         lambda: photometric(_IMAGES, mean=(0.5, 0.5, 0.5), std=(1, NAN, 1), dtype=torch.float32),
-        "std must be three numbers, all positive, got",
+        "std must be three numbers, all from 1e-06 to 1e.06, got",
     ),
 }
 

@@ -8,7 +8,8 @@ import torch
 import torchvision
 from torch import nn
 
-from byol_fast.models.base import ViewBatching, byol_loss_and_std
+from byol_fast.config.fields import ViewBatching
+from byol_fast.models.base import byol_loss_and_std
 from byol_fast.models.byol import BYOL
 from byol_fast.models.encoders import build_encoder, feature_dim
 from byol_fast.models.layers import Normalize

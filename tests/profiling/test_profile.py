@@ -203,13 +203,13 @@ def test_invalid_arguments_are_rejected(run: Config, capsys: pytest.CaptureFixtu
     for argv, message in (
         (["profile"], "a recipe, or --resume RUN"),
         (["profile", "demo", "--resume", "x"], "one of the two"),
-        (["profile", "demo", "--steps", "many"], "--steps must be a number"),
+        (["profile", "demo", "--steps", "many"], "--steps must be an integer, got 'many'"),
     ):
         with pytest.raises(SystemExit) as end:
             main(argv)
         assert end.value.code == 2
         assert message in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="steps must be 1 or more"):
+    with pytest.raises(ConfigError, match="steps must be an integer from 1 to 10,000, got 0"):
         profile(run, steps=0)
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from byol_fast.config import OptimConfig
+from byol_fast.config.fields import ViewBatching
 from byol_fast.data import Batch
 from byol_fast.models import encoders
-from byol_fast.models.base import SSLModel, ViewBatching
+from byol_fast.models.base import SSLModel
 from byol_fast.models.byol import BYOL
 from byol_fast.optim.optimizers import build_optimizer
 from byol_fast.optim.schedules import RunSchedule

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
+from byol_fast.config.fields import ViewBatching
 from byol_fast.models.activation_checkpoint import checkpoint_blocks
-from byol_fast.models.base import ViewBatching
 from byol_fast.models.byol import BYOL
 from byol_fast.models.first_pass import MAX_CHANGES
 from byol_fast.models.split_batchnorm_layers import num_splits

@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.step_ops import outside_forward_and_backward
 from byol_fast.config import OptimConfig
+from byol_fast.config.fields import ViewBatching
 from byol_fast.data import Batch
-from byol_fast.models.base import ModelOutput, ViewBatching
+from byol_fast.models.base import ModelOutput
 from byol_fast.models.byol import BYOL
 from byol_fast.models.simsiam import SimSiam
 from byol_fast.optim.optimizers import build_optimizer

@@ -278,17 +278,24 @@ def test_steps_that_are_not_finite_are_undone_counted_and_end_the_run_when_they_
 
 
 def test_knn_runs_before_and_after_and_labels_do_not_touch_training(
-    tiny: Config, npz: Path, photos: np.ndarray
+    tiny: Config, npz: Path, photos: np.ndarray, capsys: pytest.CaptureFixture[str]
 ) -> None:
     val = npz.with_name("val.npz")
     np.savez(val, images=photos[:30], labels=np.arange(30) % 3)
-    knn = configs.replace(tiny, {"name": "knn", "knn": {"val_root": val, "every_epochs": 1, "k": 1}})
+    knn = configs.replace(
+        tiny, {"name": "knn", "knn": {"val_root": val, "every_epochs": 1, "k": 1000, "temperature": 1e-3}}
+    )
     with_knn, without = Trainer(knn).fit(), Trainer(tiny).fit()
+    shown = " ".join(capsys.readouterr().out.split())
     records = read(with_knn.run_dir / "metrics.jsonl")
     evaluated = [r["step"] for r in records if "knn_top1" in r]
     assert evaluated == [0, 5, 10, 12]
     assert "knn_top1" in records[0]
     assert "knn_top1" in records[-1]
+    # More neighbors are asked for than there are images.
+    assert {r["knn_k"] for r in records if "knn_top1" in r} == {with_knn.knn_k} == {60}
+    assert "knn.k of 1000 cut to 60" in shown
+    assert shown.count("kNN-60 top-1") == 4
     # Every validation image is in the training set: its nearest neighbor is itself.
     assert with_knn.knn_top1 == with_knn.knn_top1_untrained == 1.0
     assert same(final_weights(with_knn.run_dir), final_weights(without.run_dir))

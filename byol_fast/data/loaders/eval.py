@@ -6,7 +6,6 @@ import itertools
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Literal
 
 import numpy as np
 import torch
@@ -14,12 +13,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from byol_fast.config.fields import BatchSize, ImageSize, Interpolation, Loader, OnCorrupt, Threads, check
 from byol_fast.data.integrity import CorruptImageError, CorruptImages
 from byol_fast.data.loaders.backend import resolve_decoder
 from byol_fast.data.loaders.threads import resolve_num_threads
 from byol_fast.data.sources import ArraySource, ImageSource
 
-Interpolation = Literal["bicubic", "bilinear"]
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -30,9 +29,9 @@ def eval_batches(
     *,
     interpolation: Interpolation = "bicubic",
     threads: int = 0,
-    loader: Literal["auto", "dali", "threaded", "device_cache"] = "auto",
+    loader: Loader = "auto",
     device: torch.device | None = None,
-    on_corrupt: Literal["raise", "skip"] = "raise",
+    on_corrupt: OnCorrupt = "raise",
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """All images of a source once, in order, without augmentation, for evaluation.
 
@@ -54,7 +53,17 @@ def eval_batches(
     Raises:
         CorruptImageError: an image cannot be read, and `on_corrupt` is "raise"; or half of all cannot.
         SourceError: the images may be read by one thread only.
+        ConfigError: an argument is out of range.
     """
+    for name, hint, value in (
+        ("size", ImageSize, size),
+        ("batch_size", BatchSize, batch_size),
+        ("interpolation", Interpolation, interpolation),
+        ("threads", Threads, threads),
+        ("loader", Loader, loader),
+        ("on_corrupt", OnCorrupt, on_corrupt),
+    ):
+        check(f"eval_batches: {name}", hint, value)
     source.check_thread_safety(resolve_num_threads(threads))
     device = device or torch.device("cpu")
     if isinstance(source, ArraySource) and source.images.shape[1:3] == (size, size):

@@ -8,6 +8,9 @@ from torch import Tensor
 from byol_kernels._images import check_images
 from byol_kernels.crop import kernels, reference
 
+MAX_SIZE = 32_768
+"""Largest height and width of the result in pixels: a larger one has more than 2^31 values."""
+
 # -------------------------------------------------------------------------------- operator
 
 torch.library.define(
@@ -66,8 +69,8 @@ def resized_crop(
     check_images(op, images, (torch.uint8,))
     if interpolation not in kernels.REACH:
         raise ValueError(f"{op}: interpolation must be bicubic or bilinear, got {interpolation!r}")
-    if size < 1:
-        raise ValueError(f"{op}: size must be at least 1, got {size}")
+    if not 1 <= size <= MAX_SIZE:
+        raise ValueError(f"{op}: size must be 1..{MAX_SIZE} pixels, got {size}")
     batch = images.shape[0] if index is None else index.shape[0]
     for name, numbers, shape in (("box", box, (batch, 4)), ("index", index, (batch,))):
         if numbers is None:

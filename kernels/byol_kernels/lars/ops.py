@@ -1,6 +1,5 @@
 """The LARS step as an operator: schema, dispatch, checks."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +10,8 @@ from byol_kernels._multi_tensor import Column, MultiTensorPlan, plan_for
 from byol_kernels.derivatives import refuse_transforms
 from byol_kernels.ema.ops import read_tau
 from byol_kernels.lars import kernels, reference
+
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 class _Arguments(NamedTuple):
@@ -100,7 +101,7 @@ def check_hyperparameters(
         ("weight_decay", weight_decay, "1.5e-6"),
         ("trust_coefficient", trust_coefficient, "1e-3"),
     ):
-        if not (value >= 0.0 and math.isfinite(value)):
+        if not 0.0 <= value <= _FLOAT32_MAX:  # a GPU reads it as float32
             raise ValueError(f"{op_name}: {name} must be finite and not negative, got {value}; BYOL's is {usual}")
     if not 0.0 <= momentum < 1.0:
         raise ValueError(f"{op_name}: momentum must be in [0, 1), got {momentum}; BYOL's is 0.9")

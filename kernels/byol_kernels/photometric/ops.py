@@ -1,6 +1,5 @@
 """`photometric`: color jitter, grayscale, blur, solarize, flip, normalize and cast of uint8 images."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -181,12 +180,11 @@ def _checked_mean_std(
     """Mean and std as the operator takes them: three numbers each, or none."""
     if mean is None and std is None:
         return [], []
-    for name, values in (("mean", mean), ("std", std)):
-        smallest = 0.0 if name == "std" else -math.inf
-        if values is None or len(values) != 3 or not all(smallest < value < math.inf for value in values):
+    for name, values, smallest in (("mean", mean, -1e6), ("std", std, 1e-6)):
+        if values is None or len(values) != 3 or not all(smallest <= value <= 1e6 for value in values):
             raise ValueError(
-                f"photometric: {name} must be three numbers, {'all positive' if name == 'std' else 'all finite'}, got "
-                f"{values}; pass both mean and std, for values from 0 to 1, or neither"
+                f"photometric: {name} must be three numbers, all from {smallest:g} to 1e+06, got {values}; pass both "
+                "mean and std, for values from 0 to 1, or neither"
             )
     if dtype == torch.uint8:
         raise ValueError(
