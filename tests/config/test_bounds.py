@@ -112,7 +112,7 @@ BOUNDS: dict[Callable[..., Any], dict[str, tuple[float, float]]] = {
     | {"held_out": (1e-6, 0.5), "l2": (0, 1e10), "lr": LR, "epochs": (1, 10**5), "batch_size": (1, 65_536)},
     FinetuneSettings: EVAL
     | {"labels": (1e-6, 1), "lr": LR, "epochs": (1, 10**5), "held_out": (1e-6, 0.5), "batch_size": (2, 65_536)},
-    embed.Options: {"queries": (1, 1000), "k": (1, 50), "batch_size": (1, 65_536), "threads": THREADS},
+    embed.Options: {"queries": (1, 1000), "k": (1, 100), "batch_size": (1, 65_536), "threads": THREADS},
     ScanData: {"threads": THREADS},
     BenchOptions: {
         "image_size": (0, 8192),
