@@ -51,7 +51,7 @@ Temperature = Annotated[float, Range(1e-4, 1e4)]
 ChannelMean = Annotated[float, Range(-10, 10)]
 ChannelStd = Annotated[float, Range(1e-3, 1e3)]
 
-MAX_VALUES = 1000
+MAX_VALUES = 10_000
 """Largest number of values of a field that takes several."""
 _TYPE_NAMES = {bool: "True or False", str: "text", Path: "a path"}
 
@@ -128,7 +128,7 @@ def _check_choice(where: str, choices: tuple[str, ...], value: Any) -> Any:
 def _check_tuple(where: str, hints: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
     is_sequence = isinstance(value, list | tuple)
     if hints[-1] is Ellipsis:
-        require(is_sequence and len(value) <= MAX_VALUES, where, f"be a tuple of at most {MAX_VALUES} values", value)
+        require(is_sequence and len(value) <= MAX_VALUES, where, f"be a tuple of at most {MAX_VALUES:,} values", value)
         hints = (hints[0],) * len(value)
     require(is_sequence and len(value) == len(hints), where, f"be a tuple of {len(hints)} values", value)
     return tuple(check(where, hint, entry) for hint, entry in zip(hints, value, strict=True))

@@ -227,7 +227,7 @@ def test_numbers_of_arrays_and_lists_become_python_values() -> None:
         (ModelConfig, {"std": (0, 0, 0)}, "model.std must be a number from 0.001 to 1000, got 0"),
         (ViewConfig, {"scale": 0.5}, "view.scale must be a tuple of 2 values, got 0.5"),
         (LinearSettings, {"l2": ()}, "eval: l2 must be one or more values"),
-        (FinetuneSettings, {"labels": "1"}, "eval: labels must be a tuple of at most 1000 values, got '1'"),
+        (FinetuneSettings, {"labels": "1"}, "eval: labels must be a tuple of at most 10,000 values, got '1'"),
     ],
 )
 def test_values_of_other_types_are_refused(kind: Callable[..., Any], options: dict[str, Any], message: str) -> None:

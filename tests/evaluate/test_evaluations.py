@@ -149,7 +149,7 @@ def with_labels(
         (lambda a, _: (a, a, {}), "must differ from the training images"),
         (lambda a, b: (a, b, {"k": (31,)}), "k must be at most the number of training images, 30, got 31"),
         (lambda a, b: (a, b, {"k": (0,)}), "k must be an integer from 1 to 10,000, got 0"),
-        (lambda a, b: (a, b, {"k": 5}), "k must be a tuple of at most 1000 values, got 5"),
+        (lambda a, b: (a, b, {"k": 5}), "k must be a tuple of at most 10,000 values, got 5"),
         (lambda a, b: (a, b, {"temperature": 0.0}), "temperature must be a number from 0.0001 to 10000, got 0"),
         (lambda a, b: (a, b, {"temprature": 1.0}), "did you mean 'temperature'"),
         (lambda a, _: (a, None, {}), "have no test images beside them; pass --test"),
