@@ -129,13 +129,13 @@ def test_crops_are_outlined() -> None:
 
 
 def test_extreme_shapes_are_drawn(tmp_path: Path) -> None:
-    for n, (width, height) in enumerate(((3000, 8), (8, 3000), (1, 1), (5000, 4000))):
+    for n, (width, height) in enumerate(((400, 8), (8, 400), (1, 1), (5000, 4000))):
         Image.new("RGB", (width, height), (10 * n, 200, 90)).save(
             tmp_path / f"a name that is far too long for it {n}.png"
         )
     samples = load_samples(open_source(tmp_path), num=4)
     sheet = preview.draw_sheet(samples, "title", "subtitle")
-    assert {sample.original.size for sample in samples} == {(3000, 8), (8, 3000), (1, 1), (5000, 4000)}
+    assert {sample.original.size for sample in samples} == {(400, 8), (8, 400), (1, 1), (5000, 4000)}
     assert all(is_in(np.asarray(s.views[0].resize((224, 224), 0)), np.asarray(sheet)) for s in samples)
 
 
