@@ -17,6 +17,7 @@ from byol_fast.data.loaders.threads import resolve_num_threads, single_core_thre
 from byol_fast.data.sources import ArraySource, ImageSource, SourceError
 from byol_fast.data.sources.open import open_train_val
 from byol_fast.models.layers import Normalize
+from byol_fast.utils.files import expand_home
 
 DATA_VARIABLE = "BYOL_FAST_DATA"
 """Environment variable: the images that `load_data` reads without `root`."""
@@ -108,7 +109,7 @@ def load_data(batch_size: int = 256, num_workers: int = 10, *, root: str | Path 
 
 def _open(root: str | Path | None) -> ImageSource:
     path = root if root is not None else os.environ.get(DATA_VARIABLE) or None
-    folder = None if path is None else Path(path).expanduser()
+    folder = None if path is None else expand_home(path)
     data = DataConfig(builtin="cifar10", root=folder)
     if folder is not None and any((folder / n).exists() for n in ("cifar-10-batches-py", "cifar-10-python.tar.gz")):
         data = DataConfig(builtin="cifar10", cache=folder)

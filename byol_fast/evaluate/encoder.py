@@ -16,7 +16,7 @@ from byol_fast.export.encoder import load_encoder
 from byol_fast.models.base import IMAGENET_MEAN, IMAGENET_STD
 from byol_fast.models.encoders import build_encoder
 from byol_fast.models.layers import Normalize
-from byol_fast.utils.files import printable_name
+from byol_fast.utils.files import expand_home, printable_name
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -74,7 +74,7 @@ def load_pretrained(path: str | Path) -> PretrainedEncoder:
         FileNotFoundError: there is no encoder.
         CheckpointError: the run has no usable checkpoint yet.
     """
-    path = Path(path).expanduser()
+    path = expand_home(path)
     if not path.exists():
         raise FileNotFoundError(
             f"eval: {path} does not exist; pass a run folder, or an encoder written by `byol-fast export`"

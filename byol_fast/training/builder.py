@@ -30,6 +30,7 @@ from byol_fast.training.state import TrainState, set_rng_state, steps_in, whole_
 from byol_fast.training.train_step import TrainStep
 from byol_fast.utils import cpu_tuning, env
 from byol_fast.utils.device import resolve_device
+from byol_fast.utils.files import expand_home
 from byol_fast.utils.precision import Precision, resolve_precision
 
 
@@ -222,9 +223,9 @@ def _with_absolute_paths(config: Config, data: object) -> tuple[Config, object]:
     if isinstance(data, str | Path):
         config, data = configs.replace(config, {"data.root": Path(data)}), None
     if config.data.root is not None:
-        config = configs.replace(config, {"data.root": config.data.root.expanduser().absolute()})
+        config = configs.replace(config, {"data.root": expand_home(config.data.root).absolute()})
     if config.knn.val_root is not None:
-        config = configs.replace(config, {"knn.val_root": config.knn.val_root.expanduser().absolute()})
+        config = configs.replace(config, {"knn.val_root": expand_home(config.knn.val_root).absolute()})
     return config, data
 
 

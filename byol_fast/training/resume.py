@@ -17,6 +17,7 @@ from byol_fast.training.state import TrainState, named_tensors
 from byol_fast.utils import checkpoint as checkpoints
 from byol_fast.utils import env
 from byol_fast.utils.checkpoint import CheckpointError
+from byol_fast.utils.files import expand_home
 from byol_fast.utils.records import number, record_of
 
 log = logging.getLogger(__name__)
@@ -148,7 +149,7 @@ def find_resumable(config: Config) -> Path | None:
             stored = configs.load(run_dir.path / "config.json")
         except (ConfigError, OSError):  # foreign, or private to somebody else
             continue
-        same_data = stored.data.root == (config.data.root and config.data.root.expanduser().absolute())
+        same_data = stored.data.root == (config.data.root and expand_home(config.data.root).absolute())
         if same_data and set(configs.differences(stored, config)) <= RESUMABLE_CHANGES:
             run_dir.check_not_lost()
             return run_dir.path

@@ -70,6 +70,7 @@ def test_train_resume_and_export(
         (["train", "--resume"], "--resume must be followed by a run folder"),
         (["train", "--resume", "nowhere"], "nowhere/config.json does not exist"),
         (["train", "imagenet_resnet50", "--data.root", "nowhere"], "nowhere"),
+        (["train", "imagenet_resnet50", "--data.root", "~nouser/images"], "~nouser/images does not exist"),
         (["train", "imagenet_resnet50"], "data.root must be set"),
         (["train", "--seed", "1", "demo"], "it comes first: byol-fast train demo"),
         (["train", "/tmp"], "for images, use --data.root /tmp"),

@@ -34,7 +34,7 @@ from byol_fast.data.sources.columns import LabelColumn, find_columns, read_label
 from byol_fast.data.sources.files import FileSource
 from byol_fast.data.sources.lists import NUM_CHECKED, check_some_exist, open_files
 from byol_fast.data.sources.thread_safety import NUM_COMPARED, compare_threads
-from byol_fast.utils.files import printable_name
+from byol_fast.utils.files import expand_home, printable_name
 
 log = logging.getLogger(__name__)
 
@@ -308,7 +308,7 @@ def open_cifar10(cache: Path) -> tuple[Any, Any]:
     """
     from torchvision.datasets import CIFAR10
 
-    cache = cache.expanduser()
+    cache = expand_home(cache)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         train, test = (CIFAR10(cache, train=train, download=True) for train in (True, False))

@@ -30,7 +30,7 @@ from byol_fast.data.sources.parquet import open_parquet
 from byol_fast.data.sources.shards import SHARDS, find_shards, has_only_shards
 from byol_fast.data.sources.splits import check_parts, split_folder, split_shards
 from byol_fast.data.sources.tar import TarSource, open_tars
-from byol_fast.utils.files import printable_name
+from byol_fast.utils.files import expand_home, printable_name
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def open_source(root: object, *, arg_name: str = "images", options: DataConfig |
     if isinstance(root, ImageSource):
         return root
     if isinstance(root, str | Path):
-        return _open_path(_expand_user(root), arg_name, options)
+        return _open_path(expand_home(root), arg_name, options)
     if isinstance(root, np.ndarray | torch.Tensor):
         return array_source(root, arg_name=arg_name)
     if type(root) is torch.utils.data.Subset:
@@ -124,10 +124,6 @@ def _open_shards(shards: list[Path], title: str, arg_name: str, options: DataCon
 
 def _columns(options: DataConfig) -> dict[str, str]:
     return {"image_column": options.image_column, "label_column": options.label_column}
-
-
-def _expand_user(path: str | Path) -> Path:
-    return Path(os.path.expanduser(path))  # noqa: PTH111 (Path.expanduser raises an error for a folder named ~x)
 
 
 def _problem(path: Path) -> str:
@@ -188,7 +184,7 @@ def open_train_val(config: Config, data: object = None) -> tuple[ImageSource, Im
             train, val = (open_source(part, arg_name="cifar10") for part in open_cifar10(config.data.cache))
         val = val if wants_val else None
     else:
-        train, val = _open_root(_expand_user(root), arg_name, options, wants_val and config.knn.val_root is None)
+        train, val = _open_root(expand_home(root), arg_name, options, wants_val and config.knn.val_root is None)
     if wants_val and config.knn.val_root is not None:
         val = open_source(config.knn.val_root, arg_name="knn.val_root", options=options)
     log.info("training images: %s", train.describe())

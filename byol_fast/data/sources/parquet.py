@@ -44,7 +44,7 @@ from byol_fast.data.sources.datasets import HuggingFaceSource, check_stored_file
 from byol_fast.data.sources.files import FileSource
 from byol_fast.data.sources.lists import open_files
 from byol_fast.data.sources.shards import cache_path, file_stamp
-from byol_fast.utils.files import open_regular, printable_name
+from byol_fast.utils.files import expand_home, open_regular, printable_name
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ def open_parquet(
         )
     if isinstance(feature, datasets.Image):
         feature = datasets.Image(decode=False)
-    dataset = _load_copy(tables, columns.image, feature, title, arg_name, cache.expanduser() / "parquet")
+    dataset = _load_copy(tables, columns.image, feature, title, arg_name, expand_home(cache) / "parquet")
     source = ParquetSource(
         dataset, columns.image, np.arange(len(dataset)), *class_labels, files=tuple(files), starts=starts, title=title
     )

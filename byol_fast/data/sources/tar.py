@@ -33,7 +33,7 @@ from byol_fast.data.sources.base import (
 )
 from byol_fast.data.sources.shards import cache_path, file_stamp
 from byol_fast.data.sources.tar_index import INDEX_FORMAT, Index, build_index, unpack_texts
-from byol_fast.utils.files import atomic_path, open_regular, printable_name
+from byol_fast.utils.files import atomic_path, expand_home, open_regular, printable_name
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ def open_tars(
         SourceError: an archive is compressed, damaged, cut off or not an archive, or there are no images.
     """
     with ThreadPoolExecutor(INDEX_THREADS, "byol-fast-index") as pool:  # mostly waiting for the disk
-        pairs = list(pool.map(lambda path: _load_or_build_index(path, arg_name, cache.expanduser() / "tar"), shards))
+        pairs = list(pool.map(lambda path: _load_or_build_index(path, arg_name, expand_home(cache) / "tar"), shards))
     indexes = [index for index, _ in pairs]
     counts = [len(index["offset"]) for index in indexes]
     _report_damage(shards, indexes, arg_name, on_corrupt)
