@@ -39,7 +39,11 @@ def _parse(path: Path) -> tuple[list[Record], list[int]]:
     """Records of a metrics file, and the numbers of its damaged lines, without a last one cut off by a crash."""
     records: list[Record] = []
     damaged: list[int] = []
-    for line in read_json_lines(path):
+    try:
+        lines = list(read_json_lines(path))
+    except OSError as error:
+        raise CheckpointError(f"metrics: {path} cannot be read ({error}); make it a readable file") from error
+    for line in lines:
         if line.content is not None and _RECORD(line.content, "") is None and "step" in line.content:
             records.append(line.content)
         elif line.is_whole:

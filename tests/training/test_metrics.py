@@ -34,6 +34,11 @@ def test_metrics_rewind_forgets_what_will_be_done_again(tmp_path: Path) -> None:
     assert read(log.path)[-1] == {"step": 2, "loss": 2.0}
 
 
+def test_metrics_that_are_no_file_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="metrics: .* cannot be read"):
+        read(tmp_path)
+
+
 def test_damaged_line_of_the_metrics_loses_only_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     log = MetricsLogger(tmp_path / "metrics.jsonl")
     lines = [b'{"step": %d, "loss": %d}' % (step, step) for step in range(1, 10)]
