@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +150,10 @@ def test_error_messages(tmp_path: Path) -> None:
     (tmp_path / "broken.npz").write_bytes(b"PK not a zip")
     np.savez(tmp_path / "other.npz", pictures=images)
     np.savez(tmp_path / "objects.npz", images=np.array([{"a": 1}], dtype=object))
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (2**59, 8)})
+    with zipfile.ZipFile(tmp_path / "huge.npz", "w") as archive:
+        archive.writestr("images.npy", header.getvalue() + images.tobytes())
     np.savez(tmp_path / "short.npz", images=images, labels=[0, 1])
     np.savez(tmp_path / "names.npz", images=images, labels=[0, 1, 2, 3], classes=["a", "b"])
     cases: list[tuple[object, str]] = [
@@ -158,6 +164,7 @@ def test_error_messages(tmp_path: Path) -> None:
         (tmp_path / "photos.tar.gz", "is a file of an unknown kind; unpack it first"),
         (tmp_path / "broken.npz", "cannot be read as a .npz file"),
         (tmp_path / "objects.npz", "must be uint8 in 0..255, got object"),
+        (tmp_path / "huge.npz", "huge.npz must be a .npz file whose arrays fit the memory"),
         (tmp_path / "other.npz", r"no array `images` \(it has pictures\); save it with numpy.savez"),
         (tmp_path / "short.npz", "labels must be 4 integers, one per image, got int64 of shape"),
         (tmp_path / "names.npz", "labels must be below the number of class names, 2, got 3"),

@@ -147,8 +147,12 @@ def open_npz_part(path: Path, arg_name: str, prefix: str) -> ArraySource | None:
             classes = file["classes"].tolist() if "classes" in file else ()
     except SourceError:
         raise
-    except (ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise SourceError(f"{arg_name}: {path} cannot be read as a .npz file ({error}); {NPZ_HELP}") from error
+    except MemoryError as error:
+        raise SourceError(
+            f"{arg_name}: {path} must be a .npz file whose arrays fit the memory; store the images as files or shards"
+        ) from error
     return array_source(images, labels, classes, arg_name=title, name=path.name)
 
 
