@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from byol_fast import config as configs
-from byol_fast.cli import main, options, train
+from byol_fast.cli import main, options, report, train
 from byol_fast.config import recipes
 from byol_fast.utils import checkpoint as checkpoints
 
@@ -111,6 +112,18 @@ def test_failed_allocation_is_a_message(
     monkeypatch.setattr("byol_fast.cli.doctor.main", lambda argv: allocate())
     assert exit_code("doctor") == 1
     assert "out of memory: " in capsys.readouterr().err
+
+
+def test_error_of_the_operating_system_is_a_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(argv: list[str]) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "report.html")
+
+    monkeypatch.setattr(report, "main", fail)
+    assert exit_code("report", "run") == 1
+    message = "[Errno 28] No space left on device: 'report.html'\n(set BYOL_FAST_TRACEBACK=1 for the traceback)\n"
+    assert capsys.readouterr().err == message
 
 
 def test_help_shows_every_field_with_the_recipe_value(capsys: pytest.CaptureFixture[str]) -> None:
