@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from byol_fast.cli.options import print_error
-from byol_fast.config import Config, recipes
+from byol_fast.config import Config, ConfigError, recipes
 
 USAGE = """\
 usage: byol-fast roofline RECIPE [--gpu H100 ...] [--measure] [--output FILE.json] [--plot FILE.svg] [--option ...]
@@ -60,8 +60,12 @@ def main(argv: list[str]) -> int:
         return print_error(f"byol-fast roofline: level must be one of {', '.join(LEVELS)}, got {level!r}", 2)
     for path in (output, plot):
         if path is not None:
-            with atomic_path(path, trial=True):  # an error now, not after the measurement
-                pass
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_path(path, trial=True):  # an error now, not after the measurement
+                    pass
+            except OSError as error:
+                raise ConfigError(f"roofline: {path} cannot be written ({error}); choose another file") from error
     device = resolve_device(config.device)
     if measured:
         dtype = resolve_precision(config.precision, device).name

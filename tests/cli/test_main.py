@@ -76,6 +76,7 @@ def test_train_resume_and_export(
         (["train", "--seed", "1", "demo"], "it comes first: byol-fast train demo"),
         (["train", "/tmp"], "for images, use --data.root /tmp"),
         (["export", "nowhere"], "nowhere/config.json does not exist"),
+        (["roofline", "demo", "--output", "/dev/null/x"], "roofline: /dev/null/x cannot be written"),
         (["train", "demo", "--name", "a" * 300], "cannot be created (File name too long); set a shorter `name` or"),
         (["train", "demo", "--resume", "auto", "--name", "ü" * 128], "File name too long"),
         (["train", "demo", "--name", "a\nb"], r"name must have no control characters, got 'a\nb'; choose another"),
