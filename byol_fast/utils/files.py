@@ -28,6 +28,8 @@ def atomic_path(path: Path, *, trial: bool = False) -> Iterator[Path]:
     Raises:
         OSError: the file cannot be written.
     """
+    if not path.name:  # `.` and `/`
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     # A part of the name: all of it and more could be too long for the file system.
     temporary = path.with_name(f".{path.name[:60]}.{secrets.token_hex(4)}.tmp")
     temporary.touch(exist_ok=False)

@@ -62,7 +62,7 @@ def test_trial_writes_nothing_and_raises_what_the_file_would(tmp_path: Path) -> 
     with atomic_path(longest, trial=True) as temporary:
         temporary.write_text("y")
     assert longest.read_bytes() == "é".encode()
-    for bad in (tmp_path / "folder", tmp_path / ("ü" * 128), longest / "x", tmp_path / "none" / "x"):
+    for bad in (tmp_path / "folder", tmp_path / ("ü" * 128), longest / "x", tmp_path / "none" / "x", Path(), Path("/")):
         with pytest.raises(OSError, match=r"Is a directory|File name too long|Not a directory|No such file"):  # noqa: SIM117
             with atomic_path(bad, trial=True):
                 pass
