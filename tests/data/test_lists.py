@@ -42,6 +42,21 @@ def test_labels_after_a_tab(tmp_path: Path) -> None:
     assert list_of(tmp_path / "x.txt", "1.png\t-1\n4.png\t0\n").labels is None
 
 
+@pytest.mark.parametrize("separator", [" ", ",", ";", ", "])
+@pytest.mark.parametrize("header", [False, True])
+def test_labels_after_a_separator(separator: str, header: bool, tmp_path: Path) -> None:
+    """Also if files are missing, or have names as long as possible, so that no file can be named like the line."""
+    names = ["a b/1, 2.png", "x" * 251 + ".png", "c/3;4.png"]
+    put(tmp_path, *names)
+    text = "".join(f"{name}{separator}{i}\n" for i, name in enumerate(["lost.png", "y" * 300, *names, "c\\3;4.png"]))
+    source = list_of(tmp_path / "x.txt", ("path label\n" if header and separator == " " else "") + text)
+    assert source.paths == ("lost.png", "y" * 300, *names, "c/3;4.png")
+    assert source.classes == tuple("012345") and labels_of(source) == list(range(6))
+    plain = "".join(f"{name}\n" for name in names)
+    source = list_of(tmp_path / "x.txt", ("filename\n" if header else f"# {'z' * 300}\n") + plain)
+    assert source.paths == tuple(names) and source.labels is None
+
+
 def test_labels_after_a_space(tmp_path: Path) -> None:
     """As ImageNet's own lists have them; unless the blank and the number belong to the name."""
     put(tmp_path, "photo 1.png", "photo 2.png")
@@ -184,7 +199,11 @@ def test_error_messages(tmp_path: Path) -> None:
     put(tmp_path, "1.png")
     for name, text, message in (
         ("x.txt", "\n \n", r"x\.txt lists no images; expected one path a line"),
-        ("x.csv", "", r"must have a header with a column `path` \(and `label`\), got nothing"),
+        (
+            "x.csv",
+            "",
+            r"must have a header with a column `path` \(and `label`\), got nothing; name another column with ",
+        ),
         ("x.csv", "1.png,0\n", r"a header with a column `path` \(and `label`\), got 1\.png, 0"),
         ("x.csv", "path,label\n", "lists no images"),
         ("x.csv", 'path,label\n"1.png,0\n' + "1.png,0\n" * 20_000, r"a second quotation mark .* behind line 1 \("),
@@ -195,7 +214,7 @@ def test_error_messages(tmp_path: Path) -> None:
         ("x.csv", "path,label,label\n1.png,0,1\n", "data.label_column must be one column of .* there are 2"),
         ("x.csv", "p\0a\0t\0h\0", "must be text in UTF-8, got NUL bytes"),
         ("x.csv", "path\nC:\\photos\\1.png\n", r"none of 1 files .* such as .*C:/photos/1\.png; paths are relative"),
-        ("x.txt", "1.png,0\n1.png,1\n", r"none of 2 files .* such as .*/1\.png,0; paths are relative"),
+        ("x.txt", "0 1.png\n1 1.png\n", r"none of 2 files .* such as .*/0 1\.png; paths are relative"),
         ("x.txt", "https://example.org/1.png\n", "lists addresses"),
     ):
         with pytest.raises(SourceError, match=message) as caught:

@@ -6,6 +6,7 @@ import codecs
 import csv
 import io
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -41,10 +42,11 @@ class _Listing(NamedTuple):
 def open_list(path: Path, arg_name: str, *, image_column: str = "", label_column: str = "") -> FileSource:
     """The images named in a list; paths are relative to the folder of the list.
 
-    Each line of a `.txt` is a path, or a path, a tab and a label. (A space and a label after every path are read too,
-    if the path without them exists and the whole line does not.) A table (`.csv`, `.tsv`, or a `.txt` with a header)
-    has commas, semicolons or tabs, a column `path` (or `file`, `filename`, `image`, ...) and optionally `label` (or
-    `class`, `target`, ...). Labels are texts without the spaces around them; those that occur are the classes.
+    Each line of a `.txt` is a path, or a path, a tab and a label. (A space, comma or semicolon and a label behind every
+    path are read too, if the paths without them exist and the whole lines do not.) A table (`.csv`, `.tsv`, or a `.txt`
+    with a header) has commas, semicolons or tabs, a column `path` (or `file`, `filename`, `image`, ...) and optionally
+    `label` (or `class`, `target`, ...). Labels are texts without the spaces around them; those that occur are the
+    classes.
 
     Args:
         path: the list, in UTF-8 or UTF-16 with a byte order mark.
@@ -90,15 +92,26 @@ def _read_text(path: Path, arg_name: str) -> str:
 
 def _read_lines(text: str, folder: Path) -> _Listing:
     lines = [line.strip() for line in text.split("\n") if line.strip()]
-    lines = [line for line in lines if not line.startswith("#") or (folder / line.partition("\t")[0]).exists()]
+    lines = [line for line in lines if not line.startswith("#") or _exists(folder, line.partition("\t")[0])]
     pairs = [line.partition("\t") for line in lines]
     if not any(tab for _, tab, _ in pairs):
-        by_space = [line.rpartition(" ") for line in lines]
-        is_labeled = bool(by_space) and all(space for _, space, _ in by_space)
-        if is_labeled and not (folder / lines[0]).exists() and (folder / by_space[0][0].strip()).exists():
-            pairs = by_space
+        separator = _find_separator(lines, folder)
+        pairs = [line.rpartition(separator) for line in lines] if separator else pairs
+    if pairs and find_by_name(pairs[0][:1], PATH_COLUMNS) and not _exists(folder, pairs[0][0]):
+        del pairs[0]  # a header
     problem = "" if any(separator for _, separator, _ in pairs) else _NO_LABELS
     return _Listing([name.strip() for name, _, _ in pairs], [label.strip() for _, _, label in pairs], problem)
+
+
+def _find_separator(lines: Sequence[str], folder: Path) -> str | None:
+    """Character behind the paths of lines without tabs; None if the lines are paths, or nothing is certain."""
+    sampled = [lines[i] for i in evenly_spaced(len(lines), NUM_CHECKED)]
+    for separator in (" ", ",", ";"):
+        if not all(separator in line for line in lines) or any(_exists(folder, line) for line in sampled):
+            continue
+        if any(_exists(folder, line.rpartition(separator)[0].strip()) for line in sampled):
+            return separator
+    return None
 
 
 def _find_delimiter(text: str, path: Path, image_column: str) -> str | None:
@@ -109,7 +122,7 @@ def _find_delimiter(text: str, path: Path, image_column: str) -> str | None:
     for delimiter in dict.fromkeys((default, *_DELIMITERS)):
         names = [name.strip().strip('"') for name in header.split(delimiter)]
         is_header = image_column in names if image_column else bool(find_by_name(names, PATH_COLUMNS))
-        if is_header and (suffix != ".txt" or (len(names) > 1 and not (path.parent / names[0]).exists())):
+        if is_header and (suffix != ".txt" or (len(names) > 1 and not _exists(path.parent, names[0]))):
             return delimiter
     return None if suffix == ".txt" else default
 
@@ -146,7 +159,10 @@ def _find_columns(
     name_column = image_column or next(iter(find_by_name(header, PATH_COLUMNS)), None)
     listed = ", ".join(header) or "nothing"
     if name_column is None:
-        raise SourceError(f"{arg_name}: {path} must have a header with a column `path` (and `label`), got {listed}")
+        raise SourceError(
+            f"{arg_name}: {path} must have a header with a column `path` (and `label`), got {listed}; name another "
+            "column with --data.image-column, or add the header"
+        )
     problem = ""
     if not label_column:
         others = [name for name in header if name != name_column]
@@ -192,7 +208,7 @@ def open_files(root: Path, names: Sequence[str], labels: ClassLabels, title: str
             f"{arg_name}: {title} must have a path for each image, got none in row "
             f"{next(i for i, name in enumerate(names) if not name)}; remove the row, or add the path"
         )
-    paths = tuple(name.replace("\\", "/") if "\\" in name and not (root / name).exists() else name for name in names)
+    paths = tuple(_posix_name(root, name) for name in names)
     check_some_exist(paths, root, title, arg_name)
     if labels.labels is not None and len(set(paths)) < len(paths):
         first = dict(zip(reversed(paths), reversed(labels.labels.tolist()), strict=True))
@@ -212,7 +228,7 @@ def check_some_exist(names: Sequence[str], root: Path, title: str, arg_name: str
     if "://" in names[0]:
         raise SourceError(f"{arg_name}: {title} lists addresses ({names[0]}); fetch the images and list the files")
     sampled = [names[i] for i in evenly_spaced(len(names), NUM_CHECKED)]
-    if not any(_exists(root / name) for name in sampled):
+    if not any(_exists(root, name) for name in sampled):
         example = str(root / sampled[0])
         raise SourceError(
             f"{arg_name}: none of {len(sampled)} files that {title} lists exists, such as "
@@ -220,8 +236,12 @@ def check_some_exist(names: Sequence[str], root: Path, title: str, arg_name: str
         )
 
 
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # a name that no file can have
-        return False
+def _posix_name(root: Path, name: str) -> str:
+    r"""The name with `/` for `\`, unless a file is named so."""
+    if "\\" not in name or os.path.exists(root / name):  # noqa: PTH110 (False for a name that no file can have)
+        return name
+    return name.replace("\\", "/")
+
+
+def _exists(root: Path, name: str) -> bool:
+    return os.path.exists(root / _posix_name(root, name))  # noqa: PTH110
