@@ -102,6 +102,22 @@ def test_preferred_parts(names: list[str], train: str, val: str | None, tmp_path
         assert_same_as_torchvision(sources[1], tmp_path / val)
 
 
+@pytest.mark.parametrize(
+    ("above", "others"),
+    [
+        ("data", []),
+        ("ILSVRC/Data/CLS-LOC", ["ILSVRC/Annotations/CLS-LOC/train/1.xml", "ILSVRC/Data/CLS-LOC/test/1.jpg", "x.csv"]),
+        ("chest_xray", ["__MACOSX/chest_xray/._1.jpg", *classes_in("chest_xray/chest_xray/train")]),
+        ("x", ["lost -> nothing", "y/1.txt"]),
+    ],
+)
+def test_parts_in_a_folder_that_holds_all_images(above: str, others: list[str], tmp_path: Path) -> None:
+    put(tmp_path, *classes_in(f"{above}/train"), *classes_in(f"{above}/val"), *others)
+    sources = open_train_val(run(tmp_path))
+    assert_same_as_torchvision(sources[0], tmp_path / above / "train")
+    assert_same_as_torchvision(sources[1], tmp_path / above / "val")
+
+
 def test_linked_part_is_the_same_part(tmp_path: Path) -> None:
     put(tmp_path, "train -> train2017", *classes_in("train2017"), *classes_in("val2017"))
     assert_same_as_torchvision(open_train_val(run(tmp_path))[0], tmp_path / "train2017")
@@ -118,9 +134,10 @@ def test_linked_part_is_the_same_part(tmp_path: Path) -> None:
         (["trainA", "trainB", "testA", "testB"], "testA, testB, trainA, trainB", "trainA", "testA"),
         (["cars_train", "cars_test"], "cars_test, cars_train", "cars_train", "cars_test"),
         (["trainval", "test"], "test, trainval", "trainval", "test"),
-        (["images/train", "images/val", "photos/"], "train, val", "images/train", "images/val"),
-        (["images/train", "images/val", "images/x"], "train, val, x", "images/train", "images/val"),
-        (["data_256", "test_256", "val_256"], "data_256, test_256, val_256", "data_256", "test_256"),
+        (["x_test", "x_train", "x_val", "y"], "x_test, x_train, x_val, y", "x_train", "x_val"),
+        (["large_data", "large_test", "large_val"], "large_data, large_test, large_val", "large_data", "large_val"),
+        (["a/x/Train", "a/x/train"], "Train, train", "a/x/Train", None),
+        (["data_256", "test_256", "val_256"], "data_256, test_256, val_256", "data_256", "val_256"),
     ],
 )
 def test_ambiguous_parts_are_a_question(
@@ -196,6 +213,17 @@ def test_empty_training_folder_is_an_error(name: str, tmp_path: Path) -> None:
         open_train_val(run(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["train", "val"])
+def test_broken_link_to_a_part_is_an_error(name: str, tmp_path: Path) -> None:
+    """Such as one to a disk that is not there; a part that is not used may be one."""
+    put(tmp_path, f"{name} -> nothing", "test -> nothing", *classes_in({"train": "val", "val": "train"}[name]))
+    with pytest.raises(SourceError, match=f"/{name} is a broken link"):
+        open_train_val(run(tmp_path))
+    (tmp_path / name).unlink()
+    put(tmp_path, *classes_in(name))
+    assert_same_as_torchvision(open_train_val(run(tmp_path))[1], tmp_path / "val")
+
+
 def test_folders_of_code_are_not_parts(tmp_path: Path) -> None:
     put(tmp_path, "training/main.py", "eval/main.py", *classes_in("."))
     assert open_train_val(run(tmp_path))[0].classes == ("ant", "bee")
@@ -209,8 +237,8 @@ def test_folders_of_code_are_not_parts(tmp_path: Path) -> None:
 
 CLUTTER = [
     ".trash/1.jpg", ".git/objects/1.jpg", "@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg", "__MACOSX/ant/._0.jpg",
-    "#recycle/1.jpg", "$RECYCLE.BIN/1.jpg", "System Volume Information/1.jpg", "lost+found/1.jpg",
-    "ant/.ipynb_checkpoints/0.jpg", "bee/@EADIR/1.jpg", "ant/._0.jpg",
+    "#recycle/1.jpg", "@Recently-Snapshot/1/ant/0.jpg", "$RECYCLE.BIN/1.jpg", "System Volume Information/1.jpg",
+    "lost+found/1.jpg", "ant/.ipynb_checkpoints/0.jpg", "bee/@EADIR/1.jpg", "ant/._0.jpg",
 ]  # fmt: skip
 
 
@@ -226,7 +254,7 @@ def test_hidden_and_system_folders_are_left_out(top: str, tmp_path: Path, caplog
     assert contents(source) == [f"./{name}" for name in names]
     assert source.classes == ("ant", "bee") and source.labels is not None
     assert source.labels.tolist() == expected.targets
-    assert "12 hidden or system folders and files are left out, such as " in caplog.text
+    assert "13 hidden or system folders and files are left out, such as " in caplog.text
     assert not [record for record in caplog.records if record.levelname == "WARNING" and "Thumbs" not in record.message]
 
     caplog.clear()
@@ -235,7 +263,7 @@ def test_hidden_and_system_folders_are_left_out(top: str, tmp_path: Path, caplog
     packed = open_source(tmp_path / "a.tar", options=options(tmp_path / "cache"))
     assert isinstance(packed, TarSource) and sorted(packed.names) == [f"{top}/{name}" for name in names]
     assert packed.classes == ("ant", "bee")
-    assert "9 hidden or system folders and files are left out" in caplog.text
+    assert "10 hidden or system folders and files are left out" in caplog.text
 
 
 def test_hidden_folders_alone_are_named(tmp_path: Path) -> None:

@@ -38,7 +38,8 @@ NUM_SAMPLED_SIZES = 1000
 
 _SYSTEM_NAMES = {
     "$recycle.bin", "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "lost+found",
-    "@eadir", "#recycle", "#snapshot", "@recycle", "@__thumb",  # of storage servers
+    "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@__thumb", "~snapshot",  # of storage servers
+    "network trash folder", "temporary items",
 }  # fmt: skip
 """Folders and files that operating systems and archivers put beside data, in lower case."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import posixpath
@@ -37,18 +38,25 @@ def part_of(name: str) -> str | None:
 def split_folder(root: Path, arg_name: str) -> tuple[Path, Path | None]:
     """Folders of the training and validation images of a data set: the folder itself and None if it has no such parts.
 
+    The parts may lie in a folder that holds all images.
+
     Raises:
         SourceError: there are several training folders, or a folder cannot be listed.
     """
     names = list_folder(root, arg_name)
-    folders = [name for name in names if os.path.isdir(root / name)]  # noqa: PTH112 (False for a link to itself)
-    usual = {name: match for name in folders if (match := _USUAL.fullmatch(name))}
+    matches = {name: match for name in names if (match := _USUAL.fullmatch(name))}
+    lost = {name for name in matches if not os.path.exists(root / name)}  # noqa: PTH110 (links, an error if used)
+    usual = {name: match for name, match in matches.items() if name in lost or os.path.isdir(root / name)}  # noqa: PTH112
     named = {name: match["part"].lower() for name, match in usual.items()}
-    parts = {name: part for name, part in named.items() if _has_data(root / name, arg_name)}
+    parts = {name: part for name, part in named.items() if name in lost or _has_data(root / name, arg_name)}
     training = [name for name, part in parts.items() if part in _TRAINING]
     if not training:  # an empty folder `train` is an error, because nobody means the validation images alone
         empty = [name for name, part in named.items() if part == "train"]
-        return root / empty[0] if parts and empty else root, None
+        if parts and empty:
+            return root / empty[0], None
+        inner = None if parts else _folder_of_all(root, names, arg_name)
+        split = (root, None) if inner is None else split_folder(inner, arg_name)
+        return (root, None) if split[0] == inner else split
     training = list({(root / name).resolve(): name for name in training}.values())  # a link and its target are one
     if len(training) > 1:
         if len(parts) == len(training) and all(name[-1].isdigit() for name in training):
@@ -62,7 +70,7 @@ def split_folder(root: Path, arg_name: str) -> tuple[Path, Path | None]:
         default=None,
     )
     others = [name for name in names if name not in {train, val}]
-    is_class = val is None and any(name in folders and _has_images(root / name, arg_name) for name in others)
+    is_class = val is None and any(_has_images(root / name, arg_name) for name in others if os.path.isdir(root / name))  # noqa: PTH112
     own = filter(_is_image, list_folder(root / train, arg_name)) if is_class else ()
     if any(os.path.isfile(root / train / name) for name in own):  # noqa: PTH113
         return root, None  # a class named train
@@ -129,7 +137,12 @@ def check_parts(names: Sequence[str], title: Path, arg_name: str, *, packed: boo
         inside = sorted(children[parent])
         usual = [name for name in inside if _USUAL.fullmatch(name)]
         roles = {_role(name) for name in inside}
-        are_parts = len({_role(name) for name in usual}) > 1 or (None not in roles and len(roles) > 1)
+        pairs = {(_without_part(name), role) for name in inside if (role := _role(name))}
+        are_parts = (
+            len({_role(name) for name in usual}) > 1
+            or (None not in roles and len(roles) > 1)
+            or len({rest for rest, _ in pairs}) < len(pairs)  # seg_train and seg_test, whatever else there is
+        )
         has_all = all(f"{folder}/".startswith(f"{parent}/" if parent else "") for folder in folders)
         if are_parts and has_all:
             raise SourceError(_question(title / parent, inside, arg_name, packed=packed))
@@ -149,6 +162,12 @@ def _role(name: str) -> str | None:
     return "train" if part in {*_TRAINING, "trainval"} else "test" if part in {"test", "testing"} else "val"
 
 
+def _without_part(name: str) -> str:
+    """A name without its part: `seg_` of `seg_train` and `seg_test`."""
+    match = _WORD.search(name)
+    return name if match is None else (name[: match.start("part")] + name[match.end("part") :]).lower()
+
+
 def _part_of_shard(path: Path) -> str:
     """Part that a shard belongs to; empty if its name and folders say nothing."""
     folders = [match["part"].lower() for name in path.parts[:-1] if (match := _USUAL.fullmatch(name))]
@@ -159,7 +178,8 @@ def _question(root: Path, names: Sequence[str], arg_name: str, *, packed: bool =
     """Error message with the two ways to go on."""
     roles = {name: _role(name) for name in names}
     train = next((name for role in ("train", None) for name in names if roles[name] == role), names[0])
-    val = next((name for name in names if roles[name] not in {"train", None, roles[train]}), None)
+    others = {part_of(name): name for name in reversed(names) if roles[name] not in {"train", None, roles[train]}}
+    val = next((others[part] for part in _VALIDATION if part in others), None)
     shown = ", ".join(map(printable_name, names[:5])) + (", ..." if len(names) > 5 else "")
     question = f"the folders in {root} seem to be parts of a data set ({shown}), and it is not clear which to train on"
     if packed:
@@ -169,6 +189,17 @@ def _question(root: Path, names: Sequence[str], arg_name: str, *, packed: bool =
         f"{arg_name}: {question}; set {arg_name} to that one, such as {one}; or, to train on all of them, set "
         f"{arg_name} to a list of the images (.txt)"
     )
+
+
+def _folder_of_all(root: Path, names: Sequence[str], arg_name: str) -> Path | None:
+    """The subfolder that holds all images or shards of a folder; None if there is none."""
+
+    def has_data(name: str) -> bool:
+        path = root / name
+        return _has_data(path, arg_name) if os.path.isdir(path) else name.lower().endswith(EXTENSIONS + SHARDS)  # noqa: PTH112
+
+    first = list(itertools.islice(filter(has_data, names), 2))
+    return root / first[0] if len(first) == 1 and os.path.isdir(root / first[0]) else None  # noqa: PTH112
 
 
 def _is_image(name: str) -> bool:
