@@ -45,10 +45,10 @@ def split_folder(root: Path, arg_name: str) -> tuple[Path, Path | None]:
     """
     names = list_folder(root, arg_name)
     matches = {name: match for name in names if (match := _USUAL.fullmatch(name))}
-    lost = {name for name in matches if not os.path.exists(root / name)}  # noqa: PTH110 (links, an error if used)
-    usual = {name: match for name, match in matches.items() if name in lost or os.path.isdir(root / name)}  # noqa: PTH112
+    # A file may have such a name; a broken link is an error if it is the part that is used.
+    usual = {name: match for name, match in matches.items() if not os.path.isfile(root / name)}  # noqa: PTH113
     named = {name: match["part"].lower() for name, match in usual.items()}
-    parts = {name: part for name, part in named.items() if name in lost or _has_data(root / name, arg_name)}
+    parts = {name: part for name, part in named.items() if _has_data(root / name, arg_name)}
     training = [name for name, part in parts.items() if part in _TRAINING]
     if not training:  # an empty folder `train` is an error, because nobody means the validation images alone
         empty = [name for name, part in named.items() if part == "train"]
@@ -211,4 +211,8 @@ def _has_images(folder: Path, arg_name: str) -> bool:
 
 
 def _has_data(folder: Path, arg_name: str) -> bool:
-    return any(name.lower().endswith(EXTENSIONS + SHARDS) for name in walk(folder, arg_name))
+    """True for a folder with images or shards; also for what cannot be listed, which is an error where it is used."""
+    try:
+        return any(name.lower().endswith(EXTENSIONS + SHARDS) for name in walk(folder, arg_name))
+    except SourceError:
+        return True
