@@ -196,7 +196,7 @@ def test_absolute_and_parent_paths(tmp_path: Path) -> None:
 
 
 def test_error_messages(tmp_path: Path) -> None:
-    put(tmp_path, "1.png")
+    put(tmp_path, "1.png", "a/1.png", "b/1.png")
     for name, text, message in (
         ("x.txt", "\n \n", r"x\.txt lists no images; expected one path a line"),
         (
@@ -215,6 +215,7 @@ def test_error_messages(tmp_path: Path) -> None:
         ("x.csv", "p\0a\0t\0h\0", "must be text in UTF-8, got NUL bytes"),
         ("x.csv", "path\nC:\\photos\\1.png\n", r"none of 1 files .* such as .*C:/photos/1\.png; paths are relative"),
         ("x.txt", "0 1.png\n1 1.png\n", r"none of 2 files .* such as .*/0 1\.png; paths are relative"),
+        ("y.txt", "a\nb\n", r"none of 2 files that .* lists exists, such as .*/a; paths are relative"),  # folders
         ("x.txt", "https://example.org/1.png\n", "lists addresses"),
     ):
         with pytest.raises(SourceError, match=message) as caught:

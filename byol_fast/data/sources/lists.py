@@ -92,12 +92,12 @@ def _read_text(path: Path, arg_name: str) -> str:
 
 def _read_lines(text: str, folder: Path) -> _Listing:
     lines = [line.strip() for line in text.split("\n") if line.strip()]
-    lines = [line for line in lines if not line.startswith("#") or _exists(folder, line.partition("\t")[0])]
+    lines = [line for line in lines if not line.startswith("#") or _is_file(folder, line.partition("\t")[0])]
     pairs = [line.partition("\t") for line in lines]
     if not any(tab for _, tab, _ in pairs):
         separator = _find_separator(lines, folder)
         pairs = [line.rpartition(separator) for line in lines] if separator else pairs
-    if pairs and find_by_name(pairs[0][:1], PATH_COLUMNS) and not _exists(folder, pairs[0][0]):
+    if pairs and find_by_name(pairs[0][:1], PATH_COLUMNS) and not _is_file(folder, pairs[0][0]):
         del pairs[0]  # a header
     problem = "" if any(separator for _, separator, _ in pairs) else _NO_LABELS
     return _Listing([name.strip() for name, _, _ in pairs], [label.strip() for _, _, label in pairs], problem)
@@ -107,9 +107,9 @@ def _find_separator(lines: Sequence[str], folder: Path) -> str | None:
     """Character behind the paths of lines without tabs; None if the lines are paths, or nothing is certain."""
     sampled = [lines[i] for i in evenly_spaced(len(lines), NUM_CHECKED)]
     for separator in (" ", ",", ";"):
-        if not all(separator in line for line in lines) or any(_exists(folder, line) for line in sampled):
+        if not all(separator in line for line in lines) or any(_is_file(folder, line) for line in sampled):
             continue
-        if any(_exists(folder, line.rpartition(separator)[0].strip()) for line in sampled):
+        if any(_is_file(folder, line.rpartition(separator)[0].strip()) for line in sampled):
             return separator
     return None
 
@@ -122,7 +122,7 @@ def _find_delimiter(text: str, path: Path, image_column: str) -> str | None:
     for delimiter in dict.fromkeys((default, *_DELIMITERS)):
         names = [name.strip().strip('"') for name in header.split(delimiter)]
         is_header = image_column in names if image_column else bool(find_by_name(names, PATH_COLUMNS))
-        if is_header and (suffix != ".txt" or (len(names) > 1 and not _exists(path.parent, names[0]))):
+        if is_header and (suffix != ".txt" or (len(names) > 1 and not _is_file(path.parent, names[0]))):
             return delimiter
     return None if suffix == ".txt" else default
 
@@ -228,7 +228,7 @@ def check_some_exist(names: Sequence[str], root: Path, title: str, arg_name: str
     if "://" in names[0]:
         raise SourceError(f"{arg_name}: {title} lists addresses ({names[0]}); fetch the images and list the files")
     sampled = [names[i] for i in evenly_spaced(len(names), NUM_CHECKED)]
-    if not any(_exists(root, name) for name in sampled):
+    if not any(_is_file(root, name) for name in sampled):
         example = str(root / sampled[0])
         raise SourceError(
             f"{arg_name}: none of {len(sampled)} files that {title} lists exists, such as "
@@ -243,5 +243,5 @@ def _posix_name(root: Path, name: str) -> str:
     return name.replace("\\", "/")
 
 
-def _exists(root: Path, name: str) -> bool:
-    return os.path.exists(root / _posix_name(root, name))  # noqa: PTH110
+def _is_file(root: Path, name: str) -> bool:
+    return os.path.isfile(root / _posix_name(root, name))  # noqa: PTH113
