@@ -92,9 +92,11 @@ def test_parts_are_recognized_by_their_usual_names(train: str, val: str, tmp_pat
         (["train", "unlabeled", "train_extra"], "train", None),
     ],
 )
-def test_preferred_parts(names: list[str], train: str, val: str | None, tmp_path: Path) -> None:
+def test_preferred_parts(names: list[str], train: str, val: str | None, tmp_path: Path, caplog: Any) -> None:
     put(tmp_path, *(image for name in names for image in classes_in(name)))
     sources = open_train_val(run(tmp_path))
+    left_out = [f"{tmp_path}: only train is used, not train_extra, unlabeled"] if val is None else []
+    assert [record.message for record in caplog.records if "only" in record.message] == left_out  # warnings
     assert_same_as_torchvision(sources[0], tmp_path / train)
     if val is None:
         assert sources[1] is None

@@ -152,9 +152,9 @@ def open_train_val(config: Config, data: object = None) -> tuple[ImageSource, Im
 
     A folder is split if it contains folders or shards named `train` (or `training`) and `val`, `validation`, `valid`,
     `dev`, `eval`, `evaluation`, `test` or `testing`, in any case (`Train`, `val2017`, `training_set`, `train_images`;
-    `train-000.tar`, `val.parquet`), also below a folder that holds all images; with `train` alone, only that is used. (A
-    folder `train` of images beside other folders of images is a class.) A `.npz` is split if it has `val_images` (and `val_labels`). Validation labels use
-    the class indices of the training images.
+    `train-000.tar`, `val.parquet`), also below a folder that holds all images; with `train` alone, only that is used.
+    (A folder `train` of images beside other folders of images is a class.) A `.npz` is split if it has `val_images`
+    (and `val_labels`). Validation labels use the class indices of the training images.
 
     Args:
         config: provides `data` and `knn`.

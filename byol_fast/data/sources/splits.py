@@ -70,13 +70,15 @@ def split_folder(root: Path, arg_name: str) -> tuple[Path, Path | None]:
         default=None,
     )
     others = [name for name in names if name not in {train, val}]
-    is_class = val is None and any(_has_images(root / name, arg_name) for name in others if os.path.isdir(root / name))  # noqa: PTH112
-    own = filter(_is_image, list_folder(root / train, arg_name)) if is_class else ()
+    folders = [name for name in others if os.path.isdir(root / name)] if val is None else []  # noqa: PTH112
+    may_be_class = any(_has_images(root / name, arg_name) for name in folders)
+    own = filter(_is_image, list_folder(root / train, arg_name)) if may_be_class else ()
     if any(os.path.isfile(root / train / name) for name in own):  # noqa: PTH113
         return root, None  # a class named train
     if others:
         used = f"{train} and {val} are" if val else f"{train} is"
-        log.info("%s: only %s used, not %s", root, used, ", ".join(map(printable_name, others[:5])))
+        level = logging.WARNING if may_be_class else logging.INFO
+        log.log(level, "%s: only %s used, not %s", root, used, ", ".join(map(printable_name, others[:5])))
     return root / train, None if val is None else root / val
 
 
@@ -193,13 +195,12 @@ def _question(root: Path, names: Sequence[str], arg_name: str, *, packed: bool =
 
 def _folder_of_all(root: Path, names: Sequence[str], arg_name: str) -> Path | None:
     """The subfolder that holds all images or shards of a folder; None if there is none."""
-
-    def has_data(name: str) -> bool:
-        path = root / name
-        return _has_data(path, arg_name) if os.path.isdir(path) else name.lower().endswith(EXTENSIONS + SHARDS)  # noqa: PTH112
-
-    first = list(itertools.islice(filter(has_data, names), 2))
-    return root / first[0] if len(first) == 1 and os.path.isdir(root / first[0]) else None  # noqa: PTH112
+    if any(name.lower().endswith(EXTENSIONS + SHARDS) and not os.path.isdir(root / name) for name in names):  # noqa: PTH112
+        return None
+    folders = [name for name in names if os.path.isdir(root / name)]  # noqa: PTH112
+    if len(folders) > 1:
+        folders = list(itertools.islice((name for name in folders if _has_data(root / name, arg_name)), 2))
+    return root / folders[0] if len(folders) == 1 else None
 
 
 def _is_image(name: str) -> bool:
