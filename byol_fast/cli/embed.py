@@ -20,7 +20,7 @@ from byol_fast.config.fields import (
     Threads,
     check_fields,
 )
-from byol_fast.utils.files import atomic_path, printable_name
+from byol_fast.utils.files import check_output_file, printable_name
 from byol_fast.utils.output import PlainConsole
 from byol_fast.utils.progress import Progress
 
@@ -164,12 +164,7 @@ def _embed(
 
 def _check_writable(path: Path, overwrite: bool) -> None:
     """Raise an error for a file that cannot be written or would be replaced, before torch is imported."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path, trial=True):
-            pass
-    except OSError as error:
-        raise ConfigError(f"embed: {path} cannot be written ({error}); choose another file") from error
+    check_output_file(path, "embed")
     if path.exists() and not overwrite:
         raise ConfigError(f"embed: {path} exists already; choose another file, or add --overwrite")
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from byol_fast.cli.options import print_error
-from byol_fast.config import Config, ConfigError, recipes
+from byol_fast.config import Config, recipes
 
 USAGE = """\
 usage: byol-fast roofline RECIPE [--gpu H100 ...] [--measure] [--output FILE.json] [--plot FILE.svg] [--option ...]
@@ -53,19 +53,14 @@ def main(argv: list[str]) -> int:
     from byol_fast.profiling import GPUS, measure, roofline, stated
     from byol_fast.profiling.traffic import LEVELS
     from byol_fast.utils.device import resolve_device
-    from byol_fast.utils.files import atomic_path, atomic_write
+    from byol_fast.utils.files import atomic_write, check_output_file
     from byol_fast.utils.precision import resolve_precision
 
     if level not in LEVELS:
         return print_error(f"byol-fast roofline: level must be one of {', '.join(LEVELS)}, got {level!r}", 2)
     for path in (output, plot):
         if path is not None:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with atomic_path(path, trial=True):  # an error now, not after the measurement
-                    pass
-            except OSError as error:
-                raise ConfigError(f"roofline: {path} cannot be written ({error}); choose another file") from error
+            check_output_file(path, "roofline")
     device = resolve_device(config.device)
     if measured:
         dtype = resolve_precision(config.precision, device).name

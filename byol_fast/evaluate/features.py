@@ -26,7 +26,7 @@ from byol_fast.evaluate.rankme import rankme, subsample_rows
 from byol_fast.export.encoder import load_encoder
 from byol_fast.models.layers import Normalize
 from byol_fast.utils.device import resolve_device
-from byol_fast.utils.files import atomic_path, original_name, printable_name
+from byol_fast.utils.files import original_name, output_file, printable_name
 from byol_fast.utils.precision import resolve_precision
 from byol_fast.utils.progress import Progress
 
@@ -234,12 +234,8 @@ def save_features(features: Features, path: Path, *, trial: bool = False) -> Non
         ConfigError: the suffix is another one, or the file cannot be written.
     """
     check_features_path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path, trial=trial) as temporary:
-            (_write_npz if path.suffix == ".npz" else _write_parquet)(features, temporary)
-    except OSError as error:
-        raise ConfigError(f"embed: output must be a file that can be written, got {path} ({error})") from error
+    with output_file(path, "embed", trial=trial) as temporary:
+        (_write_npz if path.suffix == ".npz" else _write_parquet)(features, temporary)
 
 
 def _write_npz(features: Features, path: Path) -> None:

@@ -11,9 +11,8 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from byol_fast.config import ConfigError
 from byol_fast.evaluate.metrics import Interval, Scores
-from byol_fast.utils.files import atomic_path, atomic_write
+from byol_fast.utils.files import atomic_path, atomic_write, write_errors
 
 MAX_CLASSES_SHOWN = 20
 """Largest number of classes in the table for the terminal."""
@@ -111,12 +110,10 @@ def check_writable(folder: Path) -> None:
     Raises:
         ConfigError: it cannot be created or written.
     """
-    try:
+    with write_errors(folder, "eval", "choose another folder with --output"):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise ConfigError(f"eval: {folder} cannot be written ({error}); choose another folder with --output") from None
 
 
 def write(evaluation: Evaluation, folder: Path) -> list[Path]:
@@ -131,12 +128,10 @@ def write(evaluation: Evaluation, folder: Path) -> list[Path]:
         ConfigError: the folder cannot be written.
     """
     path, text = folder / f"{evaluation.protocol}.json", as_json(evaluation.to_dict())
-    try:
+    with write_errors(folder, "eval", "choose another folder with --output"):
         folder.mkdir(parents=True, exist_ok=True)
         earlier = _keep_earlier(path, text)
         atomic_write(path, text)
-    except OSError as error:
-        raise ConfigError(f"eval: {folder} cannot be written ({error}); choose another folder with --output") from None
     return [path, *earlier]
 
 

@@ -13,14 +13,14 @@ from safetensors.torch import load, save
 from torch import nn
 
 from byol_fast import config as configs
-from byol_fast.config import Config, ConfigError
+from byol_fast.config import Config
 from byol_fast.models.encoders import build_encoder
 from byol_fast.utils import checkpoint as checkpoints
 from byol_fast.utils import records as checks
 from byol_fast.utils.checkpoint import CheckpointError
 from byol_fast.utils.env import version
 from byol_fast.utils.errors import reason
-from byol_fast.utils.files import atomic_path, atomic_write, open_regular
+from byol_fast.utils.files import atomic_path, atomic_write, open_regular, write_errors
 
 log = logging.getLogger(__name__)
 
@@ -76,14 +76,12 @@ def export_encoder(
     checkpoints.check_finite(state, f"export: the encoder of step {step}")
     metadata = _metadata(config, step=step, feature_dim=feature_dim)
     weights_path, metadata_path = folder / "encoder.safetensors", folder / "encoder.json"
-    try:
+    with write_errors(folder, "export", "choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(weights_path) as temporary:
             # Not by `save_file`, whose error about a full disk is no OSError.
             temporary.write_bytes(save(state, metadata={"format": "pt"}))
         atomic_write(metadata_path, json.dumps(metadata, indent=2) + "\n")
-    except OSError as error:
-        raise ConfigError(f"export: {folder} cannot be written ({error}); choose another folder") from None
     return weights_path, metadata_path
 
 

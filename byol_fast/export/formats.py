@@ -22,7 +22,7 @@ from byol_fast.config import ConfigError
 from byol_fast.models.layers import Normalize
 from byol_fast.utils.checkpoint import check_finite
 from byol_fast.utils.errors import first_line
-from byol_fast.utils.files import atomic_path
+from byol_fast.utils.files import atomic_path, write_errors
 
 Format = Literal["torchvision", "torch-export", "onnx", "timm"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -97,7 +97,7 @@ def export_as(
     """
     encoder = copy.deepcopy(encoder).cpu().float().eval()
     check_finite(encoder.state_dict(), "export: the encoder")
-    try:
+    with write_errors(folder, "export", "choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         if format == "timm":
             return _export_timm(encoder, metadata, folder / "encoder_timm.safetensors", with_normalize)
@@ -107,8 +107,6 @@ def export_as(
             return _export_program(module, metadata, folder / "encoder.pt2")
         if format == "onnx":
             return _export_onnx(module, metadata, folder / "encoder.onnx")
-    except OSError as error:
-        raise ConfigError(f"export: {folder} cannot be written ({error}); choose another folder") from error
     raise ConfigError(f"export: format must be one of {', '.join(FORMATS)}, got {format!r}")
 
 

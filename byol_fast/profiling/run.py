@@ -27,7 +27,7 @@ from byol_fast.profiling.traffic import LEVELS, Level
 from byol_fast.training.callbacks import Callback
 from byol_fast.training.locks import exclusive
 from byol_fast.training.trainer import Trainer
-from byol_fast.utils.files import atomic_path, atomic_write
+from byol_fast.utils.files import atomic_path, atomic_write, write_errors
 from byol_fast.utils.profiler_ranges import Phase
 
 FORMAT = 2
@@ -82,12 +82,11 @@ def profile(
         raise ConfigError("profile: must be one process, got several; start it without torchrun")
     folder = trainer.run_dir / "profile"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with exclusive():
-            record = _measure(trainer, steps, folder, ceilings)
-        atomic_write(folder / "profile.json", json.dumps(record, indent=1) + "\n")
-    except OSError as error:
-        raise ConfigError(f"profile: {folder} cannot be written ({error}); set `out` to another folder") from error
+        with write_errors(folder, "profile", "set `out` to another folder"):
+            folder.mkdir(parents=True, exist_ok=True)
+            with exclusive():
+                record = _measure(trainer, steps, folder, ceilings)
+            atomic_write(folder / "profile.json", json.dumps(record, indent=1) + "\n")
     finally:
         trainer.close()
 

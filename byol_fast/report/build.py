@@ -15,6 +15,7 @@ from byol_fast.report.evaluations import evaluations
 from byol_fast.report.page import Section, paragraph, write_page
 from byol_fast.report.reading import RunFiles, read_run
 from byol_fast.report.summary import summary
+from byol_fast.utils.files import check_output_file, write_errors
 
 ExtraSections = Callable[[Path], list[Section]]
 
@@ -52,7 +53,7 @@ def report(
     if output.suffix.lower() not in {".html", ".htm"}:
         raise ConfigError(f"report: output must be a file that ends in .html, got {output}")
     files = [read_run(folder) for folder in runs]
-    _write(output, "", [], trial=True)  # before the images are embedded
+    check_output_file(output, "report")
     if len(files) == 1:
         title, sections = (
             f"Run {files[0].name}",
@@ -60,16 +61,9 @@ def report(
         )
     else:
         title, sections = f"{len(files)} runs", comparison(files)
-    _write(output, title, sections)
+    with write_errors(output, "report"):
+        write_page(output, title, sections)
     return output
-
-
-def _write(output: Path, title: str, sections: Sequence[Section], *, trial: bool = False) -> None:
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_page(output, title, sections, trial=trial)
-    except OSError as error:
-        raise ConfigError(f"report: output must be a file that can be written, got {output} ({error})") from error
 
 
 def _sections(

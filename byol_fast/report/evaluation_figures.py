@@ -6,11 +6,10 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from byol_fast.config import ConfigError
 from byol_fast.report.charts import Series, bar_chart, heat_map, line_chart
 from byol_fast.report.formatting import finite, interval
 from byol_fast.report.reading import Record
-from byol_fast.utils.files import atomic_write
+from byol_fast.utils.files import atomic_write, write_errors
 
 MAX_CLASSES = 60
 """Largest number of classes in a chart; more would be illegible."""
@@ -40,15 +39,13 @@ def save_figures(record: Record, folder: Path) -> list[Path]:
         charts["_confusion"] = confusion_chart(counts, record["classes"], f"{title}: confusion, percent")
     if len(record["curve"]) > 1:
         charts["_curve"] = curve_chart(record, title)
-    try:
+    with write_errors(folder, "eval", "choose another folder with --output"):
         for suffix in ("", "_classes", "_confusion", "_curve"):
             path = folder / f"{name}{suffix}.svg"
             if suffix in charts:
                 atomic_write(path, charts[suffix] + "\n")
             else:
                 path.unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigError(f"eval: {folder} cannot be written ({error}); choose another folder with --output") from None
     return [folder / f"{name}{suffix}.svg" for suffix in charts]
 
 

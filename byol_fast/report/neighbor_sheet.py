@@ -10,19 +10,17 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from byol_fast.config import ConfigError
 from byol_fast.config.fields import SheetNeighbors, SheetQueries, check
 from byol_fast.data import ImageSource
+from byol_fast.data.decode import MAX_PIXELS
 from byol_fast.evaluate.neighbors import Matrix, nearest, select_queries
 from byol_fast.report.preview import FAINT, INK, PAPER, TRAY, VIEW_COLORS
-from byol_fast.utils.files import atomic_path, printable_name
+from byol_fast.utils.files import output_file, printable_name
 
 TILE, GAP, MARGIN, LINE = 102, 12, 24, 15  # a tile has room for 32 pixels three times enlarged, and the frame
 TEXT, TITLE, FRAME = 11, 18, 3
 TOP, LEFT = 2 * MARGIN + TITLE + LINE + 8, MARGIN + TILE + 2 * GAP
 """Position of the first neighbor."""
-MAX_PIXELS = 89_478_485
-"""Pillow's limit, above which it warns of an image."""
 SAME, OTHER = VIEW_COLORS
 """Frames of neighbors of the query's class, and of other classes."""
 
@@ -170,19 +168,10 @@ def _class_name(source: ImageSource, label: int) -> str:
 
 
 def save_sheet(sheet: Image.Image, path: Path, *, trial: bool = False) -> None:
-    """Write a sheet as PNG, atomically.
-
-    Args:
-        sheet: the picture.
-        path: the file.
-        trial: write beside the file and remove that again.
+    """Write a sheet as PNG, atomically; with `trial` beside the file, which is not changed.
 
     Raises:
         ConfigError: the file cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path, trial=trial) as temporary:
-            sheet.save(temporary, format="png", optimize=True)
-    except OSError as error:
-        raise ConfigError(f"neighbors: {path} cannot be written ({error}); choose another file") from error
+    with output_file(path, "neighbors", trial=trial) as temporary:
+        sheet.save(temporary, format="png", optimize=True)

@@ -129,14 +129,13 @@ def style() -> str:
     )
 
 
-def write_page(path: Path, title: str, sections: Sequence[Section], *, trial: bool = False) -> None:
+def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
     """Write a page atomically.
 
     Args:
         path: the file to write.
         title: of the page, as plain text.
         sections: its content, in this order.
-        trial: write beside the file and remove that again.
 
     Raises:
         OSError: the file cannot be written.
@@ -165,5 +164,4 @@ def write_page(path: Path, title: str, sections: Sequence[Section], *, trial: bo
         f'<header><h1>{escape(title)}</h1>\n<nav aria-label="Contents"><ul>{contents}</ul></nav></header>\n'
         f"<main>\n{body}</main>\n"
         "<footer>Written by byol_fast.</footer>\n</body>\n</html>\n",
-        trial=trial,
     )

@@ -19,7 +19,7 @@ from byol_fast.data.batch import Batch
 from byol_fast.data.loaders.backend import resolve_backend
 from byol_fast.data.loaders.factory import make_loader
 from byol_fast.data.sources import ImageSource, SourceError
-from byol_fast.utils.files import atomic_path
+from byol_fast.utils.files import check_output_file, output_file
 from byol_kernels.photometric.params import ADJUSTMENTS, HUE
 
 INK, FAINT, PAPER, TRAY = "#1f2328", "#8b949e", "#ffffff", "#f3f4f6"
@@ -251,12 +251,7 @@ def check_path(path: Path) -> None:
     """Raise a ConfigError unless the path has the suffix of a PNG file and can be written."""
     if path.suffix.lower() != ".png":
         raise ConfigError(f"preview: output must be a file that ends in .png, got {path}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path, trial=True):
-            pass
-    except OSError as error:
-        raise ConfigError(f"preview: output must be a file that can be written, got {path} ({error})") from error
+    check_output_file(path, "preview")
 
 
 def write(image: Image.Image, path: Path) -> None:
@@ -266,8 +261,5 @@ def write(image: Image.Image, path: Path) -> None:
         ConfigError: the path does not end in .png, or cannot be written.
     """
     check_path(path)
-    try:
-        with atomic_path(path) as temporary:
-            image.save(temporary, format="png", optimize=True)
-    except OSError as error:
-        raise ConfigError(f"preview: output must be a file that can be written, got {path} ({error})") from error
+    with output_file(path, "preview") as temporary:
+        image.save(temporary, format="png", optimize=True)

@@ -32,7 +32,6 @@ _EVALUATION = {
 }
 """Kinds of the fields of an evaluation's record that the report computes with."""
 _ENVIRONMENT = {"processes": checks.count}
-_CORRUPT_IMAGE = {"image": checks.text, "reason": checks.text}
 
 NUM_LAST = 10
 """Steps whose mean is a run's last loss, as in `RunResult`."""

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from byol_fast.config import ConfigError
+
 _WITHOUT_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)  # not on all systems
 _TEMPORARY_NAME = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
 
@@ -51,10 +53,43 @@ def atomic_path(path: Path, *, trial: bool = False) -> Iterator[Path]:
         raise
 
 
-def atomic_write(path: Path, text: str, *, trial: bool = False) -> None:
+def atomic_write(path: Path, text: str) -> None:
     """Write a text file atomically, in UTF-8; see `atomic_path`."""
-    with atomic_path(path, trial=trial) as temporary:
+    with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def write_errors(path: Path, command: str, remedy: str = "choose another file") -> Iterator[None]:
+    """Turn an OSError of a file or folder that the user named into a ConfigError with that name.
+
+    Args:
+        path: the file or folder.
+        command: that writes it, or the first word of the message.
+        remedy: as the imperative of a message.
+
+    Raises:
+        ConfigError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{command}: {path} cannot be written ({error}); {remedy}") from error
+
+
+@contextmanager
+def output_file(path: Path, command: str, *, trial: bool = False) -> Iterator[Path]:
+    """`atomic_path` of a file that the user named, in a folder that is created if missing, with `write_errors`."""
+    with write_errors(path, command):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path, trial=trial) as temporary:
+            yield temporary
+
+
+def check_output_file(path: Path, command: str) -> None:
+    """Raise a ConfigError for a file that cannot be written: before the work, not after it."""
+    with output_file(path, command, trial=True):
+        pass
 
 
 def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:

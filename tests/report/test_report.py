@@ -333,7 +333,7 @@ def test_wrong_arguments_are_explained(tmp_path: Path, capsys: pytest.CaptureFix
     with pytest.raises(ConfigError, match=r"must be a file that ends in \.html"):
         report([folder], tmp_path / "x.pdf")
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="can be written"):
+    with pytest.raises(ConfigError, match=r"report: .*x\.html cannot be written"):
         report([folder], tmp_path / "file" / "x.html", pictures=False)
     with pytest.raises(SystemExit) as ended:
         main.main(["report", str(folder), "--no-images", "--output", str(tmp_path / "deep" / "page.html")])
