@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -24,15 +24,13 @@ from byol_fast.config import (
     KNNConfig,
     ModelConfig,
     OptimConfig,
-    ProbeConfig,
-    TauConfig,
     ViewConfig,
     evaluation,
     recipes,
     schema,
 )
-from byol_fast.config.evaluation import EvalSettings, FinetuneSettings, KNNSettings, LinearSettings
-from byol_fast.config.fields import check
+from byol_fast.config.evaluation import FinetuneSettings, LinearSettings
+from byol_fast.config.fields import Range, check
 from byol_fast.data import eval_batches
 from byol_fast.data.loaders.threads import single_core_threads
 from byol_fast.data.sources import ArraySource
@@ -47,118 +45,59 @@ from byol_fast.utils.device import resolve_device
 from byol_fast.utils.precision import resolve_precision
 from byol_kernels import resized_crop
 
-COUNT, LR, PROBABILITY, SEED, THREADS = (0, 10**9), (1e-12, 1e4), (0, 1), (0, 2**31 - 1), (0, 1024)
-EVAL: dict[str, tuple[float, float]] = {"max_train": COUNT, "max_test": COUNT, "seed": SEED, "threads": THREADS}
+KINDS: list[Any] = [
+    kind
+    for module in (schema, evaluation)
+    for _, kind in inspect.getmembers(module, dataclasses.is_dataclass)
+    if kind.__module__ == module.__name__
+] + [embed.Options, ScanData, BenchOptions]
 SMALL = {"view1": ViewConfig(size=1), "view2": ViewConfig(size=1), "data": DataConfig(prefetch=1)}
-
-BOUNDS: dict[Callable[..., Any], dict[str, tuple[float, float]]] = {
-    ViewConfig: {
-        "size": (1, 8192),
-        "scale": (1e-6, 1),
-        "ratio": (0.01, 100),
-        "hflip_p": PROBABILITY,
-        "color_jitter_p": PROBABILITY,
-        "brightness": (0, 10),
-        "contrast": (0, 10),
-        "saturation": (0, 10),
-        "hue": (0, 0.5),
-        "grayscale_p": PROBABILITY,
-        "blur_p": PROBABILITY,
-        "blur_sigma": (1e-3, 80),
-        "blur_kernel": (0, 501),
-        "solarize_p": PROBABILITY,
-        "solarize_threshold": (0, 256),
-    },
-    DataConfig: {
-        "hw_decoder_load": PROBABILITY,
-        "threads": THREADS,
-        "prefetch": (1, 64),
-        "max_corrupt_fraction": PROBABILITY,
-    },
-    ModelConfig: {
-        "hidden_dim": (1, 65_536),
-        "projection_dim": (1, 65_536),
-        "projector_layers": (2, 8),
-        "predictor_hidden_dim": (1, 65_536),
-        "mean": (-10, 10),
-        "std": (1e-3, 1e3),
-    },
-    OptimConfig: {
-        "lr": LR,
-        "warmup_epochs": (0, 10**6),
-        "warmup_steps": COUNT,
-        "momentum": (0, 0.9999),
-        "weight_decay": (0, 100),
-        "trust_coefficient": (1e-9, 1e3),
-    },
-    TauConfig: {"base": PROBABILITY},
-    KNNConfig: {"every_epochs": (1, 10**6), "k": (1, 10_000), "temperature": (1e-4, 1e4), "max_train": COUNT},
-    ProbeConfig: {"lr": LR},
-    Config: {
-        "seed": SEED,
-        "epochs": (1, 10**6),
-        "steps": COUNT,
-        "batch_size": (2, 65_536),
-        "grad_accum_steps": (1, 65_536),
-        "max_skipped_steps": (1, 10**9),
-        "log_every": (1, 10_000),
-        "checkpoint_every": COUNT,
-        "keep_checkpoints": (1, 10**6),
-        "timeout_minutes": (0.1, 1e5),
-    },
-    EvalSettings: EVAL,
-    KNNSettings: EVAL | {"k": (1, 10_000), "temperature": (1e-4, 1e4)},
-    LinearSettings: EVAL
-    | {"held_out": (1e-6, 0.5), "l2": (0, 1e10), "lr": LR, "epochs": (1, 10**5), "batch_size": (1, 65_536)},
-    FinetuneSettings: EVAL
-    | {"labels": (1e-6, 1), "lr": LR, "epochs": (1, 10**5), "held_out": (1e-6, 0.5), "batch_size": (2, 65_536)},
-    embed.Options: {"queries": (1, 1000), "k": (1, 100), "batch_size": (1, 65_536), "threads": THREADS},
-    ScanData: {"threads": THREADS},
-    BenchOptions: {
-        "image_size": (0, 8192),
-        "batch_size": (0, 65_536),
-        "threads": THREADS,
-        "rounds": (0, 1000),
-        "steps_per_round": (1, 10_000),
-        "data_images": (0, 100_000),
-        "kernel_images": (0, 16_384),
-    },
-}
-REQUIRED: dict[Callable[..., Any], dict[str, Any]] = {
+REQUIRED: dict[Any, dict[str, Any]] = {
     Config: SMALL,
     embed.Options: {"encoder": Path("run"), "folder": Path("images")},
 }
-CASES = [(kind, name, *bounds) for kind, fields in BOUNDS.items() for name, bounds in fields.items()]
 
 
-def made(kind: Callable[..., Any], name: str, value: Any) -> Any:
+def range_of(hint: Any) -> Range | None:
+    """Bounds of a number, also in a tuple or beside None."""
+    own = [entry for entry in getattr(hint, "__metadata__", ()) if isinstance(entry, Range)]
+    return own[0] if own else next(filter(None, map(range_of, get_args(hint))), None)
+
+
+def ranges(kind: Any) -> dict[str, Range]:
+    hints = get_type_hints(kind, include_extras=True)
+    return {name: limits for name, hint in hints.items() if (limits := range_of(hint)) is not None}
+
+
+CASES = [(kind, name, limits.low, limits.high) for kind in KINDS for name, limits in ranges(kind).items()]
+
+
+def made(kind: Any, name: str, value: Any) -> Any:
     """The field of an object that is made with a value; tuples hold it as often as their default has values."""
-    default = kind.__dataclass_fields__[name].default  # type: ignore[attr-defined]
+    default = kind.__dataclass_fields__[name].default
     options = dict(REQUIRED.get(kind, {}))
     if kind is LinearSettings and name in {"lr", "epochs", "batch_size"}:
         options["protocol"] = "reference"
-    return getattr(
-        kind(**options, **{name: (value,) * max(len(default), 1) if type(default) is tuple else value}), name
-    )
+    values = (value,) * max(len(default), 1) if type(default) is tuple else value
+    return getattr(kind(**options, **{name: values}), name)
 
 
-def numeric_fields(kind: Any) -> set[str]:
-    hints = get_type_hints(kind)
-    names = {name for name, hint in hints.items() if any(word in repr(hint) for word in ("int", "float"))}
-    return {name for name in names if "Literal" not in repr(hints[name])}
-
-
-def test_every_number_has_bounds() -> None:
-    for module in (schema, evaluation):
-        kinds = [c for _, c in inspect.getmembers(module, dataclasses.is_dataclass) if c.__module__ == module.__name__]
-        assert kinds
-        assert set(kinds) <= set(BOUNDS)
-    for kind, bounds in BOUNDS.items():
-        assert set(bounds) == numeric_fields(kind), kind
+def test_bounds_keep_out_what_fills_the_memory_or_overflows() -> None:
+    for kind, names, low, high in (
+        (ModelConfig, ("hidden_dim", "projection_dim", "predictor_hidden_dim"), 1, 65_536),
+        (ModelConfig, ("std",), 1e-3, 1e3),
+        (DataConfig, ("threads",), 0, 1024),
+        (DataConfig, ("prefetch",), 1, 64),
+        (ViewConfig, ("blur_kernel",), 0, 501),
+        (ViewConfig, ("brightness", "contrast", "saturation"), 0, 10),
+        (Config, ("seed",), 0, 2**31 - 1),
+        (KNNConfig, ("k",), 1, 10_000),
+    ):
+        assert {ranges(kind)[name] for name in names} == {Range(low, high)}
 
 
 @pytest.mark.parametrize(("kind", "name", "low", "high"), CASES, ids=lambda x: getattr(x, "__name__", str(x)))
-def test_numbers_are_accepted_up_to_their_bounds(kind: Callable[..., Any], name: str, low: float, high: float) -> None:
+def test_numbers_are_accepted_up_to_their_bounds(kind: Any, name: str, low: float, high: float) -> None:
     for value in (low, high):
         result = made(kind, name, value)
         assert result == value or set(result) == {value}
