@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
     """Run the command; return the exit code."""
     options = tyro.cli(Options, args=argv, prog="byol-fast embed")
     _check_options(options)
-    for path in (options.output, *([] if options.neighbors is None else [options.neighbors])):
+    for path in filter(None, (options.output, options.neighbors)):
         _check_writable(path, options.overwrite)
 
     from byol_fast.data import open_source

@@ -18,7 +18,7 @@ from byol_fast.config.evaluation import FinetuneSettings
 from byol_fast.data import ImageSource
 from byol_fast.evaluate.encoder import PretrainedEncoder
 from byol_fast.evaluate.linear import nesterov_sgd, truncated_normal
-from byol_fast.evaluate.metrics import Scores, accuracy, score, top_classes
+from byol_fast.evaluate.metrics import Scores, accuracy, predict, score, top_classes
 from byol_fast.evaluate.results import Baseline, Evaluation
 from byol_fast.evaluate.runner import EvalContext, EvalRun, OnResult
 from byol_fast.evaluate.splits import balanced_subset, train_val_split
@@ -245,9 +245,7 @@ def grid_search(
             trials.append(Trial(lr, epochs, 0.0))
             num_diverged += 1
             continue
-        predictions, y = context.features(
-            pretrained, result.network, val, "held-out images", transform=lambda logits: logits.argmax(dim=1)
-        )
+        predictions, y = context.features(pretrained, result.network, val, "held-out images", transform=predict)
         trials.append(Trial(lr, epochs, accuracy(predictions, y)))
         context.progress.print(f"{name}: {trials[-1].accuracy:.1%} of {len(y)} held-out images")
     if num_diverged == len(trials):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from byol_fast.config.evaluation import LinearSettings
 from byol_fast.data import ImageSource
 from byol_fast.evaluate.encoder import PretrainedEncoder
 from byol_fast.evaluate.logistic import COPIES_IN_FIT, sweep_logistic
-from byol_fast.evaluate.metrics import Scores, accuracy, in_chunks, score, top_classes
+from byol_fast.evaluate.metrics import Scores, accuracy, classify, score, top_classes
 from byol_fast.evaluate.results import Baseline, Evaluation
 from byol_fast.evaluate.runner import Entry, EvalRun, OnResult
 from byol_fast.evaluate.splits import train_val_split
@@ -103,7 +102,7 @@ def _evaluate_logistic(run: EvalRun[LinearSettings]) -> Evaluation:
             )
         del x, views  # room for the features of the test images
         test_x, test_y = entry.features(images.test, "test images")
-        ranking = in_chunks(lambda rows: top_classes(sweep.model.logits(rows)), test_x, num_classes)
+        ranking = classify(sweep.model.logits, test_x, num_classes, top_classes)
         scores = score(ranking, test_y, images.classes)
         facts = {
             "l2": sweep.model.l2,
@@ -138,14 +137,11 @@ def _evaluate_sgd(run: EvalRun[LinearSettings]) -> Evaluation:
         best = 0
         if val is not None:
             x, y = entry.features(val, "held-out images")
-            accuracies = [
-                accuracy(in_chunks(partial(_predict, layer), x, num_classes), y) for layer in classifiers.layers
-            ]
+            accuracies = [accuracy(classify(layer, x, num_classes), y) for layer in classifiers.layers]
             curve = sorted(zip(classifiers.lr, accuracies, strict=True))
             best = int(np.argmax(accuracies))
         test_x, test_y = entry.features(images.test, "test images")
-        layer = classifiers.layers[best]
-        ranking = in_chunks(lambda rows: top_classes(layer(rows)), test_x, num_classes)
+        ranking = classify(classifiers.layers[best], test_x, num_classes, top_classes)
         return score(ranking, test_y, images.classes), classifiers.lr[best], curve
 
     with torch.no_grad():
@@ -166,11 +162,6 @@ def _evaluate_sgd(run: EvalRun[LinearSettings]) -> Evaluation:
         curve_label="learning rate (held-out training images)",
         num_train=len(train),
     )
-
-
-def _predict(layer: nn.Module, x: Tensor) -> Tensor:
-    logits: Tensor = layer(x)
-    return logits.argmax(dim=1)
 
 
 def _train_classifiers(entry: Entry, source: ImageSource, s: LinearSettings) -> LinearClassifiers:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from byol_fast.evaluate.metrics import MAX_LOGITS, accuracy, in_chunks
+from byol_fast.evaluate.metrics import MAX_LOGITS, accuracy, classify
 from byol_fast.evaluate.splits import train_val_split
 
 log = logging.getLogger(__name__)
@@ -58,10 +58,6 @@ class LogisticModel:
             return torch.addmm(self.bias, (x - self.mean) / self.scale, self.weight.T)
         weight = self.weight / self.scale
         return torch.addmm(self.bias - weight @ self.mean, x, weight.T)
-
-    def predict(self, x: Tensor) -> Tensor:
-        """The most probable class of features `[N, D]`, int64 `[N]`."""
-        return self.logits(x).argmax(dim=1)
 
 
 class LogisticProblem:
@@ -245,7 +241,7 @@ def _best_model(
     best_accuracy, num_worse = -1.0, 0
     for number, l2 in enumerate(strengths, 1):
         model = problem.fit(l2, start=model)
-        val_accuracy = accuracy(in_chunks(model.predict, val_x, problem.num_classes), val_y)
+        val_accuracy = accuracy(classify(model.logits, val_x, problem.num_classes), val_y)
         candidates.append((l2, val_accuracy))
         on_fit(number, f"l2 {l2:.3g}: {val_accuracy:.1%}, {model.iterations} iterations")
         if val_accuracy > best_accuracy:  # the stronger one if equal

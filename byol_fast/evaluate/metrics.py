@@ -102,15 +102,23 @@ def top_classes(logits: Tensor) -> Tensor:
     return logits.topk(min(5, logits.shape[1]), dim=1).indices
 
 
-def in_chunks(fn: Callable[[Tensor], Tensor], x: Tensor, num_classes: int) -> Tensor:
-    """Results of a function of rows that computes their logits, for at most `MAX_LOGITS` logits at a time.
+def predict(logits: Tensor) -> Tensor:
+    """Class with the largest logit of each row of `[N, C]`, int64 `[N]`."""
+    return logits.argmax(dim=1)
+
+
+def classify(
+    classifier: Callable[[Tensor], Tensor], x: Tensor, num_classes: int, of_logits: Callable[[Tensor], Tensor] = predict
+) -> Tensor:
+    """Predictions for features, of whose logits at most `MAX_LOGITS` are in memory at a time.
 
     Args:
-        fn: of some rows `[B, D]`, with a result for each.
+        classifier: returns the logits of some features.
         x: features `[N, D]`.
-        num_classes: logits of a row.
+        num_classes: of the classifier.
+        of_logits: `predict` or `top_classes`.
     """
-    return torch.cat([fn(rows) for rows in torch.split(x, max(MAX_LOGITS // num_classes, 1))])
+    return torch.cat([of_logits(classifier(rows)) for rows in torch.split(x, max(MAX_LOGITS // num_classes, 1))])
 
 
 def accuracy(predictions: Tensor, labels: Tensor) -> float:

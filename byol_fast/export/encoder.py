@@ -14,6 +14,7 @@ from torch import nn
 
 from byol_fast import config as configs
 from byol_fast.config import Config
+from byol_fast.config.fields import ImageSize, check
 from byol_fast.models.encoders import build_encoder
 from byol_fast.utils import checkpoint as checkpoints
 from byol_fast.utils import records as checks
@@ -24,23 +25,14 @@ from byol_fast.utils.files import atomic_path, atomic_write, open_regular, write
 
 log = logging.getLogger(__name__)
 
-MAX_IMAGE_SIZE = 8192
-"""Largest height and width of the input, as in the configuration."""
 PREFIX = "online.encoder."
 """Prefix of the encoder's weights in a checkpoint."""
-
-
-def _image_size(value: object, name: str) -> str | None:
-    fits = isinstance(value, int) and 1 <= value <= MAX_IMAGE_SIZE
-    return checks.count(value, name) or (None if fits else f"{name} must be 1..{MAX_IMAGE_SIZE}, got {value}")
-
 
 _METADATA = checks.record_of(
     {
         "encoder": checks.text,
         "cifar_stem": checks.flag,
-        "image_size": _image_size,
-        **dict.fromkeys(("feature_dim", "step"), checks.count),
+        **dict.fromkeys(("feature_dim", "image_size", "step"), checks.count),
         **dict.fromkeys(("mean", "std"), checks.list_of(checks.number, 3)),
     },
     required=True,
@@ -199,6 +191,7 @@ def _read_metadata(path: Path) -> dict[str, Any]:
         problem = _METADATA(metadata, "")
         if problem is not None:
             raise ValueError(problem)
+        check("image_size", ImageSize, metadata["image_size"])
     except (OSError, ValueError) as error:
         raise _damaged(path, error) from error
     return metadata

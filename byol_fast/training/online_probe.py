@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from byol_fast.evaluate.metrics import in_chunks
+from byol_fast.evaluate.metrics import classify
 
 MAX_WEIGHTS = 1 << 27
 """Largest number of weights: with gradients and Adam's state they take 2 GiB."""
@@ -104,9 +104,7 @@ class OnlineProbe:
             labels: classes `[N]`, on any device.
         """
         x = (features_ND.to(self.mean) - self.mean) * (self.var + EPS).rsqrt()
-        predictions = in_chunks(
-            lambda rows: torch.addmm(self.bias, rows, self.weight.T).argmax(dim=1), x, self.num_classes
-        )
+        predictions = classify(lambda rows: torch.addmm(self.bias, rows, self.weight.T), x, self.num_classes)
         return float((predictions == labels.to(predictions.device)).float().mean())
 
     def state_dict(self) -> dict[str, Any]:

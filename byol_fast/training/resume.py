@@ -18,7 +18,7 @@ from byol_fast.utils import checkpoint as checkpoints
 from byol_fast.utils import env
 from byol_fast.utils.checkpoint import CheckpointError
 from byol_fast.utils.files import expand_home
-from byol_fast.utils.records import number, record_of
+from byol_fast.utils.records import record_of
 
 log = logging.getLogger(__name__)
 
@@ -118,8 +118,7 @@ def _restore_evaluation(state: TrainState, run_dir: RunDir) -> None:
 
     def accuracies() -> list[float]:
         records = read_metrics(run_dir.metrics)
-        found = [r["knn_top1"] for r in records if r["step"] == state.step and "knn_top1" in r]
-        return [top1 for top1 in found if number(top1, "knn_top1") is None]
+        return [r["knn_top1"] for r in records if r["step"] == state.step and r.get("knn_top1") is not None]
 
     evaluated = state.world.run_on_main(accuracies)
     if evaluated:

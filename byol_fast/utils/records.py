@@ -145,18 +145,6 @@ def record_of(fields: Mapping[str, Kind], *, required: bool = False) -> Kind:
     return check
 
 
-def keep_valid(record: dict[str, Any], fields: Mapping[str, Kind]) -> tuple[dict[str, Any], list[str]]:
-    """A record without the fields of another kind, and their problems.
-
-    Args:
-        record: the record.
-        fields: kinds of its fields, which may be missing or null; others may be anything.
-    """
-    found = {name: fields[name](value, name) for name, value in record.items() if name in fields and value is not None}
-    problems = {name: problem for name, problem in found.items() if problem is not None}
-    return {name: value for name, value in record.items() if name not in problems}, list(problems.values())
-
-
 def _short(value: object) -> str:
     if isinstance(value, list | dict):
         return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"

@@ -18,7 +18,6 @@ from byol_fast.data.sources.arrays import ArraySource
 from byol_fast.data.sources.base import EncodedSource, ImageSource, evenly_spaced
 from byol_fast.data.sources.files import FileSource
 from byol_fast.data.sources.tar import TarSource
-from byol_fast.utils.files import printable_name
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +71,7 @@ def warn_shared_images(train: ImageSource, val: ImageSource, arg_name: str) -> N
     sampled = "" if shared.num_val == len(val) else "sampled "
     among = "training images" if shared.searched == 1 else f"among {shared.searched:.2g} of the training images"
     text = f"{arg_name}: {count} of {shared.num_val} {sampled}validation images are also {among}, such as "
-    text += f"{printable_name(val.sample_name(v))} (= {printable_name(train.sample_name(t))})"
+    text += f"{val.sample_name(v)} (= {train.sample_name(t)})"
     if count < MIN_SHARED * shared.searched * shared.num_val:
         log.info("%s; so few hardly change an accuracy", text)
     else:
