@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from byol_fast.evaluate.metrics import classify
+from byol_fast.utils.checkpoint import optimizer_problem, tensor_problem
 
 MAX_WEIGHTS = 1 << 27
 """Largest number of weights: with gradients and Adam's state they take 2 GiB."""
@@ -125,20 +126,12 @@ class OnlineProbe:
         Raises:
             ValueError: the number of features or classes differs.
         """
-        names = ("weight", "bias", "mean", "var")
-        moments = state["optimizer"]["state"]
-        pairs = [(name, state[name], getattr(self, name)) for name in names]
-        for number, (name, parameter) in enumerate((("weight", self.weight), ("bias", self.bias))):
-            pairs += [(f"{key} of {name}", m, parameter) for key, m in moments.get(number, {}).items() if m.ndim]
-        for name, stored, own in pairs:
-            if stored.shape != own.shape:
-                raise ValueError(
-                    f"probe: {name} must be {list(own.shape)} (classes, features), got {list(stored.shape)}; training "
-                    "it from the start"
-                )
-        for name in names:
-            getattr(self, name).copy_(state[name])
-        self.steps.fill_(state["steps"])
+        tensors, own = ({k: v for k, v in s.items() if k != "optimizer"} for s in (state, self.state_dict()))
+        problem = tensor_problem(tensors, own) or optimizer_problem(state["optimizer"], self.optimizer)
+        if problem is not None:
+            raise ValueError(f"probe: {problem}; training it from the start")
+        for name, tensor in tensors.items():
+            getattr(self, name).copy_(tensor)
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, lr in zip(self.optimizer.param_groups, rates, strict=True):

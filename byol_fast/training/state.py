@@ -14,6 +14,7 @@ from byol_fast.models.base import SSLModel
 from byol_fast.training.distributed import World
 from byol_fast.training.online_probe import OnlineProbe
 from byol_fast.utils import records as checks
+from byol_fast.utils.checkpoint import optimizer_problem, tensor_problem
 from byol_fast.utils.errors import first_line
 from byol_fast.utils.precision import GradScaler
 
@@ -115,7 +116,13 @@ class TrainState:
                 "begin a new run"
             )
         own = processes[self.world.rank]
-        problem = _COUNTERS(state, "") or _POSITION(own, "process") or self._tensor_problem(state, own)
+        problem = (
+            _COUNTERS(state, "")
+            or _POSITION(own, "process")
+            or tensor_problem(state["model"], self.model.state_dict())
+            or optimizer_problem(state["optimizer"], self.optimizer)
+            or _rng_problem(own, self.rng_state())
+        )
         if problem is not None:  # before anything is overwritten
             raise RuntimeError(problem)
         self.loader.load_state_dict(own["loader"])  # first: it refuses a state of other data
@@ -133,34 +140,6 @@ class TrainState:
             except ValueError as error:  # the images changed, and the run was told to go on
                 log.warning("%s", error)
         set_rng_state(own)
-
-    def _tensor_problem(self, state: dict[str, Any], own: dict[str, Any]) -> str | None:
-        """The first tensor of a state that does not fit; None if all do."""
-        problem = tensor_problem(state["model"], self.model.state_dict())
-        if problem is not None:
-            return problem
-        stored, groups = state["optimizer"], self.optimizer.param_groups
-        sizes, own_sizes = ([len(group["params"]) for group in g] for g in (stored["param_groups"], groups))
-        if sizes != own_sizes:
-            return f"the optimizer must have {own_sizes} parameters in its groups, got {sizes}"
-        parameters = [parameter for group in groups for parameter in group["params"]]
-        for number, values in stored["state"].items():
-            shape = parameters[number].shape
-            for name, value in values.items():
-                if isinstance(value, Tensor) and value.ndim and value.shape != shape:
-                    what = f"{name} of the optimizer's parameter {number}"
-                    return f"{what} must be {list(shape)}, got {list(value.shape)}"
-        return _rng_problem(own, self.rng_state())
-
-
-def tensor_problem(state: dict[str, Any], expected: dict[str, Tensor]) -> str | None:
-    """The first tensor of a state that is missing, unknown, or of another shape; None if all fit."""
-    for name, tensor in expected.items():
-        got = state.get(name)
-        if not isinstance(got, Tensor) or got.shape != tensor.shape:
-            found = list(got.shape) if isinstance(got, Tensor) else "nothing" if got is None else type(got).__name__
-            return f"{name} must be {list(tensor.shape)}, got {found}"
-    return next((f"{name} is unknown" for name in state if name not in expected), None)
 
 
 def _rng_problem(state: dict[str, Any], expected: dict[str, Tensor]) -> str | None:

@@ -288,3 +288,29 @@ def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
     if names := nonfinite(tensors):
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise CheckpointError(f"{what} must be finite, but {names[0]}{more} is not; use an earlier checkpoint")
+
+
+def tensor_problem(state: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str | None:
+    """The first tensor of a state that is missing, unknown, or of another shape; None if all fit."""
+    for name, tensor in expected.items():
+        got = state.get(name)
+        if not isinstance(got, Tensor) or got.shape != tensor.shape:
+            found = list(got.shape) if isinstance(got, Tensor) else "nothing" if got is None else type(got).__name__
+            return f"{name} must be {list(tensor.shape)}, got {found}"
+    return next((f"{name} is unknown" for name in state if name not in expected), None)
+
+
+def optimizer_problem(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> str | None:
+    """The first tensor of an optimizer's state that has not the shape of its parameter; None if all fit."""
+    groups = optimizer.param_groups
+    sizes, own_sizes = ([len(group["params"]) for group in g] for g in (state["param_groups"], groups))
+    if sizes != own_sizes:
+        return f"the optimizer must have {own_sizes} parameters in its groups, got {sizes}"
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    for number, values in state["state"].items():
+        shape = parameters[number].shape
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.ndim and value.shape != shape:
+                what = f"{name} of the optimizer's parameter {number}"
+                return f"{what} must be {list(shape)}, got {list(value.shape)}"
+    return None

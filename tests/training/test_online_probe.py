@@ -71,6 +71,20 @@ def test_probe_reaches_best_accuracy_also_on_single_images() -> None:
     assert probe.top1(x[:1], y[:1]) in {0.0, 1.0}
 
 
+@pytest.mark.parametrize(("dim", "num_classes"), [(12, 4), (5, 3)])
+def test_state_of_another_probe_is_refused(dim: int, num_classes: int) -> None:
+    probe, other = OnlineProbe(12, 3, lr=0.01, device=CPU), OnlineProbe(dim, num_classes, lr=0.01, device=CPU)
+    x, y = clusters(40, 0)
+    probe.learn([torch.cat([x, x])], y, RUN)
+    message = rf"probe: weight must be \[{num_classes}, {dim}\], got \[3, 12\]; training it from the start"
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(probe.state_dict())
+    damaged = probe.state_dict()
+    damaged["optimizer"]["state"][1]["exp_avg"] = torch.ones(2)
+    with pytest.raises(ValueError, match=r"exp_avg of the optimizer's parameter 1 must be \[3\], got \[2\]"):
+        OnlineProbe(12, 3, lr=0.01, device=CPU).load_state_dict(damaged)
+
+
 def test_skipped_step_does_not_train_probe() -> None:
     """Neither the first one nor one between others: all that it holds is that of a probe without these steps."""
     probe, other = (OnlineProbe(12, 3, lr=0.01, device=CPU) for _ in range(2))
