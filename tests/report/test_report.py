@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import byol_fast
@@ -376,35 +375,3 @@ def test_unwritable_report_does_not_fail_the_run(tiny: Config, caplog: pytest.Lo
     (trainer.run_dir / "report.html").mkdir(parents=True)
     assert trainer.fit().steps == 2
     assert "no report.html" in caplog.text
-
-
-def test_principal_components_are_those_of_the_covariance() -> None:
-    from byol_fast.report.pictures import principal_components
-
-    x = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([5.0, 3, 1, 1, 1, 1]) + 7
-    y, shares = principal_components(x, 4)
-    covariance = np.cov(x.double().numpy().T)
-    values, vectors = np.linalg.eigh(covariance)
-    assert shares[:2] == pytest.approx(values[::-1][:2] / values.sum(), rel=1e-6)
-    for k in range(2):
-        expected = (x.double().numpy() - x.double().numpy().mean(0)) @ vectors[:, -1 - k]
-        sign = np.sign(expected[np.abs(expected).argmax()])  # the largest coordinate is positive
-        assert y[:, k].numpy() == pytest.approx(sign * expected, abs=1e-4)
-    flat, nothing = principal_components(torch.ones(5, 1), 4)
-    assert flat.shape == (5, 2)
-    assert float(flat.abs().max()) == 0
-    assert nothing == [0, 0]
-
-
-def test_maps_name_the_largest_classes() -> None:
-    from byol_fast.report.pictures import TSNE_MIN_IMAGES, maps
-
-    labels = np.repeat(np.arange(14), 2)
-    labels[:6] = 3
-    labels[-1] = -1
-    features = torch.randn(len(labels), 5, generator=torch.Generator().manual_seed(0))
-    assert len(labels) < TSNE_MIN_IMAGES
-    (chart,) = maps(features, labels, tuple(f"c{i}" for i in range(14)))
-    shown = [text for text in texts(svg(chart)) if re.fullmatch(r"c\d+|.*classes", text)]
-    assert shown == ["c3", "c4", "c5", "c6", "c7", "c8", "c9", "2 other classes", "c10", "c11"]
-    assert texts(svg(maps(features, None, ())[0])).count("c3") == 0
