@@ -118,10 +118,9 @@ def _check_number(where: str, kind: type[int | float], limits: Range, value: Any
 
 
 def _check_choice(where: str, choices: tuple[str, ...], value: Any) -> Any:
-    if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1)
-        fix = f"did you mean {near[0]!r}?" if near else ""
-        require(False, where, f"be one of {', '.join(choices)}", value, fix)
+    near = [] if value in choices else difflib.get_close_matches(str(value), choices, n=1)
+    fix = f"did you mean {near[0]!r}?" if near else ""
+    require(value in choices, where, f"be one of {', '.join(choices)}", value, fix)
     return value
 
 

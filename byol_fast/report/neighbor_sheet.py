@@ -19,8 +19,8 @@ from byol_fast.utils.files import output_file, printable_name
 
 TILE, GAP, MARGIN, LINE = 102, 12, 24, 15  # a tile has room for 32 pixels three times enlarged, and the frame
 TEXT, TITLE, FRAME = 11, 18, 3
-TOP, LEFT = 2 * MARGIN + TITLE + LINE + 8, MARGIN + TILE + 2 * GAP
-"""Position of the first neighbor."""
+TOP, LEFT, STEP = 2 * MARGIN + TITLE + LINE + 8, MARGIN + TILE + 2 * GAP, TILE + GAP
+"""Position of the first neighbor, and the distance to the next one."""
 SAME, OTHER = VIEW_COLORS
 """Frames of neighbors of the query's class, and of other classes."""
 
@@ -69,20 +69,19 @@ def neighbor_sheet(
         query_source, query_labels = own[0], None
         rows = list(range(len(query_source)))
         similarity, neighbors = nearest(features, own[1], k=k)
-    step, top, left = TILE + GAP, TOP, LEFT
     canvas = Image.new("RGB", sheet_size(len(rows), k), PAPER)
     pen = ImageDraw.Draw(canvas)
     _header(pen, title, len(source), neighbors, labels, query_labels)
     for i, row in enumerate(rows):
-        y = top + i * (step + 2 * LINE)
+        y = TOP + i * (STEP + 2 * LINE)
         query_label = -1 if query_labels is None else int(query_labels[i])
         _draw(canvas, query_source.load(row), (MARGIN, y), INK)
         _caption(
             pen, (MARGIN, y + TILE + 4), Path(query_source.sample_name(row)).name, _class_name(source, query_label)
         )
-        pen.line((left - GAP - 1, y, left - GAP - 1, y + TILE), FAINT)
+        pen.line((LEFT - GAP - 1, y, LEFT - GAP - 1, y + TILE), FAINT)
         for column, (j, score) in enumerate(zip(neighbors[i].tolist(), similarity[i].tolist(), strict=True)):
-            at = left + column * step, y
+            at = LEFT + column * STEP, y
             label = -1 if labels is None else int(labels[j])
             _draw(canvas, source.load(j), at, _frame(query_label, label))
             _caption(pen, (at[0], y + TILE + 4), f"{score:.3f}", _class_name(source, label))
@@ -95,7 +94,7 @@ def sheet_size(num_queries: int, k: int) -> tuple[int, int]:
     Raises:
         ValueError: it has more pixels than an image may have.
     """
-    width, height = LEFT + k * (TILE + GAP) + MARGIN - GAP, TOP + num_queries * (TILE + GAP + 2 * LINE) + GAP
+    width, height = LEFT + k * STEP + MARGIN - GAP, TOP + num_queries * (STEP + 2 * LINE) + GAP
     if width * height > MAX_PIXELS:
         raise ValueError(
             f"neighbors: queries and k must give a sheet of at most {MAX_PIXELS:,} pixels, got {width:,} x {height:,} "

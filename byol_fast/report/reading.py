@@ -191,10 +191,9 @@ def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
 
 def _valid(record: Record, fields: Mapping[str, checks.Kind], name: str, notes: list[str]) -> Record:
     """The record without the fields of another kind, which are noted."""
-    found = {field: kind(record[field], field) for field, kind in fields.items() if record.get(field) is not None}
-    problems = {field: problem for field, problem in found.items() if problem is not None}
-    notes += [f"a field of {name}: {problem}" for problem in problems.values()]
-    return {field: value for field, value in record.items() if field not in problems}
+    problems = {field: kind(record[field], field) for field, kind in fields.items() if record.get(field) is not None}
+    notes += [f"a field of {name}: {problem}" for problem in problems.values() if problem is not None]
+    return {field: value for field, value in record.items() if problems.get(field) is None}
 
 
 def _read_lines(path: Path, notes: list[str]) -> list[Record]:

@@ -295,8 +295,8 @@ def tensor_problem(state: Mapping[str, Any], expected: Mapping[str, Tensor]) -> 
     for name, tensor in expected.items():
         got = state.get(name)
         if not isinstance(got, Tensor) or got.shape != tensor.shape:
-            found = list(got.shape) if isinstance(got, Tensor) else "nothing" if got is None else type(got).__name__
-            return f"{name} must be {list(tensor.shape)}, got {found}"
+            kind = list(got.shape) if isinstance(got, Tensor) else "nothing" if got is None else type(got).__name__
+            return f"{name} must be {list(tensor.shape)}, got {kind}"
     return next((f"{name} is unknown" for name in state if name not in expected), None)
 
 
@@ -310,7 +310,7 @@ def optimizer_problem(state: Mapping[str, Any], optimizer: torch.optim.Optimizer
     for number, values in state["state"].items():
         shape = parameters[number].shape
         for name, value in values.items():
-            if isinstance(value, Tensor) and value.ndim and value.shape != shape:
-                what = f"{name} of the optimizer's parameter {number}"
-                return f"{what} must be {list(shape)}, got {list(value.shape)}"
+            if isinstance(value, Tensor) and value.ndim and value.shape != shape:  # not a number of steps
+                got = list(value.shape)
+                return f"{name} of the optimizer's parameter {number} must be {list(shape)}, got {got}"
     return None

@@ -61,16 +61,7 @@ def atomic_write(path: Path, text: str) -> None:
 
 @contextmanager
 def write_errors(path: Path, command: str, remedy: str = "choose another file") -> Iterator[None]:
-    """Turn an OSError of a file or folder that the user named into a ConfigError with that name.
-
-    Args:
-        path: the file or folder.
-        command: that writes it, or the first word of the message.
-        remedy: as the imperative of a message.
-
-    Raises:
-        ConfigError: in place of an OSError.
-    """
+    """Turn an OSError into the ConfigError `<command>: <path> cannot be written (<error>); <remedy>`."""
     try:
         yield
     except OSError as error:
@@ -131,7 +122,7 @@ def original_name(text: str) -> str:
 
 
 def printable_text(text: str) -> str:
-    """A message, which may quote names, without characters that a terminal obeys or an encoding lacks.
+    """A message, which may quote names, without control characters and without those that an encoding lacks.
 
     Line breaks, tabs and backslashes are left, so that names that are printable already do not change.
     """
