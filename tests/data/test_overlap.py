@@ -16,7 +16,7 @@ from torch import nn
 from byol_fast.config import Config, DataConfig, KNNConfig
 from byol_fast.config.evaluation import KNNSettings
 from byol_fast.data import open_source, open_train_val
-from byol_fast.data.sources import ArraySource, FileSource, overlap
+from byol_fast.data.sources import ArraySource, overlap
 from byol_fast.data.sources.overlap import SharedImages, find_shared_images
 from byol_fast.evaluate.encoder import PretrainedEncoder
 from byol_fast.evaluate.images import open_images
@@ -82,11 +82,10 @@ def test_validation_images_that_are_trained_on_are_reported(
     else:
         shutil.copytree(root, val, copy_function=shutil.copy if kind == "copies" else os.link)
     config = Config(data=DataConfig(root=root, cache=tmp_path / "cache"), knn=KNNConfig(val_root=val))
-    train, _ = open_train_val(config)
-    assert isinstance(train, FileSource)
+    open_train_val(config)
     (message,) = (record.message for record in caplog.records if record.levelno == logging.WARNING)
     assert message.startswith(f"knn.val_root: {NUM} of {NUM} validation images are also training images, such as ")
-    assert f" (= {tmp_path}/back\\\\slash/{train.paths[0]}); accuracies would be too high" in message
+    assert rf" (= {tmp_path}/back\\slash/" in message and "); accuracies would be too high" in message
 
 
 def test_automatic_split_and_test_of_an_evaluation_are_compared(
