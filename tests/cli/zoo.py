@@ -21,6 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from tests.data.kinds import encoded, write_tar
+
 SIZE = 24
 GOOD_RUN = "runs/good"
 IMAGES = (
@@ -68,9 +70,7 @@ def _save(path: Path, image: Image.Image, **options: Any) -> None:
 
 
 def _encoded(seed: int, kind: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    _picture(seed).save(buffer, kind)
-    return buffer.getvalue()
+    return encoded(_picture(seed), kind)
 
 
 def _fill(folder: Path, count: int, first: int = 0, suffix: str = ".png") -> None:
@@ -187,40 +187,25 @@ def _write_lists(zoo: Path) -> None:
 
 
 def _write_tars(zoo: Path) -> None:
-    def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-        member = tarfile.TarInfo(name)
-        member.size = len(data)
-        tar.addfile(member, io.BytesIO(data))
-
     (zoo / "shards").mkdir()
     (zoo / "shards_link").symlink_to("shards")
-    for number, path in enumerate((zoo / "good.tar", zoo / "shards/part-000.tar", zoo / "shards/part-001.tar")):
-        with tarfile.open(path, "w") as tar:
-            for i in range(8):
-                add(tar, f"{number}{i:03}.png", _encoded(i))
-                add(tar, f"{number}{i:03}.cls", str(i % 2).encode())
-    with tarfile.open(zoo / "empty.tar", "w"):
-        pass
+    for number, name in enumerate(("good", "shards/part-000", "shards/part-001")):
+        keys = [f"{number}{i:03}" for i in range(8)]
+        pairs = [((f"{key}.png", _encoded(i)), (f"{key}.cls", str(i % 2).encode())) for i, key in enumerate(keys)]
+        write_tar(zoo / f"{name}.tar", [member for pair in pairs for member in pair])
+    write_tar(zoo / "empty.tar", [])
     data = (zoo / "good.tar").read_bytes()
     (zoo / "truncated.tar").write_bytes(data[: len(data) // 2 + 100])
-    with tarfile.open(zoo / "links.tar", "w") as tar:
-        for i in range(4):
-            add(tar, f"a/{i}.png", _encoded(i))
-        for kind, target in (
-            (tarfile.SYMTYPE, "0.png"),
-            (tarfile.LNKTYPE, "a/1.png"),
-            (tarfile.SYMTYPE, "/etc/passwd"),
-        ):
-            member = tarfile.TarInfo(f"a/link-{len(tar.getmembers())}.png")
+    write_tar(zoo / "links.tar", [(f"a/{i}.png", _encoded(i)) for i in range(4)])
+    links = ((tarfile.SYMTYPE, "0.png"), (tarfile.LNKTYPE, "a/1.png"), (tarfile.SYMTYPE, "/etc/passwd"))
+    with tarfile.open(zoo / "links.tar", "a") as tar:
+        for i, (kind, target) in enumerate((*links, (tarfile.FIFOTYPE, ""), (tarfile.CHRTYPE, ""))):
+            member = tarfile.TarInfo(f"a/special-{i}.png")
             member.type, member.linkname = kind, target
             tar.addfile(member)
-        for kind in (tarfile.FIFOTYPE, tarfile.CHRTYPE):
-            member = tarfile.TarInfo(f"a/special-{len(tar.getmembers())}.png")
-            member.type = kind
-            tar.addfile(member)
-    with tarfile.open(zoo / "odd_names.tar", "w", encoding="utf-8", errors="surrogateescape") as tar:
-        for i, name in enumerate(("a\nb", "[/b]", "../above", "/absolute", os.fsdecode(b"\xe9"), "x" * 300, ".hidden")):
-            add(tar, f"{name}/{i}.png", _encoded(i))
+    names = ("a\nb", "[/b]", "../above", "/absolute", os.fsdecode(b"\xe9"), "x" * 300, ".hidden")
+    members = [(f"{name}/{i}.png", _encoded(i)) for i, name in enumerate(names)]
+    write_tar(zoo / "odd_names.tar", members, encoding="utf-8", errors="surrogateescape")
 
 
 def _write_tables(zoo: Path) -> None:
@@ -335,13 +320,9 @@ def _damage_file(path: Path, kind: str) -> None:
 
 
 _CONTENTS = {
-    "binary": bytes(range(256)),
-    "text": b"some text\n",
-    "list": b"[1, 2]\n",
-    "lists": b"[1, 2]\n[]\n",
-    "number": b"3\n",
-    "empty": b"",
-}
+    "binary": bytes(range(256)), "text": b"some text\n", "list": b"[1, 2]\n", "lists": b"[1, 2]\n[]\n",
+    "number": b"3\n", "empty": b"",
+}  # fmt: skip
 
 
 def _changed(value: Any, kind: str) -> Any:

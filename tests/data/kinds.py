@@ -25,7 +25,7 @@ def installed(package: str) -> bool:
 
 def encoded(image: Any, kind: str = "jpeg", **options: Any) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, kind, **options)
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, kind, **options)
     return buffer.getvalue()
 
 
