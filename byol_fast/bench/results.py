@@ -184,12 +184,7 @@ def load(path: Path) -> tuple[dict[str, Any], list[SuiteResult]]:
 
 
 def _candidates(suite: dict[str, Any]) -> tuple[CandidateResult, ...]:
-    """Candidates of a suite, as in the file.
-
-    Raises:
-        TypeError: one has an unknown field.
-        ValueError: they have different numbers of rounds, or times that are not positive.
-    """
+    """Candidates of a suite; a TypeError for an unknown field, a ValueError for times that do not fit together."""
     candidates = tuple(CandidateResult(**c | {"seconds": tuple(c["seconds"])}) for c in suite["candidates"])
     rounds = {len(c.seconds) for c in candidates}
     if len(rounds) != 1 or 0 in rounds or any(s <= 0 for c in candidates for s in c.seconds):

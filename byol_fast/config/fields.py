@@ -63,14 +63,11 @@ def require(ok: bool, where: str, contract: str, value: object, fix: str = "") -
 
 
 def check_fields(config: Any, prefix: str) -> None:
-    """Check all fields of a dataclass, and convert their values to the types of the fields.
+    """`check` all fields of a frozen dataclass in its `__post_init__`.
 
     Args:
-        config: of a frozen dataclass whose numbers have a `Range`; called in its `__post_init__`.
+        config: the dataclass, whose numbers have a `Range`.
         prefix: of the fields' names in messages.
-
-    Raises:
-        ConfigError: a value has another type, or is out of range or none of the choices.
     """
     for name, hint in _hints(config.__class__).items():
         object.__setattr__(config, name, check(f"{prefix}{name}", hint, getattr(config, name)))

@@ -145,15 +145,7 @@ class EvalContext:
             )
 
     def check_memory(self, num_values: int, num_classes: int) -> None:
-        """Refuse a classifier that cannot fit into the memory of the device.
-
-        Args:
-            num_values: fp32 values that are in memory at once.
-            num_classes: of the classifier.
-
-        Raises:
-            ValueError: it cannot fit.
-        """
+        """Raise a ValueError for a classifier of which more fp32 values are in memory at once than the device holds."""
         needed, total = 4 * num_values, total_memory(self.device)
         if needed > total:
             raise ValueError(

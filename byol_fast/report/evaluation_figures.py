@@ -73,12 +73,7 @@ def _class_chart(record: Record, title: str) -> str:
 
 
 def confusion_matrix(cells: Sequence[Sequence[int]], num_classes: int) -> list[list[int]]:
-    """Number of images of each class (row) that were classified as each class (column).
-
-    Args:
-        cells: true class, predicted class and number of images of the cells that are not 0.
-        num_classes: number of rows and columns.
-    """
+    """Number of images of each class (row) that were classified as each class (column), from `Scores.confusion`."""
     matrix = [[0] * num_classes for _ in range(num_classes)]
     for true, predicted, count in cells:
         matrix[true][predicted] = count
