@@ -11,7 +11,6 @@ import contextlib
 import logging
 import math
 import os
-import resource
 import shutil
 import signal
 import tempfile
@@ -29,6 +28,7 @@ from byol_fast.models import encoders
 from byol_fast.training.trainer import Trainer
 from byol_fast.utils import checkpoint as checkpoints
 from tests.networks import SmallResidualNetwork
+from tests.training.helpers import file_size_limit
 
 
 def small_run(folder: Path) -> Config:
@@ -171,23 +171,11 @@ def no_memory(trainer: Trainer) -> None:
     trainer.train_step.forward = too_large
 
 
-@contextlib.contextmanager
-def _file_size_limit(size: int) -> Any:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
-
-
 def disk_full(trainer: Trainer) -> None:
     """Limit files to 20 kB from step 7 on."""
     fit = trainer.fit
     stack = contextlib.ExitStack()
-    at_step(trainer, 7, lambda: stack.enter_context(_file_size_limit(20_000)))
+    at_step(trainer, 7, lambda: stack.enter_context(file_size_limit(20_000)))
 
     def limited() -> Any:
         with stack:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from byol_fast.export.encoder import export_run, load_encoder
 from byol_fast.export.formats import MAX_DIFFERENCE, ExportError, export_as
 from byol_fast.models.encoders import build_encoder, feature_dim
 from byol_fast.training.trainer import Trainer
+from tests.training.helpers import file_size_limit
 
 
 @pytest.mark.parametrize("cifar_stem", [False, True])
@@ -162,13 +162,9 @@ def test_full_disk_keeps_the_earlier_file(
         pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     encoder, metadata = small
     path = export_as(encoder, metadata, format, tmp_path).path
-    earlier, before = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    try:
-        with pytest.raises(ConfigError, match="cannot be written .*File too large"):
-            export_as(encoder, metadata, format, tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    earlier = path.read_bytes()
+    with file_size_limit(1000), pytest.raises(ConfigError, match="cannot be written .*File too large"):
+        export_as(encoder, metadata, format, tmp_path)
     assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == earlier
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,6 +36,17 @@ FORK_SERVER = multiprocessing.get_context("forkserver")
 FORK_SERVER.set_forkserver_preload(
     ["byol_fast.training.trainer", "torchvision", "torch.utils.tensorboard", "pytest", "tests.training.helpers"]
 )
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Writes of all libraries fail behind this size, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def use_small_encoder() -> None:

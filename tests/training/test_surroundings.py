@@ -5,13 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
-import resource
 import shutil
 import signal
 import stat
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +29,11 @@ from byol_fast.training.trainer import Trainer
 from byol_fast.utils import checkpoint as checkpoints
 from byol_fast.utils.checkpoint import CheckpointError
 from byol_fast.utils.files import atomic_path, atomic_write
-from tests.training.helpers import AtStep
+from tests.training.helpers import AtStep, file_size_limit
 
 
 def fail() -> None:
     raise ZeroDivisionError
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Files can grow to this size only: writes of all libraries fail behind it."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_run_stays_in_its_folder_when_the_working_directory_changes(
@@ -110,7 +96,7 @@ def test_export_to_a_full_disk_is_explained(small: Config, tmp_path: Path) -> No
     encoder, metadata = load_encoder(run)
     metadata["encoder"], metadata["cifar_stem"] = "resnet18", False  # a name that timm has
     before = (run / "encoder.safetensors").read_bytes()
-    with largest_file(1000):
+    with file_size_limit(1000):
         for export in (
             lambda: export_run(run),
             lambda: export_as(encoder, metadata, "timm", tmp_path / "timm"),
