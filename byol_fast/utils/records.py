@@ -73,36 +73,26 @@ def read_json_lines(path: Path) -> Iterator[JSONLine]:
         return
     with open(path, encoding="utf-8", errors="replace", opener=open_regular) as file:
         *whole, cut_off = file.read().split("\n")
-    for number, line in enumerate([*whole, cut_off], 1):
+    for i, line in enumerate([*whole, cut_off], 1):
         if not line.strip():
             continue
         content: dict[str, Any] | None = None
         with suppress(ValueError):
             content = parse_object(line)
-        yield JSONLine(number, content, number <= len(whole))
+        yield JSONLine(i, content, i <= len(whole))
 
 
-def number(value: object, name: str) -> str | None:
-    """A finite number."""
-    # Comparisons: an int that is too large for a float raises an error as soon as it is converted.
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_NUMBER
-    return None if ok else f"{name} must be a number, got {_short(value)}"
+def _kind(contract: str, accepts: Callable[[Any], bool]) -> Kind:
+    return lambda value, name: None if accepts(value) else f"{name} must be {contract}, got {_short(value)}"
 
 
-def count(value: object, name: str) -> str | None:
-    """A whole number of 0 or more."""
-    ok = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_COUNT
-    return None if ok else f"{name} must be a whole number, got {_short(value)}"
-
-
-def text(value: object, name: str) -> str | None:
-    """A string."""
-    return None if isinstance(value, str) else f"{name} must be text, got {_short(value)}"
-
-
-def flag(value: object, name: str) -> str | None:
-    """True or false."""
-    return None if isinstance(value, bool) else f"{name} must be true or false, got {_short(value)}"
+# Compared, because math.isfinite raises an error for an int that is too large for a float.
+number = _kind(
+    "a number", lambda v: isinstance(v, int | float) and not isinstance(v, bool) and abs(v) <= LARGEST_NUMBER
+)
+count = _kind("a whole number", lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= LARGEST_COUNT)
+text = _kind("text", lambda v: isinstance(v, str))
+flag = _kind("true or false", lambda v: isinstance(v, bool))
 
 
 def list_of(kind: Kind, length: int | None = None) -> Kind:
