@@ -78,12 +78,7 @@ class BYOL(SSLModel):
     ) -> None:
         super().__init__()
         check_options(
-            "BYOL",
-            image_size,
-            projector_layers,
-            view_batching,
-            hidden_dim=hidden_dim,
-            projection_dim=projection_dim,
+            "BYOL", image_size, projector_layers, view_batching, hidden_dim=hidden_dim, projection_dim=projection_dim
         )
         network = build_encoder(
             encoder,

@@ -62,10 +62,7 @@ def test_train_resume_and_export(
         (["train", "cifar_resnet18"], "did you mean 'cifar10_resnet18'"),
         (["train"], "a recipe is missing"),
         (["train", "cifar10_resnet18", "--optim.lr", "-1"], "optim.lr must be a number from 1e-12 to 10000, got"),
-        (
-            ["train", "demo", "--model.projection-dim", "2147483648"],
-            "must be an integer from 1 to 65,536, got",
-        ),
+        (["train", "demo", "--model.projection-dim", "2147483648"], "must be an integer from 1 to 65,536, got"),
         (["profile", "demo", "--steps", "²"], "--steps must be an integer, got '²'"),
         (["train", "cifar10_resnet18", "--optim.weight-decy", "1"], "--optim.weight-decay"),
         (["train", "--resume"], "--resume must be followed by a run folder"),

@@ -52,10 +52,7 @@ KINDS: list[Any] = [
     if kind.__module__ == module.__name__
 ] + [embed.Options, ScanData, BenchOptions]
 SMALL = {"view1": ViewConfig(size=1), "view2": ViewConfig(size=1), "data": DataConfig(prefetch=1)}
-REQUIRED: dict[Any, dict[str, Any]] = {
-    Config: SMALL,
-    embed.Options: {"encoder": Path("run"), "folder": Path("images")},
-}
+REQUIRED: dict[Any, dict[str, Any]] = {Config: SMALL, embed.Options: {"encoder": Path("run"), "folder": Path("images")}}
 
 
 def range_of(hint: Any) -> Range | None:

@@ -28,17 +28,7 @@ from byol_fast.evaluate import PretrainedEncoder, evaluate_finetune, evaluate_kn
 from byol_fast.evaluate.finetune import DivergedError
 from byol_fast.evaluate.splits import balanced_subset
 from byol_fast.utils.progress import Progress
-from tests.evaluate.helpers import (
-    CLASSES,
-    CPU,
-    PROTOCOLS,
-    QUICK,
-    SIZE,
-    RecordingEncoder,
-    labeled_images,
-    matrix,
-    run,
-)
+from tests.evaluate.helpers import CLASSES, CPU, PROTOCOLS, QUICK, SIZE, RecordingEncoder, labeled_images, matrix, run
 from tests.networks import Steep
 
 
