@@ -81,8 +81,8 @@ class RunSchedule:
     tau_schedule: Schedule = "cosine"
 
     def __post_init__(self) -> None:
-        for name in ("lr_schedule", "tau_schedule"):
-            check(f"RunSchedule: {name}", Schedule, getattr(self, name))
+        check("RunSchedule: lr_schedule", Schedule, self.lr_schedule)
+        check("RunSchedule: tau_schedule", Schedule, self.tau_schedule)
 
     def lr(self, step: int) -> float:
         """Learning rate of the step that follows `step` finished ones."""

@@ -55,15 +55,12 @@ def eval_batches(
         SourceError: the images may be read by one thread only.
         ConfigError: an argument is out of range.
     """
-    for name, hint, value in (
-        ("size", ImageSize, size),
-        ("batch_size", BatchSize, batch_size),
-        ("interpolation", Interpolation, interpolation),
-        ("threads", Threads, threads),
-        ("loader", Loader, loader),
-        ("on_corrupt", OnCorrupt, on_corrupt),
-    ):
-        check(f"eval_batches: {name}", hint, value)
+    check("eval_batches: size", ImageSize, size)
+    check("eval_batches: batch_size", BatchSize, batch_size)
+    check("eval_batches: interpolation", Interpolation, interpolation)
+    check("eval_batches: threads", Threads, threads)
+    check("eval_batches: loader", Loader, loader)
+    check("eval_batches: on_corrupt", OnCorrupt, on_corrupt)
     source.check_thread_safety(resolve_num_threads(threads))
     device = device or torch.device("cpu")
     if isinstance(source, ArraySource) and source.images.shape[1:3] == (size, size):
