@@ -28,7 +28,7 @@ from byol_fast.config import Config, ConfigError, recipes
 from byol_fast.data import ImageSource, open_source
 from byol_fast.training.mode import resolve_mode
 from byol_fast.utils.device import resolve_device
-from byol_fast.utils.files import check_output_file
+from byol_fast.utils.files import check_output_folder
 from byol_fast.utils.precision import resolve_precision
 
 ROUNDS = {"peers": 7, "kernels": 11, "data": 5, "stages": 5, "step": 5, "end-to-end": 5}
@@ -64,7 +64,7 @@ class Bench:
         Raises:
             ConfigError: the folder for the results cannot be written; nothing is measured.
         """
-        check_output_file(self.folder / "environment.json", "bench")
+        check_output_folder(self.folder, "bench", "choose another folder with --save")
         if self.threads:
             torch.set_num_threads(self.threads)
         threads = f"{self.threads or torch.get_num_threads()} threads" if self.device.type == "cpu" else "all cores"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,18 +101,6 @@ class Evaluation:
             "date": self.date,
             "environment": self.environment,
         }
-
-
-def check_writable(folder: Path) -> None:
-    """Create a folder for records if it is missing.
-
-    Raises:
-        ConfigError: it cannot be created or written.
-    """
-    with write_errors(folder, "eval", "choose another folder with --output"):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
 
 
 def write(evaluation: Evaluation, folder: Path) -> list[Path]:

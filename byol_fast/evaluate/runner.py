@@ -22,10 +22,11 @@ from byol_fast.evaluate.encoder import PretrainedEncoder, load_pretrained
 from byol_fast.evaluate.extract import CALIBRATION_IMAGES, extract_features, recalibrate_bn
 from byol_fast.evaluate.images import labels_of, open_images
 from byol_fast.evaluate.metrics import Scores
-from byol_fast.evaluate.results import Baseline, Evaluation, check_writable, write
+from byol_fast.evaluate.results import Baseline, Evaluation, write
 from byol_fast.evaluate.splits import subsample
 from byol_fast.utils import cpu_tuning, env
 from byol_fast.utils.device import resolve_device, total_memory
+from byol_fast.utils.files import check_output_folder
 from byol_fast.utils.precision import resolve_precision
 from byol_fast.utils.progress import Progress
 
@@ -205,7 +206,7 @@ class EvalRun(Generic[S]):
         self.start_time = time.monotonic()
         self.settings, self.output_dir, self.on_result = configs.replace(settings, changes), output_dir, on_result
         if output_dir is not None:
-            check_writable(output_dir)  # before the work, not after it
+            check_output_folder(output_dir, "eval", "choose another folder with --output")
         self.progress = progress or Progress()
         self.context = EvalContext(self.settings, self.progress)
         self.pretrained = encoder if isinstance(encoder, PretrainedEncoder) else load_pretrained(encoder)

@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -81,6 +82,14 @@ def check_output_file(path: Path, command: str) -> None:
     """Raise a ConfigError for a file that cannot be written: before the work, not after it."""
     with output_file(path, command, trial=True):
         pass
+
+
+def check_output_folder(folder: Path, command: str, remedy: str) -> None:
+    """Create a folder if it is missing; raise a ConfigError if it cannot be written."""
+    with write_errors(folder, command, remedy):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
 
 
 def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
