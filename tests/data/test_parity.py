@@ -159,15 +159,18 @@ def last(order: NDArray[np.int32], adjustment: int) -> NDArray[np.int32]:
     return np.take_along_axis(order, np.argsort(order == adjustment, axis=1, kind="stable"), axis=1)
 
 
-@pytest.mark.parametrize("fault", WRONG_PARAMS)
-def test_wrong_parameters_fail(fault: str, arrays: ArraySource, monkeypatch: pytest.MonkeyPatch) -> None:
-    change, operator = WRONG_PARAMS[fault]
-
+def use_wrong_params(monkeypatch: pytest.MonkeyPatch, change: Callable[[AugmentParams], dict[str, Any]]) -> None:
     def sample_wrong_params(*args: Any, **options: Any) -> AugmentParams:
         params = sample_augment_params(*args, **options)
         return replace(params, **change(params))
 
     monkeypatch.setattr(sampler, "sample_augment_params", sample_wrong_params)
+
+
+@pytest.mark.parametrize("fault", WRONG_PARAMS)
+def test_wrong_parameters_fail(fault: str, arrays: ArraySource, monkeypatch: pytest.MonkeyPatch) -> None:
+    change, operator = WRONG_PARAMS[fault]
+    use_wrong_params(monkeypatch, change)
     found = failures(compare(arrays, paper("threaded", 32), 48))
     assert operator in found and {"view 1", "view 2"} <= found.keys()
 

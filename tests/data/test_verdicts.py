@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,6 @@ from PIL import Image
 
 from byol_fast import config as configs
 from byol_fast.config import Config, recipes
-from byol_fast.data import sampler
-from byol_fast.data.augment_params import AugmentParams, sample_augment_params
 from byol_fast.data.loaders.backend import dali_installed
 from byol_fast.data.loaders.eval import center_crop
 from byol_fast.data.sources import ArraySource, FileSource, ImageSource, open_source
@@ -24,7 +21,7 @@ from byol_fast.data.sources.base import evenly_spaced
 from byol_fast.report import view_check
 from tests.conftest import real_data
 from tests.data.helpers import CPU, config_of
-from tests.data.test_parity import WRONG_PARAMS, SwappedChannels, use_wrong_loader
+from tests.data.test_parity import WRONG_PARAMS, SwappedChannels, use_wrong_loader, use_wrong_params
 
 pytestmark = pytest.mark.slow
 
@@ -153,13 +150,8 @@ def test_wrong_operators_are_not_missed(
         for fault, (change, operator) in WRONG_PARAMS.items():
             if title.startswith("device_cache") or (is_gray and (operator in NEEDS_COLOR or "saturation" in fault)):
                 continue  # the device cache samples its parameters itself
-
-            def sample_wrong_params(*args: Any, change: Any = change, **options: Any) -> AugmentParams:
-                params = sample_augment_params(*args, **options)
-                return replace(params, **change(params))
-
             with monkeypatch.context() as patch:
-                patch.setattr(sampler, "sample_augment_params", sample_wrong_params)
+                use_wrong_params(patch, change)
                 check(f"{title}, {fault}", operator, config)
         if not is_gray:
             with monkeypatch.context() as patch:
