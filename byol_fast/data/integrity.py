@@ -20,6 +20,7 @@ from byol_fast.data.decode import (
     ReadAt,
     UnusableImageError,
     decode,
+    has_common_kind,
     header_size,
     reader_of,
     size_problem,
@@ -53,7 +54,6 @@ _MAGIC_BYTES = {
     b"MM\0*": "a TIFF whose pixel format is not supported: save it with 8 bits per channel",
     b"version https://git-lfs": "a Git LFS pointer: the file itself was not fetched",
 }
-_WEBP_EXIF = 8
 _HEAD_BYTES = 26  # of a PNG up to its color type
 _FTYP_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF", b"msf1": "HEIF"}
 
@@ -154,7 +154,7 @@ def _guess_format(data: bytes) -> str | None:
 def file_needs_check(path: Path) -> bool:
     """Return True unless header and end are those of a complete, supported file (16 us).
 
-    That is a JPEG, an 8-bit PNG, or a WebP without EXIF, within the limits of size.
+    That is a JPEG, 8-bit PNG or WebP of a common kind, within the limits of size.
     """
     try:
         descriptor = open_regular(path)
@@ -176,7 +176,7 @@ def bytes_need_check(data: bytes) -> bool:
 
 def _needs_check(read: ReadAt, num_bytes: int) -> bool:
     size = header_size(read)
-    if num_bytes > MAX_BYTES or size is None or size_problem(*size) is not None:
+    if num_bytes > MAX_BYTES or size is None or size_problem(*size) is not None or not has_common_kind(read):
         return True
     head, tail = read(0, _HEAD_BYTES), read(num_bytes - 8, 8)
     if head.startswith(JPEG_HEAD):
@@ -184,8 +184,7 @@ def _needs_check(read: ReadAt, num_bytes: int) -> bool:
     if head.startswith(PNG_HEAD):
         bits = head[24:25]
         return tail != PNG_TAIL or bits == b"\x10"  # 16 bits may hold values of fewer
-    has_exif = head[12:16] == b"VP8X" and bool(head[20] & _WEBP_EXIF)
-    return int.from_bytes(head[4:8], "little") + 8 > num_bytes or has_exif  # DALI may not read a file with EXIF
+    return int.from_bytes(head[4:8], "little") + 8 > num_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,10 +56,32 @@ def wrong_crc() -> bytes:
     return PNG[:at] + bytes(4) + PNG[at + 4 :]
 
 
-def png_of(side: int, bits: int, color_type: int, packed_rows: bytes) -> bytes:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
+
+def png_with(*chunks: bytes) -> bytes:
+    """With chunks in front of the pixels."""
+    return PNG[:33] + b"".join(chunks) + PNG[33:]
+
+
+def jpeg_with(*segments: bytes) -> bytes:
+    """With segments of the application in front of the others."""
+    return JPEG[:2] + b"".join(b"\xff" + s[:1] + struct.pack(">H", len(s) + 1) + s[1:] for s in segments) + JPEG[2:]
+
+
+def cmyk_without_adobe() -> bytes:
+    data = save("JPEG", Image.fromarray(PICTURE).convert("CMYK"), quality=95)
+    at = data.index(b"Adobe")
+    return data[: at - 4] + data[at + 12 :]
+
+
+def by_pil(data: bytes) -> NDArray[np.uint8]:
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def png_of(side: int, bits: int, color_type: int, packed_rows: bytes) -> bytes:
     header = struct.pack(">IIBBBBB", side, side, bits, color_type, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed_rows) + chunk(b"IEND", b"")
 
@@ -96,9 +118,9 @@ def pnm(kind: str, levels: NDArray[Any], largest: int) -> bytes:
     return f"{kind} {SIZE} {SIZE} {largest}\n".encode() + values
 
 
-def animated(kind: str) -> bytes:
+def animated(kind: str, **options: Any) -> bytes:
     other = Image.fromarray(255 - PICTURE)
-    options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
+    options |= {"lossless": True} if kind == "WEBP" else {}
     return save(kind, save_all=True, append_images=[other], **options)
 
 
@@ -246,6 +268,20 @@ UNUSUAL: dict[str, tuple[str, bytes, NDArray[np.uint8], float]] = {
     "PPM of text": ("x.ppm", pnm("P3", PICTURE, 255), PICTURE, 0),
     "16-bit PNG, black": ("x.png", of_depth("PNG", GRAY * 0, np.uint16), np.zeros_like(PICTURE), 0),
     "CMYK JPEG": ("x.jpg", save("JPEG", Image.fromarray(PICTURE).convert("CMYK"), quality=95), PICTURE, 30),
+    "CMYK JPEG without Adobe's marker": ("x.jpg", cmyk_without_adobe(), by_pil(cmyk_without_adobe()), 0),
+    "JPEG with a damaged segment of Photoshop": (
+        "x.jpg", jpeg_with(b"\xedPhotoshop 3.0\x008BIM\x04\x0c"), by_pil(JPEG), 0
+    ),
+    "JPEG with a video behind the end": ("x.jpg", JPEG + bytes(4) + b"ftypmp42" + bytes(5000), PICTURE, 4),
+    "JPEG with bytes between its segments": ("x.jpg", JPEG[:20] + b"junk" + JPEG[20:], by_pil(JPEG), 0),
+    "rotated TIFF as .jpg": ("x.jpg", rotated_by_exif("TIFF"), np.rot90(PICTURE, 3), 0),
+    "PGM up to 51 as .png": ("x.png", pnm("P5", GRAY // 5, 51), np.stack([GRAY // 5 * 5] * 3, 2), 0),
+    "EXIF rotation of a WebP as .png": ("x.png", rotated_by_exif("WEBP"), PICTURE, 0),
+    "animated PNG (picture beside the animation)": ("x.png", animated("PNG", default_image=True), PICTURE, 0),
+    "PNG with a compressed text of 2 MB": (
+        "x.png", png_with(chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(2_000_000)))), PICTURE, 0
+    ),
+    "PNG with a damaged text": ("x.png", png_with(chunk(b"tEXt", b"x\0abc")[:-4] + bytes(4)), PICTURE, 0),
     "gray JPEG": ("x.jpg", save("JPEG", Image.fromarray(GRAY), quality=95), np.stack([GRAY] * 3, 2), 4),
     "progressive JPEG": ("x.jpg", save("JPEG", progressive=True, quality=95), PICTURE, 4),
     "JPEG 2000 as .jpg": ("x.jpg", save("JPEG2000", irreversible=False), PICTURE, 0),

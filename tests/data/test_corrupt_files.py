@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from byol_fast import Trainer
 from byol_fast import config as configs
 from byol_fast.config import Config, replace
 from byol_fast.data import CorruptImageError, eval_batches, open_source
-from byol_fast.data.integrity import CorruptImages, TooManyCorruptImagesError
+from byol_fast.data.decode import decode, decode_jpeg, has_common_kind, reader_of
+from byol_fast.data.integrity import CorruptImages, TooManyCorruptImagesError, check_bytes
+from byol_fast.data.loaders.image_reader import for_dali
 from byol_fast.data.sources import FileSource
 from byol_fast.utils import checkpoint as checkpoints
-from tests.data.corrupt_files import CORRUPT, DAMAGED, JPEG, SIZE, UNUSUAL, config, fill, outcome
+from tests.data.corrupt_files import CORRUPT, DAMAGED, JPEG, SIZE, UNUSUAL, by_pil, config, fill, outcome
 from tests.data.helpers import config_of, error, loader_of, pixels, same
 from tests.data.kinds import available, make
 from tests.data.test_resume import CORRUPT as CORRUPT_INDEX
@@ -53,11 +58,19 @@ def test_file_damaged_during_the_run(kind: str, files_backend: str) -> None:
             assert re.match(prefix + message, outcome(folder, files_backend, policy, damage))
 
 
-@pytest.mark.parametrize("read_by_dali", [True, False])
-def test_unusual_files_are_read(read_by_dali: bool, files_backend: str, tmp_path: Path) -> None:
-    """All in one batch, against the pixels they were written from; DALI reads files that are JPEG or PNG by name."""
+def group_of(kind: str) -> str:
+    """The way of a file into DALI: read by it, converted though it has the name of such a file, or passed as bytes."""
+    name, data, _, _ = UNUSUAL[kind]
+    if not name.lower().endswith(("jpg", "jpeg", "png")):
+        return "bytes"
+    return "by name" if has_common_kind(reader_of(data)) else "converted"
+
+
+@pytest.mark.parametrize("group", ["by name", "converted", "bytes"])
+def test_unusual_files_are_read(group: str, files_backend: str, tmp_path: Path) -> None:
+    """All in one batch, against the pixels they were written from, and once for evaluation."""
     expected = {}
-    unusual = [kind for kind in UNUSUAL.values() if kind[0].lower().endswith(("jpg", "jpeg", "png")) == read_by_dali]
+    unusual = [UNUSUAL[kind] for kind in UNUSUAL if group_of(kind) == group]
     for number, (name, data, pixels_of, tolerance) in enumerate(unusual):
         path = tmp_path / f"{number} {name}"
         path.write_bytes(data)
@@ -70,6 +83,25 @@ def test_unusual_files_are_read(read_by_dali: bool, files_backend: str, tmp_path
         assert error(got, true).mean() <= tolerance, source.sample_name(i)
         if (true == true[..., :1]).all():
             assert (got == got[..., :1]).all(), source.sample_name(i)
+    loader: Literal["dali", "threaded"] = "dali" if "dali" in files_backend else "threaded"
+    assert sum(len(index) for _, index in eval_batches(source, SIZE, 8, loader=loader)) == len(unusual)
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_unusual_image_is_the_same_for_all_readers(kind: str) -> None:
+    """To the bit, also as the input of DALI; and that of PIL, apart from 16 bits, which PIL clips."""
+    data = UNUSUAL[kind][1]
+    image = np.asarray(decode(data))
+    pixels_of_torch = decode_jpeg(data)
+    encoded = for_dali(data)
+    assert check_bytes(data) is None and not isinstance(encoded, str)
+    if pixels_of_torch is not None:
+        np.testing.assert_array_equal(pixels_of_torch[0].permute(1, 2, 0), image)
+    np.testing.assert_array_equal(np.asarray(decode(encoded.tobytes())), image)
+    with contextlib.suppress(ValueError, OSError):  # PIL refuses damaged texts, and long ones
+        true = by_pil(data)
+        is_clipped = Image.open(io.BytesIO(data)).mode.startswith("I")
+        assert is_clipped or (true == image).all()
 
 
 def test_rows_of_corrupt_files_are_replaced(files_backend: str, files: FileSource, tmp_path: Path) -> None:

@@ -53,7 +53,6 @@ HEADERS: dict[str, bytes] = {
     "several JPEGs": save("MPO", PICTURE_3, save_all=True, append_images=[Image.fromarray(PICTURE)]),
     "PNG": save("PNG", PICTURE_3),
     "gray PNG": save("PNG", Image.fromarray(GRAY)),
-    "animated PNG": animated("PNG"),
     "lossy WebP": save("WEBP", PICTURE_3),
     "lossless WebP": save("WEBP", PICTURE_3, lossless=True),
     "WebP with alpha": save("WEBP", PICTURE_3.convert("RGBA")),

@@ -33,10 +33,10 @@ from nvidia.dali.pipeline import Pipeline, pipeline_def
 from byol_fast.config import Config, ViewConfig
 from byol_fast.data.augment import apply_photometric, required_params, select_rows
 from byol_fast.data.batch import Batch, Views, empty_views
-from byol_fast.data.integrity import CorruptImageError, CorruptImages, bytes_need_check, check_bytes
+from byol_fast.data.integrity import CorruptImageError, CorruptImages, check_bytes
 from byol_fast.data.loaders.base import DeterministicLoader
 from byol_fast.data.loaders.dali_views import CROPS_ONLY, INTERPOLATION, Node, fn, types, view_inputs, view_node
-from byol_fast.data.loaders.image_reader import Encoding, ImageReader, for_dali
+from byol_fast.data.loaders.image_reader import Encoding, ImageReader, NotReadByDALIError, find_defect, for_dali
 from byol_fast.data.loaders.threads import resolve_num_threads
 from byol_fast.data.sampler import BatchSpec
 from byol_fast.data.sources import EncodedSource, ImageSource
@@ -59,6 +59,7 @@ class DALILoader(DeterministicLoader):
         options: see `DeterministicLoader`.
     """
 
+    _by_name = True
     _pipe: Pipeline | None = None
     _reader: ImageReader[BatchSpec] | None = None
 
@@ -93,6 +94,9 @@ class DALILoader(DeterministicLoader):
             except CorruptImageError:
                 self._restart()
                 raise
+            except NotReadByDALIError:
+                self._restart()
+                self._by_name = False
             except RuntimeError as error:
                 in_flight = [spec.index for spec in self._in_flight]
                 self._restart()  # an error leaves a DALI pipeline unusable
@@ -149,11 +153,11 @@ class DALILoader(DeterministicLoader):
             apply_photometric(crop[rows], select_rows(params, names, rows), view, out=out[rows])
 
     def _build_pipeline(self) -> Pipeline:
-        reader = self._reader = ImageReader(self.source, self.sampler, self.corrupt, num_threads=self.num_threads)
+        reader = self._reader = ImageReader(
+            self.source, self.sampler, self.corrupt, num_threads=self.num_threads, by_name=self._by_name
+        )
         size = reader.image_size
-        view_configs = self.view_configs
-        if self._kernels:
-            view_configs = tuple(replace(view, **CROPS_ONLY) for view in view_configs)
+        view_configs = tuple(replace(view, **CROPS_ONLY) if self._kernels else view for view in self.view_configs)
         numbers = iter(range(self._batch_number, 2**62))
 
         def inputs_of_views(spec: BatchSpec) -> list[dict[str, NDArray[Any]]]:
@@ -204,15 +208,18 @@ def center_crops(
     corrupt: CorruptImages,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Center crops by DALI; arguments and results as in `byol_fast.data.eval_batches`."""
-    rest, num_before = np.arange(len(source)), -1
+    rest, num_before, by_name = np.arange(len(source)), -1, True
     while len(rest := np.array([i for i in rest.tolist() if i not in corrupt.by_index], np.int64)):
         retried, num_before = len(rest) == num_before, len(rest)
         chunks = [_Chunk(rest[i : i + batch_size]) for i in range(0, len(rest), batch_size)]
-        for images, index in _run_center_crops(
-            source, chunks, size, batch_size, interpolation, threads, device, corrupt, retried
-        ):
-            yield images.permute(0, 3, 1, 2), index
-            rest = rest[rest > int(index[-1])]
+        try:
+            for images, index in _run_center_crops(
+                source, chunks, size, batch_size, interpolation, threads, device, corrupt, retried, by_name
+            ):
+                yield images.permute(0, 3, 1, 2), index
+                rest = rest[rest > int(index[-1])]
+        except NotReadByDALIError:
+            by_name = False
 
 
 def _run_center_crops(
@@ -225,6 +232,7 @@ def _run_center_crops(
     device: torch.device,
     corrupt: CorruptImages,
     retried: bool,
+    by_name: bool,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Center crops of the images in order; ends early, with more of `corrupt` known, if an image stops the pipeline."""
 
@@ -232,7 +240,7 @@ def _run_center_crops(
         return _Chunk(np.array([i for i in chunks[number].index.tolist() if i not in corrupt.by_index], np.int64))
 
     num_threads = resolve_num_threads(threads)
-    reader = ImageReader(source, sample, corrupt, num_threads=num_threads)
+    reader = ImageReader(source, sample, corrupt, num_threads=num_threads, by_name=by_name)
     numbers = iter(range(len(chunks)))
     in_flight: deque[NDArray[np.int64]] = deque()
 
@@ -304,21 +312,13 @@ def _find_corrupt(
     if isinstance(source, EncodedSource):
         index = list(dict.fromkeys(int(i) for batch in in_flight for i in batch))
         index.sort(key=lambda i: source.sample_name(i) not in message)
-        for check in (_check_if_needed, lambda s, i: _check_by_dali(s, i, device)):
+        for check in (find_defect, lambda s, i: _check_by_dali(s, i, device)):
             unreadable = ((i, reason) for i in index if (reason := check(source, i)) is not None)
             if (first := next(unreadable, None)) is not None:
                 return [first, *unreadable] if corrupt.skip else [first]
     if not retried:
         return []
     raise RuntimeError(f"DALI stopped, though all images of the batch can be read: {message}") from error
-
-
-def _check_if_needed(source: EncodedSource, i: int) -> str | None:
-    try:
-        data = source.read(i)
-    except CorruptImageError as error:
-        return error.reason
-    return check_bytes(data) if bytes_need_check(data) else None
 
 
 def _check_by_dali(source: EncodedSource, i: int, device: torch.device) -> str | None:

@@ -11,14 +11,12 @@ from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from byol_fast.data.decode import JPEG_HEAD, PNG_HEAD, decode
+from byol_fast.data.decode import decode, has_common_kind, reader_of
 from byol_fast.data.integrity import (
     CorruptImageError,
     CorruptImages,
     bytes_need_check,
     check_bytes,
-    check_file,
-    file_needs_check,
 )
 from byol_fast.data.sources import ArraySource, EncodedSource, FileSource, ImageSource
 
@@ -52,6 +50,10 @@ class _Started(NamedTuple, Generic[S]):
     images: dict[int, Future[ImageOrReason]]
 
 
+class NotReadByDALIError(Exception):
+    """A file, named like those that DALI reads itself, from which it would not decode the pixels of PIL."""
+
+
 class ImageReader(Generic[S]):
     """Reader of the images of a DALI pipeline, one batch after another.
 
@@ -64,17 +66,24 @@ class ImageReader(Generic[S]):
         sample: returns the contents of batch number n, without the known corrupt images.
         corrupt: the known corrupt images; those found here are added.
         num_threads: threads for images that Python decodes.
+        by_name: let DALI read files; False after a `NotReadByDALIError`.
     """
 
     def __init__(
-        self, source: ImageSource, sample: Callable[[int], S], corrupt: CorruptImages, *, num_threads: int
+        self,
+        source: ImageSource,
+        sample: Callable[[int], S],
+        corrupt: CorruptImages,
+        *,
+        num_threads: int,
+        by_name: bool,
     ) -> None:
         self.source, self.corrupt = source, corrupt
         self._sample = sample
         self.encoding: Encoding = "array"
         """Form of the images."""
         if isinstance(source, EncodedSource):
-            by_name = isinstance(source, FileSource) and all(p.lower().endswith(_READ_BY_DALI) for p in source.paths)
+            by_name &= isinstance(source, FileSource) and all(p.lower().endswith(_READ_BY_DALI) for p in source.paths)
             self.encoding = "file" if by_name else "bytes"
         self.image_size: tuple[int, int] | None = None
         """Height and width of all images, if known and equal."""
@@ -94,6 +103,7 @@ class ImageReader(Generic[S]):
 
         Raises:
             CorruptImageError: an image cannot be read and must not be skipped, or too many were.
+            NotReadByDALIError: DALI would read a file by its name, and not right; read the contents of files instead.
         """
         if isinstance(self.source, ArraySource):
             spec = self._sample(batch_number)
@@ -140,14 +150,21 @@ class ImageReader(Generic[S]):
     def _read(self, i: int) -> ImageOrReason:
         source = self.source
         try:
-            if isinstance(source, FileSource) and self.encoding == "file":
-                path = source.path(i)
-                return (file_needs_check(path) and check_file(path)) or self._file_name(i)
             if isinstance(source, EncodedSource):
-                return for_dali(source.read(i))
+                return for_dali(source.read(i)) if self.encoding == "bytes" else self._checked_file_name(source, i)
             return np.asarray(source.load(i))
         except CorruptImageError as error:
             return error.reason
+
+    def _checked_file_name(self, source: EncodedSource, i: int) -> ImageOrReason:
+        """Name of a file, or its defect; it is decoded unless header and end prove it complete."""
+        if source.needs_check(i):
+            data = source.read(i)
+            if (problem := check_bytes(data)) is not None:
+                return problem
+            if not has_common_kind(reader_of(data)):
+                raise NotReadByDALIError
+        return self._file_name(i)
 
     def _file_name(self, i: int) -> NDArray[np.uint8]:
         assert isinstance(self.source, FileSource)
@@ -161,16 +178,24 @@ class ImageReader(Generic[S]):
         self._ahead = None
 
 
+def find_defect(source: EncodedSource, i: int) -> str | None:
+    """The defect of an image; it is decoded unless header and end prove it complete."""
+    try:
+        data = source.read(i)
+    except CorruptImageError as error:
+        return error.reason
+    return check_bytes(data) if bytes_need_check(data) else None
+
+
 def for_dali(data: bytes) -> ImageOrReason:
     """Bytes of an encoded image from which DALI decodes the pixels of PIL, or the reason why it cannot be decoded.
 
-    DALI decodes JPEG, PNG and WebP. It does not scale the values of PNM files, does not turn TIFF files by their tag
-    and does not know all of their kinds: those, and the rest, are decoded by PIL and passed on as PPM.
+    DALI decodes JPEG, PNG and WebP of common kinds. It does not scale the values of PNM files, does not turn TIFF files
+    by their tag, inverts CMYK without Adobe's marker and does not know all kinds of images: those, and the rest, are
+    decoded by PIL and passed on as PPM.
     """
-    if not bytes_need_check(data):
-        return np.frombuffer(data, np.uint8)
-    if data.startswith((JPEG_HEAD, PNG_HEAD)):
-        return check_bytes(data) or np.frombuffer(data, np.uint8)
+    if has_common_kind(reader_of(data)):
+        return (bytes_need_check(data) and check_bytes(data)) or np.frombuffer(data, np.uint8)
     try:
         image = decode(data)
     except Exception:  # decoders raise many types of errors on damaged files
