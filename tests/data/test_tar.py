@@ -94,6 +94,30 @@ def test_incomplete_labels_are_dropped(labels: list[bytes], tmp_path: Path, capl
     assert "1 of 3 images have no label" in caplog.text
 
 
+def test_names_with_dots_have_labels(tmp_path: Path, caplog: Any) -> None:
+    """A label belongs to the image of the same whole name, or else to the sample; others are named."""
+    members = [m for i in range(3) for m in (*bodies(f"x/img_0.{i}.jpg"), (f"x/img_0.{i}.cls", f"{2 - i}".encode()))]
+    write_tar(tmp_path / "a.tar", [*members, *bodies("y.jpg"), ("y.cls", b"1"), *bodies("z.input.jpg", "z.cls.txt")])
+    source = tars_of(tmp_path / "a.tar", tmp_path / "cache")
+    names = [source.classes[y] for y in (source.labels if source.labels is not None else ())]
+    assert names == ["2", "1", "0", "1", "contents of z.cls.txt"]
+    assert not caplog.records
+    write_tar(tmp_path / "a.tar", [*members, *bodies("im.input.jpg"), ("im.target.cls", b"1"), ("gone.CLS", b"1")])
+    assert tars_of(tmp_path / "a.tar", tmp_path / "cache").labels is None
+    assert "2 labels (.cls) are left out, because no image has their name, such as " in caplog.text
+    assert "a.tar:im.target.cls (header at byte" in caplog.text
+
+
+@pytest.mark.parametrize("extension", ["class", "json", "txt", "index"])
+def test_labels_in_other_members_are_named(extension: str, tmp_path: Path) -> None:
+    members = [m for i in range(3) for m in (*bodies(f"{i}.jpg"), (f"{i}.{extension}", b"1"))]
+    path = write_tar(tmp_path / "a.tar", members)
+    source = tars_of(path, tmp_path / "cache")
+    assert source.labels is None
+    reason = "has no labels (.cls) of its images, and no class folders"
+    assert source.label_problem == f"{path} {reason} (other members: 3 x .{extension})"
+
+
 @pytest.mark.parametrize(
     ("root", "found"),
     [
@@ -193,7 +217,7 @@ def test_error_messages(tmp_path: Path) -> None:
         ("zeros.tar", r"zeros\.tar is not a tar file, or damaged at byte 0"),
         ("packed.tar", r"packed\.tar is compressed, .* unpack it"),
         ("lfs.tar", r"lfs\.tar is a Git LFS pointer"),
-        ("texts.tar", r"no images in .*texts\.tar; expected members that end in \.jpg"),
+        ("texts.tar", r"no images in .*texts\.tar; expected members that end in \.jpg.*, got 1 x \.txt$"),
         ("empty.tar", r"no images in .*empty\.tar"),
         ("none-{0..3}.tar", r"4 of 4 shards of .* do not exist, such as .*none-0\.tar"),
         ("none-*.tar", r"1 of 1 shards of .* do not exist"),

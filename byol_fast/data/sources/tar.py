@@ -22,6 +22,7 @@ from byol_fast.data.integrity import MAX_BYTES, TOO_MANY_BYTES, CorruptImageErro
 from byol_fast.data.sources.base import (
     EXTENSIONS,
     NUM_SAMPLED_SIZES,
+    ClassLabels,
     EncodedSource,
     SourceError,
     digest,
@@ -146,12 +147,15 @@ def open_tars(
     indexes = [index for index, _ in pairs]
     counts = [len(index["offset"]) for index in indexes]
     _report_damage(shards, indexes, arg_name, on_corrupt)
+    _log_notes(shards, indexes, title)
+    ignored = _ignored_members(indexes)
     if not sum(counts):
-        raise SourceError(f"{arg_name}: no images in {title}; expected members that end in {', '.join(EXTENSIONS)}")
+        expected = f"expected members that end in {', '.join(EXTENSIONS)}" + (f", got {ignored}" if ignored else "")
+        raise SourceError(f"{arg_name}: no images in {title}; {expected}")
     if num_built := sum(built for _, built in pairs):
         log.info("%s: %d tar files indexed, %d images", title, num_built, sum(counts))
-    _log_notes(shards, indexes, title)
-    _log_ignored_members(indexes, title)
+    if ignored:
+        log.info("%s: ignoring members that are neither images nor labels (%s)", title, ignored)
 
     shard = np.repeat(np.arange(len(indexes), dtype=np.int32), counts)
     start = np.concatenate([index["start"] for index in indexes])
@@ -170,6 +174,9 @@ def open_tars(
         positions, class_labels = labels_from_folders(paths, title, sample_name)
         used = [used[i] for i in positions]
         _warn_stray_image(class_labels.labels, class_labels.classes, title, sample_name)
+        if class_labels.labels is None and not class_labels.label_problem:
+            problem = f"{printable_name(title)} has no labels (.cls) of its images, and no class folders"
+            class_labels = ClassLabels(None, (), problem + (f" (other members: {ignored})" if ignored else ""))
     return TarSource(
         shards=tuple(shards),
         shard=shard[used],
@@ -261,14 +268,13 @@ def _log_notes(shards: Sequence[Path], indexes: Sequence[Index], title: str) -> 
         log.warning("%s: %d %s, such as %s", title, count, note, examples[note])
 
 
-def _log_ignored_members(indexes: Sequence[Index], title: str) -> None:
+def _ignored_members(indexes: Sequence[Index]) -> str:
+    """Counts of the members that are neither images nor labels: `3 x .json, 1 x no extension`."""
     totals: Counter[str] = Counter()
     for entry in (str(entry) for index in indexes for entry in index["left_out"]):
         count, _, kind = entry.partition(" x ")
         totals[kind] += int(count)
-    if totals:
-        kinds = ", ".join(f"{n} x {printable_name(kind)}" for kind, n in totals.most_common(5))
-        log.info("%s: ignoring members that are neither images nor labels (%s)", title, kinds)
+    return ", ".join(f"{n} x {printable_name(kind)}" for kind, n in totals.most_common(5))
 
 
 def _visible_members(names: Sequence[str], title: str, arg_name: str) -> list[int]:

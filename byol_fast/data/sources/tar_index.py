@@ -18,16 +18,17 @@ from byol_fast.data.sources.base import EXTENSIONS, is_hidden
 from byol_fast.data.sources.tar_members import TarDamageError, TarMember, read_members, sparse_extent
 from byol_fast.utils.files import open_regular, printable_name
 
-INDEX_FORMAT = "4"
+INDEX_FORMAT = "5"
 """Changes with the content of an index, so that stored ones are built anew."""
 
 NO_TARGET = "links to images are left out, because their targets are not in the archive"
 HOLES = "images are left out, because they are stored with holes (pack them without --sparse)"
 REPLACED = "members are replaced by later ones of the same name (extensions in any case)"
 FURTHER = "further images of samples that have several are left out"
+UNUSED_LABELS = "labels (.cls) are left out, because no image has their name"
 UNNAMED = "members that seem to be images are left out, because their names are hidden or not those of images"
 
-_LABEL_EXTENSIONS = ("cls", "cls.txt")
+_LABEL_EXTENSIONS = (".cls", ".cls.txt")
 _MAX_LABEL_BYTES = 1024
 _LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 _MAX_LINKS = 40
@@ -76,7 +77,7 @@ class _IndexBuilder:
         self._samples: dict[str, dict[str, _Entry]] = {}
         """Images of each sample, by extension."""
         self._labels: dict[str, tuple[_Entry, str | None]] = {}
-        """Label of each sample; None for a link."""
+        """Label of each sample, or of an image by its whole name without the extension; None for a link."""
         self._extents: dict[str, tuple[int, int] | None] = {}
         """Offset and size of each file, by normalized name; None if it has holes."""
         self._links: dict[str, str] = {}
@@ -96,13 +97,15 @@ class _IndexBuilder:
         folder, _, base = name.rpartition("/")
         stem, _, extension = base.partition(".")
         key, extension = f"{folder}/{stem}", extension.lower()
+        label_ending = next((ending for ending in _LABEL_EXTENSIONS if base.lower().endswith(ending)), "")
         if is_hidden(base):  # such as .DS_Store and ._photo.jpg
             self._check_content(member, entry)
         elif base.lower().endswith(EXTENSIONS):
             sample = self._samples.setdefault(key, {})
             self._check_replaced(sample.get(extension), entry)
             sample[extension] = entry
-        elif extension in _LABEL_EXTENSIONS and member.size <= _MAX_LABEL_BYTES:
+        elif label_ending and member.size <= _MAX_LABEL_BYTES:
+            key = f"{folder}/{base[: -len(label_ending)]}"
             self._check_replaced(self._labels[key][0] if key in self._labels else None, entry)
             self._labels[key] = entry, None if member.type in _LINKS else self._read_label(entry.path)
         else:
@@ -117,6 +120,7 @@ class _IndexBuilder:
     def finish(self) -> Index:
         """Arrays of the images of all members so far."""
         rows: list[tuple[_Entry, tuple[int, int], str]] = []
+        used_labels: set[str] = set()
         for key, sample in self._samples.items():
             located = {extension: (entry, self._image_extent(entry)) for extension, entry in sample.items()}
             usable = {extension: (entry, extent) for extension, (entry, extent) in located.items() if extent}
@@ -124,8 +128,13 @@ class _IndexBuilder:
             for entry, extent in usable.values():
                 if (entry, extent) not in selected:
                     self._note(FURTHER, entry)
-            label = self._label(key) if selected else ""
-            rows += [(entry, extent, label) for entry, extent in selected]
+            for entry, extent in selected:
+                label_key = self._label_key(entry, key)
+                used_labels.add(label_key)
+                rows.append((entry, extent, self._label(label_key)))
+        for key in self._labels:
+            if key not in used_labels:
+                self._note(UNUSED_LABELS, self._labels[key][0])
         linked = {offset for _, (offset, _), _ in rows}
         for offset in sorted(self._unnamed.keys() - linked):
             self._note(UNNAMED, self._unnamed[offset])
@@ -180,6 +189,12 @@ class _IndexBuilder:
         if extent is None:
             self._note(HOLES if path in self._extents else NO_TARGET, entry)
         return extent
+
+    def _label_key(self, entry: _Entry, sample: str) -> str:
+        """Key of an image's label: its own name without the extension (`img_0.5`), or else its sample (`img_0`)."""
+        folder, _, base = entry.name.rpartition("/")
+        own = f"{folder}/{posixpath.splitext(base)[0]}"
+        return own if own in self._labels else sample
 
     def _label(self, key: str) -> str:
         if key not in self._labels:
