@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from byol_fast.config import Config, ConfigError, DataConfig, KNNConfig
@@ -20,7 +21,7 @@ from byol_fast.evaluate.images import open_images
 from byol_fast.training.knn_monitor import knn_problem
 from tests.data.conftest import photo_like
 from tests.data.kinds import encoded, installed, options, write_parquet, write_tar
-from tests.data.test_datasets import InMemory
+from tests.data.test_datasets import Indexed, InMemory
 
 PICTURE = encoded(photo_like(1, 12, 16)[0])
 PIXELS = np.zeros((4, 8, 8, 3), np.uint8)
@@ -203,3 +204,19 @@ def test_classes_of_the_same_name_cannot_be_matched(tmp_path: Path) -> None:
     config = Config(knn=KNNConfig(enabled="on", val_root=path))
     with pytest.raises(SourceError, match="class names must differ .* got 'crane' twice"):
         open_train_val(config, train)
+
+
+def test_labels_that_a_dataset_has_not_are_named() -> None:
+    joined: Any = torch.utils.data.ConcatDataset([Indexed(PIXELS[0], 3)] * 2)
+    reason = "ConcatDataset has no attribute `targets` or `labels` (integers, one for each image)"
+    assert open_source(joined).label_problem == reason
+    joined.targets = [0, 1, 0, 1, 0, 1]
+    labels = open_source(joined).labels
+    assert labels is not None and labels.tolist() == [0, 1, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(("index", "shown"), [([], "none"), ([3], "3 to 3"), ([0, -4], "-4 to 0")])
+def test_subset_of_missing_images_is_refused(index: list[int], shown: str) -> None:
+    dataset = Indexed(PIXELS[0], 3)
+    with pytest.raises(SourceError, match=f"must select from the 3 images of its dataset, got {shown}"):
+        open_source(torch.utils.data.Subset(dataset, index))

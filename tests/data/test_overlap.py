@@ -16,7 +16,7 @@ from torch import nn
 from byol_fast.config import Config, DataConfig, KNNConfig
 from byol_fast.config.evaluation import KNNSettings
 from byol_fast.data import open_source, open_train_val
-from byol_fast.data.sources import ArraySource, overlap
+from byol_fast.data.sources import ArraySource, EncodedSource, overlap
 from byol_fast.data.sources.overlap import SharedImages, find_shared_images
 from byol_fast.evaluate.encoder import PretrainedEncoder
 from byol_fast.evaluate.images import open_images
@@ -41,6 +41,29 @@ def test_shared_images_are_found_in_every_kind(kind: str, other: str, images: li
     train = make(other, tmp_path / "b", images).subset(np.arange(NUM)[::-2])
     assert find_shared_images(train, val) == SharedImages([(i, (NUM - 1 - i) // 2) for i in range(1, NUM, 2)], NUM, 1.0)
     assert not find_shared_images(train, val.subset(np.arange(0, NUM, 2))).pairs
+
+
+@pytest.mark.parametrize("kind", available())
+def test_sizes_are_those_of_the_bytes(kind: str, images: list[bytes], tmp_path: Path) -> None:
+    source = make(kind, tmp_path / "a", images).subset(np.arange(NUM)[::-3])
+    if isinstance(source, EncodedSource):
+        assert [source.num_bytes(i) for i in range(len(source))] == [len(data) for data in images[::-3]]
+
+
+def test_sizes_of_rows_are_those_of_the_bytes(images: list[bytes], tmp_path: Path) -> None:
+    """Also of selected rows, rows of several chunks, and rows without bytes; a size alone reads no image."""
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "a.png").write_bytes(images[0])
+    values = [{"bytes": data, "path": None} for data in images] + [{"bytes": None, "path": str(tmp_path / "a.png")}]
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    rows = datasets.Dataset.from_dict({"image": [*values, None]}, features=features)
+    for dataset in (rows, rows.select([25, 3, 24, 3]), datasets.concatenate_datasets([rows, rows]).shuffle(seed=1)):
+        source = open_source(dataset)
+        assert isinstance(source, EncodedSource)
+        assert [source.num_bytes(i) for i in range(len(source))] == [len(source.read(i)) for i in range(len(source))]
+    paths = datasets.Dataset.from_dict({"image": values[-1:]}, features=features)
+    source = open_source(paths)
+    assert isinstance(source, EncodedSource) and source.num_bytes(0) == len(images[0])
 
 
 def test_equal_sizes_and_unreadable_images_are_not_shared(images: list[bytes], tmp_path: Path) -> None:

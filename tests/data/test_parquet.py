@@ -157,6 +157,18 @@ def test_training_and_validation_files(tmp_path: Path) -> None:
     assert val.labels is not None and val.labels.tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("folders", [("split=train", "split=test"), ("x/split=Train/label=a", "x/split=val/label=a")])
+def test_partitions_by_part(folders: tuple[str, str], tmp_path: Path) -> None:
+    for folder, part in zip(folders, (IMAGES[:4], IMAGES[4:6]), strict=True):
+        (tmp_path / folder).mkdir(parents=True)
+        write_parquet(tmp_path / folder / "0c5fa3f4-0.parquet", part, [0, 1, 0, 1][: len(part)])
+    (tmp_path / folders[0] / "_temporary").mkdir()  # remains of a job of Spark that was stopped
+    write_parquet(tmp_path / folders[0] / "_temporary" / "0.parquet", IMAGES[:1], [0])
+    train, val = open_train_val(Config(data=DataConfig(root=tmp_path, cache=tmp_path / "cache")))
+    assert isinstance(train, ParquetSource) and isinstance(val, ParquetSource)
+    assert contents(train) == IMAGES[:4] and contents(val) == IMAGES[4:6]
+
+
 def test_error_messages(tmp_path: Path, monkeypatch: Any) -> None:
     good = write_parquet(tmp_path / "good.parquet", IMAGES, list(range(25)), compression="none").read_bytes()
     (tmp_path / "cut.parquet").write_bytes(good[:-40])
@@ -164,12 +176,14 @@ def test_error_messages(tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "bent.parquet").write_bytes(good[:8] + b"\xff" * middle + good[8 + middle :])
     pq.write_table(pa.table({"text": ["x"], "label": [1]}), tmp_path / "texts.parquet")
     write_parquet(tmp_path / "empty.parquet", [], [])
+    (tmp_path / "lfs.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     (tmp_path / "cache" / "parquet").mkdir(parents=True)
     for name, message in (
         ("cut.parquet", r"cut\.parquet cannot be read as Parquet"),
         ("bent.parquet", r"bent\.parquet is damaged"),
         ("texts.parquet", r"no column of encoded images.* its columns are text \(string\), label \(int64\)"),
         ("empty.parquet", "no column of encoded images|has no rows"),
+        ("lfs.parquet", r"lfs\.parquet is a Git LFS pointer; fetch the file itself \(git lfs pull\)"),
     ):
         with pytest.raises(SourceError, match=message):
             parquet_of(tmp_path / name, tmp_path / "cache")

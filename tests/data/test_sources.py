@@ -124,6 +124,41 @@ def test_npz_with_labels_and_classes(tmp_path: Path) -> None:
     assert arrays_of(tmp_path / "unlabeled.npz").labels is None
 
 
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (np.array([2.0, 0.0, 2.0], np.float32), ["2", "0", "2"]),
+        (np.array([True, False, True]), ["True", "False", "True"]),
+        (np.array([[7], [3], [7]], np.uint8), ["7", "3", "7"]),
+        (np.array([7, 10, 7], ">i4"), ["7", "10", "7"]),
+        (np.array(["dog", "cat", "dog"]), ["dog", "cat", "dog"]),
+        (np.array([b"dog", b"cat", b"dog"]), ["dog", "cat", "dog"]),
+        (np.array([["01"], ["1"], ["01"]]), ["01", "1", "01"]),
+    ],
+    ids=["floats", "booleans", "column", "big-endian", "names", "bytes", "column of names"],
+)
+def test_npz_labels_of_every_type_are_read(labels: Any, names: list[str], tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.NPZ.npz", images=np.zeros((3, 4, 5, 3), np.uint8), labels=labels)
+    source = open_source((tmp_path / "x.NPZ.npz").rename(tmp_path / "x.NPZ"))
+    assert source.labels is not None and [source.classes[y] for y in source.labels] == names
+
+
+def test_npz_labels_that_are_not_read_are_named(tmp_path: Path) -> None:
+    path, images = tmp_path / "x.npz", np.zeros((3, 4, 5, 3), np.uint8)
+    np.savez(path, images=images, targets=[0, 1, 0])
+    assert open_source(path).label_problem == f"{path} has no array `labels` (it has images, targets)"
+    for labels in ([0.5, 1.0, 2.0], [np.nan, 1.0, 2.0], [1e300, 1.0, 2.0], np.eye(3), ["a", "b"]):
+        np.savez(path, images=images, labels=labels)
+        with pytest.raises(SourceError, match="labels must be 3 integers, one per image, got "):
+            open_source(path)
+    np.savez(path, images=images, labels=[0, 1, 0], classes=[b"cat", b"dog"])
+    assert open_source(path).classes == ("cat", "dog")
+    with path.open("wb") as file:
+        np.save(file, images)
+    with pytest.raises(SourceError, match=r"cannot be read as a \.npz file \(it is not a zip archive\); save it with"):
+        open_source(path)
+
+
 def test_array_fingerprint_covers_every_byte() -> None:
     x = np.random.default_rng(0).integers(0, 256, (6, 8, 9, 3), dtype=np.uint8)
     y = x.copy()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import resources
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from byol_fast.data.decode import size_problem
-from byol_fast.data.sources.base import ClassLabels, ImageSource, SourceError, labels_from_integers
+from byol_fast.data.sources.base import ClassLabels, ImageSource, SourceError, labels_from_integers, labels_from_text
 from byol_fast.utils.files import open_regular, printable_name
 
 NPZ_HELP = "save it with numpy.savez(path, images=images, labels=labels)"
@@ -70,7 +70,8 @@ def array_source(
     Args:
         images: uint8 `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]`, C = 1 or 3. One channel is repeated to three,
             because DALI's color operators abort the process on one channel.
-        labels: integers `[N]`, or None. A negative label means unlabeled: then no labels are used.
+        labels: integers (also stored as floats), booleans or, without `classes`, names, `[N]` or `[N, 1]`; or None. A
+            negative label means unlabeled: then no labels are used.
         classes: class names, which the labels index into; empty: the labels that occur are the classes.
         arg_name: name of the argument, for error messages.
         name: origin of the images, for messages.
@@ -96,8 +97,27 @@ def array_source(
         x = np.broadcast_to(x, (*x.shape[:3], 3))
     class_labels = ClassLabels(None)
     if labels is not None:
-        class_labels = labels_from_integers(labels, len(x), arg_name, lambda i: f"{name}[{i}]", classes)
+        class_labels = _read_labels(labels, len(x), arg_name, lambda i: f"{name}[{i}]", classes)
     return ArraySource(np.ascontiguousarray(x), name=name, **class_labels._asdict())
+
+
+def _read_labels(
+    labels: Any, num_images: int, arg_name: str, sample_name: Callable[[int], str], classes: Sequence[object]
+) -> ClassLabels:
+    """Labels of an array, a tensor or a list; see `array_source`."""
+    names = tuple(map(str, classes))
+    y = labels.numpy(force=True) if isinstance(labels, torch.Tensor) else np.asarray(labels)
+    if y.shape == (num_images, 1):  # as in Keras and MedMNIST
+        labels = y = y[:, 0]
+    is_text = y.dtype.kind in "SU" or (y.dtype.kind == "O" and all(isinstance(value, str) for value in y.flat))
+    if is_text and y.shape == (num_images,) and not names:
+        texts = [value.decode(errors="surrogateescape") if isinstance(value, bytes) else value for value in y.tolist()]
+        return labels_from_text(texts, arg_name, sample_name)
+    if y.dtype == np.bool_:
+        labels, names = y.astype(np.int64), names or ("False", "True")
+    elif y.dtype.kind == "f" and bool(np.all((np.abs(y) < 2**53) & (y == np.floor(y)))):
+        labels = y.astype(np.int64)
+    return labels_from_integers(labels, num_images, arg_name, sample_name, names)
 
 
 def _check_dtype(dtype: np.dtype[Any], arg_name: str) -> None:
@@ -138,13 +158,17 @@ def open_npz_part(path: Path, arg_name: str, prefix: str) -> ArraySource | None:
     """
     title = f"{arg_name}: {path}: {prefix}images"
     try:
+        with open(path, "rb", opener=open_regular) as stream:
+            if not zipfile.is_zipfile(stream):
+                raise zipfile.BadZipFile("it is not a zip archive")
         with open(path, "rb", opener=open_regular) as stream, np.load(stream, allow_pickle=False) as file:
             if f"{prefix}images" not in file:
                 return None
             _check_header(file, f"{prefix}images", title)
             images = file[f"{prefix}images"]
             labels = file.get(f"{prefix}labels")
-            classes = file["classes"].tolist() if "classes" in file else ()
+            classes = file["classes"].astype(np.str_).tolist() if "classes" in file else ()
+            names = ", ".join(sorted(file))
     except SourceError:
         raise
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
@@ -153,7 +177,10 @@ def open_npz_part(path: Path, arg_name: str, prefix: str) -> ArraySource | None:
         raise SourceError(
             f"{arg_name}: {path} must be a .npz file whose arrays fit the memory; store the images as files or shards"
         ) from error
-    return array_source(images, labels, classes, arg_name=title, name=path.name)
+    source = array_source(images, labels, classes, arg_name=title, name=path.name)
+    if labels is not None:
+        return source
+    return replace(source, label_problem=f"{printable_name(path)} has no array `{prefix}labels` (it has {names})")
 
 
 def _check_header(file: Any, name: str, title: str) -> None:

@@ -40,6 +40,7 @@ _SYSTEM_NAMES = {
     "$recycle.bin", "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "lost+found",
     "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@__thumb", "~snapshot",  # of storage servers
     "network trash folder", "temporary items",
+    "_temporary", "_delta_log",  # of Spark
 }  # fmt: skip
 """Folders and files that operating systems and archivers put beside data, in lower case."""
 
@@ -147,6 +148,10 @@ class EncodedSource(ImageSource):
         Raises:
             CorruptImageError: the image cannot be read.
         """
+
+    def num_bytes(self, i: int) -> int:
+        """Size of image `i` in bytes; raises the errors of `read`, or OSError."""
+        return len(self.read(i))
 
     def needs_check(self, i: int) -> bool:
         """Return True if header and end of image `i` do not prove it complete: decode it to know."""

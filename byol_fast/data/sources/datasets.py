@@ -133,6 +133,23 @@ class HuggingFaceSource(EncodedSource):
             return read_file(self.folder(i) / value["path"])
         return data or b""
 
+    def num_bytes(self, i: int) -> int:  # noqa: D102 (inherited)
+        size = int(self._row_sizes[self.index[i]])
+        return len(self.read(i)) if size < 0 else size
+
+    @cached_property
+    def _row_sizes(self) -> NDArray[np.int64]:
+        """Sizes of the images in all rows, read without the images; -1 where a row has no bytes."""
+        from pyarrow import compute, types
+
+        values = self.dataset.data.column(self.column)
+        values = compute.struct_field(values, "bytes") if types.is_struct(values.type) else values
+        if types.is_null(values.type):
+            return np.full(len(self.dataset), -1)
+        sizes: NDArray[np.int64] = compute.binary_length(values).cast("int64").fill_null(-1).to_numpy()
+        rows = self.dataset._indices  # of selected or shuffled rows
+        return sizes if rows is None else sizes[rows.column(0).to_numpy()]
+
     def folder(self, i: int) -> Path:
         """Folder that the path of image `i` is relative to, if its file is stored and not its bytes."""
         return Path()
@@ -215,7 +232,9 @@ def open_dataset(dataset: Any, arg_name: str) -> DatasetSource:
             "transform of the dataset, too): byol_fast makes the views"
         )
     labels, classes = labels_of(dataset), getattr(dataset, "classes", None) or ()
-    class_labels = ClassLabels(None)
+    class_labels = ClassLabels(
+        None, (), f"{name} has no attribute `targets` or `labels` (integers, one for each image)"
+    )
     try:
         if labels is not None and (target_transform := getattr(dataset, "target_transform", None)) is not None:
             labels, classes = [target_transform(label) for label in np.asarray(labels).tolist()], ()

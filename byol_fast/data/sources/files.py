@@ -64,6 +64,9 @@ class FileSource(EncodedSource):
     def read(self, i: int) -> bytes:  # noqa: D102 (inherited)
         return read_file(self.path(i))
 
+    def num_bytes(self, i: int) -> int:  # noqa: D102 (inherited)
+        return self.path(i).stat().st_size
+
     def needs_check(self, i: int) -> bool:  # noqa: D102 (inherited)
         return file_needs_check(self.path(i))  # reads the header and the end of the file only
 

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ def open_source(root: object, *, arg_name: str = "images", options: DataConfig |
             - tar shards (webdataset, or archives of image folders): a file, a pattern such as
               `train-{000..127}.tar` or `train-*.tar`, or a folder of them;
             - Parquet files with encoded images (as on the Hugging Face hub): the same;
-            - a `.npz` file with `images` and optionally `labels` `[N]` and `classes` (names);
+            - a `.npz` file with `images` and optionally `labels` `[N]` (integers or names) and `classes` (names);
             - a uint8 numpy array or tensor, `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]` with 1 or 3 channels;
             - a torchvision dataset that holds its images in memory (`.data`, `.targets`: CIFAR-10, MNIST, ...)
               or in files (`.samples`: ImageFolder, ImageNet, ...), without a loader or transforms of its own;
@@ -71,7 +72,7 @@ def open_source(root: object, *, arg_name: str = "images", options: DataConfig |
     if isinstance(root, np.ndarray | torch.Tensor):
         return array_source(root, arg_name=arg_name)
     if type(root) is torch.utils.data.Subset:
-        return open_source(root.dataset, arg_name=arg_name, options=options).subset(np.asarray(root.indices, np.int64))
+        return _open_subset(root, arg_name, options)
     if is_hugging_face(root):
         rows = open_hugging_face(root, arg_name, **_columns(options))
         if is_read_directly(root):
@@ -91,6 +92,17 @@ def open_source(root: object, *, arg_name: str = "images", options: DataConfig |
     )
 
 
+def _open_subset(subset: torch.utils.data.Subset[Any], arg_name: str, options: DataConfig) -> ImageSource:
+    source = open_source(subset.dataset, arg_name=arg_name, options=options)
+    index = np.asarray(subset.indices, np.int64)
+    if not len(index) or index.min() < -len(source) or index.max() >= len(source):
+        got = f"{index.min()} to {index.max()}" if len(index) else "none"
+        raise SourceError(
+            f"{arg_name}: the indices of Subset must select from the {len(source):,} images of its dataset, got {got}"
+        )
+    return source.subset(index)
+
+
 def _open_path(path: Path, arg_name: str, options: DataConfig) -> ImageSource:
     # Path.is_dir and .is_file raise errors for names that are too long, as those of patterns may be.
     if os.path.isdir(path) and not has_only_shards(path, arg_name):  # noqa: PTH112
@@ -99,7 +111,7 @@ def _open_path(path: Path, arg_name: str, options: DataConfig) -> ImageSource:
         if shards := find_shards(path, suffix, arg_name):
             return _open_shards(shards, str(path), arg_name, options)
     if os.path.isfile(path):  # noqa: PTH113
-        if path.suffix == ".npz":
+        if path.suffix.lower() == ".npz":
             return open_npz(path, arg_name)
         if path.suffix.lower() in LISTS:
             return open_list(path, arg_name, **_columns(options))
@@ -215,7 +227,7 @@ def _open_root(
         return train, None
     if val_root is not None:
         return train, open_source(val_root, arg_name=arg_name, options=options)
-    return train, open_npz_part(root, arg_name, "val_") if root.suffix == ".npz" else None
+    return train, open_npz_part(root, arg_name, "val_") if root.suffix.lower() == ".npz" else None
 
 
 def _align_labels(train: ImageSource, val: ImageSource, *, strict: bool) -> ImageSource:

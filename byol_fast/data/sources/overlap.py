@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 from byol_fast.data.integrity import CorruptImageError
 from byol_fast.data.sources.arrays import ArraySource
 from byol_fast.data.sources.base import EncodedSource, ImageSource, evenly_spaced
-from byol_fast.data.sources.files import FileSource
-from byol_fast.data.sources.tar import TarSource
 
 log = logging.getLogger(__name__)
 
@@ -134,12 +132,8 @@ def _map(fn: Callable[[int], T | None], index: Sequence[int]) -> list[T | None]:
 
 
 def _num_bytes(source: ImageSource, i: int) -> int | None:
-    if isinstance(source, FileSource):
-        return source.path(i).stat().st_size or None
-    if isinstance(source, TarSource):
-        return int(source.size[i]) or None
     assert isinstance(source, EncodedSource)
-    return len(source.read(i)) or None
+    return source.num_bytes(i) or None
 
 
 def _digest_of_bytes(source: ImageSource, i: int) -> bytes:

@@ -43,7 +43,7 @@ from byol_fast.data.sources.columns import (
 from byol_fast.data.sources.datasets import HuggingFaceSource, check_stored_files
 from byol_fast.data.sources.files import FileSource
 from byol_fast.data.sources.lists import open_files
-from byol_fast.data.sources.shards import cache_path, file_stamp
+from byol_fast.data.sources.shards import LFS_POINTER, cache_path, file_stamp, is_lfs_pointer
 from byol_fast.utils.files import expand_home, open_regular, printable_name
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class ParquetSource(HuggingFaceSource):
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:  # noqa: D102 (inherited)
-        return tuple(len(self.read(i)) for i in evenly_spaced(len(self), NUM_SAMPLED_SIZES).tolist())
+        return tuple(self.num_bytes(i) for i in evenly_spaced(len(self), NUM_SAMPLED_SIZES).tolist())
 
     def sample_name(self, i: int) -> str:  # noqa: D102 (inherited)
         return _row_name(self.files, self.starts, int(self.index[i]))
@@ -158,10 +158,11 @@ def _read_footer(path: Path, arg_name: str) -> _Table:
         raise SourceError(
             f"{arg_name}: {printable_name(path)} must have a path in UTF-8, as pyarrow needs; rename it"
         ) from None
-    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-        raise SourceError(
-            f"{arg_name}: {printable_name(path)} cannot be read as Parquet ({error}); fetch it again"
-        ) from error
+    except (OSError, ValueError, NotImplementedError) as error:  # of pyarrow
+        problem = f"cannot be read as Parquet ({error}); fetch it again"
+        if is_lfs_pointer(path):
+            problem = LFS_POINTER
+        raise SourceError(f"{arg_name}: {printable_name(path)} {problem}") from error
 
 
 def _check_image_column(tables: Sequence[_Table], columns: Columns, arg_name: str) -> None:
@@ -236,7 +237,7 @@ def _read_column(path: Path, column: str, arg_name: str) -> Any:
     try:
         with parquet.ParquetFile(path) as file:
             return file.read(columns=[column]).column(column)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, NotImplementedError) as error:
         raise SourceError(f"{arg_name}: column {column} of {path} is damaged ({error}); fetch it again") from error
 
 

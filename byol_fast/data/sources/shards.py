@@ -11,9 +11,12 @@ from pathlib import Path
 from byol_fast.data.sources.base import EXTENSIONS, SourceError
 from byol_fast.data.sources.braces import expand_braces
 from byol_fast.data.sources.files import walk
+from byol_fast.utils.files import open_regular
 
 SHARDS = (".tar", ".parquet")
 """Extensions of files that hold many images."""
+
+LFS_POINTER = "is a Git LFS pointer; fetch the file itself (git lfs pull)"
 
 CACHE_FORMAT = 1
 
@@ -83,6 +86,12 @@ def has_only_shards(folder: Path, arg_name: str) -> bool:
             return False
         shards = shards or name.lower().endswith(SHARDS)
     return shards
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Return True for a text that Git LFS leaves in place of a file that was not fetched."""
+    with open(path, "rb", opener=open_regular) as file:
+        return file.read(64).startswith(b"version https://git-lfs")
 
 
 def cache_path(path: Path, folder: Path, ending: str) -> Path:

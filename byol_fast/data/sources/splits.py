@@ -172,7 +172,8 @@ def _without_part(name: str) -> str:
 
 def _part_of_shard(path: Path) -> str:
     """Part that a shard belongs to; empty if its name and folders say nothing."""
-    folders = [match["part"].lower() for name in path.parts[:-1] if (match := _USUAL.fullmatch(name))]
+    names = [name.rpartition("=")[2] for name in path.parts[:-1]]  # `split=train` is a partition
+    folders = [match["part"].lower() for name in names if (match := _USUAL.fullmatch(name))]
     return part_of(path.stem) or (folders[-1] if folders else "")
 
 

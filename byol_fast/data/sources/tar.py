@@ -32,7 +32,7 @@ from byol_fast.data.sources.base import (
     labels_from_text,
     log_hidden,
 )
-from byol_fast.data.sources.shards import cache_path, file_stamp
+from byol_fast.data.sources.shards import LFS_POINTER, cache_path, file_stamp, is_lfs_pointer
 from byol_fast.data.sources.tar_index import INDEX_FORMAT, Index, build_index, unpack_texts
 from byol_fast.utils.files import atomic_path, expand_home, open_regular, printable_name
 
@@ -89,6 +89,9 @@ class TarSource(EncodedSource):
         if len(data) != size:
             raise CorruptImageError(self.sample_name(i), "lies beyond the end of its shard, which has been cut off")
         return data
+
+    def num_bytes(self, i: int) -> int:  # noqa: D102 (inherited)
+        return int(self.size[i])
 
     @cached_property
     def _open_file(self) -> Callable[[Path], _OpenFile]:
@@ -228,12 +231,10 @@ def _save_index(path: Path, stamp: str, index: Mapping[str, NDArray[Any]]) -> No
 def _wrong_format(path: Path) -> str | None:
     """Problem of a file that is not a tar file; None if it may be one."""
     with open(path, "rb", opener=open_regular) as file:
-        head = file.read(64)
+        head = file.read(8)
     if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
         return "is compressed, so single images cannot be read from it; unpack it (gunzip, unxz, ...)"
-    if head.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer; fetch the file itself (git lfs pull)"
-    return None
+    return LFS_POINTER if is_lfs_pointer(path) else None
 
 
 def _report_damage(
