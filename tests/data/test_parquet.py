@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import shutil
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,16 @@ import pyarrow.parquet as pq
 
 IMAGES = [bytes([i]) * (3 * i + 1) for i in range(25)]
 """Not images: what is read is to be what was written, byte for byte."""
+
+
+INT128 = (  # a file of polars with a column of integers of 128 bits, compressed
+    "c-nnZ-D(p-6h1SiAxJ2>=oxlkFBYLoLPLH=+aw~zX;Rx_th+%idbjOnleB49vi;LX@Hu=1q4W{NJ71uezJ$;-yNh_EhvEFp_kHJ_i{t50"
+    "8w>al?ICgmfa<sAZ)d3nz^J%JzzRO96I8(>7IV0y0XV^&!2>MIbtqP(wKO{oCSxoMF5ZdH?xtG;QrEFz)bN*DTmU@J<cy}MJC4h86^hd0"
+    "voO`~3(vh}AZ@XU13^s6ZW($eMJ}K178Y@Qjs?K-D$fT4E~A6o^Z>!7E$i+Lv;Vi9xZ$`0?iX(VW4`#oQGoc$1b0i~J6kb}SY<sLy*_xF"
+    "98Jfkf%S_ujcvTwWZTAdFR8xv^E&-{sdb|JY4r7)NBGs1`QOuelJoXbsc~Dz4UdV`jsG;wcw1Q@^WG4?mgRni_kBa1WYnGciPnR}tTr@o"
+    "KV_y%>d~uo$o7QzCi>a%LEgHV?&llmg{gys_Vj~#tHIj$;(4%0oa)C<=hOJC=3I^!$t*r|RHNN!In~39**tVQQLm*A!^cq+s!kMjRoH%_"
+    "I^Cev3si4Cid57I#$iv@WZed!2S4f5Ji5bsKwOGC"
+)
 
 
 def parquet_of(root: object, cache: Path, **columns: str) -> ParquetSource:
@@ -176,6 +188,7 @@ def test_error_messages(tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "bent.parquet").write_bytes(good[:8] + b"\xff" * middle + good[8 + middle :])
     pq.write_table(pa.table({"text": ["x"], "label": [1]}), tmp_path / "texts.parquet")
     write_parquet(tmp_path / "empty.parquet", [], [])
+    (tmp_path / "int128.parquet").write_bytes(zlib.decompress(base64.b85decode(INT128)))
     (tmp_path / "lfs.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     (tmp_path / "cache" / "parquet").mkdir(parents=True)
     for name, message in (
@@ -183,6 +196,7 @@ def test_error_messages(tmp_path: Path, monkeypatch: Any) -> None:
         ("bent.parquet", r"bent\.parquet is damaged"),
         ("texts.parquet", r"no column of encoded images.* its columns are text \(string\), label \(int64\)"),
         ("empty.parquet", "no column of encoded images|has no rows"),
+        ("int128.parquet", r"int128\.parquet cannot be read as Parquet \(Integers with more than 64 bits"),
         ("lfs.parquet", r"lfs\.parquet is a Git LFS pointer; fetch the file itself \(git lfs pull\)"),
     ):
         with pytest.raises(SourceError, match=message):
