@@ -324,6 +324,38 @@ def test_image_column_is_selected_among_several(tmp_path: Path, caplog: Any) -> 
         open_(tmp_path / "y", tmp_path / "cache")
 
 
+@pytest.mark.parametrize("kind", ["parquet", "categories", "dataset", "class labels"])
+def test_parts_in_a_column_are_named(kind: str, tmp_path: Path, caplog: Any) -> None:
+    """Images of all parts are used; a column with one part, or with other texts, is no reason for a warning."""
+    message = "the images of all parts in column split are used (test, train); to train on one, give a table of its"
+    for values, warns in (
+        (["train", "test", "train"], True),
+        (["train"] * 3, False),
+        (["north", "south", None], False),
+    ):
+        images: Any = {"image": IMAGES[:3]}
+        if kind in {"parquet", "categories"}:
+            column = pa.array(values).dictionary_encode() if kind == "categories" else values
+            source: Any = write(tmp_path / f"{values[0]}-{warns}.parquet", **images, split=column)
+        else:
+            source = datasets.Dataset.from_dict({**images, "split": values})
+            source = source.class_encode_column("split") if kind == "class labels" else source
+        caplog.clear()
+        open_(source, tmp_path / "cache")
+        assert (message in caplog.text) == warns
+    if kind == "dataset":
+        rows = datasets.Dataset.from_dict({"image": IMAGES[:3], "split": ["train", "test", "train"]})
+        open_(rows.select([0, 2]), tmp_path / "cache")
+        assert message not in caplog.text
+
+
+def test_image_column_of_any_name_beside_paths_is_named(tmp_path: Path, caplog: Any) -> None:
+    path = write(tmp_path / "x.parquet", scan=IMAGES[:2], file_name=["a.jpg", "b.jpg"])
+    source = open_(path, tmp_path / "cache")
+    assert isinstance(source, EncodedSource) and source.read(1) == IMAGES[1]
+    assert "column scan holds the images; file_name is not used (select another one with" in caplog.text
+
+
 def test_other_columns_may_have_any_type_and_description(tmp_path: Path) -> None:
     """Also types that `datasets` does not know, and features of its later versions."""
     columns = {"image": IMAGES[:2], "label": ["b", "a"], "a.b": [1, 2], "run": pa.array([1, 2], pa.duration("ns"))}

@@ -221,3 +221,14 @@ def test_error_messages(tmp_path: Path) -> None:
         with pytest.raises(SourceError, match=message) as caught:
             list_of(tmp_path / name, text)
         assert str(caught.value).startswith("data.root: ")
+
+
+@pytest.mark.parametrize(
+    ("parts", "warns"), [(["train", "Test"], True), (["train", "train"], False), (["a", ""], False)]
+)
+def test_parts_in_a_table_are_named(parts: list[str], warns: bool, tmp_path: Path, caplog: Any) -> None:
+    (tmp_path / "1.jpg").write_bytes(b"x")
+    (tmp_path / "x.csv").write_text("path,Split\n" + "".join(f"1.jpg,{part}\n" for part in parts) + "1.jpg\n")
+    assert len(open_source(tmp_path / "x.csv")) == 3
+    message = "x.csv: the images of all parts in column Split are used (Test, train); to train on one, give a table"
+    assert (message in caplog.text) == warns

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from byol_fast.data.sources.base import ClassLabels, SourceError, labels_from_integers, labels_from_text
+from byol_fast.data.sources.splits import part_of
+from byol_fast.utils.files import printable_name
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +25,9 @@ PATH_COLUMNS = (
 """Usual names of columns with paths of image files."""
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls", "target", "category", "class_name")
 """Usual names of columns with labels."""
+
+PART_COLUMNS = ("split", "subset", "partition", "set")
+"""Usual names of columns with the part of the data set that an image belongs to."""
 
 _BINARY = {"binary", "large_binary"}
 _MAX_LISTED = 20
@@ -99,7 +104,12 @@ def _find_images(kinds: Mapping[str, str], columns: str, title: str, arg_name: s
             f"{arg_name}: {title} has {problem} (binary, {{bytes, path}}, or texts with a usual name); name one with "
             f"--data.image-column; its columns are {columns}"
         )
-    if others := [name for name in (typed or encoded or candidates) if name != candidates[0]]:
+    others = [name for name in (typed or encoded or candidates) if name != candidates[0]]
+    if not typed and not find_by_name(candidates, IMAGE_COLUMNS):  # its name says nothing, and others may be paths
+        others += (
+            find_by_name([name for name, kind in kinds.items() if kind == "string"], PATH_COLUMNS) if encoded else []
+        )
+    if others:
         log.warning(
             "%s: column %s holds the images; %s not used (select another one with --data.image-column)",
             title, candidates[0], _join(others),
@@ -128,6 +138,23 @@ def find_labels(kinds: Mapping[str, str], title: str) -> tuple[str, str]:
         log.warning("%s: no labels are used", problem)
         return "", problem
     return "", f"{title} has no column named {', '.join(LABEL_COLUMNS[:4])}, ...; name one with --data.label-column"
+
+
+def find_parts(schema: Any) -> list[str]:
+    """Columns that may name the part of the data set that an image belongs to."""
+    return [
+        name for name in find_by_name(schema.names, PART_COLUMNS) if _holds_labels(_kind(schema.field(name).type, None))
+    ]
+
+
+def warn_parts(column: str, values: Iterable[object], title: str) -> None:
+    """Log a warning if a column names several parts of a data set, which are all used."""
+    parts = sorted({str(value) for value in values if part_of(str(value))})
+    if len({part_of(part) for part in parts}) > 1:
+        log.warning(
+            "%s: the images of all parts in column %s are used (%s); to train on one, give a table of its rows",
+            title, column, ", ".join(map(printable_name, parts[:5])),
+        )  # fmt: skip
 
 
 def _join(names: Sequence[str]) -> str:

@@ -30,7 +30,7 @@ from byol_fast.data.sources.base import (
     evenly_spaced,
     labels_from_integers,
 )
-from byol_fast.data.sources.columns import LabelColumn, find_columns, read_labels
+from byol_fast.data.sources.columns import LabelColumn, find_columns, find_parts, read_labels, warn_parts
 from byol_fast.data.sources.files import FileSource
 from byol_fast.data.sources.lists import NUM_CHECKED, check_some_exist, open_files
 from byol_fast.data.sources.thread_safety import NUM_COMPARED, compare_threads
@@ -286,6 +286,10 @@ def open_hugging_face(
     image, has_paths, label, problem = find_columns(
         features.arrow_schema, features, title, arg_name, image_column, label_column
     )
+    for column in find_parts(features.arrow_schema):
+        names = getattr(features[column], "names", ())
+        values = dataset.select_columns([column]).with_format("arrow")[:][column].unique().to_pylist()
+        warn_parts(column, [names[value] if names and value is not None else value for value in values], title)
     class_labels = ClassLabels(None, (), problem)
     if label:
         names = getattr(features[label], "names", ())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from byol_fast.data.sources.base import ClassLabels, SourceError, evenly_spaced, labels_from_text
-from byol_fast.data.sources.columns import PATH_COLUMNS, find_by_name, find_labels
+from byol_fast.data.sources.columns import PART_COLUMNS, PATH_COLUMNS, find_by_name, find_labels, warn_parts
 from byol_fast.data.sources.files import FileSource
 from byol_fast.utils.files import open_regular, printable_name
 
@@ -136,7 +136,10 @@ def _read_table(text: str, delimiter: str, path: Path, arg_name: str, image_colu
         header = next(([cell.strip() for cell in row] for row in reader if any(map(str.strip, row))), [])
         end = reader.line_num
         position, label_position, problem = _find_columns(header, path, arg_name, image_column, label_column)
+        parts: dict[int, set[str]] = {header.index(name): set() for name in find_by_name(header, PART_COLUMNS)}
         for row in reader:
+            for i, values in parts.items():
+                values.update(row[i : i + 1])
             name = row[position].strip() if position < len(row) else ""
             if not name or len(row) > len(header):
                 _check_row(row, header, name, f"{arg_name}: {path}", reader.line_num)
@@ -149,6 +152,8 @@ def _read_table(text: str, delimiter: str, path: Path, arg_name: str, image_colu
             f"{arg_name}: {path} must have a second quotation mark for each, and no very long texts, got an error "
             f"behind line {end} ({error}); repair that line"
         ) from error
+    for i, values in parts.items():
+        warn_parts(header[i], values, str(path))
     return _Listing(names, labels, problem)
 
 

@@ -37,8 +37,10 @@ from byol_fast.data.sources.columns import (
     LabelColumn,
     find_by_name,
     find_columns,
+    find_parts,
     is_text,
     read_labels,
+    warn_parts,
 )
 from byol_fast.data.sources.datasets import HuggingFaceSource, check_stored_files
 from byol_fast.data.sources.files import FileSource
@@ -111,6 +113,9 @@ def open_parquet(
     features = _read_features(schema, list(dict.fromkeys(schema.names)))
     columns = find_columns(schema, features, str(path), arg_name, image_column, label_column)
     _check_image_column(tables, columns, arg_name)
+    for column in find_parts(schema):
+        values = [_read_column(path, column, arg_name) for path, _, other in tables if column in other.names]
+        warn_parts(column, {value for part in values for value in part.unique().to_pylist()}, title)
     class_labels = ClassLabels(None, (), columns.label_problem)
     if columns.label:
         class_labels = _read_labels(
