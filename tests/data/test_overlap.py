@@ -66,6 +66,32 @@ def test_sizes_of_rows_are_those_of_the_bytes(images: list[bytes], tmp_path: Pat
     assert isinstance(source, EncodedSource) and source.num_bytes(0) == len(images[0])
 
 
+def test_images_of_a_dataset_are_read_once() -> None:
+    """Reading may be slow: an interrupt ends it between any two images."""
+
+    class Counted:
+        num_reads = 0
+
+        def __len__(self) -> int:
+            return 30
+
+        def __getitem__(self, i: int) -> Any:
+            if self.num_reads == 70:
+                raise KeyboardInterrupt
+            self.num_reads += 1
+            return Image.new("RGB", (4, 4), (i, 0, 0))
+
+    train, val = Counted(), Counted()
+    sources = [open_source(dataset) for dataset in (train, val)]
+    shared = find_shared_images(*sources)
+    assert shared == SharedImages([(i, i) for i in range(30)], 30, 1.0)
+    assert [train.num_reads, val.num_reads] == [31, 31]  # the first one is read when the dataset is opened
+    val.num_reads = 60
+    with pytest.raises(KeyboardInterrupt):
+        find_shared_images(*sources)
+    assert val.num_reads == 70
+
+
 def test_equal_sizes_and_unreadable_images_are_not_shared(images: list[bytes], tmp_path: Path) -> None:
     for part, values in (("train", range(3)), ("val", range(3, 6))):
         (tmp_path / part).mkdir()

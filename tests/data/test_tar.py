@@ -193,6 +193,14 @@ def test_train_and_val_folders_of_shards(tmp_path: Path) -> None:
     assert contents(train) == ["train.jpg"] and contents(val) == ["test.jpg"]
 
 
+def test_tables_beside_archives_are_named(tmp_path: Path, caplog: Any) -> None:
+    """As img2dataset writes them."""
+    write_tar(tmp_path / "00000.tar", bodies("1.jpg"))
+    (tmp_path / "00000.parquet").write_bytes(b"captions")
+    assert contents(tars_of(tmp_path, tmp_path / "cache")) == ["1.jpg"]
+    assert f"{tmp_path}: 1 .parquet files are not used, because there are .tar files" in caplog.text
+
+
 def test_images_beside_archives_are_preferred(tmp_path: Path, caplog: Any) -> None:
     write_tar(tmp_path / "a.tar", bodies("1.jpg"))
     (tmp_path / "photo.jpg").write_bytes(PICTURE)

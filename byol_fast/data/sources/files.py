@@ -106,6 +106,11 @@ def open_folder(root: Path, arg_name: str) -> FileSource:
         raise SourceError(
             f"{arg_name}: no images in {root.absolute()} or below ({kinds}); "
             f"expected files that end in {', '.join(EXTENSIONS)}, or .tar or .parquet shards"
+            + (
+                " (from Python, give datasets.load_from_disk(...))"
+                if any(n.endswith(".arrow") for n in ignored)
+                else ""
+            )
         )
     if ignored:
         log.warning(

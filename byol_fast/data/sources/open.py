@@ -107,9 +107,12 @@ def _open_path(path: Path, arg_name: str, options: DataConfig) -> ImageSource:
     # Path.is_dir and .is_file raise errors for names that are too long, as those of patterns may be.
     if os.path.isdir(path) and not has_only_shards(path, arg_name):  # noqa: PTH112
         return _name_metadata(open_folder(path, arg_name), path)
-    for suffix in SHARDS:
-        if shards := find_shards(path, suffix, arg_name):
-            return _open_shards(shards, str(path), arg_name, options)
+    shards = {suffix: files for suffix in SHARDS if (files := find_shards(path, suffix, arg_name))}
+    if shards:
+        (suffix, files), *others = shards.items()
+        for other, unused in others:
+            log.warning("%s: %d %s files are not used, because there are %s files", path, len(unused), other, suffix)
+        return _open_shards(files, str(path), arg_name, options)
     if os.path.isfile(path):  # noqa: PTH113
         if path.suffix.lower() == ".npz":
             return open_npz(path, arg_name)

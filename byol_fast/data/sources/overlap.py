@@ -33,7 +33,7 @@ duplicates between their own training and test sets, which hardly change an accu
 
 _NUM_PLACES = 32
 _THREADS = 8  # mostly waiting for the disk
-_CHUNK = 500  # images that a thread takes at a time
+_NUM_CHUNKS = 200  # parts of the images that threads take in turn: between them an interrupt stops the search
 
 T = TypeVar("T")
 
@@ -95,19 +95,20 @@ def find_shared_images(train: ImageSource, val: ImageSource) -> SharedImages:
     train_index = evenly_spaced(len(train), num_train).tolist()
     searched = len(train_index) / len(train)
 
-    key = _key_of_pixels if as_pixels else _num_bytes
-    keys = set(_map(partial(key, val), val_index)) - {None}
-    train_keys = _map(partial(key, train), train_index)
-    candidates = [(i, key) for i, key in zip(train_index, train_keys, strict=True) if key in keys]
-    num_bytes = sum(key for _, key in candidates if isinstance(key, int))
-    if num_bytes > MAX_BYTES:
-        selected = evenly_spaced(len(candidates), max(1, len(candidates) * MAX_BYTES // num_bytes)).tolist()
-        searched *= len(selected) / len(candidates)
-        candidates = [candidates[i] for i in selected]
+    if not as_pixels or isinstance(train, ArraySource):  # where images are decoded, each one is decoded once
+        key = _key_of_pixels if as_pixels else _num_bytes
+        keys = set(_map(partial(key, val), val_index)) - {None}
+        train_keys = _map(partial(key, train), train_index)
+        candidates = [(i, key) for i, key in zip(train_index, train_keys, strict=True) if key in keys]
+        num_bytes = sum(key for _, key in candidates if isinstance(key, int))
+        if num_bytes > MAX_BYTES:
+            selected = evenly_spaced(len(candidates), max(1, len(candidates) * MAX_BYTES // num_bytes)).tolist()
+            searched *= len(selected) / len(candidates)
+            candidates = [candidates[i] for i in selected]
+        train_index = [i for i, _ in candidates]
 
     digest = _digest_of_pixels if as_pixels else _digest_of_bytes
-    index = [i for i, _ in candidates]
-    copies = dict(zip(_map(partial(digest, train), index), index, strict=True))
+    copies = dict(zip(_map(partial(digest, train), train_index), train_index, strict=True))
     copies.pop(None, None)
     digests = _map(partial(digest, val), val_index) if copies else [None] * len(val_index)
     pairs = [(i, copies[value]) for i, value in zip(val_index, digests, strict=True) if value in copies]
@@ -126,7 +127,8 @@ def _map(fn: Callable[[int], T | None], index: Sequence[int]) -> list[T | None]:
                 results.append(None)
         return results
 
-    chunks = [index[start : start + _CHUNK] for start in range(0, len(index), _CHUNK)]
+    size = -(-len(index) // _NUM_CHUNKS) or 1
+    chunks = [index[start : start + size] for start in range(0, len(index), size)]
     with ThreadPoolExecutor(_THREADS, "byol-fast-compare") as pool:
         return [result for results in pool.map(compute, chunks) for result in results]
 
