@@ -165,7 +165,7 @@ def _read_footer(path: Path, arg_name: str) -> _Table:
         ) from None
     except (OSError, ValueError, NotImplementedError) as error:  # of pyarrow
         problem = f"cannot be read as Parquet ({error}); fetch it again"
-        if is_lfs_pointer(path):
+        if not isinstance(error, OSError) and is_lfs_pointer(path):
             problem = LFS_POINTER
         raise SourceError(f"{arg_name}: {printable_name(path)} {problem}") from error
 
