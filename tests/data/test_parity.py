@@ -68,6 +68,13 @@ def test_operators_and_views_of_extreme_images(
     assert not failures(errors) and list(errors) == ALL
 
 
+@pytest.mark.parametrize("size", [2, 5])
+def test_blur_of_views_smaller_than_its_kernel(size: int, any_backend: str, arrays: ArraySource) -> None:
+    """The image is mirrored again and again."""
+    errors = compare(arrays, paper(any_backend, size, blur_sigma=(1.5, 4.0)), 16)
+    assert not failures(errors) and "blur" in errors
+
+
 def test_unused_operators_are_omitted(arrays: ArraySource) -> None:
     errors = compare(arrays, configs.replace(recipes.demo(), {"data.threads": 1}), 8)
     assert list(errors) == ["crop", "flip", "brightness", "contrast", "jitter", "blur", "view 1", "view 2"]
