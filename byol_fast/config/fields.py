@@ -53,6 +53,8 @@ ChannelStd = Annotated[float, Range(1e-3, 1e3)]
 
 MAX_VALUES = 10_000
 """Largest number of values of a field that takes several."""
+MAX_SHOWN = 200
+"""Largest number of characters of a value in a message."""
 _TYPE_NAMES = {bool: "True or False", str: "text", Path: "a path"}
 
 
@@ -132,9 +134,10 @@ def _check_tuple(where: str, hints: tuple[Any, ...], value: Any) -> tuple[Any, .
 
 def _shown(value: object) -> str:
     try:
-        return repr(value)
+        text = repr(value)
     except ValueError:  # Python's limit on the digits of an integer
         return "a number of too many digits"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]} ..."
 
 
 @functools.cache

@@ -89,7 +89,10 @@ def load(path: Path) -> Config:
         raise ConfigError(f"config: {path} is not valid JSON ({error}); restore it or start a new run") from None
     if not isinstance(values, dict):
         raise ConfigError(f"config: {path} must hold a run's configuration, got {values!r:.50}; check the path")
-    return from_dict(values)
+    try:
+        return from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (in {path})") from None
 
 
 def differences(a: Config, b: Config) -> dict[str, tuple[object, object]]:

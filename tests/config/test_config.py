@@ -91,6 +91,7 @@ def test_replace_reaches_nested_fields_in_both_notations() -> None:
         ({"view1.scale": [0.1]}, "view.scale must be a tuple of 2 values, got"),
         ({"seed.x": 1}, "seed is a single value"),
         ({"optim": {"name": "lion"}}, "optim.name must be one of lars, sgd, adam, adamw"),
+        ({"model.mean": [0.5] * 10_000}, r"model.mean must be a tuple of 3 values, got \[0.5, .{190,} \.\.\.$"),
     ],
 )
 def test_replace_explains_what_it_refuses(changes: dict[str, object], message: str) -> None:
@@ -105,6 +106,9 @@ def test_load_explains_missing_and_broken_files(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ConfigError, match="not valid JSON"):
             configs.load(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text('{"view1": {"size": 0}}')
+    with pytest.raises(ConfigError, match=r"view.size must be .*, got 0 \(in .*config.json\)"):
+        configs.load(tmp_path / "config.json")
 
 
 def test_differences_name_fields_with_both_values() -> None:
