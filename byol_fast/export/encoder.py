@@ -127,6 +127,8 @@ def _from_checkpoint(run: Path) -> tuple[Config, nn.Module, dict[str, Any]]:
             state = {k.removeprefix(PREFIX): v for k, v in payload["model"].items() if k.startswith(PREFIX)}
             encoder.load_state_dict(state)
             metadata = _metadata(config, step=payload["step"], feature_dim=payload["feature_dim"])
+            if problem := _METADATA(metadata, ""):
+                raise CheckpointError(f"checkpoint: {path} cannot be restored ({problem})")
         checkpoints.check_finite(state, f"checkpoint: the encoder of {path}")
         return metadata
 

@@ -20,7 +20,9 @@ from byol_fast.utils.precision import GradScaler
 
 log = logging.getLogger(__name__)
 
-_COUNTERS = checks.record_of({"step": checks.count, "evaluated_at": checks.number, "best": checks.number})
+_COUNTERS = checks.record_of(
+    {"step": checks.count, "evaluated_at": checks.number, "best": checks.number}, required=True
+)
 _POSITION = checks.record_of({"loader": checks.record_of({"batch_number": checks.count}, required=True)}, required=True)
 
 

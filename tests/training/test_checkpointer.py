@@ -190,6 +190,7 @@ CHECKPOINT_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "rng_type": (lambda p: p["processes"][0].update(rng="x"), "rng must be 5056 bytes"),
     "rng_content": (lambda p: p["processes"][0]["rng"].fill_(255), "rng is no state of a random number generator"),
     "step": (lambda p: p.update(step="12"), 'step must be a whole number, got "12"'),
+    "best": (lambda p: p.update(best=None), "best must be a number, got null"),
     "batch": (
         lambda p: p["processes"][0]["loader"].update(batch_number="x"),
         "process.loader.batch_number must be a whole number",
@@ -259,6 +260,12 @@ def test_encoder_that_is_not_finite_is_not_exported(small: Config, tmp_path: Pat
     encoder.state_dict()["bn1.running_mean"][2] = math.nan
     with pytest.raises(CheckpointError, match="export: the encoder must be finite, but bn1.running_mean is not"):
         export_as(encoder, about, "torch-export", tmp_path / "none")
+
+
+def test_encoder_of_a_checkpoint_with_other_types_is_not_exported(small: Config, tmp_path: Path) -> None:
+    run = Trainer(configs.replace(small, {"steps": 10})).fit().run_dir
+    rewrite(run, 10, lambda payload: payload.update(feature_dim=[1]))
+    assert json.loads(export_run(run, tmp_path)[1].read_text())["step"] == 5
 
 
 def test_damaged_export_is_explained(small: Config) -> None:
