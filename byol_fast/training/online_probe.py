@@ -121,7 +121,7 @@ class OnlineProbe:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state; the learning rate of this probe is kept.
+        """Restore a state; the settings of this probe's optimizer are kept.
 
         Raises:
             ValueError: the number of features or classes differs.
@@ -132,7 +132,5 @@ class OnlineProbe:
             raise ValueError(f"probe: {problem}; training it from the start")
         for name, tensor in tensors.items():
             getattr(self, name).copy_(tensor)
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = lr
+        settings = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": settings})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,20 @@ def test_state_of_another_probe_is_refused(dim: int, num_classes: int) -> None:
     damaged["optimizer"]["state"][1]["exp_avg"] = torch.ones(2)
     with pytest.raises(ValueError, match=r"exp_avg of the optimizer's parameter 1 must be \[3\], got \[2\]"):
         OnlineProbe(12, 3, lr=0.01, device=CPU).load_state_dict(damaged)
+
+
+def test_restored_probe_keeps_its_own_settings() -> None:
+    probe, other = OnlineProbe(12, 3, lr=0.01, device=CPU), OnlineProbe(12, 3, lr=0.5, device=CPU)
+    x, y = clusters(40, 0)
+    probe.learn([torch.cat([x, x])], y, RUN)
+    state = copy.deepcopy(probe.state_dict())
+    del state["optimizer"]["param_groups"][0]["weight_decay"]
+    other.load_state_dict(state)
+    assert other.optimizer.param_groups[0]["lr"] == 0.5
+    other.optimizer.param_groups[0]["lr"] = 0.01
+    for p in (probe, other):
+        p.learn([torch.cat([x, x])], y, RUN)
+    torch.testing.assert_close(probe.state_dict(), other.state_dict(), rtol=0, atol=0)
 
 
 def test_skipped_step_does_not_train_probe() -> None:
