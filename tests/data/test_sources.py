@@ -58,7 +58,7 @@ def test_class_folders(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "names",
-    [("b.png", "a.png"), ("photos/b.png", "photos/2020/a.png"), ("a.png", "cat/a.png", "dog/b.png")],
+    [("b.png", "a.png"), ("photos/b.png", "photos/2020/a.png"), ("a.png", "b.png", "cat/a.png", "dog/b.png")],
     ids=["flat", "one folder", "images beside folders"],
 )
 def test_folder_without_classes_has_no_labels(names: tuple[str, ...], tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm",
 """Extensions of image files, in any case; other files are ignored and listed in the log."""
 
 MAX_STRAY_IMAGES = 10
-"""Number of images beside class folders up to which they are left out, if they are fewer than 1 in 20 images."""
+"""Number of images beside class folders up to which they are left out, if they are one, or fewer than 1 in 20."""
 
 NUM_SAMPLED_SIZES = 1000
 """Number of images whose sizes are compared on resuming, to detect that files were replaced under the same names."""
@@ -320,7 +320,8 @@ def labels_from_folders(
         folders = [names[i][start:end] for i, end in zip(used, ends, strict=True) if end >= 0]
         num_folders = len(set(folders))
         stray += [i for i, end in zip(used, ends, strict=True) if end < 0]
-        if not folders or len(stray) > MAX_STRAY_IMAGES or 20 * len(stray) >= len(names):
+        few = len(stray) <= MAX_STRAY_IMAGES and 20 * len(stray) < len(names)
+        if not folders or (len(stray) > 1 and not few):
             break
         used = [i for i, end in zip(used, ends, strict=True) if end >= 0]
         if num_folders > 1:
