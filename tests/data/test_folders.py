@@ -208,6 +208,16 @@ def test_parts_in_class_folders_are_reported(tmp_path: Path, caplog: Any) -> Non
     assert "images of all parts are used (test, train in bottle, and others)" in caplog.text
 
 
+@pytest.mark.parametrize("above", ["", "all/"])
+def test_classes_with_the_same_subfolders_are_reported(above: str, tmp_path: Path, caplog: Any) -> None:
+    put(tmp_path, *(f"{above}{part}/{name}/1.jpg" for part in ("trn", "tst") for name in ("ant", "bee")))
+    assert open_train_val(run(tmp_path))[0].classes == ("trn", "tst")
+    assert "the classes trn, tst have the same subfolders (ant, bee); if they are parts" in caplog.text
+    caplog.clear()
+    put(tmp_path, f"{above}tst/cat/1.jpg")
+    assert open_train_val(run(tmp_path))[0].classes == ("trn", "tst") and not caplog.records
+
+
 @pytest.mark.parametrize("name", ["train", "Train"])
 def test_empty_training_folder_is_an_error(name: str, tmp_path: Path) -> None:
     put(tmp_path, f"{name}/1.txt", *classes_in("val"))

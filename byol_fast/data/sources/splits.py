@@ -7,7 +7,7 @@ import logging
 import os
 import posixpath
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from byol_fast.data.sources.base import EXTENSIONS, SourceError
@@ -115,7 +115,7 @@ def split_shards(root: Path, arg_name: str) -> tuple[list[Path], list[Path]] | N
 def check_parts(names: Sequence[str], title: Path, arg_name: str, *, packed: bool = False) -> None:
     """Raise an error if the folders of all images seem to be different parts of a data set.
 
-    Classes that are named as one part, or have such parts inside, are a warning.
+    Classes that are named as one part, have such parts inside, or have the same subfolders are a warning.
 
     Args:
         names: path of each image.
@@ -154,6 +154,21 @@ def check_parts(names: Sequence[str], title: Path, arg_name: str, *, packed: boo
             return
         if has_all and usual and len(inside) > 1:
             log.warning("%s: classes, not parts of a data set: %s", title, ", ".join(map(printable_name, usual)))
+        elif has_all and _have_same_subfolders(parent, inside, children):
+            log.warning(
+                "%s: the classes %s have the same subfolders (%s); if they are parts of a data set, set %s to the one "
+                "to train on",
+                title,
+                ", ".join(map(printable_name, inside[:5])),
+                ", ".join(map(printable_name, sorted(children[f"{parent}/{inside[0]}".lstrip("/")])[:5])),
+                arg_name,
+            )
+
+
+def _have_same_subfolders(parent: str, names: Sequence[str], children: Mapping[str, set[str]]) -> bool:
+    """True if several folders have the same subfolders of images, two or more: `trn/cat`, `trn/dog`, `tst/cat`, ..."""
+    subfolders = [children.get(f"{parent}/{name}".lstrip("/"), set()) for name in names]
+    return len(names) > 1 and len(subfolders[0]) > 1 and all(found == subfolders[0] for found in subfolders)
 
 
 def _role(name: str) -> str | None:
