@@ -194,8 +194,10 @@ def for_dali(data: bytes) -> ImageOrReason:
     by their tag, inverts CMYK without Adobe's marker and does not know all kinds of images: those, and the rest, are
     decoded by PIL and passed on as PPM.
     """
+    if not bytes_need_check(data):
+        return np.frombuffer(data, np.uint8)
     if has_common_kind(reader_of(data)):
-        return (bytes_need_check(data) and check_bytes(data)) or np.frombuffer(data, np.uint8)
+        return check_bytes(data) or np.frombuffer(data, np.uint8)
     try:
         image = decode(data)
     except Exception:  # decoders raise many types of errors on damaged files
