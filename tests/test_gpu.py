@@ -24,7 +24,7 @@ from byol_fast.models import encoders
 from byol_fast.models.gpu_tuning import SpaceToDepthConv2d
 from byol_fast.optim.schedules import RunSchedule
 from byol_fast.training.errors import TrainingError
-from byol_fast.training.metrics import read
+from byol_fast.training.metrics_file import read
 from byol_fast.training.trainer import Trainer
 from byol_fast.utils import checkpoint as checkpoints
 from tests.gpu import DEVICE, REHEARSING, host_syncs_are_errors, only_on_a_gpu

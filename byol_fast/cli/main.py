@@ -87,10 +87,8 @@ def _run(argv: list[str]) -> int:
 def _explain(error: Exception) -> int:
     """Print an expected error without its traceback and return the exit code; re-raise any other error."""
     from byol_fast.data import CorruptImageError
-    from byol_fast.training.distributed import MainProcessError
-    from byol_fast.training.errors import Interrupted, TrainingError
-    from byol_fast.utils.checkpoint import CheckpointError
-    from byol_fast.utils.errors import first_line
+    from byol_fast.training.errors import Interrupted, MainProcessError, TrainingError
+    from byol_fast.utils.errors import CheckpointError, first_line
 
     if isinstance(error, MainProcessError):
         return 1  # already printed by the main process

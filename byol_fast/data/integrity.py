@@ -25,7 +25,8 @@ from byol_fast.data.decode import (
     reader_of,
     size_problem,
 )
-from byol_fast.utils.files import atomic_write, open_regular, original_name, printable_name
+from byol_fast.data.errors import CorruptImageError
+from byol_fast.utils.files import atomic_write, open_regular
 
 log = logging.getLogger(__name__)
 
@@ -56,28 +57,6 @@ _MAGIC_BYTES = {
 }
 _HEAD_BYTES = 26  # of a PNG up to its color type
 _FTYP_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF", b"msf1": "HEIF"}
-
-
-class CorruptImageError(ValueError):
-    """An image cannot be read or decoded.
-
-    Attributes:
-        path: the file, or `shard:member`.
-        name: the same as text, as of `ImageSource.sample_name`.
-        reason: the defect, as the predicate of a sentence about the file.
-    """
-
-    def __init__(self, path: Path | str, reason: str) -> None:
-        self.name = path if isinstance(path, str) else printable_name(path)
-        self.path = Path(original_name(self.name))
-        self.reason = reason
-        super().__init__(
-            f"image: {self.name} {reason}; replace it and resume, or skip corrupt images with "
-            "--data.on-corrupt skip (also when resuming)"
-        )
-
-    def __reduce__(self) -> tuple[type[CorruptImageError], tuple[str, str]]:
-        return CorruptImageError, (self.name, self.reason)
 
 
 class TooManyCorruptImagesError(CorruptImageError):

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from byol_fast.data.decode import open_image
-from byol_fast.data.integrity import CorruptImageError, check_bytes
+from byol_fast.data.errors import CorruptImageError
+from byol_fast.data.integrity import check_bytes
 from byol_fast.data.sources import ArraySource, EncodedSource, ImageSource
 from byol_fast.data.sources.base import NUM_SAMPLED_SIZES, evenly_spaced
 from byol_fast.utils.files import printable_name

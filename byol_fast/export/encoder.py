@@ -18,9 +18,8 @@ from byol_fast.config.fields import ImageSize, check
 from byol_fast.models.encoders import build_encoder
 from byol_fast.utils import checkpoint as checkpoints
 from byol_fast.utils import records as checks
-from byol_fast.utils.checkpoint import CheckpointError
 from byol_fast.utils.env import version
-from byol_fast.utils.errors import reason
+from byol_fast.utils.errors import CheckpointError, reason
 from byol_fast.utils.files import atomic_path, atomic_write, open_regular, write_errors
 
 log = logging.getLogger(__name__)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from byol_fast.config.encoder_names import check_encoder_name as check_without_import
+from byol_fast.config.encoder_names import unknown_encoder
 from byol_fast.models.split_batchnorm import disable_sync
 from byol_fast.utils.errors import first_line
 
@@ -28,6 +29,23 @@ def encoder_names() -> list[str]:
     from torchvision import models
 
     return [*OWN_ENCODERS, *models.list_models(module=models)]
+
+
+def check_encoder_name(encoder: str) -> None:
+    """Check that there is an encoder of a name; imports torchvision's models or timm.
+
+    Raises:
+        ConfigError: there is none, or timm is not installed; the three closest names are suggested.
+    """
+    if not encoder.startswith("timm/"):
+        if encoder not in (names := encoder_names()):
+            raise unknown_encoder(encoder, names)
+        return
+    check_without_import(encoder)
+    import timm  # optional
+
+    if not timm.is_model(encoder.removeprefix("timm/")):  # with or without the tag of pretrained weights
+        raise unknown_encoder(encoder, [f"timm/{name}" for name in timm.list_models()])
 
 
 def build_encoder(
@@ -81,11 +99,7 @@ def build_encoder(
         return _timm_encoder(encoder.removeprefix("timm/"), image_size, pretrained)
     from torchvision import models
 
-    names = encoder_names()
-    if encoder not in names:
-        near = difflib.get_close_matches(encoder, names, n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "byol_fast.models.encoders.encoder_names() lists them"
-        raise ValueError(f"build_encoder: encoder must be a torchvision model's name, got {encoder!r}; {hint}")
+    check_encoder_name(encoder)
     if encoder in OWN_ENCODERS:
         if pretrained:
             raise ValueError(f"build_encoder: there are no pretrained weights for {encoder!r}; drop pretrained")
@@ -125,19 +139,9 @@ def build_encoder(
 
 
 def _timm_encoder(name: str, image_size: int | None, pretrained: bool) -> nn.Module:
-    try:
-        import timm
-    except ImportError as error:
-        raise ValueError(
-            f"build_encoder: 'timm/{name}' needs timm, which is not installed; pip install timm, or name a torchvision "
-            "model"
-        ) from error
-    if name not in timm.list_models():
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise ValueError(
-            f"build_encoder: timm has no model {name!r}"
-            + (f"; did you mean {', '.join(near)}?" if near else "; timm.list_models() lists them")
-        )
+    check_encoder_name(f"timm/{name}")
+    import timm  # optional
+
     # Models made for one size take it as img_size; the others refuse the argument.
     sized = {} if image_size is None else {"img_size": image_size}
     for options in (sized, {}):

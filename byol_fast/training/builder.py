@@ -11,20 +11,23 @@ from torch import Tensor
 
 from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError
-from byol_fast.data import ImageSource, ViewLoader, open_train_val
+from byol_fast.data import ImageSource, open_train_val
 from byol_fast.data.loaders.factory import make_loader
+from byol_fast.data.sampler import BatchSampler
 from byol_fast.models import split_batchnorm
 from byol_fast.models.activation_checkpoint import checkpoint_blocks
 from byol_fast.models.base import SSLModel
 from byol_fast.models.builder import build_model
+from byol_fast.models.encoders import check_encoder_name
 from byol_fast.optim import RunSchedule, build_optimizer
 from byol_fast.training import distributed
 from byol_fast.training.distributed import World
-from byol_fast.training.knn_monitor import KNNMonitor, knn_problem
+from byol_fast.training.knn_monitor import KNNMonitor, check_labels, knn_problem
 from byol_fast.training.locks import RunLock, exclusive
 from byol_fast.training.mode import Mode, compile_forward, resolve_mode
 from byol_fast.training.online_probe import MAX_WEIGHTS, OnlineProbe
-from byol_fast.training.resume import restore_latest
+from byol_fast.training.preflight import check_start
+from byol_fast.training.restore import restore_latest
 from byol_fast.training.run_dir import RunDir, open_run_dir
 from byol_fast.training.state import TrainState, set_rng_state, steps_in, whole_steps_in
 from byol_fast.training.train_step import TrainStep
@@ -97,6 +100,8 @@ def build_components(config: Config, *, data: object, resume: Path | None) -> Tr
     with exclusive():
         config, data = _with_absolute_paths(config, data)
         world = distributed.init_process_group(config.device, config.timeout_minutes)
+        world.run_on_main(lambda: check_start(config, data=data, resume=resume))
+        check_encoder_name(config.model.encoder)
         execution = _resolve_execution(config, world)
         run_dir, lock, notes = _open_run_dir(config, resume, world)
         try:
@@ -119,7 +124,9 @@ def _build(
 
     # --- data and model
     with world.main_process_first():
-        train_source, val_source = open_train_val(config, data)
+        train_source, val_source, sampler = _open_images(config, data, world)
+        total_steps = config.steps or whole_steps_in(config.epochs, sampler, config.grad_accum_steps)
+        schedule = _build_schedule(config, sampler, total_steps, world, notes)
         torch.manual_seed(config.seed)
         model = build_model(config, pretrained=not has_checkpoint)
     if model.not_batched_reason is not None:
@@ -135,8 +142,6 @@ def _build(
     )
 
     # --- optimizer, step, state and evaluation
-    total_steps = config.steps or whole_steps_in(config.epochs, loader, config.grad_accum_steps)
-    schedule = _build_schedule(config, loader, total_steps, world, notes)
     train_step = _build_train_step(config, execution, model, schedule)
     probe = _build_probe(config, model, train_source, execution, notes)
     accumulated = config.grad_accum_steps
@@ -163,6 +168,17 @@ def _build(
         notes=tuple(notes),
         rng_state=state.rng_state(),
     )
+
+
+def _open_images(config: Config, data: object, world: World) -> tuple[ImageSource, ImageSource | None, BatchSampler]:
+    """Images, and their batches; errors about their number and labels come before the networks are built."""
+    train_source, val_source = open_train_val(config, data)
+    check_labels(config, train_source, val_source)
+    views, (rank, size) = (config.view1, config.view2), (world.rank, world.size)
+    sampler = BatchSampler(
+        len(train_source), views, batch_size=config.batch_size, seed=config.seed, shard_id=rank, num_shards=size
+    )
+    return train_source, val_source, sampler
 
 
 def _resolve_execution(config: Config, world: World) -> Execution:
@@ -266,7 +282,7 @@ def _setup_distributed(model: SSLModel, config: Config, device: torch.device, wo
 
 
 def _build_schedule(
-    config: Config, loader: ViewLoader, total_steps: int, world: World, notes: list[str]
+    config: Config, sampler: BatchSampler, total_steps: int, world: World, notes: list[str]
 ) -> RunSchedule:
     optim = config.optim
     if optim.warmup_steps is not None:
@@ -274,7 +290,7 @@ def _build_schedule(
         if warmup > total_steps:
             raise ConfigError(f"config: optim.warmup_steps must be at most the run's {total_steps} steps, got {warmup}")
     else:
-        asked = round(steps_in(optim.warmup_epochs, loader, config.grad_accum_steps))
+        asked = round(steps_in(optim.warmup_epochs, sampler, config.grad_accum_steps))
         warmup = min(asked, total_steps // 4)
         if warmup < asked:
             notes.append(f"warm-up of {asked} steps cut to {warmup}, a quarter of the run's {total_steps}")
@@ -298,11 +314,6 @@ def _build_probe(
     config: Config, model: SSLModel, source: ImageSource, execution: Execution, notes: list[str]
 ) -> OnlineProbe | None:
     probe = config.probe
-    if probe.enabled == "on" and source.labels is None:
-        raise ConfigError(
-            "config: probe.enabled is 'on', but the training images have no labels: "
-            f"{source.label_problem or 'sort them into one folder per class'}; or set it to 'auto'"
-        )
     if probe.enabled == "off" or source.labels is None:
         return None
     num_classes, most = len(source.classes), MAX_WEIGHTS // model.feature_dim

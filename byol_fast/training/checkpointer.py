@@ -14,7 +14,7 @@ from byol_fast.training.builder import TrainerComponents
 from byol_fast.training.errors import TrainingError
 from byol_fast.training.state import named_tensors, whole_steps_in
 from byol_fast.utils import checkpoint as checkpoints
-from byol_fast.utils.checkpoint import CheckpointError
+from byol_fast.utils.errors import CheckpointError
 
 # A checkpoint after every epoch of a few steps would cost more than the steps.
 MIN_CHECKPOINT_STEPS = 100

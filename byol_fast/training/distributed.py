@@ -16,12 +16,9 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from byol_fast.config import ConfigError
+from byol_fast.training.errors import MainProcessError
 
 T = TypeVar("T")
-
-
-class MainProcessError(RuntimeError):
-    """The main process failed; it reports the error itself."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,3 +26,7 @@ class Interrupted(Exception):  # noqa: N818  (a request to stop is no error)
 
 class TrainingError(RuntimeError):
     """Training cannot continue; names the step, the reason and the last good checkpoint."""
+
+
+class MainProcessError(RuntimeError):
+    """The main process failed; it reports the error itself."""

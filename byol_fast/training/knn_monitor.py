@@ -147,3 +147,17 @@ def knn_problem(config: Config, train: ImageSource, val: ImageSource | None) -> 
     if config.knn.enabled == "on":
         raise ConfigError(f"config: knn.enabled is 'on', but {missing}")
     return missing
+
+
+def check_labels(config: Config, train: ImageSource, val: ImageSource | None) -> None:
+    """Check that there are the labels that kNN evaluation and linear probe need where they are 'on'.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    knn_problem(config, train, val)
+    if config.probe.enabled == "on" and train.labels is None:
+        raise ConfigError(
+            "config: probe.enabled is 'on', but the training images have no labels: "
+            f"{train.label_problem or 'sort them into one folder per class'}; or set it to 'auto'"
+        )

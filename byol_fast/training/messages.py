@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from byol_fast.training.builder import TrainerComponents
-from byol_fast.training.metrics import Record
+from byol_fast.training.metrics_file import Record
 from byol_fast.utils.output import PlainConsole
 from byol_fast.utils.progress import Progress, ProgressBar
 

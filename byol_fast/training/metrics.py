@@ -17,38 +17,12 @@ import torch
 from torch import Tensor
 
 from byol_fast.data import ViewLoader
+from byol_fast.training.metrics_file import Record, parse
 from byol_fast.training.train_step import StepOutput
-from byol_fast.utils.checkpoint import CheckpointError
-from byol_fast.utils.errors import write_advice
+from byol_fast.utils.errors import CheckpointError, write_advice
 from byol_fast.utils.files import atomic_write
-from byol_fast.utils.records import count, number, read_json_lines, record_of
 
 log = logging.getLogger(__name__)
-
-Record = dict[str, Any]
-
-_RECORD = record_of({"step": count, "loss": number, "knn_top1": number})
-
-
-def read(path: Path) -> list[Record]:
-    """All whole records of a metrics file; damaged lines are left out, as is a last one cut off by a crash."""
-    return _parse(path)[0]
-
-
-def _parse(path: Path) -> tuple[list[Record], list[int]]:
-    """Records of a metrics file, and the numbers of its damaged lines, without a last one cut off by a crash."""
-    records: list[Record] = []
-    damaged: list[int] = []
-    try:
-        lines = list(read_json_lines(path))
-    except OSError as error:
-        raise CheckpointError(f"metrics: {path} cannot be read ({error}); make it a readable file") from error
-    for line in lines:
-        if line.content is not None and _RECORD(line.content, "") is None and "step" in line.content:
-            records.append(line.content)
-        elif line.is_whole:
-            damaged.append(line.number)
-    return records, damaged
 
 
 class MetricsLogger:
@@ -84,7 +58,7 @@ class MetricsLogger:
         def stays(record: Record) -> bool:
             return record["step"] < step or (record["step"] == step and (evaluated or "loss" in record))
 
-        records, damaged = _parse(self.path)
+        records, damaged = parse(self.path)
         if damaged:
             log.warning("metrics: %s has damaged lines (%s); left out", self.path, ", ".join(map(str, damaged)))
         atomic_write(self.path, "".join(json.dumps(r) + "\n" for r in records if stays(r)))

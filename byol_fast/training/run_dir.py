@@ -13,10 +13,9 @@ from typing import Any
 from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError
 from byol_fast.training.locks import RunLock
-from byol_fast.training.metrics import read as read_metrics
-from byol_fast.utils import checkpoint as checkpoints
-from byol_fast.utils.checkpoint import CheckpointError
-from byol_fast.utils.errors import write_advice
+from byol_fast.training.metrics_file import read as read_metrics
+from byol_fast.utils import checkpoint_files
+from byol_fast.utils.errors import CheckpointError, write_advice
 from byol_fast.utils.files import atomic_write, remove_temporaries
 from byol_fast.utils.records import read_json
 from byol_fast.utils.run_folder import check_run_folder, not_writable
@@ -112,7 +111,7 @@ class RunDir:
 
     def has_checkpoints(self) -> bool:
         """True if there is a checkpoint."""
-        return bool(checkpoints.newest_first(self.checkpoints))
+        return bool(checkpoint_files.newest_first(self.checkpoints))
 
     def check_not_lost(self) -> None:
         """Check that the checkpoints of a run that has saved one are still there.

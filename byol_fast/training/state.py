@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from byol_fast.data import ViewLoader
+from byol_fast.data.sampler import BatchSampler
 from byol_fast.models.base import SSLModel
 from byol_fast.training.distributed import World
 from byol_fast.training.online_probe import OnlineProbe
@@ -35,12 +36,12 @@ def named_tensors(state: dict[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def steps_in(epochs: float, loader: ViewLoader, grad_accum_steps: int) -> float:
+def steps_in(epochs: float, loader: ViewLoader | BatchSampler, grad_accum_steps: int) -> float:
     """Optimizer steps in some epochs; a fraction where `grad_accum_steps` does not divide the batches."""
     return epochs * loader.batches_per_epoch / grad_accum_steps
 
 
-def whole_steps_in(epochs: float, loader: ViewLoader, grad_accum_steps: int) -> int:
+def whole_steps_in(epochs: float, loader: ViewLoader | BatchSampler, grad_accum_steps: int) -> int:
     """`steps_in` as a whole number, rounded down, at least 1."""
     return max(int(steps_in(epochs, loader, grad_accum_steps)), 1)
 

@@ -21,7 +21,8 @@ from byol_fast.training.knn_monitor import EvalMetrics
 from byol_fast.training.locks import exclusive
 from byol_fast.training.memory import out_of_memory_message
 from byol_fast.training.messages import startup_summary, status_line, training_bar
-from byol_fast.training.metrics import MetricsLogger, Record, StepRecords, ThroughputMeter
+from byol_fast.training.metrics import MetricsLogger, StepRecords, ThroughputMeter
+from byol_fast.training.metrics_file import Record
 from byol_fast.training.run_dir import RunResult
 from byol_fast.training.state import steps_in, whole_steps_in
 from byol_fast.utils.errors import first_line

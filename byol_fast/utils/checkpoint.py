@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,8 +18,27 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from byol_fast.utils.errors import reason, write_advice
+from byol_fast.utils.checkpoint_files import NAME, newest_first, path_at_step, saved_steps
+from byol_fast.utils.errors import CheckpointError, reason, write_advice
 from byol_fast.utils.files import atomic_path, open_regular
+
+__all__ = [
+    "FORMAT",
+    "CheckpointError",
+    "check_finite",
+    "intact_steps",
+    "load",
+    "newest_first",
+    "nonfinite",
+    "optimizer_problem",
+    "path_at_step",
+    "restoring",
+    "save",
+    "save_as_best",
+    "saved_steps",
+    "tensor_problem",
+    "use_latest",
+]
 
 log = logging.getLogger(__name__)
 
@@ -31,24 +49,6 @@ FORMAT = 4
 # checksum are replaced together. torch.load still reads it, because zip readers ignore what follows the archive.
 _TRAILER = b"\nsha256:"
 _TRAILER_SIZE = len(_TRAILER) + 64 + 1
-_NAME = re.compile(r"(best_)?step_(\d+)\.pt")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint is missing, damaged, or from another run."""
-
-
-def path_at_step(folder: Path, step: int) -> Path:
-    """Path of the checkpoint after `step` steps."""
-    return folder / f"step_{step:09d}.pt"
-
-
-def saved_steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints in a folder, in ascending order; without the best one."""
-    if not folder.is_dir():
-        return []
-    matches = (_NAME.fullmatch(p.name) for p in folder.iterdir())
-    return sorted(int(match[2]) for match in matches if match and not match[1])
 
 
 def intact_steps(folder: Path) -> list[int]:
@@ -126,7 +126,7 @@ def save_as_best(path: Path, *, keep_others: bool = False) -> None:
             f"checkpoint: {best} could not be written ({error}); {write_advice(error)}, then resume"
         ) from error
     for other in () if keep_others else path.parent.iterdir():
-        if other != best and (match := _NAME.fullmatch(other.name)) and match[1]:
+        if other != best and (match := NAME.fullmatch(other.name)) and match[1]:
             other.unlink(missing_ok=True)
 
 
@@ -191,15 +191,6 @@ def load(path: Path) -> dict[str, Any]:
             "byol_fast: resume with that version, or start a new run"
         )
     return payload
-
-
-def newest_first(folder: Path) -> list[Path]:
-    """Paths of all checkpoints in a folder, also of the best one, from the newest to the oldest."""
-    if not folder.is_dir():
-        return []
-    steps = {p: int(match[2]) for p in folder.iterdir() if (match := _NAME.fullmatch(p.name))}
-    # Of the same step, the best one comes last: mostly it is a link to the other.
-    return sorted(steps, key=lambda p: (steps[p], p.name), reverse=True)
 
 
 def use_latest(

@@ -1,8 +1,12 @@
-"""Errors in one line, for messages that quote them."""
+"""Errors in one line, for messages that quote them; the error of checkpoints."""
 
 from __future__ import annotations
 
 import errno
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing, damaged, or from another run."""
 
 
 def first_line(error: Exception) -> str:

@@ -23,11 +23,11 @@ from byol_fast.export.encoder import export_run, load_encoder
 from byol_fast.export.formats import export_as
 from byol_fast.training.distributed import World
 from byol_fast.training.errors import Interrupted, TrainingError
-from byol_fast.training.resume import restore_latest
+from byol_fast.training.restore import restore_latest
 from byol_fast.training.run_dir import RunDir
 from byol_fast.training.trainer import Trainer
 from byol_fast.utils import checkpoint as checkpoints
-from byol_fast.utils.checkpoint import CheckpointError
+from byol_fast.utils.errors import CheckpointError
 from tests.training.helpers import SMALL_RUN
 
 T = TypeVar("T")

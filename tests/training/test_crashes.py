@@ -15,7 +15,7 @@ import torch
 
 from byol_fast import config as configs
 from byol_fast.config import Config
-from byol_fast.training.metrics import read
+from byol_fast.training.metrics_file import read
 from byol_fast.training.resume import find_resumable
 from byol_fast.training.trainer import Trainer
 from byol_fast.utils import checkpoint as checkpoints

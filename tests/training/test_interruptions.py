@@ -16,7 +16,7 @@ import pytest
 from byol_fast import Callback
 from byol_fast import config as configs
 from byol_fast.config import Config, recipes
-from byol_fast.training.metrics import read
+from byol_fast.training.metrics_file import read
 from byol_fast.training.train_step import StepOutput
 from byol_fast.training.trainer import Trainer
 from byol_fast.utils import checkpoint as checkpoints

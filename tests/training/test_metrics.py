@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from byol_fast.training.metrics import MetricsLogger, ThroughputMeter, read
-from byol_fast.utils.checkpoint import CheckpointError
+from byol_fast.training.metrics import MetricsLogger, ThroughputMeter
+from byol_fast.training.metrics_file import read
+from byol_fast.utils.errors import CheckpointError
 
 
 def test_metrics_rewind_forgets_what_will_be_done_again(tmp_path: Path) -> None:

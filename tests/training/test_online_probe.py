@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from byol_fast import Callback
 from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError
-from byol_fast.training.metrics import read
+from byol_fast.training.metrics_file import read
 from byol_fast.training.online_probe import EPS, OnlineProbe
 from byol_fast.training.trainer import Trainer
 from byol_fast.utils import checkpoint as checkpoints

@@ -22,12 +22,12 @@ from byol_fast.config import Config, ConfigError
 from byol_fast.export.encoder import export_run, load_encoder
 from byol_fast.export.formats import export_as
 from byol_fast.training import trainer as trainers
-from byol_fast.training.metrics import read
+from byol_fast.training.metrics_file import read
 from byol_fast.training.resume import find_resumable
 from byol_fast.training.run_dir import RunDir
 from byol_fast.training.trainer import Trainer
 from byol_fast.utils import checkpoint as checkpoints
-from byol_fast.utils.checkpoint import CheckpointError
+from byol_fast.utils.errors import CheckpointError
 from byol_fast.utils.files import atomic_path, atomic_write
 from tests.training.helpers import AtStep, file_size_limit
 

@@ -24,7 +24,7 @@ from byol_fast.config import Config, ConfigError
 from byol_fast.data import Batch
 from byol_fast.training.errors import Interrupted, TrainingError
 from byol_fast.training.messages import startup_summary
-from byol_fast.training.metrics import read
+from byol_fast.training.metrics_file import read
 from byol_fast.training.resume import find_resumable
 from byol_fast.training.trainer import Trainer
 from byol_fast.utils import checkpoint as checkpoints

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from byol_fast.utils import checkpoint as checkpoints
-from byol_fast.utils.checkpoint import CheckpointError
+from byol_fast.utils.errors import CheckpointError
 from byol_fast.utils.files import atomic_path, atomic_write
 
 

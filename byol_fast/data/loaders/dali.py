@@ -33,7 +33,8 @@ from nvidia.dali.pipeline import Pipeline, pipeline_def
 from byol_fast.config import Config, ViewConfig
 from byol_fast.data.augment import apply_photometric, required_params, select_rows
 from byol_fast.data.batch import Batch, Views, empty_views
-from byol_fast.data.integrity import CorruptImageError, CorruptImages, check_bytes
+from byol_fast.data.errors import CorruptImageError
+from byol_fast.data.integrity import CorruptImages, check_bytes
 from byol_fast.data.loaders.base import DeterministicLoader
 from byol_fast.data.loaders.dali_views import CROPS_ONLY, INTERPOLATION, Node, fn, types, view_inputs, view_node
 from byol_fast.data.loaders.image_reader import Encoding, ImageReader, NotReadByDALIError, find_defect, for_dali

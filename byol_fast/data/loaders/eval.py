@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from byol_fast.config.fields import BatchSize, ImageSize, Interpolation, Loader, OnCorrupt, Threads, check
-from byol_fast.data.integrity import CorruptImageError, CorruptImages
+from byol_fast.data.errors import CorruptImageError
+from byol_fast.data.integrity import CorruptImages
 from byol_fast.data.loaders.backend import resolve_decoder
 from byol_fast.data.loaders.threads import resolve_num_threads
 from byol_fast.data.sources import ArraySource, ImageSource

@@ -12,12 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from byol_fast.data.decode import decode, has_common_kind, reader_of
-from byol_fast.data.integrity import (
-    CorruptImageError,
-    CorruptImages,
-    bytes_need_check,
-    check_bytes,
-)
+from byol_fast.data.errors import CorruptImageError
+from byol_fast.data.integrity import CorruptImages, bytes_need_check, check_bytes
 from byol_fast.data.sources import ArraySource, EncodedSource, FileSource, ImageSource
 
 IO_THREADS = 16

@@ -21,7 +21,7 @@ from byol_fast.config import Config, ViewConfig
 from byol_fast.data.augment import apply_photometric, required_params, select_rows
 from byol_fast.data.augment_params import crop_box, crop_boxes
 from byol_fast.data.batch import Batch, Views, empty_views
-from byol_fast.data.integrity import CorruptImageError
+from byol_fast.data.errors import CorruptImageError
 from byol_fast.data.loaders.base import DeterministicLoader
 from byol_fast.data.sampler import BatchSpec
 from byol_fast.data.sources import ArraySource, ImageSource

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from byol_fast.data.decode import size_problem
-from byol_fast.data.sources.base import ClassLabels, ImageSource, SourceError, labels_from_integers, labels_from_text
+from byol_fast.data.errors import SourceError
+from byol_fast.data.sources.base import ClassLabels, ImageSource, labels_from_integers, labels_from_text
+from byol_fast.data.sources.paths import NPZ_HELP
 from byol_fast.utils.files import open_regular, printable_name
-
-NPZ_HELP = "save it with numpy.savez(path, images=images, labels=labels)"
 
 
 @dataclass(frozen=True, eq=False)

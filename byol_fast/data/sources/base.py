@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from byol_fast.data.decode import decode, decode_jpeg
-from byol_fast.data.integrity import CorruptImageError, bytes_need_check, check_bytes
+from byol_fast.data.errors import CorruptImageError, SourceError
+from byol_fast.data.integrity import bytes_need_check, check_bytes
 from byol_fast.utils.files import printable_name
 
 log = logging.getLogger(__name__)
@@ -26,27 +27,11 @@ log = logging.getLogger(__name__)
 _INTEGER = re.compile(r"0|[1-9][0-9]*")
 _NEGATIVE = re.compile(r"-0*[1-9][0-9]*(\.0*)?")
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm")
-"""Extensions of image files, in any case; other files are ignored and listed in the log."""
-
 MAX_STRAY_IMAGES = 10
 """Number of images beside class folders up to which they are left out, if they are one, or fewer than 1 in 20."""
 
 NUM_SAMPLED_SIZES = 1000
 """Number of images whose sizes are compared on resuming, to detect that files were replaced under the same names."""
-
-
-_SYSTEM_NAMES = {
-    "$recycle.bin", "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "lost+found",
-    "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@__thumb", "~snapshot",  # of storage servers
-    "network trash folder", "temporary items",
-    "_temporary", "_delta_log",  # of Spark
-}  # fmt: skip
-"""Folders and files that operating systems and archivers put beside data, in lower case."""
-
-
-class SourceError(ValueError):
-    """The data argument has no usable images."""
 
 
 class ImageSource(ABC):
@@ -195,11 +180,6 @@ def digest(parts: Iterable[bytes]) -> str:
     for part in parts:
         result.update(len(part).to_bytes(8, "little") + part)
     return result.hexdigest()
-
-
-def is_hidden(name: str) -> bool:
-    """True for names of hidden and system folders and files (`.git`, `._1.jpg`, `@eaDir`), which are not data."""
-    return name.startswith(".") or name.lower() in _SYSTEM_NAMES
 
 
 def log_hidden(names: Sequence[str], title: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 
-from byol_fast.data.sources.base import SourceError
+from byol_fast.data.errors import SourceError
 
 MAX_NAMES = 1_000_000
 """Number of names that a pattern may stand for."""

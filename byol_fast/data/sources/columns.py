@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from byol_fast.data.sources.base import ClassLabels, SourceError, labels_from_integers, labels_from_text
+from byol_fast.data.errors import SourceError
+from byol_fast.data.sources.base import ClassLabels, labels_from_integers, labels_from_text
 from byol_fast.data.sources.splits import part_of
 from byol_fast.utils.files import printable_name
 

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from byol_fast.data.decode import UnusableImageError, check_size, to_rgb
-from byol_fast.data.integrity import CorruptImageError, read_file
+from byol_fast.data.errors import CorruptImageError, SourceError
+from byol_fast.data.integrity import read_file
 from byol_fast.data.sources.base import (
     ClassLabels,
     EncodedSource,
     ImageSource,
-    SourceError,
     digest,
     evenly_spaced,
     labels_from_integers,

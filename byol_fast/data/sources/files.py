@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,16 +14,14 @@ from numpy.typing import NDArray
 
 from byol_fast.data.integrity import file_needs_check, read_file
 from byol_fast.data.sources.base import (
-    EXTENSIONS,
     NUM_SAMPLED_SIZES,
     EncodedSource,
-    SourceError,
     digest,
     evenly_spaced,
-    is_hidden,
     labels_from_folders,
     log_hidden,
 )
+from byol_fast.data.sources.listing import count_extensions, list_folder, list_images
 from byol_fast.utils.files import printable_name
 
 log = logging.getLogger(__name__)
@@ -93,31 +90,13 @@ def open_folder(root: Path, arg_name: str) -> FileSource:
     Raises:
         SourceError: the folder has no images, or a folder cannot be listed.
     """
-    paths: list[str] = []
-    ignored: list[str] = []
-    hidden: list[str] = []
-    repeated: list[str] = []
-    for name in walk(root, arg_name, hidden=hidden, repeated=repeated):
-        (paths if name.lower().endswith(EXTENSIONS) else ignored).append(name)
-    hidden.sort()
-    if not paths:
-        kinds = f"only {_count_extensions(ignored)}" if ignored else "no files at all"
-        kinds += f"; hidden: {len(hidden)}, such as {printable_name(hidden[0])}" if hidden else ""
-        raise SourceError(
-            f"{arg_name}: no images in {root.absolute()} or below ({kinds}); "
-            f"expected files that end in {', '.join(EXTENSIONS)}, or .tar or .parquet shards"
-            + (
-                " (from Python, give datasets.load_from_disk(...))"
-                if any(n.endswith(".arrow") for n in ignored)
-                else ""
-            )
-        )
+    paths, ignored, hidden, repeated = list_images(root, arg_name)
     if ignored:
         log.warning(
             "%s: ignoring %d files that are not images by their extension (%s), for example %s",
             root,
             len(ignored),
-            _count_extensions(ignored),
+            count_extensions(ignored),
             ", ".join(map(printable_name, ignored[:3])),
         )
     log_hidden(hidden, str(root))
@@ -138,72 +117,6 @@ def open_folder(root: Path, arg_name: str) -> FileSource:
     )
 
 
-def walk(
-    root: Path, arg_name: str, *, hidden: list[str] | None = None, repeated: list[str] | None = None
-) -> Iterator[str]:
-    """Relative paths of all files below a folder, apart from hidden and system folders and files.
-
-    Links to folders are followed. Each folder is listed once, by its own name if it lies below `root` itself.
-
-    Args:
-        root: the folder.
-        arg_name: name of the argument, for error messages.
-        hidden: list that receives the paths of hidden folders, and of hidden files with the names of images.
-        repeated: list that receives the paths of links to folders that are listed already.
-
-    Raises:
-        SourceError: a folder cannot be listed.
-    """
-    visited: set[tuple[int, int]] = set()
-
-    def on_error(error: OSError) -> None:
-        raise _list_error(error, arg_name) from error
-
-    starts = [str(root)]  # and the links, which come last
-    for start in starts:
-        for folder, subfolders, files in os.walk(start, onerror=on_error):
-            # A link may lead back into the tree: each folder is listed once, by its inode.
-            prefix = os.path.relpath(folder, root)
-            prefix = "" if prefix == "." else f"{prefix}/"
-            status = Path(folder).stat()
-            if (status.st_dev, status.st_ino) in visited:
-                subfolders.clear()
-                if repeated is not None and not _contains_itself(folder):
-                    repeated.append(prefix[:-1])
-                continue
-            visited.add((status.st_dev, status.st_ino))
-            if hidden is not None:
-                images = (name for name in files if name.lower().endswith(EXTENSIONS))
-                hidden += (prefix + name for name in (*subfolders, *images) if is_hidden(name))
-            names = [name for name in subfolders if not is_hidden(name)]
-            links = [name for name in sorted(names) if os.path.islink(os.path.join(folder, name))]  # noqa: PTH114, PTH118
-            starts += (os.path.join(folder, name) for name in links)  # noqa: PTH118
-            subfolders[:] = sorted(set(names) - set(links))
-            yield from (prefix + name for name in files if not is_hidden(name))
-
-
-def list_folder(root: Path, arg_name: str) -> list[str]:
-    """Sorted names in a folder, apart from hidden and system folders and files.
-
-    Raises:
-        SourceError: the folder cannot be listed.
-    """
-    try:
-        return sorted(name for name in os.listdir(root) if not is_hidden(name))  # noqa: PTH208
-    except OSError as error:
-        raise _list_error(error, arg_name) from error
-
-
-def _list_error(error: OSError, arg_name: str) -> SourceError:
-    return SourceError(f"{arg_name}: cannot list {error.filename} ({error.strerror}); check its permissions")
-
-
-def _contains_itself(link: str) -> bool:
-    """True if a link leads to a folder that it lies in."""
-    target, parent = os.path.realpath(link), os.path.realpath(os.path.dirname(link))  # noqa: PTH120
-    return f"{parent}/".startswith(f"{target}/")
-
-
 def _warn_empty_classes(root: Path, paths: Sequence[str], known: Set[str], arg_name: str) -> None:
     """Log a warning for folders without images beside class folders: torchvision takes an empty folder for an error."""
     folder = root / os.path.commonpath({path.rpartition("/")[0] for path in paths})
@@ -212,9 +125,3 @@ def _warn_empty_classes(root: Path, paths: Sequence[str], known: Set[str], arg_n
     if empty:
         shown = ", ".join(map(printable_name, empty[:5]))
         log.warning("%s: %d folders without images are no classes (%s)", folder, len(empty), shown)
-
-
-def _count_extensions(names: Sequence[str]) -> str:
-    """File counts by extension: `3 x .txt, 1 x no extension`."""
-    kinds = Counter(Path(name).suffix.lower() or "no extension" for name in names)
-    return ", ".join(f"{n} x {printable_name(kind)}" for kind, n in kinds.most_common(5))

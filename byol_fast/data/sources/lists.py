@@ -11,15 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from byol_fast.data.sources.base import ClassLabels, SourceError, evenly_spaced, labels_from_text
+from byol_fast.data.errors import SourceError
+from byol_fast.data.sources.base import ClassLabels, evenly_spaced, labels_from_text
 from byol_fast.data.sources.columns import PART_COLUMNS, PATH_COLUMNS, find_by_name, find_labels, warn_parts
 from byol_fast.data.sources.files import FileSource
 from byol_fast.utils.files import open_regular, printable_name
 
 log = logging.getLogger(__name__)
-
-LISTS = (".txt", ".csv", ".tsv")
-"""Extensions of files that list images."""
 
 NUM_CHECKED = 100
 """Number of listed files of which one at least must exist."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ import numpy as np
 import torch
 
 from byol_fast.config import Config, DataConfig
-from byol_fast.data.sources.arrays import NPZ_HELP, array_source, open_demo, open_npz, open_npz_part
-from byol_fast.data.sources.base import ImageSource, SourceError
+from byol_fast.data.errors import SourceError
+from byol_fast.data.sources.arrays import array_source, open_demo, open_npz, open_npz_part
+from byol_fast.data.sources.base import ImageSource
 from byol_fast.data.sources.datasets import (
     is_hugging_face,
     is_read_directly,
@@ -25,17 +25,16 @@ from byol_fast.data.sources.datasets import (
     open_samples,
 )
 from byol_fast.data.sources.files import FileSource, open_folder
-from byol_fast.data.sources.lists import LISTS, open_list
+from byol_fast.data.sources.lists import open_list
 from byol_fast.data.sources.overlap import warn_shared_images
 from byol_fast.data.sources.parquet import open_parquet
+from byol_fast.data.sources.paths import check_images, check_path
 from byol_fast.data.sources.shards import SHARDS, find_shards, has_only_shards
 from byol_fast.data.sources.splits import check_parts, split_folder, split_shards
 from byol_fast.data.sources.tar import TarSource, open_tars
 from byol_fast.utils.files import expand_home, printable_name
 
 log = logging.getLogger(__name__)
-
-_GIVE = "give a folder of images, a list of them (.txt, .csv), .tar or .parquet shards, or a .npz file"
 
 
 def open_source(root: object, *, arg_name: str = "images", options: DataConfig | None = None) -> ImageSource:
@@ -104,7 +103,7 @@ def _open_subset(subset: torch.utils.data.Subset[Any], arg_name: str, options: D
 
 
 def _open_path(path: Path, arg_name: str, options: DataConfig) -> ImageSource:
-    # Path.is_dir and .is_file raise errors for names that are too long, as those of patterns may be.
+    check_path(path, arg_name)
     if os.path.isdir(path) and not has_only_shards(path, arg_name):  # noqa: PTH112
         return _name_metadata(open_folder(path, arg_name), path)
     shards = {suffix: files for suffix in SHARDS if (files := find_shards(path, suffix, arg_name))}
@@ -113,14 +112,9 @@ def _open_path(path: Path, arg_name: str, options: DataConfig) -> ImageSource:
         for other, unused in others:
             log.warning("%s: %d %s files are not used, because there are %s files", path, len(unused), other, suffix)
         return _open_shards(files, str(path), arg_name, options)
-    if os.path.isfile(path):  # noqa: PTH113
-        if path.suffix.lower() == ".npz":
-            return open_npz(path, arg_name)
-        if path.suffix.lower() in LISTS:
-            return open_list(path, arg_name, **_columns(options))
-        hint = "; unpack it first" if re.search(r"\.(tar\.\w+|tgz|zip|gz|xz|zst|7z)$", path.name.lower()) else ""
-        raise SourceError(f"{arg_name}: {path} is a file of an unknown kind{hint}; {_GIVE} ({NPZ_HELP})")
-    raise SourceError(f"{arg_name}: {path.absolute()} {_problem(path)}; {_GIVE}{_nearest_parent(path.absolute())}")
+    if path.suffix.lower() == ".npz":
+        return open_npz(path, arg_name)
+    return open_list(path, arg_name, **_columns(options))
 
 
 def _name_metadata(source: ImageSource, folder: Path) -> ImageSource:
@@ -139,24 +133,6 @@ def _open_shards(shards: list[Path], title: str, arg_name: str, options: DataCon
 
 def _columns(options: DataConfig) -> dict[str, str]:
     return {"image_column": options.image_column, "label_column": options.label_column}
-
-
-def _problem(path: Path) -> str:
-    """Reason why a path is neither a file nor a folder."""
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # a ValueError for a NUL byte
-        return "is a broken link" if os.path.islink(path) else "does not exist"  # noqa: PTH114
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    return "is neither a file nor a folder"
-
-
-def _nearest_parent(path: Path) -> str:
-    parent = next((p for p in path.parents if os.path.exists(p)), None)  # noqa: PTH110
-    if parent is None or parent == parent.parent:
-        return ""
-    return f" (the nearest folder that exists is {parent})"
 
 
 # ---- training and validation images --------------------------------------------------------------------------------
@@ -183,6 +159,7 @@ def open_train_val(config: Config, data: object = None) -> tuple[ImageSource, Im
         SourceError: there are no images, the validation classes are not among the training classes, or folders or
             shards seem to be parts of a data set and do not say which is for training (`train_a`, `val_a`).
     """
+    check_images(config, data)
     root, arg_name, options = config.data.root, "data.root", config.data
     wants_val = config.knn.enabled != "off"
     val: ImageSource | None = None
@@ -191,8 +168,6 @@ def open_train_val(config: Config, data: object = None) -> tuple[ImageSource, Im
     if data is not None:
         train = open_source(data, arg_name="data", options=options)
     elif root is None:
-        if config.data.builtin == "none":
-            raise SourceError("data: data.root must be set, got None; give --data.root FOLDER")
         if config.data.builtin == "demo":
             train, val = open_demo()
         else:

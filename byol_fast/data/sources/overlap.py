@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from byol_fast.data.integrity import CorruptImageError
+from byol_fast.data.errors import CorruptImageError
 from byol_fast.data.sources.arrays import ArraySource
 from byol_fast.data.sources.base import EncodedSource, ImageSource, evenly_spaced
 

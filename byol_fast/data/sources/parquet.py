@@ -23,14 +23,8 @@ from urllib.parse import unquote
 import numpy as np
 from numpy.typing import NDArray
 
-from byol_fast.data.sources.base import (
-    NUM_SAMPLED_SIZES,
-    ClassLabels,
-    SourceError,
-    digest,
-    evenly_spaced,
-    labels_from_text,
-)
+from byol_fast.data.errors import SourceError
+from byol_fast.data.sources.base import NUM_SAMPLED_SIZES, ClassLabels, digest, evenly_spaced, labels_from_text
 from byol_fast.data.sources.columns import (
     LABEL_COLUMNS,
     Columns,

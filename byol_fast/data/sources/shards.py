@@ -8,9 +8,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from byol_fast.data.sources.base import EXTENSIONS, SourceError
+from byol_fast.data.errors import SourceError
 from byol_fast.data.sources.braces import expand_braces
-from byol_fast.data.sources.files import walk
+from byol_fast.data.sources.listing import EXTENSIONS, walk
 from byol_fast.utils.files import open_regular
 
 SHARDS = (".tar", ".parquet")

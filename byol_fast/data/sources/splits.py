@@ -10,8 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from byol_fast.data.sources.base import EXTENSIONS, SourceError
-from byol_fast.data.sources.files import list_folder, walk
+from byol_fast.data.errors import SourceError
+from byol_fast.data.sources.listing import EXTENSIONS, list_folder, walk
 from byol_fast.data.sources.shards import SHARDS, find_shards
 from byol_fast.utils.files import printable_name
 

@@ -18,20 +18,19 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from byol_fast.data.integrity import MAX_BYTES, TOO_MANY_BYTES, CorruptImageError
+from byol_fast.data.errors import CorruptImageError, SourceError
+from byol_fast.data.integrity import MAX_BYTES, TOO_MANY_BYTES
 from byol_fast.data.sources.base import (
-    EXTENSIONS,
     NUM_SAMPLED_SIZES,
     ClassLabels,
     EncodedSource,
-    SourceError,
     digest,
     evenly_spaced,
-    is_hidden,
     labels_from_folders,
     labels_from_text,
     log_hidden,
 )
+from byol_fast.data.sources.listing import EXTENSIONS, is_hidden
 from byol_fast.data.sources.shards import LFS_POINTER, cache_path, file_stamp, is_lfs_pointer
 from byol_fast.data.sources.tar_index import INDEX_FORMAT, Index, build_index, unpack_texts
 from byol_fast.utils.files import atomic_path, expand_home, open_regular, printable_name

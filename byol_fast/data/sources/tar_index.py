@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from byol_fast.data.sources.base import EXTENSIONS, is_hidden
+from byol_fast.data.sources.listing import EXTENSIONS, is_hidden
 from byol_fast.data.sources.tar_members import TarDamageError, TarMember, read_members, sparse_extent
 from byol_fast.utils.files import open_regular, printable_name
 

@@ -12,7 +12,7 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
-from byol_fast.data.sources.base import SourceError
+from byol_fast.data.errors import SourceError
 
 NUM_COMPARED = 16
 """Largest number of items that are compared, and of threads that read them at once."""

@@ -1,0 +1,38 @@
+"""Checks before a run is started, the cheap ones: without torch, without a scan of the images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from byol_fast.config import Config
+from byol_fast.config.encoder_names import check_encoder_name
+from byol_fast.data.sources.paths import check_images
+from byol_fast.training.locks import LOCK_FILE
+from byol_fast.training.resume import check_resumable
+from byol_fast.training.run_dir import RunDir
+from byol_fast.utils.run_folder import check_run_folder
+
+
+def check_start(config: Config, *, data: object = None, resume: Path | None = None) -> None:
+    """Check the run folder, the encoder's name and the paths of the images; writes nothing.
+
+    Args:
+        config: of the run.
+        data: images instead of the configuration's, see `byol_fast.data.open_source`.
+        resume: run folder to continue.
+
+    Raises:
+        ConfigError: the folder cannot be used, a field differs from the run to be continued in what is computed, or
+            there is no such encoder.
+        SourceError: there are no images.
+    """
+    if resume is not None:
+        check_resumable(resume, config)
+    else:
+        check_run_folder(config.out, config.name)
+        run_dir = RunDir((config.out / config.name).absolute())
+        is_running = (run_dir.path / LOCK_FILE).exists()  # then the lock says who is running there
+        if config.name and run_dir.path.is_dir() and not is_running:
+            run_dir.check_usable(resume=False)
+    check_encoder_name(config.model.encoder)
+    check_images(config, data)
