@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from byol_fast import config as configs
-from byol_fast.config import Config, recipes
-from byol_fast.profiling.page import run_sections
-from byol_fast.report.callback import ReportCallback
-from byol_fast.training.callbacks import Callback
-from byol_fast.training.run_dir import RunResult
-from byol_fast.training.trainer import Trainer
+from byol_fast.config import Config, ConfigError, recipes
+from byol_fast.training.preflight import check_start
+
+if TYPE_CHECKING:
+    from byol_fast.training.callbacks import Callback
+    from byol_fast.training.run_dir import RunResult
 
 
 def pretrain(
@@ -21,6 +22,7 @@ def pretrain(
     *,
     resume: str | Path | None = None,
     callbacks: Sequence[Callback] = (),
+    image_size: int | None = None,
     **overrides: Any,
 ) -> RunResult:
     """Pre-train an encoder with BYOL, without labels.
@@ -33,6 +35,7 @@ def pretrain(
         recipe: name of a recipe (`byol_fast.config.recipes.RECIPES`), or a `Config`.
         resume: run folder to continue with its own configuration; `recipe` is then ignored.
         callbacks: hooks called during the run, see `byol_fast.Callback`.
+        image_size: height and width of both views in pixels: short for `view1={"size": ...}, view2={"size": ...}`.
         **overrides: fields of the configuration, nested ones as mappings: `epochs=100, optim={"lr": 0.3}`.
 
     Returns:
@@ -52,10 +55,25 @@ def pretrain(
         config = recipe
     else:
         config = recipes.get(str(recipe))
+    if image_size is not None:
+        if given := [name for name in ("view1", "view2") if _sets_size(name, overrides)]:
+            raise ConfigError(
+                f"pretrain: image_size must not be given beside the size of {given[0]}, it sets that of both views; "
+                "drop one of them"
+            )
+        config = configs.with_image_size(config, image_size)
+    config = configs.replace(config, overrides)
     folder = None if resume is None else Path(resume)
-    return Trainer(
-        configs.replace(config, overrides),
-        data=data,
-        resume=folder,
-        callbacks=[*callbacks, ReportCallback(run_sections)],
-    ).fit()
+    if os.environ.get("RANK", "0") == "0":  # with several processes, the first one checks for all
+        check_start(config, data=data, resume=folder)
+
+    from byol_fast.profiling.page import run_sections  # these import torch
+    from byol_fast.report.callback import ReportCallback
+    from byol_fast.training.trainer import Trainer
+
+    return Trainer(config, data=data, resume=folder, callbacks=[*callbacks, ReportCallback(run_sections)]).fit()
+
+
+def _sets_size(view: str, overrides: Mapping[str, object]) -> bool:
+    fields = overrides.get(view)
+    return f"{view}.size" in overrides or (isinstance(fields, Mapping) and "size" in fields)

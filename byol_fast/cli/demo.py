@@ -12,14 +12,14 @@ from byol_fast import config as configs
 from byol_fast.cli.options import parse_config
 from byol_fast.cli.train import print_outputs
 from byol_fast.config import recipes
+from byol_fast.training.preflight import check_start
 from byol_fast.utils.output import PlainConsole
-from byol_fast.utils.run_folder import check_run_folder
 
 
 def main(argv: list[str]) -> int:
     """Run the command and return its exit code."""
     config = parse_config(recipes.demo(), argv, "byol-fast demo")
-    check_run_folder(config.out, config.name)
+    check_start(config)
 
     from byol_fast.api import pretrain
     from byol_fast.utils.device import resolve_device

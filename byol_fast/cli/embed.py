@@ -20,15 +20,18 @@ from byol_fast.config.fields import (
     Threads,
     check_fields,
 )
-from byol_fast.utils.files import check_output_file, printable_name
+from byol_fast.data.sources.paths import check_path
+from byol_fast.utils.files import check_features_path, check_output_file, check_png_file, printable_name
 from byol_fast.utils.output import PlainConsole
 from byol_fast.utils.progress import Progress
+from byol_fast.utils.run_folder import encoder_files
 
 if TYPE_CHECKING:
     from torch import nn
 
     from byol_fast.data import ImageSource
     from byol_fast.evaluate import Features
+    from byol_fast.evaluate.neighbors import Matrix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +45,14 @@ class Options:
     output: Path = Path("features.npz")
     """File to write, .npz or .parquet: features, paths, labels where known."""
     neighbors: Path | None = None
-    """PNG file to write: some images, each beside those with the most similar features."""
+    """PNG file to write: some images, each beside those with the most similar features. With --query neighbors.png
+    beside the output by default."""
     queries: SheetQueries = 8
     """Number of images on that sheet, selected from all classes."""
     k: SheetNeighbors = 8
     """Number of neighbors of each."""
     query: tuple[Path, ...] = ()
-    """Images to show on the sheet instead of selected ones."""
+    """Images to find the most similar ones of: their paths are printed, and the sheet shows them."""
     batch_size: BatchSize = 256
     """Images per batch."""
     device: Device = "auto"
@@ -70,23 +74,22 @@ class Options:
 
     def __post_init__(self) -> None:
         check_fields(self, "embed: ")
+        if self.query and self.neighbors is None:
+            object.__setattr__(self, "neighbors", self.output.with_name("neighbors.png"))
 
 
 def main(argv: list[str]) -> int:
     """Run the command; return the exit code."""
     options = tyro.cli(Options, args=argv, prog="byol-fast embed")
     _check_options(options)
-    for path in filter(None, (options.output, options.neighbors)):
-        _check_writable(path, options.overwrite)
 
     from byol_fast.data import open_source
     from byol_fast.data.sources import FileSource
     from byol_fast.evaluate import save_features
-    from byol_fast.evaluate.features import check_features_path, check_saving
+    from byol_fast.evaluate.features import check_saving
     from byol_fast.export.encoder import load_encoder
     from byol_fast.report.neighbor_sheet import neighbor_sheet, save_sheet
 
-    check_features_path(options.output)
     encoder = load_encoder(options.encoder)
     data_options = DataConfig(
         image_column=options.image_column,
@@ -115,6 +118,8 @@ def main(argv: list[str]) -> int:
     print(_summary(results, options.output))
     if options.neighbors is not None:
         embedded = source.subset(results.index)
+        if own is not None:
+            _print_nearest(embedded, results.features, own, options.k)
         sheet = neighbor_sheet(embedded, results.features, queries=options.queries, k=options.k, own=own, title=title)
         save_sheet(sheet, options.neighbors)
         print(options.neighbors)
@@ -122,13 +127,16 @@ def main(argv: list[str]) -> int:
 
 
 def _check_options(options: Options) -> None:
-    """Raise an error for options that contradict each other, before torch is imported."""
-    if options.query and options.neighbors is None:
-        raise ConfigError("embed: query needs the sheet of neighbors; add --neighbors FILE.png")
+    """Raise an error for paths that cannot be used, before torch is imported."""
+    encoder_files(options.encoder)
+    check_path(options.folder, "folder")
+    check_features_path(options.output)
     if missing := [str(path) for path in options.query if not path.exists()]:
         raise ConfigError(f"embed: query images must exist, {', '.join(missing)} does not; check the spelling")
-    if options.neighbors is not None and options.neighbors.suffix.lower() != ".png":
-        raise ConfigError(f"embed: neighbors must be a file that ends in .png, got {options.neighbors}")
+    if options.neighbors is not None:
+        check_png_file(options.neighbors, "embed", "neighbors")
+    for path in filter(None, (options.output, options.neighbors)):
+        _check_writable(path, options.overwrite)
 
 
 def _embed(
@@ -186,6 +194,17 @@ def _check_sheet(source: ImageSource, query_source: ImageSource | None, options:
     except CorruptImageError:
         return  # found again, and named, when the images are embedded
     save_sheet(sheet, options.neighbors, trial=True)
+
+
+def _print_nearest(source: ImageSource, features: Matrix, own: tuple[ImageSource, Matrix], k: int) -> None:
+    """Print the images with the most similar features to each query."""
+    from byol_fast.evaluate.neighbors import nearest
+
+    similarity, neighbors = nearest(features, own[1], k=min(k, len(source)))
+    for query, (scores, rows) in enumerate(zip(similarity.tolist(), neighbors.tolist(), strict=True)):
+        print(f"{own[0].sample_name(query)}: the most similar images, by the cosine of their features")
+        for score, row in zip(scores, rows, strict=True):
+            print(f"  {score:.3f}  {source.sample_name(row)}")
 
 
 def _summary(results: Features, output: Path) -> str:

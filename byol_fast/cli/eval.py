@@ -12,7 +12,10 @@ import tyro
 
 from byol_fast.cli.options import print_error
 from byol_fast.config.evaluation import EvalSettings, FinetuneSettings, KNNSettings, LinearSettings
+from byol_fast.data.sources.paths import check_path
+from byol_fast.utils.files import expand_home
 from byol_fast.utils.output import PlainConsole
+from byol_fast.utils.run_folder import encoder_files
 
 if TYPE_CHECKING:
     from byol_fast.evaluate import Evaluation
@@ -66,6 +69,11 @@ def main(argv: list[str]) -> int:
         hint = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(PROTOCOLS)} comes first"
         return print_error(f"byol-fast eval: unknown protocol {protocol!r}; {hint}", 2)
     options: Options[Any] = tyro.cli(PROTOCOLS[protocol], args=argv[1:], prog=f"byol-fast eval {protocol}")
+
+    encoder_files(expand_home(options.encoder))
+    for path, arg_name in ((options.train, "--train"), (options.test, "--test")):
+        if path is not None:
+            check_path(path, arg_name)
 
     from byol_fast.evaluate import evaluate_finetune, evaluate_knn, evaluate_linear, load_pretrained
     from byol_fast.evaluate.results import summary

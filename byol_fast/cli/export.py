@@ -8,8 +8,10 @@ from typing import Literal
 
 import tyro
 
+from byol_fast import config as configs
 from byol_fast.cli.options import print_error
 from byol_fast.config import ConfigError
+from byol_fast.utils.run_folder import encoder_files
 
 
 def main(argv: list[str]) -> int:
@@ -33,6 +35,11 @@ def main(argv: list[str]) -> int:
             output: folder to write into; default: the run folder.
             with_normalize: torch-export and onnx: include the division by 255, mean and std; the input is then uint8.
         """
+        if format == "torchvision":
+            configs.load(run / "config.json")
+        else:
+            encoder_files(run)
+
         from byol_fast.export.encoder import export_run, load_latest_encoder
         from byol_fast.export.formats import ExportError, export_as
 

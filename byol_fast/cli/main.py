@@ -22,10 +22,10 @@ byol-fast {__version__}: fast, correct BYOL pre-training
 usage: byol-fast COMMAND ...
 
   demo                            train on packaged images in a few minutes; start here
-  train RECIPE [--option ...]     pre-train an encoder; `train --help` lists recipes, `train RECIPE --help` options
+  train RECIPE [FOLDER]           pre-train an encoder; `train --help` lists recipes, `train RECIPE --help` options
   train --resume RUN              continue a run exactly where it stopped
   preview RECIPE [--check]        write a contact sheet of augmented views; --check compares them with torchvision
-  doctor [--data.root FOLDER]     check your environment and data; suggests a fix for each problem
+  doctor [FOLDER]                 check your environment and data; suggests a fix for each problem
   export RUN [--format ...]       export the encoder of the newest checkpoint: safetensors, ONNX, torch.export, timm
   eval PROTOCOL ENCODER           evaluate an encoder with labels: knn, linear, finetune; see `eval --help`
   embed RUN FOLDER                write the features of every image; --neighbors adds a sheet of nearest neighbors
@@ -86,7 +86,7 @@ def _run(argv: list[str]) -> int:
 
 def _explain(error: Exception) -> int:
     """Print an expected error without its traceback and return the exit code; re-raise any other error."""
-    from byol_fast.data import CorruptImageError
+    from byol_fast.data.errors import CorruptImageError
     from byol_fast.training.errors import Interrupted, MainProcessError, TrainingError
     from byol_fast.utils.errors import CheckpointError, first_line
 

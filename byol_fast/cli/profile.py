@@ -10,9 +10,10 @@ from byol_fast.cli.options import parse_config, print_error
 from byol_fast.cli.train import take_resume
 from byol_fast.config import ConfigError, recipes
 from byol_fast.config.fields import ProfiledSteps, check
+from byol_fast.training.preflight import check_start
 
 USAGE = """\
-usage: byol-fast profile RECIPE [--steps N] [--option value ...]
+usage: byol-fast profile RECIPE [FOLDER] [--steps N] [--option value ...]
        byol-fast profile --resume RUN [--steps N] [--option value ...]
 
 Runs N steps (20) as in training without saving weights, measures where their time goes, and suggests changes.
@@ -36,6 +37,7 @@ def main(argv: list[str]) -> int:
         assert name is not None
         config = parse_config(recipes.get(name), argv, f"byol-fast profile {name}")
 
+    check_start(config, resume=None if resume is None else Path(resume))
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported; hides the log of its profiler
     from byol_fast.profiling.page import show
     from byol_fast.profiling.run import profile

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import tyro
 
+from byol_fast.report.reading import check_is_run
+
 
 def main(argv: list[str]) -> int:
     """Run the command and return its exit code."""
@@ -27,6 +29,9 @@ def main(argv: list[str]) -> int:
             no_images: read no image and no encoder: report only the run folder's records.
             num: largest number of images that are embedded for neighbors and map.
         """
+        for folder in runs:
+            check_is_run(folder)
+
         from byol_fast.profiling.page import run_sections
         from byol_fast.report.build import report as write
 

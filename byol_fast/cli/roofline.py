@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from byol_fast.cli.options import print_error
-from byol_fast.config import Config, recipes
+from byol_fast.cli.options import RunOptions, parse, print_error
+from byol_fast.config import recipes
+from byol_fast.config.encoder_names import check_encoder_name
+from byol_fast.utils.files import atomic_write, check_output_file
 
 USAGE = """\
 usage: byol-fast roofline RECIPE [--gpu H100 ...] [--measure] [--output FILE.json] [--plot FILE.svg] [--option ...]
@@ -20,60 +23,57 @@ images per second of GPUs (A100, H100, H200, RTX 4090; none is needed) or, with 
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Count FLOPs and memory traffic of a training step, and predict the maximum speed of devices."""
+
+    run: Annotated[RunOptions, tyro.conf.arg(name="")]
+    """Options of the run."""
+    gpu: tuple[str, ...] = ()
+    """A100, H100, H200, RTX 4090; all by default."""
+    measure: bool = False
+    """Measure the ceilings of this machine, and predict for it."""
+    level: str = "B"
+    """Of the plot: A eager, B fused by torch.compile, D batch norm fused with convolutions, E bound."""
+    output: Path | None = None
+    """JSON file to write, with a row per layer, phase and family."""
+    plot: Path | None = None
+    """SVG file to write: roofline of the first device with a point per block of layers."""
+
+
 def main(argv: list[str]) -> int:
     """Run the command and return the exit code."""
     name = argv.pop(0) if argv and not argv[0].startswith("-") else None
     if name is None:
         print(USAGE, end="")
         return 0 if argv and argv[0] in {"-h", "--help"} else print_error("byol-fast roofline: a recipe is missing", 2)
-    recipe = recipes.get(name)
-
-    def options(
-        config: Annotated[Config, tyro.conf.arg(name="")] = recipe,
-        gpu: tuple[str, ...] = (),
-        measure: bool = False,
-        level: str = "B",
-        output: Path | None = None,
-        plot: Path | None = None,
-    ) -> tuple[Config, tuple[str, ...], bool, str, Path | None, Path | None]:
-        """Count FLOPs and memory traffic of a training step, and predict the maximum speed of devices.
-
-        Args:
-            config: of the run.
-            gpu: A100, H100, H200, RTX 4090; all by default.
-            measure: measure the ceilings of this machine, and predict for it.
-            level: of the plot: A eager, B fused by torch.compile, D batch norm fused with convolutions, E bound.
-            output: JSON file to write, with a row per layer, phase and family.
-            plot: SVG file to write: roofline of the first device with a point per block of layers.
-        """
-        return config, gpu, measure, level, output, plot
-
-    config, gpu, measured, level, output, plot = tyro.cli(options, args=argv, prog=f"byol-fast roofline {name}")
+    prog = f"byol-fast roofline {name}"
+    options = parse(Options(run=RunOptions(config=recipes.get(name))), argv, prog)
+    config = options.run.resolve(argv, prog)
+    check_encoder_name(config.model.encoder)
+    for path in filter(None, (options.output, options.plot)):
+        check_output_file(path, "roofline")
 
     from byol_fast.profiling import GPUS, measure, roofline, stated
     from byol_fast.profiling.traffic import LEVELS
     from byol_fast.utils.device import resolve_device
-    from byol_fast.utils.files import atomic_write, check_output_file
     from byol_fast.utils.precision import resolve_precision
 
-    if level not in LEVELS:
-        return print_error(f"byol-fast roofline: level must be one of {', '.join(LEVELS)}, got {level!r}", 2)
-    for path in (output, plot):
-        if path is not None:
-            check_output_file(path, "roofline")
+    if options.level not in LEVELS:
+        return print_error(f"byol-fast roofline: level must be one of {', '.join(LEVELS)}, got {options.level!r}", 2)
     device = resolve_device(config.device)
-    if measured:
+    if options.measure:
         dtype = resolve_precision(config.precision, device).name
     else:
         dtype = "bf16" if config.precision == "auto" else config.precision
-    ceilings = [measure(device, dtype)] if measured else []
-    ceilings += [stated(one, dtype) for one in gpu or (() if measured else GPUS)]
+    ceilings = [measure(device, dtype)] if options.measure else []
+    ceilings += [stated(one, dtype) for one in options.gpu or (() if options.measure else GPUS)]
     result = roofline(config, dtype=dtype)
     result.show(ceilings)
-    if output is not None:
-        atomic_write(output, json.dumps(result.to_json(ceilings), indent=1) + "\n")
-        print(output)
-    if plot is not None:
-        atomic_write(plot, result.chart(ceilings[0], level))
-        print(plot)
+    if options.output is not None:
+        atomic_write(options.output, json.dumps(result.to_json(ceilings), indent=1) + "\n")
+        print(options.output)
+    if options.plot is not None:
+        atomic_write(options.plot, result.chart(ceilings[0], options.level))
+        print(options.plot)
     return 0

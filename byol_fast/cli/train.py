@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING
 from byol_fast import config as configs
 from byol_fast.cli.options import parse_config, print_error
 from byol_fast.config import Config, ConfigError, recipes
-from byol_fast.utils.run_folder import check_run_folder
+from byol_fast.training.preflight import check_start
+from byol_fast.training.resume import find_resumable
 
 if TYPE_CHECKING:
     from byol_fast.training.run_dir import RunResult
 
 USAGE = """\
-usage: byol-fast train RECIPE [--data.root FOLDER] [--option value ...]
+usage: byol-fast train RECIPE [FOLDER] [--option value ...]
        byol-fast train --resume RUN
-       byol-fast train RECIPE --resume auto [--option value ...]
+       byol-fast train RECIPE [FOLDER] --resume auto [--option value ...]
 
-  --data.root FOLDER   images: nested, flat or class-per-folder; or a list (.txt, .csv), tar or Parquet shards, a .npz
+  FOLDER               images: nested, flat or class-per-folder; or a list (.txt, .csv), tar or Parquet shards, a .npz
   --resume RUN         continue the run in this folder, with its options
   --resume auto        continue OUT/NAME, or without a name the newest unfinished run with these options, else start it
 
@@ -44,14 +45,12 @@ def main(argv: list[str]) -> int:
         hint = f"; it comes first: byol-fast train {misplaced[0]} ..." if misplaced else ""
         return print_error(f"byol-fast train: a recipe is missing{hint}", 2)
     if name is not None and Path(name).exists() and name not in recipes.RECIPES:
-        raise ConfigError(f"byol-fast train: {name} is not a recipe; for images, use --data.root {name}")
+        raise ConfigError(f"byol-fast train: {name} is not a recipe; it comes first: byol-fast train RECIPE {name}")
 
     folder: Path | None = None
     if resume is None or resume == "auto":
         assert name is not None
         config = parse_config(recipes.get(name), argv, f"byol-fast train {name}")
-        if os.environ.get("RANK", "0") == "0":  # with several processes, only the first one writes
-            check_run_folder(config.out, config.name)
     else:
         folder = Path(resume)
         stored = configs.load(folder / "config.json")
@@ -61,10 +60,12 @@ def main(argv: list[str]) -> int:
             )
         config = parse_config(stored, argv, f"byol-fast train --resume {resume}")
 
+    if os.environ.get("RANK", "0") == "0":  # with several processes, the first one checks for all
+        check_start(config, resume=find_resumable(config) if resume == "auto" else folder)
+
     from byol_fast.profiling.page import run_sections
     from byol_fast.report.callback import ReportCallback
     from byol_fast.training import distributed  # imports torch: after parsing, so that errors are instant
-    from byol_fast.training.resume import find_resumable
     from byol_fast.training.trainer import Trainer
 
     # Already here, because the processes must agree on the run to resume; the trainer's call then finds the group.

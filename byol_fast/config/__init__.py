@@ -1,7 +1,7 @@
 """Configuration of a run: documented and validated frozen dataclasses, recipes, JSON and overrides."""
 
 from byol_fast.config.fields import ConfigError
-from byol_fast.config.io import differences, from_dict, load, replace, to_dict
+from byol_fast.config.io import differences, from_dict, load, replace, to_dict, with_image_size
 from byol_fast.config.schema import (
     Config,
     DataConfig,
@@ -28,4 +28,5 @@ __all__ = [
     "load",
     "replace",
     "to_dict",
+    "with_image_size",
 ]

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from byol_fast.config.fields import ConfigError
+from byol_fast.config.fields import ConfigError, ImageSize, check
 from byol_fast.config.schema import Config
 
 T = TypeVar("T")
@@ -50,6 +50,12 @@ def replace(config: T, changes: Mapping[str, object]) -> T:
             raise ConfigError(f"config: {name} is a single value, got fields {', '.join(fields)} for it")
         values[name] = replace(getattr(config, name), fields)
     return dataclasses.replace(config, **values)
+
+
+def with_image_size(config: Config, size: int) -> Config:
+    """A configuration with another size of both views, in pixels."""
+    size = check("image_size", ImageSize, size)
+    return replace(config, {"view1.size": size, "view2.size": size})
 
 
 def to_dict(config: Config) -> dict[str, Any]:

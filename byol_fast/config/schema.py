@@ -351,7 +351,7 @@ class Config:
             "config: view2.size",
             f"equal view1.size ({self.view1.size})",
             self.view2.size,
-            "both views go through the same networks; set both sizes",
+            "both views go through the same networks; set both by image_size",
         )
         batches = self.data.prefetch + 1 + self.grad_accum_steps
         require(

@@ -6,8 +6,9 @@ import json
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import tyro
 from rich.table import Table
 from rich.text import Text
 
@@ -104,6 +105,8 @@ def _print_scan(name: str, scan: dict[str, Any], console: PlainConsole) -> None:
 class Options:
     """Check your environment and data: versions, GPU, DALI, CPU, memory, and every image."""
 
+    folder: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FOLDER")] = ()
+    """Images to check: short for --data.root."""
     data: ScanData = field(default_factory=ScanData)
     """Images to check."""
     fast: bool = False
@@ -120,7 +123,7 @@ def main(options: Options) -> int:
     """
     data, fast, as_json = options.data, options.fast, options.json
     if fast and data.root is None:
-        raise ConfigError("doctor: --fast requires images; pass --data.root, too")
+        raise ConfigError("doctor: --fast requires images; give the folder, too")
     console = PlainConsole(quiet=as_json, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     checks = run_checks(collect())
     table = Table(title="environment", title_justify="left")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import shutil
@@ -26,7 +25,7 @@ from byol_fast.evaluate.rankme import rankme, subsample_rows
 from byol_fast.export.encoder import load_encoder
 from byol_fast.models.layers import Normalize
 from byol_fast.utils.device import resolve_device
-from byol_fast.utils.files import original_name, output_file, printable_name
+from byol_fast.utils.files import check_features_path, original_name, output_file, printable_name
 from byol_fast.utils.precision import resolve_precision
 from byol_fast.utils.progress import Progress
 
@@ -171,18 +170,6 @@ def _names(source: ImageSource) -> list[str]:
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
-
-
-def check_features_path(path: Path) -> None:
-    """Raise an error for a path that features cannot be written to, before they are computed.
-
-    Raises:
-        ConfigError: the suffix is neither .npz nor .parquet, or pyarrow is missing for the latter.
-    """
-    if path.suffix not in {".npz", ".parquet"}:
-        raise ConfigError(f"embed: output must be a file that ends in .npz or .parquet, got {path}")
-    if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise ConfigError(f"embed: output is {path}, which needs pyarrow; pip install pyarrow, or write .npz")
 
 
 def check_saving(source: ImageSource, metadata: dict[str, Any], path: Path) -> None:

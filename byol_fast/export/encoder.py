@@ -21,6 +21,7 @@ from byol_fast.utils import records as checks
 from byol_fast.utils.env import version
 from byol_fast.utils.errors import CheckpointError, reason
 from byol_fast.utils.files import atomic_path, atomic_write, open_regular, write_errors
+from byol_fast.utils.run_folder import encoder_files
 
 log = logging.getLogger(__name__)
 
@@ -151,15 +152,12 @@ def load_encoder(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
         CheckpointError: the exported encoder is damaged, or the run has neither one nor a usable checkpoint.
     """
     path = Path(path)
-    weights_path = path / "encoder.safetensors" if path.is_dir() else path.with_suffix(".safetensors")
-    if path.is_dir() and not weights_path.exists() and (path / "config.json").exists():
+    files = encoder_files(path)
+    if files is None:
         _, encoder, metadata = _from_checkpoint(path)
         log.info("%s has no exported encoder yet: loading that of the checkpoint of step %d", path, metadata["step"])
         return encoder, metadata
-    metadata_path = weights_path.with_suffix(".json")
-    for file in (weights_path, metadata_path):
-        if not file.exists():
-            raise FileNotFoundError(f"load_encoder: {file} does not exist; write it with `byol-fast export RUN`")
+    weights_path, metadata_path = files
     metadata = _read_metadata(metadata_path)
     folder = weights_path.parent
     checkpoint_steps = checkpoints.saved_steps(folder / "checkpoints")

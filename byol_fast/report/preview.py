@@ -12,14 +12,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from byol_fast.config import Config, ConfigError, ViewConfig
+from byol_fast.config import Config, ViewConfig
 from byol_fast.config.fields import Range, check
 from byol_fast.data.augment_params import PROBABILITIES, AugmentParams, crop_box, sample_augment_params
 from byol_fast.data.batch import Batch
 from byol_fast.data.loaders.backend import resolve_backend
 from byol_fast.data.loaders.factory import make_loader
 from byol_fast.data.sources import ImageSource, SourceError
-from byol_fast.utils.files import check_output_file, output_file
+from byol_fast.utils.files import check_png_file, output_file
 from byol_kernels.photometric.params import ADJUSTMENTS, HUE
 
 INK, FAINT, PAPER, TRAY = "#1f2328", "#8b949e", "#ffffff", "#f3f4f6"
@@ -247,19 +247,12 @@ def _draw_original(canvas: Image.Image, sample: Sample, at: tuple[int, int], til
         draw.text((x + TAG / 2 - 1, y + TAG / 2 - 1), str(number + 1), PAPER, font, anchor="mm")
 
 
-def check_path(path: Path) -> None:
-    """Raise a ConfigError unless the path has the suffix of a PNG file and can be written."""
-    if path.suffix.lower() != ".png":
-        raise ConfigError(f"preview: output must be a file that ends in .png, got {path}")
-    check_output_file(path, "preview")
-
-
 def write(image: Image.Image, path: Path) -> None:
     """Save a sheet as a PNG file, atomically.
 
     Raises:
         ConfigError: the path does not end in .png, or cannot be written.
     """
-    check_path(path)
+    check_png_file(path, "preview", "output")
     with output_file(path, "preview") as temporary:
         image.save(temporary, format="png", optimize=True)

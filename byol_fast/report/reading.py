@@ -137,6 +137,15 @@ def distinct_names(runs: Sequence[RunFiles]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
 
 
+def check_is_run(folder: Path) -> None:
+    """Raise a ConfigError unless a folder is a run's."""
+    if not (folder / "config.json").exists() and not (folder / "metrics.jsonl").exists():
+        raise ConfigError(
+            f"report: {folder} must be a run folder, but it has neither config.json nor metrics.jsonl; pass a folder "
+            "written by `byol-fast train`"
+        )
+
+
 def read_run(folder: Path) -> RunFiles:
     """Read a run folder, also one of an unfinished or damaged run.
 
@@ -146,11 +155,7 @@ def read_run(folder: Path) -> RunFiles:
     Raises:
         ConfigError: it is not a run folder.
     """
-    if not (folder / "config.json").exists() and not (folder / "metrics.jsonl").exists():
-        raise ConfigError(
-            f"report: {folder} must be a run folder, but it has neither config.json nor metrics.jsonl; pass a folder "
-            "written by `byol-fast train`"
-        )
+    check_is_run(folder)
     notes: list[str] = []
     values = _read_json(folder / "config.json", notes)
     config = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import os
 import re
 import secrets
@@ -82,6 +83,25 @@ def check_output_file(path: Path, command: str) -> None:
     """Raise a ConfigError for a file that cannot be written: before the work, not after it."""
     with output_file(path, command, trial=True):
         pass
+
+
+def check_png_file(path: Path, command: str, arg_name: str) -> None:
+    """Raise a ConfigError unless a path has the suffix of a PNG file and can be written."""
+    if path.suffix.lower() != ".png":
+        raise ConfigError(f"{command}: {arg_name} must be a file that ends in .png, got {path}")
+    check_output_file(path, command)
+
+
+def check_features_path(path: Path) -> None:
+    """Raise an error for a path that features cannot be written to, before they are computed.
+
+    Raises:
+        ConfigError: the suffix is neither .npz nor .parquet, or pyarrow is missing for the latter.
+    """
+    if path.suffix not in {".npz", ".parquet"}:
+        raise ConfigError(f"embed: output must be a file that ends in .npz or .parquet, got {path}")
+    if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise ConfigError(f"embed: output is {path}, which needs pyarrow; pip install pyarrow, or write .npz")
 
 
 def check_output_folder(folder: Path, command: str, remedy: str) -> None:

@@ -1,4 +1,4 @@
-"""Check of a run's folder that needs neither torch nor the folder: an error comes at once."""
+"""Checks of run folders and exported encoders that need no torch: an error comes at once."""
 
 from __future__ import annotations
 
@@ -43,3 +43,25 @@ def not_writable(path: Path, error: OSError) -> ConfigError:
         return ConfigError(f"config: {path} cannot be created ({error.strerror}); set a shorter `name` or `out`")
     advice = write_advice(error) if error.errno != errno.ENOENT else "make it writable"  # as in /proc
     return ConfigError(f"config: {path} cannot be written ({error}); {advice}, or set `out` to another folder")
+
+
+def encoder_files(path: Path) -> tuple[Path, Path] | None:
+    """Weights and metadata of an exported encoder; None for a run that has not exported its encoder yet.
+
+    Args:
+        path: a run folder, a folder that `byol-fast export` wrote, or its `encoder.safetensors`.
+
+    Raises:
+        FileNotFoundError: there is neither an exported encoder nor a run.
+    """
+    if not path.exists():
+        raise FileNotFoundError(
+            f"load_encoder: {path} does not exist; give a run folder, or an encoder written by `byol-fast export`"
+        )
+    weights = path / "encoder.safetensors" if path.is_dir() else path.with_suffix(".safetensors")
+    if path.is_dir() and not weights.exists() and (path / "config.json").exists():
+        return None
+    for file in (weights, weights.with_suffix(".json")):
+        if not file.exists():
+            raise FileNotFoundError(f"load_encoder: {file} does not exist; write it with `byol-fast export RUN`")
+    return weights, weights.with_suffix(".json")

@@ -71,7 +71,7 @@ def test_train_resume_and_export(
         (["train", "imagenet_resnet50", "--data.root", "~nouser/images"], "~nouser/images does not exist"),
         (["train", "imagenet_resnet50"], "data.root must be set"),
         (["train", "--seed", "1", "demo"], "it comes first: byol-fast train demo"),
-        (["train", "/tmp"], "for images, use --data.root /tmp"),
+        (["train", "/tmp"], "it comes first: byol-fast train RECIPE /tmp"),
         (["export", "nowhere"], "nowhere/config.json does not exist"),
         (["roofline", "demo", "--output", "/dev/null/x"], "roofline: /dev/null/x cannot be written"),
         (["train", "demo", "--name", "a" * 300], "cannot be created (File name too long); set a shorter `name` or"),

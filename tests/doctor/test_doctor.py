@@ -218,7 +218,7 @@ def test_exit_codes_and_json(tmp_path: Path, monkeypatch: Any, capsys: Any) -> N
         shown = capsys.readouterr().out
         ends = {(0, True): "Ready to train.", (1, True): "some images cannot be read."}
         assert ends.get((code, info.torchvision is not None), "Required, but broken: torchvision") in shown
-    with pytest.raises(ValueError, match="--fast requires images; pass --data.root, too"):
+    with pytest.raises(ValueError, match="--fast requires images; give the folder, too"):
         main(Options(fast=True))
 
 

@@ -1,0 +1,188 @@
+"""Errors in the order of their cost: before torch is imported, before images are scanned, before networks are built."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torchvision
+
+from byol_fast import config as configs
+from byol_fast import pretrain
+from byol_fast.config import Config, encoder_names, recipes
+from byol_fast.models import encoders
+from byol_fast.training.trainer import Trainer
+from byol_fast.utils import checkpoint_files
+
+COMMANDS = "demo", "train", "eval knn", "embed", "export", "profile", "bench", "doctor", "preview", "roofline", "report"
+RECIPE = ("train", "imagenet_resnet50")
+ERRORS: dict[tuple[str, ...], str] = {
+    (*RECIPE, "nowhere"): "data.root: {cwd}/nowhere does not exist; give a folder",
+    (*RECIPE, "--data.root", "nowhere"): "data.root: {cwd}/nowhere does not exist; give a folder",
+    (*RECIPE, "photos", "--knn.val-root", "nowhere"): "knn.val_root: {cwd}/nowhere does not exist",
+    (*RECIPE, "empty"): "data.root: no images in {cwd}/empty or below (only 1 x .md)",
+    (*RECIPE, "photos.zip"): "photos.zip is a file of an unknown kind; unpack it first",
+    (*RECIPE, "train-{{0..3}}.tar"): "data.root: 4 of 4 shards of train-{{0..3}}.tar do not exist",
+    (*RECIPE, "photos/0.jpg"): "0.jpg is a file of an unknown kind",
+    RECIPE: "data.root must be set",
+    (*RECIPE, "photos", "--model.encoder", "resnet51"): "got 'resnet51'; did you mean resnet50, resnet18, resnet152?",
+    (
+        *RECIPE,
+        "photos",
+        "--name",
+        "good",
+    ): "good must be a new run's folder, it is not empty; continue it",
+    (*RECIPE, "photos", "--optim.lrr", "1"): "--optim.lr",
+    (*RECIPE, "photos", "--optim.lr", "-1"): "optim.lr must be a number",
+    (*RECIPE, "photos", "photos"): "FOLDER must be one path, got 2: photos photos",
+    (*RECIPE, "photos", "--data.root", "photos"): "FOLDER must not be given beside --data.root, got photos",
+    (*RECIPE, "photos", "--image-size", "8", "--view2.size=8"): "--image-size must not be given beside --view2.size",
+    (*RECIPE, "photos", "--image-size", "0"): "image_size must be an integer from 1 to 8,192, got 0",
+    ("train", "imagenet_resnet51"): "did you mean 'imagenet_resnet50'?",
+    ("train", "photos"): "photos is not a recipe; it comes first: byol-fast train RECIPE photos",
+    ("train", "--resume", "runs/good", "--optim.lr", "3"): "optim.lr was 0.45 and is 3.0; drop these options",
+    (*RECIPE, "photos", "--resume", "auto", "--name", "good"): "must be continued as it was started, but",
+    ("train", "--resume", "photos"): "photos/config.json does not exist; give the run folder",
+    ("train", "--resume", "runs/lost"): "must hold the checkpoints that this run has saved, it holds none",
+    ("profile", "imagenet_resnet50", "nowhere"): "nowhere does not exist",
+    ("profile", "--resume", "runs/good", "--optim.lr", "3"): "optim.lr was 0.45 and is 3.0",
+    ("preview", "imagenet_resnet50", "nowhere"): "nowhere does not exist",
+    ("preview", "imagenet_resnet50", "photos", "--output", "x.jpg"): "output must be a file that ends in .png",
+    ("roofline", "imagenet_resnet50", "--model.encoder", "resnet51"): "did you mean resnet50",
+    ("doctor", "nowhere"): "nowhere does not exist",
+    ("embed", "nowhere", "photos"): "nowhere does not exist; give a run folder",
+    ("embed", "runs/good", "nowhere"): "folder: {cwd}/nowhere does not exist",
+    ("embed", "runs/good", "photos", "--output", "x.csv"): "output must be a file that ends in .npz or .parquet",
+    ("eval", "knn", "nowhere"): "nowhere does not exist",
+    ("eval", "knn", "runs/good", "--train", "nowhere"): "--train: {cwd}/nowhere does not exist",
+    ("export", "nowhere"): "nowhere/config.json does not exist",
+    ("report", "nowhere"): "nowhere must be a run folder",
+}
+"""Command lines and what their message says, with the current folder for {cwd}."""
+SCRIPT = """
+import contextlib, io, json, sys
+from byol_fast.cli.main import main
+results = []
+for argv in json.load(sys.stdin):
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
+        try:
+            main(argv)
+        except SystemExit as ended:
+            code = ended.code
+    results.append((code, shown.getvalue(), "torch" in sys.modules))
+print(json.dumps(results))
+"""
+
+
+def write_files(folder: Path) -> None:
+    """Images, and the folders of two runs: one with a checkpoint, one that has lost its own."""
+    (folder / "photos").mkdir()
+    (folder / "photos" / "0.jpg").touch()
+    (folder / "photos.zip").touch()
+    (folder / "empty").mkdir()
+    (folder / "empty" / "notes.md").touch()
+    config = configs.replace(recipes.get("imagenet_resnet50_100"), {"data.root": folder / "photos"})
+    for name in ("good", "lost"):
+        run = folder / "runs" / name
+        (run / "checkpoints").mkdir(parents=True)
+        (run / "config.json").write_text(json.dumps(configs.to_dict(config)))
+        (run / "status.json").write_text('{"finished": false}')
+    checkpoint_files.path_at_step(folder / "runs" / "good" / "checkpoints", 1).touch()
+
+
+def test_help_and_early_errors_import_no_torch(tmp_path: Path) -> None:
+    write_files(tmp_path)
+    helps = [[*command.split(), "--help"] for command in COMMANDS]
+    helps += [[command, "demo", "--help"] for command in ("train", "profile", "preview", "roofline")]
+    lines = [*helps, *([word.format() for word in words] for words in ERRORS)]
+    command, words = [sys.executable, "-c", SCRIPT], json.dumps(lines)
+    ended = subprocess.run(command, input=words, capture_output=True, text=True, cwd=tmp_path, check=True)
+    results = json.loads(ended.stdout)
+    expected = [(0, "")] * len(helps) + [(2, text.format(cwd=tmp_path)) for text in ERRORS.values()]
+    for line, (code, text), (got_code, shown, has_torch) in zip(lines, expected, results, strict=True):
+        assert got_code == code, (line, shown)
+        assert text in " ".join(shown.split()), line
+        assert "Traceback" not in shown, line
+        assert not has_torch, f"{line} imports torch"
+
+
+def test_listed_names_are_those_of_torchvision() -> None:
+    version = tuple(map(int, torchvision.__version__.split(".")[:2]))
+    installed = torchvision.models.list_models(module=torchvision.models)
+    if version <= encoder_names.TORCHVISION_VERSION:
+        assert list(encoder_names.TORCHVISION) == installed
+    else:  # add the new ones to the list
+        assert set(encoder_names.TORCHVISION) <= set(installed)
+    assert set(encoder_names.OWN) == set(encoders.OWN_ENCODERS)
+
+
+@pytest.mark.parametrize(
+    ("version", "is_refused"), [("0.26.0", True), ("0.29.2+cu132", True), ("0.30.0", False), ("1.0", False)]
+)
+def test_newer_torchvision_decides_by_its_own_list(
+    version: str, is_refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "torchvision")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: {"torchvision": version}[name])
+    if is_refused:
+        with pytest.raises(configs.ConfigError, match="got 'resnet9000'"):
+            encoder_names.check_encoder_name("resnet9000")
+    else:
+        encoder_names.check_encoder_name("resnet9000")
+    encoder_names.check_encoder_name("resnet50")
+
+
+@pytest.mark.peers
+def test_misspelt_timm_name_gets_the_closest_ones() -> None:
+    encoders.check_encoder_name("timm/resnet50")
+    with pytest.raises(configs.ConfigError, match=r"a timm model, got 'timm/resnet51'; did you mean timm/resnet50"):
+        encoders.check_encoder_name("timm/resnet51")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    changes: dict[str, Any] = {"name": "it", "out": tmp_path / "runs", "device": "cpu", "data.threads": 1}
+    return configs.replace(recipes.get("cifar10_resnet18"), changes)
+
+
+def test_unknown_encoder_is_found_before_images_are_scanned(config: Config, tmp_path: Path) -> None:
+    for part in ("train_a", "val_a"):  # the scan refuses these folders
+        (tmp_path / "images" / part).mkdir(parents=True)
+        (tmp_path / "images" / part / "0.jpg").touch()
+    changes = {"model.encoder": "resnet51", "data.root": tmp_path / "images"}
+    with pytest.raises(ValueError, match="got 'resnet51'; did you mean"):
+        Trainer(configs.replace(config, changes))
+    with pytest.raises(ValueError, match="it is not clear which to train on"):
+        Trainer(configs.replace(config, changes | {"model.encoder": "resnet18"}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 9}, "batch_size: must be at most the number of training images, 8, got 9"),
+        ({"optim.warmup_steps": 9, "steps": 8}, "optim.warmup_steps must be at most the run's 8 steps, got 9"),
+        ({"probe.enabled": "on"}, "probe.enabled is 'on', but the training images have no labels"),
+        ({"knn.enabled": "on"}, "knn.enabled is 'on', but there are no validation images"),
+        ({}, "cifar_stem is for ResNets, got 'mobilenet_v3_small'"),
+    ],
+)
+def test_number_and_labels_of_images_are_checked_before_networks_are_built(
+    changes: dict[str, Any], message: str, config: Config
+) -> None:
+    """The network cannot be built, which is the last of these errors."""
+    images = np.zeros((8, 32, 32, 3), np.uint8)
+    config = configs.replace(config, {"model.encoder": "mobilenet_v3_small", "batch_size": 4})
+    with pytest.raises(ValueError, match=message):
+        Trainer(configs.replace(config, changes), data=images)
+
+
+@pytest.mark.parametrize("overrides", [{"view1": {"size": 8}}, {"view2.size": 8}])
+def test_image_size_of_pretrain_is_refused_beside_a_view_size(overrides: dict[str, Any]) -> None:
+    with pytest.raises(configs.ConfigError, match=r"image_size must not be given beside the size of view[12]"):
+        pretrain("nowhere", "demo", image_size=16, **overrides)
