@@ -18,7 +18,10 @@ SUITES: tuple[Suite, ...] = ("peers", "kernels", "data", "step", "end-to-end", "
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Suites to measure, and their sizes."""
+    """Compare the speed of byol_fast with plain PyTorch and other libraries.
+
+    `byol-fast bench compare A B` compares two folders of results.
+    """
 
     suites: tyro.conf.Positional[tuple[Suite, ...]] = ()
     """peers: a training step of other libraries and of byol_fast; kernels: operators; data: two views of images; step:

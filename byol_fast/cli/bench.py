@@ -7,19 +7,14 @@ from pathlib import Path
 import tyro
 
 from byol_fast.bench.options import Options
+from byol_fast.cli.options import parse
 
 
 def main(argv: list[str]) -> int:
     """Run the command and return the exit code."""
     if argv and argv[0] == "compare":
         return _compare(argv[1:])
-    options = tyro.cli(
-        Options,
-        args=argv,
-        prog="byol-fast bench",
-        description="Compare the speed of byol_fast with plain PyTorch and other libraries. `byol-fast bench compare A "
-        "B` compares two folders of results.",
-    )
+    options = parse(Options, argv, "byol-fast bench")
 
     from byol_fast.bench.runner import Bench
 

@@ -13,7 +13,7 @@ def main(argv: list[str]) -> int:
     """Run the command and return the exit code."""
     from byol_fast.doctor import main as doctor
 
-    options = parse(doctor.Options(), argv, "byol-fast doctor")
+    options = parse(doctor.Options, argv, "byol-fast doctor")
     if options.folder:
         folder = Path(one_folder(options.folder, argv, "byol-fast doctor"))
         options = replace(options, data=replace(options.data, root=folder))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from byol_fast.cli.options import parse
 from byol_fast.config import ConfigError, DataConfig
 from byol_fast.config.fields import (
     BatchSize,
@@ -80,7 +81,7 @@ class Options:
 
 def main(argv: list[str]) -> int:
     """Run the command; return the exit code."""
-    options = tyro.cli(Options, args=argv, prog="byol-fast embed")
+    options = parse(Options, argv, "byol-fast embed")
     _check_options(options)
 
     from byol_fast.data import open_source
@@ -128,8 +129,6 @@ def main(argv: list[str]) -> int:
 
 def _check_options(options: Options) -> None:
     """Raise an error for paths that cannot be used, before torch is imported."""
-    encoder_files(options.encoder)
-    check_path(options.folder, "folder")
     check_features_path(options.output)
     if missing := [str(path) for path in options.query if not path.exists()]:
         raise ConfigError(f"embed: query images must exist, {', '.join(missing)} does not; check the spelling")
@@ -137,6 +136,8 @@ def _check_options(options: Options) -> None:
         check_png_file(options.neighbors, "embed", "neighbors")
     for path in filter(None, (options.output, options.neighbors)):
         _check_writable(path, options.overwrite)
+    encoder_files(options.encoder)
+    check_path(options.folder, "folder")
 
 
 def _embed(

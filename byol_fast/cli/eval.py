@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
 import tyro
 
-from byol_fast.cli.options import print_error
+from byol_fast.cli.options import parse, print_error
 from byol_fast.config.evaluation import EvalSettings, FinetuneSettings, KNNSettings, LinearSettings
 from byol_fast.data.sources.paths import check_path
 from byol_fast.utils.files import expand_home
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
         near = difflib.get_close_matches(protocol, PROTOCOLS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(PROTOCOLS)} comes first"
         return print_error(f"byol-fast eval: unknown protocol {protocol!r}; {hint}", 2)
-    options: Options[Any] = tyro.cli(PROTOCOLS[protocol], args=argv[1:], prog=f"byol-fast eval {protocol}")
+    options: Options[Any] = parse(PROTOCOLS[protocol], argv[1:], f"byol-fast eval {protocol}")
 
     encoder_files(expand_home(options.encoder))
     for path, arg_name in ((options.train, "--train"), (options.test, "--test")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +11,25 @@ from typing import Annotated, TypeVar
 import tyro
 
 from byol_fast import config as configs
+from byol_fast.cli.help import help_text
 from byol_fast.config import Config, ConfigError
 from byol_fast.utils.output import PlainConsole
 
 T = TypeVar("T")
+
+FREQUENT = (
+    "folder",
+    "model.encoder",
+    "model.pretrained",
+    "image_size",
+    "batch_size",
+    "epochs",
+    "optim.lr",
+    "knn.val_root",
+    "name",
+    "device",
+)
+"""Options of a run that are changed most often."""
 
 
 def print_error(message: str, code: int) -> int:
@@ -51,26 +67,32 @@ class RunOptions:
 
 def parse_config(config: Config, argv: list[str], prog: str) -> Config:
     """Override single fields of a configuration from the command line."""
-    return parse(RunOptions(config=config), argv, prog).resolve(argv, prog)
+    return parse(RunOptions, argv, prog, RunOptions(config=config)).resolve(argv, prog)
 
 
-def parse(default: T, argv: Sequence[str], prog: str) -> T:
-    """Options of a command from its words.
+def parse(options: type[T], argv: Sequence[str], prog: str, default: T | None = None) -> T:
+    """Options of a command from its words; prints the help and exits if they ask for it.
 
     Args:
-        default: dataclass with the default values.
+        options: dataclass whose fields are the options.
         argv: the words behind the command.
         prog: the command.
+        default: instance with the default values.
 
     Raises:
         ConfigError: `--image-size` beside the size of a view, or an invalid value of a configuration.
     """
+    if not {"-h", "--help"}.isdisjoint(argv):
+        print(help_text(options, prog, default=default, first=FREQUENT), end="")
+        sys.exit(0)
     given = [name for name in ("--view1.size", "--view2.size") if is_given(name, argv)]
     if given and is_given("--image-size", argv):
         raise ConfigError(
             f"{prog}: --image-size must not be given beside {given[0]}, it sets the size of both views; drop one"
         )
-    return tyro.cli(type(default), default=default, args=argv, prog=prog, description=f"Options of `{prog}`.")
+    if default is None:
+        return tyro.cli(options, args=argv, prog=prog)
+    return tyro.cli(options, args=argv, prog=prog, default=default)
 
 
 def one_folder(folders: Sequence[str], argv: Sequence[str], prog: str) -> str:

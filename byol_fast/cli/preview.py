@@ -11,6 +11,7 @@ import tyro
 from byol_fast import config as configs
 from byol_fast.cli.options import RunOptions, parse, print_error
 from byol_fast.config import recipes
+from byol_fast.config.fields import Range, check_fields
 from byol_fast.data.sources.paths import check_images
 from byol_fast.utils.files import check_png_file
 
@@ -29,14 +30,17 @@ class Options:
 
     run: Annotated[RunOptions, tyro.conf.arg(name="")]
     """Options of the run."""
-    num: int = 8
+    num: Annotated[int, Range(1, 256)] = 8
     """Number of images: the first ones of the epoch."""
     output: Path = Path("preview.png")
     """PNG file."""
-    epoch: int = 0
+    epoch: Annotated[int, Range(0, 1_000_000)] = 0
     """Pass over the data, from 0; each has other views."""
     check: bool = False
     """Compare every operator with torchvision on these images, and exit with 1 if an error is too large."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "preview: ")
 
 
 def main(argv: list[str]) -> int:
@@ -46,7 +50,7 @@ def main(argv: list[str]) -> int:
         print(USAGE, end="")
         return 0 if argv and argv[0] in {"-h", "--help"} else print_error("byol-fast preview: a recipe is missing", 2)
     prog = f"byol-fast preview {name}"
-    options = parse(Options(run=RunOptions(config=recipes.get(name))), argv, prog)
+    options = parse(Options, argv, prog, Options(run=RunOptions(config=recipes.get(name))))
     config = options.run.resolve(argv, prog)
     check_png_file(options.output, "preview", "output")
     check_images(config)

@@ -2,40 +2,47 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
+from byol_fast.cli.options import parse
 from byol_fast.report.reading import check_is_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Write an HTML page about a run: curves, evaluations, views, neighbors, a map of the features, options."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folder; several are compared."""
+    output: Path | None = None
+    """Output file; report.html in the run folder by default, ./report.html for several runs."""
+    images: Path | None = None
+    """Current location of the images, if they were moved."""
+    no_images: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Read no image and no encoder: report only the run folder's records."""
+    num: int = 2000
+    """Largest number of images that are embedded for neighbors and map."""
 
 
 def main(argv: list[str]) -> int:
     """Run the command and return its exit code."""
+    options = parse(Options, argv, "byol-fast report")
+    for folder in options.runs:
+        check_is_run(folder)
 
-    def report(
-        runs: tyro.conf.Positional[tuple[Path, ...]],
-        output: Path | None = None,
-        images: Path | None = None,
-        no_images: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
-        num: int = 2000,
-    ) -> None:
-        """Write an HTML page about a run: curves, evaluations, views, neighbors, a map of the features, options.
+    from byol_fast.profiling.page import run_sections
+    from byol_fast.report.build import report
 
-        Args:
-            runs: run folder; several are compared.
-            output: output file; report.html in the run folder by default, ./report.html for several runs.
-            images: current location of the images, if they were moved.
-            no_images: read no image and no encoder: report only the run folder's records.
-            num: largest number of images that are embedded for neighbors and map.
-        """
-        for folder in runs:
-            check_is_run(folder)
-
-        from byol_fast.profiling.page import run_sections
-        from byol_fast.report.build import report as write
-
-        print(write(runs, output, images=images, pictures=not no_images, num=num, extra_sections=run_sections))
-
-    tyro.cli(report, args=argv, prog="byol-fast report")
+    path = report(
+        options.runs,
+        options.output,
+        images=options.images,
+        pictures=not options.no_images,
+        num=options.num,
+        extra_sections=run_sections,
+    )
+    print(path)
     return 0

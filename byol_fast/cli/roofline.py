@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from byol_fast.cli.options import RunOptions, parse, print_error
-from byol_fast.config import recipes
+from byol_fast.config import ConfigError, recipes
 from byol_fast.config.encoder_names import check_encoder_name
 from byol_fast.utils.files import atomic_write, check_output_file
 
@@ -33,7 +33,7 @@ class Options:
     """A100, H100, H200, RTX 4090; all by default."""
     measure: bool = False
     """Measure the ceilings of this machine, and predict for it."""
-    level: str = "B"
+    level: Literal["A", "B", "D", "E"] = "B"
     """Of the plot: A eager, B fused by torch.compile, D batch norm fused with convolutions, E bound."""
     output: Path | None = None
     """JSON file to write, with a row per layer, phase and family."""
@@ -48,19 +48,18 @@ def main(argv: list[str]) -> int:
         print(USAGE, end="")
         return 0 if argv and argv[0] in {"-h", "--help"} else print_error("byol-fast roofline: a recipe is missing", 2)
     prog = f"byol-fast roofline {name}"
-    options = parse(Options(run=RunOptions(config=recipes.get(name))), argv, prog)
+    options = parse(Options, argv, prog, Options(run=RunOptions(config=recipes.get(name))))
+    if options.run.folder:
+        raise ConfigError(f"{prog}: reads no images, got FOLDER {options.run.folder[0]}; drop it")
     config = options.run.resolve(argv, prog)
     check_encoder_name(config.model.encoder)
     for path in filter(None, (options.output, options.plot)):
         check_output_file(path, "roofline")
 
     from byol_fast.profiling import GPUS, measure, roofline, stated
-    from byol_fast.profiling.traffic import LEVELS
     from byol_fast.utils.device import resolve_device
     from byol_fast.utils.precision import resolve_precision
 
-    if options.level not in LEVELS:
-        return print_error(f"byol-fast roofline: level must be one of {', '.join(LEVELS)}, got {options.level!r}", 2)
     device = resolve_device(config.device)
     if options.measure:
         dtype = resolve_precision(config.precision, device).name

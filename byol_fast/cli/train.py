@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from byol_fast import config as configs
-from byol_fast.cli.options import parse_config, print_error
+from byol_fast.cli.help import help_text
+from byol_fast.cli.options import FREQUENT, RunOptions, parse_config, print_error
 from byol_fast.config import Config, ConfigError, recipes
 from byol_fast.training.preflight import check_start
 from byol_fast.training.resume import find_resumable
@@ -25,7 +26,7 @@ usage: byol-fast train RECIPE [FOLDER] [--option value ...]
   --resume RUN         continue the run in this folder, with its options
   --resume auto        continue OUT/NAME, or without a name the newest unfinished run with these options, else start it
 
-`byol-fast train RECIPE --help` lists every option with the recipe's value.
+`byol-fast train RECIPE --help` shows the recipe's values, too.
 
 recipes:
 """
@@ -40,6 +41,8 @@ def main(argv: list[str]) -> int:
         for recipe, make in recipes.RECIPES.items():
             print(f"  {recipe:24s}{summary(make)}")
         if argv and argv[0] in {"-h", "--help"}:
+            options = help_text(RunOptions, "byol-fast train RECIPE", first=FREQUENT, show_defaults=False)
+            print(options[options.index("\n\n") + 1 :], end="")
             return 0
         misplaced = [word for word in argv if word in recipes.RECIPES]
         hint = f"; it comes first: byol-fast train {misplaced[0]} ..." if misplaced else ""

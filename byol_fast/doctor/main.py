@@ -72,21 +72,22 @@ def scan_data(data: ScanData, *, fast: bool, console: PlainConsole) -> dict[str,
         with Progress(stderr if stderr.is_terminal else None).bar(len(source), f"{name} images") as bar:
             result = scan(source, threads=data.threads or num_cpus(), fast=fast, progress=bar.advance)
         scans[name] = result.as_dict()
-        _print_scan(name, scans[name], console)
+        _print_scan(name, scans[name], console, fast=fast)
     return scans
 
 
-def _print_scan(name: str, scan: dict[str, Any], console: PlainConsole) -> None:
+def _print_scan(name: str, scan: dict[str, Any], console: PlainConsole, *, fast: bool) -> None:
     table = Table(title=f"{name} images: {scan['source']}", show_header=False, title_justify="left")
-    decoded = f"{scan['decoded']:,} of {scan['images']:,} decoded in {scan['seconds']:.1f} s"
-    table.add_row("images", decoded)
+    work = f"header and end of {scan['checked']:,} checked" if fast else f"{scan['decoded']:,} decoded"
+    table.add_row("images", f"{scan['images']:,}, {work} in {scan['seconds']:.1f} s")
     for side, values in scan["pixels"].items():
         table.add_row(f"{side}, pixels", ", ".join(f"{key} {value}" for key, value in values.items()))
     if counts := scan["classes"]:
         least, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
         table.add_row("classes", f"{len(counts)}: from {counts[least]:,} images ({least}) to {counts[most]:,} ({most})")
     else:
-        table.add_row("classes", "no labels: not needed for training, but for kNN and linear evaluation")
+        problem = f"not used: {scan['label_problem']}" if scan["label_problem"] else "no labels"
+        table.add_row("classes", f"{problem} (not needed for training, but for kNN and linear evaluation)")
     corrupt = scan["corrupt"]
     table.add_row("cannot be read", Text(f"{len(corrupt):,}", "red") if corrupt else Text("none", "green"))
     console.print(table)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +21,17 @@ from byol_fast.utils.files import printable_name
 
 _CHUNK = 32
 
-Result = tuple[int, str | None, tuple[int, int] | None]
-"""Position, problem, and width and height if they were measured."""
+
+class Result(NamedTuple):
+    """Result for one image."""
+
+    position: int
+    problem: str | None = None
+    size: tuple[int, int] | None = None
+    """Width and height if they were measured."""
+    is_checked: bool = True
+    """False if it was passed over."""
+    is_decoded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +42,10 @@ class Scan:
     """One line about the source."""
     images: int
     """Number of images."""
+    checked: int
+    """Number of images that were looked at; without `fast` all."""
     decoded: int
-    """Number of decoded images."""
+    """Number of images that were decoded without a problem; with `fast` only those that looked suspicious."""
     corrupt: tuple[tuple[str, str], ...]
     """Names of images that cannot be read, and why."""
     widths: NDArray[np.int64]
@@ -43,6 +54,8 @@ class Scan:
     """Heights of the same images."""
     per_class: dict[str, int]
     """Number of images per class; empty without labels."""
+    label_problem: str
+    """Reason why labels are not used; empty if they are, or if there are none."""
     seconds: float
     """Duration."""
 
@@ -51,10 +64,12 @@ class Scan:
         return {
             "source": self.description,
             "images": self.images,
+            "checked": self.checked,
             "decoded": self.decoded,
             "corrupt": [{"image": image, "reason": reason} for image, reason in self.corrupt],
             "pixels": self.pixels(),
             "classes": self.per_class,
+            "label_problem": self.label_problem,
             "seconds": round(self.seconds, 2),
         }
 
@@ -85,16 +100,18 @@ def scan(
     start = time.monotonic()
     source.check_thread_safety(threads)
     results = _scan_all(source, threads, fast, progress)
-    measured = np.array([size for _, _, size in results if size is not None], np.int64).reshape(-1, 2)
+    measured = np.array([result.size for result in results if result.size is not None], np.int64).reshape(-1, 2)
     counts = Counter(() if source.labels is None else source.labels.tolist())
     return Scan(
         description=source.describe(),
         images=len(source),
-        decoded=len(source) if not fast else sum(size is not None or reason is not None for _, reason, size in results),
-        corrupt=tuple((source.sample_name(i), reason) for i, reason, _ in results if reason is not None),
+        checked=sum(result.is_checked for result in results),
+        decoded=sum(result.is_decoded for result in results),
+        corrupt=tuple((source.sample_name(r.position), r.problem) for r in results if r.problem is not None),
         widths=measured[:, 0],
         heights=measured[:, 1],
         per_class={printable_name(name): counts[k] for k, name in enumerate(source.classes)},
+        label_problem=source.label_problem if source.labels is None else "",
         seconds=time.monotonic() - start,
     )
 
@@ -103,20 +120,21 @@ def _scan_all(source: ImageSource, threads: int, fast: bool, progress: Callable[
     if isinstance(source, ArraySource):
         progress(len(source))
         height, width = source.images.shape[1:3]
-        return [(i, None, (width, height)) for i in range(len(source))]
+        return [Result(i, None, (width, height), is_decoded=True) for i in range(len(source))]
     to_measure = set(evenly_spaced(len(source), NUM_SAMPLED_SIZES).tolist())
 
     def scan_one(i: int) -> Result:
         try:
+            if not fast or (i in to_measure and not isinstance(source, EncodedSource)):
+                return Result(i, None, source.load(i).size, is_decoded=True)
             if not isinstance(source, EncodedSource):
-                return (i, None, source.load(i).size) if not fast or i in to_measure else (i, None, None)
-            if not fast:
-                return i, None, source.load(i).size
-            problem = check_bytes(source.read(i)) if source.needs_check(i) else None
-            measure = problem is None and i in to_measure
-            return i, problem, _size(source.read(i)) if measure else None
+                return Result(i, is_checked=False)
+            is_suspicious = source.needs_check(i)
+            problem = check_bytes(source.read(i)) if is_suspicious else None
+            size = _size(source.read(i)) if problem is None and i in to_measure else None
+            return Result(i, problem, size, is_decoded=is_suspicious and problem is None)
         except CorruptImageError as error:
-            return i, error.reason, None
+            return Result(i, error.reason)
 
     def scan_chunk(start: int) -> list[Result]:
         return [scan_one(i) for i in range(start, min(start + _CHUNK, len(source)))]

@@ -64,10 +64,12 @@ def open_images(pretrained: PretrainedEncoder, train: object, test: object, sett
         raise SourceError(f"eval: {train_source.describe()} have no test images beside them; pass --test FOLDER")
     for name, source in (("training", train_source), ("test", test_source)):
         if source.labels is None:
-            raise SourceError(
-                f"eval: the {name} images must have labels, {source.describe()} have none: "
-                f"{source.label_problem or 'sort them into one folder per class'}"
+            problem = (
+                f"those of {source.describe()} cannot be used: {source.label_problem}"
+                if source.label_problem
+                else f"{source.describe()} have none: sort them into one folder per class"
             )
+            raise SourceError(f"eval: the {name} images must have labels, {problem}")
     test_source = _match_classes(train_source, test_source)
     if train_source.fingerprint == test_source.fingerprint and train_source.sample_name(0) == test_source.sample_name(
         0

@@ -143,7 +143,11 @@ def knn_problem(config: Config, train: ImageSource, val: ImageSource | None) -> 
         missing = "there are no validation images: set knn.val_root, or give a root with train and val inside"
     else:
         which, source = ("training", train) if train.labels is None else ("validation", val)
-        missing = f"the {which} images have no labels: {source.label_problem or 'sort them into one folder per class'}"
+        missing = (
+            f"the labels of the {which} images cannot be used: {source.label_problem}"
+            if source.label_problem
+            else f"the {which} images have no labels: sort them into one folder per class"
+        )
     if config.knn.enabled == "on":
         raise ConfigError(f"config: knn.enabled is 'on', but {missing}")
     return missing

@@ -9,13 +9,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import os
 import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from unittest import mock
 
 from byol_fast.cli.main import main
 from byol_fast.config import recipes
@@ -112,10 +110,9 @@ class Option:
 def options_of(*command: str) -> tuple[Option, ...]:
     """All options of a command."""
     shown = io.StringIO()
-    # So wide that no metavar is cut, but in one column.
-    with mock.patch.dict(os.environ, COLUMNS="120"), contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
         main([*command, "--help"])
-    lines = re.findall(r"^\W*(--[\w.-]+)(?:, (--[\w.-]+))?(?: (\S.*?))?(?:  .*)?$", shown.getvalue(), re.MULTILINE)
+    lines = re.findall(r"^  (--[\w.-]+)(?:, (--[\w.-]+))?(?: (\S.*?))?(?:  .*)?$", shown.getvalue(), re.MULTILINE)
     assert "--help" in shown.getvalue(), shown.getvalue()
     return tuple(Option(*(part.strip() for part in line)) for line in lines)
 

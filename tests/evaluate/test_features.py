@@ -162,7 +162,7 @@ def test_split_folders_as_classes_are_a_warning(encoder: Path, folder: Path, cap
 def test_command_writes_features_and_sheet(
     encoder: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output, sheet = tmp_path / "f.npz", tmp_path / "sheet.png"
+    output, sheet = tmp_path / "f.npz", tmp_path / "neighbors.png"
     (folder / "cats" / "07.png").write_bytes(b"no image")
     options = ["--output", str(output), "--threads", "1", "--precision", "fp32", "--device", "cpu"]
     with pytest.raises(ConfigError, match=r"07.png .*leave out such images with --on-corrupt skip"):
@@ -170,12 +170,18 @@ def test_command_writes_features_and_sheet(
     assert not output.exists()
     mine = tmp_path / "mine.png"
     Image.open(folder / "dogs" / "00.png").save(mine)
-    arguments = [*options, "--on-corrupt", "skip", "--neighbors", str(sheet), "--k", "3", "--query", str(mine)]
+    arguments = [*options, "--on-corrupt", "skip", "--k", "3", "--query", str(mine)]
     assert command.main([str(encoder), str(folder), *arguments]) == 0
     printed = capsys.readouterr().out
     assert f"{output}: 11 images, 256 features each, 2 classes" in printed
     assert "cannot be read: 1 (cats/07.png)" in printed
-    assert len(load_features(output).paths) == 11
+    results = load_features(output)
+    assert len(results.paths) == 11
+    unit = results.features.astype(np.float64) / np.linalg.norm(results.features.astype(np.float64), axis=1)[:, None]
+    cosines = unit @ unit[list(results.paths).index("dogs/00.png")]
+    nearest = np.argsort(-cosines, kind="stable")[:3]
+    lines = [f"  {cosines[i]:.3f}  {folder / results.paths[i]}" for i in nearest]
+    assert "\n".join([f"{mine}: the most similar images, by the cosine of their features", *lines]) in printed
     with Image.open(sheet) as image:
         colors = image.convert("RGB").getcolors(1 << 20)
     assert colors is not None
@@ -189,7 +195,7 @@ def test_command_writes_features_and_sheet(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--query", "x.png"], "add --neighbors FILE.png"),
+        (["--query", "no.png"], r"query images must exist, no\.png does not"),
         (["--neighbors", "x.png", "--query", "no.png"], r"query images must exist, no\.png does not"),
         (["--neighbors", "x.jpg"], "neighbors must be a file that ends in .png"),
         (["--output", "x.csv"], "output must be a file that ends in .npz or .parquet"),

@@ -226,4 +226,4 @@ def _align_labels(train: ImageSource, val: ImageSource, *, strict: bool) -> Imag
         if strict:
             raise
         log.warning("%s", error)
-        return val.with_labels(None, (), str(error))
+        return val.with_labels(None, (), str(error).removeprefix("knn: "))
