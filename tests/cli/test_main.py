@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ import torch
 
 from byol_fast import config as configs
 from byol_fast.cli import main, options, report, train
-from byol_fast.config import recipes
+from byol_fast.config import Config, recipes
 from byol_fast.utils import checkpoint as checkpoints
 
 SMALL = [
@@ -124,13 +126,39 @@ def test_error_of_the_operating_system_is_a_message(
     assert capsys.readouterr().err == message
 
 
-def test_help_shows_every_field_with_the_recipe_value(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("columns", ["60", "120"])
+def test_help_shows_every_field_with_the_recipe_value(
+    columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
     assert exit_code("train", "cifar10_resnet18", "--help") == 0
     shown = capsys.readouterr().out
-    for option in ("--data.root", "--view2.solarize-p", "--optim.warmup-steps", "--knn.temperature"):
-        assert option in shown
-    assert "LARS trust coefficient" in shown
-    assert "0.02" in shown
+    names = [f"--{name.replace('_', '-')}" for name in flat(configs.to_dict(Config()))]
+    assert sorted(re.findall(r"^  (--\S+?),? ?(?: .*)?$", shown, re.MULTILINE)) == sorted([*names, "--image-size"])
+    first = shown.partition("changed most often:")[2].partition("options:")[0]
+    assert [name for name in names if f"  {name}" in first] != [] and first.count("\n  --") == 9
+    # Whole words, also where a line of the source ends.
+    words = " ".join(shown.split())
+    assert "learning rate scales with batch_size * grad_accum_steps * processes. (default: 1)" in words
+    assert "LARS trust coefficient. (default: 0.02)" in words
+    assert "fastest (torch.backends.cudnn.benchmark). (default: False)" in words
+    assert max(len(line) for line in shown.splitlines() if not line.startswith(("  -", "usage"))) <= int(columns)
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of the fields of a configuration."""
+    return [
+        name
+        for key, value in values.items()
+        for name in (flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key])
+    ]
+
+
+def test_help_without_a_recipe_shows_options_without_values(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("train", "--help") == 0
+    shown = capsys.readouterr().out
+    assert shown.index("recipes:") < shown.index("changed most often:") < shown.index("--optim.trust-coefficient FLOAT")
+    assert "(default:" not in shown
 
 
 @pytest.mark.parametrize("value", ["runs/x", "auto"])
@@ -143,3 +171,9 @@ def test_resume_is_split_from_the_options(form: str, value: str) -> None:
 def test_options_set_their_fields() -> None:
     config = options.parse_config(recipes.demo(), ["--optim.warmup_steps", "6", "--view1.scale", "0.5", "1"], "x")
     assert config == configs.replace(recipes.demo(), {"optim.warmup_steps": 6, "view1.scale": (0.5, 1.0)})
+
+
+@pytest.mark.parametrize("words", ["photos --image-size 16 --seed 1", "--seed 1 --image-size=16 photos"])
+def test_short_forms_are_stored_as_what_they_stand_for(words: str) -> None:
+    changes = {"data.root": Path("photos"), "view1.size": 16, "view2.size": 16, "seed": 1}
+    assert options.parse_config(recipes.demo(), words.split(), "x") == configs.replace(recipes.demo(), changes)

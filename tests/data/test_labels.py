@@ -133,7 +133,7 @@ def test_partly_negative_labels_are_the_reason_that_there_are_none(kind: str, tm
     assert f"{problem}: no labels are used; label all images, or leave those out" in caplog.text
     assert source.subset(np.array([0, 1])).label_problem == problem
     whole = labeled(kind, tmp_path / "whole", [0, 1, 0, 1])
-    with pytest.raises(ConfigError, match=f"the training images have no labels: {re.escape(problem)}"):
+    with pytest.raises(ConfigError, match=f"the labels of the training images cannot be used: {re.escape(problem)}"):
         knn_problem(Config(knn=KNNConfig(enabled="on")), source, whole)
     encoder = PretrainedEncoder(name="x", encoder=nn.Identity(), image_size=8)
     for train, test, which in ((source, whole, "training"), (whole, source, "test")):

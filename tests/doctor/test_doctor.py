@@ -15,7 +15,7 @@ import pytest
 
 from byol_fast import config as configs
 from byol_fast.cli.main import main as cli
-from byol_fast.config import Config, ConfigError, DataConfig
+from byol_fast.config import Config, DataConfig
 from byol_fast.data import SourceError, open_source, open_train_val
 from byol_fast.doctor.checks import Check, run_checks
 from byol_fast.doctor.main import Options, ScanData, main, scan_data
@@ -227,7 +227,7 @@ def test_validation_classes_that_training_lacks_are_not_reported_as_no_labels(tm
     reason = knn_problem(config, *open_train_val(config))
     assert reason is not None
     assert reason.startswith(f"the labels of the validation images cannot be used: {problem} cat, dog")
-    with pytest.raises(ConfigError, match="^knn: 2 of 2 validation classes are not among the training classes"):
+    with pytest.raises(SourceError, match="^knn: 2 of 2 validation classes are not among the training classes"):
         open_train_val(configs.replace(config, {"knn.enabled": "on"}))
 
 
