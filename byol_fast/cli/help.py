@@ -16,9 +16,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import tyro
 
-MAX_WIDTH = 120
+MIN_WIDTH, MAX_WIDTH = 40, 120
 COLUMN = 30
-"""Width of the names of options; a longer one has its text on the next line."""
+"""Width of the names of options; a longer one has its text on the next line, as all have on a narrow terminal."""
 _POSITIONAL = get_args(tyro.conf.Positional[int])[1]
 _UNPAIRED = get_args(tyro.conf.FlagCreatePairsOff[bool])[1]
 _METAVARS = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}
@@ -66,10 +66,10 @@ def help_text(
         if option.name not in first:
             section = "arguments" if option.is_positional else option.section
             sections.setdefault(section, []).append(option)
-    width = min(shutil.get_terminal_size().columns, MAX_WIDTH)
+    width = min(max(shutil.get_terminal_size().columns, MIN_WIDTH), MAX_WIDTH)
     description = " ".join((inspect.getdoc(get_origin(options) or options) or "").split())
     lines = [f"usage: {' '.join([prog, *words])} [--option value ...]", ""]
-    lines += textwrap.wrap(description, max(width, 2 * COLUMN), break_long_words=False, break_on_hyphens=False)
+    lines += textwrap.wrap(description, width, break_long_words=False, break_on_hyphens=False)
     for section in sorted(sections, key=lambda section: section != "arguments"):
         lines += ["", section if ": " in section else f"{section}:"]
         for option in sections[section]:
@@ -79,11 +79,12 @@ def help_text(
 
 def _describe(option: Option, width: int, *, show_default: bool) -> list[str]:
     text = f"{option.text} (default: {option.default})" if show_default and option.default else option.text
-    usage, indent = f"  {option.usage}", " " * (COLUMN + 2)
-    is_short = len(usage) <= COLUMN
+    is_wide = width >= 2 * COLUMN + 20
+    usage, indent = f"  {option.usage}", " " * (COLUMN + 2 if is_wide else 6)
+    is_short = is_wide and len(usage) <= COLUMN
     wrapped = textwrap.wrap(
         text,
-        max(width, 2 * COLUMN),
+        width,
         initial_indent=f"{usage:{COLUMN + 2}s}" if is_short else indent,
         subsequent_indent=indent,
         break_long_words=False,
@@ -174,7 +175,10 @@ def _field_docs(cls: type) -> dict[str, str]:
     """Docstrings of a dataclass's fields, also of those that it inherits, each on one line."""
     docs: dict[str, str] = {}
     for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        try:
+            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        except OSError:  # installed without its source
+            continue
         body = tree.body if isinstance(tree, ast.ClassDef) else []
         for field, text in itertools.pairwise(body):
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
