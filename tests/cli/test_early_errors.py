@@ -66,8 +66,13 @@ ERRORS: dict[tuple[str, ...], str] = {
 """Command lines and what their message says, with the current folder for {cwd}."""
 SCRIPT = """
 import contextlib, io, json, sys
+import byol_fast
 from byol_fast.cli.main import main
 results = []
+try:
+    byol_fast.pretrain("nowhere")
+except ValueError as error:
+    results.append((2, str(error), "torch" in sys.modules))
 for argv in json.load(sys.stdin):
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
@@ -104,7 +109,9 @@ def test_help_and_early_errors_import_no_torch(tmp_path: Path) -> None:
     command, words = [sys.executable, "-c", SCRIPT], json.dumps(lines)
     ended = subprocess.run(command, input=words, capture_output=True, text=True, cwd=tmp_path, check=True)
     results = json.loads(ended.stdout)
-    expected = [(0, "")] * len(helps) + [(2, text.format(cwd=tmp_path)) for text in ERRORS.values()]
+    lines.insert(0, ["pretrain"])
+    expected = [(2, f"data: {tmp_path}/nowhere does not exist")] + [(0, "")] * len(helps)
+    expected += [(2, text.format(cwd=tmp_path)) for text in ERRORS.values()]
     for line, (code, text), (got_code, shown, has_torch) in zip(lines, expected, results, strict=True):
         assert got_code == code, (line, shown)
         assert text in " ".join(shown.split()), line
