@@ -122,7 +122,7 @@ def knn_predict(
         chunk: test samples compared at a time; bounds memory to `chunk * M` similarities.
 
     Returns:
-        int64 `[N, num_classes]`: class numbers, most votes first; classes with equal votes in ascending order.
+        Class numbers, int64 `[N, num_classes]`, most votes first; classes with equal votes in ascending order.
 
     Raises:
         ValueError: shapes do not match, k or labels out of range, or temperature not positive.

@@ -181,12 +181,12 @@ def normalized_mse_loss(p_BD: Tensor, z_BD: Tensor, *, eps: float = 1e-12) -> Te
         eps: smallest norm that is divided by.
 
     Returns:
-        The loss, 0-dim: float64 for float64 inputs, float32 otherwise. Differentiable once. All sums are
+        The loss, 0-dim, float64 for float64 inputs and float32 otherwise. Differentiable once. All sums are
         taken in that dtype, so nothing changes under autocast.
 
     Raises:
         ValueError: on shapes, dtypes or devices that differ, an empty batch, or a dtype that is not floating
-        point.
+            point.
     """
     _check("normalized_mse_loss", {"p_BD": p_BD, "z_BD": z_BD}, eps)
     return _loss(p_BD, z_BD, None, None, eps)
@@ -225,11 +225,11 @@ def byol_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, *, eps: float = 1e
         eps: smallest norm that is divided by.
 
     Returns:
-        The loss, 0-dim: float64 for float64 inputs, float32 otherwise. Differentiable once.
+        The loss, 0-dim, float64 for float64 inputs and float32 otherwise. Differentiable once.
 
     Raises:
         ValueError: on shapes, dtypes or devices that differ, an empty batch, or a dtype that is not floating
-        point.
+            point.
     """
     _check("byol_loss", {"p1": p1, "p2": p2, "z1": z1, "z2": z2}, eps)
     return _loss(p1, z2, p2, z1, eps)

@@ -78,7 +78,7 @@ def max_pool2d_3x3(x: Tensor) -> Tensor:
 
     Raises:
         ValueError: other than four dimensions, an image without pixels or channels, or a dtype that is not floating
-        point.
+            point.
 
     Example:
         >>> max_pool2d_3x3(torch.zeros(2, 64, 112, 112)).shape
