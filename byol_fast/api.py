@@ -45,7 +45,7 @@ def pretrain(
         ConfigError: unknown recipe or field, or invalid value.
         ValueError: the data do not exist, or are too few.
 
-    Example:
+    Examples:
         >>> result = byol_fast.pretrain("photos", recipe="imagenet_resnet50_100", batch_size=128)
         >>> encoder, metadata = byol_fast.load_encoder(result.encoder)
     """

@@ -43,8 +43,14 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, page: Any, **_: Any) -> None:
-    """Warn about public names that a page of the reference lacks, such as a function with the name of its module."""
-    for module in re.findall(r"^::: (\S+)$", page.markdown, re.MULTILINE) if "reference/" in page.url else ():
+    """Warn about public names that a page of the reference lacks, such as a function with the name of its module, and
+    about examples outside of an `Examples:` section, which would be shown as quotations.
+    """
+    if "reference/" not in page.url:
+        return
+    if "<blockquote" in html:
+        log.warning(f"{page.file.src_uri}: an example in a docstring must be in a section `Examples:`")
+    for module in re.findall(r"^::: (\S+)$", page.markdown, re.MULTILINE):
         missing = [name for name in _public_names(module) if not re.search(rf'id="[\w.]*\.{name}"', html)]
         if missing and "members:" not in page.markdown:
             log.warning(f"{page.file.src_uri}: {module} has {', '.join(missing)}; name it, as `::: {module}....`")

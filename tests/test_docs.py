@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 from pathlib import Path
 
@@ -36,3 +37,13 @@ def test_every_page_is_in_the_navigation() -> None:
     pages = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
     assert pages <= set(listed)
     assert len(listed) == len(set(listed))
+
+
+def test_lists_begin_after_an_empty_line() -> None:
+    """Without it a code host shows a list and the site a paragraph."""
+    item = re.compile(r"([-*]|\d+\.) ")
+    for path in (*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")):
+        lines = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE).splitlines()
+        for before, line in itertools.pairwise(lines):
+            begins = item.match(line) and before and not before.startswith((" ", "#")) and not item.match(before)
+            assert not begins, f"{path.name}: {line}"

@@ -97,7 +97,7 @@ class BYOL(SelfSupervisedTask):
     Raises:
         ValueError: an argument is invalid.
 
-    Example:
+    Examples:
         >>> p1, p2, t1, t2 = model(*transform_image(images, model))
         >>> model.loss((p1, p2), (t1, t2)).backward()
         >>> optimizer.step()

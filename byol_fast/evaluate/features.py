@@ -89,7 +89,7 @@ def embed_folder(
         CorruptImageError: an image cannot be read and `on_corrupt` is "raise", or half of all images cannot be read.
         ValueError: a feature is not finite.
 
-    Example:
+    Examples:
         >>> results = byol_fast.evaluate.embed_folder("runs/first", "photos")
         >>> results.features.shape, results.paths[0]
     """

@@ -52,7 +52,7 @@ def evaluate_knn(
         ValueError: the images or settings do not fit.
         ConfigError: the folder cannot be written.
 
-    Example:
+    Examples:
         >>> evaluate_knn("runs/first", "photos/train", "photos/val", k=(20,)).top1
     """
     run = EvalRun(

@@ -61,7 +61,7 @@ def evaluate_linear(
         ValueError: the images or settings do not fit.
         ConfigError: the folder cannot be written.
 
-    Example:
+    Examples:
         >>> evaluate_linear("runs/first", baselines=True).to_dict()["baselines"]
     """
     run = EvalRun(

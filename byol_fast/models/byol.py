@@ -52,7 +52,7 @@ class BYOL(SSLModel):
     Raises:
         ValueError: unknown encoder, or one that does not accept images of this size; another argument out of range.
 
-    Example:
+    Examples:
         >>> model = BYOL("resnet18", image_size=32)
         >>> p1, p2, z1, z2 = model(view1, view2)
         >>> model.loss((p1, p2), (z1, z2)).backward()

@@ -46,7 +46,7 @@ def num_splits(
     Raises:
         ValueError: a layer would take the statistics of all views together, because it was put in after the conversion.
 
-    Example:
+    Examples:
         >>> convert_split_batchnorm(network)
         >>> with num_splits(network, 2):
         ...     y1, y2 = network(torch.cat([view1, view2])).chunk(2)

@@ -251,7 +251,7 @@ def roofline(
     Raises:
         ValueError: the encoder is unknown, rejects such images, or cannot run on meta tensors.
 
-    Example:
+    Examples:
         >>> r = roofline("resnet50", batch_size=256, image_size=224)
         >>> r.total("B").bytes, r.images_per_second(stated("H100"), "B")
     """

@@ -18,7 +18,7 @@ class Callback:
     writes files.
     To end the run after the step under way, with everything saved, call `trainer.stop()`.
 
-    Example:
+    Examples:
         >>> class EarlyStopping(Callback):
         ...     def on_evaluation(self, trainer, record):
         ...         if record["step"] > 0 and record["knn_top1"] > 0.9:

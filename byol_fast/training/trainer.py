@@ -61,7 +61,7 @@ class Trainer:
         ValueError: the data is missing, empty or too small.
         RuntimeError: another run is being built or trained in this process.
 
-    Example:
+    Examples:
         >>> from byol_fast import Trainer
         >>> from byol_fast.config import recipes
         >>> Trainer(recipes.demo()).fit().knn_top1

@@ -42,6 +42,7 @@ def open_source(root: object, *, arg_name: str = "images", options: DataConfig |
 
     Args:
         root: one of
+
             - a folder: `class/**/image.jpg` gives labels (the class is the first folder, below those that hold all
               images; classes are sorted by name); images that are in no such folder give none, except for a few,
               which are left out with a warning. Hidden and system folders are passed over;

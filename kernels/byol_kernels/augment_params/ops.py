@@ -52,7 +52,7 @@ def sample_view_params(index: Tensor, key: Tensor, table: Tensor, *, blur_kernel
     Raises:
         ValueError: shapes, dtypes or devices that do not match, or a blur_kernel that is negative or even.
 
-    Example:
+    Examples:
         >>> table = torch.tensor([.08, .92, -.29, .58, .1, 1.9, .6, .6, .8, -.1, .8, .8, .4, .2,
         ...                       .5, .8, .2, 1., 0., 32, 32, 32, 32, 32], dtype=torch.float64)
         >>> sample_view_params(torch.arange(7), torch.tensor(42), table).crop_box.shape

@@ -56,7 +56,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: Tensor, *, blur: T
         ValueError: shapes, dtypes or devices that do not match.
         RuntimeError: in the backward pass, and for a derivative in forward mode or by `torch.func`.
 
-    Example:
+    Examples:
         >>> images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
         >>> gaussian_blur(images, torch.tensor([0.5, 2.0]), torch.tensor([5, 13])).shape
         torch.Size([2, 3, 8, 8])

@@ -59,7 +59,7 @@ def resized_crop(
     Raises:
         ValueError: shapes, dtypes or devices that do not match; on the CPU also a box that lies outside.
 
-    Example:
+    Examples:
         >>> images = torch.zeros(5, 3, 32, 32, dtype=torch.uint8)
         >>> box = torch.tensor([[0, 0, 16, 16], [8, 4, 24, 20]])
         >>> resized_crop(images, box, 28, index=torch.tensor([4, 0])).shape

@@ -80,7 +80,7 @@ def max_pool2d_3x3(x: Tensor) -> Tensor:
         ValueError: other than four dimensions, an image without pixels or channels, or a dtype that is not floating
             point.
 
-    Example:
+    Examples:
         >>> max_pool2d_3x3(torch.zeros(2, 64, 112, 112)).shape
         torch.Size([2, 64, 56, 56])
     """

@@ -135,7 +135,7 @@ def photometric(
             arguments that belong together.
         NotImplementedError: a parameter that a derivative is asked for.
 
-    Example:
+    Examples:
         >>> images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
         >>> mask = torch.tensor([True, False])
         >>> photometric(images, flip=mask, solarize=mask, dtype=torch.bfloat16).dtype
