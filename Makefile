@@ -74,7 +74,7 @@ format: $(READY)
 
 # The documentation as a site, in site/; a warning is an error. In an environment of its own without torch (230 MB).
 docs: .venv-docs/.ready
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build -q
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build
 	@echo 'site/index.html; with search: python3 -m http.server -d site'
 
 # What only a GPU can show, in order of value, within MINUTES (6.3): results in benchmarks/results/GPU and OUT/results.tgz.
