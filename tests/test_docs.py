@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import itertools
+import os
 import re
+import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -17,7 +19,7 @@ def literals() -> list[str]:
     for path in (*(ROOT / "byol_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
-                texts.append("".join(v.value if isinstance(v, ast.Constant) else "\0" for v in node.values))
+                texts.append("".join(str(v.value) if isinstance(v, ast.Constant) else "\0" for v in node.values))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 texts.append(re.sub(r"%[sdr]", "\0", node.value))
     return texts
@@ -47,3 +49,12 @@ def test_lists_begin_after_an_empty_line() -> None:
         for before, line in itertools.pairwise(lines):
             begins = item.match(line) and before and not before.startswith((" ", "#")) and not item.match(before)
             assert not begins, f"{path.name}: {line}"
+
+
+def test_size_is_named_before_it_is_downloaded() -> None:
+    command, environment = ["make", "-n", "-B", ".venv/.ready"], {"PATH": os.environ["PATH"]}
+    lines = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    row = r"^\| `make demo`.*\| ([\d.]+ GB) \| ([\d.]+ GB) \|$"
+    sizes = re.search(row, (DOCS / "install.md").read_text(), re.MULTILINE)
+    assert sizes is not None
+    assert f"{sizes[1]} to download and {sizes[2]} on disk" in lines.splitlines()[0]
