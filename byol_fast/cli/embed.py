@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +22,7 @@ from byol_fast.config.fields import (
 )
 from byol_fast.data.sources.paths import check_path
 from byol_fast.utils.files import check_features_path, check_output_file, check_png_file, printable_name
-from byol_fast.utils.output import PlainConsole
-from byol_fast.utils.progress import Progress
+from byol_fast.utils.progress import Progress, current
 from byol_fast.utils.run_folder import encoder_files
 
 if TYPE_CHECKING:
@@ -113,7 +111,7 @@ def main(argv: list[str]) -> int:
         source,
         options,
         on_corrupt=options.on_corrupt,
-        progress=Progress(PlainConsole() if sys.stdout.isatty() else None),
+        progress=current(),
     )
     save_features(results, options.output)
     print(_summary(results, options.output))

@@ -15,6 +15,7 @@ from byol_fast.config.evaluation import EvalSettings, FinetuneSettings, KNNSetti
 from byol_fast.data.sources.paths import check_path
 from byol_fast.utils.files import expand_home
 from byol_fast.utils.output import PlainConsole
+from byol_fast.utils.progress import of_run
 from byol_fast.utils.run_folder import encoder_files
 
 if TYPE_CHECKING:
@@ -78,13 +79,11 @@ def main(argv: list[str]) -> int:
     from byol_fast.evaluate import evaluate_finetune, evaluate_knn, evaluate_linear, load_pretrained
     from byol_fast.evaluate.results import summary
     from byol_fast.report.evaluation_figures import accuracy_chart, save_figures
-    from byol_fast.utils.progress import Progress
 
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by `cli.main` for the time of the imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
     accuracy_chart({"top1": 0.5}, "trial")  # a broken matplotlib is found before the work
-    console = PlainConsole()
-    progress = Progress(console)
+    progress = of_run(is_main_process=True)
     pretrained = load_pretrained(options.encoder)
     assert pretrained.folder is not None
     output_dir = options.output or pretrained.folder / "eval"
@@ -105,5 +104,5 @@ def main(argv: list[str]) -> int:
         progress=progress,
         on_result=on_result,
     )
-    console.print(summary(evaluations))
+    PlainConsole().print(summary(evaluations))
     return 0

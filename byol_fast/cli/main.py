@@ -15,6 +15,7 @@ from byol_fast import __version__
 from byol_fast.cli.options import print_error
 from byol_fast.config import ConfigError
 from byol_fast.utils.output import PlainConsole, ignore_output_errors
+from byol_fast.utils.progress import Progress
 
 USAGE = f"""\
 byol-fast {__version__}: fast, correct BYOL pre-training
@@ -38,6 +39,8 @@ usage: byol-fast COMMAND ...
 
 # Each command is a module of `byol_fast.cli`, imported on use.
 COMMANDS = ("demo", "train", "preview", "doctor", "export", "eval", "embed", "report", "bench", "profile", "roofline")
+_WITH_PROGRESS = {"demo", "train", "export", "eval", "embed", "bench", "profile"}
+_PROGRESS_ON_STDOUT = {"demo", "train", "eval"}
 _WRONG_PATH = {None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
 """Errors of paths that the user gives; None: a message of our own about a missing file."""
 
@@ -74,7 +77,8 @@ def _run(argv: list[str]) -> int:
         hint = f"did you mean {near[0]!r}?" if near else f"commands are {', '.join(COMMANDS)}"
         return print_error(f"byol-fast: unknown command {argv[0]!r}; {hint}", 2)
     try:
-        code: int = importlib.import_module(f"byol_fast.cli.{argv[0]}").main(argv[1:])
+        with _progress(argv[0]).shown(f"{argv[0]}: starting" if argv[0] in _WITH_PROGRESS else ""):
+            code: int = importlib.import_module(f"byol_fast.cli.{argv[0]}").main(argv[1:])
     except KeyboardInterrupt:
         return print_error("stopped without saving; earlier checkpoints are intact", 130)
     except ConfigError as error:
@@ -82,6 +86,15 @@ def _run(argv: list[str]) -> int:
     except Exception as error:
         return _explain(error)
     return code
+
+
+def _progress(command: str) -> Progress:
+    """Progress of a command: on standard output if it is the command's main output, otherwise on standard error.
+
+    With several processes, only the first one shows it.
+    """
+    is_main = os.environ.get("RANK", "0") == "0"
+    return Progress(PlainConsole(stderr=command not in _PROGRESS_ON_STDOUT) if is_main else None)
 
 
 def _explain(error: Exception) -> int:

@@ -47,7 +47,7 @@ def demo() -> Config:
         ),
         optim=OptimConfig(name="sgd", lr=0.1, weight_decay=5e-4, warmup_epochs=0.2),
         tau=TauConfig(base=0.97),
-        knn=KNNConfig(every_epochs=1),
+        knn=KNNConfig(every_epochs=1, max_train=0, max_val=0),
     )
 
 
@@ -102,7 +102,6 @@ def imagenet_resnet50(epochs: int = 1000) -> Config:
         model=ModelConfig(encoder="resnet50", zero_init_residual=True),
         optim=OptimConfig(name="lars", lr=lr, weight_decay=weight_decay),
         tau=TauConfig(base=tau),
-        knn=KNNConfig(max_train=100_000),
     )
 
 
@@ -168,7 +167,6 @@ def simsiam_imagenet() -> Config:
         optim=OptimConfig(
             name="sgd", lr=0.05, weight_decay=1e-4, warmup_epochs=0, decay_1d=True, constant_predictor_lr=True
         ),
-        knn=KNNConfig(max_train=100_000),
     )
 
 

@@ -243,8 +243,12 @@ class KNNConfig:
     """Number of neighbors; at most the number of training images to compare with."""
     temperature: Temperature = 0.07
     """Temperature of the votes, which are weighted by exp(cosine similarity / temperature)."""
-    max_train: Count = 0
-    """Largest number of training images to compare with, evenly spaced; 0 means all."""
+    max_train: Count = 5000
+    """Largest number of training images to compare with, evenly spaced within the classes; 0: all."""
+    max_val: Count = 2000
+    """Largest number of validation images, evenly spaced within the classes, the same at every evaluation; 0: all."""
+    full_at_end: bool = False
+    """Evaluate once more on all images after the last step (`knn_full_top1`), to compare with published numbers."""
 
     def __post_init__(self) -> None:
         check_fields(self, "config: knn.")

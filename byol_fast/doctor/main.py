@@ -18,7 +18,7 @@ from byol_fast.doctor.checks import run_checks
 from byol_fast.doctor.system_info import collect
 from byol_fast.utils.env import num_cpus
 from byol_fast.utils.output import PlainConsole
-from byol_fast.utils.progress import Progress
+from byol_fast.utils.progress import current
 
 PLAIN_WIDTH = 120
 """Columns of the report without a terminal."""
@@ -68,8 +68,7 @@ def scan_data(data: ScanData, *, fast: bool, console: PlainConsole) -> dict[str,
     for name, source in parts:
         if source is None:
             continue
-        stderr = PlainConsole(stderr=True)
-        with Progress(stderr if stderr.is_terminal else None).bar(len(source), f"{name} images") as bar:
+        with current().bar(len(source), f"{name} images") as bar:
             result = scan(source, threads=data.threads or num_cpus(), fast=fast, progress=bar.advance)
         scans[name] = result.as_dict()
         _print_scan(name, scans[name], console, fast=fast)

@@ -18,6 +18,19 @@ def subsample(source: ImageSource, limit: int) -> ImageSource:
     return source if not 0 < limit < num_images else source.subset(evenly_spaced(num_images, limit))
 
 
+def subsample_classes(source: ImageSource, limit: int) -> ImageSource:
+    """At most `limit` labeled images, evenly spaced among those of each class, in stored order; 0: all.
+
+    A class gets its share also where the classes alternate, as in some lists. Of class folders, which are sorted by
+    class, these are the images of `subsample`.
+    """
+    num_images = len(source)
+    if not 0 < limit < num_images:
+        return source
+    by_class = np.argsort(np.asarray(source.labels), kind="stable")
+    return source.subset(np.sort(by_class[evenly_spaced(num_images, limit)]))
+
+
 def balanced_subset(labels: Index, share: float, *, seed: int) -> Index:
     """The same share of every class, at least one image of each.
 

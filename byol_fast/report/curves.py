@@ -31,7 +31,7 @@ SPEED = ("images_per_second", "data_wait", "peak_memory_gib")
 FROM_ZERO = {"loss", "images_per_second", "peak_memory_gib"}
 AT_EVALUATIONS = {"knn_top1", "probe_val_top1", "rankme"}
 """Recorded at evaluations only: each value gets a mark."""
-NO_CURVES = {"step", "epoch", "knn_k", "knn_top5"}
+NO_CURVES = {"step", "epoch", "knn_k", "knn_num_train", "knn_num_val", "knn_top5", "knn_full_top1", "knn_full_top5"}
 
 
 def curves(runs: Sequence[RunFiles]) -> list[Section]:

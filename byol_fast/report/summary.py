@@ -123,6 +123,10 @@ def _accuracies(run: RunFiles) -> list[tuple[str, str, str]]:
         last, best = evaluated[-1], max(r["knn_top1"] for r in evaluated)
         k = f"-{last['knn_k']}" if last.get("knn_k") else ""
         entries.append((f"kNN{k} top-1", f"{last['knn_top1']:.1%}", f"best {best:.1%}; step {last['step']:,}"))
+    for r in run.records:
+        if r.get("knn_full_top1") is not None:
+            images = f"all {r['knn_num_val']:,} validation images; step {r['step']:,}" if r.get("knn_num_val") else ""
+            entries.append(("kNN top-1, all images", f"{r['knn_full_top1']:.1%}", images))
     probed = [r["probe_val_top1"] for r in run.records if r.get("probe_val_top1") is not None]
     if probed:
         entries.append(("Linear probe top-1", f"{probed[-1]:.1%}", f"best {max(probed):.1%}"))

@@ -31,7 +31,7 @@ from byol_fast.training.restore import restore_latest
 from byol_fast.training.run_dir import RunDir, open_run_dir
 from byol_fast.training.state import TrainState, set_rng_state, steps_in, whole_steps_in
 from byol_fast.training.train_step import TrainStep
-from byol_fast.utils import cpu_tuning, env
+from byol_fast.utils import cpu_tuning, env, progress
 from byol_fast.utils.device import resolve_device
 from byol_fast.utils.files import expand_home
 from byol_fast.utils.precision import Precision, resolve_precision
@@ -104,8 +104,10 @@ def build_components(config: Config, *, data: object, resume: Path | None) -> Tr
         check_encoder_name(config.model.encoder)
         execution = _resolve_execution(config, world)
         run_dir, lock, notes = _open_run_dir(config, resume, world)
+        shown = progress.of_run(is_main_process=world.is_main_process)
         try:
-            return _build(config, data, execution, run_dir, lock, notes)
+            with shown.shown(), shown.bar(None, "preparing the run"):
+                return _build(config, data, execution, run_dir, lock, notes)
         except BaseException:
             if lock is not None:
                 lock.release()

@@ -16,39 +16,54 @@ from byol_fast.evaluate.extract import CALIBRATION_IMAGES, extract_features, rec
 from byol_fast.evaluate.images import labels_of
 from byol_fast.evaluate.knn import KNNResult, knn_accuracy
 from byol_fast.evaluate.rankme import rankme, subsample_rows
-from byol_fast.evaluate.splits import subsample
+from byol_fast.evaluate.splits import subsample, subsample_classes
 from byol_fast.models.base import SSLModel
 from byol_fast.training.online_probe import OnlineProbe
+from byol_fast.utils import progress
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvalMetrics:
     """Quality of an encoder at one step of a run."""
 
     knn: KNNResult
     """Nearest neighbors among the training images."""
+    num_train: int
+    """All training images, of which `knn.num_train` were compared with."""
+    num_val: int
+    """All validation images, of which `knn.num_test` were evaluated."""
     rankme: float
     """Effective rank of the training images' features; see `byol_fast.evaluate.rankme`."""
     probe_top1: float | None
     """Accuracy of the online probe on the validation images, 0..1; None without a trained probe."""
+    is_full: bool
+    """Evaluated on all images after the last step (`knn.full_at_end`)."""
 
     def summary(self) -> str:
         """One line for the terminal."""
-        probe = "" if self.probe_top1 is None else f"linear probe {self.probe_top1:.1%}, "
+        probe = "" if self.probe_top1 is None else f", linear probe {self.probe_top1:.1%}"
+        train, val = _part(self.knn.num_train, self.num_train), _part(self.knn.num_test, self.num_val)
         return (
-            f"kNN-{self.knn.k} top-1 {self.knn.top1:.1%}, {probe}on {self.knn.num_test} images; "
-            f"RankMe {self.rankme:.0f} on the training images"
+            f"kNN-{self.knn.k} top-1 {self.knn.top1:.1%}{probe} on {val} validation images; RankMe {self.rankme:.0f}; "
+            f"compared with {train} training images"
         )
 
     def to_dict(self) -> dict[str, float | None]:
-        """Values for the metrics file."""
+        """Values for the metrics file; those on all images after the last step have names of their own."""
+        sizes = {"knn_k": self.knn.k, "knn_num_train": self.knn.num_train, "knn_num_val": self.knn.num_test}
+        if self.is_full:
+            return {"knn_full_top1": self.knn.top1, "knn_full_top5": self.knn.top5, **sizes}
         values = {
             "knn_top1": self.knn.top1,
             "knn_top5": self.knn.top5,
-            "knn_k": self.knn.k,
+            **sizes,
             "rankme": self.rankme if math.isfinite(self.rankme) else None,
         }
         return values if self.probe_top1 is None else values | {"probe_val_top1": self.probe_top1}
+
+
+def _part(count: int, total: int) -> str:
+    return f"{count:,}" if count == total else f"{count:,} of {total:,}"
 
 
 class KNNMonitor:
@@ -78,12 +93,19 @@ class KNNMonitor:
         self.config, self.model, self.train, self.val = config, model, train, val
         self.device, self.autocast, self.probe = device, autocast, probe
 
-    def __call__(self, *, untrained: bool, check: Callable[[], None]) -> EvalMetrics:
+    @property
+    def is_partial(self) -> bool:
+        """True if the evaluations during the run leave images out."""
+        knn = self.config.knn
+        return 0 < knn.max_train < len(self.train) or 0 < knn.max_val < len(self.val)
+
+    def __call__(self, *, untrained: bool, check: Callable[[], None], full: bool = False) -> EvalMetrics:
         """Evaluate the encoder at its current weights.
 
         Args:
             untrained: calibrate a copy's BN statistics first; those of an untrained network are 0 and 1.
             check: called before every batch; may raise to stop.
+            full: evaluate on all images, whatever the configuration's limits.
         """
         knn, encoder = self.config.knn, self.model.encoder
         options: dict[str, Any] = {
@@ -92,12 +114,15 @@ class KNNMonitor:
             "autocast": self.autocast,
             "check": check,
         }
+        train = subsample_classes(self.train, 0 if full else knn.max_train)
+        val = subsample_classes(self.val, 0 if full else knn.max_val)
+        which = "untrained encoder" if untrained else "all images" if full else "evaluation"
         if untrained:
-            encoder = recalibrate_bn(encoder, self._batches(subsample(self.train, CALIBRATION_IMAGES)), **options)
-        train = subsample(self.train, knn.max_train)
-        train_x, train_index = extract_features(encoder, self._batches(train), **options)
-        val_x, val_index = extract_features(encoder, self._batches(self.val), **options)
-        val_y = labels_of(self.val)[val_index]
+            calibration = self._batches(subsample(train, CALIBRATION_IMAGES), f"{which}, calibrating norms")
+            encoder = recalibrate_bn(encoder, calibration, **options)
+        train_x, train_index = extract_features(encoder, self._batches(train, f"{which}, training"), **options)
+        val_x, val_index = extract_features(encoder, self._batches(val, f"{which}, validation"), **options)
+        val_y = labels_of(val)[val_index]
         accuracy = knn_accuracy(
             train_x,
             labels_of(train)[train_index].to(self.device),
@@ -110,14 +135,17 @@ class KNNMonitor:
         is_probe_trained = self.probe is not None and bool(self.probe.steps > 0)
         return EvalMetrics(
             knn=accuracy,
+            num_train=len(self.train),
+            num_val=len(self.val),
             rankme=rankme(subsample_rows(train_x)),
             probe_top1=self.probe.top1(val_x, val_y) if self.probe is not None and is_probe_trained else None,
+            is_full=full,
         )
 
-    def _batches(self, source: ImageSource) -> Iterator[tuple[Tensor, Tensor]]:
-        """Center crops of the size that the run trains on, and their positions."""
+    def _batches(self, source: ImageSource, description: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Center crops of the size that the run trains on, and their positions; shows their number."""
         view, data = self.config.view1, self.config.data
-        return eval_batches(
+        batches = eval_batches(
             source,
             view.size,
             256,
@@ -127,6 +155,7 @@ class KNNMonitor:
             device=self.device,
             on_corrupt=data.on_corrupt,
         )
+        return progress.current().track(batches, len(source), description)
 
 
 def knn_problem(config: Config, train: ImageSource, val: ImageSource | None) -> str | None:

@@ -6,8 +6,8 @@ import math
 
 from byol_fast.training.builder import TrainerComponents
 from byol_fast.training.metrics_file import Record
-from byol_fast.utils.output import PlainConsole
-from byol_fast.utils.progress import Progress, ProgressBar
+from byol_fast.training.state import TrainState
+from byol_fast.utils.progress import ProgressBar, current
 
 
 def startup_summary(parts: TrainerComponents) -> list[str]:
@@ -35,9 +35,14 @@ def startup_summary(parts: TrainerComponents) -> list[str]:
 
 def training_bar(parts: TrainerComponents) -> ProgressBar:
     """Progress bar of the run; prints nothing on other ranks than 0."""
-    progress = Progress(PlainConsole() if parts.execution.world.is_main_process else None)
-    line = "step {done}/{total}  {description}  {note}"
-    return ProgressBar(progress, parts.total_steps, "epoch 0.00", done=parts.state.step, line=line, keep=True)
+    line = "step {done}/{total}  {description}  {note}  {times}"
+    description = epoch_text(parts.state)
+    return ProgressBar(current(), parts.total_steps, description, done=parts.state.step, line=line, keep=True)
+
+
+def epoch_text(state: TrainState) -> str:
+    """Finished epochs, for the progress bar."""
+    return f"epoch {state.epoch:.2f}"
 
 
 def status_line(record: Record) -> str:

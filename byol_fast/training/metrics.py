@@ -24,6 +24,9 @@ from byol_fast.utils.files import atomic_write
 
 log = logging.getLogger(__name__)
 
+NOT_DRAWN = frozenset({"step", "skipped", "knn_k", "knn_num_train", "knn_num_val"})
+"""Fields of records that are no curves."""
+
 
 class MetricsLogger:
     """Appends records to `metrics.jsonl`, and to TensorBoard's files; they wait in memory until the next `flush`.
@@ -125,7 +128,7 @@ def _write_scalars(writer: Any, records: list[Record]) -> None:
     """Write the numbers of some records into TensorBoard's files."""
     for record in records:
         for name, value in record.items():
-            if name not in {"step", "skipped", "knn_k"} and value is not None:
+            if name not in NOT_DRAWN and value is not None:
                 writer.add_scalar(name, value, record["step"])
     writer.flush()
 

@@ -10,7 +10,7 @@ from byol_fast.utils.records import count, number, read_json_lines, record_of
 
 Record = dict[str, Any]
 
-_RECORD = record_of({"step": count, "loss": number, "knn_top1": number})
+_RECORD = record_of({"step": count, "loss": number, "knn_top1": number, "knn_full_top1": number})
 
 
 def read(path: Path) -> list[Record]:

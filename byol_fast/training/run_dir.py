@@ -35,13 +35,16 @@ class RunResult:
     loss: float
     """Mean loss of the last ten steps that were not skipped."""
     knn_top1: float | None
-    """kNN accuracy of the trained encoder, 0..1, where there were labels."""
+    """kNN accuracy of the trained encoder, 0..1, where there were labels, on the images of all evaluations during the
+    run (`knn.max_train`, `knn.max_val`): comparable with `knn_top1_untrained`."""
     knn_top1_untrained: float | None
     """kNN accuracy of the untrained encoder with recalibrated batch norms: the baseline."""
     encoder: Path
     """`encoder.safetensors`; `byol_fast.load_encoder` reads it."""
     knn_k: int | None = None
     """Number of neighbors of `knn_top1`."""
+    knn_full_top1: float | None = None
+    """kNN accuracy of the trained encoder on all images, with `knn.full_at_end` if `knn_top1` leaves some out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +156,10 @@ class RunDir:
         atomic_write(self.path / "config.json", json.dumps(configs.to_dict(config), indent=2) + "\n")
         atomic_write(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
 
+    def has_full_evaluation(self, step: int) -> bool:
+        """True if the metrics have an evaluation on all images after this step."""
+        return any(r["step"] == step and "knn_full_top1" in r for r in read_metrics(self.metrics))
+
     def result(self, steps: int, encoder: Path) -> RunResult:
         """Results of the run, from its metrics.
 
@@ -171,6 +178,7 @@ class RunDir:
             knn_top1_untrained=knn[0]["knn_top1"] if knn and knn[0]["step"] == 0 else None,
             encoder=encoder,
             knn_k=knn[-1].get("knn_k") if knn else None,
+            knn_full_top1=next((r["knn_full_top1"] for r in reversed(records) if "knn_full_top1" in r), None),
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,10 +18,11 @@ from byol_fast.training.builder import build_components, global_batch_size
 from byol_fast.training.callbacks import Callback
 from byol_fast.training.checkpointer import Checkpointer
 from byol_fast.training.errors import Interrupted, TrainingError
+from byol_fast.training.first_step import first_step_bar
 from byol_fast.training.knn_monitor import EvalMetrics
 from byol_fast.training.locks import exclusive
 from byol_fast.training.memory import out_of_memory_message
-from byol_fast.training.messages import startup_summary, status_line, training_bar
+from byol_fast.training.messages import epoch_text, startup_summary, status_line, training_bar
 from byol_fast.training.metrics import MetricsLogger, StepRecords, ThroughputMeter
 from byol_fast.training.metrics_file import Record
 from byol_fast.training.run_dir import RunResult
@@ -28,7 +30,7 @@ from byol_fast.training.state import steps_in, whole_steps_in
 from byol_fast.utils.errors import first_line
 from byol_fast.utils.output import ignore_output_errors
 from byol_fast.utils.profiler_ranges import record_range
-from byol_fast.utils.progress import Progress, ProgressBar
+from byol_fast.utils.progress import Progress, ProgressBar, current, of_run
 from byol_fast.utils.run_folder import not_writable
 from byol_fast.utils.signals import GracefulShutdown
 
@@ -106,6 +108,7 @@ class Trainer:
         self._shutdown = GracefulShutdown()
         self._should_stop = False
         self._checkpoint_is_due = False
+        self._has_stepped = False
 
     # --- the run
 
@@ -123,7 +126,7 @@ class Trainer:
             RuntimeError: another run is being built or trained in this process, or this trainer has released its
                 folder: it trains once, and a later trainer of the same folder takes over.
         """
-        with exclusive():
+        with exclusive(), of_run(is_main_process=self.world.is_main_process).shown():
             try:
                 self._parts.restore_global_state()
                 return self._fit()
@@ -138,15 +141,17 @@ class Trainer:
             self.call_hooks("on_run_begin")
             self._evaluate_if_due(bar.progress)  # the untrained encoder
             while self.state.step < self.total_steps and not self._should_stop:
+                is_first = not self._has_stepped
                 self.train_one_step()
-                bar.advance(self.state.step)
-                if self._is_due(self.config.log_every):
+                bar.advance(self.state.step, description=epoch_text(self.state))
+                if is_first or self._is_due(self.config.log_every):
                     self._log(bar)
                 self._save_if_due()
                 self._evaluate_if_due(bar.progress)
                 self._raise_if_interrupted()
             if self._checkpointer.saved_step != self.state.step:
                 self.save_checkpoint()
+            self._evaluate_on_all_images(bar.progress)
             # Before the callbacks: they may evaluate or upload, and need the memory and the files.
             self.loader.close()
             self.metrics.close()
@@ -175,12 +180,15 @@ class Trainer:
         """
         with self.throughput.data_wait(self.loader), record_range("data wait"):
             batches = self._fetch()
+        first = nullcontext() if self._has_stepped else self._first_step_bar()
         try:
-            output = self.train_step(batches, self.state.step)
+            with first:
+                output = self.train_step(batches, self.state.step)
         except torch.OutOfMemoryError as error:
             reason = first_line(error)
         else:
             self.state.step += 1
+            self._has_stepped = True
             probe_top1 = None
             if self.state.probe is not None:
                 labels = torch.cat([batch.labels for batch in batches if batch.labels is not None])
@@ -192,6 +200,9 @@ class Trainer:
             return
         # Outside of the handler: the traceback would keep the step's tensors alive.
         raise TrainingError(out_of_memory_message(self.train_step, batches[0], reason, self.config))
+
+    def _first_step_bar(self) -> AbstractContextManager[object]:
+        return first_step_bar(current(), self.mode, max_autotune=self.config.max_autotune)
 
     def _fetch(self) -> list[Batch]:
         try:
@@ -238,7 +249,7 @@ class Trainer:
     def _log(self, bar: ProgressBar) -> None:
         records = self.queue_records()
         if records:
-            bar.update(self.state.step, status_line(records[-1]), description=f"epoch {self.state.epoch:.2f}")
+            bar.update(self.state.step, status_line(records[-1]))
         self.metrics.flush()
 
     # --- evaluation
@@ -267,11 +278,24 @@ class Trainer:
         self.metrics.flush()
         self.call_hooks("on_evaluation", record)
 
-    def _evaluate(self) -> EvalMetrics | None:
+    def _evaluate_on_all_images(self, progress: Progress) -> None:
+        """Evaluate the trained encoder once more, if that is asked for and the other evaluations left images out."""
+        if self.knn is None or not self.config.knn.full_at_end or not self.knn.is_partial:
+            return
+        if self.world.run_on_main(lambda: self._parts.run_dir.has_full_evaluation(self.state.step)):
+            return  # a finished run is resumed
+        result = self.world.run_on_main(lambda: self._evaluate(full=True))
+        if result is None:
+            self._interrupt(self.world.all_reduce_max(self._shutdown.signum))
+        progress.print(f"{result.summary()}  (all images, after the last step)")
+        self.metrics.add({"step": self.state.step, "epoch": round(self.state.epoch, 4), **result.to_dict()})
+        self.metrics.flush()
+
+    def _evaluate(self, *, full: bool = False) -> EvalMetrics | None:
         """Evaluate the encoder; None if a signal arrived meanwhile."""
         assert self.knn is not None
         try:
-            return self.knn(untrained=self.state.step == 0, check=self._stop_evaluation_on_signal)
+            return self.knn(untrained=self.state.step == 0, check=self._stop_evaluation_on_signal, full=full)
         except _EvaluationStopped:
             return None
 

@@ -1,24 +1,40 @@
-"""Progress of long operations: a bar on a terminal, otherwise a line every ten seconds."""
+"""Progress of long operations: bars on a terminal, otherwise lines."""
 
 from __future__ import annotations
 
+import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.progress import ProgressColumn, Task, TaskID, TextColumn
+from rich.progress_bar import ProgressBar as RichBar
 
 from byol_fast.utils.output import PlainConsole
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SECONDS_BETWEEN_LINES = 10.0
+FIRST_LINE_SECONDS = 3.5
+"""Seconds without any line after which an operation prints its first one."""
+LINE_SECONDS = 10.0
+"""Seconds between its lines at the beginning."""
+MANY_LINES_SECONDS = 300.0
+"""Seconds after which fewer lines are printed."""
+LATER_LINE_SECONDS = 60.0
+"""Seconds between lines from then on."""
+GRACE_SECONDS = 0.5
+"""Seconds that a due line waits for a report of the operation itself, which has a new note."""
 
 
 class Progress:
     """Lines and progress bars on one console.
+
+    Bars may be nested. Without a terminal the innermost one prints lines: a thread does so while an item takes long.
 
     Args:
         console: None prints nothing.
@@ -26,14 +42,32 @@ class Progress:
 
     def __init__(self, console: PlainConsole | None = None) -> None:
         self.console = console or PlainConsole(quiet=True)
+        self.lock = threading.RLock()
+        self.last_output = time.monotonic()
+        """Time of the last line."""
+        self._bars: list[ProgressBar] = []
+        self._startup: ProgressBar | None = None
+        self._live: RichProgress | None = None
+        self._changed = threading.Condition(self.lock)
+        self._thread: threading.Thread | None = None
 
     def print(self, text: str) -> None:
         """Print a line above the progress bars."""
-        self.console.print(text, soft_wrap=True)
+        self._end_startup()
+        with self.lock:
+            self.last_output = time.monotonic()
+            self.console.print(text, soft_wrap=True)
 
-    def bar(self, total: int, description: str) -> ProgressBar:
-        """Progress bar that is removed at the end; a context manager."""
-        return ProgressBar(self, total, description)
+    def bar(self, total: int | None, description: str, *, unit: str = "", note: str = "") -> ProgressBar:
+        """Progress bar that is removed at the end; a context manager.
+
+        Args:
+            total: number of items; None: not known.
+            description: text before the bar.
+            unit: name of the items.
+            note: text behind the bar, until the first `update`.
+        """
+        return ProgressBar(self, total, description, unit=unit, note=note)
 
     def track(
         self, batches: Iterable[tuple[Tensor, Tensor]], total: int, description: str
@@ -46,63 +80,244 @@ class Progress:
                 done += len(index)
                 bar.update(done)
 
+    @contextmanager
+    def shown(self, startup: str = "") -> Iterator[Progress]:
+        """Within this, in this thread, `current()` is this one: it shows the progress of operations deep inside.
+
+        Args:
+            startup: text of lines until the first bar or line; empty: none.
+        """
+        token = _current.set(self)
+        if startup:
+            self._startup = ProgressBar(self, None, startup, plain=True)
+            self._open(self._startup)
+        try:
+            yield self
+        finally:
+            self._end_startup()
+            _current.reset(token)
+
+    # --- bars
+
+    def open_bar(self, bar: ProgressBar) -> None:
+        """Show a bar below the others."""
+        self._end_startup()
+        self._open(bar)
+
+    def close_bar(self, bar: ProgressBar) -> None:
+        """Remove a bar, or leave its last state on the terminal if it is to be kept."""
+        with self.lock:
+            if bar not in self._bars:  # nothing is shown
+                return
+            self._bars.remove(bar)
+            thread = self._thread
+            self._thread = thread if self._bars else None
+            self._changed.notify()
+            if self._live is not None:
+                self._remove_from_live(self._live, bar)
+        if thread is not None and self._thread is None:
+            thread.join()
+
+    def _open(self, bar: ProgressBar) -> None:
+        if self.console.quiet:
+            return
+        with self.lock:
+            self._bars.append(bar)
+            if self.console.is_terminal and not bar.plain:
+                self._add_to_live(bar)
+            elif self._thread is None:
+                self._thread = threading.Thread(target=self._print_lines, name="byol-fast-progress", daemon=True)
+                self._thread.start()
+            else:
+                self._changed.notify()
+
+    def _end_startup(self) -> None:
+        if self._startup is not None:
+            startup, self._startup = self._startup, None
+            self.close_bar(startup)
+
+    def _add_to_live(self, bar: ProgressBar) -> None:
+        if self._live is None:
+            self._live = RichProgress(
+                TextColumn("{task.fields[bar].description}", markup=False),
+                _BarColumn(),
+                TextColumn("{task.fields[bar].counts}", markup=False),
+                TextColumn("{task.fields[bar].note}", markup=False),
+                TextColumn("{task.fields[bar].times}", markup=False),
+                console=self.console,
+                # A file that gets the standard output must not lose lines to the terminal.
+                redirect_stdout=not self.console.stderr or sys.stdout.isatty(),
+            )
+        bar.task = self._live.add_task("", total=None, bar=bar)
+        self._live.start()
+
+    def _remove_from_live(self, live: RichProgress, bar: ProgressBar) -> None:
+        live.refresh()  # the end is seen, if only for a moment
+        if not bar.keep and bar.task is not None:
+            live.remove_task(bar.task)
+        if not self._bars:
+            live.live.transient = not live.tasks
+            live.stop()
+            self._live = None
+
+    def _print_lines(self) -> None:
+        """Body of the thread: print the line of the innermost bar when it is due."""
+        thread = threading.current_thread()
+        with self._changed:
+            while self._thread is thread:
+                seconds = self._bars[-1].due_time() + GRACE_SECONDS - time.monotonic()
+                if seconds > 0:
+                    self._changed.wait(seconds)
+                else:
+                    self._bars[-1].print_line()
+
+
+_current: ContextVar[Progress | None] = ContextVar("byol_fast_progress", default=None)
+
+
+def current() -> Progress:
+    """The `Progress` of the command or run under way in this thread; if there is none, one that prints nothing."""
+    return _current.get() or Progress()
+
+
+def of_run(*, is_main_process: bool) -> Progress:
+    """The `Progress` of the command under way or else one on standard output; on other processes nothing is printed."""
+    return (_current.get() or Progress(PlainConsole())) if is_main_process else Progress()
+
 
 class ProgressBar:
     """Progress of one operation.
 
     Args:
         progress: the console.
-        total: number of items.
+        total: number of items; None: not known.
         description: text before the bar.
         done: number of items that are finished at the start.
+        unit: name of the items.
+        note: text behind the bar.
         line: format of a line, if the console is not a terminal.
         keep: keep the bar at the end; if the console is not a terminal, print the first and the last state as well.
+        plain: print lines on a terminal, too.
     """
 
     def __init__(
         self,
         progress: Progress,
-        total: int,
+        total: int | None,
         description: str,
         *,
         done: int = 0,
-        line: str = "{description}: {done}/{total}  {note}",
+        unit: str = "",
+        note: str = "",
+        line: str = "{description}: {counts}  {times}  {note}",
         keep: bool = False,
+        plain: bool = False,
     ) -> None:
-        self.progress, self.total, self.description = progress, total, description
-        self._line, self._keep = line, keep
-        self._last_line = 0.0 if keep else time.monotonic()
-        self._bars = RichProgress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=progress.console,
-            transient=not keep,
-            disable=progress.console.quiet or not progress.console.is_terminal,
-        )
-        self._task = self._bars.add_task(description, total=total, completed=done, note="")
+        self.progress, self.total, self.description, self.note = progress, total, description, note
+        self.done, self.keep, self.plain = done, keep, plain
+        self.task: TaskID | None = None
+        """Number of the bar on a terminal."""
+        self._unit, self._line = unit, line
+        self._begin = time.monotonic()
+        # The first item may take much longer than the others.
+        self._first_report: tuple[float, int] | None = None
+        self._last_report = self._begin
+        self._note_done: int | None = None  # count at which the note was reported
+        self._last_line: float | None = None
 
     def __enter__(self) -> ProgressBar:
-        self._bars.start()
+        self.progress.open_bar(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bars.stop()
+        self.progress.close_bar(self)
 
-    def advance(self, done: int) -> None:
+    def advance(self, done: int, *, description: str | None = None) -> None:
         """Move the bar; prints no line."""
-        self._bars.update(self._task, completed=done)
+        self._last_report = time.monotonic()
+        if self._first_report is None:
+            self._first_report = self._last_report, done
+        self.done = done
+        if description is not None:
+            self.description = description
+
+    def add(self, count: int) -> None:
+        """Move the bar on, from any thread; prints no line."""
+        with self.progress.lock:
+            self.advance(self.done + count)
 
     def update(self, done: int, note: str = "", *, description: str | None = None) -> None:
-        """Move the bar and show a note beside it; if the console is not a terminal, print a line every ten seconds."""
-        self.description = description or self.description
-        self._bars.update(self._task, completed=done, note=note, description=self.description)
+        """Move the bar and show a note beside it; if the console is not a terminal, print a line if one is due."""
+        with self.progress.lock:
+            self.advance(done, description=description)
+            self.note, self._note_done = note, done
+            is_first_or_last = self.keep and (self._last_line is None or done == self.total)
+            if is_first_or_last or time.monotonic() >= self.due_time():
+                self.print_line()
+
+    # --- texts
+
+    @property
+    def counts(self) -> str:
+        """Finished and all items."""
+        if self.total is None and not self.done:
+            return ""
+        of_all = "" if self.total is None else f"/{self.total:,}"
+        return f"{self.done:,}{of_all} {self._unit}".rstrip()
+
+    @property
+    def times(self) -> str:
+        """Elapsed and remaining time."""
         now = time.monotonic()
-        due = now - self._last_line >= SECONDS_BETWEEN_LINES or (self._keep and done == self.total)
-        if due and not self.progress.console.is_terminal:
-            self._last_line = now
-            line = self._line.format(description=self.description, done=done, total=self.total, note=note)
-            self.progress.print(line.rstrip())
+        elapsed = f"elapsed {_clock(now - self._begin)}"
+        first_time, first = self._first_report or (now, self.done)
+        if self.total is None or self.done <= first:
+            return elapsed
+        seconds_per_item = (self._last_report - first_time) / (self.done - first)
+        remaining = seconds_per_item * (self.total - self.done) - (now - self._last_report)
+        return f"{elapsed}, remaining {_clock(max(remaining, 0))}"
+
+    # --- lines
+
+    def due_time(self) -> float:
+        """Time of the next line: after some seconds without any, then every ten seconds, later every minute."""
+        if self._last_line is None:
+            return self.progress.last_output + FIRST_LINE_SECONDS
+        many = self._last_line - self._begin < MANY_LINES_SECONDS
+        return self._last_line + (LINE_SECONDS if many else LATER_LINE_SECONDS)
+
+    def print_line(self) -> None:
+        """Print the state, if the console is not a terminal."""
+        self._last_line = time.monotonic()
+        if self.progress.console.is_terminal and not self.plain:
+            return
+        self.progress.last_output = self._last_line
+        note = self.note
+        if note and self._note_done is not None and self._note_done != self.done:
+            note += f" (at {self._note_done:,})"
+        line = self._line.format(
+            description=self.description,
+            done=self.done,
+            total=self.total,
+            counts=self.counts,
+            times=self.times,
+            note=note,
+        )
+        self.progress.console.print(line.replace(":   ", ": ").rstrip(), soft_wrap=True)
+
+
+class _BarColumn(ProgressColumn):
+    """The bar itself."""
+
+    def render(self, task: Task) -> RichBar:
+        """Draw the bar; it pulses if the number of items is not known."""
+        bar: ProgressBar = task.fields["bar"]
+        return RichBar(
+            total=bar.total, completed=bar.done, width=40, pulse=bar.total is None, animation_time=task.get_time()
+        )
+
+
+def _clock(seconds: float) -> str:
+    """Hours, minutes and seconds: `0:01:23`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import threading
 from typing import Any
 
 import pytest
 import torch
 
+from byol_fast.utils import progress as progress_module
 from byol_fast.utils.output import PlainConsole
-from byol_fast.utils.progress import Progress, ProgressBar
+from byol_fast.utils.progress import Progress, ProgressBar, current, of_run
 
 
 @pytest.fixture
@@ -25,40 +27,116 @@ def plain() -> tuple[Progress, io.StringIO]:
     return Progress(PlainConsole(file=out, width=60)), out
 
 
-def test_lines_without_a_terminal_come_every_ten_seconds(clock: list[float]) -> None:
+def test_lines_without_a_terminal_come_every_ten_seconds_then_every_minute(clock: list[float]) -> None:
     shown, out = plain()
-    with shown.bar(100, "fits") as bar:
-        for done in range(100):
-            clock[0] += 4
-            bar.update(done + 1, f"[x] {done}")
+    times = []
+    with shown.bar(3600, "fits") as bar:
+        for second in range(1, 601):
+            clock[0] += 1
+            before = out.tell()
+            bar.update(second, f"[x] {second}")
+            if out.tell() > before:
+                times.append(second)
+    assert times == [*range(4, 305, 10), *range(364, 601, 60)]
     lines = out.getvalue().splitlines()
-    assert lines[:2] == ["fits: 3/100  [x] 2", "fits: 6/100  [x] 5"] and len(lines) == 33
+    assert lines[0] == "fits: 4/3,600  elapsed 0:00:04, remaining 0:59:56  [x] 4"
+    assert lines[-1] == "fits: 544/3,600  elapsed 0:09:04, remaining 0:50:56  [x] 544"
+
+
+def test_remaining_time_leaves_the_first_item_out(clock: list[float]) -> None:
+    """The first step compiles; an estimate from it would be far off."""
+    bar = ProgressBar(plain()[0], 101, "steps")
+    clock[0] += 500
+    bar.update(1)
+    assert bar.times == "elapsed 0:08:20"
+    clock[0] += 2
+    bar.update(2)
+    assert bar.times == "elapsed 0:08:22, remaining 0:03:18"
+    clock[0] += 8
+    assert bar.times == "elapsed 0:08:30, remaining 0:03:10"
+    resumed = ProgressBar(plain()[0], 101, "steps", done=51)
+    for step in (52, 53):
+        clock[0] += 2
+        resumed.update(step)
+    assert resumed.times == "elapsed 0:00:04, remaining 0:01:36"
 
 
 def test_kept_bar_prints_first_and_last_line(clock: list[float]) -> None:
     shown, out = plain()
     with ProgressBar(shown, 3, "", line="step {done}/{total}  {description}  {note}", keep=True) as bar:
         for step in (1, 2, 3):
-            bar.advance(step)
-            bar.update(step, "loss 1", description=f"epoch {step / 3:.2f}")
+            bar.advance(step, description=f"epoch {step / 3:.2f}")
+            bar.update(step, "loss 1")
     assert out.getvalue().splitlines() == ["step 1/3  epoch 0.33  loss 1", "step 3/3  epoch 1.00  loss 1"]
 
 
-def test_bar_on_a_terminal_shows_counts_and_note(monkeypatch: Any) -> None:
+class Output(io.StringIO):
+    """Output without a terminal; `wait_for` returns once a text has been written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = threading.Condition()
+
+    def write(self, text: str) -> int:
+        with self.written:
+            count = super().write(text)
+            self.written.notify_all()
+        return count
+
+    def wait_for(self, text: str) -> None:
+        with self.written:
+            assert self.written.wait_for(lambda: text in self.getvalue(), timeout=60)
+
+
+def test_lines_come_while_an_item_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread prints them for the innermost bar, and says how old a note is."""
+    for name in ("FIRST_LINE_SECONDS", "LINE_SECONDS", "GRACE_SECONDS"):
+        monkeypatch.setattr(progress_module, name, 0.01)
+    out = Output()
+    shown = Progress(PlainConsole(file=out, width=200))
+    with shown.shown("train: starting"):
+        out.wait_for("train: starting: elapsed 0:00:00\n")
+        with shown.bar(10, "steps") as outer:
+            outer.update(1, "loss 3")
+            outer.advance(2)
+            out.wait_for("steps: 2/10  elapsed 0:00:00, remaining 0:00:00  loss 3 (at 1)\n")
+            with current().bar(None, "scanning", unit="files", note="slow disk") as inner:
+                inner.add(2000)
+                out.wait_for("scanning: 2,000 files  elapsed 0:00:00  slow disk\n")
+            out.seek(0)
+            out.truncate()
+            out.wait_for("steps: 2/10")
+    assert "scanning" not in out.getvalue() and "starting" not in out.getvalue()
+    assert "byol-fast-progress" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_bars_on_a_terminal_show_counts_notes_and_labeled_times(monkeypatch: Any) -> None:
     monkeypatch.setenv("TERM", "xterm")
     out = io.StringIO()
-    shown = Progress(PlainConsole(file=out, force_terminal=True, width=100))
+    shown = Progress(PlainConsole(file=out, force_terminal=True, width=160))
     batches = [(torch.zeros(2), torch.arange(2))] * 3
     assert len(list(shown.track(batches, 6, "test images"))) == 3
     with ProgressBar(shown, 9, "epoch 0.00", done=4, keep=True) as bar:
-        bar.update(5, "loss 0.5", description="epoch 0.55")
+        with shown.bar(None, "reading [files]"):
+            pass
+        bar.update(5, "loss [0.5]", description="epoch 0.55")
+        bar.update(6, "loss [0.5]")
     text = out.getvalue()
-    assert all(part in text for part in ("test images", "6/6", "epoch 0.55", "5/9", "loss 0.5"))
+    shown_parts = ("test images", "6/6", "epoch 0.55", "6/9", "loss [0.5]", "reading [files]", "elapsed 0:00:00, remaining")
+    assert all(part in text for part in shown_parts)
+    left = "".join(text.splitlines()[-2:])
+    assert "epoch 0.55" in left and "reading" not in left and "test images" not in left
 
 
 def test_nothing_is_shown_without_a_console(capsys: pytest.CaptureFixture[str]) -> None:
     shown = Progress()
     shown.print("x")
-    with ProgressBar(shown, 1, "x", keep=True) as bar:
+    with shown.shown("x"), ProgressBar(shown, 1, "x", keep=True) as bar:
         bar.update(1)
+        assert threading.active_count() == len([t for t in threading.enumerate() if t.name != "byol-fast-progress"])
+    with current().bar(1, "x") as bar:  # of a function that nobody gave a console
+        bar.update(1)
+    of_run(is_main_process=False).print("x")
     assert capsys.readouterr() == ("", "")
+    of_run(is_main_process=True).print("x")
+    assert capsys.readouterr() == ("x\n", "")

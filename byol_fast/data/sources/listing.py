@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from byol_fast.data.errors import SourceError
 from byol_fast.utils.files import printable_name
+from byol_fast.utils.progress import current
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm")
 """Extensions of image files, in any case; other files are ignored and listed in the log."""
@@ -44,6 +45,14 @@ def walk(
     Raises:
         SourceError: a folder cannot be listed.
     """
+    with current().bar(None, f"scanning {printable_name(root)}", unit="files") as bar:
+        for names in _walk(root, arg_name, hidden, repeated):
+            bar.advance(bar.done + len(names))
+            yield from names
+
+
+def _walk(root: Path, arg_name: str, hidden: list[str] | None, repeated: list[str] | None) -> Iterator[list[str]]:
+    """The paths of `walk`, folder by folder."""
     visited: set[tuple[int, int]] = set()
 
     def on_error(error: OSError) -> None:
@@ -69,7 +78,7 @@ def walk(
             links = [name for name in sorted(names) if os.path.islink(os.path.join(folder, name))]  # noqa: PTH114, PTH118
             starts += (os.path.join(folder, name) for name in links)  # noqa: PTH118
             subfolders[:] = sorted(set(names) - set(links))
-            yield from (prefix + name for name in files if not is_hidden(name))
+            yield [prefix + name for name in files if not is_hidden(name)]
 
 
 def list_folder(root: Path, arg_name: str) -> list[str]:

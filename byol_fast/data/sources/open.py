@@ -33,6 +33,7 @@ from byol_fast.data.sources.shards import SHARDS, find_shards, has_only_shards
 from byol_fast.data.sources.splits import check_parts, split_folder, split_shards
 from byol_fast.data.sources.tar import TarSource, open_tars
 from byol_fast.utils.files import expand_home, printable_name
+from byol_fast.utils.progress import current
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +106,11 @@ def _open_subset(subset: torch.utils.data.Subset[Any], arg_name: str, options: D
 
 def _open_path(path: Path, arg_name: str, options: DataConfig) -> ImageSource:
     check_path(path, arg_name)
+    with current().bar(None, f"opening {printable_name(path)}"):
+        return _open_existing(path, arg_name, options)
+
+
+def _open_existing(path: Path, arg_name: str, options: DataConfig) -> ImageSource:
     if os.path.isdir(path) and not has_only_shards(path, arg_name):  # noqa: PTH112
         return _name_metadata(open_folder(path, arg_name), path)
     shards = {suffix: files for suffix in SHARDS if (files := find_shards(path, suffix, arg_name))}

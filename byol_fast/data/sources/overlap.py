@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from byol_fast.data.errors import CorruptImageError
 from byol_fast.data.sources.arrays import ArraySource
 from byol_fast.data.sources.base import EncodedSource, ImageSource, evenly_spaced
+from byol_fast.utils.progress import current
 
 log = logging.getLogger(__name__)
 
@@ -129,8 +130,13 @@ def _map(fn: Callable[[int], T | None], index: Sequence[int]) -> list[T | None]:
 
     size = -(-len(index) // _NUM_CHUNKS) or 1
     chunks = [index[start : start + size] for start in range(0, len(index), size)]
-    with ThreadPoolExecutor(_THREADS, "byol-fast-compare") as pool:
-        return [result for results in pool.map(compute, chunks) for result in results]
+    all_results: list[T | None] = []
+    bar = current().bar(len(index), "comparing training and validation images")
+    with bar, ThreadPoolExecutor(_THREADS, "byol-fast-compare") as pool:
+        for results in pool.map(compute, chunks):
+            all_results += results
+            bar.update(len(all_results))
+    return all_results
 
 
 def _num_bytes(source: ImageSource, i: int) -> int | None:

@@ -41,6 +41,7 @@ from byol_fast.data.sources.files import FileSource
 from byol_fast.data.sources.lists import open_files
 from byol_fast.data.sources.shards import LFS_POINTER, cache_path, file_stamp, is_lfs_pointer
 from byol_fast.utils.files import expand_home, open_regular, printable_name
+from byol_fast.utils.progress import current
 
 log = logging.getLogger(__name__)
 
@@ -279,9 +280,10 @@ def _load_copy(tables: Sequence[_Table], column: str, feature: Any, title: str, 
             _check_space(copies, size, title, arg_name)
             log.info("%s: copying its images (%.2f GiB) to %s, once", title, size / 2**30, copies)
         paths = [glob.escape(str(path.absolute())) for path in files]
-        dataset = datasets.Dataset.from_parquet(
-            paths, features=datasets.Features({column: feature}), cache_dir=str(copy), columns=[column]
-        )
+        with current().bar(None, f"copying the images of {printable_name(title)}"):
+            dataset = datasets.Dataset.from_parquet(
+                paths, features=datasets.Features({column: feature}), cache_dir=str(copy), columns=[column]
+            )
     except (OSError, datasets.exceptions.DatasetGenerationError) as error:
         cause = error.__cause__ or error
         if isinstance(cause, OSError) and cause.errno is not None:

@@ -34,6 +34,7 @@ from byol_fast.data.sources.listing import EXTENSIONS, is_hidden
 from byol_fast.data.sources.shards import LFS_POINTER, cache_path, file_stamp, is_lfs_pointer
 from byol_fast.data.sources.tar_index import INDEX_FORMAT, Index, build_index, unpack_texts
 from byol_fast.utils.files import atomic_path, expand_home, open_regular, printable_name
+from byol_fast.utils.progress import current
 
 log = logging.getLogger(__name__)
 
@@ -144,8 +145,7 @@ def open_tars(
     Raises:
         SourceError: an archive is compressed, damaged, cut off or not an archive, or there are no images.
     """
-    with ThreadPoolExecutor(INDEX_THREADS, "byol-fast-index") as pool:  # mostly waiting for the disk
-        pairs = list(pool.map(lambda path: _load_or_build_index(path, arg_name, expand_home(cache) / "tar"), shards))
+    pairs = _load_or_build_indexes(shards, title, arg_name, expand_home(cache) / "tar")
     indexes = [index for index, _ in pairs]
     counts = [len(index["offset"]) for index in indexes]
     _report_damage(shards, indexes, arg_name, on_corrupt)
@@ -190,14 +190,36 @@ def open_tars(
     )
 
 
-def _load_or_build_index(path: Path, arg_name: str, folder: Path) -> tuple[Index, bool]:
+def _load_or_build_indexes(shards: Sequence[Path], title: str, arg_name: str, folder: Path) -> list[tuple[Index, bool]]:
+    """Index of each tar file, and True if it was built, not loaded from the cache."""
+    bar = current().bar(sum(map(_num_bytes, shards)) >> 20, f"indexing {printable_name(title)}", unit="MiB")
+    num_read = 0
+
+    def on_read(num_bytes: int) -> None:
+        nonlocal num_read
+        with bar.progress.lock:
+            num_read += num_bytes
+            bar.advance(num_read >> 20)
+
+    with bar, ThreadPoolExecutor(INDEX_THREADS, "byol-fast-index") as pool:  # mostly waiting for the disk
+        return list(pool.map(lambda path: _load_or_build_index(path, arg_name, folder, on_read), shards))
+
+
+def _num_bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # named when it is read
+        return 0
+
+
+def _load_or_build_index(path: Path, arg_name: str, folder: Path, on_read: Callable[[int], None]) -> tuple[Index, bool]:
     """Index of one tar file, and True if it was built, not loaded from the cache."""
     cached = cache_path(path, folder, ".npz")
     try:
         stamp = file_stamp(path, [INDEX_FORMAT])
         if (stored := _load_index(cached, stamp)) is not None:
             return stored, False
-        index = build_index(path)
+        index = build_index(path, on_read)
         if int(index["damage_offset"]) == 0 and (problem := _wrong_format(path)):
             raise SourceError(f"{arg_name}: {path} {problem}")
     except OSError as error:

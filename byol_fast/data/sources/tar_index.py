@@ -6,7 +6,7 @@ import posixpath
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -29,6 +29,8 @@ UNUSED_LABELS = "labels (.cls) are left out, because no image has their name"
 UNNAMED = "members that seem to be images are left out, because their names are hidden or not those of images"
 
 _LABEL_EXTENSIONS = (".cls", ".cls.txt")
+_UNUSUAL_PATH = re.compile(r"^$|//|(?:^|/)\.")
+"""In paths that are not normalized already, and some others."""
 _MAX_LABEL_BYTES = 1024
 _LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 _MAX_LINKS = 40
@@ -36,6 +38,8 @@ _MAX_LINKS = 40
 _MAGIC = re.compile(
     rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|BM....\0\0\0\0|II\*\0|MM\0\*|P[1-6]\s[\d#]", re.DOTALL
 )  # the formats of EXTENSIONS
+
+_MEMBERS_PER_REPORT = 1000
 
 Index = dict[str, NDArray[Any]]
 """Arrays of one tar file. Of its images: `start` (of the first header), `offset` and `size` `[N]`, packed `names` and
@@ -49,10 +53,14 @@ class _Entry(NamedTuple):
     start: int
 
 
-def build_index(path: Path) -> Index:
+def build_index(path: Path, on_read: Callable[[int], None] = lambda num_bytes: None) -> Index:
     """Index of the images in one tar file, up to its end or its first damage.
 
     Members whose names agree up to the first dot are one sample.
+
+    Args:
+        path: the tar file.
+        on_read: called now and then with the number of bytes that were passed since the last call.
 
     Raises:
         OSError: the file cannot be read.
@@ -60,9 +68,13 @@ def build_index(path: Path) -> Index:
     damage_offset, damage = -1, ""
     with open(path, "rb", opener=open_regular) as file:
         builder = _IndexBuilder(file)
+        begin = 0
         try:
-            for member in read_members(file):
+            for number, member in enumerate(read_members(file)):
                 builder.add(member)
+                if number % _MEMBERS_PER_REPORT == 0:
+                    on_read(member.start - begin)
+                    begin = member.start
         except TarDamageError as error:
             damage_offset, damage = error.offset, error.problem
             builder.cut(damage_offset)
@@ -91,16 +103,17 @@ class _IndexBuilder:
     def add(self, member: TarMember) -> None:
         """Add the next member."""
         name = member.name.removeprefix("./").lstrip("/")
-        path = posixpath.normpath(name)
+        path = posixpath.normpath(name) if _UNUSUAL_PATH.search(name) else name
         entry = _Entry(name, name if path == name else path, member.start)  # one copy of most names
         self._locate(member, entry.path)
         folder, _, base = name.rpartition("/")
         stem, _, extension = base.partition(".")
         key, extension = f"{folder}/{stem}", extension.lower()
-        label_ending = next((ending for ending in _LABEL_EXTENSIONS if base.lower().endswith(ending)), "")
+        lower = base.lower()
+        label_ending = next((ending for ending in _LABEL_EXTENSIONS if lower.endswith(ending)), "")
         if is_hidden(base):  # such as .DS_Store and ._photo.jpg
             self._check_content(member, entry)
-        elif base.lower().endswith(EXTENSIONS):
+        elif lower.endswith(EXTENSIONS):
             sample = self._samples.setdefault(key, {})
             self._check_replaced(sample.get(extension), entry)
             sample[extension] = entry
