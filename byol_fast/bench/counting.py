@@ -17,6 +17,7 @@ from byol_fast.bench.results import Results
 from byol_fast.bench.timing import Timing, interleaved
 from byol_fast.utils.env import version
 from byol_fast.utils.errors import first_line
+from byol_fast.utils.progress import current
 
 Case = Callable[[], object]
 COPY_BYTES = 128 << 20  # larger than any cache
@@ -104,17 +105,20 @@ def measure(results: Results, name: str, suite: Suite, *, rounds: int, num_items
     is_cpu_time = device.type == "cpu" and torch.get_num_threads() == 1
     source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    counts = {}
-    for provider, case in suite.cases.items():
-        with OperatorCounter() as count:
-            case()
-        counts[provider] = count
+    counts: dict[str, OperatorCounter] = {}
+    with current().bar(len(suite.cases), f"{name}: first calls") as bar:
+        for provider, case in suite.cases.items():
+            bar.update(len(counts), provider)
+            with OperatorCounter() as count:
+                case()
+            counts[provider] = count
     all_cases: dict[str, Case] = {**suite.cases, COPY: lambda: target.copy_(source)}
     if device.type == "cuda":
         all_cases |= capture_cases(suite, {provider for provider, count in counts.items() if count.syncs})
     calls = {provider: num_calls(case, device) for provider, case in all_cases.items()}
     cases = {provider: synchronized(case, device, calls[provider]) for provider, case in all_cases.items()}
-    measured = interleaved(cases, rounds=rounds, clock=time.process_time if is_cpu_time else time.perf_counter)
+    clock = time.process_time if is_cpu_time else time.perf_counter
+    measured = interleaved(cases, rounds=rounds, clock=clock, description=name)
     copy_speed = 2 * COPY_BYTES / (measured.pop(COPY).median / calls[COPY])
     times = {p: Timing(tuple(s / suite.repeats / calls[p] for s in t.seconds)) for p, t in measured.items()}
     extras: dict[str, dict[str, Any]] = {}

@@ -276,7 +276,8 @@ def run_suite(
     cases = {name: case for name, case in cases.items() if is_selected(name)}
     check_levels(cases)
     on_cpu = device.type == "cpu"
-    times = interleaved(cases, rounds=rounds, clock=time.process_time if on_cpu else time.perf_counter)
+    clock = time.process_time if on_cpu else time.perf_counter
+    times = interleaved(cases, rounds=rounds, clock=clock, description=suite)
     baseline = next((name for name in cases if not name.startswith("byol_fast")), "")
     results.add(suite, times, unit="images/CPU-s" if on_cpu else "images/s", num_items=num_images, baseline=baseline)
 

@@ -20,6 +20,7 @@ import torch
 from byol_fast.bench.flags import BackendFlags
 from byol_fast.bench.timing import Timing
 from byol_fast.utils.errors import reason
+from byol_fast.utils.progress import current
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,7 @@ def measure(
     threads: int,
     device: torch.device,
     timeout_s: float | None = None,
+    description: str = "timing",
 ) -> dict[str, Measurement]:
     """Call every candidate once per round, one after the other.
 
@@ -69,15 +71,20 @@ def measure(
         threads: of each process; 0 for torch's default.
         device: of the candidates. On a GPU, cached memory is released after each call.
         timeout_s: longest time of a call in seconds, compilation included; None for no limit.
+        description: text of the progress bar.
     """
     results = {name: Measurement() for name in jobs}
-    with _processes(jobs, threads, device) as workers:
+    bar = current().bar((warmup + rounds) * len(jobs), description, unit="calls")
+    with bar, _processes(jobs, threads, device) as workers:
         for name in list(workers):
+            bar.update(0, f"{name}: starting")
             _receive(workers, name, results[name], timeout_s)
         for number in range(warmup + rounds):
             for name, worker in list(workers.items()):
+                bar.update(bar.done, name)
                 worker.pipe.send(True)
                 reply = _receive(workers, name, results[name], timeout_s)
+                bar.advance(bar.done + 1)
                 if reply is not None and number >= warmup:
                     results[name].cpu.append(reply[0])
                     results[name].wall.append(reply[1])

@@ -30,6 +30,7 @@ from byol_fast.training.mode import resolve_mode
 from byol_fast.utils.device import resolve_device
 from byol_fast.utils.files import check_output_folder
 from byol_fast.utils.precision import resolve_precision
+from byol_fast.utils.progress import current
 
 ROUNDS = {"peers": 7, "kernels": 11, "data": 5, "stages": 5, "step": 5, "end-to-end": 5}
 WARMUP = 2
@@ -74,7 +75,9 @@ class Bench:
         for name in self.options.suites or [s for s in SUITES if s != "stages"]:
             print(f"\n== {name}", flush=True)
             results = Results(name, self.device, self.settings())
-            getattr(self, name.replace("-", "_"))(results, self.options.rounds or ROUNDS[name])
+            # Of what takes long without a bar of its own, such as building the candidates.
+            with current().bar(None, f"suite {name}"):
+                getattr(self, name.replace("-", "_"))(results, self.options.rounds or ROUNDS[name])
             for path in results.save(self.folder):
                 print(f"  {path}")
 
@@ -99,12 +102,16 @@ class Bench:
         """Loss, EMA and LARS; color and blur."""
         for name, build in kernels.suites().items():
             if self._is_selected(name):
-                measure_operators(results, name, build(str(self.device)), rounds=rounds)
+                with current().bar(None, f"{name}: comparing the results of the candidates"):
+                    suite = build(str(self.device))
+                measure_operators(results, name, suite, rounds=rounds)
         num_images = self.options.kernel_images or (32 if self.device.type == "cpu" else 512)
         problem = photometric.Problem(num_images, str(self.device))
         for name, build_suite in photometric.SUITES.items():
             if self._is_selected(name):
-                measure_operators(results, name, build_suite(problem), rounds=rounds, num_items=num_images)
+                with current().bar(None, f"{name}: comparing the results of the candidates"):
+                    suite = build_suite(problem)
+                measure_operators(results, name, suite, rounds=rounds, num_items=num_images)
 
     def data(self, results: Results, rounds: int) -> None:
         """Two views of images."""
@@ -189,7 +196,13 @@ class Bench:
         notes: Mapping[str, dict[str, str]],
     ) -> None:
         measurements = measure_processes(
-            jobs, rounds=rounds, warmup=WARMUP, threads=self.threads, device=self.device, timeout_s=self.timeout_s
+            jobs,
+            rounds=rounds,
+            warmup=WARMUP,
+            threads=self.threads,
+            device=self.device,
+            timeout_s=self.timeout_s,
+            description=name,
         )
         for failed, reason in {n: m.failure for n, m in measurements.items() if m.failure}.items():
             print(f"  {failed} failed and is dropped: {reason}")
@@ -252,8 +265,9 @@ def _check_agreement(problem: Problem) -> None:
     process = multiprocessing.get_context("spawn").Process(
         target=_print_lines, args=(agreement.check_agreement, problem)
     )
-    process.start()
-    process.join()
+    with current().bar(None, "checking that the candidates agree"):
+        process.start()
+        process.join()
     if process.exitcode:
         raise ConfigError("bench: candidates disagree or cannot run (see above), so nothing is timed")
 
@@ -269,7 +283,9 @@ def _image_folder(images: Path | None) -> Iterator[Path]:
         yield images
         return
     with tempfile.TemporaryDirectory() as folder:
-        yield write_synthetic_jpegs(Path(folder), 128)
+        with current().bar(None, "writing synthetic JPEGs"):
+            images = write_synthetic_jpegs(Path(folder), 128)
+        yield images
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from byol_fast.utils.progress import current
+
 Case = Callable[[], object]
 
 
@@ -29,7 +31,12 @@ class Timing:
 
 
 def interleaved(
-    cases: Mapping[str, Case], *, rounds: int, warmup: int = 2, clock: Callable[[], float] = time.perf_counter
+    cases: Mapping[str, Case],
+    *,
+    rounds: int,
+    warmup: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
+    description: str = "timing",
 ) -> dict[str, Timing]:
     """Time every case once per round, so that interference slows down all of them alike.
 
@@ -40,19 +47,23 @@ def interleaved(
         rounds: rounds that are counted.
         warmup: rounds before them, discarded.
         clock: `time.perf_counter`, or `time.process_time` for CPU time of all threads.
+        description: text of the progress bar.
     """
     if not cases or rounds < 1:
         raise ValueError(f"interleaved: cases and rounds must be at least one, got {len(cases)} and {rounds}")
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     order, generator = list(cases.items()), random.Random(0)
-    for number in range(warmup + rounds):
-        generator.shuffle(order)
-        for name, call in order:
-            start = clock()
-            call()
-            elapsed = clock() - start
-            if number >= warmup:
-                seconds[name].append(elapsed)
+    with current().bar((warmup + rounds) * len(cases), description, unit="calls") as bar:
+        for number in range(warmup + rounds):
+            generator.shuffle(order)
+            for name, call in order:
+                bar.update(bar.done, name)
+                start = clock()
+                call()
+                elapsed = clock() - start
+                bar.advance(bar.done + 1)
+                if number >= warmup:
+                    seconds[name].append(elapsed)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 

@@ -119,8 +119,11 @@ def main(argv: list[str]) -> int:
         embedded = source.subset(results.index)
         if own is not None:
             _print_nearest(embedded, results.features, own, options.k)
-        sheet = neighbor_sheet(embedded, results.features, queries=options.queries, k=options.k, own=own, title=title)
-        save_sheet(sheet, options.neighbors)
+        with current().bar(None, "drawing the sheet of neighbors"):
+            sheet = neighbor_sheet(
+                embedded, results.features, queries=options.queries, k=options.k, own=own, title=title
+            )
+            save_sheet(sheet, options.neighbors)
         print(options.neighbors)
     return 0
 

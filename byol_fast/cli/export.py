@@ -12,6 +12,7 @@ import tyro
 from byol_fast import config as configs
 from byol_fast.cli.options import parse, print_error
 from byol_fast.config import ConfigError
+from byol_fast.utils.progress import current
 from byol_fast.utils.run_folder import encoder_files
 
 
@@ -55,7 +56,8 @@ def main(argv: list[str]) -> int:
     encoder, metadata = load_latest_encoder(options.run)
     folder = options.output or (options.run if options.run.is_dir() else options.run.parent)
     try:
-        result = export_as(encoder, metadata, options.format, folder, with_normalize=options.with_normalize)
+        with current().bar(None, f"exporting as {options.format}"):
+            result = export_as(encoder, metadata, options.format, folder, with_normalize=options.with_normalize)
     except ExportError as error:
         return print_error(str(error), 1)
     size = result.path.stat().st_size / 2**20

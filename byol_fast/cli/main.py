@@ -77,7 +77,7 @@ def _run(argv: list[str]) -> int:
         hint = f"did you mean {near[0]!r}?" if near else f"commands are {', '.join(COMMANDS)}"
         return print_error(f"byol-fast: unknown command {argv[0]!r}; {hint}", 2)
     try:
-        with _progress(argv[0]).shown(f"{argv[0]}: starting" if argv[0] in _WITH_PROGRESS else ""):
+        with _progress(argv[0]).shown(argv[0] if argv[0] in _WITH_PROGRESS else ""):
             code: int = importlib.import_module(f"byol_fast.cli.{argv[0]}").main(argv[1:])
     except KeyboardInterrupt:
         return print_error("stopped without saving; earlier checkpoints are intact", 130)

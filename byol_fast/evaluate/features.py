@@ -97,7 +97,9 @@ def embed_folder(
     torch_precision = resolve_precision(precision, torch_device)
     network, metadata = load_encoder(encoder) if isinstance(encoder, str | Path) else encoder
     options = configs.replace(options or DataConfig(), {"on_corrupt": on_corrupt})
-    source = open_source(images, arg_name="images", options=options)
+    progress = progress or Progress()
+    with progress.shown():
+        source = open_source(images, arg_name="images", options=options)
     if source.labels is not None and all(map(part_of, source.classes)):
         folders = " and ".join(source.classes)
         log.warning("embed: the folders %s are taken as classes; pass one of them to use the folders inside", folders)
@@ -112,7 +114,7 @@ def embed_folder(
     )
     features, index = _extract_to_cpu(
         network.to(torch_device),
-        (progress or Progress()).track(batches, len(source), "images"),
+        progress.track(batches, len(source), "images"),
         len(source),
         metadata,
         device=torch_device,

@@ -313,6 +313,7 @@ def finetune(
             optimizer.step()
             num_correct += (logits.detach().argmax(dim=1) == y).sum()
             sum_losses += loss.detach()
+            bar.advance(step + 1)
             if (step + 1) % loader.batches_per_epoch == 0:
                 mean_loss = sum_losses.item() / loader.batches_per_epoch
                 history.append(num_correct.item() / (loader.batches_per_epoch * loader.batch_size))

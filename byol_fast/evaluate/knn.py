@@ -91,9 +91,10 @@ def _scores_by_k(entry: Entry, ks: Sequence[int], temperature: float) -> list[tu
     train_x, train_y = entry.features(images.train, "training images")
     test_x, test_y = entry.features(images.test, "test images")
     ks = [min(k, len(train_x)) for k in ks]
-    rankings = knn_rankings(
-        train_x, train_y, test_x, ks=ks, temperature=temperature, num_classes=len(images.classes), num_ranked=5
-    )
+    with entry.run.progress.bar(None, f"{entry.name}: nearest neighbors"):
+        rankings = knn_rankings(
+            train_x, train_y, test_x, ks=ks, temperature=temperature, num_classes=len(images.classes), num_ranked=5
+        )
     return [(k, score(ranking, test_y, images.classes)) for k, ranking in zip(ks, rankings, strict=True)]
 
 

@@ -210,7 +210,8 @@ class EvalRun(Generic[S]):
         self.progress = progress or Progress()
         self.context = EvalContext(self.settings, self.progress)
         self.pretrained = encoder if isinstance(encoder, PretrainedEncoder) else load_pretrained(encoder)
-        self.images = open_images(self.pretrained, train, test, self.settings)
+        with self.progress.shown():
+            self.images = open_images(self.pretrained, train, test, self.settings)
         self.progress.print(f"{self.pretrained.name}, on {self.context.device} in {self.context.precision.name}")
         self.progress.print(f"training images: {self.images.train.describe()}")
         self.progress.print(f"test images: {self.images.test.describe()}")

@@ -29,6 +29,7 @@ from byol_fast.training.locks import exclusive
 from byol_fast.training.trainer import Trainer
 from byol_fast.utils.files import atomic_path, atomic_write, write_errors
 from byol_fast.utils.profiler_ranges import Phase
+from byol_fast.utils.progress import ProgressBar, current
 
 FORMAT = 2
 WARMUP = 3
@@ -37,6 +38,8 @@ MAX_TRACED = 5
 """Maximum number of steps under torch's profiler, which slows them down and writes large files."""
 PROBE_SECONDS = 2.0
 """Approximate seconds of one pass of an experiment on a CPU; slower steps get fewer images."""
+NUM_STAGES = 7
+"""Parts of a profile whose progress is shown."""
 NEEDS_GPU = (
     "kernels launched per step",
     "gaps between kernels and idle share",
@@ -93,7 +96,8 @@ def profile(
     from byol_fast.profiling.page import sections
     from byol_fast.report.page import write_page
 
-    write_page(folder / "profile.html", f"Profile of {trainer.config.recipe}", sections(record))
+    with _stage(NUM_STAGES, "drawing the page"):
+        write_page(folder / "profile.html", f"Profile of {trainer.config.recipe}", sections(record))
     return record, folder
 
 
@@ -114,15 +118,22 @@ def _measure(trainer: Trainer, steps: int, folder: Path, ceilings: Ceilings | No
     device = trainer.device
     one_step = _one_step(trainer)
     trainer.call_hooks("on_run_begin")
-    for _ in range(WARMUP):
-        one_step()
-    timing = _time_steps(trainer, one_step, steps)
-    if device.type == "cuda":
-        _memory_snapshot(one_step, folder / "memory.pickle")
-    trace = trace_steps(device, min(steps, MAX_TRACED), one_step, folder / "trace.json.gz")
+    with _stage(1, "warm-up", WARMUP) as bar:
+        for _ in range(WARMUP):
+            one_step()
+            bar.add(1)
+    with _stage(2, "measured steps", steps) as bar:
+        timing = _time_steps(trainer, _counted(one_step, bar), steps)
+    num_traced = min(steps, MAX_TRACED)
+    with _stage(3, "traced steps", num_traced) as bar:
+        if device.type == "cuda":
+            _memory_snapshot(one_step, folder / "memory.pickle")
+        trace = trace_steps(device, num_traced, _counted(one_step, bar), folder / "trace.json.gz")
     experiments = _run_probes(trainer, one_step, timing.seconds)
-    work, no_roofline = _roofline(trainer)
-    ceilings = ceilings or measure(device, trainer.precision.name)
+    with _stage(5, "counting the work of a step, for the roofline"):
+        work, no_roofline = _roofline(trainer)
+    with _stage(6, "measuring the speed of the device"):
+        ceilings = ceilings or measure(device, trainer.precision.name)
     record = _record(trainer, timing, trace, steps) | {
         "phases": _phases(timing.steps, work, ceilings, _level(trainer)),
         "roofline": None if work is None else _compare_with_roofline(work, ceilings, _level(trainer), timing.seconds),
@@ -133,6 +144,21 @@ def _measure(trainer: Trainer, steps: int, folder: Path, ceilings: Ceilings | No
     record["findings"] = [dataclasses.asdict(f) for f in rules.findings(record)]
     record["notes"] = rules.notes(record)
     return record
+
+
+def _stage(number: int, description: str, total: int | None = None) -> ProgressBar:
+    """Progress of a part of the profile."""
+    return current().bar(total, f"profile, part {number} of {NUM_STAGES}: {description}")
+
+
+def _counted(one_step: Callable[[], None], bar: ProgressBar) -> Callable[[], None]:
+    """The step, moving a bar."""
+
+    def step() -> None:
+        one_step()
+        bar.add(1)
+
+    return step
 
 
 def _one_step(trainer: Trainer) -> Callable[[], None]:
@@ -184,12 +210,18 @@ def _run_probes(trainer: Trainer, one_step: Callable[[], None], step_seconds: fl
     on_gpu = trainer.device.type == "cuda"
     one_thread = 1.0 if on_gpu else step_seconds * torch.get_num_threads()  # approximate time of a step on one thread
     images = min(len(batch.index), max(8, int(len(batch.index) * PROBE_SECONDS / one_thread)))
-    return {
-        "host_syncs": probes.host_syncs(step, one_step),
-        "double_batch": probes.double_batch(step, batch.views),
-        "all_cores": probes.on_all_cores(step, batch.views, images=images),
-        "bf16": probes.in_bf16(step, batch.views, images=images),
+    experiments: dict[str, tuple[str, Callable[[], Any]]] = {
+        "host_syncs": ("waits of the host", lambda: probes.host_syncs(step, one_step)),
+        "double_batch": ("twice the batch", lambda: probes.double_batch(step, batch.views)),
+        "all_cores": ("all cores", lambda: probes.on_all_cores(step, batch.views, images=images)),
+        "bf16": ("bf16", lambda: probes.in_bf16(step, batch.views, images=images)),
     }
+    results: dict[str, Any] = {}
+    with _stage(4, "experiments", len(experiments)) as bar:
+        for name, (description, experiment) in experiments.items():
+            bar.update(len(results), description)
+            results[name] = experiment()
+    return results
 
 
 def _record(trainer: Trainer, timing: _Timing, trace: Trace, steps: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
@@ -19,8 +19,10 @@ from byol_fast.utils.output import PlainConsole
 if TYPE_CHECKING:
     from torch import Tensor
 
-FIRST_LINE_SECONDS = 3.5
+FIRST_LINE_SECONDS = 3.0
 """Seconds without any line after which an operation prints its first one."""
+MIN_SECONDS = 0.5
+"""Seconds that an operation takes before its first line."""
 LINE_SECONDS = 10.0
 """Seconds between its lines at the beginning."""
 MANY_LINES_SECONDS = 300.0
@@ -46,14 +48,12 @@ class Progress:
         self.last_output = time.monotonic()
         """Time of the last line."""
         self._bars: list[ProgressBar] = []
-        self._startup: ProgressBar | None = None
         self._live: RichProgress | None = None
         self._changed = threading.Condition(self.lock)
         self._thread: threading.Thread | None = None
 
     def print(self, text: str) -> None:
         """Print a line above the progress bars."""
-        self._end_startup()
         with self.lock:
             self.last_output = time.monotonic()
             self.console.print(text, soft_wrap=True)
@@ -81,28 +81,34 @@ class Progress:
                 bar.update(done)
 
     @contextmanager
-    def shown(self, startup: str = "") -> Iterator[Progress]:
+    def shown(self, description: str = "") -> Iterator[Progress]:
         """Within this, in this thread, `current()` is this one: it shows the progress of operations deep inside.
 
         Args:
-            startup: text of lines until the first bar or line; empty: none.
+            description: text of lines where no operation shows its progress, without a terminal; empty: no such lines.
         """
         token = _current.set(self)
-        if startup:
-            self._startup = ProgressBar(self, None, startup, plain=True)
-            self._open(self._startup)
         try:
-            yield self
+            with self.bar(None, description) if description and not self.console.is_terminal else nullcontext():
+                yield self
         finally:
-            self._end_startup()
             _current.reset(token)
 
     # --- bars
 
     def open_bar(self, bar: ProgressBar) -> None:
         """Show a bar below the others."""
-        self._end_startup()
-        self._open(bar)
+        if self.console.quiet:
+            return
+        with self.lock:
+            self._bars.append(bar)
+            if self.console.is_terminal:
+                self._add_to_live(bar)
+            elif self._thread is None:
+                self._thread = threading.Thread(target=self._print_lines, name="byol-fast-progress", daemon=True)
+                self._thread.start()
+            else:
+                self._changed.notify()
 
     def close_bar(self, bar: ProgressBar) -> None:
         """Remove a bar, or leave its last state on the terminal if it is to be kept."""
@@ -118,24 +124,6 @@ class Progress:
         if thread is not None and self._thread is None:
             thread.join()
 
-    def _open(self, bar: ProgressBar) -> None:
-        if self.console.quiet:
-            return
-        with self.lock:
-            self._bars.append(bar)
-            if self.console.is_terminal and not bar.plain:
-                self._add_to_live(bar)
-            elif self._thread is None:
-                self._thread = threading.Thread(target=self._print_lines, name="byol-fast-progress", daemon=True)
-                self._thread.start()
-            else:
-                self._changed.notify()
-
-    def _end_startup(self) -> None:
-        if self._startup is not None:
-            startup, self._startup = self._startup, None
-            self.close_bar(startup)
-
     def _add_to_live(self, bar: ProgressBar) -> None:
         if self._live is None:
             self._live = RichProgress(
@@ -145,6 +133,7 @@ class Progress:
                 TextColumn("{task.fields[bar].note}", markup=False),
                 TextColumn("{task.fields[bar].times}", markup=False),
                 console=self.console,
+                refresh_per_second=4,  # what is measured meanwhile is hardly disturbed
                 # A file that gets the standard output must not lose lines to the terminal.
                 redirect_stdout=not self.console.stderr or sys.stdout.isatty(),
             )
@@ -197,7 +186,6 @@ class ProgressBar:
         note: text behind the bar.
         line: format of a line, if the console is not a terminal.
         keep: keep the bar at the end; if the console is not a terminal, print the first and the last state as well.
-        plain: print lines on a terminal, too.
     """
 
     def __init__(
@@ -211,10 +199,9 @@ class ProgressBar:
         note: str = "",
         line: str = "{description}: {counts}  {times}  {note}",
         keep: bool = False,
-        plain: bool = False,
     ) -> None:
         self.progress, self.total, self.description, self.note = progress, total, description, note
-        self.done, self.keep, self.plain = done, keep, plain
+        self.done, self.keep = done, keep
         self.task: TaskID | None = None
         """Number of the bar on a terminal."""
         self._unit, self._line = unit, line
@@ -281,15 +268,18 @@ class ProgressBar:
 
     def due_time(self) -> float:
         """Time of the next line: after some seconds without any, then every ten seconds, later every minute."""
+        after_silence = self.progress.last_output + FIRST_LINE_SECONDS
         if self._last_line is None:
-            return self.progress.last_output + FIRST_LINE_SECONDS
-        many = self._last_line - self._begin < MANY_LINES_SECONDS
-        return self._last_line + (LINE_SECONDS if many else LATER_LINE_SECONDS)
+            return max(after_silence, self._begin + MIN_SECONDS)
+        # From the first report: a long evaluation before the first step leaves the steps their first minutes.
+        begin = self._begin if self._first_report is None else self._first_report[0]
+        is_young = self._last_line - begin < MANY_LINES_SECONDS or (self.total is not None and not self._first_report)
+        return max(after_silence, self._last_line + (LINE_SECONDS if is_young else LATER_LINE_SECONDS))
 
     def print_line(self) -> None:
         """Print the state, if the console is not a terminal."""
         self._last_line = time.monotonic()
-        if self.progress.console.is_terminal and not self.plain:
+        if self.progress.console.is_terminal:
             return
         self.progress.last_output = self._last_line
         note = self.note

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from byol_fast.evaluate.splits import balanced_subset, train_val_split
+from byol_fast.data.sources import array_source
+from byol_fast.evaluate.splits import balanced_subset, subsample, subsample_classes, train_val_split
 
 LABELS = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 3], [200, 100, 30, 1]))
 
@@ -32,6 +33,21 @@ def test_balanced_subset_depends_on_seed_and_class_only() -> None:
     others = np.flatnonzero(LABELS != 0)
     without = others[balanced_subset(LABELS[others], 0.1, seed=3)]
     assert set(without) == set(index[LABELS[index] != 0])
+
+
+def test_subsample_of_classes_has_a_share_of_each() -> None:
+    """Where classes alternate, every second image would be one class; of class folders both rules select the same."""
+    images = np.zeros((12, 2, 2), np.uint8)
+    images[:, 0, 0] = np.arange(12)
+    alternating = subsample_classes(array_source(images, np.arange(12) % 2), 6)
+    assert isinstance(alternating.labels, np.ndarray) and alternating.labels.tolist() == [0, 1, 0, 1, 0, 1]
+    in_folders = array_source(images, np.arange(12) // 5)
+    for limit in (0, 1, 5, 6, 7, 11, 12, 13):
+        selected = [subsample_classes(in_folders, limit), subsample(in_folders, limit)]
+        assert [np.asarray(s.load(i))[0, 0, 0] for s in selected[:1] for i in range(len(s))] == [
+            np.asarray(s.load(i))[0, 0, 0] for s in selected[1:] for i in range(len(s))
+        ]
+        assert len(selected[0]) == (limit if 0 < limit < 12 else 12)
 
 
 @pytest.mark.parametrize(("share", "counts"), [(0.1, [20, 10, 3, 0]), (0.001, [1, 1, 1, 0]), (0.5, [100, 50, 15, 0])])

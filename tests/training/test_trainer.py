@@ -282,8 +282,9 @@ def test_knn_runs_before_and_after_and_labels_do_not_touch_training(
 ) -> None:
     val = npz.with_name("val.npz")
     np.savez(val, images=photos[:30], labels=np.arange(30) % 3)
+    limits = {"max_train": 0, "max_val": 0}
     knn = configs.replace(
-        tiny, {"name": "knn", "knn": {"val_root": val, "every_epochs": 1, "k": 1000, "temperature": 1e-3}}
+        tiny, {"name": "knn", "knn": {"val_root": val, "every_epochs": 1, "k": 1000, "temperature": 1e-3, **limits}}
     )
     with_knn, without = Trainer(knn).fit(), Trainer(tiny).fit()
     shown = " ".join(capsys.readouterr().out.split())
@@ -299,6 +300,28 @@ def test_knn_runs_before_and_after_and_labels_do_not_touch_training(
     # Every validation image is in the training set: its nearest neighbor is itself.
     assert with_knn.knn_top1 == with_knn.knn_top1_untrained == 1.0
     assert same(final_weights(with_knn.run_dir), final_weights(without.run_dir))
+
+
+def test_knn_on_a_part_and_once_on_all_images(
+    tiny: Config, npz: Path, photos: np.ndarray, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A neighbor votes for itself: 30 of 30 validation images are training images, and all of a part of the classes."""
+    val = npz.with_name("val.npz")
+    np.savez(val, images=photos[:30], labels=np.arange(30) % 3)
+    limits = {"max_train": 30, "max_val": 6, "full_at_end": True, "k": 1}
+    config = configs.replace(tiny, {"knn": {"val_root": val, "every_epochs": 1, **limits}})
+    result = Trainer(config).fit()
+    again = Trainer(config, resume=result.run_dir).fit()
+    records = [r for r in read(result.run_dir / "metrics.jsonl") if "knn_k" in r]
+    *during, full = records
+    assert [(r["step"], r["knn_num_train"], r["knn_num_val"]) for r in during] == [(s, 30, 6) for s in (0, 5, 10, 12)]
+    assert (full["step"], full["knn_num_train"], full["knn_num_val"]) == (12, 60, 30)
+    assert full["knn_full_top1"] == 1.0 and "knn_top1" not in full
+    assert result == again and result.knn_top1 == during[-1]["knn_top1"] and result.knn_full_top1 == 1.0
+    assert result.knn_top1_untrained == during[0]["knn_top1"]
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count("on 6 of 30 validation images; RankMe") == 4
+    assert shown.count("kNN-1 top-1 100.0%") >= 1 and shown.count("(all images, after the last step)") == 1
 
 
 def test_knn_on_without_validation_images_is_refused(tiny: Config) -> None:

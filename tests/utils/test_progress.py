@@ -37,10 +37,10 @@ def test_lines_without_a_terminal_come_every_ten_seconds_then_every_minute(clock
             bar.update(second, f"[x] {second}")
             if out.tell() > before:
                 times.append(second)
-    assert times == [*range(4, 305, 10), *range(364, 601, 60)]
+    assert times == [*range(3, 304, 10), *range(363, 601, 60)]
     lines = out.getvalue().splitlines()
-    assert lines[0] == "fits: 4/3,600  elapsed 0:00:04, remaining 0:59:56  [x] 4"
-    assert lines[-1] == "fits: 544/3,600  elapsed 0:09:04, remaining 0:50:56  [x] 544"
+    assert lines[0] == "fits: 3/3,600  elapsed 0:00:03, remaining 0:59:57  [x] 3"
+    assert lines[-1] == "fits: 543/3,600  elapsed 0:09:03, remaining 0:50:57  [x] 543"
 
 
 def test_remaining_time_leaves_the_first_item_out(clock: list[float]) -> None:
@@ -90,12 +90,12 @@ class Output(io.StringIO):
 
 def test_lines_come_while_an_item_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread prints them for the innermost bar, and says how old a note is."""
-    for name in ("FIRST_LINE_SECONDS", "LINE_SECONDS", "GRACE_SECONDS"):
+    for name in ("FIRST_LINE_SECONDS", "LINE_SECONDS", "GRACE_SECONDS", "MIN_SECONDS"):
         monkeypatch.setattr(progress_module, name, 0.01)
     out = Output()
     shown = Progress(PlainConsole(file=out, width=200))
-    with shown.shown("train: starting"):
-        out.wait_for("train: starting: elapsed 0:00:00\n")
+    with shown.shown("train"):
+        out.wait_for("train: elapsed 0:00:00\n")
         with shown.bar(10, "steps") as outer:
             outer.update(1, "loss 3")
             outer.advance(2)
@@ -106,7 +106,7 @@ def test_lines_come_while_an_item_takes_long(monkeypatch: pytest.MonkeyPatch) ->
             out.seek(0)
             out.truncate()
             out.wait_for("steps: 2/10")
-    assert "scanning" not in out.getvalue() and "starting" not in out.getvalue()
+    assert "scanning" not in out.getvalue() and "train" not in out.getvalue()
     assert "byol-fast-progress" not in {thread.name for thread in threading.enumerate()}
 
 
@@ -122,7 +122,15 @@ def test_bars_on_a_terminal_show_counts_notes_and_labeled_times(monkeypatch: Any
         bar.update(5, "loss [0.5]", description="epoch 0.55")
         bar.update(6, "loss [0.5]")
     text = out.getvalue()
-    shown_parts = ("test images", "6/6", "epoch 0.55", "6/9", "loss [0.5]", "reading [files]", "elapsed 0:00:00, remaining")
+    shown_parts = (
+        "test images",
+        "6/6",
+        "epoch 0.55",
+        "6/9",
+        "loss [0.5]",
+        "reading [files]",
+        "elapsed 0:00:00, remaining",
+    )
     assert all(part in text for part in shown_parts)
     left = "".join(text.splitlines()[-2:])
     assert "epoch 0.55" in left and "reading" not in left and "test images" not in left
