@@ -9,11 +9,13 @@ import tarfile
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 
 from byol_fast.config import DataConfig
 from byol_fast.data import SourceError, open_source
-from byol_fast.data.sources import TarSource
+from byol_fast.data.sources import TarSource, tar_members, tar_workers
+from byol_fast.data.sources.tar_index import build_index
 from tests.data.kinds import write_tar
 
 BLOCK = 512
@@ -225,3 +227,55 @@ def test_stray_image_is_reported(tmp_path: Path, caplog: Any) -> None:
     path = write_tar(tmp_path / "a.tar", [(name, JPEG) for name in names])
     assert [label for _, label, _ in rows_of(path)] == ["b\u00f6", "b\u00f6", "b\u00e4"]
     assert f"only {path}:{names[2]} (header at byte 4096) is outside of the folder b\u00f6" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT], ids=["pax", "gnu", "ustar"]
+)
+def test_headers_are_read_as_by_tarfile(form: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Usual headers are read without `tarfile`: changed in any byte, with and without its checksum, they are equal."""
+
+    def members_of(data: bytes) -> object:
+        try:
+            return list(tar_members.read_members(io.BytesIO(data)))
+        except tar_members.TarDamageError as error:
+            return error.offset, error.problem
+
+    archives = []
+    for name in ("a/ü.jpg", "x" * 100, f"{'long/' * 25}name.jpg", "dot.", "folder/"):
+        info = tarfile.TarInfo(name)
+        info.size, info.mode, info.uid = 3, 0o644, 1000
+        info.mtime = 1.5 if form == tarfile.PAX_FORMAT else 1  # with a PAX header
+        archives.append(info.tobuf(form, "utf-8", "surrogateescape") + b"abc".ljust(BLOCK, b"\0") + bytes(2 * BLOCK))
+    blocks = archives[0][-4 * BLOCK : -3 * BLOCK]
+    for offset in range(BLOCK):
+        for value in b"\0 7x\xff":
+            changed = blocks[:offset] + bytes([value]) + blocks[offset + 1 :]
+            total = sum(changed[:148]) + sum(changed[156:]) + 256
+            signed = changed[:148] + b"%06o\0 " % total + changed[156:]
+            archives += [block + archives[0][-3 * BLOCK :] for block in (changed, signed)]
+    usual = [members_of(data) for data in archives]
+    monkeypatch.setattr(tar_members, "_usual_header", lambda block: None)
+    assert usual == [members_of(data) for data in archives]
+    assert any(isinstance(members, tuple) for members in usual) and sum(members != [] for members in usual) > 100
+
+
+def test_indexes_by_processes_are_those_by_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of damaged shards, and their errors."""
+    shards = [write_tar(tmp_path / f"{i}.tar", images(3 + i)) for i in range(5)]
+    shards[2].write_bytes(flipped(shards[2].read_bytes(), 3 * BLOCK + 5))
+    monkeypatch.setattr(tar_workers, "THREAD_SECONDS", -1.0)
+    read: list[int] = []
+    with tar_workers.IndexBuilder(read.append, use_processes=True) as build:
+        indexes = [build(shard) for shard in shards]
+        with pytest.raises(FileNotFoundError, match="No such file"):
+            build(tmp_path / "gone.tar")
+        assert sum(read) == 0  # the first report is of the first member
+        (process,) = build._processes
+        process.kill()
+        indexes.append(build(shards[2]))  # by this process
+    for shard, index in zip([*shards, shards[2]], indexes, strict=True):
+        expected = build_index(shard)
+        assert index.keys() == expected.keys()
+        assert all(np.array_equal(index[name], values) for name, values in expected.items())
+    assert str(indexes[2]["damage"]) and not str(indexes[1]["damage"])

@@ -32,14 +32,17 @@ from byol_fast.data.sources.base import (
 )
 from byol_fast.data.sources.listing import EXTENSIONS, is_hidden
 from byol_fast.data.sources.shards import LFS_POINTER, cache_path, file_stamp, is_lfs_pointer
-from byol_fast.data.sources.tar_index import INDEX_FORMAT, Index, build_index, unpack_texts
+from byol_fast.data.sources.tar_index import INDEX_FORMAT, Index, unpack_texts
+from byol_fast.data.sources.tar_workers import IndexBuilder
+from byol_fast.utils.env import num_cpus
 from byol_fast.utils.files import atomic_path, expand_home, open_regular, printable_name
 from byol_fast.utils.progress import current
 
 log = logging.getLogger(__name__)
 
 MAX_OPEN_FILES = 128
-INDEX_THREADS = 8
+MIN_INDEX_THREADS = 4
+"""Threads that load or build indexes, at least: they wait for disks, and for processes."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -201,8 +204,10 @@ def _load_or_build_indexes(shards: Sequence[Path], title: str, arg_name: str, fo
             num_read += num_bytes
             bar.advance(num_read >> 20)
 
-    with bar, ThreadPoolExecutor(INDEX_THREADS, "byol-fast-index") as pool:  # mostly waiting for the disk
-        return list(pool.map(lambda path: _load_or_build_index(path, arg_name, folder, on_read), shards))
+    several = len(shards) > 1 and num_cpus() > 1
+    threads = ThreadPoolExecutor(max(MIN_INDEX_THREADS, num_cpus()), "byol-fast-index")
+    with bar, IndexBuilder(on_read, use_processes=several) as build, threads as pool:
+        return list(pool.map(lambda path: _load_or_build_index(path, arg_name, folder, build), shards))
 
 
 def _num_bytes(path: Path) -> int:
@@ -212,14 +217,14 @@ def _num_bytes(path: Path) -> int:
         return 0
 
 
-def _load_or_build_index(path: Path, arg_name: str, folder: Path, on_read: Callable[[int], None]) -> tuple[Index, bool]:
+def _load_or_build_index(path: Path, arg_name: str, folder: Path, build: Callable[[Path], Index]) -> tuple[Index, bool]:
     """Index of one tar file, and True if it was built, not loaded from the cache."""
     cached = cache_path(path, folder, ".npz")
     try:
         stamp = file_stamp(path, [INDEX_FORMAT])
         if (stored := _load_index(cached, stamp)) is not None:
             return stored, False
-        index = build_index(path, on_read)
+        index = build(path)
         if int(index["damage_offset"]) == 0 and (problem := _wrong_format(path)):
             raise SourceError(f"{arg_name}: {path} {problem}")
     except OSError as error:

@@ -193,8 +193,8 @@ def _usual_header(block: bytes) -> _Header | None:
     name = _text(block[:100])
     if block[345] and block[257:265] != tarfile.GNU_MAGIC:
         name = f"{_text(block[345:500])}/{name}"
-    kind = numbers[3]
-    return _Header(name, kind, int(numbers[1][:11], 8), "", kind == tarfile.REGTYPE)
+    kind, target = numbers[3], _text(block[157:257]) if block[157] else ""
+    return _Header(name, kind, int(numbers[1][:11], 8), target, kind == tarfile.REGTYPE)
 
 
 def _text(field: bytes) -> str:
