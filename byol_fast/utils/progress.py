@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import time
@@ -293,7 +294,8 @@ class ProgressBar:
             times=self.times,
             note=note,
         )
-        self.progress.console.print(line.replace(":   ", ": ").rstrip(), soft_wrap=True)
+        line = re.sub(" {3,}", "  ", line).replace(":  ", ": ")  # an empty part
+        self.progress.console.print(line.rstrip(), soft_wrap=True)
 
 
 class _BarColumn(ProgressColumn):

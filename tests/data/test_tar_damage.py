@@ -232,7 +232,7 @@ def test_stray_image_is_reported(tmp_path: Path, caplog: Any) -> None:
 @pytest.mark.parametrize(
     "form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT], ids=["pax", "gnu", "ustar"]
 )
-def test_headers_are_read_as_by_tarfile(form: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_headers_are_read_as_by_tarfile(form: Literal[0, 1, 2], monkeypatch: pytest.MonkeyPatch) -> None:
     """Usual headers are read without `tarfile`: changed in any byte, with and without its checksum, they are equal."""
 
     def members_of(data: bytes) -> object:
