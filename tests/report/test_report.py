@@ -113,13 +113,17 @@ def test_equal_runs_give_equal_pages_without_absolute_paths(tmp_path: Path, monk
 def test_summary_and_tables_show_the_metrics(tmp_path: Path) -> None:
     judged = [{"step": 0, "epoch": 0.0, "knn_top1": 0.25, "knn_top5": 0.5, "knn_k": 20}]
     judged += [{"step": 30, "epoch": 3.0, "knn_top1": 0.5, "knn_top5": 0.75, "knn_k": 20, "rankme": 31.5}]
-    records = [judged[0], *steps(30, lr=0.1, tau=0.99, images_per_second=100.0, data_wait=0.02), judged[1]]
+    judged += [
+        {"step": 30, "epoch": 3.0, "knn_full_top1": 0.625, "knn_full_top5": 0.75, "knn_k": 20, "knn_num_val": 500}
+    ]
+    records = [judged[0], *steps(30, lr=0.1, tau=0.99, images_per_second=100.0, data_wait=0.02), *judged[1:]]
     folder = run_folder(tmp_path / "run", records)
     page = page_of(folder)
     loss = sum(4 / i for i in range(21, 31)) / 10
     assert f"Loss{loss:.4f}" in page.text
     assert "complete30 of 30 steps, 3 epochs" in page.text
     assert "kNN top-1 accuracy is 50.0%, 25.0 points above the untrained encoder (25.0%)" in page.text
+    assert "kNN top-1, all images62.5%all 500 validation images; step 30" in page.text
     assert "Healthy: the embedding std is 0.90" in page.text
     assert "19 s of steps" in page.text  # 30 steps of 64 images, 100 images a second
     by_step = {row[0]: row for row in page.rows if len(row) == 8}
