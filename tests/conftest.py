@@ -62,6 +62,7 @@ def tiny(npz: Path, tmp_path: Path) -> Config:
             "checkpoint_every": 5,
             "device": "cpu",
             "precision": "fp32",
+            "memory_check": False,
             "out": tmp_path / "runs",
             "name": "tiny",
         },

@@ -57,6 +57,7 @@ def main(argv: list[str]) -> int:
         check_output_file(path, "roofline")
 
     from byol_fast.profiling import GPUS, measure, roofline, stated
+    from byol_fast.training.memory_estimate import try_estimate
     from byol_fast.utils.device import resolve_device
     from byol_fast.utils.precision import resolve_precision
 
@@ -69,6 +70,8 @@ def main(argv: list[str]) -> int:
     ceilings += [stated(one, dtype) for one in options.gpu or (() if options.measure else GPUS)]
     result = roofline(config, dtype=dtype)
     result.show(ceilings)
+    memory = try_estimate(config, device.type if options.measure else "cuda", resolve_precision(dtype, device))
+    print(f"memory: {memory}")
     if options.output is not None:
         atomic_write(options.output, json.dumps(result.to_json(ceilings), indent=1) + "\n")
         print(options.output)

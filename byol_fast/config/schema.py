@@ -307,6 +307,9 @@ class Config:
     activation_checkpointing: bool = False
     """Store only the inputs of the encoder's blocks for the backward pass and recompute the rest: less memory, about a
     third more time."""
+    memory_check: bool = True
+    """Estimate the memory before the networks are built, and refuse a run that needs over 115 % of what is available.
+    Tensors are counted, in eager mode."""
     sync_batchnorm: bool = True
     """With several processes: compute batch-norm statistics over all of them (as the reference does)."""
     max_skipped_steps: Annotated[int, Range(1, 1_000_000_000)] = 10

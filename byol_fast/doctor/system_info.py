@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from byol_fast.utils.env import cpu_has_bf16, cpu_name, num_cpus, version
+from byol_fast.utils.memory import available_memory
 
 DALI_DRIVERS = {"nvidia-dali-cuda130": 580, "nvidia-dali-cuda120": 525}
 """Oldest major version of NVIDIA's driver for a distribution of DALI."""
@@ -247,11 +248,8 @@ def _cpu_quota() -> float | None:
 
 
 def _free_memory() -> float | None:
-    with contextlib.suppress(OSError):
-        match = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-        if match is not None:
-            return int(match[1]) / 2**20
-    return None
+    available = available_memory()
+    return None if available is None else available.bytes / 2**30
 
 
 def _gib_free(folder: Path) -> float | None:

@@ -77,9 +77,9 @@ def stack_views(views: Sequence[Tensor]) -> Tensor:
     # Under torch.compile the copy is fused with the normalization that follows. Tangents are in a memory of their own.
     if torch.compiler.is_compiling() or is_transformed() or any(view.requires_grad for view in views):
         return torch.cat(list(views))
-    memory, size = first.untyped_storage().data_ptr(), first.shape[0] * first.stride(0)
+    storage, size = first.untyped_storage()._cdata, first.shape[0] * first.stride(0)
     for i, view in enumerate(views):
-        if (view.untyped_storage().data_ptr(), view.stride()) != (memory, first.stride()):
+        if (view.untyped_storage()._cdata, view.stride()) != (storage, first.stride()):
             return torch.cat(list(views))
         if view.storage_offset() != first.storage_offset() + i * size:
             return torch.cat(list(views))

@@ -147,6 +147,8 @@ def _key_figures(profile: dict[str, Any]) -> str:
                 f"floor {1e3 * floor:.3g} ms at this level of fusion",
             ),
         ]
+    if memory := profile.get("memory"):
+        figures.append(("Memory, estimated", f"{memory['total'] / 2**30:.3g} GiB", "tensors of a step in eager mode"))
     gpu, telemetry = profile["gpu"], machine["gpu"]
     if gpu is not None:
         figures.append(("GPU idle", f"{gpu['idle']:.1%}", f"{gpu['launches']:.0f} launches per step"))

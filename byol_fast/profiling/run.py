@@ -26,6 +26,7 @@ from byol_fast.profiling.trace import PhaseClock, StepTimes, Trace, median_step,
 from byol_fast.profiling.traffic import LEVELS, Level
 from byol_fast.training.callbacks import Callback
 from byol_fast.training.locks import exclusive
+from byol_fast.training.memory_estimate import try_estimate
 from byol_fast.training.trainer import Trainer
 from byol_fast.utils.files import atomic_path, atomic_write, write_errors
 from byol_fast.utils.profiler_ranges import Phase
@@ -256,9 +257,16 @@ def _record(trainer: Trainer, timing: _Timing, trace: Trace, steps: int) -> dict
         "kernels": trace.kernels,
         "machine": timing.telemetry | {"others": other_cores(timing.telemetry)},
         "gpu": _gpu(trainer, trace, timing.peak_bytes) if on_gpu else None,
+        "memory": _memory(trainer),
         "needs_gpu": [] if on_gpu else list(NEEDS_GPU),
         "timeline": _timeline(timing.steps, trace),
     }
+
+
+def _memory(trainer: Trainer) -> dict[str, int] | None:
+    """Estimated memory of a step, in bytes; None for an encoder that cannot be estimated."""
+    estimate = try_estimate(trainer.config, trainer.device.type, trainer.precision, num_processes=trainer.world.size)
+    return None if isinstance(estimate, str) else dataclasses.asdict(estimate) | {"total": estimate.total}
 
 
 def _level(trainer: Trainer) -> Level:

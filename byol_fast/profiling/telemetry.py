@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from byol_fast.utils import env
+from byol_fast.utils.memory import resident_memory
 
 PERIOD = 0.05
 """Seconds between two samples, about the update period of NVML's power reading."""
@@ -147,7 +148,4 @@ def memory_now(device: torch.device) -> int:
     """Bytes in use: by tensors on a GPU, by the process on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
+    return resident_memory()

@@ -24,6 +24,7 @@ from byol_fast.training import distributed
 from byol_fast.training.distributed import World
 from byol_fast.training.knn_monitor import KNNMonitor, check_labels, knn_problem
 from byol_fast.training.locks import RunLock, exclusive
+from byol_fast.training.memory import check_memory
 from byol_fast.training.mode import Mode, compile_forward, resolve_mode
 from byol_fast.training.online_probe import MAX_WEIGHTS, OnlineProbe
 from byol_fast.training.preflight import check_start
@@ -129,6 +130,8 @@ def _build(
         train_source, val_source, sampler = _open_images(config, data, world)
         total_steps = config.steps or whole_steps_in(config.epochs, sampler, config.grad_accum_steps)
         schedule = _build_schedule(config, sampler, total_steps, world, notes)
+    notes += check_memory(config, train_source, execution.device, execution.precision, world)
+    with world.main_process_first():
         torch.manual_seed(config.seed)
         model = build_model(config, pretrained=not has_checkpoint)
     if model.not_batched_reason is not None:

@@ -29,6 +29,8 @@ class World:
     size: int = 1
     local_rank: int = 0
     """Rank on this machine, and index of the GPU."""
+    local_size: int = 1
+    """Processes on this machine."""
     cpu_group: Any = None
     """Gloo group for small host values; None for a single process."""
 
@@ -143,7 +145,7 @@ def init_process_group(device: str, timeout_minutes: float) -> World:
     if not distributed.is_initialized():
         _connect("nccl" if cuda else "gloo", timeout)
     cpu_group = distributed.new_group(backend="gloo", timeout=timeout)
-    return World(rank, size, local_rank, cpu_group)
+    return World(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), cpu_group)
 
 
 def _connect(backend: str, timeout: timedelta) -> None:

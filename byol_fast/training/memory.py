@@ -1,13 +1,225 @@
-"""Out-of-memory errors: search for the largest batch that fits."""
+"""Memory of a run: the check before its first step, and the message when it runs out."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 
-from byol_fast.config import Config
+from byol_fast import config as configs
+from byol_fast.config import Config, ConfigError
+from byol_fast.data import CorruptImageError, ImageSource
+from byol_fast.data.augment import PIXELS_PER_CHUNK
 from byol_fast.data.batch import Batch
+from byol_fast.data.decode import header_size, reader_of
+from byol_fast.data.loaders.backend import resolve_backend
+from byol_fast.data.loaders.threads import resolve_num_threads
+from byol_fast.data.sources import ArraySource, EncodedSource
+from byol_fast.data.sources.base import evenly_spaced
 from byol_fast.models import split_batchnorm
+from byol_fast.models.base import NUM_VIEWS
+from byol_fast.training.distributed import World
+from byol_fast.training.memory_estimate import GIB, MemoryEstimate, estimate_memory, try_estimate
 from byol_fast.training.train_step import TrainStep
+from byol_fast.utils.memory import AvailableMemory, available_memory, release_freed_memory, resident_memory
+from byol_fast.utils.precision import Precision
+
+log = logging.getLogger(__name__)
+
+REFUSED, WARNED = 1.15, 0.85
+"""Shares of the available memory above which a run is refused, and from which on it is warned of."""
+SAMPLED_IMAGES = 8
+"""Images whose sizes are read, for the memory of decoding."""
+CHUNK_COPIES = 16
+"""Copies of a chunk of pixels, in bytes, that the augmentation of a thread has in memory at once (measured)."""
+
+
+class Demand(NamedTuple):
+    """Bytes that one process needs beside what it has already."""
+
+    device: int
+    """On its GPU; 0 on a CPU."""
+    machine: int
+
+
+# -------------------------------------------------------------------------------- before the first step
+
+
+def check_memory(
+    config: Config, source: ImageSource, device: torch.device, precision: Precision, world: World
+) -> list[str]:
+    """Compare the estimated memory of a run with what the device, the control group and the machine have left.
+
+    All processes must call it.
+
+    Args:
+        config: of the run; nothing is done without `memory_check`.
+        source: the training images.
+        device: of this process.
+        precision: of the networks.
+        world: the processes of the run.
+
+    Returns:
+        A line for the startup summary.
+
+    Raises:
+        ConfigError: the run needs more than `REFUSED` of the memory; names the batch that fits.
+    """
+    if not config.memory_check:
+        return []
+    estimate = world.run_on_main(lambda: try_estimate(config, device.type, precision, num_processes=world.size))
+    if isinstance(estimate, str):
+        return [f"memory was not estimated: {estimate}"]
+    left = _least(world.all_gather(_available(device, world.local_size)))
+    demand = _demand(config, source, device, estimate)
+
+    def fits(smaller: Config) -> bool:
+        one = estimate_memory(smaller, device.type, precision, num_processes=world.size)
+        return _largest_share(_demand(smaller, source, device, one), left)[0] < WARNED
+
+    share, needed, available = _largest_share(demand, left)
+    if share > REFUSED:
+        world.run_on_main(lambda: _refuse(config, needed, available, fits))
+    elif share >= WARNED and world.is_main_process:
+        log.warning(
+            "memory: a step needs about %.1f GiB, %.0f%% of what is available: it may not fit; a smaller --batch-size "
+            "or --activation-checkpointing needs less",
+            needed / GIB,
+            100 * share,
+        )
+    return [_summary(estimate, demand, left)]
+
+
+def _demand(config: Config, source: ImageSource, device: torch.device, estimate: MemoryEstimate) -> Demand:
+    on_device, on_machine = loader_memory(config, source, device)
+    if device.type == "cuda":
+        return Demand(on_device + estimate.total, on_machine)
+    return Demand(0, on_machine + estimate.total)
+
+
+def loader_memory(config: Config, source: ImageSource, device: torch.device) -> Demand:
+    """Memory of batches of views that wait for their step, of decoding, and of images on the device.
+
+    Args:
+        config: of the run.
+        source: the training images.
+        device: of the training.
+    """
+    backend = resolve_backend(config.data, source, device)
+    batch = NUM_VIEWS * config.batch_size * 3 * config.view1.size**2
+    views = batch * (config.data.prefetch + 1 + config.grad_accum_steps)
+    per_thread = CHUNK_COPIES * 3 * PIXELS_PER_CHUNK + 2 * 3 * _largest_image(source)  # as decoded, and a copy
+    decoding = resolve_num_threads(config.data.threads) * per_thread
+    if device.type != "cuda":
+        return Demand(0, views + decoding)
+    if backend.loader == "device_cache":
+        assert isinstance(source, ArraySource)
+        return Demand(views + source.images.nbytes, 0)
+    return Demand(views, batch * (config.data.prefetch + 1) + decoding)
+
+
+def _largest_image(source: ImageSource) -> int:
+    """Pixels of the largest of some images, by their headers; 0 where nothing is decoded, or nothing known."""
+    largest = 0
+    if isinstance(source, EncodedSource):
+        for i in evenly_spaced(len(source), SAMPLED_IMAGES).tolist():
+            try:
+                width, height = header_size(reader_of(source.read(i))) or (0, 0)
+            except CorruptImageError:
+                continue
+            largest = max(largest, width * height)
+    return largest
+
+
+Available = tuple[AvailableMemory | None, AvailableMemory | None]
+"""Of the GPU and of the machine; None where there is none, or where it is not known."""
+
+
+def _available(device: torch.device, local_size: int) -> Available:
+    """Memory that is left for one of the processes on this machine."""
+    gpu = None
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept by torch's allocator
+        gpu = AvailableMemory(free, str(device))
+    release_freed_memory()
+    machine = available_memory()
+    if machine is not None and local_size > 1:
+        where = f"{machine.where} for each of {local_size} processes"
+        machine = AvailableMemory(machine.bytes // local_size, where)
+    return gpu, machine
+
+
+def _least(of_processes: list[Available]) -> Available:
+    gpus, machines = ([one for one in of_all if one is not None] for of_all in zip(*of_processes, strict=True))
+    return min(gpus, default=None), min(machines, default=None)
+
+
+def _largest_share(demand: Demand, left: Available) -> tuple[float, int, AvailableMemory]:
+    """Share of the memory that is needed where it is shortest, the bytes needed there, and those available."""
+    shares = [
+        (needed / max(available.bytes, 1), needed, available)
+        for needed, available in zip(demand, left, strict=True)
+        if available is not None
+    ]
+    return max(shares, default=(0.0, 0, AvailableMemory(0, "")))
+
+
+def _summary(estimate: MemoryEstimate, demand: Demand, left: Available) -> str:
+    """The estimate in one line, beside what is available and what the process has already."""
+    loading = (demand.device + demand.machine - estimate.total) / GIB
+    places = [f"{one.bytes / GIB:.1f} GiB on {one.where}" for one in left if one is not None]
+    return (
+        f"memory: {estimate}, {loading:.2f} GiB to load images; available: {', '.join(places) or 'not known'}; this "
+        f"process has {resident_memory() / GIB:.2f} GiB without them"
+    )
+
+
+def _refuse(config: Config, needed: int, available: AvailableMemory, fits: Callable[[Config], bool]) -> None:
+    size = config.batch_size // 2
+    while size >= 2 and not fits(_with_batch_size(config, size)):
+        size //= 2
+    raise ConfigError(
+        f"memory: a batch of {config.batch_size} images must fit into memory, needs about {needed / GIB:.1f} GiB and "
+        f"{available.bytes / GIB:.1f} GiB are available on {available.where}; {_advice(config, size)}; "
+        "--no-memory-check starts all the same"
+    )
+
+
+# -------------------------------------------------------------------------------- smaller batches
+
+
+def _with_batch_size(config: Config, size: int) -> Config:
+    """The configuration with as many images a step, or a few more, in smaller batches."""
+    steps = -(-config.batch_size // size) * config.grad_accum_steps
+    return configs.replace(config, {"batch_size": size, "grad_accum_steps": steps})
+
+
+def _advice(config: Config, fits: int) -> str:
+    """Options for less memory.
+
+    Args:
+        config: of the run that does not fit.
+        fits: images of the largest batch that fits; below 2 if none does.
+    """
+    if fits < 2:
+        advice = "not even 2 images fit: choose a smaller encoder, or smaller views"
+    else:
+        steps = _with_batch_size(config, fits).grad_accum_steps
+        more = fits * steps / (config.batch_size * config.grad_accum_steps)
+        effect = "keeps the learning rate" if more == 1 else f"raises the learning rate by {more - 1:.0%}"
+        advice = (
+            f"{fits} images would fit: --batch-size {fits} --grad-accum-steps {steps} {effect} (batch norms then see "
+            f"{fits} images)"
+        )
+    if not config.activation_checkpointing:
+        advice += "; --activation-checkpointing needs less memory for the same batch and takes about a third longer"
+    return advice
+
+
+# -------------------------------------------------------------------------------- out of memory
 
 
 def largest_that_fits(step: TrainStep, batch: Batch) -> int:
@@ -47,15 +259,5 @@ def out_of_memory_message(step: TrainStep, batch: Batch, message: str, config: C
         message: what torch said, one line.
         config: of the run.
     """
-    fits = largest_that_fits(step, batch)
-    if not fits:
-        way_out = "not even 2 images fit: choose a smaller encoder, or smaller views"
-    else:
-        times = -(-config.batch_size // fits) * config.grad_accum_steps
-        way_out = (
-            f"{fits} images would fit: --batch-size {fits} --grad-accum-steps {times} keeps the learning rate (batch "
-            f"norms then see {fits} images)"
-        )
-    if not config.activation_checkpointing:
-        way_out += "; --activation-checkpointing needs less memory for the same batch and takes about a third longer"
-    return f"memory: a batch of {config.batch_size} images does not fit {step.device} ({message}); {way_out}"
+    advice = _advice(config, largest_that_fits(step, batch))
+    return f"memory: a batch of {config.batch_size} images does not fit {step.device} ({message}); {advice}"

@@ -14,7 +14,7 @@ from byol_fast.utils.files import expand_home
 RESUMABLE_CHANGES = frozenset(
     {"name", "out", "log_every", "checkpoint_every", "keep_checkpoints", "data.root", "data.cache", "data.prefetch"}
     | {"data.threads", "knn.val_root", "mode", "max_autotune", "cudnn_benchmark", "tensorboard"}
-    | {"timeout_minutes", "max_skipped_steps"}
+    | {"timeout_minutes", "max_skipped_steps", "memory_check"}
     | {
         "activation_checkpointing",
         "data.on_corrupt",
