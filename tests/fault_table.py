@@ -50,6 +50,7 @@ def small_run(folder: Path) -> Config:
             "device": "cpu",
             "precision": "fp32",
             "tensorboard": False,
+            "memory_check": False,
             "out": folder / "runs",
         },
     )

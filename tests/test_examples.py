@@ -98,6 +98,7 @@ def config() -> Config:
             "device": "cpu",
             "precision": "fp32",
             "tensorboard": False,
+            "memory_check": False,
             "name": "first",
         },
     )

@@ -22,7 +22,7 @@ from byol_fast.utils import checkpoint as checkpoints
 SMALL = [
     *("--view1.size", "16", "--view2.size", "16", "--batch-size", "12", "--steps", "4", "--log-every", "2"),
     *("--model.encoder", "resnet18_narrow", "--model.hidden-dim", "32", "--model.projection-dim", "16"),
-    *("--device", "cpu", "--data.threads", "1", "--name", "it"),
+    *("--device", "cpu", "--data.threads", "1", "--name", "it", "--no-memory-check"),
 ]
 
 

@@ -238,6 +238,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "device": "cpu",
             "precision": "fp32",
             "tensorboard": False,
+            "memory_check": False,
             "out": root,
             "name": "run",
         },

@@ -174,7 +174,10 @@ def test_command_writes_a_page_and_no_checkpoint(
     # Each of two views has its own statistics in the 20 batch norms of both encoders, and its own backward pass.
     assert families["batch norm"] >= 2 * (20 + 20) + 2 * 20
     assert families["conv backward"] > 0
+    estimated = record["memory"]
+    assert estimated["total"] == sum(size for part, size in estimated.items() if part != "total")
     page = html.unescape((folder / "profile" / "profile.html").read_text())
+    assert f"{estimated['total'] / 2**30:.3g} GiB" in page
     for section in sections(record):
         assert section.title in page
     assert all(f["text"] in page for f in record["findings"])

@@ -14,9 +14,10 @@ from byol_fast import config as configs
 from byol_fast.cli.main import main
 from byol_fast.config import recipes
 from byol_fast.models.byol import BYOL
-from byol_fast.profiling import Ceilings, Roofline, measure, mfu, roofline, stated
+from byol_fast.profiling import Ceilings, Roofline, estimate_memory, measure, mfu, roofline, stated
 from byol_fast.profiling.layers import trace
 from byol_fast.profiling.traffic import LEVELS, Kernel, Level, Traffic
+from byol_fast.utils.precision import Precision
 
 
 def kernels(network: nn.Module, level: Level, *, batch: int = 4, size: int = 8) -> list[Kernel]:
@@ -266,7 +267,10 @@ def test_command_writes_json_and_svg(tmp_path: Path, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit) as end:
         main(["roofline", "demo", "--gpu", "H100", "--batch-size", "32", "--output", str(to), "--plot", str(plot)])
     assert end.value.code == 0
-    assert "H100" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "H100" in shown
+    config = configs.replace(recipes.demo(), {"batch_size": 32})
+    assert f"memory: {estimate_memory(config, 'cuda', Precision('bf16', torch.bfloat16))}" in shown
     record = json.loads(to.read_text())
     assert record["batch_size"] == 32
     assert sum(row["bytes"].get("B", 0) for row in record["rows"]) == record["levels"]["B"]["bytes"]

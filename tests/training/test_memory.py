@@ -67,7 +67,7 @@ def run_config(encoder: str, size: int, batch_size: int, **changes: Any) -> Conf
 @pytest.mark.parametrize(
     ("config", "precision"),
     [
-        pytest.param(run_config("resnet18", 64, 4, **{"optim.name": "sgd"}), FP32, id="resnet18, sgd"),
+        pytest.param(run_config("resnet18", 32, 4, **{"optim.name": "sgd"}), FP32, id="resnet18, sgd"),
         pytest.param(run_config("resnet18_narrow", 32, 8, **{"model.cifar_stem": True}), BF16, id="small, bf16"),
         pytest.param(
             run_config("resnet18_narrow", 64, 8, activation_checkpointing=True, grad_accum_steps=2),
@@ -110,16 +110,16 @@ def test_estimate_for_a_gpu_is_near_the_measured_peak(recipe: str, item: str, ba
     assert estimate_memory(config, "cuda", BF16).total / GIB == pytest.approx(measured, rel=TOLERANCE)
 
 
-def test_estimate_leaves_the_random_numbers() -> None:
+def test_estimate_leaves_the_random_numbers(small_network: None) -> None:
     states = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())  # noqa: NPY002
-    estimate_memory(run_config("resnet18_narrow", 32, 8), "cpu", FP32)
+    estimate_memory(run_config("small", 32, 8), "cpu", FP32)
     assert torch.equal(states[0], torch.get_rng_state())
     assert states[1:] == (random.getstate(), repr(np.random.get_state()))  # noqa: NPY002
 
 
-def test_more_processes_keep_their_gradients() -> None:
+def test_more_processes_keep_their_gradients(small_network: None) -> None:
     """Between the steps too, in the buckets that DDP reduces: at the peak all are there."""
-    config = run_config("resnet18_narrow", 32, 64)
+    config = run_config("small", 32, 64)
     one, two = (estimate_memory(config, "cpu", FP32, num_processes=n) for n in (1, 2))
     assert one.activations == two.activations
     assert 0 < two.total - one.total <= two.optimizer  # LARS has one number for each gradient
@@ -129,8 +129,8 @@ def test_more_processes_keep_their_gradients() -> None:
 
 
 @pytest.fixture
-def checked(tiny: Config) -> Config:
-    return configs.replace(tiny, {"memory_check": True, "batch_size": 32, "tensorboard": False})
+def checked(small: Config) -> Config:
+    return configs.replace(small, {"memory_check": True, "batch_size": 32})
 
 
 def needed(config: Config) -> int:
