@@ -76,6 +76,11 @@ def check_memory(
     demand = _demand(config, source, device, estimate)
 
     def fits(smaller: Config) -> bool:
+        # Most sizes are ruled out by the least that they need, which takes no time.
+        activations = estimate.activations * smaller.batch_size // config.batch_size
+        least = MemoryEstimate(estimate.weights, estimate.optimizer, activations, 0)
+        if _largest_share(_demand(smaller, source, device, least), left)[0] >= WARNED:
+            return False
         one = estimate_memory(smaller, device.type, precision, num_processes=world.size)
         return _largest_share(_demand(smaller, source, device, one), left)[0] < WARNED
 

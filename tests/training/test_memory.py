@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError, recipes
-from byol_fast.data import Batch
+from byol_fast.data import Batch, open_train_val
 from byol_fast.data.batch import empty_views
 from byol_fast.models import encoders
 from byol_fast.models.activation_checkpoint import checkpoint_blocks
@@ -135,8 +135,8 @@ def checked(small: Config) -> Config:
 
 def needed(config: Config) -> int:
     """Bytes of a run on a CPU."""
-    loader = memory.loader_memory(config, Trainer(config).loader.source, CPU).machine  # type: ignore[attr-defined]
-    return estimate_memory(config, "cpu", FP32).total + loader
+    source, _ = open_train_val(config, None)
+    return estimate_memory(config, "cpu", FP32).total + memory.loader_memory(config, source, CPU).machine
 
 
 def leave(monkeypatch: pytest.MonkeyPatch, num_bytes: float) -> None:
@@ -179,7 +179,7 @@ def test_shares_of_the_available_memory(
 
 
 def test_processes_share_the_memory_of_their_machine(checked: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = Trainer(configs.replace(checked, {"memory_check": False})).loader.source  # type: ignore[attr-defined]
+    source, _ = open_train_val(checked, None)
     estimate = MemoryEstimate(GIB, 0, 0, 0)
     monkeypatch.setattr(memory, "try_estimate", lambda *_, **__: estimate)
     monkeypatch.setattr(memory, "estimate_memory", lambda *_, **__: estimate)
