@@ -54,7 +54,7 @@ def peak_of_two_steps(config: Config, precision: Precision) -> int:
             step([Batch(batch, None, torch.arange(config.batch_size)) for batch in views], number)
     events: Any = profiler.profiler
     changes = [(e.start_ns(), e.nbytes()) for e in events.kineto_results.events() if e.name() == "[memory]"]
-    return max(np.cumsum([size for _, size in sorted(changes)]).tolist())
+    return int(np.cumsum([size for _, size in sorted(changes)]).max())
 
 
 def run_config(encoder: str, size: int, batch_size: int, **changes: Any) -> Config:
