@@ -46,8 +46,8 @@ class Options:
     neighbors: Path | None = None
     """PNG file to write: some images, each beside those with the most similar features. With --query neighbors.png
     beside the output by default."""
-    queries: SheetQueries = 8
-    """Number of images on that sheet, selected from all classes."""
+    queries: SheetQueries | None = None
+    """Number of images on that sheet, selected from all classes; default: one of each, from 8 to 20."""
     k: SheetNeighbors = 8
     """Number of neighbors of each."""
     query: tuple[Path, ...] = ()
@@ -184,10 +184,11 @@ def _check_sheet(source: ImageSource, query_source: ImageSource | None, options:
     import numpy as np
 
     from byol_fast.data import CorruptImageError
-    from byol_fast.report.neighbor_sheet import neighbor_sheet, save_sheet, sheet_size
+    from byol_fast.report.neighbor_sheet import default_queries, neighbor_sheet, save_sheet, sheet_size
 
     assert options.neighbors is not None
-    count = min(options.queries, len(source)) if query_source is None else len(query_source)
+    count = options.queries or default_queries(source.labels)
+    count = min(count, len(source)) if query_source is None else len(query_source)
     sheet_size(count, min(options.k, len(source) - 1))
     two, features = source.subset(np.arange(min(2, len(source)))), np.ones((2, 1), np.float32)
     own = None if query_source is None else (query_source.subset(np.arange(1)), features[:1])

@@ -10,8 +10,9 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from byol_fast.evaluate.metrics import Interval, Scores
+from byol_fast.evaluate.metrics import Scores
 from byol_fast.utils.files import atomic_path, atomic_write, write_errors
+from byol_fast.utils.intervals import Interval
 
 MAX_CLASSES_SHOWN = 20
 """Largest number of classes in the table for the terminal."""

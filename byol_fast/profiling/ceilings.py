@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -28,11 +30,30 @@ class Ceilings:
     """Dense peak of the data sheet, for MFU; without one (a CPU), the measured value."""
     source: str
     """`measured`, or the origin of the values."""
+    cache_bytes: int = 0
+    """Size of the last cache before the memory; 0: not known, all traffic counts as the memory's."""
+    cache_bytes_per_s: float = 0.0
+    """Reads plus writes of the fastest copy within the caches."""
 
     @property
     def ridge(self) -> float:
         """FLOP per byte above which a kernel is no longer bound by memory."""
         return self.flops_per_s / self.bytes_per_s
+
+    def seconds(self, flops: int, num_bytes: int) -> float:
+        """Least seconds of a kernel, by its arithmetic or its traffic."""
+        return max(flops / self.flops_per_s, self.memory_seconds(num_bytes))
+
+    def memory_seconds(self, num_bytes: int) -> float:
+        """Least seconds of a kernel's traffic.
+
+        A cache may hold inputs when the kernel begins, and outputs when it ends: up to twice its size is moved at the
+        caches' speed.
+        """
+        if not self.cache_bytes:
+            return num_bytes / self.bytes_per_s
+        beyond = max(num_bytes - 2 * self.cache_bytes, 0)
+        return max(beyond / self.bytes_per_s, num_bytes / self.cache_bytes_per_s)
 
 
 # Data sheets, dense, no sparsity: TFLOP/s of bf16 = fp16 (fp32 accumulation), tf32, fp32; TB/s.
@@ -99,14 +120,34 @@ def measure(device: torch.device, dtype: Dtype, *, seconds: float = 0.3) -> Ceil
         # Also small ones on a CPU: they finish before another process gets the core.
         sizes = (4096, 8192, 16384) if cuda else (256, 512, 1024, 2048)
         flops = max(_product(size, torch_dtype, device, seconds) for size in sizes)
+        cache = 0 if cuda else _last_cache()
+        # From the first cache to the last: source and target fill half of each.
+        within = (2**13, 2**17, cache // 4) if cache else ()
+        cache_speed = max((_copy(size, device, seconds) for size in within), default=0.0)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
     name = torch.cuda.get_device_name(device) if cuda else f"CPU, torch threads: {torch.get_num_threads()}"
     sheet = next((gpu for gpu in GPUS if gpu in name), None) if cuda else None
     peak = flops if sheet is None else stated(sheet, dtype).peak_flops_per_s
     return Ceilings(
-        name=name, dtype=dtype, bytes_per_s=bandwidth, flops_per_s=flops, peak_flops_per_s=peak, source="measured"
+        name=name,
+        dtype=dtype,
+        bytes_per_s=bandwidth,
+        flops_per_s=flops,
+        peak_flops_per_s=peak,
+        source="measured",
+        cache_bytes=cache,
+        cache_bytes_per_s=max(cache_speed, bandwidth) if cache else 0.0,
     )
+
+
+def _last_cache() -> int:
+    """Bytes of the largest cache of the first core, as Linux lists it; 0 if it lists none."""
+    sizes = [0]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        with suppress(OSError, ValueError):
+            sizes.append(1024 * int(path.read_text().strip().removesuffix("K")))
+    return max(sizes)
 
 
 def _copy(num_bytes: int, device: torch.device, seconds: float) -> float:

@@ -188,8 +188,12 @@ def notes(profile: dict[str, Any]) -> list[str]:
             f"Other processes kept {machine['others']:.1f} of {machine['cores']} cores busy: repeat the profile on an "
             "idle machine."
         )
-    if profile["on_cpu"] and roofline is not None:
-        lines.append("CPU caches hold part of the traffic of the roofline, whose floors assume memory alone.")
+    if faster := {row["phase"]: row["above_ceilings"] for row in profile["phases"] if row.get("above_ceilings")}:
+        lines.append(
+            f"Faster than the measured ceilings allow, by at most {max(faster.values()) - 1:.0%}: {', '.join(faster)}; "
+            "their floors are set to their times. Other processes slowed the measurement of the ceilings, or caches "
+            "held more than their size allows for: repeat the profile on an idle machine."
+        )
     if profile["needs_gpu"]:
         lines.append(f"Only on a GPU: {'; '.join(profile['needs_gpu'])}.")
     if machine["gpu_problem"] and not profile["on_cpu"]:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from byol_fast.report.charts import Series, bar_chart, scatter, timeline
+from byol_fast.report.formatting import readable
 from byol_fast.report.page import Section, chart_grid, details, facts, paragraph, table
 from byol_fast.utils.errors import reason
 from byol_fast.utils.output import PlainConsole
@@ -65,15 +66,15 @@ def show(profile: dict[str, Any]) -> None:
     for column in ("family", "ms", "calls"):
         families.add_column(column, justify="left" if column == "family" else "right")
     for row in profile["families"]:
-        families.add_row(row["family"], f"{1e3 * row['seconds']:.3g}", f"{row['calls']:.4g}")
+        families.add_row(row["family"], readable(1e3 * row["seconds"]), readable(row["calls"], 4))
     console.print(families)
 
     if limit is not None:
         floor = 1e3 * limit["floor_seconds"][limit["level"]]
         console.print(
             f"MFU {limit['mfu']:.1%}, bandwidth {limit['bandwidth_use']:.1%} of the ceilings of "
-            f"{limit['ceilings']['name']}; floor {floor:.3g} ms per step (measured: "
-            f"{1e3 * step['seconds']:.4g})",
+            f"{limit['ceilings']['name']}; floor {readable(floor)} ms per step (measured: "
+            f"{readable(1e3 * step['seconds'], 4)})",
             soft_wrap=True,
         )
     for number, finding in enumerate(profile["findings"], 1):
@@ -102,11 +103,16 @@ def roofline_chart(
     groups = [Series(name, list(x), list(y)) for name, (x, y) in points.items()]
     if measured is not None and measured[0]:
         groups.append(Series("measured, by phase", list(measured[0]), list(measured[1])))
-    bandwidth, ridge = ceilings["bytes_per_s"], ceilings["flops_per_s"] / ceilings["bytes_per_s"]
-    intensities = [ridge, *(x for group in groups for x in group.x if x is not None)]
-    roof = [min(intensities) / 2, ridge, max(intensities) * 2]
-    line = Series(ceilings["name"], roof, [min(x, ridge) * bandwidth / 1e12 for x in roof])
-    return scatter(groups, title=title, x_label="FLOP / byte", y_label="TFLOP/s", x_log=True, y_log=True, lines=[line])
+    flops, speeds = ceilings["flops_per_s"], {ceilings["name"]: ceilings["bytes_per_s"]}
+    if ceilings.get("cache_bytes"):
+        speeds["within caches"] = ceilings["cache_bytes_per_s"]
+    ridges = [flops / speed for speed in speeds.values()]
+    intensities = [*ridges, *(x for group in groups for x in group.x if x is not None)]
+    lines = []
+    for (name, speed), ridge in zip(speeds.items(), ridges, strict=True):
+        roof = [min(intensities) / 2, ridge, max(intensities) * 2]
+        lines.append(Series(name, roof, [min(x, ridge) * speed / 1e12 for x in roof]))
+    return scatter(groups, title=title, x_label="FLOP / byte", y_label="TFLOP/s", x_log=True, y_log=True, lines=lines)
 
 
 # ------------------------------------------------------------------ parts of the page
@@ -116,8 +122,8 @@ def _headline(profile: dict[str, Any]) -> str:
     step = profile["step"]
     return (
         f"{profile['recipe']}: {profile['encoder']}, batch {profile['global_batch_size']}, {profile['precision']}, "
-        f"{profile['mode']}, {profile['device']}: {1e3 * step['seconds']:.4g} ms per step, "
-        f"{step['images_per_second']:.4g} images per second"
+        f"{profile['mode']}, {profile['device']}: "
+        f"{readable(1e3 * step['seconds'], 4)} ms per step, {readable(step['images_per_second'], 4)} images per second"
     )
 
 
@@ -128,23 +134,23 @@ def _sentence(finding: dict[str, Any]) -> str:
 def _key_figures(profile: dict[str, Any]) -> str:
     step, limit, machine = profile["step"], profile["roofline"], profile["machine"]
     figures = [
-        ("Images per second", f"{step['images_per_second']:.4g}", f"batch {profile['global_batch_size']}"),
+        ("Images per second", readable(step["images_per_second"], 4), f"batch {profile['global_batch_size']}"),
         (
             "Step time",
-            f"{1e3 * step['seconds']:.4g} ms",
-            f"p20 to p80: {1e3 * step['seconds_p20']:.4g} to {1e3 * step['seconds_p80']:.4g}",
+            f"{readable(1e3 * step['seconds'], 4)} ms",
+            f"p20 to p80: {readable(1e3 * step['seconds_p20'], 4)} to {readable(1e3 * step['seconds_p80'], 4)}",
         ),
         ("Waiting for data", f"{step['data_wait']:.1%}", "of a step"),
     ]
     if limit is not None:
         floor = limit["floor_seconds"][limit["level"]]
         figures += [
-            ("MFU", f"{limit['mfu']:.1%}", f"of {limit['ceilings']['peak_flops_per_s'] / 1e12:.3g} TFLOP/s"),
+            ("MFU", f"{limit['mfu']:.1%}", f"of {readable(limit['ceilings']['peak_flops_per_s'] / 1e12)} TFLOP/s"),
             ("Memory bandwidth", f"{limit['bandwidth_use']:.1%}", "of a copy, for the least traffic"),
             (
                 "Step / floor",
                 f"{step['seconds'] / floor:.2f}",
-                f"floor {1e3 * floor:.3g} ms at this level of fusion",
+                f"floor {readable(1e3 * floor)} ms at this level of fusion",
             ),
         ]
     if memory := profile.get("memory"):
@@ -154,7 +160,7 @@ def _key_figures(profile: dict[str, Any]) -> str:
         figures.append(("GPU idle", f"{gpu['idle']:.1%}", f"{gpu['launches']:.0f} launches per step"))
     if telemetry is not None:
         figures.append(
-            ("Energy per image", f"{telemetry['energy_j_per_image']:.3g} J", f"{telemetry['power_w']:.0f} W")
+            ("Energy per image", f"{readable(telemetry['energy_j_per_image'])} J", f"{telemetry['power_w']:.0f} W")
         )
     if gpu is None:
         used = f"{machine['torch_threads']} torch threads, {machine['cores']} cores"
@@ -168,7 +174,7 @@ def _findings(profile: dict[str, Any]) -> str:
         for number, f in enumerate(profile["findings"], 1)
     ]
     html = (
-        table(("", "finding", "measured", "change", "share of step"), rows)
+        table(("#", "finding", "measured", "change", "share of step"), rows)
         if rows
         else paragraph("No findings.", "good")
     )
@@ -176,18 +182,10 @@ def _findings(profile: dict[str, Any]) -> str:
 
 
 def _time(profile: dict[str, Any]) -> str:
-    phases, start = [], 0.0
-    for row in profile["phases"]:
-        if row["share"] > 0:
-            end = start + 1e3 * row["seconds"]
-            phases.append((row["phase"], [(start, end, row["phase"])]))
-            start = end
-    charts = [timeline(phases, title="Phases in sequence, mean of all steps")]
     step = profile["timeline"]
-    rows = [("phases", [(p["begin"], p["end"], p["phase"]) for p in step["phases"]])]
+    charts = [timeline(_rows(step["phases"], "phase"), title="Timeline of one step")]
     if step["kernels"]:
-        rows.append(("kernels", [(k["begin"], k["end"], k["family"]) for k in step["kernels"]]))
-    charts.append(timeline(rows, title="Timeline of one step"))
+        charts.append(timeline(_rows(step["kernels"], "family"), title="Kernels of one step"))
     families = profile["families"][:10]
     charts.append(
         bar_chart(
@@ -201,14 +199,22 @@ def _time(profile: dict[str, Any]) -> str:
         (
             row["phase"],
             1e3 * row["seconds"],
-            100 * row["share"],
+            f"{row['share']:.1%}",
             None if row["floor_seconds"] is None else 1e3 * row["floor_seconds"],
             None if row["peak_bytes"] is None else round(row["peak_bytes"] / 2**20),
         )
         for row in profile["phases"]
     ]
-    headers = ("phase", "ms", "% of the step", "floor, ms", _memory_title(profile))
+    headers = ("phase", "ms", "share of step", "floor, ms", _memory_title(profile))
     return chart_grid(charts) + table(headers, table_rows)
+
+
+def _rows(spans: Sequence[Mapping[str, Any]], key: str) -> list[tuple[str, list[tuple[float, float, str]]]]:
+    """Spans of time in a row for each of their names."""
+    rows: dict[str, list[tuple[float, float, str]]] = {}
+    for span in spans:
+        rows.setdefault(span[key], []).append((span["begin"], span["end"], span[key]))
+    return list(rows.items())
 
 
 def _limit(profile: dict[str, Any]) -> str:
@@ -223,12 +229,14 @@ def _limit(profile: dict[str, Any]) -> str:
     chart = roofline_chart(
         points, limit["ceilings"], title="Roofline of each block of layers, and measured phases", measured=measured
     )
-    c = limit["ceilings"]
+    c, cache = limit["ceilings"], ""
+    if c.get("cache_bytes"):
+        cache = f" ({readable(c['cache_bytes_per_s'] / 1e9)} within {c['cache_bytes'] / 2**20:,.0f} MiB of cache)"
     text = (
-        f"A step needs {limit['flops'] / 1e12:.4g} TFLOP and moves at least {limit['bytes'] / 1e9:.4g} GB at "
-        f"fusion level {limit['level']}. {c['name']} ({c['source']}): {c['bytes_per_s'] / 1e9:.4g} GB/s copied, "
-        f"{c['flops_per_s'] / 1e12:.4g} TFLOP/s in {c['dtype']} products; MFU is relative to "
-        f"{c['peak_flops_per_s'] / 1e12:.4g}."
+        f"A step needs {readable(limit['flops'] / 1e12)} TFLOP and moves at least {readable(limit['bytes'] / 1e9)} GB "
+        f"at fusion level {limit['level']}. {c['name']} ({c['source']}): {readable(c['bytes_per_s'] / 1e9)} GB/s "
+        f"copied{cache}, {readable(c['flops_per_s'] / 1e12)} TFLOP/s in {c['dtype']} products; MFU is relative to "
+        f"{readable(c['peak_flops_per_s'] / 1e12)}."
     )
     rows = [
         (level, _LEVELS[level], 1e3 * floor, profile["global_batch_size"] / floor)
@@ -271,8 +279,8 @@ def _phase_cells(row: dict[str, Any]) -> tuple[str, str, str, str, str]:
     floor, peak = row["floor_seconds"], row["peak_bytes"]
     return (
         row["phase"],
-        f"{1e3 * row['seconds']:.3g}",
+        readable(1e3 * row["seconds"]),
         f"{row['share']:.1%}",
-        "" if floor is None else f"{1e3 * floor:.3g}",
-        "" if peak is None else f"{peak / 2**20:.0f}",
+        "" if floor is None else readable(1e3 * floor),
+        "" if peak is None else f"{peak / 2**20:,.0f}",
     )

@@ -22,6 +22,7 @@ from byol_fast.models.byol import BYOL
 from byol_fast.profiling.ceilings import Ceilings, Dtype
 from byol_fast.profiling.layers import trace
 from byol_fast.profiling.traffic import GRADIENT_WIDTH, LEVEL_NAMES, LEVELS, Kernel, Level, Traffic
+from byol_fast.report.formatting import readable
 from byol_fast.utils.output import PlainConsole
 
 WIDTHS: dict[Dtype, int] = {"bf16": 2, "fp16": 2, "tf32": 4, "fp32": 4}
@@ -105,8 +106,8 @@ class Roofline:
         Args:
             ceilings: of the device.
             level: of fusion.
-            schedule: `sum`: one kernel after the other, each `max(flops / F, bytes / B)`; `overlap`: memory and
-                arithmetic are always busy, `max` of the totals.
+            schedule: `sum`: one kernel after the other, each `Ceilings.seconds`; `overlap`: memory and arithmetic are
+                always busy, `max` of the totals.
             phase: one of `PHASES`; None for all.
         """
         check("roofline: schedule", Literal["sum", "overlap"], schedule)
@@ -114,9 +115,9 @@ class Roofline:
         if schedule == "overlap":
             return max(
                 sum(k.flops for k in kernels) / ceilings.flops_per_s,
-                sum(k.bytes for k in kernels) / ceilings.bytes_per_s,
+                sum(ceilings.memory_seconds(k.bytes) for k in kernels),
             )
-        return sum(max(k.flops / ceilings.flops_per_s, k.bytes / ceilings.bytes_per_s) for k in kernels)
+        return sum(ceilings.seconds(k.flops, k.bytes) for k in kernels)
 
     def images_per_second(
         self, ceilings: Ceilings, level: Level, *, schedule: Literal["sum", "overlap"] = "sum"
@@ -165,7 +166,7 @@ class Roofline:
         console = PlainConsole()
         title = (
             f"{self.encoder}, {self.batch_size} images x {self.views} views of {self.image_size} px, {self.dtype}: "
-            f"{self.total('A').flops / 1e12:.4g} TFLOP per step"
+            f"{readable(self.total('A').flops / 1e12, 4)} TFLOP per step"
         )
         table = Table(title=f"{title}\nleast memory traffic, GB per step", title_justify="left")
         table.add_column("phase")
@@ -174,9 +175,9 @@ class Roofline:
         for phase in PHASES:
             totals = [self.total(level, phase=phase) for level in LEVELS]
             if any(t.bytes for t in totals):
-                table.add_row(phase, *(f"{t.bytes / 1e9:.4g}" for t in totals))
+                table.add_row(phase, *(readable(t.bytes / 1e9, 4) for t in totals))
         table.add_section()
-        table.add_row("all", *(f"{self.total(level).bytes / 1e9:.4g}" for level in LEVELS))
+        table.add_row("all", *(readable(self.total(level).bytes / 1e9, 4) for level in LEVELS))
         console.print(table)
 
         table = Table(title="maximum images per second (milliseconds per step)", title_justify="left")
@@ -189,9 +190,9 @@ class Roofline:
             floors = [self.floor(c, level) for level in LEVELS]
             table.add_row(
                 c.name,
-                f"{c.bytes_per_s / 1e12:.3g}",
-                f"{c.flops_per_s / 1e12:.3g}",
-                *(f"{self.batch_size / s:,.0f} ({1e3 * s:.4g})" for s in floors),
+                readable(c.bytes_per_s / 1e12),
+                readable(c.flops_per_s / 1e12),
+                *(f"{self.batch_size / s:,.0f} ({readable(1e3 * s, 4)})" for s in floors),
             )
         console.print(table)
         for source in dict.fromkeys(c.source for c in ceilings):
@@ -209,7 +210,7 @@ class Roofline:
         for (_, phase), kernels in self.blocks(level).items():
             flops, num_bytes = sum(k.flops for k in kernels), sum(k.bytes for k in kernels)
             if flops:
-                seconds = sum(max(k.flops / ceilings.flops_per_s, k.bytes / ceilings.bytes_per_s) for k in kernels)
+                seconds = sum(ceilings.seconds(k.flops, k.bytes) for k in kernels)
                 x, y = points.setdefault(phase, ([], []))
                 x.append(flops / num_bytes)
                 y.append(flops / seconds / 1e12)

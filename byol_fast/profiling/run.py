@@ -284,13 +284,18 @@ def _roofline(trainer: Trainer) -> tuple[Roofline | None, str | None]:
 def _phases(
     steps: Sequence[StepTimes], work: Roofline | None, ceilings: Ceilings, level: Level
 ) -> list[dict[str, Any]]:
-    """Measured time of each phase, with the floor of the roofline."""
+    """Measured time of each phase, with the floor of the roofline, which is never above it.
+
+    A higher floor would mean that the ceilings are too low: the notes name the phases for which that was so.
+    """
     rows = phase_rows(steps)
     for row in rows:
         name = row["phase"]
-        row["floor_seconds"] = None
+        row["floor_seconds"], row["above_ceilings"] = None, None
         if work is not None and name in PHASES:
-            row["floor_seconds"] = work.floor(ceilings, level, phase=name)
+            floor = work.floor(ceilings, level, phase=name)
+            row["floor_seconds"] = min(floor, row["seconds"])
+            row["above_ceilings"] = floor / row["seconds"] if floor > row["seconds"] else None
     return rows
 
 
@@ -308,6 +313,9 @@ def _gpu(trainer: Trainer, trace: Trace, peak_bytes: int) -> dict[str, Any]:
 def _compare_with_roofline(work: Roofline, ceilings: Ceilings, level: Level, seconds: float) -> dict[str, Any]:
     """Measured step relative to the ceilings of the device."""
     total = work.total(level)
+    floors = {level: work.floor(ceilings, level) for level in LEVELS}
+    # Levels with as much fusion as the measured step, or more, cannot take longer than it.
+    floors |= {more: min(floors[more], seconds) for more in LEVELS[LEVELS.index(level) :]}
     points = {phase: {"x": x, "y": y} for phase, (x, y) in work.points(ceilings, level).items()}
     return {
         "ceilings": dataclasses.asdict(ceilings),
@@ -316,7 +324,7 @@ def _compare_with_roofline(work: Roofline, ceilings: Ceilings, level: Level, sec
         "bytes": total.bytes,
         "mfu": mfu(total.flops, seconds, ceilings.peak_flops_per_s),
         "bandwidth_use": total.bytes / seconds / ceilings.bytes_per_s,
-        "floor_seconds": {level: work.floor(ceilings, level) for level in LEVELS},
+        "floor_seconds": floors,
         "phases": {phase: work.total(level, phase=phase)._asdict() for phase in PHASES},
         "unmodeled": list(work.unmodeled),
         "points": points,

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from byol_fast.report import drawing
-from byol_fast.report.drawing import MARGIN, SMALL, WIDTH, Array, Interval, Key, format_number, pen
-from byol_fast.report.svg import INK, PAPER, tooltip_id
+from byol_fast.report.drawing import DASHES, HEIGHT, LOW, MARGIN, SMALL, WIDTH, Array, Interval, Key, pen
+from byol_fast.report.formatting import readable
+from byol_fast.report.svg import INK, SHADE, tooltip_id
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,9 +43,11 @@ class Series:
     """Values, as many as positions."""
     markers: bool = field(default=False, kw_only=True)
     """Mark every point of a line, with a tooltip."""
+    intervals: Sequence[Interval | None] = field(default=(), kw_only=True)
+    """Lowest and highest value of each point, drawn as error bars; None where they are not known."""
 
     def __post_init__(self) -> None:
-        if len(self.x) != len(self.y):
+        if len(self.x) != len(self.y) or len(self.intervals or self.x) != len(self.x):
             raise ValueError(f"chart: y of {self.name!r} must be as long as x ({len(self.x)}), got {len(self.y)}")
 
 
@@ -57,6 +60,8 @@ def line_chart(
     x_log: bool = False,
     x_range: Interval | None = None,
     y_range: Interval | None = None,
+    unit: str = "",
+    low: bool = False,
 ) -> str:
     """Lines over a common axis.
 
@@ -71,6 +76,8 @@ def line_chart(
         x_log: logarithmic horizontal axis; values that are not positive are gaps.
         x_range: ends of the horizontal axis, instead of the data's; no point may lie outside.
         y_range: ends of the vertical axis, instead of the data's; values outside are drawn at the border.
+        unit: of the values, in tooltips.
+        low: less high than others, for a curve whose shape is all that matters.
 
     Returns:
         An `<svg>` element.
@@ -79,13 +86,16 @@ def line_chart(
     if not _num_known(points):
         return drawing.empty(title)
     with drawing.style():
-        legend = [Key(s.name, line=drawing.line_style(i)) for i, s in enumerate(series)]
-        figure, axes = drawing.two_axes(title, legend, x_label=x_label, y_label=y_label)
+        legend = [_line_key(s, p, i) for i, (s, p) in enumerate(zip(series, points, strict=True)) if _num_known([p])]
+        height = LOW if low else HEIGHT
+        figure, axes = drawing.two_axes(title, legend, x_label=x_label, y_label=y_label, height=height)
         drawing.set_axis(axes, "x", [p[:, 0] for p in points], limits=x_range, log=x_log, count=6)
-        drawing.set_axis(axes, "y", [p[:, 1] for p in points], limits=y_range, pad=0.04)
+        values = [*(p[:, 1] for p in points), *(_ends(s).ravel() for s in series)]
+        drawing.set_axis(axes, "y", values, limits=y_range, pad=0.04, count=3 if low else 5)
         for number, (s, p) in enumerate(zip(series, points, strict=True)):
             p[:, 1] = p[:, 1].clip(*axes.get_ylim())
-            _draw_line(figure, axes, s, p, number)
+            _draw_intervals(figure, axes, p, _ends(s), number)
+            _draw_line(figure, axes, s, p, number, unit)
         return drawing.save(figure, title, _describe(series, points))
 
 
@@ -117,7 +127,7 @@ def scatter(
     if not _num_known([*behind, *points]):
         return drawing.empty(title)
     bare = not x_label and not y_label
-    styles = [{"color": INK, "alpha": 0.7, "linestyle": style} for style in drawing.DASHES]
+    styles = [{"color": INK, "alpha": 0.7, "linestyle": style} for style in DASHES]
     legend = [Key(s.name, line=styles[i % len(styles)]) for i, s in enumerate(lines)]
     legend += [Key(s.name, mark=i) for i, s in enumerate(groups)]
     with drawing.style():
@@ -135,7 +145,7 @@ def scatter(
                 drawing.draw_marks(figure, at, number, radius=2.0)
                 continue
             for spot, (x, y) in zip(at, p, strict=True):
-                tooltip = f"{s.name}: {format_number(x)}, {format_number(y)}"
+                tooltip = f"{s.name}: {readable(x)}, {readable(y)}"
                 drawing.draw_marks(figure, spot[None], number, radius=3.6, tooltip=tooltip)
         return drawing.save(figure, title, _describe([*lines, *groups], [*behind, *points]))
 
@@ -147,6 +157,7 @@ def bar_chart(
     title: str,
     x_label: str,
     intervals: Sequence[Interval] | None = None,
+    unit: str = "",
 ) -> str:
     """Horizontal bars from 0, one below the other, with their values written beside them.
 
@@ -156,6 +167,7 @@ def bar_chart(
         title: of the chart.
         x_label: of the axis of values.
         intervals: lowest and highest value of each bar, drawn as error bars where both are finite.
+        unit: of the values beside the bars; percents have one decimal.
 
     Returns:
         An `<svg>` element.
@@ -167,7 +179,7 @@ def bar_chart(
         return drawing.empty(title)
     ends = np.full((len(labels), 2), math.nan) if intervals is None else np.array(intervals, float)
     ends[~np.isfinite(ends).all(axis=1)] = math.nan
-    shown = [format_number(v) if math.isfinite(v) else "" for v in lengths]
+    shown = [_with_unit(v, unit) if math.isfinite(v) else "" for v in lengths]
     with drawing.style():
         right = 2 * MARGIN + max(map(drawing.width, shown))
         figure, axes = drawing.row_axes(title, labels, right=right, x_label=x_label)
@@ -222,12 +234,11 @@ def heat_map(
             return drawing.save(figure, title, f"{len(values)} rows, {columns} columns")
         size = min(SMALL, drawing.axes_pixels(axes)[0] / 3)
         for i, j in np.argwhere(np.isfinite(matrix)).tolist():
-            text = format_number(matrix[i, j])
+            text = readable(matrix[i, j])
             gid = tooltip_id(f"{row_labels[i]}, {column_labels[j]}: {text}")
-            axes.barh(i + 0.5, 1, 1, j, color=pen(0), alpha=shades[i, j], gid=gid)
+            axes.barh(i + 0.5, 1, 1, j, color=SHADE, alpha=shades[i, j], gid=gid)
             if shades[i, j] > 0:
-                ink = PAPER if shades[i, j] > 0.6 else INK
-                axes.text(j + 0.5, i + 0.5, text, ha="center", va="center_baseline", size=size, color=ink)
+                axes.text(j + 0.5, i + 0.5, text, ha="center", va="center_baseline", size=size)
         return drawing.save(figure, title, f"{len(values)} rows, {columns} columns")
 
 
@@ -235,7 +246,8 @@ def timeline(rows: Sequence[tuple[str, Sequence[Span]]], *, title: str, unit: st
     """Spans of time in rows.
 
     Args:
-        rows: a name, and spans of (begin, end, kind); a kind has a color and an entry in the legend.
+        rows: a name, and spans of (begin, end, kind); a kind has a color, and an entry in the legend unless all rows
+            have the names of their spans' kinds.
         title: of the chart.
         unit: of the times.
 
@@ -250,13 +262,15 @@ def timeline(rows: Sequence[tuple[str, Sequence[Span]]], *, title: str, unit: st
     with drawing.style():
         swatches = [{"color": pen(i), "linewidth": 9, "solid_capstyle": "butt"} for i in range(len(kinds))]
         legend = [Key(kind, line=swatch) for kind, swatch in zip(kinds, swatches, strict=True)]
+        if all(kind == name for name, spans in rows for _, _, kind in spans):
+            legend = []
         figure, axes = drawing.row_axes(title, [name for name, _ in rows], legend, right=2 * MARGIN, x_label=unit)
         drawing.set_axis(axes, "x", [times.ravel()])
         pixel = 1 / drawing.axes_pixels(axes)[0]
         for i, (_, spans) in enumerate(rows):
             for begin, end, kind, count in _merge_spans(spans, pixel / 2):
-                text = f"{kind}: {format_number(begin)} to {format_number(end)}"
-                text += f" ({count} spans) {unit}" if count > 1 else f" {unit}"
+                text = f"{kind}: {readable(begin)} to {readable(end)}"
+                text += f" ({count:,} spans) {unit}" if count > 1 else f" {unit}"
                 color = pen(kinds.index(kind))
                 axes.barh(i, max(end - begin, 0.3 * pixel), 0.75, begin, color=color, gid=tooltip_id(text))
         return drawing.save(figure, title, f"{sum(len(spans) for _, spans in rows)} spans in {len(rows)} rows")
@@ -288,7 +302,38 @@ def _describe(series: Sequence[Series], points: Sequence[Array]) -> str:
     return f"{', '.join(s.name for s in series[:12])}; {_num_known(points)} points"
 
 
-def _draw_line(figure: Figure, axes: Axes, series: Series, points: Array, number: int) -> None:
+def _with_unit(value: float, unit: str) -> str:
+    return f"{value:.1f}%" if unit == "%" else readable(value) + unit
+
+
+def _ends(series: Series) -> Array:
+    """Ends of the intervals `[N, 2]`, NaN where one is not known."""
+    ends = np.array([(math.nan, math.nan) if ends is None else ends for ends in series.intervals], float).reshape(-1, 2)
+    ends[~np.isfinite(ends).all(axis=1)] = math.nan
+    return ends
+
+
+def _line_key(series: Series, points: Array, number: int) -> Key:
+    """Entry of a line in the legend: dashes, and the mark of its points; without dashes if gaps separate all points."""
+    known = np.isfinite(points[:, 0])
+    has_line = bool((known[1:] & known[:-1]).any()) or not series.markers
+    style = drawing.line_style(number) if has_line else None
+    return Key(series.name, line=style, mark=number if series.markers else None)
+
+
+def _draw_intervals(figure: Figure, axes: Axes, points: Array, ends: Array, number: int) -> None:
+    """Draw error bars, those of each series a little beside its points, so that they do not cover each other."""
+    shown = np.flatnonzero(np.isfinite(points[: len(ends), 0]) & np.isfinite(ends[:, 0]))
+    x, cap, gap = axes.transData.transform(points[shown])[:, 0] + 2.0 * (number % 5), 2.5, np.full(len(shown), math.nan)
+    low, high = (axes.transData.transform(np.stack([points[shown, 0], end], axis=1))[:, 1] for end in ends[shown].T)
+    pieces = [(x, low), (x, high), (gap, gap)]
+    pieces += [piece for y in (low, high) for piece in ((x - cap, y), (x + cap, y), (gap, gap))]
+    line = np.array(pieces).transpose(2, 0, 1).reshape(-1, 2)
+    if len(shown):
+        drawing.draw_line(figure, line, color=pen(number), linewidth=1.1, solid_capstyle="butt")
+
+
+def _draw_line(figure: Figure, axes: Axes, series: Series, points: Array, number: int, unit: str) -> None:
     pieces = _pieces(points, axes.transData.transform(points)[:, 0])
     if sum(map(len, pieces)) > 2 * WIDTH and not series.markers:
         columns = [_column_statistics(piece, axes.transData.transform(piece)[:, 0]) for piece in pieces]
@@ -306,8 +351,8 @@ def _draw_line(figure: Figure, axes: Axes, series: Series, points: Array, number
         return
     known = points[np.isfinite(points[:, 0])]
     for spot, (x, y) in zip(axes.transData.transform(known), known, strict=True):
-        gid = tooltip_id(f"{series.name}: {format_number(x)}, {format_number(y)}")
-        drawing.draw_dots(figure, spot[None], radius=3.2, color=pen(number), gid=gid)
+        tooltip = f"{series.name}: {readable(x)}, {_with_unit(y, unit)}"
+        drawing.draw_marks(figure, spot[None], number, radius=3.4, tooltip=tooltip)
 
 
 def _pieces(points: Array, x_pixels: Array) -> list[Array]:
@@ -338,7 +383,7 @@ def _draw_shades(axes: Axes, shades: Array) -> None:
         corners = np.argwhere(levels == level)[:, ::-1]
         if len(corners):
             path = Path((corners[:, None] + square).reshape(-1, 2), codes * len(corners))
-            axes.add_patch(PathPatch(path, color=pen(0), alpha=level / SHADES, linewidth=0))
+            axes.add_patch(PathPatch(path, color=SHADE, alpha=level / SHADES, linewidth=0))
 
 
 def _merge_spans(spans: Iterable[Span], slack: float) -> list[tuple[float, float, str, int]]:

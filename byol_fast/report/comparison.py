@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from byol_fast.report.curves import curves
-from byol_fast.report.formatting import UNKNOWN, as_text, count, duration, flatten, interval_text, percent
+from byol_fast.report.formatting import UNKNOWN, as_text, count, duration, flatten, interval_text, percent, readable
 from byol_fast.report.page import Section, paragraph, table
 from byol_fast.report.reading import RunFiles, distinct_names
 from byol_fast.report.summary import progress
@@ -14,7 +14,7 @@ from byol_fast.report.summary import progress
 def comparison(runs: Sequence[RunFiles]) -> list[Section]:
     """Several runs compared: figures, curves, evaluations, and the options that differ."""
     names = distinct_names(runs)
-    headers = ["run", "progress", "loss", "embedding std", "kNN top-1", "img/s", "time of the steps"]
+    headers = ["run", "progress", "loss", "embedding std", "kNN top-1", "probe top-1", "img/s", "time of the steps"]
     rows = [_figures(run, name) for run, name in zip(runs, names, strict=True)]
     notes = [paragraph(f"{name}: {text}", "warn") for run, name in zip(runs, names, strict=True) for text in run.notes]
     sections = [Section("Runs", table(headers, rows) + "".join(notes)), *curves(runs)]
@@ -30,15 +30,16 @@ def comparison(runs: Sequence[RunFiles]) -> list[Section]:
 
 
 def _figures(run: RunFiles, name: str) -> list[str]:
-    accuracies = [r["knn_top1"] for r in run.records if r.get("knn_top1") is not None]
+    knn, probe = ([r[key] for r in run.records if r.get(key) is not None] for key in ("knn_top1", "probe_val_top1"))
     speeds = sorted(float(r["images_per_second"]) for r in run.steps if r.get("images_per_second"))
     return [
         name,
         ", ".join(progress(run)),
         f"{value:.4f}" if (value := run.last("loss")) is not None else UNKNOWN,
         f"{value:.2f}" if (value := run.last("embedding_std")) is not None else UNKNOWN,
-        percent(accuracies[-1] if accuracies else None),
-        f"{speeds[len(speeds) // 2]:,.4g}" if speeds else UNKNOWN,
+        percent(knn[-1] if knn else None),
+        percent(probe[-1] if probe else None),
+        readable(speeds[len(speeds) // 2], 4) if speeds else UNKNOWN,
         duration(run.seconds),
     ]
 

@@ -39,7 +39,12 @@ LEFT = 52
 GUTTER = 150
 """Largest room for the names of rows."""
 ROW = 24
-DASHES: tuple[Any, ...] = ("-", (0, (6, 3)), (0, (2, 3)), (0, (8, 3, 2, 3)))
+KEY = 24
+"""Length of a line in the legend: all dashes can be told apart."""
+LOW = 96
+"""The same where the shape of a curve is all that matters."""
+DASHES: tuple[Any, ...] = ("-", (0, (7, 3)), (0, (2, 3)), (0, (9, 3, 2, 3)), (0, (9, 3, 2, 3, 2, 3)))
+"""Dashes of lines, one for each shape of marks: what color alone does not tell apart differs in them."""
 STYLE: dict[RcKeyType, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -55,6 +60,7 @@ STYLE: dict[RcKeyType, Any] = {
     "ytick.color": INK,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
+    "ytick.major.pad": 6,
     "grid.color": INK,
     "grid.alpha": 0.15,
     "lines.linewidth": 1.8,
@@ -69,9 +75,9 @@ class Key:
 
     name: str
     line: dict[str, Any] | None = None
-    """Style of a line; None: the mark of a group of points."""
-    mark: int = 0
-    """Number of the group."""
+    """Style of a line."""
+    mark: int | None = None
+    """Number of a group of points, which have a mark."""
 
 
 @contextmanager
@@ -113,21 +119,21 @@ def new_axes(
 
     places, x, y = [], float(MARGIN), 2.0 * LINE + 6
     for key in legend:
-        text = shorten(key.name, WIDTH - 2 * MARGIN - 20)
-        if x + width(text) + 32 > WIDTH and x > MARGIN:
+        text = shorten(key.name, WIDTH - 2 * MARGIN - KEY - 8)
+        if x + width(text) + KEY + 20 > WIDTH and x > MARGIN:
             x, y = float(MARGIN), y + LINE
         places.append((key, text, x, y))
-        x += width(text) + 32
+        x += width(text) + KEY + 20
     top = (y + 12 if legend else 2 * LINE) + above
     total = math.ceil(top + height + below)
     figure = Figure(figsize=(WIDTH / 72, total / 72))
     write(figure, MARGIN, LINE, shorten(title, 0.92 * (WIDTH - 2 * MARGIN), FONT), size=FONT, weight="bold")
     for key, text, x, y in places:
-        if key.line is None:
-            draw_marks(figure, np.array([[x + 6, total - y + 4]]), key.mark, radius=4)
-        else:
-            draw_line(figure, np.array([[x, total - y + 4], [x + 12, total - y + 4]]), **key.line)
-        write(figure, x + 17, y, text)
+        if key.line is not None:
+            draw_line(figure, np.array([[x, total - y + 4], [x + KEY, total - y + 4]]), **key.line)
+        if key.mark is not None:
+            draw_marks(figure, np.array([[x + KEY / 2, total - y + 4]]), key.mark, radius=4)
+        write(figure, x + KEY + 5, y, text)
     bottom = total - top - height
     axes = figure.add_axes((left / WIDTH, bottom / total, (WIDTH - left - right) / WIDTH, height / total))
     figure.patch.set_visible(False)
@@ -137,7 +143,7 @@ def new_axes(
 
 
 def two_axes(
-    title: str, legend: Sequence[Key], *, x_label: str, y_label: str, bare: bool = False
+    title: str, legend: Sequence[Key], *, x_label: str, y_label: str, bare: bool = False, height: float = HEIGHT
 ) -> tuple[Figure, Axes]:
     """Axes with two scales. The vertical one's label lies above it, which leaves more width. Bare: a square frame."""
     legend = legend if len(legend) > 1 else []
@@ -147,10 +153,10 @@ def two_axes(
         axes.spines[:].set(visible=True, alpha=0.2)
         return figure, axes
     above, below = LINE + 3 if y_label else 0, 2 * LINE + MARGIN
-    figure, axes = new_axes(title, legend, left=LEFT, right=2 * MARGIN, height=HEIGHT, above=above, below=below)
+    figure, axes = new_axes(title, legend, left=LEFT, right=2 * MARGIN, height=height, above=above, below=below)
     axes.grid(True)
     total = figure.get_figheight() * 72
-    write(figure, MARGIN, total - HEIGHT - below - 11, y_label)
+    write(figure, MARGIN, total - height - below - 11, y_label)
     write(figure, (LEFT + WIDTH) / 2, total - MARGIN, x_label, ha="center")
     return figure, axes
 
@@ -273,13 +279,6 @@ def format_tick(value: float, step: float, largest: float) -> str:
     return text + letter
 
 
-def format_number(value: float) -> str:
-    """A number for a tooltip or a cell."""
-    if value == int(value) and abs(value) < 1e6:
-        return str(int(value))
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.4g}"
-
-
 # ---- lines and marks -----------------------------------------------------------------------------------------------
 
 
@@ -289,12 +288,12 @@ def pen(number: int) -> str:
 
 
 def line_style(number: int) -> dict[str, Any]:
-    """Color and dashes of a line; beyond the colors there are, dashes tell lines apart."""
-    return {"color": pen(number), "linestyle": DASHES[number // len(PEN) % len(DASHES)]}
+    """Color and dashes of a line."""
+    return {"color": pen(number), "linestyle": DASHES[number % len(DASHES)]}
 
 
 def draw_marks(figure: Figure, at_N2: Array, number: int, *, radius: float, tooltip: str | None = None) -> None:
-    """Draw the marks of a group of points: dots, squares, triangles or diamonds.
+    """Draw the marks of a group of points: dots, squares, triangles, diamonds or triangles on their tip.
 
     matplotlib's own markers would be references by id, which clash on a page of many charts.
 
@@ -310,11 +309,12 @@ def draw_marks(figure: Figure, at_N2: Array, number: int, *, radius: float, tool
     from matplotlib.transforms import IdentityTransform
 
     gid = None if tooltip is None else tooltip_id(tooltip)
-    if number % 4 < 2:
-        draw_dots(figure, at_N2, color=pen(number), radius=radius, square=number % 4 == 1, alpha=0.8, gid=gid)
+    kind = number % len(DASHES)
+    if kind < 2:
+        draw_dots(figure, at_N2, color=pen(number), radius=radius, square=kind == 1, alpha=0.8, gid=gid)
         return
     triangle, diamond = [(0, 1), (1, -1), (-1, -1), (0, 1)], [(0, 1.3), (1.3, 0), (0, -1.3), (-1.3, 0), (0, 1.3)]
-    shape = radius * np.array(triangle if number % 4 == 2 else diamond)
+    shape = radius * np.array(diamond if kind == 3 else triangle) * (1 if kind < 4 else -1)
     codes = [Path.MOVETO, *[Path.LINETO] * (len(shape) - 2), Path.CLOSEPOLY]
     path = Path((at_N2[:, None] + shape).reshape(-1, 2), codes * len(at_N2))
     figure.add_artist(

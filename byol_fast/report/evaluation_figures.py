@@ -10,6 +10,7 @@ from byol_fast.report.charts import Series, bar_chart, heat_map, line_chart
 from byol_fast.report.formatting import finite, interval
 from byol_fast.report.reading import Record
 from byol_fast.utils.files import atomic_write, write_errors
+from byol_fast.utils.intervals import Interval
 
 MAX_CLASSES = 60
 """Largest number of classes in a chart; more would be illegible."""
@@ -58,8 +59,15 @@ def accuracy_chart(record: Record, title: str) -> str:
     """Accuracy of the baselines and the encoder, with confidence intervals."""
     rows = [*baselines_of(record), record | {"name": "this encoder"}]
     intervals = [interval(row) or (math.nan, math.nan) for row in rows]
-    values, names = [finite(row["top1"]) for row in rows], [str(row.get("name", "?")) for row in rows]
-    return bar_chart(names, values, title=title, x_label="top-1", intervals=intervals)
+    names = [str(row.get("name", "?")) for row in rows]
+    return _accuracy_bars(names, [row["top1"] for row in rows], intervals, title)
+
+
+def _accuracy_bars(names: Sequence[str], shares: Sequence[object], intervals: Sequence[Interval], title: str) -> str:
+    """Bars of accuracies in percent."""
+    values = [None if (share := finite(s)) is None else 100 * share for s in shares]
+    percents = [(100 * low, 100 * high) for low, high in intervals]
+    return bar_chart(names, values, title=title, x_label="top-1, %", intervals=percents, unit="%")
 
 
 def _class_chart(record: Record, title: str) -> str:
@@ -67,9 +75,7 @@ def _class_chart(record: Record, title: str) -> str:
     tested = [c for c in record["per_class"] if c["accuracy"] is not None]
     rows = sorted(tested, key=lambda c: float(c["accuracy"]))[:MAX_CLASSES]
     intervals = [interval(c, "ci95") or (math.nan, math.nan) for c in rows]
-    return bar_chart(
-        [c["class"] for c in rows], [c["accuracy"] for c in rows], title=title, x_label="top-1", intervals=intervals
-    )
+    return _accuracy_bars([c["class"] for c in rows], [c["accuracy"] for c in rows], intervals, title)
 
 
 def confusion_matrix(cells: Sequence[Sequence[int]], num_classes: int) -> list[list[int]]:
@@ -89,11 +95,12 @@ def confusion_chart(counts: Sequence[Sequence[float]], classes: Sequence[str], t
 def curve_chart(record: Record, title: str) -> str:
     """Accuracy by the hyperparameter or epoch that the record has a curve over."""
     curve = [p for p in record.get("curve") or [] if isinstance(p, dict)]
-    x, y = [finite(p.get("x")) for p in curve], [finite(p.get("top1")) for p in curve]
+    x = [finite(p.get("x")) for p in curve]
+    y = [None if (share := finite(p.get("top1"))) is None else 100 * share for p in curve]
     known = [v for v in x if v is not None]
     x_log = bool(known) and min(known) > 0 and max(known) >= 50 * min(known)
     line = Series("top-1", x, y, markers=True)
-    return line_chart([line], title=title, x_label=curve_label(record), y_label="top-1", x_log=x_log)
+    return line_chart([line], title=title, x_label=curve_label(record), y_label="top-1, %", x_log=x_log, unit="%")
 
 
 def curve_label(record: Record) -> str:

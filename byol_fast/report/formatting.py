@@ -35,6 +35,20 @@ def percent(value: object) -> str:
     return UNKNOWN if share is None else f"{share:.1%}"
 
 
+def readable(value: float, digits: int = 3) -> str:
+    """A number to so many significant digits, with commas, and without an exponent unless it is tiny or huge.
+
+    Digits before the point are never dropped: `2,310`, `0.0123`, `1.2e-5`.
+    """
+    if isinstance(value, int) and abs(value) < 10**15:
+        return f"{value:,}"
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    is_extreme = not -5 < int(exponent) < 15
+    text = mantissa if is_extreme else f"{value:,.{max(0, digits - 1 - int(exponent))}f}"
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return f"{text}e{int(exponent)}" if is_extreme and value else text
+
+
 def count(value: object) -> str:
     """A whole number with commas."""
     return f"{value:,}" if isinstance(value, int) else UNKNOWN

@@ -19,17 +19,23 @@ from byol_fast.utils.files import output_file, printable_name
 
 TILE, GAP, MARGIN, LINE = 102, 12, 24, 15  # a tile has room for 32 pixels three times enlarged, and the frame
 TEXT, TITLE, FRAME = 11, 18, 3
-TOP, LEFT, STEP = 2 * MARGIN + TITLE + LINE + 8, MARGIN + TILE + 2 * GAP, TILE + GAP
+TOP, LEFT, STEP = 2 * MARGIN + TITLE + 3 * LINE + 8, MARGIN + TILE + 2 * GAP, TILE + GAP
 """Position of the first neighbor, and the distance to the next one."""
+MIN_WIDTH = 440
+"""Room for the lines of the header."""
 SAME, OTHER = VIEW_COLORS
-"""Frames of neighbors of the query's class, and of other classes."""
+"""Frames of neighbors of the query's class, and of other classes, which are dashed, too."""
+DASH = 9
+"""Length of the dashes, and of the gaps between them."""
+MIN_QUERIES, MAX_QUERIES = 8, 20
+"""Queries of a sheet by default: one of each class, within these limits."""
 
 
 def neighbor_sheet(
     source: ImageSource,
     features: Matrix,
     *,
-    queries: int | Sequence[int] = 8,
+    queries: int | Sequence[int] | None = None,
     k: int = 8,
     labels: NDArray[np.int64] | None = None,
     own: tuple[ImageSource, Matrix] | None = None,
@@ -40,7 +46,8 @@ def neighbor_sheet(
     Args:
         source: the images.
         features: their features `[N, D]`.
-        queries: number of queries to choose (`select_queries`), or their positions in the source.
+        queries: number of queries to choose (`select_queries`), or their positions in the source; default:
+            `default_queries`.
         k: neighbors of each query; fewer if there are not as many images.
         labels: classes `[N]`, -1 where unknown; default: the source's own.
         own: images that are not in the source, and their features, as queries instead.
@@ -58,8 +65,9 @@ def neighbor_sheet(
             f"neighbors: features must be one for each of 2 or more images, got {len(features)} for {len(source)}"
         )
     check("neighbors: k", SheetNeighbors, k)
-    check("neighbors: queries", SheetQueries, queries if isinstance(queries, int) else len(queries))
     labels = source.labels if labels is None else labels
+    queries = default_queries(labels) if queries is None else queries
+    check("neighbors: queries", SheetQueries, queries if isinstance(queries, int) else len(queries))
     k = min(k, len(source) - 1)
     if own is None:
         rows = select_queries(len(source), queries, labels) if isinstance(queries, int) else list(queries)
@@ -94,7 +102,7 @@ def sheet_size(num_queries: int, k: int) -> tuple[int, int]:
     Raises:
         ValueError: it has more pixels than an image may have.
     """
-    width, height = LEFT + k * STEP + MARGIN - GAP, TOP + num_queries * (STEP + 2 * LINE) + GAP
+    width, height = max(LEFT + k * STEP + MARGIN - GAP, MIN_WIDTH), TOP + num_queries * (STEP + 2 * LINE) + GAP
     if width * height > MAX_PIXELS:
         raise ValueError(
             f"neighbors: queries and k must give a sheet of at most {MAX_PIXELS:,} pixels, got {width:,} x {height:,} "
@@ -111,22 +119,49 @@ def _header(
     labels: NDArray[np.int64] | None,
     query_labels: NDArray[np.int64] | None,
 ) -> None:
-    """Write the title, and below it the kind of search and the meaning of the frames."""
+    """Write the title, and below it the kind of search, the meaning of the frames, and how many classes are missing."""
     pen.text((MARGIN, MARGIN - 6), title, INK, ImageFont.load_default(TITLE))
     font = ImageFont.load_default(TEXT)
     x, y = MARGIN, MARGIN + TITLE
     text = f"{neighbors_QK.shape[1]} nearest of {num_images:,} images by the cosine similarity of their features"
-    if labels is not None and query_labels is not None and (query_labels >= 0).any():
-        same = (labels[neighbors_QK.numpy()] == query_labels[:, None])[query_labels >= 0]
-        text += f"; {same.mean():.0%} have the query's class:"
     pen.text((x, y), text, FAINT, font)
-    if labels is None or query_labels is None:
+    if labels is None or query_labels is None or not (query_labels >= 0).any():
         return
-    x += int(pen.textlength(text, font)) + GAP
+    y += LINE
     for color, meaning in ((SAME, "same class"), (OTHER, "another class")):
-        pen.rectangle((x, y + 1, x + 10, y + 11), outline=color, width=FRAME)
-        pen.text((x + 15, y), meaning, FAINT, font)
-        x += 15 + int(pen.textlength(meaning, font)) + GAP
+        _draw_frame(pen, (x, y, x + 18, y + 11), color)
+        pen.text((x + 24, y), meaning, FAINT, font)
+        x += 24 + int(pen.textlength(meaning, font)) + GAP
+    same = (labels[neighbors_QK.numpy()] == query_labels[:, None])[query_labels >= 0]
+    pen.text((x, y), f"{same.mean():.0%} have the query's class", FAINT, font)
+    num_classes, num_shown = (len(np.unique(values[values >= 0])) for values in (labels, query_labels))
+    if num_shown < num_classes:
+        text = f"queries of {num_shown} of {num_classes} classes; {num_classes - num_shown} are left out"
+        pen.text((MARGIN, y + LINE), text, FAINT, font)
+
+
+def _draw_frame(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], color: str) -> None:
+    """Draw a frame; that of another class is dashed, for readers who see no difference in color."""
+    pen.rectangle(box, outline=color, width=FRAME)
+    if color != OTHER:
+        return
+    left, top, right, bottom = box
+    for x in range(left + DASH, right - DASH // 2, 2 * DASH):
+        for y in (top, bottom - FRAME + 1):
+            pen.rectangle((x, y, min(x + DASH - 1, right - FRAME), y + FRAME - 1), PAPER)
+    for y in range(top + DASH, bottom - DASH // 2, 2 * DASH):
+        for x in (left, right - FRAME + 1):
+            pen.rectangle((x, y, x + FRAME - 1, min(y + DASH - 1, bottom - FRAME)), PAPER)
+
+
+def default_queries(labels: NDArray[np.int64] | None) -> int:
+    """Number of queries that shows all classes, if they are not too many.
+
+    Args:
+        labels: class of each image, -1 where unknown; None: no classes are known.
+    """
+    num_classes = 0 if labels is None else len(np.unique(labels[labels >= 0]))
+    return min(max(num_classes, MIN_QUERIES), MAX_QUERIES)
 
 
 def _frame(query_label: int, label: int) -> str | None:
@@ -150,7 +185,7 @@ def _draw(canvas: Image.Image, image: Image.Image, at: tuple[int, int], frame: s
         image = image.resize((next(size), next(size)), Image.Resampling.LANCZOS)
     canvas.paste(image, (x + (TILE - image.width) // 2, y + (TILE - image.height) // 2))
     if frame is not None:
-        pen.rectangle((x, y, x + TILE - 1, y + TILE - 1), outline=frame, width=FRAME)
+        _draw_frame(pen, (x, y, x + TILE - 1, y + TILE - 1), frame)
 
 
 def _caption(pen: ImageDraw.ImageDraw, at: tuple[int, int], *lines: str) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from byol_fast.report.formatting import readable
 from byol_fast.report.svg import DARK_COLORS, escape, palette
 from byol_fast.utils.files import atomic_write
 
@@ -44,7 +45,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     Returns:
         HTML; numbers are aligned to the right.
     """
-    numeric = [bool(rows) and all(not isinstance(row[k], str) for row in rows) for k in range(len(headers))]
+    numeric = [bool(rows) and all(_is_number(row[k]) for row in rows) for k in range(len(headers))]
     head = "".join(
         f'<th scope="col"{" class=num" if num else ""}>{escape(text)}</th>'
         for text, num in zip(headers, numeric, strict=True)
@@ -57,7 +58,8 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         )
         body.append(f'<tr><th scope="row"{" class=num" if numeric[0] else ""}>{first}</th>{cells}</tr>')
     return (
-        f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody>'
+        f'<div class="scroll" tabindex="0" role="group" aria-label="Table: {escape(", ".join(filter(None, headers)))}">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
         "</table></div>"
     )
 
@@ -67,8 +69,13 @@ def cell(value: object) -> str:
     if value is None:
         return DASH
     if isinstance(value, float):
-        return f"{value:.4g}" if math.isfinite(value) else DASH
-    return str(value)
+        return readable(value, 4) if math.isfinite(value) else DASH
+    return readable(value) if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _is_number(value: object) -> bool:
+    """True for numbers, also with a unit of percent, and for what stands in their place."""
+    return not isinstance(value, str) or re.fullmatch(r"[-+]?[\d.,]+%?|\?", value) is not None
 
 
 def figure(image: Image, caption: str) -> str:
@@ -90,9 +97,11 @@ def figure(image: Image, caption: str) -> str:
     kind = min(files, key=lambda k: len(files[k]))
     data = base64.b64encode(files[kind]).decode()
     shape = f'width="{image.width}" height="{image.height}" style="min-width:{min(image.width, MIN_PICTURE_WIDTH)}px"'
+    text = escape(caption)
     return (
-        f'<figure><div class="scroll" tabindex="0"><img src="data:image/{kind};base64,{data}" {shape} '
-        f'alt="{escape(caption)}"></div><figcaption>{escape(caption)}</figcaption></figure>'
+        '<figure><div class="scroll" tabindex="0" role="group" aria-label="Picture">'
+        f'<img src="data:image/{kind};base64,{data}" {shape} alt="{text}"></div>'
+        f"<figcaption>{text}</figcaption></figure>"
     )
 
 

@@ -30,7 +30,7 @@ from byol_fast.utils.precision import resolve_precision
 
 log = logging.getLogger(__name__)
 
-NUM_VIEWS, NUM_QUERIES, NUM_NEIGHBORS = 4, 8, 6
+NUM_VIEWS, NUM_NEIGHBORS = 4, 6
 MAX_CLASSES = 9
 """Classes that a map shows in colors of their own; the rest share one."""
 GRAY = 7
@@ -191,7 +191,7 @@ def _views(source: ImageSource, config: Config, device: torch.device) -> str:
 
 
 def _neighbors(source: ImageSource, features: Tensor, caption: str) -> str:
-    sheet = neighbor_sheet(source, features, queries=NUM_QUERIES, k=NUM_NEIGHBORS, title="Nearest neighbors")
+    sheet = neighbor_sheet(source, features, k=NUM_NEIGHBORS, title="Nearest neighbors")
     return figure(sheet, f"Left, an image; beside it the images with the most similar features ({caption})")
 
 

@@ -22,8 +22,8 @@ from byol_fast.data.sources import ImageSource, SourceError
 from byol_fast.utils.files import check_png_file, output_file
 from byol_kernels.photometric.params import ADJUSTMENTS, HUE
 
-INK, FAINT, PAPER, TRAY = "#1f2328", "#8b949e", "#ffffff", "#f3f4f6"
-VIEW_COLORS = ("#0969da", "#c2590a")
+INK, FAINT, PAPER, TRAY = "#1f2328", "#59636e", "#ffffff", "#f3f4f6"
+VIEW_COLORS = ("#0969da", "#b64f00")
 
 TILE = 224
 """Width of a view, and of the text below it, in pixels."""

@@ -15,11 +15,11 @@ DARK_COLORS = (
 )
 
 # Placeholders to draw with: matplotlib knows no CSS variables, so `inline` replaces these colors in its output.
-INK, PAPER = "#fe0100", "#fe0101"
+INK, SHADE = "#fe0100", "#fe0101"
 PEN = tuple(f"#fe02{i:02x}" for i in range(len(COLORS)))
 _CSS = {
     INK: "currentColor",
-    PAPER: "var(--chart-paper,#fff)",
+    SHADE: "var(--chart-shade,#4aa3df)",
     **{pen: f"var(--chart-{i},{color})" for i, (pen, color) in enumerate(zip(PEN, COLORS, strict=True))},
 }
 _TOOLTIP = "tooltip:"
@@ -53,7 +53,7 @@ def inline(drawing: str, *, title: str, description: str) -> str:
     (charts draw nothing outside of their axes), and markers must be drawn as paths.
 
     Args:
-        drawing: the file as matplotlib writes it, drawn in the colors `INK`, `PAPER` and `PEN`.
+        drawing: the file as matplotlib writes it, drawn in the colors `INK`, `SHADE` and `PEN`.
         title: of the chart, read out by screen readers.
         description: one more sentence for them.
 

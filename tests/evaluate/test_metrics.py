@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from byol_fast.evaluate.metrics import MAX_LOGITS, Z95, classify, score, top_classes, wilson_interval
+from byol_fast.evaluate.metrics import MAX_LOGITS, classify, score, top_classes
+from byol_fast.utils.intervals import Z95, wilson_interval
 
 
 @given(count=st.integers(1, 100_000), share=st.floats(0, 1))

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,10 @@ def test_command_writes_a_page_and_no_checkpoint(
     assert record["step"]["steps"] == 2
     phases = {row["phase"]: row for row in record["phases"]}
     assert sum(row["share"] for row in phases.values()) == pytest.approx(1.0)
+    floors = [(row["floor_seconds"], row["seconds"]) for row in phases.values() if row["floor_seconds"] is not None]
+    assert len(floors) == 5
+    assert all(floor <= seconds for floor, seconds in floors)
+    assert record["roofline"]["floor_seconds"]["A"] <= record["step"]["seconds"]
     assert phases["backward"]["seconds"] > phases["loss"]["seconds"] > 0
     assert {"data wait", "views", "online forward", "target forward", "optimizer + EMA"} < set(phases)
     families = {row["family"]: row["calls"] for row in record["families"]}
@@ -191,11 +196,17 @@ def test_profile_of_a_checkpoint_leaves_the_run_unchanged(run: Config, one_core:
     short = configs.replace(run, {"steps": 2, "batch_size": 8, "knn.enabled": "off", "tensorboard": False})
     folder = Trainer(short).fit().run_dir
     before = {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-    record, written = profile(configs.load(folder / "config.json"), resume=folder, steps=1, ceilings=CEILINGS)
+    slow = replace(CEILINGS, bytes_per_s=1e6)  # as measured while others use the cores: floors of seconds
+    record, written = profile(configs.load(folder / "config.json"), resume=folder, steps=1, ceilings=slow)
     assert written == folder / "profile"
     assert record["step"]["images_per_second"] > 0
     assert {p: p.read_bytes() for p in before} == before
 
+    phases = [row for row in record["phases"] if row["floor_seconds"] is not None]
+    assert len(phases) == 5
+    assert all(row["floor_seconds"] == row["seconds"] and row["above_ceilings"] > 1 for row in phases)
+    assert record["roofline"]["floor_seconds"]["E"] == record["step"]["seconds"]
+    assert any("Faster than the measured ceilings allow" in note and "backward" in note for note in record["notes"])
     page = report([folder], pictures=False, extra_sections=run_sections).read_text()
     assert all(section.title in html.unescape(page) for section in sections(record))
     (written / "profile.json").write_text("{}")

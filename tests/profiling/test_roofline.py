@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from byol_fast.config import recipes
 from byol_fast.models.byol import BYOL
 from byol_fast.profiling import Ceilings, Roofline, estimate_memory, measure, mfu, roofline, stated
 from byol_fast.profiling.layers import trace
+from byol_fast.profiling.page import roofline_chart
 from byol_fast.profiling.traffic import LEVELS, Kernel, Level, Traffic
 from byol_fast.utils.precision import Precision
 
@@ -245,6 +247,22 @@ def test_floor_is_the_larger_of_both_ceilings() -> None:
     )  # the convolutions are bound by products, the rest by memory
     assert result.floor(mixed, "A") > result.floor(mixed, "A", schedule="overlap")
     assert result.images_per_second(mixed, "A") == 4 / result.floor(mixed, "A")
+
+
+def test_traffic_within_caches_is_moved_at_their_speed() -> None:
+    """The parameters of a small network lie in a cache: an optimizer's step on them is no copy through memory."""
+    speeds = {"bytes_per_s": 10.0, "flops_per_s": 1e30, "peak_flops_per_s": 1e30}
+    ceilings = Ceilings(name="", dtype="fp32", source="test", cache_bytes=100, cache_bytes_per_s=50.0, **speeds)
+    # Up to 100 bytes are in the cache at the beginning, and up to 100 at the end.
+    assert [ceilings.seconds(0, n) for n in (50, 200, 400)] == [1.0, 4.0, 20.0]
+    assert dataclasses.replace(ceilings, flops_per_s=1.0).seconds(7, 50) == 7.0
+    result = roofline(two_layers(), batch_size=4, image_size=8)
+    large = dataclasses.replace(ceilings, cache_bytes=1 << 40)
+    for schedule in ("sum", "overlap"):
+        assert result.floor(large, "A", schedule=schedule) == pytest.approx(result.total("A").bytes / 50.0)
+    assert roofline_chart({}, dataclasses.asdict(ceilings), title="t").count("<path") > roofline_chart(
+        {}, dataclasses.asdict(dataclasses.replace(ceilings, cache_bytes=0)), title="t"
+    ).count("<path")
 
 
 def test_mfu_of_known_values() -> None:

@@ -70,6 +70,31 @@ def test_marked_points_have_tooltips_at_their_place() -> None:
     assert value_at(boxes(chart)["a: 2, 2.5"][1], ticks(chart, "y")) == pytest.approx(2.5, abs=0.01)
 
 
+def test_intervals_end_at_their_values_beside_their_points() -> None:
+    x, y = [0.0, 1.0, 2.0], [50.0, 60.0, 70.0]
+    shown: list[tuple[float, float] | None] = [(45.0, 55.5), None, (65.0, 74.0)]
+    series = [Series(name, x, y, markers=True, intervals=shown) for name in "ab"]
+    chart = svg(line_chart(series, **LABELS, unit="%"))
+    bars = [p for p in chart.iter(f"{SVG}path") if "stroke-width: 1.1" in p.get("style", "")]
+    assert len(bars) == 2
+    for number, bar in enumerate(bars):
+        stems = [piece for piece in vertices(bar) if abs(piece[0][0] - piece[1][0]) < 0.01]
+        ends = [sorted(value_at(height, ticks(chart, "y")) for _, height in stem) for stem in stems]
+        assert np.allclose(ends, [(45.0, 55.5), (65.0, 74.0)], atol=0.05)
+        places = [value_at(stem[0][0] - 2 * number, ticks(chart, "x")) for stem in stems]
+        assert np.allclose(places, [0, 2], atol=0.01)
+    assert "a: 1, 60.0%" in tipped_paths(chart)
+    with pytest.raises(ValueError, match="y of 'a' must be as long as x"):
+        Series("a", x, y, intervals=shown[:2])
+
+
+def test_series_without_values_is_not_in_the_legend() -> None:
+    series = [Series("a", [1, 2], [1, 2]), Series("nothing", [], []), Series("b", [1, 2], [2, 1])]
+    chart = line_chart(series, **LABELS)
+    assert "nothing" not in texts(svg(chart))
+    assert "--chart-2" in chart  # b keeps its color, the same in all charts of a page
+
+
 def test_long_line_is_mean_over_band() -> None:
     y: list[float | None] = [math.sin(i / 1e4) for i in range(100_000)]
     y[31_415], y[60_000] = 3.0, -3.0
@@ -178,9 +203,11 @@ def test_timeline_spans_lie_at_their_times() -> None:
     shapes = boxes(chart)
     assert [value_at(x, scale) for x in shapes["conv: 0 to 10 ms"][::2]] == pytest.approx([0, 10], abs=0.05)
     assert [value_at(x, scale) for x in shapes["norm: 10 to 15 ms"][::2]] == pytest.approx([10, 15], abs=0.05)
-    assert shapes["conv: 0 to 10 ms"][3] < shapes["norm: 20 to 25 (5000 spans) ms"][1]
+    assert shapes["conv: 0 to 10 ms"][3] < shapes["norm: 20 to 25 (5,000 spans) ms"][1]
     assert len(shapes) == 3
     assert {"gpu", "host", "conv", "norm", "ms"} <= set(texts(chart))
+    by_kind = svg(timeline([("conv", spans[:1]), ("norm", spans[1:])], title="t"))
+    assert texts(by_kind).count("conv") == 1  # the name of the row; no legend
 
 
 def test_colors_are_variables_of_the_page() -> None:
@@ -190,12 +217,12 @@ def test_colors_are_variables_of_the_page() -> None:
         heat_map([[1.0, 0.5]], ["r"], ["a", "b"], title="t"),
     ]
     for chart in charts:
-        assert set(re.findall(r"#[0-9a-f]{6}", chart)) <= {*svg_module.COLORS}
+        assert set(re.findall(r"#[0-9a-f]{6}", chart)) <= {*svg_module.COLORS, "#4aa3df"}
         assert not re.search(r"(?<!,)#", chart)  # none but a variable's default
     assert {f"var(--chart-{i},{c})" for i, c in enumerate(svg_module.COLORS)} <= set(
         re.findall(r"var\([^)]*\)", charts[0])
     )
-    assert "var(--chart-paper,#fff)" in charts[1]
+    assert "var(--chart-shade,#4aa3df)" in charts[1]
 
 
 def test_equal_data_give_an_equal_chart_without_ids() -> None:

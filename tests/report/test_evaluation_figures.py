@@ -33,8 +33,8 @@ def test_figures_show_record(tmp_path: Path) -> None:
     paths = save_figures(RECORD, tmp_path)
     assert [p.name for p in paths] == ["linear.svg", "linear_classes.svg", "linear_confusion.svg", "linear_curve.svg"]
     accuracy, classes, confusion, curve = (texts(svg(path.read_text())) for path in paths)
-    assert {"linear, resnet18 of runs/a", "raw pixels", "this encoder", "0.4", "0.8"} <= set(accuracy)
-    assert {"cat", "dog", "0.5", "1"} <= set(classes)
+    assert {"linear, resnet18 of runs/a", "raw pixels", "this encoder", "40.0%", "80.0%", "top-1, %"} <= set(accuracy)
+    assert {"cat", "dog", "50.0%", "100.0%"} <= set(classes)
     assert "emu" not in classes  # without test images
     assert {"predicted class", "true class", "emu", "100"} <= set(confusion)
     assert confusion.count("50") == 2

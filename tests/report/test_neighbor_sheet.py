@@ -6,11 +6,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import ImageDraw
 
 from byol_fast.data.sources import ArraySource
 from byol_fast.evaluate import nearest
-from byol_fast.report.neighbor_sheet import FRAME, GAP, LINE, MARGIN, OTHER, SAME, TILE, TITLE, neighbor_sheet
-from byol_fast.report.preview import INK
+from byol_fast.report.neighbor_sheet import (
+    FRAME,
+    GAP,
+    LINE,
+    MARGIN,
+    OTHER,
+    SAME,
+    TILE,
+    TOP,
+    default_queries,
+    neighbor_sheet,
+)
+from byol_fast.report.preview import INK, PAPER
 
 
 def test_sheet_shows_neighbors_and_frames_of_classes() -> None:
@@ -25,8 +37,8 @@ def test_sheet_shows_neighbors_and_frames_of_classes() -> None:
 
     def tile(row: int, column: int) -> tuple[Any, Any]:
         x = MARGIN + column * (TILE + GAP) + (GAP if column else 0)
-        y = 2 * MARGIN + TITLE + LINE + 8 + row * (TILE + GAP + 2 * LINE)
-        return sheet.getpixel((x + FRAME // 2, y + TILE // 2)), sheet.getpixel((x + TILE // 2, y + TILE // 2))
+        y = TOP + row * (TILE + GAP + 2 * LINE)
+        return sheet.getpixel((x + FRAME // 2, y + FRAME // 2)), sheet.getpixel((x + TILE // 2, y + TILE // 2))
 
     def rgb(text: str) -> tuple[int, ...]:
         return tuple(bytes.fromhex(text[1:]))
@@ -36,9 +48,35 @@ def test_sheet_shows_neighbors_and_frames_of_classes() -> None:
         for column, i in enumerate((j for j in range(20) if group[j] == group[query] and j != query), start=1):
             frame = SAME if labels[i] == labels[query] else OTHER
             assert tile(row, column) == (rgb(frame), tuple(colors[group[query]]))
+    x, y = MARGIN + TILE + 2 * GAP, TOP  # the first neighbor of the first query, of its class, and the last, of another
+    assert {sheet.getpixel((x + i, y)) for i in range(TILE)} == {rgb(SAME)}
+    x += 3 * (TILE + GAP)
+    assert {sheet.getpixel((x + i, y)) for i in range(TILE)} == {rgb(OTHER), rgb(PAPER)}  # dashed
     own = ArraySource(images[3:4])
     sheet = neighbor_sheet(source, features, own=(own, features[3:4]), k=2)
     assert [tile(0, column)[1] for column in (0, 1, 2)] == [tuple(colors[3])] * 3
+
+
+def test_default_queries_show_all_classes_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [default_queries(labels) for labels in (None, np.array([-1, 0, 2]), np.arange(12), np.arange(40))] == [
+        *(8, 8, 12, 20)
+    ]
+    written: list[str] = []
+
+    def text(pen: ImageDraw.ImageDraw, xy: tuple[int, int], text: str, *options: object) -> None:
+        if xy[0] == MARGIN:  # the header, and the captions of the queries
+            written.append(text)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    for num_classes, num_missing in ((12, 0), (30, 10)):
+        written.clear()
+        labels = np.arange(60) % num_classes
+        classes = tuple(f"class {i}" for i in range(num_classes))
+        source = ArraySource(np.zeros((60, 4, 4, 3), np.uint8), labels, classes)
+        neighbor_sheet(source, np.eye(60, dtype=np.float32), k=1)
+        assert len(set(written) & set(classes)) == num_classes - num_missing
+        left_out = f"queries of {num_classes - num_missing} of {num_classes} classes; {num_missing} are left out"
+        assert (left_out in written) == bool(num_missing)
 
 
 def test_invalid_arguments_are_refused(photos: np.ndarray) -> None:

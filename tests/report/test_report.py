@@ -131,7 +131,8 @@ def test_summary_and_tables_show_the_metrics(tmp_path: Path) -> None:
         row = by_step[str(record["step"])]
         assert row[2] == f"{record['loss']:.4g}"
         assert row[4] == f"{record['lr']:.4g}"
-    assert ["30", "3", "0.5", "0.75", "31.5"] in page.rows
+    assert ["30", "3", "50.0%", "75.0%", "31.5"] in page.rows
+    assert by_step["30"][-1] == "2.0%"  # of the step waiting for data
 
 
 @pytest.mark.parametrize(
@@ -306,7 +307,7 @@ def test_evaluations_are_shown_with_baselines(tmp_path: Path) -> None:
     assert ["settings.nested.a", "[1, 2]"] in page.rows
     charts = [texts(svg(c)) for c in re.findall(r"<svg.*?</svg>", (folder / "out.html").read_text(), re.DOTALL)]
     baselines = next(c for c in charts if "Compared with its baselines" in c)
-    assert {"raw pixels", "untrained", "this encoder", "0.4", "0.5", "0.8"} <= set(baselines)
+    assert {"raw pixels", "untrained", "this encoder", "40.0%", "50.0%", "80.0%"} <= set(baselines)
 
 
 def test_better_baseline_is_a_warning(tmp_path: Path) -> None:
