@@ -1,6 +1,6 @@
-"""Takes the screenshot in `docs/report.md` with Chromium: `python docs/report.py runs/NAME/report.html`.
+"""Takes the screenshots of a report and a profile with Chromium, from a run of the demo, whose images they show.
 
-The images of the run are in the picture: use a run of the demo.
+`python docs/report.py runs/NAME/report.html runs/NAME/profile/profile.html`, on an idle machine.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 DESKTOP, PHONE, HEIGHT, GAP = 1180, 390, 1330, 24
+PROFILE = 1000, 2440
 PHONE_SECTIONS = ("Nearest neighbors", "Map of the features")
 
 
@@ -41,8 +42,20 @@ def main(page: Path) -> None:
     canvas.paste(shots[0], (GAP, GAP))
     for number, shot in enumerate(shots[1:]):
         canvas.paste(shot, (DESKTOP + 2 * GAP, GAP + number * (HEIGHT // 2 + GAP // 2)))
-    canvas.quantize(192, dither=Image.Dither.NONE).save(Path(__file__).with_name("report.png"), optimize=True)
+    save(canvas, "report.png")
+
+
+def save(picture: Image.Image, name: str) -> None:
+    """Write a picture beside this file, small."""
+    picture.quantize(192, dither=Image.Dither.NONE).save(Path(__file__).with_name(name), optimize=True)
+
+
+def profile(page: Path) -> None:
+    """Write `profile.png` beside this file."""
+    with tempfile.TemporaryDirectory() as folder:
+        save(screenshot(page, *PROFILE, Path(folder) / "profile.png"), "profile.png")
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]).resolve())
+    profile(Path(sys.argv[2]).resolve())

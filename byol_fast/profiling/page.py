@@ -227,7 +227,7 @@ def _limit(profile: dict[str, Any]) -> str:
     )
     points = {name: (p["x"], p["y"]) for name, p in limit["points"].items()}
     chart = roofline_chart(
-        points, limit["ceilings"], title="Roofline of each block of layers, and measured phases", measured=measured
+        points, limit["ceilings"], title="Roofline: blocks of layers, measured phases", measured=measured
     )
     c, cache = limit["ceilings"], ""
     if c.get("cache_bytes"):

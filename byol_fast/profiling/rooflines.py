@@ -228,7 +228,7 @@ class Roofline:
         return roofline_chart(
             self.points(ceilings, level),
             dataclasses.asdict(ceilings),
-            title=f"{self.encoder} on {ceilings.name}, level {level} ({LEVEL_NAMES[level]}): each block of layers",
+            title=f"{self.encoder} on {ceilings.name}: {LEVEL_NAMES[level]}",
         )
 
 

@@ -265,7 +265,7 @@ def timeline(rows: Sequence[tuple[str, Sequence[Span]]], *, title: str, unit: st
         if all(kind == name for name, spans in rows for _, _, kind in spans):
             legend = []
         figure, axes = drawing.row_axes(title, [name for name, _ in rows], legend, right=2 * MARGIN, x_label=unit)
-        drawing.set_axis(axes, "x", [times.ravel()])
+        drawing.set_axis(axes, "x", [times.ravel(), np.zeros(1)])
         pixel = 1 / drawing.axes_pixels(axes)[0]
         for i, (_, spans) in enumerate(rows):
             for begin, end, kind, count in _merge_spans(spans, pixel / 2):

@@ -14,7 +14,7 @@ from byol_fast.utils.intervals import Interval, wilson_interval
 
 CURVES: dict[str, tuple[str, str]] = {
     "loss": ("Loss", "loss"),
-    "embedding_std": ("Embedding standard deviation (1 healthy, 0 collapsed)", "std"),
+    "embedding_std": ("Embedding std (1 healthy, 0 collapsed)", "std"),
     "knn_top1": ("kNN accuracy on the validation images", "top-1, %"),
     "probe_top1": ("Linear probe accuracy on the training views", "top-1, %"),
     "probe_val_top1": ("Linear probe accuracy on the validation images", "top-1, %"),

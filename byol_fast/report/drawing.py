@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 Interval = tuple[float, float]
 Array = NDArray[np.float64]
 
-WIDTH = 480
-"""Narrow, so that the text is readable where a phone shows a chart at 350 pixels."""
+WIDTH = 420
+"""Narrow, so that the text is readable where a phone shows a chart at 330 pixels."""
 HEIGHT = 230
 """Height of axes with two scales."""
-FONT, SMALL = 14, 11.5
+FONT, SMALL = 14, 12
 LINE = 17
 MARGIN = 8
 LEFT = 52
@@ -261,7 +261,7 @@ def set_axis(
 
 
 def format_tick(value: float, step: float, largest: float) -> str:
-    """Label of a tick: with the decimals of the step, a letter for thousands, an exponent if tiny or huge."""
+    """Label of a tick: with the decimals of the step, a letter for many thousands, an exponent if tiny or huge."""
     if abs(value) < step * 1e-6:
         return "0"
     if largest < 1e-3 or largest >= 1e18:
@@ -269,11 +269,11 @@ def format_tick(value: float, step: float, largest: float) -> str:
         digits = max(0, exponent - math.floor(math.log10(step) + 1e-9))
         return f"{value / 10.0**exponent:.{digits}f}e{exponent}"
     scale, letter = 1.0, ""
-    if abs(value) >= 1000:
+    if abs(value) >= 1000 and largest >= 100_000:
         power = min(int(math.log10(abs(value)) + 1e-9) // 3, 5)
         scale, letter = 1000.0**power, " kMGTP"[power]
     decimals = max(0, -math.floor(math.log10(step / scale) + 1e-9))
-    text = f"{value / scale:.{min(decimals, 9)}f}"
+    text = f"{value / scale:,.{min(decimals, 9)}f}"
     if letter and "." in text:
         text = text.rstrip("0").rstrip(".")
     return text + letter

@@ -129,9 +129,9 @@ def _header(
         return
     y += LINE
     for color, meaning in ((SAME, "same class"), (OTHER, "another class")):
-        _draw_frame(pen, (x, y, x + 18, y + 11), color)
-        pen.text((x + 24, y), meaning, FAINT, font)
-        x += 24 + int(pen.textlength(meaning, font)) + GAP
+        _draw_frame(pen, (x, y, x + 3 * DASH - 1, y + 11), color)
+        pen.text((x + 3 * DASH + 6, y), meaning, FAINT, font)
+        x += 3 * DASH + 6 + int(pen.textlength(meaning, font)) + GAP
     same = (labels[neighbors_QK.numpy()] == query_labels[:, None])[query_labels >= 0]
     pen.text((x, y), f"{same.mean():.0%} have the query's class", FAINT, font)
     num_classes, num_shown = (len(np.unique(values[values >= 0])) for values in (labels, query_labels))
