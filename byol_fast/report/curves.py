@@ -58,7 +58,7 @@ def curves(runs: Sequence[RunFiles]) -> list[Section]:
     notes = []
     if any(len(run.steps) > 2 * WIDTH for run in runs):
         notes.append("Lines are means over neighboring steps, bands reach from the lowest to the highest.")
-    sizes = {size for run in runs for r in run.records if (size := r.get("knn_num_val"))}
+    sizes = {r["knn_num_val"] for run in runs for r in run.records if r.get("knn_top1") and r.get("knn_num_val")}
     if sizes:
         images = f"{min(sizes):,}" if len(sizes) == 1 else f"{min(sizes):,} to {max(sizes):,}"
         notes.append(f"Error bars: 95 % intervals for {images} validation images.")

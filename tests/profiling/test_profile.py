@@ -196,7 +196,7 @@ def test_profile_of_a_checkpoint_leaves_the_run_unchanged(run: Config, one_core:
     short = configs.replace(run, {"steps": 2, "batch_size": 8, "knn.enabled": "off", "tensorboard": False})
     folder = Trainer(short).fit().run_dir
     before = {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-    slow = replace(CEILINGS, bytes_per_s=1e6)  # as measured while others use the cores: floors of seconds
+    slow = replace(CEILINGS, bytes_per_s=1.0)  # far too low, as beside other processes: all floors are too high
     record, written = profile(configs.load(folder / "config.json"), resume=folder, steps=1, ceilings=slow)
     assert written == folder / "profile"
     assert record["step"]["images_per_second"] > 0
