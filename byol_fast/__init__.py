@@ -3,6 +3,7 @@
 >>> import byol_fast
 >>> result = byol_fast.pretrain("photos", recipe="imagenet_resnet50_100")
 >>> encoder, metadata = byol_fast.load_encoder(result.encoder)
+>>> transform = byol_fast.EvalTransform(metadata)
 """
 
 from __future__ import annotations
@@ -15,19 +16,32 @@ if TYPE_CHECKING:
     from byol_fast.config import Config
     from byol_fast.evaluate import knn_predict
     from byol_fast.export.encoder import load_encoder
+    from byol_fast.export.transform import EvalTransform
     from byol_fast.models.byol import BYOL
     from byol_fast.models.simsiam import SimSiam
     from byol_fast.training.callbacks import Callback
     from byol_fast.training.run_dir import RunResult
     from byol_fast.training.trainer import Trainer
 
-__all__ = ["BYOL", "Callback", "Config", "RunResult", "SimSiam", "Trainer", "knn_predict", "load_encoder", "pretrain"]
+__all__ = [
+    "BYOL",
+    "Callback",
+    "Config",
+    "EvalTransform",
+    "RunResult",
+    "SimSiam",
+    "Trainer",
+    "knn_predict",
+    "load_encoder",
+    "pretrain",
+]
 __version__ = "0.1.0"
 
 _MODULES = {
     "BYOL": "models",
     "Callback": "training.callbacks",
     "Config": "config",
+    "EvalTransform": "export",
     "RunResult": "training.trainer",
     "SimSiam": "models",
     "Trainer": "training.trainer",

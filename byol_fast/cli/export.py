@@ -62,6 +62,7 @@ def main(argv: list[str]) -> int:
         return print_error(str(error), 1)
     size = result.path.stat().st_size / 2**20
     print(f"{result.path} ({size:.1f} MiB, {metadata['encoder']}, step {metadata['step']})")
+    print(f"input: {result.input}; B is any number")
     if result.difference is not None:
         batches = " and ".join(map(str, result.batches))
         print(

@@ -2,6 +2,7 @@
 
 from byol_fast.config.fields import ConfigError
 from byol_fast.config.io import differences, from_dict, load, replace, to_dict, with_image_size
+from byol_fast.config.preprocessing import Preprocessing
 from byol_fast.config.schema import (
     Config,
     DataConfig,
@@ -20,6 +21,7 @@ __all__ = [
     "KNNConfig",
     "ModelConfig",
     "OptimConfig",
+    "Preprocessing",
     "ProbeConfig",
     "TauConfig",
     "ViewConfig",

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
 
 from byol_fast import config as configs
-from byol_fast.config import Config
+from byol_fast.config import Config, Preprocessing
 from byol_fast.export.encoder import load_encoder
-from byol_fast.models.base import IMAGENET_MEAN, IMAGENET_STD
 from byol_fast.models.encoders import build_encoder
 from byol_fast.models.layers import Normalize
 from byol_fast.utils.files import expand_home, printable_name
@@ -27,14 +25,8 @@ class PretrainedEncoder:
     """Name in logs and results."""
     encoder: nn.Module
     """Maps normalized `[B, 3, S, S]` to features."""
-    image_size: int
-    """Height and width of its input in pixels."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Channel means for normalization, of values scaled to 0..1."""
-    std: tuple[float, float, float] = IMAGENET_STD
-    """Channel standard deviations."""
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    """Interpolation for resizing its input."""
+    preprocessing: Preprocessing
+    """Maps images to its input; for a network of your own, `Preprocessing(crop=224)` is ImageNet's."""
     step: int | None = None
     """Number of training steps."""
     folder: Path | None = None
@@ -47,7 +39,7 @@ class PretrainedEncoder:
     @property
     def normalize(self) -> Normalize:
         """Maps uint8 images to its input."""
-        return Normalize(self.mean, self.std)
+        return Normalize(self.preprocessing.mean, self.preprocessing.std)
 
     def untrained(self, seed: int) -> nn.Module:
         """The same network with new weights.
@@ -94,10 +86,7 @@ def load_pretrained(path: str | Path) -> PretrainedEncoder:
     return PretrainedEncoder(
         name=f"{metadata['encoder']} of {printable_name(path)}",
         encoder=encoder,
-        image_size=metadata["image_size"],
-        mean=tuple(metadata["mean"]),
-        std=tuple(metadata["std"]),
-        interpolation=metadata.get("interpolation", "bicubic"),
+        preprocessing=Preprocessing.of_metadata(metadata),
         step=metadata["step"],
         folder=folder,
         config=config,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from byol_fast import config as configs
-from byol_fast.config import ConfigError, DataConfig
+from byol_fast.config import ConfigError, DataConfig, Preprocessing
 from byol_fast.data import ImageSource, eval_batches, open_source
 from byol_fast.data.sources import FileSource, ParquetSource, TarSource
 from byol_fast.data.sources.splits import part_of
@@ -103,11 +103,11 @@ def embed_folder(
     if source.labels is not None and all(map(part_of, source.classes)):
         folders = " and ".join(source.classes)
         log.warning("embed: the folders %s are taken as classes; pass one of them to use the folders inside", folders)
+    preprocessing = Preprocessing.of_metadata(metadata)
     batches = eval_batches(
         source,
-        metadata["image_size"],
+        preprocessing,
         batch_size,
-        interpolation=metadata.get("interpolation", "bicubic"),
         threads=threads,
         device=torch_device,
         on_corrupt=on_corrupt,
@@ -116,7 +116,8 @@ def embed_folder(
         network.to(torch_device),
         progress.track(batches, len(source), "images"),
         len(source),
-        metadata,
+        metadata["feature_dim"],
+        normalize=Normalize(preprocessing.mean, preprocessing.std).to(torch_device),
         device=torch_device,
         autocast=torch_precision.autocast_dtype,
     )
@@ -142,14 +143,14 @@ def _extract_to_cpu(
     network: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     num_images: int,
-    metadata: dict[str, Any],
+    feature_dim: int,
     *,
+    normalize: nn.Module,
     device: torch.device,
     autocast: torch.dtype | None,
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Features and positions, moved to the CPU after every batch: those of large data sets exceed a GPU's memory."""
-    normalize = Normalize(tuple(metadata["mean"]), tuple(metadata["std"])).to(device)
-    features = np.empty((num_images, metadata["feature_dim"]), np.float32)
+    features = np.empty((num_images, feature_dim), np.float32)
     positions: list[Tensor] = []
     count = 0
     for batch in batches:

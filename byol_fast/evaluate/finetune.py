@@ -287,7 +287,7 @@ def finetune(
         DivergedError: the loss is not finite.
     """
     # --- network, data, optimizer
-    dim, num_classes = feature_dim(encoder, pretrained.image_size), len(source.classes)
+    dim, num_classes = feature_dim(encoder, pretrained.preprocessing.crop), len(source.classes)
     context.check_memory(3 * (dim + batch_size) * num_classes, num_classes)
     head = _initial_head(dim, num_classes, generator(seed))
     network = context.to_device(Classifier(encoder, head)).train().requires_grad_()

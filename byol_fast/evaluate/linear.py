@@ -82,7 +82,7 @@ def _evaluate_logistic(run: EvalRun[LinearSettings]) -> Evaluation:
     num_classes = len(images.classes)
     if len(set(s.l2)) > 1:  # raises before the work
         train_val_split(np.asarray(images.train.labels), s.held_out, seed=s.seed)
-    dim = feature_dim(run.pretrained.encoder, run.pretrained.image_size)
+    dim = feature_dim(run.pretrained.encoder, run.pretrained.preprocessing.crop)
     run.context.check_memory(COPIES_IN_FIT * num_classes * (dim + 1), num_classes)
 
     def evaluate(entry: Entry) -> tuple[Scores, dict[str, Any], Curve, int]:
@@ -168,7 +168,7 @@ def _train_classifiers(entry: Entry, source: ImageSource, s: LinearSettings) -> 
     """One linear classifier per learning rate, all trained in one pass over random crops."""
     context, pretrained = entry.run.context, entry.run.pretrained
     encoder = entry.network.eval()
-    dim, num_classes = feature_dim(encoder, pretrained.image_size), len(source.classes)
+    dim, num_classes = feature_dim(encoder, pretrained.preprocessing.crop), len(source.classes)
     # Weights, gradients and momentum; the logits of a batch, and their gradients.
     values = 3 * dim * num_classes + 2 * min(s.batch_size, len(source)) * num_classes
     context.check_memory(len(set(s.lr)) * values, num_classes)

@@ -74,11 +74,13 @@ class EvalContext:
         self, pretrained: PretrainedEncoder, source: ImageSource, size: int | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Center crops, uint8 `[B, 3, S, S]`, and their positions in the source, int64 `[B]`."""
+        preprocessing = pretrained.preprocessing
+        if size is not None:
+            preprocessing = dataclasses.replace(preprocessing, crop=size, resize=0)
         return eval_batches(
             source,
-            size or pretrained.image_size,
+            preprocessing,
             BATCH_SIZE,
-            interpolation=pretrained.interpolation,
             threads=self.settings.threads,
             device=self.device,
             on_corrupt=self.settings.on_corrupt,
@@ -102,7 +104,7 @@ class EvalContext:
             network: the network, on the device.
             source: labeled images.
             description: text of the progress bar.
-            size: height and width of the crops in pixels; None: `pretrained.image_size`.
+            size: height and width of the crops in pixels; None: those of `pretrained`.
             flip: mirror the images.
             transform: applied to the features of each batch; its results are returned instead.
 
@@ -224,7 +226,7 @@ class EvalRun(Generic[S]):
         network = self.context.untrained(self.pretrained, self.images.train, self.settings.seed)
         yield Entry("untrained, calibrated", network, self)
         if raw_pixels:
-            size = min(RAW_PIXELS_SIZE, self.pretrained.image_size)
+            size = min(RAW_PIXELS_SIZE, self.pretrained.preprocessing.crop)
             yield Entry(f"raw pixels ({size} px)", nn.Flatten(), self, size)
 
     def finish(

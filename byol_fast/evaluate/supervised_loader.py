@@ -32,8 +32,8 @@ class SupervisedLoader:
     ) -> None:
         settings = context.settings
         view = ViewConfig(
-            size=pretrained.image_size,
-            interpolation=pretrained.interpolation,
+            size=pretrained.preprocessing.crop,
+            interpolation=pretrained.preprocessing.interpolation,
             color_jitter_p=0.0,
             grayscale_p=0.0,
             blur_p=0.0,

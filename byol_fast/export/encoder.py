@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from byol_fast import config as configs
-from byol_fast.config import Config
+from byol_fast.config import Config, Preprocessing
 from byol_fast.config.fields import ImageSize, check
 from byol_fast.models.encoders import build_encoder
 from byol_fast.utils import checkpoint as checkpoints
@@ -33,7 +33,6 @@ _METADATA = checks.record_of(
         "encoder": checks.text,
         "cifar_stem": checks.flag,
         **dict.fromkeys(("feature_dim", "image_size", "step"), checks.count),
-        **dict.fromkeys(("mean", "std"), checks.list_of(checks.number, 3)),
     },
     required=True,
 )
@@ -84,9 +83,7 @@ def _metadata(config: Config, *, step: int, feature_dim: int) -> dict[str, Any]:
         "cifar_stem": config.model.cifar_stem,
         "feature_dim": feature_dim,
         "image_size": config.view1.size,
-        "interpolation": config.view1.interpolation,
-        "mean": list(config.model.mean),
-        "std": list(config.model.std),
+        "preprocessing": Preprocessing.of_config(config).to_dict(),
         "recipe": config.recipe,
         "step": step,
         "byol_fast": version("byol_fast"),
@@ -144,8 +141,8 @@ def load_encoder(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
             exported its encoder yet, that of the latest checkpoint.
 
     Returns:
-        The encoder in eval mode and its metadata, the content of `encoder.json`. Its input is
-        `(x / 255 - mean) / std`, `[B, 3, H, W]`; its output, flattened after the batch, `[B, feature_dim]`.
+        The encoder in eval mode and its metadata, the content of `encoder.json`. `EvalTransform(metadata)` maps images
+        to its input `[B, 3, H, W]`; its output, flattened after the batch, is `[B, feature_dim]`.
 
     Raises:
         FileNotFoundError: there is neither an exported encoder nor a run.
@@ -191,9 +188,10 @@ def _read_metadata(path: Path) -> dict[str, Any]:
         if problem is not None:
             raise ValueError(problem)
         check("image_size", ImageSize, metadata["image_size"])
+        preprocessing = Preprocessing.of_metadata(metadata)
     except (OSError, ValueError) as error:
         raise _damaged(path, error) from error
-    return metadata
+    return metadata | {"preprocessing": preprocessing.to_dict()}
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:

@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import io
 import json
+import math
 import re
 import warnings
 from collections.abc import Callable
@@ -18,7 +19,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from byol_fast.config import ConfigError
+from byol_fast.config import ConfigError, Preprocessing
+from byol_fast.models.encoders import create_timm_model
 from byol_fast.models.layers import Normalize
 from byol_fast.utils.checkpoint import check_finite
 from byol_fast.utils.errors import first_line
@@ -45,6 +47,8 @@ class ExportResult:
     """An exported file and its comparison with the encoder."""
 
     path: Path
+    input: str
+    """Shape and kind of its input."""
     difference: float | None
     """Largest absolute difference of a feature; None if the file could not be run."""
     largest: float
@@ -101,8 +105,7 @@ def export_as(
         folder.mkdir(parents=True, exist_ok=True)
         if format == "timm":
             return _export_timm(encoder, metadata, folder / "encoder_timm.safetensors", with_normalize)
-        normalize = Normalize(tuple(metadata["mean"]), tuple(metadata["std"])) if with_normalize else None
-        module = ExportModule(encoder, normalize).eval()
+        module = ExportModule(encoder, _normalize(metadata) if with_normalize else None).eval()
         if format == "torch-export":
             return _export_program(module, metadata, folder / "encoder.pt2")
         if format == "onnx":
@@ -112,21 +115,29 @@ def export_as(
 
 def _random_images(module: ExportModule, metadata: dict[str, Any], count: int) -> Tensor:
     """Random images as the module takes them: uint8, or normalized."""
-    size = metadata["image_size"]
+    size = Preprocessing.of_metadata(metadata).crop
     generator = torch.Generator().manual_seed(count)
     pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
-    return (
-        pixels if module.normalize is not None else Normalize(tuple(metadata["mean"]), tuple(metadata["std"]))(pixels)
-    )
+    return pixels if module.normalize is not None else _normalize(metadata)(pixels)
+
+
+def _normalize(metadata: dict[str, Any]) -> Normalize:
+    preprocessing = Preprocessing.of_metadata(metadata)
+    return Normalize(preprocessing.mean, preprocessing.std)
 
 
 def _file_metadata(module: ExportModule, metadata: dict[str, Any]) -> dict[str, Any]:
-    size = metadata["image_size"]
-    kind = "uint8" if module.normalize is not None else "float32, (x / 255 - mean) / std"
     return metadata | {
-        "input": f"images [B, 3, {size}, {size}], {kind}",
+        "input": _input(module, metadata),
         "output": f"features [B, {metadata['feature_dim']}]",
     }
+
+
+def _input(module: ExportModule, metadata: dict[str, Any]) -> str:
+    """Shape and kind of the images that an exported program takes."""
+    size = Preprocessing.of_metadata(metadata).crop
+    kind = "uint8" if module.normalize is not None else "float32, (x / 255 - mean) / std"
+    return f"images [B, 3, {size}, {size}], {kind}"
 
 
 def _as_strings(metadata: dict[str, Any]) -> dict[str, str]:
@@ -158,7 +169,7 @@ def _compare(
             f"export: {path.name} must give the encoder's features, they differ by {difference:.3g} (largest feature: "
             f"{largest:.3g}); nothing written, use another format"
         )
-    return ExportResult(path, difference, largest, COMPARED_BATCHES)
+    return ExportResult(path, _input(module, metadata), difference, largest, COMPARED_BATCHES)
 
 
 def _trace(module: ExportModule, metadata: dict[str, Any], format: Format) -> torch.export.ExportedProgram:
@@ -216,9 +227,8 @@ def _export_onnx(module: ExportModule, metadata: dict[str, Any], path: Path) -> 
     with atomic_path(path) as temporary:
         onnx.save(temporary, external_data=False)
         if importlib.util.find_spec("onnxruntime") is None:
-            return ExportResult(
-                path, None, 0.0, (), "not verified; pip install onnxruntime and export again to compare it"
-            )
+            note = "not verified; pip install onnxruntime and export again to compare it"
+            return ExportResult(path, _input(module, metadata), None, 0.0, (), note)
         return _compare(module, metadata, path, _onnxruntime(temporary))
 
 
@@ -274,10 +284,8 @@ def _export_timm(encoder: nn.Module, metadata: dict[str, Any], path: Path, with_
     state = {key: tensor.detach().clone().contiguous() for key, tensor in encoder.state_dict().items()}
     if metadata["encoder"].startswith("vit_"):
         state = {_vit_key(key): tensor for key, tensor in state.items()}
-    arguments: dict[str, Any] = {"num_classes": 0}
-    if name.startswith("vit_"):
-        arguments["img_size"] = metadata["image_size"]
-    shown = ", ".join(f"{key}={value}" for key, value in arguments.items())
+    arguments = _timm_arguments(name, metadata)
+    shown = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     note = f"timm.create_model({name!r}, {shown}, checkpoint_path={path.name!r})"
     if metadata["cifar_stem"]:
         note = (
@@ -285,14 +293,45 @@ def _export_timm(encoder: nn.Module, metadata: dict[str, Any], path: Path, with_
             "torch.nn.Conv2d(3, 64, 3, padding=1, bias=False), torch.nn.Identity(); "
             f"model.load_state_dict(safetensors.torch.load_file({path.name!r}))"
         )
+    module = ExportModule(encoder, None).eval()
     with atomic_path(path) as temporary:
-        about = {"format": "pt"} | _as_strings(metadata | {"timm": name, "load": note})
-        temporary.write_bytes(save(state, metadata=about))
+        about = {"timm": name, "load": note, "pretrained_cfg": arguments["pretrained_cfg_overlay"]}
+        temporary.write_bytes(save(state, metadata={"format": "pt"} | _as_strings(metadata | about)))
         if importlib.util.find_spec("timm") is None:
-            return ExportResult(path, None, 0.0, (), f"not verified, timm is not installed; load it with {note}")
-        module = ExportModule(encoder, None).eval()
+            note = f"not verified, timm is not installed; load it with {note}"
+            return ExportResult(path, _input(module, metadata), None, 0.0, (), note)
         result = _compare(module, metadata, path, _timm(temporary, name, arguments, metadata["cifar_stem"]))
     return dataclasses.replace(result, note=f"load it with {note}")
+
+
+def timm_data_config(preprocessing: Preprocessing) -> dict[str, Any]:
+    """The fields of timm's `pretrained_cfg` that `timm.data.resolve_model_data_config` reads.
+
+    timm's transform has two differences: it resizes images whose shorter side is `crop`, too, and rounds the position
+    of the crop to an even number, not down, if the middle is between two pixels.
+    """
+    size, resize = preprocessing.crop, preprocessing.resize
+    crop_pct = size / resize
+    if math.floor(size / crop_pct) < resize:  # timm's way back to the resize
+        crop_pct = math.nextafter(crop_pct, 0)
+    return {
+        "input_size": (3, size, size),
+        "crop_pct": crop_pct,
+        "crop_mode": "center",
+        "interpolation": preprocessing.interpolation,
+        "mean": preprocessing.mean,
+        "std": preprocessing.std,
+    }
+
+
+def _timm_arguments(name: str, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `timm.create_model` for an encoder."""
+    config = {"pretrained_cfg_overlay": timm_data_config(Preprocessing.of_metadata(metadata))}
+    if not metadata["encoder"].startswith("timm/"):
+        size = {"img_size": metadata["image_size"]} if name.startswith("vit_") else {}
+        return {"num_classes": 0} | size | config
+    _, arguments = create_timm_model(name, metadata["image_size"])
+    return arguments | config
 
 
 def _vit_key(key: str) -> str:

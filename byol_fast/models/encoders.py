@@ -96,7 +96,8 @@ def build_encoder(
                 f"build_encoder: cifar_stem and zero_init_residual are for torchvision's ResNets, got {encoder!r}; "
                 "drop them"
             )
-        return _timm_encoder(encoder.removeprefix("timm/"), image_size, pretrained)
+        network, _ = create_timm_model(encoder.removeprefix("timm/"), image_size, pretrained=pretrained)
+        return network
     from torchvision import models
 
     check_encoder_name(encoder)
@@ -138,20 +139,31 @@ def build_encoder(
     return network
 
 
-def _timm_encoder(name: str, image_size: int | None, pretrained: bool) -> nn.Module:
+def create_timm_model(
+    name: str, image_size: int | None, *, pretrained: bool = False
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A model of timm without its classifier, and the arguments of `timm.create_model` that it was made with.
+
+    Raises:
+        ValueError: timm is not installed, does not have the model, or cannot make it for this size.
+    """
     check_encoder_name(f"timm/{name}")
     import timm  # optional
 
     # Models made for one size take it as img_size; the others refuse the argument.
-    sized = {} if image_size is None else {"img_size": image_size}
+    sized: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
     for options in (sized, {}):
+        arguments = {"num_classes": 0} | options
         try:
-            network: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+            return timm.create_model(name, pretrained=pretrained, **arguments), arguments
         except TypeError:
             if not options:
                 raise
-        else:
-            return network
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"build_encoder: timm cannot make {name!r} for images of {image_size} pixels, it failed with: "
+                f"{first_line(error)}; set the views' size to what it takes, or use another model"
+            ) from error
     raise AssertionError(name)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from byol_fast import config as configs
-from byol_fast.config import Config, ConfigError
+from byol_fast.config import Config, ConfigError, Preprocessing
 from byol_fast.data import CorruptImageError, ImageSource, eval_batches, open_train_val
 from byol_fast.data.sources.base import evenly_spaced
 from byol_fast.evaluate.extract import extract_features
@@ -86,15 +86,15 @@ def features_of(
         The images that could be read, and their features, fp32 `[N, D]` on the CPU.
     """
     encoder, metadata = load_encoder(folder)
+    preprocessing = Preprocessing.of_metadata(metadata)
     total = len(source)
     if num < total:
         source = source.subset(evenly_spaced(total, num))
     log.info("report: computing the features of %d images", len(source))
     batches = eval_batches(
         source,
-        metadata["image_size"],
+        preprocessing,
         128,
-        interpolation=config.view1.interpolation,
         threads=config.data.threads,
         device=device,
         on_corrupt="skip",
@@ -102,7 +102,7 @@ def features_of(
     features, positions = extract_features(
         encoder.to(device),
         batches,
-        normalize=Normalize(tuple(metadata["mean"]), tuple(metadata["std"])).to(device),
+        normalize=Normalize(preprocessing.mean, preprocessing.std).to(device),
         device=device,
         autocast=resolve_precision("auto", device).autocast_dtype,
     )

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from byol_fast.config import Config, ViewConfig
+from byol_fast.config import Config, Preprocessing, ViewConfig
 from byol_fast.data import eval_batches, make_loader
 from byol_fast.data.augment_params import PROBABILITIES, AugmentParams, crop_box, sample_augment_params
 from byol_fast.data.loaders.backend import resolve_backend
@@ -93,9 +93,7 @@ def compare(
     backend = resolve_backend(config.data, source, device)
     data = replace(config.data, loader=backend.loader, augment=backend.augment, prefetch=1)
     source = source.subset(evenly_spaced(len(source), num_images))
-    center_crops = eval_batches(
-        source, config.view1.size, 64, interpolation=config.view1.interpolation, on_corrupt=config.data.on_corrupt
-    )
+    center_crops = eval_batches(source, Preprocessing.of_config(config), 64, on_corrupt=config.data.on_corrupt)
     squares = ArraySource(torch.cat([images for images, _ in center_crops]).permute(0, 2, 3, 1).numpy())
     crop: Crop = "rounded once"
     if backend.loader == "threaded" or (backend.loader == "device_cache" and device.type == "cpu"):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from byol_fast.config import Config, ConfigError
+from byol_fast.config import Config, ConfigError, Preprocessing
 from byol_fast.data import ImageSource, eval_batches
 from byol_fast.evaluate.extract import CALIBRATION_IMAGES, extract_features, recalibrate_bn
 from byol_fast.evaluate.images import labels_of
@@ -143,13 +143,12 @@ class KNNMonitor:
         )
 
     def _batches(self, source: ImageSource, description: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Center crops of the size that the run trains on, and their positions; shows their number."""
-        view, data = self.config.view1, self.config.data
+        """Images as the exported encoder takes them, but not normalized, and their positions; shows their number."""
+        data = self.config.data
         batches = eval_batches(
             source,
-            view.size,
+            Preprocessing.of_config(self.config),
             256,
-            interpolation=view.interpolation,
             threads=data.threads,
             loader=data.loader,
             device=self.device,

@@ -24,6 +24,7 @@ from byol_fast.config import (
     KNNConfig,
     ModelConfig,
     OptimConfig,
+    Preprocessing,
     ViewConfig,
     evaluation,
     recipes,
@@ -179,7 +180,7 @@ BOX = torch.tensor([[0, 0, 8, 8]])
 
 def batches(**options: Any) -> Any:
     source = ArraySource(np.zeros((2, 8, 8, 3), np.uint8), None, (), "test")
-    return next(eval_batches(source, **({"size": 8, "batch_size": 2} | options)))
+    return next(eval_batches(source, Preprocessing(crop=8), **({"batch_size": 2} | options)))
 
 
 def byol(**options: Any) -> Any:
@@ -203,7 +204,11 @@ def schedule(**options: Any) -> Any:
         (lambda: schedule(tau_schedule="const"), "tau_schedule must be one"),
         (lambda: resolve_device("gpu"), "device must be one of auto, cpu, cuda, got 'gpu'"),
         (lambda: resolve_precision("fp8", torch.device("cpu")), "precision must be one of .*, got 'fp8'"),
-        (lambda: batches(interpolation="cubic"), "interpolation must be one of bicubic, bilinear, got 'cubic'"),
+        (lambda: Preprocessing(crop=8, interpolation="cubic"), "interpolation must be one of bicubic, .*, got 'cubic'"),  # type: ignore[arg-type]
+        (lambda: Preprocessing(crop=8, resize=7), r"resize must be at least preprocessing.crop \(8\), got 7"),
+        (lambda: Preprocessing(crop=8, antialias=False), "antialias must be True, got False"),
+        (lambda: Preprocessing(crop=8, value_range=(0, 255)), "value_range must be a number from 1 to 1, got 255"),
+        (lambda: Preprocessing(crop=8, crop_mode="top"), "crop_mode must be one of center, rounded down, got 'top'"),  # type: ignore[arg-type]
         (lambda: batches(loader="pil"), "loader must be one of"),
         (lambda: batches(on_corrupt="ignore"), "on_corrupt must be one of raise, skip, got 'ignore'"),
         (lambda: roofline(recipes.demo(), dtype="fp32").floor(stated("H100"), "A", schedule="max"), "schedule must be"),  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from PIL import Image
 
 from byol_fast import Trainer
 from byol_fast import config as configs
-from byol_fast.config import Config, replace
+from byol_fast.config import Config, Preprocessing, replace
 from byol_fast.data import CorruptImageError, eval_batches, open_source
 from byol_fast.data.decode import decode, decode_jpeg, has_common_kind, reader_of
 from byol_fast.data.integrity import CorruptImages, TooManyCorruptImagesError, check_bytes
@@ -44,7 +44,14 @@ def test_corrupt_file_is_explained(kind: str, files_backend: str, tmp_path: Path
             next(loader)
     assert caught.value.path == tmp_path / name
     with pytest.raises(CorruptImageError, match=rf"{name} ({message})"):
-        list(eval_batches(open_source(tmp_path), SIZE, 4, loader="dali" if "dali" in files_backend else "threaded"))
+        list(
+            eval_batches(
+                open_source(tmp_path),
+                Preprocessing(crop=SIZE),
+                4,
+                loader="dali" if "dali" in files_backend else "threaded",
+            )
+        )
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
@@ -84,7 +91,9 @@ def test_unusual_files_are_read(group: str, files_backend: str, tmp_path: Path) 
         if (true == true[..., :1]).all():
             assert (got == got[..., :1]).all(), source.sample_name(i)
     loader: Literal["dali", "threaded"] = "dali" if "dali" in files_backend else "threaded"
-    assert sum(len(index) for _, index in eval_batches(source, SIZE, 8, loader=loader)) == len(unusual)
+    assert sum(len(index) for _, index in eval_batches(source, Preprocessing(crop=SIZE), 8, loader=loader)) == len(
+        unusual
+    )
 
 
 @pytest.mark.parametrize("kind", UNUSUAL)
@@ -184,8 +193,10 @@ def test_corrupt_image_of_every_source_is_named_or_skipped(kind: str, backend: s
     assert CORRUPT_INDEX not in index.tolist() and len(set(index.tolist())) == 39
     loader_name: Any = backend
     with pytest.raises(CorruptImageError):
-        list(eval_batches(source, 16, 7, loader=loader_name))
-    indices = torch.cat([i for _, i in eval_batches(source, 16, 7, loader=loader_name, on_corrupt="skip")])
+        list(eval_batches(source, Preprocessing(crop=16), 7, loader=loader_name))
+    indices = torch.cat(
+        [i for _, i in eval_batches(source, Preprocessing(crop=16), 7, loader=loader_name, on_corrupt="skip")]
+    )
     assert indices.tolist() == [i for i in range(40) if i != CORRUPT_INDEX]
 
 
@@ -194,12 +205,12 @@ def test_evaluation_skips_corrupt_files(backend: str, tmp_path: Path) -> None:
     source = open_source(tmp_path)
     name: Any = backend
     whole: dict[int, torch.Tensor] = {}
-    for batch, index in eval_batches(source, SIZE, 4, loader=name, on_corrupt="skip"):
+    for batch, index in eval_batches(source, Preprocessing(crop=SIZE), 4, loader=name, on_corrupt="skip"):
         whole |= dict(zip(index.tolist(), batch, strict=True))
     assert [Path(source.sample_name(i)).name for i in whole] == sorted(f"good {i}.png" for i in range(30))
     assert len(whole) + len(bad) == len(source)
     good = open_source(tmp_path).subset(np.array(list(whole)))
-    for batch, index in eval_batches(good, SIZE, 4, loader=name):
+    for batch, index in eval_batches(good, Preprocessing(crop=SIZE), 4, loader=name):
         for image, i in zip(batch, index.tolist(), strict=True):
             assert torch.equal(image, whole[list(whole)[i]])
 

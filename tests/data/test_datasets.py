@@ -18,6 +18,7 @@ import torchvision
 from numpy.typing import NDArray
 from PIL import Image
 
+from byol_fast.config import Preprocessing
 from byol_fast.data import CorruptImageError, SourceError, eval_batches, open_source
 from byol_fast.data.sources import ArraySource, DatasetSource, FileSource, ImageSource
 from tests.data.conftest import photo_like
@@ -305,7 +306,7 @@ def test_dataset_that_several_threads_must_not_read_is_refused(kind: Any, tmp_pa
     with pytest.raises(SourceError, match=message):
         views_of(source, threads=2)
     with pytest.raises(SourceError, match=message):
-        next(eval_batches(source, SIZE, 4, threads=2))
+        next(eval_batches(source, Preprocessing(crop=SIZE), 4, threads=2))
 
 
 @pytest.mark.parametrize("kind", [OneHandle, OneTar])
@@ -314,7 +315,7 @@ def test_one_thread_reads_any_dataset(kind: Any, tmp_path: Path) -> None:
     source = open_source(kind(tmp_path))
     loader = loader_of(source, config_of("threaded", plain(SIZE), batch_size=10, threads=1))
     next(loader)
-    images, index = next(eval_batches(source, SIZE, len(PNGS), threads=1))
+    images, index = next(eval_batches(source, Preprocessing(crop=SIZE), len(PNGS), threads=1))
     assert np.array_equal(pixels(images), PICTURES[index])
     batch = next(loader)
     assert np.array_equal(pixels(batch.views[0]), PICTURES[batch.index])
@@ -347,7 +348,7 @@ def test_one_thread_means_no_reads_at_once(dali: None) -> None:
             loader = loader_of(train, config_of(name, plain(SIZE), threads=1))
             for _ in range(5):
                 next(loader)
-                list(eval_batches(val, SIZE, 4, threads=1))
+                list(eval_batches(val, Preprocessing(crop=SIZE), 4, threads=1))
                 train.load(0)
             loader.close()
     finally:
@@ -375,7 +376,7 @@ def test_thread_safe_dataset_is_compared_once() -> None:
     views = views_of(source, threads=2)
     assert all(np.array_equal(view, PICTURES[i]) for i, view in views.items())
     reads.clear()
-    assert len(list(eval_batches(source.subset(np.arange(3)), SIZE, 8, threads=2))) == 1
+    assert len(list(eval_batches(source.subset(np.arange(3)), Preprocessing(crop=SIZE), 8, threads=2))) == 1
     assert sorted(reads) == [0, 1, 2]
 
 

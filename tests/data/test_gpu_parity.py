@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from byol_fast.config import Preprocessing
 from byol_fast.data.loaders.eval import center_crop
 from byol_fast.data.sources import ArraySource, FileSource, ImageSource
 from byol_fast.report import view_check
@@ -32,5 +33,5 @@ def test_generated_files_of_odd_sizes(files_backend: str, files: FileSource) -> 
 
 def test_photographs_in_memory(any_backend: str, photographs: FileSource) -> None:
     """Without a decoder: only the GPU's arithmetic differs; includes the device cache."""
-    squares = np.stack([center_crop(photographs.load(i), 160, "bicubic") for i in range(64)])
+    squares = np.stack([center_crop(photographs.load(i), Preprocessing(crop=160)) for i in range(64)])
     assert_parity(ArraySource(squares), any_backend, 96, 64)

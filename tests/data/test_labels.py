@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from byol_fast.config import Config, ConfigError, DataConfig, KNNConfig
+from byol_fast.config import Config, ConfigError, DataConfig, KNNConfig, Preprocessing
 from byol_fast.config.evaluation import EvalSettings
 from byol_fast.data import ImageSource, SourceError, open_source, open_train_val
 from byol_fast.data.sources.base import labels_from_text
@@ -135,7 +135,7 @@ def test_partly_negative_labels_are_the_reason_that_there_are_none(kind: str, tm
     whole = labeled(kind, tmp_path / "whole", [0, 1, 0, 1])
     with pytest.raises(ConfigError, match=f"the labels of the training images cannot be used: {re.escape(problem)}"):
         knn_problem(Config(knn=KNNConfig(enabled="on")), source, whole)
-    encoder = PretrainedEncoder(name="x", encoder=nn.Identity(), image_size=8)
+    encoder = PretrainedEncoder(name="x", encoder=nn.Identity(), preprocessing=Preprocessing(crop=8))
     for train, test, which in ((source, whole, "training"), (whole, source, "test")):
         with pytest.raises(SourceError, match=f"the {which} images must have labels.*: {re.escape(problem)}"):
             open_images(encoder, train, test, EvalSettings())
@@ -190,7 +190,7 @@ def test_classes_of_other_texts_are_refused(train: list[str], val: list[str], ex
     config = Config(knn=KNNConfig(enabled="on", val_root=tmp_path / "b" / "x.csv"))
     with pytest.raises(SourceError, match=re.escape(examples)):
         open_train_val(config, training)
-    encoder = PretrainedEncoder(name="x", encoder=nn.Identity(), image_size=8)
+    encoder = PretrainedEncoder(name="x", encoder=nn.Identity(), preprocessing=Preprocessing(crop=8))
     with pytest.raises(SourceError, match="all test classes must be among the training classes"):
         open_images(encoder, training, validation, EvalSettings())
 

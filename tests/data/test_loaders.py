@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from byol_fast.config import ConfigError, DataConfig, ViewConfig, replace
+from byol_fast.config import ConfigError, DataConfig, Preprocessing, ViewConfig, replace
 from byol_fast.data import Batch, ImageSource, SourceError, ViewLoader, eval_batches
 from byol_fast.data.decode import is_common_jpeg
 from byol_fast.data.loaders.backend import Backend, resolve_backend, resolve_decoder
@@ -219,8 +219,8 @@ def test_batch_larger_than_the_data_is_refused(backend: str, arrays: ArraySource
 
 
 def test_eval_batches_are_in_order_and_complete(decoder: Any, source: ImageSource) -> None:
-    parts = list(eval_batches(source, 24, 9, loader=decoder, threads=2))
-    again = list(eval_batches(source, 24, 9, loader=decoder, threads=1))
+    parts = list(eval_batches(source, Preprocessing(crop=24), 9, loader=decoder, threads=2))
+    again = list(eval_batches(source, Preprocessing(crop=24), 9, loader=decoder, threads=1))
     assert torch.cat([index for _, index in parts]).tolist() == list(range(len(source)))
     assert [len(index) for _, index in parts][-1] == len(source) % 9
     for (images, _), (same_images, _) in zip(parts, again, strict=True):
@@ -235,7 +235,7 @@ def test_eval_batches_resize_and_crop_the_center(decoder: Any, source: ImageSour
 
     for size in (24, 112):
         target = round(size * 256 / 224)
-        for images, index in eval_batches(source, size, 16, loader=decoder):
+        for images, index in eval_batches(source, Preprocessing(crop=size), 16, loader=decoder):
             for image, i in zip(pixels(images), index.tolist(), strict=True):
                 original = source.load(i)
                 scale = target / min(original.size)
@@ -247,7 +247,7 @@ def test_eval_batches_resize_and_crop_the_center(decoder: Any, source: ImageSour
 
 
 def test_eval_batches_keep_arrays_of_the_right_size(arrays: ArraySource) -> None:
-    images = torch.cat([images for images, _ in eval_batches(arrays, 64, 20)])
+    images = torch.cat([images for images, _ in eval_batches(arrays, Preprocessing(crop=64), 20)])
     assert np.array_equal(pixels(images), arrays.images)
 
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from torch import nn
 
-from byol_fast.config import Config, DataConfig, KNNConfig
+from byol_fast.config import Config, DataConfig, KNNConfig, Preprocessing
 from byol_fast.config.evaluation import KNNSettings
 from byol_fast.data import open_source, open_train_val
 from byol_fast.data.sources import ArraySource, EncodedSource, overlap
@@ -146,7 +146,9 @@ def test_automatic_split_and_test_of_an_evaluation_are_compared(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     options = DataConfig(cache=tmp_path / "cache")
-    pretrained = PretrainedEncoder(name="tiny", encoder=nn.Identity(), image_size=16, config=Config(data=options))
+    pretrained = PretrainedEncoder(
+        name="tiny", encoder=nn.Identity(), preprocessing=Preprocessing(crop=16), config=Config(data=options)
+    )
     for train, test, arg_name in ((root, None, "data"), (root / "train", root / "val", "--test")):
         caplog.clear()
         open_images(pretrained, train, test, KNNSettings())

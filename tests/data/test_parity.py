@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.transforms import v2 as T
 
 from byol_fast import config as configs
-from byol_fast.config import Config, ViewConfig, recipes
+from byol_fast.config import Config, Preprocessing, ViewConfig, recipes
 from byol_fast.data import ViewLoader, eval_batches, make_loader, sampler
 from byol_fast.data.augment_params import AugmentParams, crop_boxes, sample_augment_params
 from byol_fast.data.batch import Batch
@@ -86,7 +86,7 @@ def test_dali_decodes_to_the_bytes_of_pil(files: FileSource, dali: None) -> None
     sides = np.array([min(files.load(i).size) for i in range(len(files))])
     for side in np.unique(sides)[:8].tolist():
         source = files.subset(np.flatnonzero(sides == side))
-        for images, index in eval_batches(source, side, 8, loader="dali"):
+        for images, index in eval_batches(source, Preprocessing(crop=side), 8, loader="dali"):
             for image, i in zip(pixels(images), index.tolist(), strict=True):
                 expected = np.asarray(source.load(i))
                 top, left = (expected.shape[0] - side) // 2, (expected.shape[1] - side) // 2

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from torch import nn
 
-from byol_fast.config import recipes, replace
+from byol_fast.config import Preprocessing, recipes, replace
 from byol_fast.data import CorruptImageError, eval_batches, open_source
 from byol_fast.data.loaders.backend import dali_installed
 from byol_fast.doctor.scan import scan
@@ -49,7 +49,9 @@ def test_images_are_not_mapped(kind: str, files_backend: str, tmp_path: Path) ->
     loader = loader_of(source, config_of(files_backend, plain(SIZE)))
     next(loader)
     assert mapped_files(tmp_path / "images") == []
-    batches: Any = eval_batches(source, SIZE, 4, loader="dali" if "dali" in files_backend else "threaded")
+    batches: Any = eval_batches(
+        source, Preprocessing(crop=SIZE), 4, loader="dali" if "dali" in files_backend else "threaded"
+    )
     next(batches)
     assert mapped_files(tmp_path / "images") == []
     batches.close()
@@ -147,7 +149,7 @@ def read(kind: str, folder: str) -> None:
         for loader_name in ("threaded", *(["dali"] if dali_installed() else [])):
             loader_option: Any = loader_name
             for _ in range(10):
-                count(eval_batches(source, SIZE, 8, loader=loader_option))
+                count(eval_batches(source, Preprocessing(crop=SIZE), 8, loader=loader_option))
         result = scan(source, threads=2)
         counts["corrupt"] += len(result.corrupt)
     finally:

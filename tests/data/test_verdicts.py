@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from byol_fast import config as configs
-from byol_fast.config import Config, recipes
+from byol_fast.config import Config, Preprocessing, recipes
 from byol_fast.data.loaders.backend import dali_installed
 from byol_fast.data.loaders.eval import center_crop
 from byol_fast.data.sources import ArraySource, FileSource, ImageSource, open_source
@@ -31,7 +31,7 @@ NUM_IMAGES = 48
 
 def as_arrays(source: ImageSource, *, gray: bool = False) -> ArraySource:
     index = evenly_spaced(len(source), NUM_IMAGES).tolist()
-    squares = np.stack([center_crop(source.load(i), 64, "bicubic") for i in index])
+    squares = np.stack([center_crop(source.load(i), Preprocessing(crop=64)) for i in index])
     return ArraySource(to_gray(squares) if gray else squares)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from byol_fast.config import Preprocessing
 from byol_fast.config.evaluation import FinetuneSettings
 from byol_fast.data.sources import ArraySource
 from byol_fast.evaluate.encoder import PretrainedEncoder
@@ -29,7 +30,7 @@ def test_calibration_drops_a_batch_of_one_image() -> None:
 
 def test_supervised_loader_drops_one_image_that_is_left() -> None:
     source = ArraySource(np.zeros((9, 16, 16, 3), np.uint8), np.arange(9) % 2, ("ant", "bee"))
-    pretrained = PretrainedEncoder(name="test", encoder=nn.Identity(), image_size=16)
+    pretrained = PretrainedEncoder(name="test", encoder=nn.Identity(), preprocessing=Preprocessing(crop=16))
     context = EvalContext(FinetuneSettings(device="cpu"), Progress())
     loader = SupervisedLoader(pretrained, source, context, batch_size=4, seed=0)
     assert loader.batches_per_epoch == 2

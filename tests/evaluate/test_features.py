@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from byol_fast.cli import embed as command
-from byol_fast.config import Config, ConfigError, DataConfig
+from byol_fast.config import Config, ConfigError, DataConfig, Preprocessing
 from byol_fast.config.evaluation import KNNSettings
 from byol_fast.data import CorruptImageError, SourceError, open_source
 from byol_fast.evaluate import Features, embed_folder, load_features, save_features
@@ -56,7 +56,8 @@ def test_features_are_in_order_of_paths(encoder: Path, folder: Path) -> None:
     network, metadata = load_encoder(encoder)
     pixels = np.stack([np.asarray(Image.open(folder / name)) for name in results.paths])
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).double() / 255
-    x = (x - torch.tensor(metadata["mean"]).view(3, 1, 1)) / torch.tensor(metadata["std"]).view(3, 1, 1)
+    mean, std = (torch.tensor(metadata["preprocessing"][name]).view(3, 1, 1) for name in ("mean", "std"))
+    x = (x - mean) / std
     with torch.no_grad():
         expected = network.double()(x).flatten(1)
     np.testing.assert_allclose(results.features, expected.numpy(), rtol=1e-4, atol=1e-5)
@@ -92,7 +93,9 @@ def test_damaged_tar_raises_or_is_used_up_to_the_damage(encoder: Path, folder: P
     with pytest.raises(SourceError, match=r"images\.tar is damaged at byte \d+ \(images before it: 9\)"):
         embed_folder(encoder, path, device="cpu", threads=1, options=options)
     results = embed_folder(encoder, path, device="cpu", threads=1, on_corrupt="skip", options=options)
-    pretrained = PretrainedEncoder(name="tiny", encoder=nn.Identity(), image_size=16, config=Config(data=options))
+    pretrained = PretrainedEncoder(
+        name="tiny", encoder=nn.Identity(), preprocessing=Preprocessing(crop=16), config=Config(data=options)
+    )
     with pytest.raises(SourceError, match=r"--train: .*images\.tar is damaged at byte"):
         open_images(pretrained, path, folder, KNNSettings())
     assert len(open_images(pretrained, path, folder, KNNSettings(on_corrupt="skip")).train) == 9

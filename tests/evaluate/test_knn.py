@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from byol_fast.config import Preprocessing
 from byol_fast.evaluate import PretrainedEncoder, evaluate_knn, knn_accuracy, knn_predict
 from byol_fast.evaluate.knn import knn_rankings
 
@@ -152,7 +153,7 @@ def test_k_is_the_number_of_images_that_were_read(tmp_path: Path) -> None:
         Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(tmp_path / "train" / str(i % 2) / f"{i}.png")
         Image.new("RGB", (8, 8), (40 * i, 0, 9)).save(tmp_path / "val" / str(i % 2) / f"{i}.png")
     (tmp_path / "train" / "0" / "0.png").write_bytes(b"no image")
-    encoder = PretrainedEncoder(name="pixels", encoder=nn.Flatten(), image_size=8)
+    encoder = PretrainedEncoder(name="pixels", encoder=nn.Flatten(), preprocessing=Preprocessing(crop=8))
     options: dict[str, Any] = {"device": "cpu", "precision": "fp32", "threads": 1, "on_corrupt": "skip"}
     result = evaluate_knn(encoder, tmp_path / "train", tmp_path / "val", k=(6, 5, 2), **options)
     assert result.chosen["k"] == 5

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from byol_fast import config as configs
 from byol_fast.cli import export as command
-from byol_fast.config import Config, ConfigError
+from byol_fast.config import Config, ConfigError, Preprocessing
 from byol_fast.export.encoder import export_run, load_encoder
 from byol_fast.export.formats import MAX_DIFFERENCE, ExportError, export_as
 from byol_fast.models.encoders import build_encoder, feature_dim
@@ -82,7 +82,8 @@ def small() -> tuple[torch.nn.Module, dict[str, Any]]:
     encoder = torch.nn.Sequential(*block, torch.nn.Conv2d(8, 16, 3), torch.nn.BatchNorm2d(16), torch.nn.AvgPool2d(9))
     encoder(torch.randn(8, 3, 24, 24))  # BN statistics other than 0 and 1
     metadata = {"encoder": "small", "cifar_stem": False, "feature_dim": 16, "image_size": 24, "step": 3}
-    return encoder.eval(), metadata | {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3], "recipe": "tiny"}
+    preprocessing = Preprocessing(crop=24, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3)).to_dict()
+    return encoder.eval(), metadata | {"preprocessing": preprocessing, "recipe": "tiny"}
 
 
 def test_exported_program_takes_uint8_of_any_batch_size(
@@ -96,9 +97,8 @@ def test_exported_program_takes_uint8_of_any_batch_size(
     assert json.loads(described["encoder.json"])["input"] == "images [B, 3, 24, 24], uint8"
     for count in (1, 3, 9):
         pixels = torch.randint(0, 256, (count, 3, 24, 24), dtype=torch.uint8)
-        x = (pixels.double() / 255 - torch.tensor(metadata["mean"]).view(3, 1, 1)) / torch.tensor(metadata["std"]).view(
-            3, 1, 1
-        )
+        mean, std = (torch.tensor(metadata["preprocessing"][name]).view(3, 1, 1) for name in ("mean", "std"))
+        x = (pixels.double() / 255 - mean) / std
         with torch.no_grad():
             expected = copy.deepcopy(encoder).double()(x).flatten(1).float()
             got = program(pixels)
@@ -120,15 +120,18 @@ def test_onnx_features_equal_encoder(
     assert result.batches == (1, 5)
     model = onnx.load(result.path)
     onnx.checker.check_model(model)
-    assert {p.key: p.value for p in model.metadata_props}["image_size"] == "24"
-    for value in (*model.graph.input, *model.graph.output):
-        assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
+    kind = "uint8" if with_normalize else "float32, (x / 255 - mean) / std"
+    assert {p.key: p.value for p in model.metadata_props}["input"] == f"images [B, 3, 24, 24], {kind}" == result.input
+    (input_shape,), (output_shape,) = (
+        [[d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim] for value in values]
+        for values in (model.graph.input, model.graph.output)
+    )
+    assert (input_shape, output_shape) == (["batch", 3, 24, 24], ["batch", 16])
     session = runtime.InferenceSession(result.path, providers=["CPUExecutionProvider"])
     for count in (1, 7):
         pixels = torch.randint(0, 256, (count, 3, 24, 24), dtype=torch.uint8)
-        x = (pixels.double() / 255 - torch.tensor(metadata["mean"]).view(3, 1, 1)) / torch.tensor(metadata["std"]).view(
-            3, 1, 1
-        )
+        mean, std = (torch.tensor(metadata["preprocessing"][name]).view(3, 1, 1) for name in ("mean", "std"))
+        x = (pixels.double() / 255 - mean) / std
         images = pixels.numpy() if with_normalize else x.float().numpy()
         (got,) = session.run(["features"], {"images": images})
         with torch.no_grad():
@@ -202,8 +205,9 @@ def test_timm_features_equal_encoder(name: str, cifar_stem: bool, size: int, tmp
     encoder = build_encoder(name, image_size=size, cifar_stem=cifar_stem)
     encoder(torch.randn(8, 3, size, size))
     dim = feature_dim(encoder, size)
-    metadata = {"encoder": name, "cifar_stem": cifar_stem, "feature_dim": dim, "image_size": size}
-    result = export_as(encoder.eval(), metadata | {"mean": [0.5] * 3, "std": [0.2] * 3, "step": 1}, "timm", tmp_path)
+    metadata: dict[str, Any] = {"encoder": name, "cifar_stem": cifar_stem, "feature_dim": dim, "image_size": size}
+    metadata |= {"preprocessing": Preprocessing(crop=size).to_dict(), "step": 1}
+    result = export_as(encoder.eval(), metadata, "timm", tmp_path)
     if cifar_stem:
         model = timm.create_model(name, num_classes=0)
         model.conv1, model.maxpool = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False), torch.nn.Identity()
@@ -228,6 +232,7 @@ def test_command_exports_run_and_exported_encoder(
         assert command.main([str(source), "--format", "torch-export", "--output", str(tmp_path / "to")]) == 0
         printed = capsys.readouterr().out
         assert "encoder.pt2" in printed
+        assert "input: images [B, 3, 16, 16], float32, (x / 255 - mean) / std; B is any number\n" in printed
         assert "equal to the encoder: largest difference" in printed
     assert command.main([str(run), "--format", "timm", "--output", str(tmp_path / "to")]) == 1
     assert [p.name for p in (tmp_path / "to").iterdir()] == ["encoder.pt2"]

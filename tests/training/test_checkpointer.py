@@ -272,7 +272,14 @@ def test_damaged_export_is_explained(small: Config) -> None:
     run = Trainer(configs.replace(small, {"steps": 2})).fit().run_dir
     weights, metadata = run / "encoder.safetensors", run / "encoder.json"
     intact = metadata.read_text()
-    changes: tuple[dict[str, Any], ...] = ({"mean": [0.5, "x", 1]}, {"image_size": 10**9})
+    before = json.loads(intact)["preprocessing"]
+    others: tuple[dict[str, Any], ...] = (
+        {"mean": [0.5, "x", 1]},
+        {"interpolation": None},
+        {"rotate": True},
+        {"crop": 0},
+    )
+    changes = ({"image_size": 10**9}, {"preprocessing": {}}, *({"preprocessing": before | other} for other in others))
     wrong = [json.dumps(json.loads(intact) | change) for change in changes]
     deep = "[" * 100_000
     for text in ("{", "[]", intact.replace("image_size", "image_syze"), "\x80", *wrong, deep):

@@ -30,7 +30,7 @@ import nvidia.dali
 import nvidia.dali.math as dm
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 
-from byol_fast.config import Config, ViewConfig
+from byol_fast.config import Config, Preprocessing, ViewConfig
 from byol_fast.data.augment import apply_photometric, required_params, select_rows
 from byol_fast.data.batch import Batch, Views, empty_views
 from byol_fast.data.errors import CorruptImageError
@@ -201,9 +201,8 @@ class _Chunk:
 
 def center_crops(
     source: ImageSource,
-    size: int,
+    preprocessing: Preprocessing,
     batch_size: int,
-    interpolation: Literal["bicubic", "bilinear"],
     threads: int,
     device: torch.device,
     corrupt: CorruptImages,
@@ -215,7 +214,7 @@ def center_crops(
         chunks = [_Chunk(rest[i : i + batch_size]) for i in range(0, len(rest), batch_size)]
         try:
             for images, index in _run_center_crops(
-                source, chunks, size, batch_size, interpolation, threads, device, corrupt, retried, by_name
+                source, chunks, preprocessing, batch_size, threads, device, corrupt, retried, by_name
             ):
                 yield images.permute(0, 3, 1, 2), index
                 rest = rest[rest > int(index[-1])]
@@ -226,9 +225,8 @@ def center_crops(
 def _run_center_crops(
     source: ImageSource,
     chunks: list[_Chunk],
-    size: int,
+    preprocessing: Preprocessing,
     batch_size: int,
-    interpolation: str,
     threads: int,
     device: torch.device,
     corrupt: CorruptImages,
@@ -257,8 +255,7 @@ def _run_center_crops(
         feed,
         encoding=reader.encoding,
         gpu=device.type == "cuda",
-        size=size,
-        interpolation=interpolation,
+        preprocessing=preprocessing,
         **_pipeline_options(batch_size, num_threads, 2, device),
     )
     try:
@@ -366,16 +363,20 @@ def _views_pipeline(
 
 @pipeline_def
 def _center_crops_pipeline(
-    feed: Callable[[], Any], *, encoding: Encoding, gpu: bool, size: int, interpolation: str
+    feed: Callable[[], Any], *, encoding: Encoding, gpu: bool, preprocessing: Preprocessing
 ) -> Any:
     image = _decode(fn.external_source(source=feed, batch=True), encoding, gpu)
     shape = image.shape()
     height, width = fn.cast(shape[0], dtype=types.FLOAT64), fn.cast(shape[1], dtype=types.FLOAT64)
-    shorter, larger = dm.min(height, width), float(round(size * 256 / 224))
+    size = preprocessing.crop
+    shorter, larger = dm.min(height, width), float(preprocessing.resize)
     fits = fn.cast(shorter == float(size), dtype=types.FLOAT64)
     resized = dm.floor(fn.stack(height, width) * (larger - fits * (larger - size)) / shorter)
     image = fn.resize(
-        image, size=fn.cast(resized, dtype=types.FLOAT), interp_type=INTERPOLATION[interpolation], antialias=True
+        image,
+        size=fn.cast(resized, dtype=types.FLOAT),
+        interp_type=INTERPOLATION[preprocessing.interpolation],
+        antialias=True,
     )
     start = fn.cast(dm.floor((resized - float(size)) * 0.5), dtype=types.INT32)
     return fn.slice(image, start, (size, size), axes=(0, 1))

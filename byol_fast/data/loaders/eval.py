@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from byol_fast.config.fields import BatchSize, ImageSize, Interpolation, Loader, OnCorrupt, Threads, check
+from byol_fast.config import Preprocessing
+from byol_fast.config.fields import BatchSize, Loader, OnCorrupt, Threads, check
 from byol_fast.data.errors import CorruptImageError
 from byol_fast.data.integrity import CorruptImages
 from byol_fast.data.loaders.backend import resolve_decoder
@@ -25,10 +26,9 @@ RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.
 
 def eval_batches(
     source: ImageSource,
-    size: int,
+    preprocessing: Preprocessing,
     batch_size: int,
     *,
-    interpolation: Interpolation = "bicubic",
     threads: int = 0,
     loader: Loader = "auto",
     device: torch.device | None = None,
@@ -36,35 +36,30 @@ def eval_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """All images of a source once, in order, without augmentation, for evaluation.
 
-    The shorter side is resized to 256 / 224 of `size`, unless it is `size` already, and the center is cropped.
-
     Args:
         source: the images.
-        size: height and width of the result in pixels.
+        preprocessing: resize and crop; `mean` and `std` are not applied.
         batch_size: images at a time; the last batch may have fewer.
-        interpolation: of the resize, antialiased.
         threads: decoding threads; 0 means one per CPU core that this process may use.
         loader: the decoder, as in `DataConfig.loader`.
         device: where the images go; None for the CPU.
         on_corrupt: raise an error if an image cannot be read, or skip it: its position is then not yielded.
 
     Yields:
-        Images, uint8 `[b, 3, size, size]`, channels_last, and their positions in the source, int64 `[b]` on the CPU.
+        Images, uint8 `[b, 3, crop, crop]`, channels_last, and their positions in the source, int64 `[b]` on the CPU.
 
     Raises:
         CorruptImageError: an image cannot be read, and `on_corrupt` is "raise"; or half of all cannot.
         SourceError: the images may be read by one thread only.
         ConfigError: an argument is out of range.
     """
-    check("eval_batches: size", ImageSize, size)
     check("eval_batches: batch_size", BatchSize, batch_size)
-    check("eval_batches: interpolation", Interpolation, interpolation)
     check("eval_batches: threads", Threads, threads)
     check("eval_batches: loader", Loader, loader)
     check("eval_batches: on_corrupt", OnCorrupt, on_corrupt)
     source.check_thread_safety(resolve_num_threads(threads))
     device = device or torch.device("cpu")
-    if isinstance(source, ArraySource) and source.images.shape[1:3] == (size, size):
+    if isinstance(source, ArraySource) and source.images.shape[1:3] == (preprocessing.crop,) * 2:
         for start in range(0, len(source), batch_size):
             images = torch.from_numpy(source.images[start : start + batch_size].copy())
             yield images.permute(0, 3, 1, 2).to(device), torch.arange(start, start + len(images))
@@ -76,14 +71,13 @@ def eval_batches(
     corrupt = CorruptImages(
         source.sample_name, len(source), on_corrupt=on_corrupt, max_fraction=0.5, action="evaluated"
     )
-    yield from center_crops(source, size, batch_size, interpolation, threads, device, corrupt)
+    yield from center_crops(source, preprocessing, batch_size, threads, device, corrupt)
 
 
 def _center_crops(
     source: ImageSource,
-    size: int,
+    preprocessing: Preprocessing,
     batch_size: int,
-    interpolation: Interpolation,
     threads: int,
     device: torch.device,
     corrupt: CorruptImages,
@@ -94,7 +88,7 @@ def _center_crops(
 
     def load(i: int) -> NDArray[np.uint8] | str:
         try:
-            return center_crop(source.load(i), size, interpolation)
+            return center_crop(source.load(i), preprocessing)
         except CorruptImageError as error:
             return error.reason
 
@@ -116,11 +110,11 @@ def _center_crops(
         pool.shutdown(cancel_futures=True)
 
 
-def center_crop(image: Image.Image, size: int, interpolation: Interpolation) -> NDArray[np.uint8]:
-    """Resized center `[size, size, 3]` of an RGB image; see `eval_batches`."""
-    shorter = min(image.size)
-    target = size if shorter == size else round(size * 256 / 224)
+def center_crop(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """Resized center `[crop, crop, 3]` of an RGB image."""
+    shorter, size = min(image.size), preprocessing.crop
+    target = size if shorter == size else preprocessing.resize
     w, h = (side * target // shorter for side in image.size)
     left, top = (w - size) // 2, (h - size) // 2
-    x = image.resize((w, h), RESAMPLING[interpolation])
+    x = image.resize((w, h), RESAMPLING[preprocessing.interpolation])
     return np.array(x.crop((left, top, left + size, top + size)))

@@ -1,0 +1,48 @@
+"""The input of an encoder from images, without augmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from byol_fast.config import Preprocessing
+from byol_fast.data.decode import to_rgb
+from byol_fast.data.loaders.eval import center_crop
+from byol_fast.models.layers import Normalize
+
+
+class EvalTransform:
+    """Maps an image to the input of an encoder as `byol-fast embed` does: resize, center crop, normalize.
+
+    Args:
+        metadata: of the encoder, as `load_encoder` returns it.
+
+    Raises:
+        ConfigError: the metadata has no valid preprocessing.
+
+    Example:
+        >>> encoder, metadata = byol_fast.load_encoder("runs/first")
+        >>> transform = byol_fast.EvalTransform(metadata)
+        >>> features = encoder(transform(PIL.Image.open("photo.jpg"))[None])
+    """
+
+    def __init__(self, metadata: Mapping[str, Any]) -> None:
+        self.preprocessing = Preprocessing.of_metadata(metadata)
+        self._normalize = Normalize(self.preprocessing.mean, self.preprocessing.std)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Input of the encoder, fp32 `[3, H, W]`.
+
+        Args:
+            image: of any size and mode. EXIF rotation is not applied, as in torchvision's ImageFolder.
+
+        Raises:
+            ValueError: the image is too large or too narrow, or the range of its values is not known.
+        """
+        pixels = torch.from_numpy(center_crop(to_rgb(image), self.preprocessing))
+        x: Tensor = self._normalize(pixels.permute(2, 0, 1)[None])
+        return x[0]
