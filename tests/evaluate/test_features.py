@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import re
 import sys
 import tarfile
 from dataclasses import replace
@@ -102,6 +104,13 @@ def test_damaged_tar_raises_or_is_used_up_to_the_damage(encoder: Path, folder: P
     assert list(results.paths) == [f"images.tar:{member.name[2:]}" for member in members[:9]]
 
 
+def documented_arrays() -> set[str]:
+    """Names in the table of `docs/evaluation.md`."""
+    text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    table = text[text.index("| array | contents |") :].partition("\n\n")[0]
+    return set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
+
+
 @pytest.mark.parametrize("suffix", [".npz", ".parquet"])
 @pytest.mark.parametrize("labeled", [False, True])
 def test_saved_features_are_loaded_unchanged(
@@ -132,9 +141,11 @@ def test_saved_features_are_loaded_unchanged(
 
         assert ParquetFile(path).num_row_groups == 3
     if suffix == ".npz":  # for other programs
-        with np.load(path) as file:
-            assert {"features", "paths"} <= set(file)
-            assert ("labels" in file) == ("classes" in file) == labeled
+        with np.load(path) as file:  # without pickled objects
+            assert set(file) == documented_arrays() - (set() if labeled else {"labels", "classes"})
+            assert (file["features"].dtype, file["index"].dtype) == (np.float32, np.int64)
+            assert all(file[name].dtype.kind == "U" for name in ("paths", "skipped", "metadata"))
+            assert json.loads(str(file["metadata"])) == written.metadata
 
 
 def test_unusable_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
