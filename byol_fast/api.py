@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError, recipes
+from byol_fast.config.resnets import RESNET_OPTIONS
 from byol_fast.training.preflight import check_start
 
 if TYPE_CHECKING:
@@ -56,13 +57,16 @@ def pretrain(
     else:
         config = recipes.get(str(recipe))
     if image_size is not None:
-        if given := [name for name in ("view1", "view2") if _sets_size(name, overrides)]:
+        if given := [name for name in ("view1", "view2") if _is_given(name, "size", overrides)]:
             raise ConfigError(
                 f"pretrain: image_size must not be given beside the size of {given[0]}, it sets that of both views; "
                 "drop one of them"
             )
         config = configs.with_image_size(config, image_size)
-    config = configs.replace(config, overrides)
+    base, config = config, configs.replace(config, overrides)
+    if config.model.encoder != base.model.encoder:
+        given = {f"model.{name}" for name in RESNET_OPTIONS if _is_given("model", name, overrides)}
+        config = recipes.drop_resnet_options(config, given)
     folder = None if resume is None else Path(resume)
     if os.environ.get("RANK", "0") == "0":  # with several processes, the first one checks for all
         check_start(config, data=data, resume=folder)
@@ -74,6 +78,6 @@ def pretrain(
     return Trainer(config, data=data, resume=folder, callbacks=[*callbacks, ReportCallback(run_sections)]).fit()
 
 
-def _sets_size(view: str, overrides: Mapping[str, object]) -> bool:
-    fields = overrides.get(view)
-    return f"{view}.size" in overrides or (isinstance(fields, Mapping) and "size" in fields)
+def _is_given(group: str, name: str, overrides: Mapping[str, object]) -> bool:
+    fields = overrides.get(group)
+    return f"{group}.{name}" in overrides or (isinstance(fields, Mapping) and name in fields)

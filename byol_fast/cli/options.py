@@ -12,7 +12,8 @@ import tyro
 
 from byol_fast import config as configs
 from byol_fast.cli.help import help_text
-from byol_fast.config import Config, ConfigError
+from byol_fast.config import Config, ConfigError, recipes
+from byol_fast.config.resnets import RESNET_OPTIONS
 from byol_fast.utils.output import PlainConsole
 
 T = TypeVar("T")
@@ -50,19 +51,23 @@ class RunOptions:
     """Configuration of the run."""
 
     def resolve(self, argv: Sequence[str], prog: str) -> Config:
-        """The configuration with the short forms filled in.
+        """The configuration with the short forms filled in, and without options that its encoder has no place for.
 
         Args:
             argv: the words that these options were parsed from.
             prog: the command, for error messages.
 
         Raises:
-            ConfigError: a folder beside `--data.root`, several folders, or a size out of range.
+            ConfigError: a folder beside `--data.root`, several folders, a size out of range, or an option that the
+                encoder has no place for among the words.
         """
         config = self.config
         if self.folder:
             config = configs.replace(config, {"data.root": Path(one_folder(self.folder, argv, prog))})
-        return config if self.image_size is None else configs.with_image_size(config, self.image_size)
+        if self.image_size is not None:
+            config = configs.with_image_size(config, self.image_size)
+        given = {name for name in (f"model.{name}" for name in RESNET_OPTIONS) if is_given(f"--{name}", argv)}
+        return recipes.drop_resnet_options(config, given)
 
 
 def parse_config(config: Config, argv: list[str], prog: str) -> Config:
@@ -115,4 +120,4 @@ def one_folder(folders: Sequence[str], argv: Sequence[str], prog: str) -> str:
 
 def is_given(option: str, argv: Sequence[str]) -> bool:
     """True if an option is among the words of a command."""
-    return any(word.partition("=")[0].replace("_", "-") == option for word in argv)
+    return any(word.partition("=")[0].replace("_", "-") == option.replace("_", "-") for word in argv)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from byol_fast.config.fields import ConfigError, ImageSize, check
+from byol_fast.config.resnets import is_resnet
 from byol_fast.config.schema import Config
 
 T = TypeVar("T")
@@ -74,7 +75,11 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def from_dict(values: Mapping[str, object]) -> Config:
     """Inverse of `to_dict`; missing fields have their defaults, an unknown one is a ConfigError."""
-    return replace(Config(), values)
+    config = replace(Config(), values)
+    if config.model.zero_init_residual and not is_resnet(config.model.encoder):
+        # Earlier versions took it for any encoder of torchvision, and ignored it.
+        return replace(config, {"model.zero_init_residual": False})
+    return config
 
 
 def load(path: Path) -> Config:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from byol_fast.config.fields import ConfigError
+from byol_fast.config.io import replace
+from byol_fast.config.resnets import RESNET_OPTIONS, is_resnet
 from byol_fast.config.schema import (
     Config,
     DataConfig,
@@ -223,3 +225,32 @@ def get(name: str) -> Config:
         hint = f"did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"recipe: must be one of {', '.join(RECIPES)}, got {name!r}; {hint}".rstrip("; "))
     return RECIPES[name]()
+
+
+def drop_resnet_options(config: Config, given: Collection[str]) -> Config:
+    """A configuration without the options that its recipe sets for a ResNet, if another encoder was chosen.
+
+    Args:
+        config: with the user's changes.
+        given: fields that the user has set, such as `model.cifar_stem`.
+
+    Raises:
+        ConfigError: the user has set one of these options for an encoder that has no place for it.
+    """
+    encoder = config.model.encoder
+    options = [] if is_resnet(encoder) else [name for name in RESNET_OPTIONS if getattr(config.model, name)]
+    for name in options:
+        if f"model.{name}" in given:
+            raise ConfigError(
+                f"config: model.{name} must be False with the encoder {encoder!r}, got True; it is for torchvision's "
+                "ResNets, leave it out"
+            )
+    return replace(config, {f"model.{name}": False for name in options})
+
+
+def dropped_resnet_options(config: Config) -> list[str]:
+    """Names of the options that `drop_resnet_options` has dropped from a recipe's configuration."""
+    if is_resnet(config.model.encoder) or config.recipe not in RECIPES:
+        return []
+    recipe = RECIPES[config.recipe]().model
+    return [name for name in RESNET_OPTIONS if getattr(recipe, name)]

@@ -146,9 +146,10 @@ class ModelConfig:
     encoder: str = "resnet50"
     """Torchvision classification model, or `timm/NAME` if timm is installed; its classifier is removed."""
     cifar_stem: bool = False
-    """Replace a ResNet's stem for small images: 3x3 convolution, stride 1, padding 1, no max-pool."""
+    """ResNets of torchvision: replace the stem for small images by a 3x3 convolution with stride 1 and padding 1,
+    without max-pool."""
     zero_init_residual: bool = False
-    """ResNets: initialize every residual block as the identity (weight of its last norm = 0)."""
+    """ResNets of torchvision: initialize every residual block as the identity (weight of its last norm = 0)."""
     pretrained: bool = False
     """Initialize the encoder with torchvision's default weights (downloaded, or from torch's cache)."""
     hidden_dim: Width = 4096

@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from byol_fast.config import ConfigError, Preprocessing
+from byol_fast.config.resnets import TORCHVISION_RESNET
 from byol_fast.models.encoders import create_timm_model
 from byol_fast.models.layers import Normalize
 from byol_fast.utils.checkpoint import check_finite
@@ -34,8 +35,6 @@ COMPARED_BATCHES = (1, 5)
 TRACED_BATCH = 2
 MAX_DIFFERENCE = 1e-4
 """Largest difference from the encoder's features, relative to the largest feature; more is not rounding."""
-
-RESNETS = re.compile(r"(wide_)?resnet\d+(_\d)?|resnext\d+_\d+x\d+d")
 
 
 class ExportError(RuntimeError):
@@ -267,7 +266,7 @@ def timm_name(metadata: dict[str, Any]) -> str:
     name: str = metadata["encoder"]
     if name.startswith("timm/"):
         return name.removeprefix("timm/")
-    if RESNETS.fullmatch(name):
+    if TORCHVISION_RESNET.fullmatch(name):
         return name
     if match := re.fullmatch(r"vit_([blh])_(\d+)", name):
         return f"vit_{_VIT_SIZES[match[1]]}_patch{match[2]}_224"

@@ -64,7 +64,7 @@ def build_encoder(
         image_size: height and width of the images in pixels, for vision transformers, which are made for one size;
             None leaves it at the model's own.
         cifar_stem: replace a ResNet's first convolution by 3x3, stride 1, padding 1 and drop its max-pool.
-        zero_init_residual: start every residual block of a ResNet as the identity; other encoders have none.
+        zero_init_residual: start every residual block of a ResNet as the identity.
         pretrained: start from torchvision's default weights (or timm's).
 
     Returns:
@@ -92,10 +92,7 @@ def build_encoder(
         )
     if encoder.startswith("timm/"):
         if cifar_stem or zero_init_residual:
-            raise ValueError(
-                f"build_encoder: cifar_stem and zero_init_residual are for torchvision's ResNets, got {encoder!r}; "
-                "drop them"
-            )
+            raise _not_a_resnet("cifar_stem" if cifar_stem else "zero_init_residual", encoder)
         network, _ = create_timm_model(encoder.removeprefix("timm/"), image_size, pretrained=pretrained)
         return network
     from torchvision import models
@@ -125,12 +122,16 @@ def build_encoder(
                 f"build_encoder: {encoder!r} must take images of {image_size} pixels, it failed with: "
                 f"{first_line(error)}; set the views' size to what it takes"
             ) from error
-    if zero_init_residual and not pretrained:
-        _zero_residuals(network)
+    if zero_init_residual:
+        norms = _last_norms(network)
+        if not norms:
+            raise _not_a_resnet("zero_init_residual", encoder)
+        for norm in () if pretrained else norms:
+            nn.init.zeros_(norm.weight)  # Goyal et al., arXiv 1706.02677, section 5.1
     _remove_classifier(network, encoder)
     if cifar_stem:
         if not isinstance(getattr(network, "conv1", None), nn.Conv2d) or not hasattr(network, "maxpool"):
-            raise ValueError(f"build_encoder: cifar_stem is for ResNets, got {encoder!r}; drop cifar_stem")
+            raise _not_a_resnet("cifar_stem", encoder)
         first: Any = network.conv1
         conv = nn.Conv2d(first.in_channels, first.out_channels, 3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
@@ -167,13 +168,16 @@ def create_timm_model(
     raise AssertionError(name)
 
 
-def _zero_residuals(network: nn.Module) -> None:
-    """Set gamma of the last norm of every residual block to 0 (Goyal et al., arXiv 1706.02677, section 5.1)."""
+def _not_a_resnet(option: str, encoder: str) -> ValueError:
+    return ValueError(f"build_encoder: {option} is for torchvision's ResNets, got {encoder!r}; drop it")
+
+
+def _last_norms(network: nn.Module) -> list[Any]:
+    """Last norm of every residual block of a ResNet of torchvision; none for other networks."""
     from torchvision.models.resnet import BasicBlock, Bottleneck
 
-    for block in network.modules():
-        if isinstance(block, BasicBlock | Bottleneck):
-            nn.init.zeros_((block.bn3 if isinstance(block, Bottleneck) else block.bn2).weight)
+    blocks = [block for block in network.modules() if isinstance(block, BasicBlock | Bottleneck)]
+    return [block.bn3 if isinstance(block, Bottleneck) else block.bn2 for block in blocks]
 
 
 def _remove_classifier(network: nn.Module, name: str) -> None:

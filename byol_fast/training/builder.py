@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from byol_fast import config as configs
-from byol_fast.config import Config, ConfigError
+from byol_fast.config import Config, ConfigError, recipes
 from byol_fast.data import ImageSource, open_train_val
 from byol_fast.data.loaders.factory import make_loader
 from byol_fast.data.sampler import BatchSampler
@@ -134,6 +134,8 @@ def _build(
     with world.main_process_first():
         torch.manual_seed(config.seed)
         model = build_model(config, pretrained=not has_checkpoint)
+    if dropped := recipes.dropped_resnet_options(config):
+        notes.append(f"{' and '.join(dropped)} of the recipe {config.recipe} left out: only for torchvision's ResNets")
     if model.not_batched_reason is not None:
         notes.append(f"the views pass the networks one by one: {model.not_batched_reason}")
     _prepare_networks(model, config, execution)

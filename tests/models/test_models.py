@@ -70,7 +70,7 @@ def test_zero_init_residual_makes_blocks_identities() -> None:
     ("arguments", "message"),
     [
         ({"encoder": "resnet81"}, "did you mean resnet18"),
-        ({"encoder": "vgg11", "cifar_stem": True}, "cifar_stem is for ResNets"),
+        ({"encoder": "vgg11", "cifar_stem": True}, "cifar_stem is for torchvision's ResNets, got 'vgg11'; drop it"),
         ({"encoder": nn.Linear(2, 2), "cifar_stem": True}, "go with an encoder's name"),
         ({"encoder": "resnet18_narrow", "pretrained": True}, "no pretrained weights"),
     ],
