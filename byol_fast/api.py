@@ -65,8 +65,8 @@ def pretrain(
         config = configs.with_image_size(config, image_size)
     base, config = config, configs.replace(config, overrides)
     if config.model.encoder != base.model.encoder:
-        given = {f"model.{name}" for name in RESNET_OPTIONS if _is_given("model", name, overrides)}
-        config = recipes.drop_resnet_options(config, given)
+        options = {f"model.{name}" for name in RESNET_OPTIONS if _is_given("model", name, overrides)}
+        config = recipes.drop_resnet_options(config, options)
     folder = None if resume is None else Path(resume)
     if os.environ.get("RANK", "0") == "0":  # with several processes, the first one checks for all
         check_start(config, data=data, resume=folder)

@@ -249,8 +249,8 @@ def drop_resnet_options(config: Config, given: Collection[str]) -> Config:
 
 
 def dropped_resnet_options(config: Config) -> list[str]:
-    """Names of the options that `drop_resnet_options` has dropped from a recipe's configuration."""
+    """Names of the options that the recipe of a configuration sets, and that its encoder has no place for."""
     if is_resnet(config.model.encoder) or config.recipe not in RECIPES:
         return []
     recipe = RECIPES[config.recipe]().model
-    return [name for name in RESNET_OPTIONS if getattr(recipe, name)]
+    return [name for name in RESNET_OPTIONS if getattr(recipe, name) and not getattr(config.model, name)]
