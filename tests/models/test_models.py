@@ -100,7 +100,7 @@ def test_timm_models_by_name(name: str, size: int, features: int, views: str) ->
     assert (model.feature_dim, model.view_batching) == (features, views)
     p1, _, z1, _ = model(torch.randn(4, 3, size, size), torch.randn(4, 3, size, size))
     assert p1.shape == z1.shape == (4, 8)
-    with pytest.raises(ValueError, match="did you mean resnet18"):
+    with pytest.raises(ValueError, match="did you mean timm/resnet18"):
         build_encoder("timm/resnet81")
 
 
