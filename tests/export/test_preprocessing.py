@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -140,14 +141,24 @@ def test_transform_evaluation_and_monitor_see_the_same_images(
     x = torch.stack([transform(Image.open(path)) for path in photographs])
     torch.testing.assert_close(x, normalized(crops, metadata["preprocessing"]), rtol=0, atol=1e-6)
 
-    source = FileSource(root=photographs[0].parent, paths=tuple(path.name for path in photographs))
+    source = FileSource(
+        root=photographs[0].parent,
+        paths=tuple(path.name for path in photographs),
+        labels=np.arange(len(photographs)) % 2,
+        classes=("a", "b"),
+    )
     pretrained = load_pretrained(trained)
     context = EvalContext(KNNSettings(device="cpu", threads=1), Progress())
     (evaluated, _), *_ = context.batches(pretrained, source)
-    monitor = KNNMonitor(config, torch.nn.Identity(), source, source, device=torch.device("cpu"), autocast=None)  # type: ignore[arg-type]
-    (monitored, _), *_ = monitor._batches(source)
-    assert torch.equal(evaluated, crops) and torch.equal(monitored, crops)
-    assert torch.equal(pretrained.normalize(evaluated), x)
+    assert torch.equal(evaluated, crops) and torch.equal(pretrained.normalize(evaluated), x)
+
+    monitored = []
+    network = torch.nn.Flatten()
+    network.register_forward_hook(lambda _module, inputs, _output: monitored.append(inputs[0]))
+    model: Any = SimpleNamespace(encoder=network, normalize=pretrained.normalize)
+    monitor = KNNMonitor(config, model, source, source, device=torch.device("cpu"), autocast=None)
+    monitor(untrained=False, check=lambda: None)
+    assert len(monitored) == 2 and all(torch.equal(images, x) for images in monitored)
 
 
 def test_changed_preprocessing_is_used_by_embed(encoder: Path, tmp_path: Path) -> None:
