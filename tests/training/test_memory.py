@@ -58,10 +58,8 @@ def peak_of_two_steps(config: Config, precision: Precision) -> int:
 
 
 def run_config(encoder: str, size: int, batch_size: int, **changes: Any) -> Config:
-    views = {"view1.size": size, "view2.size": size}
-    return configs.replace(
-        recipes.imagenet_resnet50(), {"model.encoder": encoder, "batch_size": batch_size, **views, **changes}
-    )
+    fields = {"view1.size": size, "view2.size": size, "model.encoder": encoder, "model.zero_init_residual": False}
+    return configs.replace(recipes.imagenet_resnet50(), {"batch_size": batch_size, **fields, **changes})
 
 
 @pytest.mark.parametrize(
@@ -83,7 +81,7 @@ def run_config(encoder: str, size: int, batch_size: int, **changes: Any) -> Conf
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            run_config("vit_b_16", 224, 2, **{"model.zero_init_residual": False, "optim.name": "adamw"}),
+            run_config("vit_b_16", 224, 2, **{"optim.name": "adamw"}),
             FP32,
             id="vit_b_16",
             marks=pytest.mark.slow,
