@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from byol_fast.models.simsiam import SimSiam
     from byol_fast.training.callbacks import Callback
     from byol_fast.training.run_dir import RunResult
+    from byol_fast.training.tracking import TrackerCallback
     from byol_fast.training.trainer import Trainer
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "EvalTransform",
     "RunResult",
     "SimSiam",
+    "TrackerCallback",
     "Trainer",
     "knn_predict",
     "load_encoder",
@@ -44,12 +46,13 @@ _MODULES = {
     "EvalTransform": "export",
     "RunResult": "training.trainer",
     "SimSiam": "models",
+    "TrackerCallback": "training.tracking",
     "Trainer": "training.trainer",
     "knn_predict": "evaluate",
     "load_encoder": "export",
     "pretrain": "api",
 }
-_SUBMODULES = {"compat", "config", "data", "evaluate", "export", "models", "optim"}
+_SUBMODULES = {"compat", "config", "data", "evaluate", "export", "models", "optim", "trackers"}
 
 
 def __dir__() -> list[str]:

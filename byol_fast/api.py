@@ -75,7 +75,8 @@ def pretrain(
     from byol_fast.report.callback import ReportCallback
     from byol_fast.training.trainer import Trainer
 
-    return Trainer(config, data=data, resume=folder, callbacks=[*callbacks, ReportCallback(run_sections)]).fit()
+    # The report first, so that trackers of the caller's get it.
+    return Trainer(config, data=data, resume=folder, callbacks=[ReportCallback(run_sections), *callbacks]).fit()
 
 
 def _is_given(group: str, name: str, overrides: Mapping[str, object]) -> bool:

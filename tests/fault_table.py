@@ -49,7 +49,7 @@ def small_run(folder: Path) -> Config:
             "max_skipped_steps": 3,
             "device": "cpu",
             "precision": "fp32",
-            "tensorboard": False,
+            "log": (),
             "memory_check": False,
             "out": folder / "runs",
         },

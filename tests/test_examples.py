@@ -100,7 +100,7 @@ def config() -> Config:
             "log_every": 1,
             "device": "cpu",
             "precision": "fp32",
-            "tensorboard": False,
+            "log": (),
             "memory_check": False,
             "name": "first",
         },

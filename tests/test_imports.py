@@ -19,7 +19,7 @@ LAYERS = (
     {"byol_fast.training"},
     {"byol_fast.evaluate"},
     {"byol_fast.export"},
-    {"byol_fast.models", "byol_fast.data"},
+    {"byol_fast.models", "byol_fast.data", "byol_fast.trackers"},
     {"byol_fast.optim"},
     {"byol_fast.utils"},
     {"byol_fast.config"},

@@ -30,6 +30,7 @@ from byol_fast.config.fields import (
     Seed,
     Temperature,
     Threads,
+    TrackerName,
     TrainBatchSize,
     ViewBatching,
     Width,
@@ -324,8 +325,9 @@ class Config:
     """Steps between checkpoints; 0: an epoch, or as many whole epochs as make 100 steps."""
     keep_checkpoints: Annotated[int, Range(1, 1_000_000)] = 3
     """Number of checkpoints to keep besides the one with the best kNN accuracy; older ones are deleted."""
-    tensorboard: bool = True
-    """Write the metrics for TensorBoard, too, into `tb` of the run folder."""
+    log: tuple[TrackerName, ...] = ("tensorboard",)
+    """Trackers that get the metrics, too: `tensorboard` (files in `tb` of the run folder), `wandb`, `mlflow`; several
+    are possible, `--log` without a name is none. Server and project: by the tracker's own environment variables."""
     timeout_minutes: Annotated[float, Range(0.1, 100_000)] = 30.0
     """With several processes: timeout of collective operations, in minutes."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -349,6 +351,8 @@ class Config:
         check_fields(self, "config: ")
         is_name = "/" not in self.name and self.name not in {".", ".."}
         require(is_name, "config: name", "be a plain folder name", self.name)
+        fix = "name each tracker once"
+        require(len(set(self.log)) == len(self.log), "config: log", "have no repeated names", self.log, fix)
         for option, method in METHOD_OPTIONS.items():
             value, default = getattr(self.model, option), ModelConfig.__dataclass_fields__[option].default
             contract = f"be its default with method {self.method}, which has no such option"

@@ -43,5 +43,8 @@ class Callback:
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
         """Called after a checkpoint has been written."""
 
+    def on_exception(self, trainer: Trainer, error: BaseException) -> None:
+        """Called instead of `on_run_end` when a signal (`Interrupted`) or an error ends the run; it is raised after."""
+
     def on_run_end(self, trainer: Trainer, result: RunResult) -> None:
         """Called at the end of the run, after the encoder has been exported."""

@@ -1,4 +1,4 @@
-"""Metrics of a run: records of steps, throughput, `metrics.jsonl` and TensorBoard."""
+"""Metrics of a run: records of steps, throughput, and `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,35 +24,26 @@ from byol_fast.utils.files import atomic_write
 
 log = logging.getLogger(__name__)
 
-NOT_DRAWN = frozenset({"step", "skipped", "knn_k", "knn_num_train", "knn_num_val"})
-"""Fields of records that are no curves."""
-
 
 class MetricsLogger:
-    """Appends records to `metrics.jsonl`, and to TensorBoard's files; they wait in memory until the next `flush`.
+    """Appends records to `metrics.jsonl`; they wait in memory until the next `flush`.
 
     Args:
         path: the metrics file.
-        tensorboard: folder of TensorBoard's event files; None writes none.
         is_main_process: whether this process writes; the others drop their records.
     """
 
-    def __init__(self, path: Path, *, tensorboard: Path | None = None, is_main_process: bool = True) -> None:
+    def __init__(self, path: Path, *, is_main_process: bool = True) -> None:
         self.path = path
-        self._tensorboard = tensorboard
         self._is_main_process = is_main_process
         self._pending: list[Record] = []
-        self._writer: Any = None
 
-    def open(self, step: int, *, evaluated: bool) -> str | None:
-        """Remove the records after the checkpoint of `step`, which are about to be made again, and begin to write.
+    def open(self, step: int, *, evaluated: bool) -> None:
+        """Remove the records after the checkpoint of `step`, which are about to be made again.
 
         Args:
             step: step of the checkpoint that training resumes from; 0 for a new run.
             evaluated: whether that checkpoint already counts the evaluation at its step; if not, that goes too.
-
-        Returns:
-            Why nothing will be written for TensorBoard, or None.
 
         Raises:
             OSError: the folder cannot be written.
@@ -65,17 +56,6 @@ class MetricsLogger:
         if damaged:
             log.warning("metrics: %s has damaged lines (%s); left out", self.path, ", ".join(map(str, damaged)))
         atomic_write(self.path, "".join(json.dumps(r) + "\n" for r in records if stays(r)))
-        if self._tensorboard is None:
-            return None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            return f"no TensorBoard files ({error}): pip install tensorboard, or set tensorboard to false"
-        try:
-            self._writer = SummaryWriter(str(self._tensorboard), purge_step=step + 1 if step else None)
-        except OSError as error:
-            return f"no TensorBoard files: {self._tensorboard} cannot be written ({error})"
-        return None
 
     def add(self, record: Record) -> None:
         """Queue a record."""
@@ -98,39 +78,11 @@ class MetricsLogger:
             raise CheckpointError(
                 f"metrics: {self.path} could not be written ({error}); {write_advice(error)}, then resume"
             ) from error
-        written, self._pending = self._pending, []
-        self._use_tensorboard(lambda writer: _write_scalars(writer, written))
+        self.discard()
 
     def discard(self) -> None:
         """Drop the queued records."""
         self._pending.clear()
-
-    def close(self) -> None:
-        """Finish TensorBoard's files."""
-        self._use_tensorboard(lambda writer: writer.close())
-
-    def _use_tensorboard(self, use: Callable[[Any], None]) -> None:
-        """Call `use` with TensorBoard's writer, if there is one; the run goes on without it after an error."""
-        if self._writer is None:
-            return
-        assert self._tensorboard is not None
-        try:
-            self._tensorboard.stat()  # a writer whose folder was deleted fails in its own thread, with a traceback
-            use(self._writer)
-        except OSError as error:
-            log.warning("metrics: %s could not be written (%s); no more TensorBoard files", self._tensorboard, error)
-            writer, self._writer = self._writer, None
-            with suppress(OSError):
-                writer.close()  # ends its thread
-
-
-def _write_scalars(writer: Any, records: list[Record]) -> None:
-    """Write the numbers of some records into TensorBoard's files."""
-    for record in records:
-        for name, value in record.items():
-            if name not in NOT_DRAWN and value is not None:
-                writer.add_scalar(name, value, record["step"])
-    writer.flush()
 
 
 @dataclass(frozen=True, slots=True)

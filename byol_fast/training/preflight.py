@@ -7,6 +7,7 @@ from pathlib import Path
 from byol_fast.config import Config
 from byol_fast.config.encoder_names import check_encoder_name
 from byol_fast.data.sources.paths import check_images
+from byol_fast.trackers import check_installed
 from byol_fast.training.locks import LOCK_FILE
 from byol_fast.training.resume import check_resumable
 from byol_fast.training.run_dir import RunDir
@@ -14,7 +15,7 @@ from byol_fast.utils.run_folder import check_run_folder
 
 
 def check_start(config: Config, *, data: object = None, resume: Path | None = None) -> None:
-    """Check the run folder, the encoder's name and the paths of the images; writes nothing.
+    """Check the run folder, the names of encoder and trackers and the paths of the images; writes nothing.
 
     Args:
         config: of the run.
@@ -22,8 +23,8 @@ def check_start(config: Config, *, data: object = None, resume: Path | None = No
         resume: run folder to continue.
 
     Raises:
-        ConfigError: the folder cannot be used, a field differs from the run to be continued in what is computed, or
-            there is no such encoder.
+        ConfigError: the folder cannot be used, a field differs from the run to be continued in what is computed, there
+            is no such encoder, or the package of a tracker is missing.
         SourceError: there are no images.
     """
     if resume is not None:
@@ -35,4 +36,5 @@ def check_start(config: Config, *, data: object = None, resume: Path | None = No
         if config.name and run_dir.path.is_dir() and not is_running:
             run_dir.check_usable(resume=False)
     check_encoder_name(config.model.encoder)
+    check_installed(config.log)
     check_images(config, data)

@@ -13,7 +13,7 @@ from byol_fast.utils.files import expand_home
 # rounding, about which the run warns).
 RESUMABLE_CHANGES = frozenset(
     {"name", "out", "log_every", "checkpoint_every", "keep_checkpoints", "data.root", "data.cache", "data.prefetch"}
-    | {"data.threads", "knn.val_root", "mode", "max_autotune", "cudnn_benchmark", "tensorboard"}
+    | {"data.threads", "knn.val_root", "mode", "max_autotune", "cudnn_benchmark", "log"}
     | {"timeout_minutes", "max_skipped_steps", "memory_check"}
     | {
         "activation_checkpointing",

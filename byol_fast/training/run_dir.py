@@ -21,7 +21,8 @@ from byol_fast.utils.records import read_json
 from byol_fast.utils.run_folder import check_run_folder, not_writable
 
 # Files of a run that has saved no checkpoint yet: such a directory is used again.
-_BEFORE_FIRST_CHECKPOINT = {"config.json", "environment.json", "metrics.jsonl", "tb", "report.html", "profile"}
+_BEFORE_FIRST_CHECKPOINT = {"config.json", "environment.json", "metrics.jsonl", "report.html", "profile"}
+_BEFORE_FIRST_CHECKPOINT |= {"tb", "trackers", "wandb"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +63,6 @@ class RunDir:
     def metrics(self) -> Path:
         """The metrics file, `metrics.jsonl`."""
         return self.path / "metrics.jsonl"
-
-    @property
-    def tensorboard(self) -> Path:
-        """Folder of TensorBoard's event files."""
-        return self.path / "tb"
 
     def corrupt_images(self, rank: int) -> Path:
         """List of the corrupt images that a process has passed over."""

@@ -13,6 +13,7 @@ import torch
 from byol_fast.config import Config
 from byol_fast.data import Batch, CorruptImageError
 from byol_fast.export import export_encoder
+from byol_fast.trackers import build_trackers
 from byol_fast.training import distributed
 from byol_fast.training.builder import build_components, global_batch_size
 from byol_fast.training.callbacks import Callback
@@ -27,6 +28,7 @@ from byol_fast.training.metrics import MetricsLogger, StepRecords, ThroughputMet
 from byol_fast.training.metrics_file import Record
 from byol_fast.training.run_dir import RunResult
 from byol_fast.training.state import steps_in, whole_steps_in
+from byol_fast.training.tracking import TrackerCallback
 from byol_fast.utils.errors import first_line
 from byol_fast.utils.output import ignore_output_errors
 from byol_fast.utils.profiler_ranges import record_range
@@ -90,7 +92,10 @@ class Trainer:
         self.loader = parts.state.loader
         self.knn = parts.knn
         self.total_steps = parts.total_steps
+        self.resumed = parts.checkpoint is not None
         self.callbacks = list(callbacks)
+        if self.config.log:
+            self.callbacks.append(TrackerCallback(build_trackers(self.config.log)))
         self.throughput = ThroughputMeter()
         self._parts = parts
         self._steps = StepRecords(
@@ -99,11 +104,7 @@ class Trainer:
             self.device,
             None if self.world.is_single else distributed.all_reduce_mean,
         )
-        self.metrics = MetricsLogger(
-            parts.run_dir.metrics,
-            tensorboard=parts.run_dir.tensorboard if self.config.tensorboard else None,
-            is_main_process=self.world.is_main_process,
-        )
+        self.metrics = MetricsLogger(parts.run_dir.metrics, is_main_process=self.world.is_main_process)
         self._checkpointer = Checkpointer(parts)
         self._shutdown = GracefulShutdown()
         self._should_stop = False
@@ -130,13 +131,16 @@ class Trainer:
             try:
                 self._parts.restore_global_state()
                 return self._fit()
+            except BaseException as error:
+                self.call_hooks("on_exception", error)
+                raise
             finally:
                 self.close()
 
     def _fit(self) -> RunResult:
-        notes = self.world.run_on_main(self._write_run_files)
+        self.world.run_on_main(self._write_run_files)
         with self._shutdown.catch_signals(), training_bar(self._parts) as bar:
-            for line in [*startup_summary(self._parts), *notes, f"run folder: {self.run_dir}"]:
+            for line in [*startup_summary(self._parts), f"run folder: {self.run_dir}"]:
                 bar.progress.print(line)
             self.call_hooks("on_run_begin")
             self._evaluate_if_due(bar.progress)  # the untrained encoder
@@ -154,7 +158,6 @@ class Trainer:
             self._evaluate_on_all_images(bar.progress)
             # Before the callbacks: they may evaluate or upload, and need the memory and the files.
             self.loader.close()
-            self.metrics.close()
             result = self.world.run_on_main(self._export)
         self.call_hooks("on_run_end", result)
         return result
@@ -162,7 +165,6 @@ class Trainer:
     def close(self) -> None:
         """Give up the run folder and all threads; `fit` does it at its end."""
         try:
-            self.metrics.close()
             self.loader.close()
         finally:
             if self._parts.lock is not None:
@@ -347,8 +349,8 @@ class Trainer:
         self.save_checkpoint()
         raise Interrupted(signum, self.run_dir, self.state.step)
 
-    def _write_run_files(self) -> list[str]:
-        """Write `config.json` and `environment.json`, and open the metrics; returns notes for the user."""
+    def _write_run_files(self) -> None:
+        """Write `config.json` and `environment.json`, and open the metrics."""
         run_dir, lock = self._parts.run_dir, self._parts.lock
         if lock is None or not lock.held:
             raise RuntimeError(
@@ -358,10 +360,9 @@ class Trainer:
         try:
             run_dir.write_config(self.config, self.environment)
             run_dir.write_status(finished=False)
-            note = self.metrics.open(self.state.step, evaluated=self.state.evaluated_at == self.state.step)
+            self.metrics.open(self.state.step, evaluated=self.state.evaluated_at == self.state.step)
         except OSError as error:
             raise not_writable(self.run_dir, error) from None
-        return [] if note is None else [note]
 
     def _export(self) -> RunResult:
         """Export the encoder and mark the run as finished; the report is a callback on `on_run_end`."""

@@ -136,14 +136,16 @@ def test_numbers_of_arrays_and_lists_become_python_values() -> None:
     config = Config(
         epochs=np.int64(3),  # type: ignore[arg-type]
         timeout_minutes=np.float32(0.5),  # type: ignore[arg-type]
-        tensorboard=np.bool_(False),  # type: ignore[arg-type]
+        channels_last=np.bool_(False),  # type: ignore[arg-type]
+        log=["wandb"],  # type: ignore[arg-type]
         out="runs/x",  # type: ignore[arg-type]
         data=DataConfig(root="images"),  # type: ignore[arg-type]
         optim=OptimConfig(lr=1, warmup_steps=torch.tensor(7)),  # type: ignore[arg-type]
         model=ModelConfig(mean=np.array([0.5, 0.25, 1]), std=[1, 1, 2]),  # type: ignore[arg-type]
     )
-    values = (config.epochs, config.timeout_minutes, config.tensorboard, config.optim.lr, config.optim.warmup_steps)
+    values = (config.epochs, config.timeout_minutes, config.channels_last, config.optim.lr, config.optim.warmup_steps)
     assert [(type(v), v) for v in values] == [(int, 3), (float, 0.5), (bool, False), (float, 1.0), (int, 7)]
+    assert config.log == ("wandb",)
     assert (config.out, config.data.root) == (Path("runs/x"), Path("images"))
     assert (config.model.mean, config.model.std) == ((0.5, 0.25, 1.0), (1.0, 1.0, 2.0))
     assert configs.from_dict(json.loads(json.dumps(configs.to_dict(config)))) == config
@@ -158,6 +160,13 @@ def test_numbers_of_arrays_and_lists_become_python_values() -> None:
         (Config, {"optim": {"lr": 1}}, r"optim must be of type OptimConfig, got \{'lr': 1\}"),
         (Config, {"mode": ["graph"]}, "mode must be one of auto, eager, compile, graph, got"),
         (Config, {"out": None}, "out must be a path, got None"),
+        (Config, {"log": "wandb"}, "log must be a tuple of at most 10,000 values, got 'wandb'"),
+        (
+            Config,
+            {"log": ("wanbd",)},
+            "log must be one of tensorboard, wandb, mlflow, got 'wanbd'; did you mean 'wandb'",
+        ),
+        (Config, {"log": ("wandb", "wandb")}, "log must have no repeated names, got .* name each tracker once"),
         (DataConfig, {"prefetch": None}, "data.prefetch must be an integer from 1 to 64, got None"),
         (ModelConfig, {"last_bias": 1}, "model.last_bias must be True or False, got 1"),
         (ModelConfig, {"std": (1.0,)}, r"model.std must be a tuple of 3 values, got \(1.0,\)"),

@@ -85,6 +85,7 @@ def test_replace_reaches_nested_fields_in_both_notations() -> None:
     ("changes", "message"),
     [
         ({"optim.lrr": 1.0}, "OptimConfig has no field 'lrr'; did you mean 'lr'"),
+        ({"tensorboard": True}, "Config has no field 'tensorboard'; fields are recipe, .* log,"),
         ({"batchsize": 1}, "did you mean 'batch_size'"),
         ({"batch_size": "8"}, "batch_size must be an integer from 2 to 65,536, got '8'"),
         ({"batch_size": True}, "batch_size must be an integer from .*, got True"),

@@ -237,7 +237,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "steps": 3,
             "device": "cpu",
             "precision": "fp32",
-            "tensorboard": False,
+            "log": (),
             "memory_check": False,
             "out": root,
             "name": "run",

@@ -193,7 +193,7 @@ def test_command_writes_a_page_and_no_checkpoint(
 def test_profile_of_a_checkpoint_leaves_the_run_unchanged(run: Config, one_core: None) -> None:
     from byol_fast import Trainer
 
-    short = configs.replace(run, {"steps": 2, "batch_size": 8, "knn.enabled": "off", "tensorboard": False})
+    short = configs.replace(run, {"steps": 2, "batch_size": 8, "knn.enabled": "off", "log": ()})
     folder = Trainer(short).fit().run_dir
     before = {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
     slow = replace(CEILINGS, bytes_per_s=1.0)  # far too low, as beside other processes: all floors are too high

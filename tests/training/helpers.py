@@ -28,7 +28,7 @@ from tests.networks import SmallResidualNetwork
 SCHEDULE = RunSchedule(total_steps=8, base_lr=20.0, batch_size=8, tau_base=0.9)
 FP32, BF16, FP16 = Precision("fp32", None), Precision("bf16", torch.bfloat16), Precision("fp16", torch.float16)
 
-SMALL_RUN: dict[str, Any] = {"model.encoder": "small", "data.loader": "threaded", "tensorboard": False}
+SMALL_RUN: dict[str, Any] = {"model.encoder": "small", "data.loader": "threaded", "log": ()}
 """Changes that make `tiny` a run of a tenth of a second; see `use_small_encoder`."""
 
 # Processes are forked from a server that has imported the package and has no threads: they start in milliseconds.

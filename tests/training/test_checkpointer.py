@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 @pytest.fixture
 def small(tiny: Config, small_network: None) -> Config:
-    """`tiny` with a network of milliseconds and without TensorBoard."""
+    """`tiny` with a network of milliseconds and without trackers."""
     return configs.replace(tiny, SMALL_RUN)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,28 +68,6 @@ def test_data_wait_leaves_out_pauses_and_what_the_loader_waits_for_the_gpu(monke
     throughput = meter.read()
     assert (throughput.images_per_second, throughput.data_wait) == (10.0, 0.2)
     assert meter.read().data_wait == 0.0
-
-
-@pytest.mark.parametrize("in_the_way", [True, False], ids=["file", "deleted"])
-def test_run_goes_on_without_tensorboard(in_the_way: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
-    folder, threads = tmp_path / "tb", set(threading.enumerate())
-    if in_the_way:
-        folder.touch()
-    log = MetricsLogger(tmp_path / "metrics.jsonl", tensorboard=folder)
-    note = log.open(0, evaluated=False)
-    for step in range(1, 6):
-        if step == 3 and not in_the_way:
-            shutil.rmtree(folder)
-        log.add({"step": step, "loss": 1.0})
-        log.flush()
-    log.close()
-    assert [r["step"] for r in read(log.path)] == [1, 2, 3, 4, 5]
-    assert set(threading.enumerate()) <= threads
-    (message,) = [note] if in_the_way else caplog.messages
-    assert message is not None
-    assert str(folder) in message and "TensorBoard files" in message
-    assert "metrics.jsonl" not in message
 
 
 def test_folder_that_is_gone_is_not_a_full_disk(tmp_path: Path) -> None:

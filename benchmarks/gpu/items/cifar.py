@@ -206,7 +206,7 @@ def _trainer(context: Context, train: ArraySource, folder: Path) -> Trainer:
         "precision": "bf16",
         "knn.enabled": "off",
         "probe.enabled": "off",
-        "tensorboard": False,
+        "log": (),
         "out": folder,
         "name": "cifar10",
         "checkpoint_every": 10**9,
