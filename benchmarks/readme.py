@@ -46,13 +46,12 @@ RENAMED = {"byol_fast, where there is no C compiler": "byol_fast: LARS.step(ema=
 
 def table(suite: SuiteResult, extras: list[str], title: str = "") -> list[str]:
     """A suite as Markdown, the rows of this package in bold."""
-    heads = [title or suite.name, suite.unit, "relative speed", *(TITLES[name] for name in extras)]
+    heads = [title or suite.name, suite.unit, "times faster", *(TITLES[name] for name in extras)]
     rows = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * 2 + "|---" * len(extras) + "|"]
     for number, candidate in enumerate(suite.candidates):
         low, middle, high = suite.quantiles(candidate.timing)
-        over, over_low, over_high = suite.relative_to_first(candidate)
-        # The ratio is of times: its inverse is the speed relative to the first row.
-        speed = "1" if number == 0 else f"{1 / over:.2f} [{1 / over_high:.2f} - {1 / over_low:.2f}]"
+        faster, faster_low, faster_high = suite.times_faster(candidate)  # than the first row
+        speed = "1" if number == 0 else f"{faster:.2f} [{faster_low:.2f} - {faster_high:.2f}]"
         name = _label(candidate)
         cells = [name, f"{_short(middle)} [{_short(low)} - {_short(high)}]", speed]
         if candidate.is_byol_fast:
@@ -111,7 +110,7 @@ def _options(text: str) -> tuple[str, dict[str, str], list[str]]:
 def queue_table(folder: Path, title: str, rows: list[str], extras: list[str]) -> list[str]:
     """Figures of the GPU queue as Markdown, with their source.
 
-    The interval of a relative speed is the widest that the quantiles of both times allow.
+    The interval of a speed is the widest that the quantiles of both times allow.
 
     Args:
         folder: of a GPU's results.
@@ -122,7 +121,7 @@ def queue_table(folder: Path, title: str, rows: list[str], extras: list[str]) ->
     Raises:
         ValueError: an item has no such figure.
     """
-    heads = [title, "ms", "relative speed", *(TITLES[name] for name in extras)]
+    heads = [title, "ms", "times faster", *(TITLES[name] for name in extras)]
     lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (2 + len(extras)) + "|"]
     first: dict[str, Any] = {}
     headers: dict[str, dict[str, Any]] = {}

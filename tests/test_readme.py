@@ -27,7 +27,7 @@ def test_readme_is_short_and_has_one_table_of_speed() -> None:
     assert len(BLOCK.findall(text)) + len(QUEUE_BLOCK.findall(text)) == 1
 
 
-def test_table_gives_speed_relative_to_first_row(tmp_path: Path) -> None:
+def test_table_says_how_many_times_faster_than_the_first_row(tmp_path: Path) -> None:
     results = Results("step", "cpu", {"threads": 1})
     times = {"baseline, fp32": Timing((2.0,) * 5), "lightly": Timing((4.0,) * 5), "byol_fast": Timing((0.5,) * 5)}
     times["byol_fast: threaded + PIL's operators"] = Timing((9.0,) * 5)  # removed since
@@ -53,7 +53,7 @@ def test_table_of_selected_rows_is_relative_to_the_first_of_them(tmp_path: Path)
 
     text = '<!-- results machine/step.json rows="lightly;baseline, fp32" title="One step" -->\n<!-- end results -->'
     lines = render(text, tmp_path).splitlines()
-    assert lines[1].startswith("| One step | images/s | relative speed |")
+    assert lines[1].startswith("| One step | images/s | times faster |")
     assert lines[3:5] == ["| lightly | 16 [16 - 16] | 1 |", "| baseline, fp32 | 32 [32 - 32] | 2.00 [2.00 - 2.00] |"]
     with pytest.raises(ValueError, match="must have rows nobody"):
         render(text.replace("lightly;", "nobody;"), tmp_path)
@@ -74,7 +74,7 @@ def test_table_of_the_queue_has_a_row_for_each_figure(tmp_path: Path) -> None:
     text = f'<!-- queue card title=Steps extras=images_per_second rows="{rows}" -->\n<!-- end queue -->'
     source = "(`benchmarks/results/card/`, steps.jsonl: median [20 % - 80 % quantile] over rounds; "
     assert render(text, tmp_path).splitlines()[1:-1] == [
-        "| Steps | ms | relative speed | images/s |",
+        "| Steps | ms | times faster | images/s |",
         "|---|---:|---:|---:|",
         "| a loop | 4 [3 - 5] | 1 | 64 |",
         "| **byol_fast** | **2 [1 - 2.5]** | **2.00 [1.20 - 5.00]** | **128** |",

@@ -81,14 +81,24 @@ def byol_fast(note: str, **options: Any) -> Candidate:
     return Candidate(step="byol_fast", note=note, options=options)
 
 
-def library_candidates(device: torch.device) -> dict[str, Candidate]:
-    """The baseline, other libraries and byol_fast, on a device."""
+def library_candidates(device: torch.device, precision: str = "fp32") -> dict[str, Candidate]:
+    """The baseline, other libraries and byol_fast, on a device.
+
+    Args:
+        device: of the steps.
+        precision: of the baseline and byol_fast, in addition to fp32.
+    """
     mode = "graph" if device.type == "cuda" else "eager"
     graph = "one CUDA graph; " if mode == "graph" else ""
+    low_baseline, low_byol_fast = {}, {}
+    if precision != "fp32":
+        note, cast = "as the baseline, autocast", "as byol_fast, fp32; autocast, weights cast by the optimizer"
+        low_baseline[f"baseline, NHWC, {precision}"] = baseline(note, channels_last=True, precision=precision)
+        low_byol_fast[f"byol_fast, {precision}"] = byol_fast(cast, precision=precision, mode=mode)
     return {
         BASELINE: baseline(f"{SEPARATE}; loss by F.normalize; SGD; EMA in a loop at the end"),
         "baseline with Adam": baseline("as the baseline; Adam", optimizer="adam"),
-        "baseline, NHWC, bf16": baseline("as the baseline, autocast", channels_last=True, precision="bf16"),
+        **low_baseline,
         "lightly": Candidate(
             step="lightly",
             note=f"{SEPARATE}; fp32; loss times 1/4 minus 1, by cosine_similarity; its LARS, which decays and adapts "
@@ -113,9 +123,7 @@ def library_candidates(device: torch.device) -> dict[str, Candidate]:
         "byol_fast, fp32": byol_fast(
             f"{graph}{BATCHED}; NHWC; LARS and EMA in one pass; skips non-finite steps", mode=mode
         ),
-        "byol_fast, bf16": byol_fast(
-            "as byol_fast, fp32; autocast, weights cast by the optimizer", precision="bf16", mode=mode
-        ),
+        **low_byol_fast,
     }
 
 

@@ -42,8 +42,7 @@ def bars(suites: Sequence[SuiteResult], title: str) -> Image.Image:
                 fill=BYOL_FAST if candidate.is_byol_fast else OTHERS,
             )
             draw.line((ends[0], y + ROW // 2, ends[2], y + ROW // 2), fill=INK, width=2)
-            ratio = suite.relative_to_first(candidate)[0]
-            text = f"{middle:.4g}   ({ratio:.2f}x time of the first)"
+            text = f"{middle:.4g}   ({suite.times_faster(candidate)[0]:.2f} times faster than the first)"
             draw.text((max(ends[1], ends[2]) + 10, y + 5), text, fill=FAINT, font=small)
         top += height
     return image

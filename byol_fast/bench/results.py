@@ -79,6 +79,11 @@ class SuiteResult:
         """Time over that of the first candidate, round by round: median, 20 % and 80 % quantile."""
         return ratio(candidate.timing, self.candidates[0].timing)
 
+    def times_faster(self, candidate: CandidateResult) -> tuple[float, float, float]:
+        """Time of the first candidate over that of this one: 1 over `relative_to_first`, with its quantiles."""
+        middle, low, high = self.relative_to_first(candidate)
+        return 1 / middle, 1 / high, 1 / low
+
 
 class Results:
     """Suites of one benchmark.
@@ -198,9 +203,9 @@ def _not_results(path: Path, problem: str) -> ConfigError:
 
 def lines(suite: SuiteResult) -> Sequence[str]:
     """A suite as text, a line per candidate."""
-    text = [f"{suite.name} ({suite.unit}: median [p20 - p80]; time relative to the first)"]
+    text = [f"{suite.name} ({suite.unit}: median [p20 - p80]; times faster than the first)"]
     for candidate in suite.candidates:
-        (p20, p50, p80), (middle, low, high) = suite.quantiles(candidate.timing), suite.relative_to_first(candidate)
+        (p20, p50, p80), (middle, low, high) = suite.quantiles(candidate.timing), suite.times_faster(candidate)
         extras = "  ".join(f"{_short(v)} {k}" for k, v in candidate.extras.items() if k not in _TEXT_EXTRAS)
         spread = f"[{p20:.4g} - {p80:.4g}]  {middle:.2f}x [{low:.2f} - {high:.2f}]"
         text.append(f"  {candidate.name:52s}{p50:9.4g} {spread}  {extras}")

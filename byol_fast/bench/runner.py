@@ -72,6 +72,8 @@ class Bench:
         libraries = ", ".join(f"{name} {version}" for name, version in library_versions().items())
         libraries = libraries or "none installed (pip install byol_fast[peers])"
         print(f"{self.device}, {threads}, load {os.getloadavg()[0]:.1f}; other libraries: {libraries}", flush=True)
+        if self.options.precision == "auto" and self.precision.name == "fp32":
+            print("bf16 is left out, because this CPU has no instructions for it (--precision bf16 measures it)")
         for name in self.options.suites or [s for s in SUITES if s != "stages"]:
             print(f"\n== {name}", flush=True)
             results = Results(name, self.device, self.settings())
@@ -145,7 +147,7 @@ class Bench:
 
     def peers(self, results: Results, rounds: int) -> None:
         """A step of other libraries and of byol_fast."""
-        steps = candidates.library_candidates(self.device)
+        steps = candidates.library_candidates(self.device, self.precision.name)
         self.measure_steps(results, "a step of each library", steps, rounds)
 
     def measure_steps(self, results: Results, name: str, steps: Mapping[str, Candidate], rounds: int) -> None:

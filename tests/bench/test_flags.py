@@ -69,7 +69,7 @@ def flags_during(call: Callable[[], object]) -> set[Flags]:
 
 
 def candidates() -> dict[str, Candidate]:
-    steps = library_candidates(CPU)
+    steps = library_candidates(CPU, "bf16")
     for precision in EXPECTED:
         steps |= ablation_candidates(CPU, precision, ("eager",))
     return steps

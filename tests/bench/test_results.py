@@ -91,7 +91,7 @@ def results(times: dict[str, Timing], **options: Any) -> Results:
 def test_saved_results_are_loaded_unchanged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     times = {"byol_fast": Timing((1.0, 2.0, 4.0)), "other": Timing((2.0, 4.0, 8.0))}
     original = results(times, unit="images/s", num_items=32, baseline="other", extras={"other": {"version": "1.6"}})
-    assert "2.00x" in capsys.readouterr().out
+    assert "0.50x [0.50 - 0.50]" in capsys.readouterr().out  # half as fast as the first
     original.save(tmp_path / "results")
     with (tmp_path / "results" / "step.csv").open() as file:
         first, other = csv.DictReader(file)
@@ -285,3 +285,19 @@ def test_all_suites_run(tmp_path: Path) -> None:
             assert len(suite.candidates) >= 2, suite.name
             assert not suite.baseline or suite.baseline in {c.name for c in suite.candidates}
             assert any(c.name.startswith("byol_fast") for c in suite.candidates)
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_bf16_is_measured_where_the_cpu_has_instructions_for_it(
+    has_bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(env, "cpu_has_bf16", lambda: has_bf16)
+    names: list[str] = []
+    monkeypatch.setattr(Bench, "measure_steps", lambda self, results, name, steps, rounds: names.extend(steps))
+    for precision in ("auto", "bf16"):
+        bench, built = Bench(Options(device="cpu", precision=precision)), Results("step", "cpu")
+        for suite in (bench.peers, bench.step):
+            names.clear()
+            suite(built, 1)
+            assert any("bf16" in name for name in names) == (has_bf16 or precision == "bf16")
+            assert any("fp32" in name for name in names)

@@ -1,4 +1,4 @@
-"""What was logged, read back through the clients: wandb's files of an offline run, and MLflow's own server."""
+"""Logged metrics and files, read back: from the files of an offline run of wandb, and from a server of MLflow."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def run_with_a_break(config: Config) -> Path:
     return Trainer(config, resume=trainer.run_dir, callbacks=[ReportCallback()]).fit().run_dir
 
 
-def expected(run_dir: Path) -> dict[str, dict[int, float]]:
+def expected(run_dir: Path) -> dict[str, dict[int, Any]]:
     """The values of metrics.jsonl, by the trackers' names and by step."""
-    curves: dict[str, dict[int, float]] = {}
+    curves: dict[str, dict[int, Any]] = {}
     for record in read(run_dir / "metrics.jsonl"):
         for name, value in named(record).items():
             curves.setdefault(name, {})[record["step"]] = pytest.approx(value, rel=1e-12)
