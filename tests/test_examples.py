@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import shlex
@@ -52,6 +53,7 @@ SNIPPETS = {
     "hook": ("python_api.md", "optimizer = torch.optim.AdamW"),
     "Lightning": ("python_api.md", "class Learner"),
     "early stopping": ("python_api.md", "class EarlyStopping"),
+    "tracker": ("trackers.md", "class CSVTracker"),
     "print loss": ("python_api.md", "class PrintLoss"),
     "roofline": ("profiling.md", "from byol_fast.profiling import roofline"),
     "kernels": ("kernels.md", "from byol_kernels import"),
@@ -191,6 +193,19 @@ def test_early_stopping_ends_and_exports(config: Config) -> None:
     )
     assert result["result"].steps == 2  # one epoch: the evaluation before the first step does not count
     assert result["result"].encoder.exists()
+
+
+@pytest.mark.usefixtures("folder")
+def test_own_tracker_writes_the_metrics(config: Config) -> None:
+    small = {'"imagenet_resnet50_100"': "config"}
+    run("tracker", small, byol_fast=byol_fast, config=configs.replace(config, {"name": "tracked", "knn.k": 1}))
+    lines = [line.split(",") for line in Path("runs/tracked/metrics.csv").read_text().splitlines()]
+    values = {(int(step), name): float(value) for step, name, value in lines}
+    records = [json.loads(line) for line in Path("runs/tracked/metrics.jsonl").read_text().splitlines()]
+    for name in ("train/loss", "eval/rankme"):
+        key = name.partition("/")[2]
+        recorded = {record["step"]: record[key] for record in records if key in record}
+        assert {step: value for (step, logged), value in values.items() if logged == name} == recorded
 
 
 @pytest.mark.usefixtures("folder")
