@@ -11,7 +11,8 @@ Status = Literal["finished", "interrupted", "failed"]
 """End of a run: complete or ended by a callback; a signal, after which it can be resumed; an error."""
 
 _PERF = {"images_per_second", "data_wait", "peak_memory_gib"}
-_EVAL_LEFT_OUT = {"epoch", "knn_k"}  # a second curve of the epochs, and a constant
+# A second curve of the epochs, and constants.
+_EVAL_LEFT_OUT = {"epoch", "knn_k", "knn_num_train", "knn_num_val"}
 
 
 class Metrics(NamedTuple):

@@ -40,6 +40,9 @@ class Callback:
     def on_evaluation(self, trainer: Trainer, record: dict[str, Any]) -> None:
         """Called after a kNN evaluation."""
 
+    def on_full_evaluation(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        """Called after the kNN evaluation on all images that `knn.full_at_end` adds after the last step."""
+
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
         """Called after a checkpoint has been written."""
 

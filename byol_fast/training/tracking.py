@@ -77,6 +77,10 @@ class TrackerCallback(Callback):
         for thread in self._threads:
             thread.log([record], evaluation=True)
 
+    def on_full_evaluation(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        """Queue the record of the last evaluation."""
+        self.on_evaluation(trainer, record)
+
     def on_exception(self, trainer: Trainer, error: BaseException) -> None:
         """End the trackers' runs; a resumed run continues them."""
         is_interrupted = isinstance(error, Interrupted | KeyboardInterrupt)

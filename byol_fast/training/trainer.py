@@ -290,8 +290,10 @@ class Trainer:
         if result is None:
             self._interrupt(self.world.all_reduce_max(self._shutdown.signum))
         progress.print(f"{result.summary()}  (all images, after the last step)")
-        self.metrics.add({"step": self.state.step, "epoch": round(self.state.epoch, 4), **result.to_dict()})
+        record = {"step": self.state.step, "epoch": round(self.state.epoch, 4), **result.to_dict()}
+        self.metrics.add(record)
         self.metrics.flush()
+        self.call_hooks("on_full_evaluation", record)
 
     def _evaluate(self, *, full: bool = False) -> EvalMetrics | None:
         """Evaluate the encoder; None if a signal arrived meanwhile."""

@@ -22,7 +22,7 @@ from byol_fast.config import Config
 from byol_fast.report.callback import ReportCallback
 from byol_fast.training import tracking
 from byol_fast.training.errors import Interrupted
-from byol_fast.training.metrics import read
+from byol_fast.training.metrics_file import read
 from byol_fast.training.trainer import Trainer
 from tests.training.conftest import small, small_network  # noqa: F401 (fixtures)
 from tests.training.helpers import AtStep

@@ -44,7 +44,15 @@ def test_names_of_metrics_have_a_group() -> None:
     skipped = {"step": 4, "embedding_std": 0.8, "images_per_second": 9.0, "probe_top1": 0.2, "skipped": True}
     values = {"train/embedding_std": 0.8, "perf/images_per_second": 9.0, "train/probe_top1": 0.2, "train/skipped": 1.0}
     assert named_metrics(skipped, evaluation=False) == Metrics(4, values)
-    record = {"step": 0, "epoch": 0.0, "knn_top1": 0.5, "knn_k": 20, "rankme": None, "images": "all"}
+    record = {
+        "step": 0,
+        "epoch": 0.0,
+        "knn_top1": 0.5,
+        "knn_k": 20,
+        "knn_num_train": 9,
+        "rankme": None,
+        "images": "all",
+    }
     assert named_metrics(record, evaluation=True) == Metrics(0, {"eval/knn_top1": 0.5})
 
 

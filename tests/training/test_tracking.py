@@ -15,7 +15,7 @@ from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError
 from byol_fast.training import tracking
 from byol_fast.training.errors import Interrupted
-from byol_fast.training.metrics import read
+from byol_fast.training.metrics_file import read
 from byol_fast.training.trainer import Trainer
 from tests.trackers.recorder import Recorder
 from tests.training.helpers import AtStep
@@ -27,14 +27,16 @@ EVAL_NAMES = {"eval/knn_top1", "eval/knn_top5", "eval/rankme"}
 
 @pytest.fixture
 def evaluated(small: Config) -> Config:
-    """A run with an evaluation before the first step, after five and after the last, the sixth."""
-    return configs.replace(small, {"knn.val_root": small.data.root, "knn.every_epochs": 1})
+    """A run of six steps, with evaluations of some images before, after five and after all, then one of all images."""
+    some = {"max_train": 30, "max_val": 6, "full_at_end": True, "k": 1}
+    return configs.replace(small, {"knn": {"val_root": small.data.root, "every_epochs": 1, **some}})
 
 
 def named(record: dict[str, Any]) -> dict[str, float]:
     """The values of a record of metrics.jsonl by the trackers' names."""
-    names = {name.partition("/")[2]: name for name in STEP_NAMES | EVAL_NAMES | {"eval/probe_val_top1"}}
-    left_out = {"step", "knn_k"} | ({"epoch"} if "knn_top1" in record else set())
+    later = {"eval/probe_val_top1", "eval/knn_full_top1", "eval/knn_full_top5"}
+    names = {name.partition("/")[2]: name for name in STEP_NAMES | EVAL_NAMES | later}
+    left_out = {"step", "knn_k", "knn_num_train", "knn_num_val"} | (set() if "loss" in record else {"epoch"})
     return {names[name]: value for name, value in record.items() if name not in left_out}
 
 
@@ -53,7 +55,8 @@ def test_tracker_follows_a_run_and_its_resumption(evaluated: Config) -> None:
     assert [(m.step, m.values) for m in tracker.metrics] == [
         (r["step"], named(r)) for r in read(run_dir / "metrics.jsonl")
     ]
-    assert [m.step for m in tracker.metrics] == [0, 1, 2, 3, 4, 5, 5, 6, 6]
+    assert [m.step for m in tracker.metrics] == [0, 1, 2, 3, 4, 5, 5, 6, 6, 6]
+    assert set(tracker.metrics[-1].values) == {"eval/knn_full_top1", "eval/knn_full_top5"}
     assert set(tracker.metrics[1].values) == STEP_NAMES
     assert set(tracker.metrics[0].values) == EVAL_NAMES
     assert tracker.ends == ["interrupted", "finished"]
