@@ -36,7 +36,7 @@ class TrackerCallback(Callback):
     Raises:
         ValueError: a name is repeated, or no plain file name.
 
-    Example:
+    Examples:
         >>> byol_fast.pretrain("photos", callbacks=[byol_fast.TrackerCallback([MyTracker()])])
     """
 
