@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._inductor.compile_fx import compile_fx
 
 from byol_fast.training.cuda_graph import CUDAGraphStep
@@ -42,7 +42,7 @@ def test_stages_of_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stages before torch captures, as far as they need no GPU."""
     stages: list[str] = []
 
-    class SideStream:
+    class NoStream:
         def __init__(self, device: torch.device) -> None:
             stages.append(current_stage())
             raise RuntimeError("no GPU")
@@ -52,7 +52,7 @@ def test_stages_of_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
         work()
 
     monkeypatch.setattr("byol_fast.training.cuda_graph.restore_state_after", warm_up)
-    monkeypatch.setattr(torch.cuda, "Stream", SideStream)
+    monkeypatch.setattr(torch.cuda, "Stream", NoStream)
     with pytest.raises(RuntimeError, match="no GPU"):
         CUDAGraphStep(list, list, torch.device("cuda"))([])  # type: ignore[arg-type]
     assert stages == ["capturing", "warming up for the capture"]
