@@ -38,8 +38,8 @@ class Preprocessing:
     """The filter is widened when the image gets smaller, as in PIL; always true."""
     crop: ImageSize
     """Height and width of the crop in pixels."""
-    crop_mode: Literal["center, rounded down"] = "center, rounded down"
-    """Left and upper edge are half of what is left over, rounded down."""
+    crop_mode: Literal["center"] = "center"
+    """As torchvision's `center_crop`: the edges are half of what is left over, half pixels rounded to even."""
     value_range: tuple[Annotated[float, Range(0, 0)], Annotated[float, Range(1, 1)]] = (0.0, 1.0)
     """Range of the values before the normalization: bytes are divided by 255."""
     mean: tuple[ChannelMean, ChannelMean, ChannelMean] = (0.485, 0.456, 0.406)

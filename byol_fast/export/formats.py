@@ -306,8 +306,7 @@ def _export_timm(encoder: nn.Module, metadata: dict[str, Any], path: Path, with_
 def timm_data_config(preprocessing: Preprocessing) -> dict[str, Any]:
     """The fields of timm's `pretrained_cfg` that `timm.data.resolve_model_data_config` reads.
 
-    timm's transform has two differences: it resizes images whose shorter side is `crop`, too, and rounds the position
-    of the crop to an even number, not down, if the middle is between two pixels.
+    timm's transform has one difference: it resizes images whose shorter side is `crop`, too.
     """
     size, resize = preprocessing.crop, preprocessing.resize
     crop_pct = size / resize

@@ -217,7 +217,7 @@ def schedule(**options: Any) -> Any:
         (lambda: Preprocessing(crop=8, resize=7), r"resize must be at least preprocessing.crop \(8\), got 7"),
         (lambda: Preprocessing(crop=8, antialias=False), "antialias must be True, got False"),
         (lambda: Preprocessing(crop=8, value_range=(0, 255)), "value_range must be a number from 1 to 1, got 255"),
-        (lambda: Preprocessing(crop=8, crop_mode="top"), "crop_mode must be one of center, rounded down, got 'top'"),  # type: ignore[arg-type]
+        (lambda: Preprocessing(crop=8, crop_mode="top"), "crop_mode must be one of center, got 'top'"),  # type: ignore[arg-type]
         (lambda: batches(loader="pil"), "loader must be one of"),
         (lambda: batches(on_corrupt="ignore"), "on_corrupt must be one of raise, skip, got 'ignore'"),
         (lambda: roofline(recipes.demo(), dtype="fp32").floor(stated("H100"), "A", schedule="max"), "schedule must be"),  # type: ignore[arg-type]

@@ -13,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision.transforms.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
-from byol_fast.config import replace
-from byol_fast.data import Batch, ImageSource, open_source
+from byol_fast.config import Preprocessing, replace
+from byol_fast.config.fields import Loader
+from byol_fast.data import Batch, ImageSource, eval_batches, open_source
 from byol_fast.data.loaders.backend import dali_installed
 from byol_fast.data.sources import ArraySource
 from tests.data.helpers import config_of, loader_of, pixels, plain, same
@@ -110,3 +112,17 @@ def test_index_does_not_share_memory_with_the_sampler(make: Make, source: ImageS
         next(other)
     assert torch.equal(next(loader).index, next(other).index)
     assert np.array_equal(loader.sampler.order(0), other.sampler.order(0))
+
+
+@pytest.mark.parametrize("loader", ["dali", "threaded"])
+def test_center_crop_is_that_of_torchvision(tmp_path: Path, loader: Loader) -> None:
+    """At both sides of all remainders by 4: torchvision rounds halves of pixels to even."""
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    sizes = [(20 + i, 20) for i in range(8)] + [(20, 20 + i) for i in range(8)]
+    expected = []
+    for i, size in enumerate(sizes):
+        image = Image.fromarray(pixels).resize(size)
+        image.save(tmp_path / f"{i:02d}.png")
+        expected.append(F.pil_to_tensor(F.center_crop(image, 14)))
+    batches = eval_batches(open_source(tmp_path), Preprocessing(crop=14, resize=20), 5, loader=loader)
+    assert torch.equal(torch.cat([images.cpu() for images, _ in batches]), torch.stack(expected))

@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "256k")
 
 import nvidia.dali
-import nvidia.dali.math as dm
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 
 from byol_fast.config import Config, Preprocessing, ViewConfig
@@ -36,7 +35,7 @@ from byol_fast.data.batch import Batch, Views, empty_views
 from byol_fast.data.errors import CorruptImageError
 from byol_fast.data.integrity import CorruptImages, check_bytes
 from byol_fast.data.loaders.base import DeterministicLoader
-from byol_fast.data.loaders.dali_views import CROPS_ONLY, INTERPOLATION, Node, fn, types, view_inputs, view_node
+from byol_fast.data.loaders.dali_views import CROPS_ONLY, Node, center_crop_node, fn, types, view_inputs, view_node
 from byol_fast.data.loaders.image_reader import Encoding, ImageReader, NotReadByDALIError, find_defect, for_dali
 from byol_fast.data.loaders.threads import resolve_num_threads
 from byol_fast.data.sampler import BatchSpec
@@ -366,20 +365,7 @@ def _center_crops_pipeline(
     feed: Callable[[], Any], *, encoding: Encoding, gpu: bool, preprocessing: Preprocessing
 ) -> Any:
     image = _decode(fn.external_source(source=feed, batch=True), encoding, gpu)
-    shape = image.shape()
-    height, width = fn.cast(shape[0], dtype=types.FLOAT64), fn.cast(shape[1], dtype=types.FLOAT64)
-    size = preprocessing.crop
-    shorter, larger = dm.min(height, width), float(preprocessing.resize)
-    fits = fn.cast(shorter == float(size), dtype=types.FLOAT64)
-    resized = dm.floor(fn.stack(height, width) * (larger - fits * (larger - size)) / shorter)
-    image = fn.resize(
-        image,
-        size=fn.cast(resized, dtype=types.FLOAT),
-        interp_type=INTERPOLATION[preprocessing.interpolation],
-        antialias=True,
-    )
-    start = fn.cast(dm.floor((resized - float(size)) * 0.5), dtype=types.INT32)
-    return fn.slice(image, start, (size, size), axes=(0, 1))
+    return center_crop_node(image, preprocessing)
 
 
 @pipeline_def

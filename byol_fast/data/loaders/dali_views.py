@@ -15,7 +15,7 @@ import nvidia.dali
 import nvidia.dali.math as dm
 from numpy.typing import NDArray
 
-from byol_fast.config import ViewConfig
+from byol_fast.config import Preprocessing, ViewConfig
 from byol_fast.data.augment_params import PROBABILITIES, AugmentParams, crop_boxes
 from byol_kernels.augment_params.params import ATTEMPTS
 from byol_kernels.photometric.params import BRIGHTNESS, CONTRAST, HUE
@@ -230,3 +230,23 @@ def _gray(x: Node) -> Node:
 
 def _to_rgb(gray: Node) -> Node:
     return fn.color_space_conversion(gray, image_type=types.GRAY, output_type=types.RGB)
+
+
+def center_crop_node(image: Node, preprocessing: Preprocessing) -> Node:
+    """Resized center of a decoded image, at the pixels of torchvision's `center_crop` (halves are rounded to even)."""
+    shape = image.shape()
+    height, width = fn.cast(shape[0], dtype=types.FLOAT64), fn.cast(shape[1], dtype=types.FLOAT64)
+    size = preprocessing.crop
+    shorter, larger = dm.min(height, width), float(preprocessing.resize)
+    fits = fn.cast(shorter == float(size), dtype=types.FLOAT64)
+    resized = dm.floor(fn.stack(height, width) * (larger - fits * (larger - size)) / shorter)
+    image = fn.resize(
+        image,
+        size=fn.cast(resized, dtype=types.FLOAT),
+        interp_type=INTERPOLATION[preprocessing.interpolation],
+        antialias=True,
+    )
+    left_over = resized - float(size)
+    remainder = left_over - 4.0 * dm.floor(left_over * 0.25)  # a half is rounded up only where this is 3
+    start = fn.cast(dm.floor(left_over * 0.5) + dm.floor(remainder / 3.0), dtype=types.INT32)
+    return fn.slice(image, start, (size, size), axes=(0, 1))

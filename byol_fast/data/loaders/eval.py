@@ -115,6 +115,6 @@ def center_crop(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.
     shorter, size = min(image.size), preprocessing.crop
     target = size if shorter == size else preprocessing.resize
     w, h = (side * target // shorter for side in image.size)
-    left, top = (w - size) // 2, (h - size) // 2
+    left, top = round((w - size) / 2), round((h - size) / 2)  # halves to even, as torchvision's center_crop
     x = image.resize((w, h), RESAMPLING[preprocessing.interpolation])
     return np.array(x.crop((left, top, left + size, top + size)))
