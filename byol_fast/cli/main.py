@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from byol_fast import __version__
 from byol_fast.cli.options import print_error
 from byol_fast.config import ConfigError
+from byol_fast.utils.commands import short_path
 from byol_fast.utils.output import PlainConsole, ignore_output_errors
 from byol_fast.utils.progress import Progress
 
@@ -37,6 +38,13 @@ usage: byol-fast COMMAND ...
   --version                       print the version
 """
 
+START = """\
+byol-fast pre-trains image encoders without labels. To start:
+  byol-fast demo                                        train on packaged images, in a few minutes
+  byol-fast train imagenet_resnet50_100 path/to/images  train on your images
+  byol-fast --help                                      list all commands
+"""
+
 # Each command is a module of `byol_fast.cli`, imported on use.
 COMMANDS = ("demo", "train", "preview", "doctor", "export", "eval", "embed", "report", "bench", "profile", "roofline")
 _WITH_PROGRESS = {"demo", "train", "export", "eval", "embed", "bench", "profile"}
@@ -46,7 +54,11 @@ _WRONG_PATH = {None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, er
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command and exit: 0 success, 1 the run failed, 2 wrong arguments, 128 + signal when interrupted."""
+    """Run a command and exit.
+
+    The exit code is 0 after success, 1 if the run failed, 2 for wrong arguments, 3 if the run came to its end with an
+    encoder of no use (`RunResult.problem`), 128 + signal when interrupted.
+    """
     with ignore_output_errors():
         logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_ConsoleHandler()])
         # Until training installs its handlers, Ctrl-C terminates the process: a KeyboardInterrupt while torch is being
@@ -66,9 +78,12 @@ class _ConsoleHandler(logging.Handler):
 
 
 def _run(argv: list[str]) -> int:
-    if not argv or argv[0] in {"-h", "--help", "help"}:
+    if not argv:
+        print(START, end="")
+        return 2
+    if argv[0] in {"-h", "--help", "help"}:
         print(USAGE, end="")
-        return 0 if argv else 2
+        return 0
     if argv[0] == "--version":
         print(__version__)
         return 0
@@ -109,7 +124,9 @@ def _explain(error: Exception) -> int:
         advice = "use smaller batches, views or networks, or fewer threads"
         return print_error(f"out of memory: {first_line(error)}; {advice}", 1)
     if isinstance(error, Interrupted):
-        return print_error(str(error), 128 + error.signum)
+        report = error.run_dir / "report.html"
+        more = f"\nreport so far: {short_path(report)}" if report.exists() else ""
+        return print_error(f"{error}{more}", 128 + error.signum)
     expected = CheckpointError | TrainingError | CorruptImageError | ValueError | OSError
     if not isinstance(error, expected) or os.environ.get("BYOL_FAST_TRACEBACK"):
         raise error

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from byol_fast import config as configs
 from byol_fast.cli.options import parse_config, print_error
-from byol_fast.cli.train import take_resume
+from byol_fast.cli.train import run_folder, take_resume
 from byol_fast.config import ConfigError, recipes
 from byol_fast.config.fields import ProfiledSteps, check
 from byol_fast.training.preflight import check_start
@@ -31,18 +31,21 @@ def main(argv: list[str]) -> int:
         print(USAGE, end="")
         is_help = argv and argv[0] in {"-h", "--help"}
         return 0 if is_help else print_error("byol-fast profile: pass a recipe, or --resume RUN: one of the two", 2)
+    resumed: Path | None = None
     if resume is not None:
-        config = parse_config(configs.load(Path(resume) / "config.json"), argv, f"byol-fast profile --resume {resume}")
+        resumed = run_folder(resume, argv)
+        stored = configs.load(resumed / "config.json")
+        config = parse_config(stored, argv, f"byol-fast profile --resume {resume}")
     else:
         assert name is not None
         config = parse_config(recipes.get(name), argv, f"byol-fast profile {name}")
 
-    check_start(config, resume=None if resume is None else Path(resume))
+    check_start(config, resume=resumed)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported; hides the log of its profiler
     from byol_fast.profiling.page import show
     from byol_fast.profiling.run import profile
 
-    record, folder = profile(config, resume=None if resume is None else Path(resume), steps=steps)
+    record, folder = profile(config, resume=resumed, steps=steps)
     show(record)
     print(folder / "profile.html")
     return 0

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from byol_fast import config as configs
 from byol_fast.cli.help import help_text
 from byol_fast.cli.options import FREQUENT, RunOptions, parse_config, print_error
+from byol_fast.cli.run_end import print_end
 from byol_fast.config import Config, ConfigError, recipes
 from byol_fast.training.preflight import check_start
 from byol_fast.training.resume import find_resumable
-
-if TYPE_CHECKING:
-    from byol_fast.training.run_dir import RunResult
 
 USAGE = """\
 usage: byol-fast train RECIPE [FOLDER] [--option value ...]
@@ -23,7 +21,7 @@ usage: byol-fast train RECIPE [FOLDER] [--option value ...]
        byol-fast train RECIPE [FOLDER] --resume auto [--option value ...]
 
   FOLDER               images: nested, flat or class-per-folder; or a list (.txt, .csv), tar or Parquet shards, a .npz
-  --resume RUN         continue the run in this folder, with its options
+  --resume RUN         continue the run in this folder, or of this name in OUT, with its options
   --resume auto        continue OUT/NAME, or without a name the newest unfinished run with these options, else start it
 
 `byol-fast train RECIPE --help` shows the recipe's values, too.
@@ -34,6 +32,7 @@ recipes:
 
 def main(argv: list[str]) -> int:
     """Run the command and return its exit code."""
+    start = time.monotonic()
     resume, argv = take_resume(argv)
     name = argv.pop(0) if argv and not argv[0].startswith("-") else None
     if name is None and (resume is None or resume == "auto"):
@@ -55,7 +54,7 @@ def main(argv: list[str]) -> int:
         assert name is not None
         config = parse_config(recipes.get(name), argv, f"byol-fast train {name}")
     else:
-        folder = Path(resume)
+        folder = run_folder(resume, argv)
         stored = configs.load(folder / "config.json")
         if name not in {None, stored.recipe}:
             raise ConfigError(
@@ -76,12 +75,15 @@ def main(argv: list[str]) -> int:
     try:
         if resume == "auto":
             folder = world.run_on_main(lambda: find_resumable(config))
-        result = Trainer(config, resume=folder, callbacks=[ReportCallback(run_sections)]).fit()
+        trainer = Trainer(config, resume=folder, callbacks=[ReportCallback(run_sections)])
+        was_complete = trainer.state.step >= trainer.total_steps
+        result = trainer.fit()
     finally:
         distributed.destroy_process_group()
-    if world.is_main_process:
-        print_outputs(result)
-    return 0
+    # Rank 0 alone: torchrun ends all processes at the first that fails, also one that still writes the report.
+    if not world.is_main_process:
+        return 0
+    return print_end(result, trainer.config, seconds=None if was_complete else time.monotonic() - start)
 
 
 def take_resume(argv: list[str]) -> tuple[str | None, list[str]]:
@@ -99,17 +101,19 @@ def take_resume(argv: list[str]) -> tuple[str | None, list[str]]:
     return resume, rest
 
 
+def run_folder(resume: str, argv: Sequence[str]) -> Path:
+    """The folder that `--resume` names: its path, or the name of a run in the folder of `--out`."""
+    out = Config().out
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
+        if word == "--out" or word.startswith("--out="):
+            out = Path(word.partition("=")[2] or following)
+    path = Path(resume)
+    return out / resume if not path.is_dir() and (out / resume).is_dir() else path
+
+
 def summary(make: Callable[[], Config]) -> str:
     """First line of a recipe's docstring, or a summary of its configuration."""
     if make.__doc__:
         return make.__doc__.splitlines()[0]
     config = make()
     return f"{config.model.encoder}, {config.epochs} epochs, base lr {config.optim.lr}, tau {config.tau.base}"
-
-
-def print_outputs(result: RunResult) -> None:
-    """Print the paths of the run outputs."""
-    print(f"encoder: {result.encoder}\nmetrics: {result.run_dir / 'metrics.jsonl'}")
-    if (result.run_dir / "report.html").exists():
-        print(f"report: {result.run_dir / 'report.html'}")
-    print(f"run folder: {result.run_dir}")

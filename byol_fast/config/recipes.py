@@ -49,7 +49,7 @@ def demo() -> Config:
         ),
         optim=OptimConfig(name="sgd", lr=0.1, weight_decay=5e-4, warmup_epochs=0.2),
         tau=TauConfig(base=0.97),
-        knn=KNNConfig(every_epochs=1, max_train=0, max_val=0),
+        knn=KNNConfig(every_epochs=5, max_train=0, max_val=0),
     )
 
 

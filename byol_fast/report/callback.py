@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from byol_fast.report.build import ExtraSections, report
 from byol_fast.training.callbacks import Callback
+from byol_fast.training.errors import Interrupted, TrainingError
+from byol_fast.utils.commands import program, shell_path
 
 if TYPE_CHECKING:
     from byol_fast.training.run_dir import RunResult
@@ -16,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class ReportCallback(Callback):
-    """Writes `report.html` into the run folder when the run ends.
+    """Writes `report.html` into the run folder when the run ends, is interrupted or diverges.
 
     Only the parts that need no images, within about a second; `byol-fast report` adds the rest.
 
@@ -28,10 +30,19 @@ class ReportCallback(Callback):
         self.extra_sections = extra_sections
 
     def on_run_end(self, trainer: Trainer, result: RunResult) -> None:
-        """Write the page; an error is a warning, because the run is complete and saved."""
+        """Write the page."""
+        self._write(trainer)
+
+    def on_exception(self, trainer: Trainer, error: BaseException) -> None:
+        """Write the page of the steps so far."""
+        if isinstance(error, Interrupted | TrainingError):
+            self._write(trainer)
+
+    def _write(self, trainer: Trainer) -> None:
+        """Write the page; an error is a warning, because the run is saved."""
         if not trainer.world.is_main_process:
             return
         try:
-            report([result.run_dir], pictures=False, extra_sections=self.extra_sections)
+            report([trainer.run_dir], pictures=False, extra_sections=self.extra_sections)
         except Exception as error:
-            log.warning("no report.html: %s; try byol-fast report %s", error, result.run_dir)
+            log.warning("no report.html: %s; try %s report %s", error, program(), shell_path(trainer.run_dir))

@@ -14,7 +14,17 @@ from byol_fast.report.evaluation_figures import (
     curve_chart,
     curve_label,
 )
-from byol_fast.report.formatting import UNKNOWN, as_text, count, finite, flatten, interval_text, percent
+from byol_fast.report.formatting import (
+    UNKNOWN,
+    as_text,
+    count,
+    differ,
+    finite,
+    flatten,
+    interval,
+    interval_text,
+    percent,
+)
 from byol_fast.report.page import Section, chart_grid, details, facts, paragraph, table
 from byol_fast.report.reading import Record, RunFiles
 
@@ -28,12 +38,12 @@ def evaluations(run: RunFiles) -> list[Section]:
 
 
 def weaker_than_baselines(record: Record) -> list[str]:
-    """A sentence for each baseline with a higher accuracy."""
+    """A sentence for each baseline with a higher accuracy, if their intervals do not overlap."""
     top1 = finite(record.get("top1"))
     return [
         f"{record['name']}: {percent(top1)} is below the baseline {b.get('name', '?')}, {percent(b['top1'])}."
         for b in baselines_of(record)
-        if top1 is not None and b["top1"] > top1
+        if top1 is not None and b["top1"] > top1 and differ(interval(record), interval(b))
     ]
 
 

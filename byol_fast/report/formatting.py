@@ -63,6 +63,11 @@ def interval(record: dict[str, Any], key: str = "top1_ci95") -> tuple[float, flo
     return None if low is None or high is None else (low, high)
 
 
+def differ(a: tuple[float, float] | None, b: tuple[float, float] | None) -> bool:
+    """True for two known intervals that do not overlap."""
+    return a is not None and b is not None and (a[1] < b[0] or b[1] < a[0])
+
+
 def interval_text(record: dict[str, Any], key: str = "top1_ci95", prefix: str = "") -> str:
     """An interval of a record in percent; empty where it has none."""
     ends = interval(record, key)

@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 
 from byol_fast.report.evaluations import weaker_than_baselines
-from byol_fast.report.formatting import duration, interval_text, plural
+from byol_fast.report.formatting import differ, duration, interval_text, plural
 from byol_fast.report.page import Section, facts, paragraph
-from byol_fast.report.reading import RunFiles
-
-HEALTHY, COLLAPSED = 0.5, 0.2
-"""Embedding standard deviations in large batches: healthy at the first or above, collapsed below the second."""
-LARGE_BATCH = 0.95
-"""Largest standard deviation of a batch (of 16 images or more) from which on its size is not mentioned."""
+from byol_fast.report.reading import Record, RunFiles
+from byol_fast.training.health import HEALTHY, advice, assess, largest_std, scale
+from byol_fast.utils.intervals import wilson_interval
 
 
 def health(run: RunFiles) -> list[tuple[str, str]]:
@@ -37,33 +34,21 @@ def health(run: RunFiles) -> list[tuple[str, str]]:
 
 
 def _collapse(run: RunFiles) -> tuple[str, str]:
-    std, loss, largest = run.last("embedding_std"), run.last("loss"), _largest_std(run.values.get("batch_size"))
-    scale = "1 is healthy, 0 is collapsed"
-    if largest < LARGE_BATCH:
-        scale = f"in batches of {run.values['batch_size']}, {largest:.2f} is healthy, 0 is collapsed"
     if not run.steps:
         return "", "No step is recorded yet."
-    if loss is None or std is None:
-        return "warn", "Every step was skipped: no loss was finite. Try a smaller optim.lr or precision fp32."
-    if std >= HEALTHY * largest:
-        return "good", f"Healthy: the embedding std is {std:.2f} ({scale})."
-    if std >= COLLAPSED * largest:
-        return "warn", (
-            f"Partly collapsed: the embedding std is {std:.2f} (above {HEALTHY * largest:.2g} is healthy). If it keeps "
-            "falling, try a smaller optim.lr, a longer warm-up or a larger tau.base."
-        )
+    batch_size, method = run.values.get("batch_size"), run.values.get("method")
+    health = assess(run.records, batch_size=batch_size, method=method)
+    if health.problem is not None:
+        return "warn", f"{health.problem[0].upper()}{health.problem[1:]}."
+    if math.isnan(health.embedding_std):
+        return "warn", "The last tenth of the steps was skipped: no loss was finite."
+    healthy = HEALTHY * largest_std(batch_size)
+    if health.embedding_std >= healthy:
+        return "good", f"Healthy: the embedding std is {health.embedding_std:.2f} ({scale(batch_size)})."
     return "warn", (
-        f"Collapsed: the embedding std is {std:.2f} ({scale}): all images have nearly the same embedding, and a small "
-        "loss means nothing. Try a smaller optim.lr, a longer warm-up or a larger tau.base."
+        f"Partly collapsed: the embedding std is {health.embedding_std:.2f} (above {healthy:.2g} is healthy). If it "
+        f"keeps falling, try {advice(method)}."
     )
-
-
-def _largest_std(batch_size: object) -> float:
-    """Mean standard deviation of `batch_size` normal numbers of variance 1; 1 if it is unknown."""
-    if not isinstance(batch_size, int) or batch_size < 2:
-        return 1.0
-    n = min(batch_size, 1000)  # of larger ones it is 1 to three digits
-    return math.sqrt(2 / n) * math.exp(math.lgamma(n / 2) - math.lgamma((n - 1) / 2))
 
 
 def _knn_gain(run: RunFiles) -> list[tuple[str, str]]:
@@ -71,11 +56,21 @@ def _knn_gain(run: RunFiles) -> list[tuple[str, str]]:
     evaluated = [r for r in run.records if r.get("knn_top1") is not None]
     if len(evaluated) < 2 or evaluated[0]["step"] != 0:
         return []
-    before, after = evaluated[0]["knn_top1"], evaluated[-1]["knn_top1"]
-    gain = round(100 * after, 1) - round(100 * before, 1)
-    difference = f"{abs(gain):.1f} points {'above' if gain > 0 else 'below'}" if abs(gain) >= 0.05 else "the same as"
-    text = f"kNN top-1 accuracy is {after:.1%}, {difference} the untrained encoder ({before:.1%})."
-    return [("good" if gain >= 0.05 else "warn", text)]
+    before, after = evaluated[0], evaluated[-1]
+    text = f"kNN top-1 accuracy is {after['knn_top1']:.1%}"
+    intervals = _knn_interval(before), _knn_interval(after)
+    if not differ(*intervals):
+        overlap = "" if None in intervals else "; the 95 % intervals overlap"
+        return [("", f"{text}, that of the untrained encoder {before['knn_top1']:.1%}{overlap}.")]
+    gain = round(100 * after["knn_top1"], 1) - round(100 * before["knn_top1"], 1)
+    difference = f"{abs(gain):.1f} points {'above' if gain > 0 else 'below'}"
+    return [("good" if gain > 0 else "warn", f"{text}, {difference} the untrained encoder ({before['knn_top1']:.1%}).")]
+
+
+def _knn_interval(record: Record) -> tuple[float, float] | None:
+    """95 % interval of a kNN accuracy; None where the number of images is not recorded."""
+    top1, count = record["knn_top1"], int(record.get("knn_num_val") or 0)
+    return wilson_interval(round(top1 * count), count) if count > 0 and 0 <= top1 <= 1 else None
 
 
 def progress(run: RunFiles) -> tuple[str, str]:
@@ -120,9 +115,13 @@ def _accuracies(run: RunFiles) -> list[tuple[str, str, str]]:
     entries = []
     evaluated = [r for r in run.records if r.get("knn_top1") is not None]
     if evaluated:
-        last, best = evaluated[-1], max(r["knn_top1"] for r in evaluated)
+        last, trained = evaluated[-1], [r for r in evaluated if r["step"] > 0]
         k = f"-{last['knn_k']}" if last.get("knn_k") else ""
-        entries.append((f"kNN{k} top-1", f"{last['knn_top1']:.1%}", f"best {best:.1%}; step {last['step']:,}"))
+        when = f"step {last['step']:,}" if trained else "untrained"
+        if len(trained) > 1:
+            best = max(trained, key=lambda r: float(r["knn_top1"]))
+            when += f"; best {best['knn_top1']:.1%} at step {best['step']:,}"
+        entries.append((f"kNN{k} top-1", f"{last['knn_top1']:.1%}", when))
     for r in run.records:
         if r.get("knn_full_top1") is not None:
             images = f"all {r['knn_num_val']:,} validation images; step {r['step']:,}" if r.get("knn_num_val") else ""

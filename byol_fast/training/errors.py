@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+from byol_fast.utils.commands import program, shell_path
+
 
 class Interrupted(Exception):  # noqa: N818  (a request to stop is no error)
     """A signal stopped the run; the last finished step is saved.
@@ -17,7 +19,8 @@ class Interrupted(Exception):  # noqa: N818  (a request to stop is no error)
 
     def __init__(self, signum: int, run_dir: Path, step: int) -> None:
         super().__init__(
-            f"{signal.Signals(signum).name}: saved after step {step}; go on with: byol-fast train --resume {run_dir}"
+            f"{signal.Signals(signum).name}: saved after step {step}; "
+            f"go on with: {program()} train --resume {shell_path(run_dir)}"
         )
         self.signum = signum
         self.run_dir = run_dir

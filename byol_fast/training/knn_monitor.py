@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,6 +67,20 @@ def _part(count: int, total: int) -> str:
     return f"{count:,}" if count == total else f"{count:,} of {total:,}"
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class EvalFeatures:
+    """Features of an evaluation, for further ones of the same encoder."""
+
+    train_x: Tensor
+    """Features of the training images `[M, D]`."""
+    train_y: Tensor
+    """Their classes `[M]`."""
+    knn: KNNResult
+    """Accuracy on the validation images."""
+    extract: Callable[..., tuple[Tensor, Tensor]]
+    """`extract_features` of the encoder: takes batches of other images."""
+
+
 class KNNMonitor:
     """Evaluates the encoder of a run: kNN accuracy, RankMe, and the online probe's accuracy.
 
@@ -92,6 +107,8 @@ class KNNMonitor:
     ) -> None:
         self.config, self.model, self.train, self.val = config, model, train, val
         self.device, self.autocast, self.probe = device, autocast, probe
+        self.on_features: Callable[[EvalFeatures], None] | None = None
+        """Called at the end of each evaluation."""
 
     @property
     def is_partial(self) -> bool:
@@ -118,20 +135,15 @@ class KNNMonitor:
         val = subsample_classes(self.val, 0 if full else knn.max_val)
         which = "untrained encoder" if untrained else "all images" if full else "evaluation"
         if untrained:
-            calibration = self._batches(subsample(train, CALIBRATION_IMAGES), f"{which}, calibrating norms")
+            calibration = self.batches(subsample(train, CALIBRATION_IMAGES), f"{which}, calibrating norms")
             encoder = recalibrate_bn(encoder, calibration, **options)
-        train_x, train_index = extract_features(encoder, self._batches(train, f"{which}, training"), **options)
-        val_x, val_index = extract_features(encoder, self._batches(val, f"{which}, validation"), **options)
-        val_y = labels_of(val)[val_index]
-        accuracy = knn_accuracy(
-            train_x,
-            labels_of(train)[train_index].to(self.device),
-            val_x,
-            val_y,
-            k=knn.k,
-            temperature=knn.temperature,
-            num_classes=len(self.train.classes),
-        )
+        train_x, train_index = extract_features(encoder, self.batches(train, f"{which}, training"), **options)
+        val_x, val_index = extract_features(encoder, self.batches(val, f"{which}, validation"), **options)
+        train_y, val_y = labels_of(train)[train_index].to(self.device), labels_of(val)[val_index]
+        accuracy = self.accuracy(train_x, train_y, val_x, val_y)
+        if self.on_features is not None and not full:
+            extract = partial(extract_features, encoder, **options)
+            self.on_features(EvalFeatures(train_x, train_y, accuracy, extract))
         is_probe_trained = self.probe is not None and bool(self.probe.steps > 0)
         return EvalMetrics(
             knn=accuracy,
@@ -142,7 +154,21 @@ class KNNMonitor:
             is_full=full,
         )
 
-    def _batches(self, source: ImageSource, description: str) -> Iterator[tuple[Tensor, Tensor]]:
+    def accuracy(self, train_x: Tensor, train_y: Tensor, val_x: Tensor, val_y: Tensor) -> KNNResult:
+        """Accuracy of the run's classifier.
+
+        Args:
+            train_x: features `[M, D]`.
+            train_y: classes `[M]`, on the device.
+            val_x: features `[N, D]`.
+            val_y: classes `[N]`.
+        """
+        knn = self.config.knn
+        return knn_accuracy(
+            train_x, train_y, val_x, val_y, k=knn.k, temperature=knn.temperature, num_classes=len(self.train.classes)
+        )
+
+    def batches(self, source: ImageSource, description: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Images as the exported encoder takes them, but not normalized, and their positions; shows their number."""
         data = self.config.data
         batches = eval_batches(

@@ -10,7 +10,8 @@ from byol_fast.utils.records import count, number, read_json_lines, record_of
 
 Record = dict[str, Any]
 
-_RECORD = record_of({"step": count, "loss": number, "knn_top1": number, "knn_full_top1": number})
+_NUMBERS = ("loss", "embedding_std", "images_per_second", "knn_top1", "knn_full_top1")
+_RECORD = record_of({"step": count} | dict.fromkeys(_NUMBERS, number))
 
 
 def read(path: Path) -> list[Record]:

@@ -72,6 +72,8 @@ def check_resumable(folder: Path, config: Config) -> None:
 def find_resumable(config: Config) -> Path | None:
     """The run folder that `--resume auto` continues: OUT/NAME, or without a name the newest unfinished run like this.
 
+    Without a name, also the newest run like this if it finished with a problem: begun again, it would only repeat it.
+
     Returns:
         A run folder with a checkpoint, or None if there is nothing to continue.
 
@@ -83,17 +85,22 @@ def find_resumable(config: Config) -> Path | None:
         run_dir.check_not_lost()
         return run_dir.path if run_dir.has_checkpoints() else None
     folders = list(config.out.iterdir()) if config.out.is_dir() else []
+    is_newest = True
     for run_dir in map(RunDir, sorted(folders, key=_modified, reverse=True)):
         try:
-            if run_dir.is_finished() or not (run_dir.has_checkpoints() or run_dir.status.exists()):
+            if not (run_dir.has_checkpoints() or run_dir.status.exists()):
                 continue
             stored = configs.load(run_dir.path / "config.json")
         except (ConfigError, OSError):  # foreign, or private to somebody else
             continue
         same_data = stored.data.root == (config.data.root and expand_home(config.data.root).absolute())
-        if same_data and set(configs.differences(stored, config)) <= RESUMABLE_CHANGES:
+        if not same_data or not set(configs.differences(stored, config)) <= RESUMABLE_CHANGES:
+            continue
+        has_problem = run_dir.problem() is not None and run_dir.has_checkpoints()
+        if not run_dir.is_finished() or (has_problem and is_newest):
             run_dir.check_not_lost()
             return run_dir.path
+        is_newest = False
     return None
 
 

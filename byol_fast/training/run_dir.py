@@ -12,6 +12,7 @@ from typing import Any
 
 from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError
+from byol_fast.training.health import assess
 from byol_fast.training.locks import RunLock
 from byol_fast.training.metrics_file import read as read_metrics
 from byol_fast.utils import checkpoint_files
@@ -46,6 +47,16 @@ class RunResult:
     """Number of neighbors of `knn_top1`."""
     knn_full_top1: float | None = None
     """kNN accuracy of the trained encoder on all images, with `knn.full_at_end` if `knn_top1` leaves some out."""
+    images: int = 0
+    """Images trained on, each as often as it was used."""
+    images_per_second: float = math.nan
+    """Mean over the steps of the run, without evaluations and pauses; NaN if it was not recorded."""
+    embedding_std: float = math.nan
+    """Mean over the last tenth of the steps: about 1 is healthy, 0 is collapsed; NaN if these were skipped."""
+    skipped_steps: int = 0
+    """Steps that changed nothing, because the loss or a gradient was not finite."""
+    problem: str | None = None
+    """Reason why the encoder is of no use: it collapsed, or no step trained it. None: there is no such reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,21 +137,34 @@ class RunDir:
 
     def is_finished(self) -> bool:
         """True if the run came to its end, and was not continued since."""
-        try:
-            return read_json(self.status).get("finished") is True
-        except (OSError, ValueError):
-            return False
+        return self._read_status().get("finished") is True
 
-    def write_status(self, *, finished: bool) -> None:
+    def problem(self) -> str | None:
+        """`RunResult.problem` of a run that came to its end."""
+        problem = self._read_status().get("problem")
+        return problem if isinstance(problem, str) and self.is_finished() else None
+
+    def _read_status(self) -> dict[str, Any]:
+        try:
+            return read_json(self.status)
+        except (OSError, ValueError):
+            return {}
+
+    def write_status(self, *, finished: bool, problem: str | None = None) -> None:
         """Write `status.json` if there is a checkpoint.
+
+        Args:
+            finished: the run came to its end.
+            problem: as in `RunResult`.
 
         Raises:
             CheckpointError: the disk is full or read-only.
         """
-        if not self.has_checkpoints() or (self.status.exists() and self.is_finished() == finished):
+        status = {"finished": finished} | ({} if problem is None else {"problem": problem})
+        if not self.has_checkpoints() or self._read_status() == status:
             return
         try:
-            atomic_write(self.status, json.dumps({"finished": finished}) + "\n")
+            atomic_write(self.status, json.dumps(status) + "\n")
         except OSError as error:
             raise CheckpointError(
                 f"checkpoint: {self.status} could not be written ({error}); {write_advice(error)}, then resume"
@@ -156,14 +180,18 @@ class RunDir:
         """True if the metrics have an evaluation on all images after this step."""
         return any(r["step"] == step and "knn_full_top1" in r for r in read_metrics(self.metrics))
 
-    def result(self, steps: int, encoder: Path) -> RunResult:
+    def result(self, config: Config, steps: int, encoder: Path, *, global_batch_size: int) -> RunResult:
         """Results of the run, from its metrics.
 
         Args:
+            config: of the run.
             steps: optimizer steps done.
             encoder: the exported weights.
+            global_batch_size: images per step.
         """
         records = read_metrics(self.metrics)
+        health = assess(records, batch_size=config.batch_size, method=config.method)
+        speeds = [r["images_per_second"] for r in records if (r.get("images_per_second") or 0) > 0]
         losses = [r["loss"] for r in records if r.get("loss") is not None][-10:]
         knn = [r for r in records if "knn_top1" in r]
         return RunResult(
@@ -175,6 +203,11 @@ class RunDir:
             encoder=encoder,
             knn_k=knn[-1].get("knn_k") if knn else None,
             knn_full_top1=next((r["knn_full_top1"] for r in reversed(records) if "knn_full_top1" in r), None),
+            images=steps * global_batch_size,
+            images_per_second=len(speeds) / math.fsum(1 / s for s in speeds) if speeds else math.nan,
+            embedding_std=health.embedding_std,
+            skipped_steps=health.skipped_steps,
+            problem=health.problem,
         )
 
 

@@ -20,6 +20,7 @@ from byol_fast.training.callbacks import Callback
 from byol_fast.training.checkpointer import Checkpointer
 from byol_fast.training.errors import Interrupted, TrainingError
 from byol_fast.training.first_step import first_step_bar
+from byol_fast.training.health import CollapseDetector
 from byol_fast.training.knn_monitor import EvalMetrics
 from byol_fast.training.locks import exclusive
 from byol_fast.training.memory import out_of_memory_message
@@ -29,6 +30,7 @@ from byol_fast.training.metrics_file import Record
 from byol_fast.training.run_dir import RunResult
 from byol_fast.training.state import steps_in, whole_steps_in
 from byol_fast.training.tracking import TrackerCallback
+from byol_fast.utils.commands import short_path
 from byol_fast.utils.errors import first_line
 from byol_fast.utils.output import ignore_output_errors
 from byol_fast.utils.profiler_ranges import record_range
@@ -105,6 +107,9 @@ class Trainer:
             None if self.world.is_single else distributed.all_reduce_mean,
         )
         self.metrics = MetricsLogger(parts.run_dir.metrics, is_main_process=self.world.is_main_process)
+        self._collapse = CollapseDetector(
+            total_steps=self.total_steps, batch_size=self.config.batch_size, method=self.config.method
+        )
         self._checkpointer = Checkpointer(parts)
         self._shutdown = GracefulShutdown()
         self._should_stop = False
@@ -159,6 +164,8 @@ class Trainer:
             # Before the callbacks: they may evaluate or upload, and need the memory and the files.
             self.loader.close()
             result = self.world.run_on_main(self._export)
+        if result.problem is not None and self.world.is_main_process:
+            log.warning("%s: %s", short_path(self.run_dir), result.problem)
         self.call_hooks("on_run_end", result)
         return result
 
@@ -239,6 +246,8 @@ class Trainer:
                 del records[number:]  # the run ends here
                 break
         self.call_hooks("on_log", records)
+        if (warning := self._collapse.update(records)) is not None and self.world.is_main_process:
+            log.warning("%s", warning)
         last, skipped = records[-1]["step"], sum(bool(record.get("skipped")) for record in records)
         if skipped and self.world.is_main_process:
             log.warning("skipped %d of the last steps, to step %d: loss or gradient not finite", skipped, last)
@@ -370,5 +379,6 @@ class Trainer:
         """Export the encoder and mark the run as finished; the report is a callback on `on_run_end`."""
         step, size = self.state.step, self.model.feature_dim
         weights, _ = export_encoder(self.model.encoder, self.config, self.run_dir, step=step, feature_dim=size)
-        self._parts.run_dir.write_status(finished=True)
-        return self._parts.run_dir.result(step, weights)
+        result = self._parts.run_dir.result(self.config, step, weights, global_batch_size=self.global_batch_size)
+        self._parts.run_dir.write_status(finished=True, problem=result.problem)
+        return result

@@ -1,0 +1,139 @@
+"""The end of a run in the terminal: what is printed works as printed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import byol_fast
+from byol_fast import config as configs
+from byol_fast.cli import main
+from byol_fast.config import Config, recipes
+from byol_fast.models import encoders
+from byol_fast.report.callback import ReportCallback
+from byol_fast.training.trainer import Trainer
+from byol_fast.utils.commands import program, short_path
+from tests.networks import SmallResidualNetwork
+from tests.training.helpers import SMALL_RUN
+
+
+@pytest.fixture
+def start(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """`byol-fast COMMAND` in the folder of `runs`; the recipe `spec` trains on 60 images in a folder with a space."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(encoders.OWN_ENCODERS, "small", lambda **_: SmallResidualNetwork())
+    assert tiny.data.root is not None
+    images = Path("my images") / "photos.npz"
+    images.parent.mkdir()
+    tiny.data.root.rename(images)
+    small = configs.replace(tiny, SMALL_RUN | {"steps": 6, "data.root": images, "out": Path("runs")})
+    monkeypatch.setitem(recipes.RECIPES, "spec", lambda: small)
+
+    def run(*arguments: str) -> int:
+        with pytest.raises(SystemExit) as stopped:
+            main.main(arguments)
+        assert isinstance(stopped.value.code, int)
+        return stopped.value.code
+
+    return run
+
+
+def test_printed_commands_and_python_lines_work(start: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert start("train", "spec") == 0
+    end = capsys.readouterr().out.split("step 6/6")[1].splitlines()[1:]
+    assert len(end) <= 12
+    assert re.fullmatch(r"done in \d+ s: 6 steps, 72 images, [\d.,]+ images per second", end[0])
+    assert end[1] == "files in runs/tiny: encoder.safetensors, encoder.json, report.html, metrics.jsonl"
+    assert all((Path("runs/tiny") / name).exists() for name in end[1].partition(": ")[2].split(", "))
+
+    commands = [shlex.split(line.removeprefix(f"  {program()} ")) for line in end if line.startswith(f"  {program()}")]
+    assert [words[0] for words in commands] == ["embed", "eval", "export"]
+    assert start(*commands[0]) == 0
+    for words in commands:  # the parser refuses only the option that is added
+        assert start(*words, "--no-such-option") == 2
+        refused = re.search(r"Unrecognized options?: ([^\n│]*)", capsys.readouterr().err)
+        assert refused is not None and refused[1].strip() == "--no-such-option"
+
+    variables: dict[str, Any] = {}
+    exec("\n".join(line.strip() for line in end[end.index("or in Python:") + 1 :]), variables)
+    assert np.array_equal(variables["features"], np.load("features.npz")["features"])
+
+
+def test_end_names_accuracy_before_and_after(start: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert start("train", "spec", "--knn.val-root", "my images/photos.npz", "--knn.k", "1") == 0
+    shown = capsys.readouterr().out
+    # Each validation image is its own neighbor.
+    assert "kNN-1 top-1 accuracy: 100.0% untrained, 100.0% trained" in shown
+    assert f"  {program()} eval linear runs/tiny\n" in shown
+
+
+def test_resume_takes_the_name_of_a_run(start: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert start("train", "spec") == 0
+    capsys.readouterr()
+    assert start("train", "--resume", "tiny") == 0
+    assert "already complete: 6 steps, 72 images" in capsys.readouterr().out
+    Path("runs").rename("other")
+    for arguments in (["--out", "other"], ["--out=other"]):
+        assert start("train", "--resume", "tiny", *arguments) == 0
+    Path("tiny").mkdir()  # a folder of that name comes first
+    assert start("train", "--resume", "tiny", "--out", "other") == 2
+    assert "tiny/config.json" in capsys.readouterr().err
+
+
+def test_interrupted_run_leaves_a_report_and_says_how_to_go_on(
+    start: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(callback: ReportCallback, trainer: Trainer, records: object) -> None:
+        if trainer.state.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(ReportCallback, "on_log", interrupt)
+    assert start("train", "spec") == 130
+    lines = capsys.readouterr().err.splitlines()[-2:]
+    assert lines == [
+        f"SIGINT: saved after step 2; go on with: {program()} train --resume runs/tiny",
+        "report so far: runs/tiny/report.html",
+    ]
+    assert "2 of 6 steps" in Path("runs/tiny/report.html").read_text()
+    assert start(*lines[0].partition(f"{program()} ")[2].split()) == 0
+    assert byol_fast.evaluate.embed_folder("runs/tiny", "my images/photos.npz").features.shape[0] == 60
+
+
+def test_program_alone_says_where_to_start(start: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert start() == 2
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 4
+    assert [line.split()[1] for line in shown[1:]] == ["demo", "train", "--help"]
+
+
+def test_commands_are_as_the_shell_finds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sys.executable", str(tmp_path / "my venv" / "python"))
+    assert program() == "'my venv/python' -m byol_fast"
+    (tmp_path / "byol-fast").touch(mode=0o755)
+    assert program() == "byol-fast"
+    assert [short_path(path) for path in (tmp_path / "a" / "b", "a", "/")] == ["a/b", "a", "/"]
+
+
+@pytest.mark.slow
+def test_demo_prints_accuracies_of_pixels_untrained_and_trained(
+    start: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--steps", "1", "--model.encoder", "small", "--device", "cpu", "--precision", "fp32", "--name", "d"]
+    assert start("demo", *options) == 0
+    shown = capsys.readouterr().out
+    rows = [re.findall(r"[\d.]+%", line) for line in shown.splitlines() if line.startswith("│")]
+    assert [len(row) for row in rows] == [4, 4, 4]
+    assert rows[0][0] == "83.1%"
+    accuracies = re.search(r"kNN-20 top-1 accuracy: ([\d.]+%) untrained, ([\d.]+%) trained", shown)
+    assert accuracies is not None and [rows[1][0], rows[2][0]] == list(accuracies.groups())
+    assert f"{program()} train imagenet_resnet50_100 path/to/images" in shown
