@@ -2,7 +2,7 @@
 
     python -m benchmarks.dropins [--rounds N] [--device cuda] [--only TEXT] [--images FOLDER] [--save FOLDER]
 
-Requires `pip install byol_fast[peers]`. Both sides of a pair work on the same memory (as in `byol_fast.bench.kernels`):
+Requires `pip install '.[peers]'`. Both sides of a pair work on the same memory (as in `byol_fast.bench.kernels`):
 a ResNet-50 with the paper's heads. Before a pair is timed, five steps of each from the same start are compared, and the
 largest difference is saved with the times. With one thread, CPU time of the process is measured.
 """

@@ -80,7 +80,7 @@ def agreement(run: Path, train: Path | None, test: Path | None, sizes: EvalSetti
             try:
                 others = predict(train_x, train_y, test_x, k, temperature, classes)
             except ImportError:
-                print(f"{library} is not installed (pip install byol_fast[dev,peers])")
+                print(f"{library} is not installed (pip install '.[dev,peers]')")
                 continue
             compare(name, library, predictions, others)
     model = LogisticProblem(train_x, train_y, num_classes=classes).fit(0.01)

@@ -3,7 +3,7 @@
     python -m benchmarks.step_ops [--save FOLDER]
 
 ResNet-50 with the paper's heads, LARS and EMA. Forward and backward are counted separately and subtracted.
-`pip install byol_fast[peers]` installs lightly.
+`pip install '.[peers]'` installs lightly.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ from PIL import Image
 SHAPES = (
     ("JPEG", "RGB", (640, 480)), ("JPEG", "RGB", (481, 640)), ("JPEG", "RGB", (500, 333)), ("JPEG", "L", (250, 401)),
     ("PNG", "RGB", (32, 50)), ("PNG", "RGB", (32, 32)), ("PNG", "RGBA", (20, 31)), ("PNG", "P", (37, 39)),
-    ("WEBP", "RGB", (423, 40)), ("JPEG", "CMYK", (90, 121)),
+    ("WEBP", "RGB", (423, 40)), ("JPEG", "CMYK", (90, 121)), ("PNG", "RGB", (96, 150)), ("PNG", "RGB", (96, 96)),
 )  # fmt: skip
-"""Format, mode, width and height. 32 is the size of the input in the documents' tests."""
+"""Format, mode, width and height. 32 and 96 are sizes of inputs in tests."""
 
 
 def made_photographs(folder: Path) -> list[Path]:
@@ -22,7 +22,7 @@ def made_photographs(folder: Path) -> list[Path]:
     paths = []
     for number, (kind, mode, size) in enumerate(SHAPES):
         coarse = Image.fromarray(rng.integers(0, 256, (7, 7, 3), dtype=np.uint8))
-        paths.append(folder / f"{number}.{kind.lower()}")
+        paths.append(folder / f"{number:02d}.{kind.lower()}")
         coarse.resize(size, Image.Resampling.BICUBIC).convert(mode).save(paths[-1], kind)
     return paths
 

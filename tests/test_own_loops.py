@@ -1,8 +1,8 @@
-"""The training loops of the documents: their optimizer steps beside plain torch in float64."""
+"""The training loops of the documents as printed, with a small network: their optimizer steps beside plain torch."""
 
 from __future__ import annotations
 
-import copy
+import functools
 import math
 from typing import Any, cast
 
@@ -12,18 +12,24 @@ from torch.nn.functional import cosine_similarity
 
 import byol_fast
 import byol_kernels
+from byol_fast import models
 from tests.networks import SmallResidualNetwork
 from tests.test_examples import run
 
-SMALL = "SmallResidualNetwork(), image_size=32, hidden_dim=16, projection_dim=8"
-PACKAGES = {"byol_fast": byol_fast, "byol_kernels": byol_kernels, "SmallResidualNetwork": SmallResidualNetwork}
-LR = 0.002  # so small that rounding does not grow from step to step
-REASON = "pip install byol_fast[peers]"
+LR = 0.2
+ACCUMULATE = 2
+REASON = "pip install '.[peers]'"
 
 
-def small_byol() -> byol_fast.BYOL:
+def small_byol(dtype: torch.dtype = torch.float64) -> byol_fast.BYOL:
     torch.manual_seed(0)
-    return byol_fast.BYOL(SmallResidualNetwork(), image_size=32, hidden_dim=16, projection_dim=8)
+    return models.BYOL(SmallResidualNetwork(), image_size=32, hidden_dim=16, projection_dim=8).to(dtype)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The documents' models are small ones in float64."""
+    monkeypatch.setattr(byol_fast, "BYOL", lambda encoder, image_size: small_byol())
 
 
 def views(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -63,22 +69,16 @@ def assert_equal_weights(a: byol_fast.BYOL, b: byol_fast.BYOL) -> None:
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11, msg=name)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2, 3])
-def test_own_loop_equals_plain_torch(accumulate: int) -> None:
-    changes = {
-        '"resnet50", image_size=224)': f"{SMALL}).double()",
-        "accumulate = 2": f"accumulate = {accumulate}",
-        "lr=0.2": f"lr={LR}",
-    }
-    torch.manual_seed(0)
-    model = run("loop", changes, **PACKAGES, your_loader=views(5))["model"]
-    expected = small_byol().double()
-    train_in_plain_torch(expected, accumulate)
+@pytest.mark.usefixtures("small")
+def test_own_loop_equals_plain_torch() -> None:
+    model = run("loop", your_loader=views(5))["model"]
+    expected = small_byol()
+    train_in_plain_torch(expected, ACCUMULATE)
     assert_equal_weights(model, expected)
 
 
 @pytest.mark.parametrize("name", ["LARS", "AdamW", "fused AdamW"])
-def test_target_moves_only_with_the_weights(name: str) -> None:
+def test_target_moves_only_with_the_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that GradScaler skips leaves the target where it is."""
     model, tau = small_byol(), tau_after(2, 4)
     online, target = model.trainable_parameters(), model.target_parameters()
@@ -87,9 +87,9 @@ def test_target_moves_only_with_the_weights(name: str) -> None:
         optimizer: Any = byol_kernels.LARS(online, lr=0.2)
         options["ema"] = (dict(zip(online, target, strict=False)), tau)
     else:
-        fused = {"lr=1e-3": "lr=1e-3, fused=True"} if "fused" in name else {}
-        variables = run("hook", fused, model=model, byol_fast=byol_fast, torch=torch, step=2, total_steps=4)
-        optimizer = variables["optimizer"]
+        if "fused" in name:
+            monkeypatch.setattr(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, fused=True))
+        optimizer = run("hook", model=model, step=2, total_steps=4)["optimizer"]
     scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
     for overflows in (True, False, True):
         for p in online:
@@ -106,34 +106,36 @@ def test_target_moves_only_with_the_weights(name: str) -> None:
                 torch.testing.assert_close(t, tau * b + (1 - tau) * p)
 
 
-def fit(lightning: Any, learner: Any, batches: int, **options: Any) -> Any:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = lightning.Trainer(accelerator="cpu", **quiet, **options)
-    trainer.fit(learner, cast("Any", torch.utils.data.DataLoader)(views(batches), batch_size=None))
+def train_by_lightning(monkeypatch: pytest.MonkeyPatch, batches: int, **options: Any) -> Any:
+    """The trainer of the snippet after it: one epoch of some batches on the CPU, without files and progress."""
+    lightning = pytest.importorskip("lightning", reason=REASON)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = lightning.Trainer(**quiet, **{"max_epochs": 1} | options)
+    monkeypatch.setattr(lightning, "Trainer", lambda max_epochs: trainer)
+    loader = cast("Any", torch.utils.data.DataLoader)(views(batches), batch_size=None)
+    run("Lightning", your_loader=loader)
     return trainer
 
 
 @pytest.mark.peers
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
-def test_lightning_module_equals_plain_torch(accumulate: int) -> None:
-    lightning = pytest.importorskip("lightning", reason=REASON)
-    changes = {'"resnet18", image_size=32': SMALL, "lr=0.2": f"lr={LR}"}
-    variables = run("Lightning", changes, **PACKAGES, lightning=lightning)
-    learner = variables["Learner"]()
-    expected = copy.deepcopy(learner.model.double())
-    fit(lightning, learner, 5, max_epochs=1, accumulate_grad_batches=accumulate, precision="64-true")
+def test_lightning_module_equals_plain_torch(accumulate: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = train_by_lightning(monkeypatch, 5, accumulate_grad_batches=accumulate, precision="64-true")
+    expected = small_byol()
     train_in_plain_torch(expected, accumulate)
-    assert_equal_weights(learner.model, expected)
+    assert_equal_weights(trainer.lightning_module.model, expected)
 
 
 @pytest.mark.peers
-def test_skipped_lightning_step_leaves_the_target() -> None:
+def test_skipped_lightning_step_leaves_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
     lightning = pytest.importorskip("lightning", reason=REASON)
-    variables = run("Lightning", {'"resnet18", image_size=32': SMALL}, **PACKAGES, lightning=lightning)
-    learner = variables["Learner"]()
-    before = [p.detach().clone() for p in learner.model.parameters()]
+    model = small_byol(torch.float32)
+    before = [p.detach().clone() for p in model.parameters()]
+    monkeypatch.setattr(byol_fast, "BYOL", lambda encoder, image_size: model)
     overflows = torch.amp.GradScaler("cpu", init_scale=2.0**60)
     fp16 = lightning.pytorch.plugins.MixedPrecision("16-mixed", "cpu", overflows)
-    assert fit(lightning, learner, 2, max_steps=2, plugins=[fp16]).global_step == 2
+    trainer = train_by_lightning(monkeypatch, 2, plugins=[fp16])
+    assert trainer.global_step == 2
     assert overflows.get_scale() == 2.0**58
-    assert all(torch.equal(a, b) for a, b in zip(before, learner.model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

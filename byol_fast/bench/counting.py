@@ -65,7 +65,7 @@ def is_installed(name: str) -> bool:
     except ModuleNotFoundError:
         installed = False
     if not installed:
-        print(f"  {name} is not installed, skipped; pip install byol_fast[peers]")
+        print(f"  {name} is not installed, skipped; pip install '.[peers]' in the clone")
     return installed
 
 

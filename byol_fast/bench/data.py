@@ -3,7 +3,7 @@
 All candidates read the same images in the same order and draw their own parameters, from the paper's ranges and
 probabilities. On a CPU, CPU time of the whole process is measured, with one thread per candidate; background threads
 finish within the measurement. On a GPU, it is wall-clock time until the device is finished, with a thread per core.
-Libraries that are not installed are skipped with a line (pip install byol_fast[peers]).
+Libraries that are not installed are skipped with a line (pip install '.[peers]').
 
 JPEG files give 224 px views with blur; arrays of 32 px images give 32 px views without (CIFAR's recipe).
 """
@@ -177,7 +177,7 @@ def installed_version(package: str) -> str | None:
     """Version of a package; None with a printed line if it is not installed."""
     number = version(package)
     if number is None:
-        print(f"{package} is not installed, skipped (pip install byol_fast[peers])")
+        print(f"{package} is not installed, skipped (pip install '.[peers]' in the clone)")
     return number
 
 

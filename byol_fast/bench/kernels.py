@@ -2,7 +2,7 @@
 
 Correctness is checked before anything is timed. Sizes are those of ResNet-50 with the paper's heads: 35 M parameters in
 169 tensors under LARS, 33 M in 164 under the EMA. Candidates of a suite work on the same memory, because the placement
-of tensors changes times as much as many optimizations. `pip install byol_fast[peers]` installs the other libraries.
+of tensors changes times as much as many optimizations. `pip install '.[peers]'` installs the other libraries.
 """
 
 from __future__ import annotations

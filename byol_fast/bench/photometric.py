@@ -2,7 +2,7 @@
 
 All candidates get the same images and the same augmentation parameters (BYOL's: jitter .4 .4 .2 .1 with probability .8,
 grayscale .2, sigma .1 to 2), so that random number generation is not timed. Agreement is checked before anything is
-timed. `pip install byol_fast[peers]` installs the other libraries.
+timed. `pip install '.[peers]'` installs the other libraries.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ class Bench:
             torch.set_num_threads(self.threads)
         threads = f"{self.threads or torch.get_num_threads()} threads" if self.device.type == "cpu" else "all cores"
         libraries = ", ".join(f"{name} {version}" for name, version in library_versions().items())
-        libraries = libraries or "none installed (pip install byol_fast[peers])"
+        libraries = libraries or "none installed (pip install '.[peers]' in the clone)"
         print(f"{self.device}, {threads}, load {os.getloadavg()[0]:.1f}; other libraries: {libraries}", flush=True)
         if self.options.precision == "auto" and self.precision.name == "fp32":
             print("bf16 is left out, because this CPU has no instructions for it (--precision bf16 measures it)")
@@ -164,7 +164,7 @@ class Bench:
         """
         _check_agreement(self.problem)
         for missing in [n for n, c in steps.items() if not c.is_installed]:
-            print(f"  {missing} is not installed, skipped (pip install byol_fast[peers])")
+            print(f"  {missing} is not installed, skipped (pip install '.[peers]' in the clone)")
         selected = {n: c for n, c in steps.items() if c.is_installed and (n == BASELINE or self._is_selected(n))}
         jobs = {n: c.job(self.problem) for n, c in selected.items()}
         notes = {n: {"version": c.version, "note": c.note} for n, c in selected.items()}

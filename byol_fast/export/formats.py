@@ -204,7 +204,7 @@ def _export_program(module: ExportModule, metadata: dict[str, Any], path: Path) 
 def _export_onnx(module: ExportModule, metadata: dict[str, Any], path: Path) -> ExportResult:
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(f"export: onnx needs {' and '.join(missing)}; pip install 'byol_fast[onnx]'")
+        raise ConfigError(f"export: onnx needs {' and '.join(missing)}; pip install {' '.join(missing)}")
     program = _trace(module, metadata, "onnx")
     try:
         with warnings.catch_warnings():

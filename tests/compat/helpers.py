@@ -13,7 +13,7 @@ from torchvision import transforms
 from byol_fast.compat import guide
 from byol_fast.config import ViewConfig
 
-REASON = "pip install byol_fast[peers]"
+REASON = "pip install '.[peers]'"
 WITH_LIBRARY = [pytest.param(False, id="formula"), pytest.param(True, marks=pytest.mark.peers, id="lightly")]
 """Compare with the rule written out, and with lightly itself."""
 

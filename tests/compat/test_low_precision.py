@@ -176,7 +176,7 @@ V3: list[dict[str, Any]] = [
 @pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", V3, ids=str)
 def test_model_ema_v3_equals_timm_bitwise(options: dict[str, Any], model_dtype: torch.dtype) -> None:
-    original = pytest.importorskip("timm.utils.model_ema", reason="pip install byol_fast[peers]")
+    original = pytest.importorskip("timm.utils.model_ema", reason="pip install '.[peers]'")
     model = build_network(model_dtype)
     mine, other = (kind(model, decay=0.99, **options) for kind in (timm.ModelEmaV3, original.ModelEmaV3))
     for _ in range(4):

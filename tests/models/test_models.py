@@ -95,7 +95,7 @@ def test_encoder_that_refuses_the_view_size_is_explained() -> None:
     ],
 )
 def test_timm_models_by_name(name: str, size: int, features: int, views: str) -> None:
-    pytest.importorskip("timm", reason="pip install byol_fast[peers]")
+    pytest.importorskip("timm", reason="pip install '.[peers]'")
     model = BYOL(f"timm/{name}", hidden_dim=16, projection_dim=8, image_size=size)
     assert (model.feature_dim, model.view_batching) == (features, views)
     p1, _, z1, _ = model(torch.randn(4, 3, size, size), torch.randn(4, 3, size, size))

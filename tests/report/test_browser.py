@@ -1,6 +1,6 @@
 """Pages in a real browser: accessible, as wide as the window, without errors, and used by keyboard.
 
-Needs a Chromium and `pip install 'byol_fast[browser]'`: playwright, which drives it, and axe-core, which judges pages.
+Needs a Chromium and `pip install '.[browser]'`: playwright, which drives it, and axe-core, which judges pages.
 """
 
 from __future__ import annotations

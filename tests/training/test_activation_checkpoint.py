@@ -306,7 +306,7 @@ def test_recomputation_of_a_pass_too_long_ago_is_refused() -> None:
 @pytest.mark.peers
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "efficientnet_b0"])
 def test_checkpoints_of_timm_change_nothing(name: str) -> None:
-    timm = pytest.importorskip("timm", reason="pip install byol_fast[peers]")
+    timm = pytest.importorskip("timm", reason="pip install '.[peers]'")
     a = torch.randn(2, 4, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     models = []
     for checkpoints in (False, True):

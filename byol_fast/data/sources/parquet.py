@@ -95,9 +95,7 @@ def open_parquet(
     try:
         import datasets
     except ImportError:
-        raise SourceError(
-            f"{arg_name}: {title} is Parquet, which needs datasets; pip install datasets (or byol_fast[parquet])"
-        ) from None
+        raise SourceError(f"{arg_name}: {title} is Parquet, which needs datasets; pip install datasets") from None
     tables = [_read_footer(path, arg_name) for path in files]
     rows = [table.footer.num_rows for table in tables]
     starts = np.cumsum(rows) - rows
