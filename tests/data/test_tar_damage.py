@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import random
 import subprocess
+import sys
 import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +17,7 @@ import pytest
 
 from byol_fast.config import DataConfig
 from byol_fast.data import SourceError, open_source
-from byol_fast.data.sources import TarSource, tar_members, tar_workers
+from byol_fast.data.sources import TarSource, tar_index, tar_members, tar_workers
 from byol_fast.data.sources.tar_index import build_index
 from tests.data.kinds import write_tar
 
@@ -273,9 +276,46 @@ def test_indexes_by_processes_are_those_by_threads(tmp_path: Path, monkeypatch: 
         assert sum(read) == 0  # the first report is of the first member
         (process,) = build._processes
         process.kill()
+        process.wait()
         indexes.append(build(shards[2]))  # by this process
     for shard, index in zip([*shards, shards[2]], indexes, strict=True):
         expected = build_index(shard)
         assert index.keys() == expected.keys()
         assert all(np.array_equal(index[name], values) for name, values in expected.items())
     assert str(indexes[2]["damage"]) and not str(indexes[1]["damage"])
+
+
+@pytest.mark.parametrize("line", ["print('cno_such_module\\nname')", "raise SystemExit"], ids=["prints", "ends"])
+def test_processes_that_do_not_work_are_replaced_by_threads(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their search path has what is no text, and a module that prints or ends the process when it is imported."""
+    (tmp_path / "pickle.py").write_text(line)
+    monkeypatch.setattr(sys, "path", [tmp_path, str(tmp_path), *sys.path])
+    monkeypatch.setattr(tar_workers, "THREAD_SECONDS", -1.0)
+    shards = [write_tar(tmp_path / f"{i}.tar", images(3 + i)) for i in range(4)]
+    read: list[int] = []
+    with tar_workers.IndexBuilder(read.append, use_processes=True) as build:
+        assert [len(build(shard)["offset"]) for shard in shards] == [3, 4, 5, 6]
+        assert len(build._processes) == 1
+
+
+def test_indexes_under_way_are_given_up_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = write_tar(tmp_path / "a.tar", images(5))
+    monkeypatch.setattr(tar_index, "_MEMBERS_PER_REPORT", 1)
+    reached, closed = threading.Event(), threading.Event()
+    num_reports = 0
+
+    def on_read(num_bytes: int) -> None:
+        nonlocal num_reports
+        num_reports += 1
+        reached.set()
+        assert closed.wait(60)
+
+    with ThreadPoolExecutor(1) as pool:
+        with tar_workers.IndexBuilder(on_read, use_processes=True) as build:
+            index = pool.submit(build, shard)
+            assert reached.wait(60)
+        closed.set()
+        assert type(index.exception(60)).__name__ == "_ClosedError"
+    assert num_reports == 1

@@ -206,7 +206,7 @@ def _load_or_build_indexes(shards: Sequence[Path], title: str, arg_name: str, fo
 
     several = len(shards) > 1 and num_cpus() > 1
     threads = ThreadPoolExecutor(max(MIN_INDEX_THREADS, num_cpus()), "byol-fast-index")
-    with bar, IndexBuilder(on_read, use_processes=several) as build, threads as pool:
+    with bar, threads as pool, IndexBuilder(on_read, use_processes=several) as build:
         return list(pool.map(lambda path: _load_or_build_index(path, arg_name, folder, build), shards))
 
 
