@@ -20,5 +20,9 @@ def shell_path(path: str | Path) -> str:
 
 def short_path(path: str | Path) -> str:
     """A path, relative if it lies in the working directory."""
-    absolute = Path(path).absolute()  # not resolved: a virtual environment's interpreter is a link
-    return str(absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else absolute)
+    try:
+        folder = Path.cwd()
+    except OSError:  # deleted meanwhile: a message must not fail for it
+        return str(path)
+    absolute = folder / path  # not resolved: a virtual environment's interpreter is a link
+    return str(absolute.relative_to(folder) if absolute.is_relative_to(folder) else absolute)

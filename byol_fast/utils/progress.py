@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import threading
@@ -163,6 +164,10 @@ class Progress:
 
 
 _current: ContextVar[Progress | None] = ContextVar("byol_fast_progress", default=None)
+
+
+# A forked process, as of a data loader, has neither the thread that prints nor, perhaps, ever the lock.
+os.register_at_fork(after_in_child=lambda: _current.set(None))
 
 
 def current() -> Progress:

@@ -122,6 +122,10 @@ def test_commands_are_as_the_shell_finds_them(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "byol-fast").touch(mode=0o755)
     assert program() == "byol-fast"
     assert [short_path(path) for path in (tmp_path / "a" / "b", "a", "/")] == ["a/b", "a", "/"]
+    (tmp_path / "deleted").mkdir()
+    monkeypatch.chdir(tmp_path / "deleted")
+    (tmp_path / "deleted").rmdir()
+    assert [short_path(path) for path in (tmp_path / "a", "a")] == [str(tmp_path / "a"), "a"]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import threading
 from typing import Any
 
@@ -148,3 +149,15 @@ def test_nothing_is_shown_without_a_console(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr() == ("", "")
     of_run(is_main_process=True).print("x")
     assert capsys.readouterr() == ("x\n", "")
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_forked_process_shows_nothing() -> None:
+    """It has no thread that prints, and would wait for good for a lock that another thread held."""
+    shown = plain()[0]
+    with shown.shown("work"):
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if current().console.quiet else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert current() is shown
