@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
-from byol_fast.utils.commands import program, shell_path
+from byol_fast.utils.commands import program, shell_path, short_path
 
 
 class Interrupted(Exception):  # noqa: N818  (a request to stop is no error)
@@ -15,13 +15,15 @@ class Interrupted(Exception):  # noqa: N818  (a request to stop is no error)
         signum: the signal.
         run_dir: the run's folder.
         step: steps finished and saved.
+        has_own_data: the images came from the caller's program, which alone can give them again.
     """
 
-    def __init__(self, signum: int, run_dir: Path, step: int) -> None:
-        super().__init__(
-            f"{signal.Signals(signum).name}: saved after step {step}; "
-            f"go on with: {program()} train --resume {shell_path(run_dir)}"
-        )
+    def __init__(self, signum: int, run_dir: Path, step: int, *, has_own_data: bool = False) -> None:
+        if has_own_data:
+            command = f"byol_fast.pretrain(data, resume={short_path(run_dir)!r}), with the same data"
+        else:
+            command = f"{program()} train --resume {shell_path(run_dir)}"
+        super().__init__(f"{signal.Signals(signum).name}: saved after step {step}; go on with: {command}")
         self.signum = signum
         self.run_dir = run_dir
         self.step = step

@@ -100,6 +100,7 @@ class Trainer:
             self.callbacks.append(TrackerCallback(build_trackers(self.config.log)))
         self.throughput = ThroughputMeter()
         self._parts = parts
+        self._has_own_data = not isinstance(data, str | Path | None)
         self._steps = StepRecords(
             steps_in(1, self.loader, self.config.grad_accum_steps),
             self.throughput,
@@ -358,7 +359,7 @@ class Trainer:
 
     def _interrupt(self, signum: int) -> NoReturn:
         self.save_checkpoint()
-        raise Interrupted(signum, self.run_dir, self.state.step)
+        raise Interrupted(signum, self.run_dir, self.state.step, has_own_data=self._has_own_data)
 
     def _write_run_files(self) -> None:
         """Write `config.json` and `environment.json`, and open the metrics."""

@@ -21,6 +21,7 @@ from byol_fast.config import Config, ConfigError
 from byol_fast.export.encoder import export_run, load_encoder
 from byol_fast.export.formats import export_as
 from byol_fast.training import trainer as trainers
+from byol_fast.training.errors import Interrupted
 from byol_fast.training.resume import find_resumable
 from byol_fast.training.run_dir import RunDir
 from byol_fast.training.trainer import Trainer
@@ -182,3 +183,20 @@ def test_folder_that_cannot_be_synchronized(tmp_path: Path, code: int, monkeypat
         with pytest.raises(OSError, match="Input/output"), atomic_path(tmp_path / "a") as temporary:
             temporary.write_text("x")
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_interrupted_run_on_images_of_a_program_says_how_to_go_on(
+    small: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command line cannot read them."""
+    monkeypatch.chdir(tmp_path)
+    assert small.data.root is not None
+    images = np.load(small.data.root)["images"]
+    config = configs.replace(small, {"data.root": None})
+    interrupt = AtStep(2, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Interrupted) as interrupted:
+        pretrain(images, config, callbacks=[interrupt])
+    path = str(interrupted.value.run_dir.relative_to(tmp_path))
+    expected = f"SIGTERM: saved after step 2; go on with: byol_fast.pretrain(data, resume={path!r}), with the same data"
+    assert str(interrupted.value) == expected
+    assert pretrain(images, resume=path).steps == 6

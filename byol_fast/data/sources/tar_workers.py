@@ -23,7 +23,7 @@ THREAD_SECONDS = 1.0
 _PROGRAM = """\
 import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
-sys.path[:] = {path!r}
+sys.path[:] = {path!a}
 from {module} import serve
 serve()
 """
