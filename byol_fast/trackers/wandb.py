@@ -48,7 +48,7 @@ class WandbTracker:
         )
         self._first_step = self._run.step
         upload = f"offline; upload with: wandb sync {shlex.quote(str(self._run.settings.sync_dir))}"
-        log.info("wandb: %s", upload if self._run.offline else self._run.url)
+        log.info("wandb: %s", upload if self._run.offline else self._run.url or "disabled, nothing is logged there")
         return str(self._run.id)
 
     def log(self, metrics: Sequence[Metrics]) -> None:
