@@ -75,6 +75,9 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def from_dict(values: Mapping[str, object]) -> Config:
     """Inverse of `to_dict`; missing fields have their defaults, an unknown one is a ConfigError."""
+    if isinstance(values.get("tensorboard"), bool):  # earlier versions had no other tracker
+        log = ("tensorboard",) if values["tensorboard"] else ()
+        values = {"log": log} | {name: value for name, value in values.items() if name != "tensorboard"}
     config = replace(Config(), values)
     if config.model.zero_init_residual and not is_resnet(config.model.encoder):
         # Earlier versions took it for any encoder of torchvision, and ignored it.

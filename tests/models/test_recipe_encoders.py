@@ -93,12 +93,14 @@ def test_run_notes_the_dropped_option(tiny: Config, tmp_path: Path, capsys: pyte
 
 
 def test_run_of_an_earlier_version_is_continued() -> None:
-    """It stored `zero_init_residual` for encoders that have no residual blocks of a ResNet."""
+    """It stored `zero_init_residual` for encoders that have no residual blocks of a ResNet, and `tensorboard`."""
     values = configs.to_dict(recipes.get("imagenet_resnet50"))
     values["model"]["encoder"] = "vit_b_16"
-    config = configs.from_dict(values)
-    assert not config.model.zero_init_residual
-    assert configs.from_dict(configs.to_dict(config)) == config
+    del values["log"]
+    for tensorboard, log in ((True, ("tensorboard",)), (False, ())):
+        config = configs.from_dict(values | {"tensorboard": tensorboard})
+        assert not config.model.zero_init_residual and config.log == log
+        assert configs.from_dict(configs.to_dict(config)) == config
 
 
 @pytest.mark.peers
