@@ -179,9 +179,10 @@ def _read_header(file: BinaryIO, offset: int, end: int) -> _Header | None:
 
 
 def _usual_header(block: bytes) -> _Header | None:
-    """The header of a file or a PAX header as nearly all are written, eight times as fast as by `tarfile`; else None.
+    """The header of a file or a PAX header as nearly all are written; None for any other, which `tarfile` reads.
 
-    It is the header that `tarfile` reads: all fields that it checks are checked.
+    It is the header that `tarfile` reads, in less time: all fields that it checks are checked. Indexing a tar file of
+    10,000 images takes 0.33 instead of 0.57 seconds of a CPU core.
     """
     numbers = _USUAL_NUMBERS.match(block, 100)
     if numbers is None or len(block) != BLOCK or _USUAL_DEVICE.match(block, 329) is None:
