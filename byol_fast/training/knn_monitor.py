@@ -196,12 +196,7 @@ def knn_problem(config: Config, train: ImageSource, val: ImageSource | None) -> 
     if val is None:
         missing = "there are no validation images: set knn.val_root, or give a root with train and val inside"
     else:
-        which, source = ("training", train) if train.labels is None else ("validation", val)
-        missing = (
-            f"the labels of the {which} images cannot be used: {source.label_problem}"
-            if source.label_problem
-            else f"the {which} images have no labels: sort them into one folder per class"
-        )
+        missing = _missing_labels("training", train) if train.labels is None else _missing_labels("validation", val)
     if config.knn.enabled == "on":
         raise ConfigError(f"config: knn.enabled is 'on', but {missing}")
     return missing
@@ -215,7 +210,11 @@ def check_labels(config: Config, train: ImageSource, val: ImageSource | None) ->
     """
     knn_problem(config, train, val)
     if config.probe.enabled == "on" and train.labels is None:
-        raise ConfigError(
-            "config: probe.enabled is 'on', but the training images have no labels: "
-            f"{train.label_problem or 'sort them into one folder per class'}; or set it to 'auto'"
-        )
+        missing = _missing_labels("training", train)
+        raise ConfigError(f"config: probe.enabled is 'on', but {missing}; or set it to 'auto'")
+
+
+def _missing_labels(which: str, source: ImageSource) -> str:
+    if source.label_problem:
+        return f"the labels of the {which} images cannot be used: {source.label_problem}"
+    return f"the {which} images have no labels: sort them into one folder per class"

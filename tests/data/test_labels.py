@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from byol_fast.config import Config, ConfigError, DataConfig, KNNConfig, Preprocessing
+from byol_fast.config import Config, ConfigError, DataConfig, KNNConfig, Preprocessing, ProbeConfig
 from byol_fast.config.evaluation import EvalSettings
 from byol_fast.data import ImageSource, SourceError, open_source, open_train_val
 from byol_fast.data.sources.base import labels_from_text
 from byol_fast.evaluate.encoder import PretrainedEncoder
 from byol_fast.evaluate.images import open_images
-from byol_fast.training.knn_monitor import knn_problem
+from byol_fast.training.knn_monitor import check_labels, knn_problem
 from tests.data.conftest import photo_like
 from tests.data.kinds import encoded, installed, options, write_parquet, write_tar
 from tests.data.test_datasets import Indexed, InMemory
@@ -135,6 +135,10 @@ def test_partly_negative_labels_are_the_reason_that_there_are_none(kind: str, tm
     whole = labeled(kind, tmp_path / "whole", [0, 1, 0, 1])
     with pytest.raises(ConfigError, match=f"the labels of the training images cannot be used: {re.escape(problem)}"):
         knn_problem(Config(knn=KNNConfig(enabled="on")), source, whole)
+    with pytest.raises(
+        ConfigError, match=f"'on', but the labels .* training images cannot be used: {re.escape(problem)}"
+    ):
+        check_labels(Config(probe=ProbeConfig(enabled="on")), source, whole)
     encoder = PretrainedEncoder(name="x", encoder=nn.Identity(), preprocessing=Preprocessing(crop=8))
     for train, test, which in ((source, whole, "training"), (whole, source, "test")):
         with pytest.raises(SourceError, match=f"the {which} images must have labels.*: {re.escape(problem)}"):
