@@ -31,12 +31,7 @@ ERRORS: dict[tuple[str, ...], str] = {
     (*RECIPE, "photos/0.jpg"): "0.jpg is a file of an unknown kind",
     RECIPE: "data.root must be set",
     (*RECIPE, "photos", "--model.encoder", "resnet51"): "got 'resnet51'; did you mean resnet50, resnet18, resnet152?",
-    (
-        *RECIPE,
-        "photos",
-        "--name",
-        "good",
-    ): "good must be a new run's folder, it is not empty; continue it",
+    (*RECIPE, "photos", "--name", "good"): "good must be a new run's folder, it is not empty; continue it",
     (*RECIPE, "photos", "--optim.lrr", "1"): "--optim.lr",
     (*RECIPE, "photos", "--optim.lr", "-1"): "optim.lr must be a number",
     (*RECIPE, "photos", "photos"): "FOLDER must be one path, got 2: photos photos",
@@ -147,6 +142,7 @@ def test_newer_torchvision_decides_by_its_own_list(
 
 @pytest.mark.peers
 def test_misspelt_timm_name_gets_the_closest_ones() -> None:
+    pytest.importorskip("timm", reason="timm is not installed")
     encoders.check_encoder_name("timm/resnet50")
     with pytest.raises(configs.ConfigError, match=r"a timm model, got 'timm/resnet51'; did you mean .*timm/resnet50,"):
         encoders.check_encoder_name("timm/resnet51")
@@ -176,7 +172,7 @@ def test_unknown_encoder_is_found_before_images_are_scanned(config: Config, tmp_
         ({"optim.warmup_steps": 9, "steps": 8}, "optim.warmup_steps must be at most the run's 8 steps, got 9"),
         ({"probe.enabled": "on"}, "probe.enabled is 'on', but the training images have no labels"),
         ({"knn.enabled": "on"}, "knn.enabled is 'on', but there are no validation images"),
-        ({}, "cifar_stem is for ResNets, got 'mobilenet_v3_small'"),
+        ({}, "cifar_stem is for torchvision's ResNets, got 'mobilenet_v3_small'"),
     ],
 )
 def test_number_and_labels_of_images_are_checked_before_networks_are_built(

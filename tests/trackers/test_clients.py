@@ -108,16 +108,12 @@ def test_wandb_offline(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def mlflow_server(tmp_path: Path) -> Iterator[str]:
     """Address of a server of its own, with an empty database."""
+    pytest.importorskip("mlflow", reason="mlflow is not installed")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{tmp_path}/mlflow.db",
-        "--artifacts-destination",
-        str(tmp_path / "a"),
-    ]
+    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db", "--artifacts-destination", f"{tmp_path}/a"]
     with (tmp_path / "server.txt").open("w") as output:
         process = subprocess.Popen(
             command, cwd=tmp_path, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -140,7 +136,8 @@ def mlflow_server(tmp_path: Path) -> Iterator[str]:
 
 
 def test_mlflow_server(config: Config, mlflow_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
+    import mlflow
+
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "experiment of the environment")
     run_dir = run_with_a_break(configs.replace(config, {"log": ["mlflow"]}))
