@@ -81,7 +81,8 @@ def profile(
         RuntimeError: a run is being built or trained in this process.
     """
     check("profile: steps", ProfiledSteps, steps)
-    trainer = Trainer(config, data=data, resume=resume, callbacks=callbacks)
+    # No trackers: a profile is no run, nor a part of the one that it resumes.
+    trainer = Trainer(configs.replace(config, {"log": ()}), data=data, resume=resume, callbacks=callbacks)
     if not trainer.world.is_single:
         raise ConfigError("profile: must be one process, got several; start it without torchrun")
     folder = trainer.run_dir / "profile"
