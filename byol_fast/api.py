@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError, recipes
 from byol_fast.config.resnets import RESNET_OPTIONS
 from byol_fast.training.preflight import check_start
+from byol_fast.utils.env import is_first_process
 
 if TYPE_CHECKING:
     from byol_fast.training.callbacks import Callback
@@ -68,7 +68,7 @@ def pretrain(
         options = {f"model.{name}" for name in RESNET_OPTIONS if _is_given("model", name, overrides)}
         config = recipes.drop_resnet_options(config, options)
     folder = None if resume is None else Path(resume)
-    if os.environ.get("RANK", "0") == "0":  # with several processes, the first one checks for all
+    if is_first_process():  # it checks for all
         check_start(config, data=data, resume=folder)
 
     from byol_fast.profiling.page import run_sections  # these import torch

@@ -15,6 +15,7 @@ from byol_fast import __version__
 from byol_fast.cli.options import print_error
 from byol_fast.config import ConfigError
 from byol_fast.utils.commands import short_path
+from byol_fast.utils.env import is_first_process
 from byol_fast.utils.output import PlainConsole, ignore_output_errors
 from byol_fast.utils.progress import Progress
 
@@ -108,8 +109,7 @@ def _progress(command: str) -> Progress:
 
     With several processes, only the first one shows it.
     """
-    is_main = os.environ.get("RANK", "0") == "0"
-    return Progress(PlainConsole(stderr=command not in _PROGRESS_ON_STDOUT) if is_main else None)
+    return Progress(PlainConsole(stderr=command not in _PROGRESS_ON_STDOUT) if is_first_process() else None)
 
 
 def _explain(error: Exception) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from byol_fast.cli.run_end import print_end
 from byol_fast.config import Config, ConfigError, recipes
 from byol_fast.training.preflight import check_start
 from byol_fast.training.resume import find_resumable
+from byol_fast.utils.env import is_first_process
 
 USAGE = """\
 usage: byol-fast train RECIPE [FOLDER] [--option value ...]
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
             )
         config = parse_config(stored, argv, f"byol-fast train --resume {resume}")
 
-    if os.environ.get("RANK", "0") == "0":  # with several processes, the first one checks for all
+    if is_first_process():  # it checks for all
         check_start(config, resume=find_resumable(config) if resume == "auto" else folder)
 
     from byol_fast.profiling.page import run_sections

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from byol_fast.report import drawing
-from byol_fast.report.drawing import DASHES, HEIGHT, LOW, MARGIN, SMALL, WIDTH, Array, Interval, Key, pen
+from byol_fast.report.drawing import DASHES, HEIGHT, LOW, MARGIN, SMALL, WIDTH, Array, Key, pen
 from byol_fast.report.formatting import readable
 from byol_fast.report.svg import INK, SHADE, tooltip_id
+from byol_fast.utils.intervals import Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

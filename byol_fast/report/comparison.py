@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from byol_fast.report.curves import curves
-from byol_fast.report.formatting import UNKNOWN, as_text, count, duration, flatten, interval_text, percent, readable
+from byol_fast.report.formatting import UNKNOWN, as_text, count, duration, interval_text, percent, readable
 from byol_fast.report.page import Section, paragraph, table
 from byol_fast.report.reading import RunFiles, distinct_names
 from byol_fast.report.summary import progress
+from byol_fast.utils.records import flatten
 
 
 def comparison(runs: Sequence[RunFiles]) -> list[Section]:

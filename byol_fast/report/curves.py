@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from byol_fast.report.charts import Series, line_chart
 from byol_fast.report.drawing import WIDTH
-from byol_fast.report.formatting import percent
+from byol_fast.report.formatting import accuracy_interval, percent
 from byol_fast.report.page import Section, chart_grid, details, paragraph, table
 from byol_fast.report.reading import Record, RunFiles, distinct_names
-from byol_fast.utils.intervals import Interval, wilson_interval
+from byol_fast.utils.intervals import Interval
 
 CURVES: dict[str, tuple[str, str]] = {
     "loss": ("Loss", "loss"),
@@ -100,18 +100,11 @@ def _series(run: RunFiles, key: str, x: str, name: str) -> Series:
     positions, values = run.curve(key, x)
     intervals: list[Interval | None] = []
     if key in ACCURACIES:
-        intervals = [_interval(r[key], r.get("knn_num_val")) for r in run.records if key in r]
+        ends = [accuracy_interval(r[key], r.get("knn_num_val")) for r in run.records if key in r]
+        intervals = [None if pair is None else (100 * pair[0], 100 * pair[1]) for pair in ends]
     if key in PERCENT:
         values = [None if v is None else 100 * v for v in values]
     return Series(name, positions, values, markers=key in AT_EVALUATIONS, intervals=intervals)
-
-
-def _interval(share: float | None, num_images: float | None) -> Interval | None:
-    """95 % interval of an accuracy in percent; None where the number of images is not known."""
-    if share is None or not 0 <= share <= 1 or not num_images or num_images < 1:
-        return None
-    low, high = wilson_interval(round(share * num_images), round(num_images))
-    return 100 * low, 100 * high
 
 
 def _skipped_steps(run: RunFiles) -> list[Series]:

@@ -18,19 +18,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from byol_fast.report.svg import INK, PEN, clean, inline, tooltip_id
+from byol_fast.utils.intervals import Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.typing import RcKeyType
 
-Interval = tuple[float, float]
 Array = NDArray[np.float64]
 
 WIDTH = 420
 """Narrow, so that the text is readable where a phone shows a chart at 330 pixels."""
 HEIGHT = 230
 """Height of axes with two scales."""
+LOW = 96
+"""The same where the shape of a curve is all that matters."""
 FONT, SMALL = 14, 12
 LINE = 17
 MARGIN = 8
@@ -41,8 +43,6 @@ GUTTER = 150
 ROW = 24
 KEY = 24
 """Length of a line in the legend: all dashes can be told apart."""
-LOW = 96
-"""The same where the shape of a curve is all that matters."""
 DASHES: tuple[Any, ...] = ("-", (0, (7, 3)), (0, (2, 3)), (0, (9, 3, 2, 3)), (0, (9, 3, 2, 3, 2, 3)))
 """Dashes of lines, one for each shape of marks: what color alone does not tell apart differs in them."""
 STYLE: dict[RcKeyType, Any] = {

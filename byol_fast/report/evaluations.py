@@ -20,13 +20,13 @@ from byol_fast.report.formatting import (
     count,
     differ,
     finite,
-    flatten,
     interval,
     interval_text,
     percent,
 )
 from byol_fast.report.page import Section, chart_grid, details, facts, paragraph, table
 from byol_fast.report.reading import Record, RunFiles
+from byol_fast.utils.records import flatten
 
 MAX_ROWS = 1000
 """Largest number of classes in a table."""

@@ -6,17 +6,10 @@ import json
 import math
 from typing import Any
 
+from byol_fast.utils.intervals import Interval, wilson_interval
 from byol_fast.utils.records import number
 
 UNKNOWN = "?"
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested dictionary in one level, its keys joined by dots."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def as_text(value: object) -> str:
@@ -54,7 +47,7 @@ def count(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else UNKNOWN
 
 
-def interval(record: dict[str, Any], key: str = "top1_ci95") -> tuple[float, float] | None:
+def interval(record: dict[str, Any], key: str = "top1_ci95") -> Interval | None:
     """Both ends of an interval of a record."""
     ends = record.get(key)
     if not isinstance(ends, list | tuple) or len(ends) != 2:
@@ -63,7 +56,14 @@ def interval(record: dict[str, Any], key: str = "top1_ci95") -> tuple[float, flo
     return None if low is None or high is None else (low, high)
 
 
-def differ(a: tuple[float, float] | None, b: tuple[float, float] | None) -> bool:
+def accuracy_interval(share: float | None, num_images: float | None) -> Interval | None:
+    """95 % interval of an accuracy, 0..1; None where one of the two is not known."""
+    if share is None or not 0 <= share <= 1 or not num_images or num_images < 1:
+        return None
+    return wilson_interval(round(share * num_images), round(num_images))
+
+
+def differ(a: Interval | None, b: Interval | None) -> bool:
     """True for two known intervals that do not overlap."""
     return a is not None and b is not None and (a[1] < b[0] or b[1] < a[0])
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from byol_fast import config as configs
 from byol_fast.config import recipes
-from byol_fast.report.formatting import as_text, flatten
+from byol_fast.report.formatting import as_text
 from byol_fast.report.page import Section, details, paragraph, table
 from byol_fast.report.reading import RunFiles
+from byol_fast.utils.records import flatten
 
 
 def corrupt_images(run: RunFiles) -> list[Section]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 
 from byol_fast.report.evaluations import weaker_than_baselines
-from byol_fast.report.formatting import differ, duration, interval_text, plural
+from byol_fast.report.formatting import accuracy_interval, differ, duration, interval_text, plural
 from byol_fast.report.page import Section, facts, paragraph
-from byol_fast.report.reading import Record, RunFiles
+from byol_fast.report.reading import RunFiles
 from byol_fast.training.health import HEALTHY, advice, assess, largest_std, scale
-from byol_fast.utils.intervals import wilson_interval
 
 
 def health(run: RunFiles) -> list[tuple[str, str]]:
@@ -58,19 +57,13 @@ def _knn_gain(run: RunFiles) -> list[tuple[str, str]]:
         return []
     before, after = evaluated[0], evaluated[-1]
     text = f"kNN top-1 accuracy is {after['knn_top1']:.1%}"
-    intervals = _knn_interval(before), _knn_interval(after)
+    intervals = [accuracy_interval(r["knn_top1"], r.get("knn_num_val")) for r in (before, after)]
     if not differ(*intervals):
         overlap = "" if None in intervals else "; the 95 % intervals overlap"
         return [("", f"{text}, that of the untrained encoder {before['knn_top1']:.1%}{overlap}.")]
     gain = round(100 * after["knn_top1"], 1) - round(100 * before["knn_top1"], 1)
     difference = f"{abs(gain):.1f} points {'above' if gain > 0 else 'below'}"
     return [("good" if gain > 0 else "warn", f"{text}, {difference} the untrained encoder ({before['knn_top1']:.1%}).")]
-
-
-def _knn_interval(record: Record) -> tuple[float, float] | None:
-    """95 % interval of a kNN accuracy; None where the number of images is not recorded."""
-    top1, count = record["knn_top1"], int(record.get("knn_num_val") or 0)
-    return wilson_interval(round(top1 * count), count) if count > 0 and 0 <= top1 <= 1 else None
 
 
 def progress(run: RunFiles) -> tuple[str, str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from byol_fast.trackers.base import Metrics, RunInfo, Status
+from byol_fast.utils.records import flatten
 
 _STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 # MLflow's limits on a request, and on the length of a parameter.
@@ -33,7 +34,7 @@ class MLflowTracker:
         self._run_id = str(mlflow.start_run(run_id=run.tracker_run, run_name=run.name).info.run_id)
         self._client = mlflow.MlflowClient()
         if run.tracker_run is None:
-            values = _flat(run.config | {"environment": run.environment})
+            values = flatten(run.config | {"environment": run.environment}).items()
             params = [Param(name, str(value)[:_MAX_LENGTH]) for name, value in values]
             for start in range(0, len(params), _MAX_PARAMS):
                 self._client.log_batch(self._run_id, params=params[start : start + _MAX_PARAMS])
@@ -53,12 +54,3 @@ class MLflowTracker:
     def end(self, status: Status) -> None:
         """End the run."""
         self._mlflow.end_run(_STATUS[status])
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Values of nested mappings by dotted name."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value

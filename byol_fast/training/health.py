@@ -6,9 +6,8 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-Record = dict[str, Any]
+from byol_fast.training.metrics_file import Record
 
 HEALTHY, COLLAPSED = 0.5, 0.2
 """Embedding standard deviations in large batches: healthy at the first or above, collapsed below the second."""

@@ -30,6 +30,11 @@ def version(package: str) -> str | None:
         return None
 
 
+def is_first_process() -> bool:
+    """True for the first of several processes, by the environment that torchrun sets, and for the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def num_cpus() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -140,3 +140,11 @@ def _short(value: object) -> str:
         return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
     # The digits of a large int are not converted: Python limits their number.
     return "a huge number" if isinstance(value, int) and abs(value) > LARGEST_COUNT else f"{json.dumps(value):.40}"
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested dictionary in one level, its keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
