@@ -84,7 +84,8 @@ def check_memory(
         one = estimate_memory(smaller, device.type, precision, num_processes=world.size)
         return _largest_share(_demand(smaller, source, device, one), left)[0] < WARNED
 
-    share, needed, available = _largest_share(demand, left)
+    # Rank 0 decides for all: machines may have unequal numbers of threads.
+    share, needed, available = world.run_on_main(lambda: _largest_share(demand, left))
     if share > REFUSED:
         world.run_on_main(lambda: _refuse(config, needed, available, fits))
     elif share >= WARNED and world.is_main_process:
