@@ -84,7 +84,7 @@ def measure(
                 bar.update(bar.done, name)
                 worker.pipe.send(True)
                 reply = _receive(workers, name, results[name], timeout_s)
-                bar.advance(bar.done + 1)
+                bar.add(1)
                 if reply is not None and number >= warmup:
                     results[name].cpu.append(reply[0])
                     results[name].wall.append(reply[1])

@@ -61,7 +61,7 @@ def interleaved(
                 start = clock()
                 call()
                 elapsed = clock() - start
-                bar.advance(bar.done + 1)
+                bar.add(1)
                 if number >= warmup:
                     seconds[name].append(elapsed)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}

@@ -15,7 +15,7 @@ from byol_fast.config.evaluation import EvalSettings, FinetuneSettings, KNNSetti
 from byol_fast.data.sources.paths import check_path
 from byol_fast.utils.files import expand_home
 from byol_fast.utils.output import PlainConsole
-from byol_fast.utils.progress import of_run
+from byol_fast.utils.progress import current
 from byol_fast.utils.run_folder import encoder_files
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by `cli.main` for the time of the imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
     accuracy_chart({"top1": 0.5}, "trial")  # a broken matplotlib is found before the work
-    progress = of_run(is_main_process=True)
+    progress = current()
     pretrained = load_pretrained(options.encoder)
     assert pretrained.folder is not None
     output_dir = options.output or pretrained.folder / "eval"

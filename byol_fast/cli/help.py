@@ -26,12 +26,12 @@ _METAVARS = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Option:
-    """An option, or a word without a name."""
+    """An option, or a positional argument."""
 
     name: str
     """Dotted path of its field: `data.root`."""
     usage: str
-    """`--data.root PATH`, `--fast, --no-fast`, or `FOLDER` for a word without a name."""
+    """`--data.root PATH`, `--fast, --no-fast`, or `FOLDER` for a positional argument."""
     text: str
     """Docstring of the field."""
     default: str
@@ -41,7 +41,7 @@ class Option:
 
     @property
     def is_positional(self) -> bool:
-        """True for a word without a name."""
+        """True for a positional argument."""
         return not self.usage.startswith("-")
 
 

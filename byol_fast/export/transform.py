@@ -24,7 +24,7 @@ class EvalTransform:
     Raises:
         ConfigError: the metadata has no valid preprocessing.
 
-    Example:
+    Examples:
         >>> encoder, metadata = byol_fast.load_encoder("runs/first")
         >>> transform = byol_fast.EvalTransform(metadata)
         >>> features = encoder(transform(PIL.Image.open("photo.jpg"))[None])

@@ -154,7 +154,9 @@ def _key_figures(profile: dict[str, Any]) -> str:
             ),
         ]
     if memory := profile.get("memory"):
-        figures.append(("Memory, estimated", f"{memory['total'] / 2**30:.3g} GiB", "tensors of a step in eager mode"))
+        figures.append(
+            ("Memory, estimated", f"{readable(memory['total'] / 2**30)} GiB", "tensors of a step in eager mode")
+        )
     gpu, telemetry = profile["gpu"], machine["gpu"]
     if gpu is not None:
         figures.append(("GPU idle", f"{gpu['idle']:.1%}", f"{gpu['launches']:.0f} launches per step"))

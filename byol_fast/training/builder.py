@@ -20,7 +20,6 @@ from byol_fast.models.base import SSLModel
 from byol_fast.models.builder import build_model
 from byol_fast.models.encoders import check_encoder_name
 from byol_fast.optim import RunSchedule, build_optimizer
-from byol_fast.trackers import check_installed
 from byol_fast.training import distributed
 from byol_fast.training.distributed import World
 from byol_fast.training.knn_monitor import KNNMonitor, check_labels, knn_problem
@@ -99,7 +98,6 @@ def build_components(config: Config, *, data: object, resume: Path | None) -> Tr
         ValueError: the data is missing, empty or too small.
         RuntimeError: another run is being built or trained in this process.
     """
-    check_installed(config.log)
     with exclusive():
         config, data = _with_absolute_paths(config, data)
         world = distributed.init_process_group(config.device, config.timeout_minutes)

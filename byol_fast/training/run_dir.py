@@ -22,8 +22,9 @@ from byol_fast.utils.records import read_json
 from byol_fast.utils.run_folder import check_run_folder, not_writable
 
 # Files of a run that has saved no checkpoint yet: such a directory is used again.
-_BEFORE_FIRST_CHECKPOINT = {"config.json", "environment.json", "metrics.jsonl", "report.html", "profile"}
-_BEFORE_FIRST_CHECKPOINT |= {"tb", "trackers", "wandb"}
+_BEFORE_FIRST_CHECKPOINT = {
+    "config.json", "environment.json", "metrics.jsonl", "report.html", "profile", "tb", "trackers", "wandb",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

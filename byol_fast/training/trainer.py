@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
@@ -190,9 +190,10 @@ class Trainer:
         """
         with self.throughput.data_wait(self.loader), record_range("data wait"):
             batches = self._fetch()
-        first = nullcontext() if self._has_stepped else self._first_step_bar()
+        max_autotune = self.config.max_autotune
+        bar = nullcontext() if self._has_stepped else first_step_bar(current(), self.mode, max_autotune=max_autotune)
         try:
-            with first:
+            with bar:
                 output = self.train_step(batches, self.state.step)
         except torch.OutOfMemoryError as error:
             reason = first_line(error)
@@ -210,9 +211,6 @@ class Trainer:
             return
         # Outside of the handler: the traceback would keep the step's tensors alive.
         raise TrainingError(out_of_memory_message(self.train_step, batches[0], reason, self.config))
-
-    def _first_step_bar(self) -> AbstractContextManager[object]:
-        return first_step_bar(current(), self.mode, max_autotune=self.config.max_autotune)
 
     def _fetch(self) -> list[Batch]:
         try:

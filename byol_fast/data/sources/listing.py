@@ -47,7 +47,7 @@ def walk(
     """
     with current().bar(None, f"scanning {printable_name(root)}", unit="files") as bar:
         for names in _walk(root, arg_name, hidden, repeated):
-            bar.advance(bar.done + len(names))
+            bar.add(len(names))
             yield from names
 
 
