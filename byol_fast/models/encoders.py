@@ -95,33 +95,8 @@ def build_encoder(
             raise _not_a_resnet("cifar_stem" if cifar_stem else "zero_init_residual", encoder)
         network, _ = create_timm_model(encoder.removeprefix("timm/"), image_size, pretrained=pretrained)
         return network
-    from torchvision import models
-
     check_encoder_name(encoder)
-    if encoder in OWN_ENCODERS:
-        if pretrained:
-            raise ValueError(f"build_encoder: there are no pretrained weights for {encoder!r}; drop pretrained")
-        network = OWN_ENCODERS[encoder]()
-    else:
-        # These two warn about their slow initialization unless told, and insist on auxiliary heads with weights.
-        googles = encoder in {"inception_v3", "googlenet"}
-        options: dict[str, Any] = (
-            {"init_weights": not pretrained, "aux_logits": pretrained, "transform_input": False} if googles else {}
-        )
-        if encoder.startswith("vit_") and image_size is not None and not pretrained:
-            options["image_size"] = image_size
-        try:
-            network = models.get_model(encoder, weights="DEFAULT" if pretrained else None, **options)
-        except OSError as error:
-            raise ValueError(
-                f"build_encoder: the weights of {encoder!r} could not be fetched ({error}); put them into "
-                f"{torch.hub.get_dir()}/checkpoints, or drop pretrained"
-            ) from error
-        except AssertionError as error:  # of vision transformers
-            raise ValueError(
-                f"build_encoder: {encoder!r} must take images of {image_size} pixels, it failed with: "
-                f"{first_line(error)}; set the views' size to what it takes"
-            ) from error
+    network = _torchvision_model(encoder, image_size, pretrained=pretrained)
     if zero_init_residual:
         norms = _last_norms(network)
         if not norms:
@@ -130,14 +105,49 @@ def build_encoder(
             nn.init.zeros_(norm.weight)  # Goyal et al., arXiv 1706.02677, section 5.1
     _remove_classifier(network, encoder)
     if cifar_stem:
-        if not isinstance(getattr(network, "conv1", None), nn.Conv2d) or not hasattr(network, "maxpool"):
-            raise _not_a_resnet("cifar_stem", encoder)
-        first: Any = network.conv1
-        conv = nn.Conv2d(first.in_channels, first.out_channels, 3, stride=1, padding=1, bias=False)
-        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
-        network.conv1 = conv
-        network.maxpool = nn.Identity()
+        _replace_stem(network, encoder)
     return network
+
+
+def _torchvision_model(encoder: str, image_size: int | None, *, pretrained: bool) -> nn.Module:
+    """A model of torchvision, or one of `OWN_ENCODERS`, with its classifier."""
+    from torchvision import models
+
+    if encoder in OWN_ENCODERS:
+        if pretrained:
+            raise ValueError(f"build_encoder: there are no pretrained weights for {encoder!r}; drop pretrained")
+        return OWN_ENCODERS[encoder]()
+    # These two warn about their slow initialization unless told, and insist on auxiliary heads with weights.
+    googles = encoder in {"inception_v3", "googlenet"}
+    options: dict[str, Any] = (
+        {"init_weights": not pretrained, "aux_logits": pretrained, "transform_input": False} if googles else {}
+    )
+    if encoder.startswith("vit_") and image_size is not None and not pretrained:
+        options["image_size"] = image_size
+    try:
+        network: nn.Module = models.get_model(encoder, weights="DEFAULT" if pretrained else None, **options)
+    except OSError as error:
+        raise ValueError(
+            f"build_encoder: the weights of {encoder!r} could not be fetched ({error}); put them into "
+            f"{torch.hub.get_dir()}/checkpoints, or drop pretrained"
+        ) from error
+    except AssertionError as error:  # of vision transformers
+        raise ValueError(
+            f"build_encoder: {encoder!r} must take images of {image_size} pixels, it failed with: "
+            f"{first_line(error)}; set the views' size to what it takes"
+        ) from error
+    return network
+
+
+def _replace_stem(network: nn.Module, encoder: str) -> None:
+    """Give a ResNet a stem for small images."""
+    first = getattr(network, "conv1", None)
+    if not isinstance(first, nn.Conv2d) or not hasattr(network, "maxpool"):
+        raise _not_a_resnet("cifar_stem", encoder)
+    conv = nn.Conv2d(first.in_channels, first.out_channels, 3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
+    network.conv1 = conv
+    network.maxpool = nn.Identity()
 
 
 def create_timm_model(
