@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from byol_fast.config import Config, ConfigError
 from byol_fast.data import CorruptImageError, ImageSource
 from byol_fast.data.augment import PIXELS_PER_CHUNK
 from byol_fast.data.batch import Batch
-from byol_fast.data.decode import header_size, reader_of
+from byol_fast.data.decode import header_size, reader_of, size_problem
 from byol_fast.data.loaders.backend import resolve_backend
 from byol_fast.data.loaders.threads import resolve_num_threads
 from byol_fast.data.sources import ArraySource, EncodedSource
@@ -29,7 +29,8 @@ from byol_fast.utils.precision import Precision
 log = logging.getLogger(__name__)
 
 REFUSED, WARNED = 1.15, 0.85
-"""Shares of the available memory above which a run is refused, and from which on it is warned of."""
+"""Share of the available memory, with swap, above which a run is refused; share without, from which on it is warned
+of."""
 SAMPLED_IMAGES = 8
 """Images whose sizes are read, for the memory of decoding."""
 CHUNK_COPIES = 16
@@ -85,10 +86,13 @@ def check_memory(
         return _largest_share(_demand(smaller, source, device, one), left)[0] < WARNED
 
     # Rank 0 decides for all: machines may have unequal numbers of threads.
-    share, needed, available = world.run_on_main(lambda: _largest_share(demand, left))
+    with_swap = [_with_swap(one) for one in left]
+    share, needed, available = world.run_on_main(lambda: _largest_share(demand, with_swap))
     if share > REFUSED:
         world.run_on_main(lambda: _refuse(config, needed, available, fits))
-    elif share >= WARNED and world.is_main_process:
+        return []
+    share, needed, available = _largest_share(demand, left)
+    if share >= WARNED and world.is_main_process:
         log.warning(
             "memory: a step needs about %.1f GiB, %.0f%% of what is available: it may not fit; a smaller --batch-size "
             "or --activation-checkpointing needs less",
@@ -116,8 +120,8 @@ def loader_memory(config: Config, source: ImageSource, device: torch.device) -> 
     backend = resolve_backend(config.data, source, device)
     batch = NUM_VIEWS * config.batch_size * 3 * config.view1.size**2
     views = batch * (config.data.prefetch + 1 + config.grad_accum_steps)
-    per_thread = CHUNK_COPIES * 3 * PIXELS_PER_CHUNK + 2 * 3 * _largest_image(source)  # as decoded, and a copy
-    decoding = resolve_num_threads(config.data.threads) * per_thread
+    threads = resolve_num_threads(config.data.threads)
+    decoding = threads * CHUNK_COPIES * 3 * PIXELS_PER_CHUNK + 2 * 3 * _pixels_at_once(source, threads)  # and a copy
     if device.type != "cuda":
         return Demand(0, views + decoding)
     if backend.loader == "device_cache":
@@ -126,17 +130,21 @@ def loader_memory(config: Config, source: ImageSource, device: torch.device) -> 
     return Demand(views, batch * (config.data.prefetch + 1) + decoding)
 
 
-def _largest_image(source: ImageSource) -> int:
-    """Pixels of the largest of some images, by their headers; 0 where nothing is decoded, or nothing known."""
-    largest = 0
+def _pixels_at_once(source: ImageSource, threads: int) -> int:
+    """Pixels of images that threads decode at a time, one of them the largest, by the headers of some images.
+
+    0 where nothing is decoded, or nothing known.
+    """
+    pixels: list[int] = []
     if isinstance(source, EncodedSource):
         for i in evenly_spaced(len(source), SAMPLED_IMAGES).tolist():
             try:
-                width, height = header_size(reader_of(source.read(i))) or (0, 0)
+                size = header_size(reader_of(source.read(i)))
             except CorruptImageError:
                 continue
-            largest = max(largest, width * height)
-    return largest
+            if size is not None and size_problem(*size) is None:
+                pixels.append(size[0] * size[1])
+    return max(pixels) + (threads - 1) * sum(pixels) // len(pixels) if pixels else 0
 
 
 Available = tuple[AvailableMemory | None, AvailableMemory | None]
@@ -154,7 +162,7 @@ def _available(device: torch.device, local_size: int) -> Available:
     machine = available_memory()
     if machine is not None and local_size > 1:
         where = f"{machine.where} for each of {local_size} processes"
-        machine = AvailableMemory(machine.bytes // local_size, where)
+        machine = AvailableMemory(machine.bytes // local_size, where, machine.swap // local_size)
     return gpu, machine
 
 
@@ -163,7 +171,13 @@ def _least(of_processes: list[Available]) -> Available:
     return min(gpus, default=None), min(machines, default=None)
 
 
-def _largest_share(demand: Demand, left: Available) -> tuple[float, int, AvailableMemory]:
+def _with_swap(available: AvailableMemory | None) -> AvailableMemory | None:
+    if available is None or not available.swap:
+        return available
+    return AvailableMemory(available.bytes + available.swap, f"{available.where}, with its swap")
+
+
+def _largest_share(demand: Demand, left: Sequence[AvailableMemory | None]) -> tuple[float, int, AvailableMemory]:
     """Share of the memory that is needed where it is shortest, the bytes needed there, and those available."""
     shares = [
         (needed / max(available.bytes, 1), needed, available)

@@ -86,8 +86,7 @@ def estimate_memory(
         Exception: of any type, if the networks cannot run on tensors without values.
     """
     dtype, on_gpu = precision.autocast_dtype, device_type == "cuda"
-    with torch.device("meta"):
-        model = build_model(config, pretrained=False)
+    model = _without_values(config)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
         if on_gpu:
@@ -132,6 +131,16 @@ def try_estimate(
         return reason(error)
 
 
+def _without_values(config: Config) -> SSLModel:
+    """The networks of a configuration, of which only the shapes of their tensors are used."""
+    try:
+        with torch.device("meta"):
+            return build_model(config, pretrained=False)
+    except NotImplementedError:  # its widths are computed from tensors, as those of torchvision's RegNets
+        with torch.random.fork_rng(devices=[]):
+            return build_model(config, pretrained=False)
+
+
 def _use_gpu_layers(model: SSLModel, dtype: torch.dtype | None) -> None:
     """Convert layers as for a GPU; fake tensors on a CPU take the GPU's paths."""
     from byol_fast.models import gpu_tuning  # imports torchvision's models, a second
@@ -152,12 +161,12 @@ def _space_to_depth(conv: nn.Conv2d, dtype: torch.dtype, x: Tensor) -> Tensor:
 
 
 def _replace_tensors(model: SSLModel, mode: FakeTensorMode) -> None:
-    """Replace meta tensors by fake ones on a CPU, which autocast casts as it casts others."""
+    """Replace tensors by fake ones on a CPU, which autocast casts as it casts others."""
     fakes: dict[Tensor, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:
         if tensor not in fakes:
-            new: Tensor = FakeTensor(mode, tensor.detach(), torch.device("cpu"))
+            new: Tensor = FakeTensor(mode, tensor.detach().to("meta"), torch.device("cpu"))
             is_parameter = isinstance(tensor, nn.Parameter)
             fakes[tensor] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
         return fakes[tensor]

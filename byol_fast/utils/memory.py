@@ -20,6 +20,8 @@ class AvailableMemory(NamedTuple):
     bytes: int
     where: str
     """Owner of the limit, such as "this machine"."""
+    swap: int = 0
+    """Bytes that the system may move to the disk beyond these, where all gets slow."""
 
 
 def available_memory(proc: Path = Path("/proc")) -> AvailableMemory | None:
@@ -30,15 +32,22 @@ def available_memory(proc: Path = Path("/proc")) -> AvailableMemory | None:
     Args:
         proc: where the kernel reports the machine and the process.
     """
-    limits = [AvailableMemory(left, "this control group") for left in _left_in_groups(proc)]
-    with suppress(OSError, ValueError):
-        if match := re.search(r"^MemAvailable:\s+(\d+) kB", (proc / "meminfo").read_text(), re.MULTILINE):
-            limits.append(AvailableMemory(int(match[1]) * 1024, "this machine"))
-    return min(limits, default=None)
+    machine: dict[str, int] = {}
+    with suppress(OSError):
+        lines = re.findall(r"^(\w+):\s+(\d+) kB", (proc / "meminfo").read_text(), re.MULTILINE)
+        machine = {name: int(size) * 1024 for name, size in lines}
+    swap = machine.get("SwapFree", 0)
+    limits = [AvailableMemory(left, "this control group", min(more, swap)) for left, more in _left_in_groups(proc)]
+    if "MemAvailable" in machine:
+        limits.append(AvailableMemory(machine["MemAvailable"], "this machine", swap))
+    if not limits:
+        return None
+    least = min(limits)
+    return least._replace(swap=min(limit.bytes + limit.swap for limit in limits) - least.bytes)
 
 
-def _left_in_groups(proc: Path) -> Iterator[int]:
-    """Bytes that each control group with a limit leaves, from this process's own group up to the outermost one."""
+def _left_in_groups(proc: Path) -> Iterator[tuple[int, int]]:
+    """Bytes that each control group with a limit leaves, and swap, from this process's own group to the outermost."""
     for folder in _groups(proc):
         is_v2 = (folder / "memory.max").exists()
         names = ("memory.max", "memory.current") if is_v2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
@@ -48,14 +57,24 @@ def _left_in_groups(proc: Path) -> Iterator[int]:
             statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
             cached = sum(int(statistics.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
             if limit < _NO_LIMIT:
-                yield max(limit - max(used - cached, 0), 0)
+                yield max(limit - max(used - cached, 0), 0), _swap_of_group(folder)
+
+
+def _swap_of_group(folder: Path) -> int:
+    """Bytes that a control group may still move to the disk; 0 if it does not say, as in version 1."""
+    try:
+        limit, used = ((folder / f"memory.swap.{kind}").read_text().strip() for kind in ("max", "current"))
+        return _NO_LIMIT if limit == "max" else max(int(limit) - int(used), 0)
+    except (OSError, ValueError):
+        return 0
 
 
 def _groups(proc: Path) -> Iterator[Path]:
     """Folders of the control groups of this process that may limit its memory, of both versions."""
     try:
-        mounts = [line.split() for line in (proc / "self/mountinfo").read_text().splitlines()]
-        paths = [line.split(":", 2) for line in (proc / "self/cgroup").read_text().splitlines()]
+        # Names of mount points are bytes of any kind.
+        mounts = [line.split(" ") for line in _read(proc / "self/mountinfo").split("\n") if line]
+        paths = [line.split(":", 2) for line in _read(proc / "self/cgroup").split("\n") if line]
     except OSError:
         return
     for fields in mounts:
@@ -73,6 +92,10 @@ def _groups(proc: Path) -> Iterator[Path]:
             yield folder
             folder = folder.parent
         yield mount_point
+
+
+def _read(path: Path) -> str:
+    return path.read_text(errors="surrogateescape")
 
 
 def release_freed_memory() -> None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError, recipes
 from byol_fast.data import Batch, open_train_val
+from byol_fast.data.augment import PIXELS_PER_CHUNK
 from byol_fast.data.batch import empty_views
 from byol_fast.models import encoders
 from byol_fast.models.activation_checkpoint import checkpoint_blocks
@@ -40,6 +44,7 @@ TOLERANCE = 0.15
 
 def peak_of_two_steps(config: Config, precision: Precision) -> int:
     """Largest sum of the allocations less the frees that torch's profiler counts, from the networks on."""
+    gc.collect()  # the networks of other tests are not to be freed, and subtracted, meanwhile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model = build_model(config, pretrained=False).to(memory_format=torch.channels_last)
         if config.activation_checkpointing:
@@ -115,6 +120,19 @@ def test_estimate_leaves_the_random_numbers(small_network: None) -> None:
     assert states[1:] == (random.getstate(), repr(np.random.get_state()))  # noqa: NPY002
 
 
+def test_estimate_of_a_network_whose_widths_are_computed_from_tensors() -> None:
+    """RegNets cannot be built on the meta device."""
+    state = torch.get_rng_state()
+    config = run_config("regnet_x_400mf", 32, 2, **{"model.hidden_dim": 64, "model.projection_dim": 16})
+    estimate = estimate_memory(config, "cpu", FP32)
+    assert torch.equal(state, torch.get_rng_state())
+    model = build_model(config, pretrained=False)
+    tensors = [*model.parameters(), *model.buffers()]
+    assert estimate.weights == sum(t.numel() * t.element_size() for t in tensors)
+    trained = [p for p in model.trainable_parameters() if p.requires_grad]
+    assert estimate.optimizer == 4 * sum(p.numel() for p in trained)
+
+
 def test_more_processes_keep_their_gradients(small_network: None) -> None:
     """Between the steps too, in the buckets that DDP reduces: at the peak all are there."""
     config = run_config("small", 32, 64)
@@ -176,6 +194,43 @@ def test_shares_of_the_available_memory(
     trainer.close()
 
 
+@pytest.mark.parametrize(("swap", "is_refused"), [(0, True), (10**12, False)])
+def test_run_that_fits_with_swap_is_warned_of(
+    checked: Config,
+    swap: int,
+    is_refused: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It is slow, but the system does not end it."""
+    source, _ = open_train_val(checked, None)
+    for name in ("try_estimate", "estimate_memory"):
+        monkeypatch.setattr(memory, name, lambda *_, **__: MemoryEstimate(0, 0, 2 * 10**12, 0))
+    monkeypatch.setattr(memory, "available_memory", lambda: AvailableMemory(10**12, "this machine", swap))
+    with pytest.raises(ConfigError) if is_refused else nullcontext():
+        memory.check_memory(checked, source, CPU, FP32, World())
+    assert ("200% of what is available" in caplog.text) == (not is_refused)
+
+
+def test_memory_of_decoding_counts_one_largest_image(checked: Config, tmp_path: Path) -> None:
+    """A panorama among small images, and one that is too large to be decoded at all, which is skipped."""
+    for i, size in enumerate([(100, 100), (100, 100), (2000, 1000), (100, 100)]):
+        Image.new("RGB", size).save(tmp_path / f"{i}.png")
+    config = configs.replace(checked, {"data.threads": 4, "data.builtin": "none", "data.root": tmp_path})
+    small = configs.replace(config, {"data.threads": 1})
+    source, _ = open_train_val(config, None)
+    buffers = memory.CHUNK_COPIES * 3 * PIXELS_PER_CHUNK
+    mean = (2_000_000 + 3 * 10_000) // 4
+    demand = memory.loader_memory(config, source, CPU)
+    assert demand.machine - memory.loader_memory(small, source, CPU).machine == 3 * (buffers + 2 * 3 * mean)
+    header = bytearray((tmp_path / "0.png").read_bytes())
+    header[16:24] = (50_000).to_bytes(4, "big") * 2
+    (tmp_path / "0.png").write_bytes(header)
+    (tmp_path / "4.png").write_bytes((tmp_path / "1.png").read_bytes())
+    other, _ = open_train_val(config, None)
+    assert memory.loader_memory(config, other, CPU) == demand
+
+
 def test_processes_share_the_memory_of_their_machine(checked: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     source, _ = open_train_val(checked, None)
     estimate = MemoryEstimate(GIB, 0, 0, 0)
@@ -201,16 +256,18 @@ def test_encoder_that_needs_values_trains_without_an_estimate(checked: Config, m
 # -------------------------------------------------------------------------------- what is available
 
 
-def fake_proc(folder: Path, *, mounts: dict[str, str], groups: str, available_kib: int) -> Path:
+def fake_proc(folder: Path, *, mounts: dict[str, str], groups: str, available_kib: int, swap_kib: int = 0) -> Path:
     """The files of /proc that tell the memory: mount points by type, the groups of the process, the machine's."""
     (folder / "self").mkdir()
     lines = [
         f"31 23 0:2{n} {root} {folder / kind} rw,relatime shared:9 - {kind} none rw{',memory' * (kind == 'cgroup')}"
         for n, (kind, root) in enumerate(mounts.items())
     ]
-    (folder / "self/mountinfo").write_text("\n".join(["22 1 8:1 / / rw - ext4 /dev/root rw", *lines]))
+    lines.append("22 1 8:1 / /media/\udcff\u00a0usb rw - vfat /dev/sda1 rw")  # a name that is not UTF-8
+    (folder / "self/mountinfo").write_text("\n".join(lines), errors="surrogateescape")
     (folder / "self/cgroup").write_text(groups)
-    (folder / "meminfo").write_text(f"MemTotal: 99999999 kB\nMemAvailable:   {available_kib} kB\n")
+    sizes = {"MemTotal": 99_999_999, "MemAvailable": available_kib, "SwapFree": swap_kib}
+    (folder / "meminfo").write_text("".join(f"{name}:   {size} kB\n" for name, size in sizes.items()))
     return folder
 
 
@@ -226,11 +283,11 @@ def group(folder: Path, limit: str, used: int, **cached: int) -> None:
 def test_least_memory_of_nested_control_groups_of_version_2(tmp_path: Path) -> None:
     proc = fake_proc(tmp_path, mounts={"cgroup2": "/"}, groups="0::/pod/box\n", available_kib=9000)
     group(tmp_path / "cgroup2/pod/box", "max", 5000)
-    assert available_memory(proc) == (9000 * 1024, "this machine")
+    assert available_memory(proc) == (9000 * 1024, "this machine", 0)
     group(tmp_path / "cgroup2/pod", "8000", 6000, active_file=500, inactive_file=1000)
-    assert available_memory(proc) == (8000 - (6000 - 1500), "this control group")
+    assert available_memory(proc) == (8000 - (6000 - 1500), "this control group", 0)
     group(tmp_path / "cgroup2/pod/box", "5500", 5000)
-    assert available_memory(proc) == (500, "this control group")
+    assert available_memory(proc) == (500, "this control group", 0)
 
 
 def test_least_memory_of_control_groups_of_version_1(tmp_path: Path) -> None:
@@ -238,9 +295,23 @@ def test_least_memory_of_control_groups_of_version_1(tmp_path: Path) -> None:
     groups = "5:cpu:/docker/abc\n4:memory:/docker/abc\n0::/\n"
     proc = fake_proc(tmp_path, mounts={"cgroup": "/docker/abc", "cgroup2": "/"}, groups=groups, available_kib=9000)
     group(tmp_path / "cgroup", str(2**63 - 4096), 5000)
-    assert available_memory(proc) == (9000 * 1024, "this machine")
+    assert available_memory(proc) == (9000 * 1024, "this machine", 0)
     group(tmp_path / "cgroup", "7000", 5000, total_active_file=100, total_inactive_file=200, active_file=50)
-    assert available_memory(proc) == (7000 - (5000 - 300), "this control group")
+    assert available_memory(proc) == (7000 - (5000 - 300), "this control group", 0)
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "swap"),
+    [("max", 0, 3000 * 1024), ("5000", 4000, 1000), ("0", 0, 0), (None, 0, 0)],
+)
+def test_swap_of_a_control_group(tmp_path: Path, limit: str | None, used: int, swap: int) -> None:
+    proc = fake_proc(tmp_path, mounts={"cgroup2": "/"}, groups="0::/box\n", available_kib=9000, swap_kib=3000)
+    assert available_memory(proc) == (9000 * 1024, "this machine", 3000 * 1024)
+    group(tmp_path / "cgroup2/box", "8000", 6000)
+    if limit is not None:
+        (tmp_path / "cgroup2/box/memory.swap.max").write_text(f"{limit}\n")
+        (tmp_path / "cgroup2/box/memory.swap.current").write_text(f"{used}\n")
+    assert available_memory(proc) == (2000, "this control group", swap)
 
 
 def test_memory_that_is_not_reported_limits_nothing(tmp_path: Path) -> None:
