@@ -75,9 +75,11 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def from_dict(values: Mapping[str, object]) -> Config:
     """Inverse of `to_dict`; missing fields have their defaults, an unknown one is a ConfigError."""
-    if isinstance(values.get("tensorboard"), bool):  # earlier versions had no other tracker
+    if isinstance(values.get("tensorboard"), bool):
+        # Earlier versions had no other tracker, and evaluated on all validation images.
         log = ("tensorboard",) if values["tensorboard"] else ()
-        values = {"log": log} | {name: value for name, value in values.items() if name != "tensorboard"}
+        others = {name: value for name, value in values.items() if name != "tensorboard"}
+        values = {"log": log} | others | {"knn.max_val": 0}
     config = replace(Config(), values)
     if config.model.zero_init_residual and not is_resnet(config.model.encoder):
         # Earlier versions took it for any encoder of torchvision, and ignored it.

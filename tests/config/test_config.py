@@ -112,6 +112,17 @@ def test_load_explains_missing_and_broken_files(tmp_path: Path) -> None:
         configs.load(tmp_path / "config.json")
 
 
+@pytest.mark.parametrize(("tensorboard", "log"), [(True, ("tensorboard",)), (False, ())])
+def test_run_of_an_earlier_version_is_read(tensorboard: bool, log: tuple[str, ...]) -> None:
+    """It had one tracker, and evaluated on all validation images: it goes on so."""
+    values = configs.to_dict(Config(epochs=7))
+    for name in ("max_val", "full_at_end"):
+        del values["knn"][name]
+    del values["log"], values["memory_check"]
+    config = configs.from_dict(values | {"tensorboard": tensorboard})
+    assert config == configs.replace(Config(epochs=7), {"log": log, "knn.max_val": 0})
+
+
 def test_differences_name_fields_with_both_values() -> None:
     other = configs.replace(Config(), {"optim.lr": 0.9, "seed": 3})
     assert configs.differences(Config(), other) == {"optim.lr": (0.2, 0.9), "seed": (0, 3)}
