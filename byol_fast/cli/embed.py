@@ -133,6 +133,8 @@ def _check_options(options: Options) -> None:
     check_features_path(options.output)
     if missing := [str(path) for path in options.query if not path.exists()]:
         raise ConfigError(f"embed: query images must exist, {', '.join(missing)} does not; check the spelling")
+    if folders := [str(path) for path in options.query if path.is_dir()]:
+        raise ConfigError(f"embed: query must be image files, got the folder {folders[0]}; name the images in it")
     if options.neighbors is not None:
         check_png_file(options.neighbors, "embed", "neighbors")
     for path in filter(None, (options.output, options.neighbors)):

@@ -209,6 +209,7 @@ def test_command_writes_features_and_sheet(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--query", "."], r"query must be image files, got the folder \.; name the images in it"),
         (["--query", "no.png"], r"query images must exist, no\.png does not"),
         (["--neighbors", "x.png", "--query", "no.png"], r"query images must exist, no\.png does not"),
         (["--neighbors", "x.jpg"], "neighbors must be a file that ends in .png"),
