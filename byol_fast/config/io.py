@@ -87,6 +87,14 @@ def from_dict(values: Mapping[str, object]) -> Config:
     return config
 
 
+def place_hint(run: Path) -> str:
+    """Where a run that does not exist may be: in `runs`, or below another current folder; else an empty text."""
+    if run.is_absolute() or run.exists():
+        return ""
+    near = Path("runs") / run
+    return f" (did you mean {near}?)" if near.is_dir() else f" (the current folder is {Path.cwd()})"
+
+
 def load(path: Path) -> Config:
     """Read a `config.json`.
 
@@ -98,7 +106,8 @@ def load(path: Path) -> Config:
     try:
         values = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"config: {path} does not exist; give the run folder of a `byol-fast train`") from None
+        hint = place_hint(path.parent)
+        raise ConfigError(f"config: {path} does not exist{hint}; give the run folder of a `byol-fast train`") from None
     except OSError as error:
         raise ConfigError(f"config: {path} cannot be read ({error}); make it readable") from None
     except (ValueError, RecursionError) as error:

@@ -12,6 +12,7 @@ from typing import Any
 
 from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError
+from byol_fast.config.io import place_hint
 from byol_fast.utils import records as checks
 
 Record = dict[str, Any]
@@ -139,6 +140,10 @@ def distinct_names(runs: Sequence[RunFiles]) -> list[str]:
 
 def check_is_run(folder: Path) -> None:
     """Raise a ConfigError unless a folder is a run's."""
+    if not folder.exists():
+        raise ConfigError(
+            f"report: {folder} does not exist{place_hint(folder)}; give a run folder written by `byol-fast train`"
+        )
     if not (folder / "config.json").exists() and not (folder / "metrics.jsonl").exists():
         raise ConfigError(
             f"report: {folder} must be a run folder, but it has neither config.json nor metrics.jsonl; pass a folder "

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from byol_fast.config import ConfigError
+from byol_fast.config.io import place_hint
 from byol_fast.utils.errors import write_advice
 
 
@@ -56,7 +57,8 @@ def encoder_files(path: Path) -> tuple[Path, Path] | None:
     """
     if not path.exists():
         raise FileNotFoundError(
-            f"load_encoder: {path} does not exist; give a run folder, or an encoder written by `byol-fast export`"
+            f"load_encoder: {path} does not exist{place_hint(path)}; give a run folder, or an encoder written by "
+            "`byol-fast export`"
         )
     weights = path / "encoder.safetensors" if path.is_dir() else path.with_suffix(".safetensors")
     if path.is_dir() and not weights.exists() and (path / "config.json").exists():

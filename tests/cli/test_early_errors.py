@@ -50,13 +50,16 @@ ERRORS: dict[tuple[str, ...], str] = {
     ("preview", "imagenet_resnet50", "photos", "--output", "x.jpg"): "output must be a file that ends in .png",
     ("roofline", "imagenet_resnet50", "--model.encoder", "resnet51"): "did you mean resnet50",
     ("doctor", "nowhere"): "nowhere does not exist",
-    ("embed", "nowhere", "photos"): "nowhere does not exist; give a run folder",
+    ("embed", "nowhere", "photos"): "nowhere does not exist (the current folder is {cwd}); give a run folder",
+    ("embed", "good", "photos"): "good does not exist (did you mean runs/good?); give a run folder",
+    ("train", "--resume", "nowhere"): "nowhere/config.json does not exist (the current folder is {cwd}); give the run",
     ("embed", "runs/good", "nowhere"): "folder: {cwd}/nowhere does not exist",
     ("embed", "runs/good", "photos", "--output", "x.csv"): "output must be a file that ends in .npz or .parquet",
     ("eval", "knn", "nowhere"): "nowhere does not exist",
     ("eval", "knn", "runs/good", "--train", "nowhere"): "--train: {cwd}/nowhere does not exist",
-    ("export", "nowhere"): "nowhere/config.json does not exist",
-    ("report", "nowhere"): "nowhere must be a run folder",
+    ("export", "good"): "good/config.json does not exist (did you mean runs/good?); give the run folder",
+    ("report", "nowhere"): "nowhere does not exist (the current folder is {cwd}); give a run folder",
+    ("report", "photos"): "photos must be a run folder",
 }
 """Command lines and what their message says, with the current folder for {cwd}."""
 SCRIPT = """
