@@ -19,15 +19,16 @@ _IMAGES = "path/to/images"
 _LABELED_IMAGES = "--train path/to/labeled/train --test path/to/labeled/test"
 
 
-def print_end(result: RunResult, config: Config, *, seconds: float | None) -> int:
+def print_end(result: RunResult, config: Config, *, seconds: float | None, is_resumed: bool = False) -> int:
     """Print the end of a run and return the exit code.
 
     Args:
         result: of the run.
         config: of the run.
         seconds: time since the start; None if the run was complete before, so that nothing was trained.
+        is_resumed: the steps before the start are not in that time.
     """
-    lines = _results(result, seconds)
+    lines = _results(result, seconds, is_resumed=is_resumed)
     if result.problem is None:
         lines += _next_steps(result, config)
     elif seconds is None:
@@ -36,8 +37,10 @@ def print_end(result: RunResult, config: Config, *, seconds: float | None) -> in
     return USELESS_ENCODER if result.problem and seconds is not None else 0
 
 
-def _results(result: RunResult, seconds: float | None) -> list[str]:
+def _results(result: RunResult, seconds: float | None, *, is_resumed: bool) -> list[str]:
     begin = "already complete" if seconds is None else f"done in {duration(seconds)}"
+    if seconds is not None and is_resumed:
+        begin += " since the resumption"
     line = f"{begin}: {result.steps:,} steps, {result.images:,} images"
     if (speed := result.images_per_second) > 0:  # not NaN
         line += f", {speed:,.0f} images per second" if speed >= 10 else f", {speed:.2g} images per second"

@@ -76,14 +76,15 @@ def main(argv: list[str]) -> int:
         if resume == "auto":
             folder = world.run_on_main(lambda: find_resumable(config))
         trainer = Trainer(config, resume=folder, callbacks=[ReportCallback(run_sections)])
-        was_complete = trainer.state.step >= trainer.total_steps
+        first_step = trainer.state.step
         result = trainer.fit()
     finally:
         distributed.destroy_process_group()
     # Rank 0 alone: torchrun ends all processes at the first that fails, also one that still writes the report.
     if not world.is_main_process:
         return 0
-    return print_end(result, trainer.config, seconds=None if was_complete else time.monotonic() - start)
+    seconds = None if first_step >= trainer.total_steps else time.monotonic() - start
+    return print_end(result, trainer.config, seconds=seconds, is_resumed=first_step > 0)
 
 
 def take_resume(argv: list[str]) -> tuple[str | None, list[str]]:

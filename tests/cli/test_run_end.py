@@ -20,6 +20,7 @@ from byol_fast.config import Config, recipes
 from byol_fast.models import encoders
 from byol_fast.report.callback import ReportCallback
 from byol_fast.training.trainer import Trainer
+from byol_fast.utils import checkpoint_files
 from byol_fast.utils.commands import program, short_path
 from tests.networks import SmallResidualNetwork
 from tests.training.helpers import SMALL_RUN
@@ -80,6 +81,9 @@ def test_resume_takes_the_name_of_a_run(start: Callable[..., int], capsys: pytes
     capsys.readouterr()
     assert start("train", "--resume", "tiny") == 0
     assert "already complete: 6 steps, 72 images" in capsys.readouterr().out
+    checkpoint_files.path_at_step(Path("runs/tiny/checkpoints"), 6).unlink()
+    assert start("train", "--resume", "tiny") == 0
+    assert re.search(r"\ndone in \d+ s since the resumption: 6 steps, 72 images", capsys.readouterr().out)
     Path("runs").rename("other")
     for arguments in (["--out", "other"], ["--out=other"]):
         assert start("train", "--resume", "tiny", *arguments) == 0
