@@ -77,6 +77,7 @@ def neighbor_sheet(
         query_source, query_labels = own[0], None
         rows = list(range(len(query_source)))
         similarity, neighbors = nearest(features, own[1], k=k)
+    has_pairs = labels is not None and _has_pairs(labels)
     canvas = Image.new("RGB", sheet_size(len(rows), k), PAPER)
     pen = ImageDraw.Draw(canvas)
     _header(pen, title, len(source), neighbors, labels, query_labels)
@@ -91,7 +92,7 @@ def neighbor_sheet(
         for column, (j, score) in enumerate(zip(neighbors[i].tolist(), similarity[i].tolist(), strict=True)):
             at = LEFT + column * STEP, y
             label = -1 if labels is None else int(labels[j])
-            _draw(canvas, source.load(j), at, _frame(query_label, label))
+            _draw(canvas, source.load(j), at, _frame(query_label, label) if has_pairs else None)
             _caption(pen, (at[0], y + TILE + 4), f"{score:.3f}", _class_name(source, label))
     return canvas
 
@@ -127,6 +128,9 @@ def _header(
     pen.text((x, y), text, FAINT, font)
     if labels is None or query_labels is None or not (query_labels >= 0).any():
         return
+    if not _has_pairs(labels):
+        pen.text((x, y + LINE), "no class has two images: a neighbor of the same class is impossible", FAINT, font)
+        return
     y += LINE
     for color, meaning in ((SAME, "same class"), (OTHER, "another class")):
         _draw_frame(pen, (x, y, x + 3 * DASH - 1, y + 11), color)
@@ -138,6 +142,12 @@ def _header(
     if num_shown < num_classes:
         text = f"queries of {num_shown} of {num_classes} classes; {num_classes - num_shown} are left out"
         pen.text((MARGIN, y + LINE), text, FAINT, font)
+
+
+def _has_pairs(labels: NDArray[np.int64]) -> bool:
+    """True if a class has two images, so that a neighbor can be of the same class."""
+    known = labels[labels >= 0]
+    return len(np.unique(known)) < len(known)
 
 
 def _draw_frame(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], color: str) -> None:

@@ -52,6 +52,8 @@ def test_sheet_shows_neighbors_and_frames_of_classes() -> None:
     assert {sheet.getpixel((x + i, y)) for i in range(TILE)} == {rgb(SAME)}
     x += 3 * (TILE + GAP)
     assert {sheet.getpixel((x + i, y)) for i in range(TILE)} == {rgb(OTHER), rgb(PAPER)}  # dashed
+    sheet = neighbor_sheet(source, features, queries=[0], k=4, labels=np.arange(20))  # no two of a class
+    assert tile(0, 0)[0] == rgb(INK) and tile(0, 1)[0] not in (rgb(SAME), rgb(OTHER))
     own = ArraySource(images[3:4])
     sheet = neighbor_sheet(source, features, own=(own, features[3:4]), k=2)
     assert [tile(0, column)[1] for column in (0, 1, 2)] == [tuple(colors[3])] * 3
