@@ -48,7 +48,7 @@ byol-fast pre-trains image encoders without labels. To start:
 
 # Each command is a module of `byol_fast.cli`, imported on use.
 COMMANDS = ("demo", "train", "preview", "doctor", "export", "eval", "embed", "report", "bench", "profile", "roofline")
-_WITH_PROGRESS = {"demo", "train", "export", "eval", "embed", "bench", "profile"}
+_WITH_PROGRESS = {"demo", "train", "preview", "doctor", "export", "eval", "embed", "report", "bench", "profile"}
 _PROGRESS_ON_STDOUT = {"demo", "train", "eval"}
 _WRONG_PATH = {None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
 """Errors of paths that the user gives; None: a message of our own about a missing file."""

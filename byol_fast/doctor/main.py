@@ -83,7 +83,10 @@ def _print_scan(name: str, scan: dict[str, Any], console: PlainConsole, *, fast:
         table.add_row(f"{side}, pixels", ", ".join(f"{key} {value}" for key, value in values.items()))
     if counts := scan["classes"]:
         least, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
-        table.add_row("classes", f"{len(counts)}: from {counts[least]:,} images ({least}) to {counts[most]:,} ({most})")
+        text = f"from {counts[least]:,} images ({least}) to {counts[most]:,} ({most})"
+        if counts[least] == counts[most]:
+            text = f"{counts[least]:,} image{'s' * (counts[least] != 1)} of each"
+        table.add_row("classes", f"{len(counts)}: {text}")
     else:
         problem = f"not used: {scan['label_problem']}" if scan["label_problem"] else "no labels"
         table.add_row("classes", f"{problem} (not needed for training, but for kNN and linear evaluation)")

@@ -200,6 +200,7 @@ def test_report_of_images(tmp_path: Path, capsys: Any) -> None:
     assert f"{tmp_path / 'train' / 'dog' / 'x[1].jpg'} is a truncated JPEG (300 bytes)" in shown
     assert "training images: 19 images of 2 classes" in shown and "validation images: 8 images of 2 classes" in shown
     assert "2: from 9 images (cat) to 10 (dog)" in shown
+    assert "2: 4 images of each" in shown
     assert "19, 18 decoded in" in shown and "8, 8 decoded in" in shown
     assert "Replace them or remove them, or train with --data.on-corrupt skip." in shown
     assert "shorter side, pixels" in shown and "smallest 40, 5 % 40, median 40" in shown
