@@ -42,15 +42,31 @@ def replace(config: T, changes: Mapping[str, object]) -> T:
     names = [f.name for f in dataclasses.fields(config)]
     for name in (*flat, *nested):
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"fields are {', '.join(names)}"
-            raise ConfigError(f"config: {type(config).__name__} has no field {name!r}; {hint}")
+            raise ConfigError(f"config: {type(config).__name__} has no field {name!r}; {_hint(config, name, names)}")
+    for name, value in flat.items():
+        part = getattr(config, name)
+        if dataclasses.is_dataclass(part) and not isinstance(value, type(part)):
+            first = dataclasses.fields(part)[0].name
+            raise ConfigError(
+                f"config: {name} must be a mapping of its options, got {value!r:.50}; for instance "
+                f"{name}={{{first!r}: {getattr(part, first)!r}}}"
+            )
     values = dict(flat)
     for name, fields in nested.items():
         if not dataclasses.is_dataclass(getattr(config, name)):
             raise ConfigError(f"config: {name} is a single value, got fields {', '.join(fields)} for it")
         values[name] = replace(getattr(config, name), fields)
     return dataclasses.replace(config, **values)
+
+
+def _hint(config: object, name: str, names: list[str]) -> str:
+    """The field that an unknown name may mean, of the config or of its parts."""
+    parts = {n: getattr(config, n) for n in names}
+    owners = [n for n, part in parts.items() if dataclasses.is_dataclass(part) and hasattr(part, name)]
+    if owners:
+        return f"did you mean {' or '.join(f'{owner}={{{name!r}: ...}}' for owner in owners)}?"
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"fields are {', '.join(names)}"
 
 
 def with_image_size(config: Config, size: int) -> Config:

@@ -172,6 +172,8 @@ class ModelConfig:
     """Channel standard deviations, of values from 0 to 1, for the normalization of the input."""
 
     def __post_init__(self) -> None:
+        own = "train a module of your own in a loop, with byol_fast.BYOL(module)"
+        require(isinstance(self.encoder, str), "config: model.encoder", "be a model's name", self.encoder, own)
         check_fields(self, "config: model.")
         require(bool(self.encoder), "config: model.encoder", "name a model", self.encoder)
         hidden, out = self.hidden_dim, self.projection_dim

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from torch.nn import ReLU
 
 from byol_fast import config as configs
 from byol_fast.config import (
@@ -87,6 +88,9 @@ def test_replace_reaches_nested_fields_in_both_notations() -> None:
         ({"optim.lrr": 1.0}, "OptimConfig has no field 'lrr'; did you mean 'lr'"),
         ({"tensorboard": True}, "Config has no field 'tensorboard'; fields are recipe, .* log,"),
         ({"batchsize": 1}, "did you mean 'batch_size'"),
+        ({"lr": 0.1}, r"Config has no field 'lr'; did you mean optim=\{'lr': \.\.\.\} or probe=\{'lr': \.\.\.\}\?$"),
+        ({"model": "resnet18"}, r"model must be a mapping .*, got 'resnet18'; .* model=\{'encoder': 'resnet50'\}"),
+        ({"model.encoder": ReLU()}, r"encoder must be a model's name, got ReLU\(\); .* byol_fast\.BYOL\(module\)"),
         ({"batch_size": "8"}, "batch_size must be an integer from 2 to 65,536, got '8'"),
         ({"batch_size": True}, "batch_size must be an integer from .*, got True"),
         ({"view1.scale": [0.1]}, "view.scale must be a tuple of 2 values, got"),
