@@ -34,6 +34,7 @@ SNIPPETS = {
     "pretrain in docs": ("python_api.md", "result = byol_fast.pretrain"),
     "loop": ("python_api.md", "model = byol_fast.BYOL"),
     "hook": ("python_api.md", "optimizer = torch.optim.AdamW"),
+    "use your encoder": ("python_api.md", "byol_fast.export.export_encoder("),
     "Lightning": ("python_api.md", "class Learner"),
     "early stopping": ("python_api.md", "class EarlyStopping"),
     "tracker": ("trackers.md", "class CSVTracker"),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+import torchvision
+from PIL import Image
 from torch.nn.functional import cosine_similarity
 
 import byol_fast
@@ -18,6 +21,7 @@ from tests.test_examples import run
 
 LR = 0.2
 ACCUMULATE = 2
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
 REASON = "pip install '.[peers]'"
 
 
@@ -109,8 +113,7 @@ def test_target_moves_only_with_the_weights(name: str, monkeypatch: pytest.Monke
 def train_by_lightning(monkeypatch: pytest.MonkeyPatch, batches: int, **options: Any) -> Any:
     """The trainer of the snippet after it: one epoch of some batches on the CPU, without files and progress."""
     lightning = pytest.importorskip("lightning", reason=REASON)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
-    trainer = lightning.Trainer(**quiet, **{"max_epochs": 1} | options)
+    trainer = lightning.Trainer(**QUIET, **{"max_epochs": 1} | options)
     monkeypatch.setattr(lightning, "Trainer", lambda max_epochs: trainer)
     loader = cast("Any", torch.utils.data.DataLoader)(views(batches), batch_size=None)
     run("Lightning", your_loader=loader)
@@ -128,6 +131,37 @@ def test_lightning_module_equals_plain_torch(accumulate: int, monkeypatch: pytes
 
 
 @pytest.mark.peers
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_lightning_hook_moves_target_once_per_step(accumulate: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hook of another optimizer counts optimizer steps from 0."""
+    lightning = pytest.importorskip("lightning", reason=REASON)
+    steps: list[tuple[int, int]] = []
+
+    class Learner(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = byol_fast.BYOL("resnet18", image_size=32)
+
+        def training_step(self, batch: Any, _: int) -> Any:
+            return self.model.forward_train(*batch).loss
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.model.trainable_parameters(), lr=LR)
+            optimizer.register_step_post_hook(lambda *_: self.update_target())
+            return optimizer
+
+        def update_target(self) -> None:
+            steps.append((self.global_step, int(self.trainer.estimated_stepping_batches)))
+            self.model.update_target(byol_fast.optim.tau_at(*steps[-1], 0.996))
+
+    trainer = lightning.Trainer(**QUIET, max_epochs=1, accumulate_grad_batches=accumulate)
+    trainer.fit(Learner(), cast("Any", torch.utils.data.DataLoader)(views(5), batch_size=None))
+    total = -(-5 // accumulate)
+    assert steps == [(step, total) for step in range(total)]
+
+
+@pytest.mark.peers
 def test_skipped_lightning_step_leaves_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
     lightning = pytest.importorskip("lightning", reason=REASON)
     model = small_byol(torch.float32)
@@ -139,3 +173,33 @@ def test_skipped_lightning_step_leaves_the_target(monkeypatch: pytest.MonkeyPatc
     assert trainer.global_step == 2
     assert overflows.get_scale() == 2.0**58
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_encoder_of_own_loop_is_exported_and_embeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The encoder is the module itself: its weights reach the file, and torchvision, unchanged."""
+    monkeypatch.chdir(tmp_path)
+    write_photographs(Path("path/to/images"))
+    network = torchvision.models.resnet50()
+    network.fc = torch.nn.Identity()
+    model = byol_fast.BYOL(network, image_size=64, hidden_dim=8)
+    assert model.encoder is network
+    features = run("use your encoder", model=model, step=7)["features"]
+    plain = torchvision.models.resnet50()
+    plain.fc = torch.nn.Identity()
+    plain.load_state_dict(network.state_dict())
+    loaded, metadata = byol_fast.load_encoder("exported")
+    assert metadata["step"] == 7
+    for a, b, c in zip(network.parameters(), loaded.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+    again = byol_fast.evaluate.embed_folder((model.encoder, metadata), "path/to/images")
+    assert (again.features == features).all()
+    assert features.shape == (2, 2048)
+
+
+def write_photographs(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    for name in ("a.png", "b.png"):
+        pixels = torch.randint(0, 256, (64, 80, 3), dtype=torch.uint8, generator=generator)
+        Image.fromarray(pixels.numpy()).save(folder / name)
