@@ -11,6 +11,7 @@ from torch import Tensor
 
 from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError, recipes
+from byol_fast.config.fields import require
 from byol_fast.data import ImageSource, open_train_val
 from byol_fast.data.loaders.factory import make_loader
 from byol_fast.data.sampler import BatchSampler
@@ -98,6 +99,8 @@ def build_components(config: Config, *, data: object, resume: Path | None) -> Tr
         ValueError: the data is missing, empty or too small.
         RuntimeError: another run is being built or trained in this process.
     """
+    where, fix = "Trainer: config", "take one from byol_fast.config.recipes, or call byol_fast.pretrain"
+    require(isinstance(config, Config), where, "be a byol_fast.Config", config, fix)
     with exclusive():
         config, data = _with_absolute_paths(config, data)
         world = distributed.init_process_group(config.device, config.timeout_minutes)

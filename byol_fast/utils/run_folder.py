@@ -63,6 +63,11 @@ def encoder_files(path: Path) -> tuple[Path, Path] | None:
     weights = path / "encoder.safetensors" if path.is_dir() else path.with_suffix(".safetensors")
     if path.is_dir() and not weights.exists() and (path / "config.json").exists():
         return None
+    if path.is_file() and path.suffix != ".json" and not weights.exists():
+        raise FileNotFoundError(
+            f"load_encoder: {path} must be a run folder or an encoder written by `byol-fast export`, got another file; "
+            "evaluate a network of your own from Python, as (module, metadata)"
+        )
     for file in (weights, weights.with_suffix(".json")):
         if not file.exists():
             raise FileNotFoundError(f"load_encoder: {file} does not exist; write it with `byol-fast export RUN`")

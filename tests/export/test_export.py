@@ -69,6 +69,10 @@ def test_run_without_export_loads_latest_checkpoint(tiny: Config) -> None:
 def test_missing_export_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="byol-fast export RUN"):
         load_encoder(tmp_path)
+    checkpoint = tmp_path / "model.pt"
+    checkpoint.touch()
+    with pytest.raises(FileNotFoundError, match=r"model\.pt must be a run folder .*; .*\(module, metadata"):
+        load_encoder(checkpoint)
 
 
 # ---- programs and other names --------------------------------------------------------------------------------------

@@ -363,6 +363,11 @@ def test_trainer_built_in_between_changes_nothing(small: Config, monkeypatch: py
     assert not between.run_dir.exists()
 
 
+def test_trainer_of_recipe_name_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"config must be a byol_fast\.Config, got 'demo'; .*byol_fast\.pretrain"):
+        Trainer("demo")  # type: ignore[arg-type]
+
+
 def test_trainer_that_released_its_folder_is_refused(small: Config) -> None:
     first = Trainer(small)
     later = Trainer(small)
