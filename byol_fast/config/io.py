@@ -108,7 +108,10 @@ def place_hint(run: Path) -> str:
     if run.is_absolute() or run.exists():
         return ""
     near = Path("runs") / run
-    return f" (did you mean {near}?)" if near.is_dir() else f" (the current folder is {Path.cwd()})"
+    try:
+        return f" (did you mean {near}?)" if near.is_dir() else f" (the current folder is {Path.cwd()})"
+    except OSError:  # it was deleted: a message must not fail for that
+        return ""
 
 
 def load(path: Path) -> Config:

@@ -104,9 +104,14 @@ def test_replace_explains_what_it_refuses(changes: dict[str, object], message: s
         configs.replace(Config(), changes)
 
 
-def test_load_explains_missing_and_broken_files(tmp_path: Path) -> None:
+def test_load_explains_missing_and_broken_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="does not exist; give the run folder"):
         configs.load(tmp_path / "config.json")
+    (tmp_path / "deleted").mkdir()
+    monkeypatch.chdir(tmp_path / "deleted")
+    (tmp_path / "deleted").rmdir()
+    with pytest.raises(ConfigError, match="config: first/config.json does not exist; give the run folder"):
+        configs.load(Path("first/config.json"))
     for text in ("{", "[" * 100_000):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ConfigError, match="not valid JSON"):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from byol_fast.cli import main
 from byol_fast.utils import progress as progress_module
 from byol_fast.utils.output import PlainConsole
 from byol_fast.utils.progress import Progress, ProgressBar, current, of_run
@@ -135,6 +136,22 @@ def test_bars_on_a_terminal_show_counts_notes_and_labeled_times(monkeypatch: Any
     assert all(part in text for part in shown_parts)
     left = "".join(text.splitlines()[-2:])
     assert "epoch 0.55" in left and "reading" not in left and "test images" not in left
+
+
+@pytest.mark.parametrize("command", ["doctor", "preview", "report"])
+def test_command_says_that_it_works_before_anything_else(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FIRST_LINE_SECONDS", "LINE_SECONDS", "GRACE_SECONDS", "MIN_SECONDS"):
+        monkeypatch.setattr(progress_module, name, 0.01)
+    out = Output()
+    monkeypatch.setattr(main, "_progress", lambda _: Progress(PlainConsole(file=out, width=200)))
+
+    def wait(_: list[str]) -> int:
+        out.wait_for(f"{command}: elapsed 0:00:00\n")
+        return 0
+
+    monkeypatch.setattr(f"byol_fast.cli.{command}.main", wait)
+    with pytest.raises(SystemExit, match="0"):
+        main.main([command])
 
 
 def test_nothing_is_shown_without_a_console(capsys: pytest.CaptureFixture[str]) -> None:
