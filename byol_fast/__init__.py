@@ -11,6 +11,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from byol_fast.utils.lazy import on_first_use
+
 if TYPE_CHECKING:
     from byol_fast.api import pretrain
     from byol_fast.config import Config
@@ -40,18 +42,19 @@ __all__ = [
 __version__ = "0.1.0"
 
 _MODULES = {
-    "BYOL": "models",
-    "Callback": "training.callbacks",
-    "Config": "config",
-    "EvalTransform": "export",
-    "RunResult": "training.trainer",
-    "SimSiam": "models",
-    "TrackerCallback": "training.tracking",
-    "Trainer": "training.trainer",
-    "knn_predict": "evaluate",
-    "load_encoder": "export",
-    "pretrain": "api",
+    "BYOL": "byol_fast.models",
+    "Callback": "byol_fast.training.callbacks",
+    "Config": "byol_fast.config",
+    "EvalTransform": "byol_fast.export",
+    "RunResult": "byol_fast.training.trainer",
+    "SimSiam": "byol_fast.models",
+    "TrackerCallback": "byol_fast.training.tracking",
+    "Trainer": "byol_fast.training.trainer",
+    "knn_predict": "byol_fast.evaluate",
+    "load_encoder": "byol_fast.export",
+    "pretrain": "byol_fast.api",
 }
+_get = on_first_use(__name__, _MODULES)
 _SUBMODULES = {"compat", "config", "data", "evaluate", "export", "models", "optim", "trackers"}
 
 
@@ -63,6 +66,4 @@ def __getattr__(name: str) -> Any:
     """Import on first use, so that `byol-fast --help` does not import torch."""
     if name in _SUBMODULES:
         return importlib.import_module(f"byol_fast.{name}")
-    if name not in _MODULES:
-        raise AttributeError(f"module 'byol_fast' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"byol_fast.{_MODULES[name]}"), name)
+    return _get(name)

@@ -104,7 +104,7 @@ def from_dict(values: Mapping[str, object]) -> Config:
 
 
 def place_hint(run: Path) -> str:
-    """Where a run that does not exist may be: in `runs`, or below another current folder; else an empty text."""
+    """Likely place of a run that does not exist: in `runs`, or below another current folder; else an empty text."""
     if run.is_absolute() or run.exists():
         return ""
     near = Path("runs") / run

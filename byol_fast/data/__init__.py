@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from byol_fast.utils.lazy import on_first_use
 
 if TYPE_CHECKING:
     from byol_fast.data.batch import Batch, ViewLoader
@@ -25,20 +26,15 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Batch": "batch",
-    "CorruptImageError": "errors",
-    "ImageSource": "sources",
-    "SourceError": "errors",
-    "ViewLoader": "batch",
-    "eval_batches": "loaders.eval",
-    "make_loader": "loaders.factory",
-    "open_source": "sources",
-    "open_train_val": "sources",
+    "Batch": "byol_fast.data.batch",
+    "CorruptImageError": "byol_fast.data.errors",
+    "ImageSource": "byol_fast.data.sources",
+    "SourceError": "byol_fast.data.errors",
+    "ViewLoader": "byol_fast.data.batch",
+    "eval_batches": "byol_fast.data.loaders.eval",
+    "make_loader": "byol_fast.data.loaders.factory",
+    "open_source": "byol_fast.data.sources",
+    "open_train_val": "byol_fast.data.sources",
 }
 
-
-def __getattr__(name: str) -> Any:
-    """Import on first use, so that paths are checked before torch is imported."""
-    if name not in _MODULES:
-        raise AttributeError(f"module 'byol_fast.data' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"byol_fast.data.{_MODULES[name]}"), name)
+__getattr__ = on_first_use(__name__, _MODULES)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from byol_fast.utils.lazy import on_first_use
 
 if TYPE_CHECKING:
     from byol_fast.profiling.ceilings import GPUS, Ceilings, measure, stated
@@ -14,21 +15,16 @@ if TYPE_CHECKING:
 
 __all__ = ["GPUS", "Ceilings", "Roofline", "estimate_memory", "measure", "mfu", "profile", "roofline", "stated"]
 
-_HOME = {
-    "GPUS": "profiling.ceilings",
-    "Ceilings": "profiling.ceilings",
-    "Roofline": "profiling.rooflines",
-    "estimate_memory": "training.memory_estimate",
-    "measure": "profiling.ceilings",
-    "mfu": "profiling.flops",
-    "profile": "profiling.run",
-    "roofline": "profiling.rooflines",
-    "stated": "profiling.ceilings",
+_MODULES = {
+    "GPUS": "byol_fast.profiling.ceilings",
+    "Ceilings": "byol_fast.profiling.ceilings",
+    "Roofline": "byol_fast.profiling.rooflines",
+    "estimate_memory": "byol_fast.training.memory_estimate",
+    "measure": "byol_fast.profiling.ceilings",
+    "mfu": "byol_fast.profiling.flops",
+    "profile": "byol_fast.profiling.run",
+    "roofline": "byol_fast.profiling.rooflines",
+    "stated": "byol_fast.profiling.ceilings",
 }
 
-
-def __getattr__(name: str) -> Any:
-    """Import on first use: the report of a run shows a profile without importing torch."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'byol_fast.profiling' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"byol_fast.{_HOME[name]}"), name)
+__getattr__ = on_first_use(__name__, _MODULES)

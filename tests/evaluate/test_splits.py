@@ -36,7 +36,7 @@ def test_balanced_subset_depends_on_seed_and_class_only() -> None:
 
 
 def test_subsample_of_classes_has_a_share_of_each() -> None:
-    """Where classes alternate, every second image would be one class; of class folders both rules select the same."""
+    """Of alternating classes, every second image would be one class; of class folders both rules select the same."""
     images = np.zeros((12, 2, 2), np.uint8)
     images[:, 0, 0] = np.arange(12)
     alternating = subsample_classes(array_source(images, np.arange(12) % 2), 6)

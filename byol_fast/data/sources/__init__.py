@@ -5,8 +5,9 @@ Labels are never used for training; kNN and linear probes need them.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from byol_fast.utils.lazy import on_first_use
 
 if TYPE_CHECKING:
     from byol_fast.data.errors import SourceError
@@ -36,24 +37,19 @@ __all__ = [
 ]
 
 _MODULES = {
-    "EXTENSIONS": "sources.listing",
-    "ArraySource": "sources.arrays",
-    "DatasetSource": "sources.datasets",
-    "EncodedSource": "sources.base",
-    "FileSource": "sources.files",
-    "HuggingFaceSource": "sources.datasets",
-    "ImageSource": "sources.base",
-    "ParquetSource": "sources.parquet",
-    "SourceError": "errors",
-    "TarSource": "sources.tar",
-    "array_source": "sources.arrays",
-    "open_source": "sources.open",
-    "open_train_val": "sources.open",
+    "EXTENSIONS": "byol_fast.data.sources.listing",
+    "ArraySource": "byol_fast.data.sources.arrays",
+    "DatasetSource": "byol_fast.data.sources.datasets",
+    "EncodedSource": "byol_fast.data.sources.base",
+    "FileSource": "byol_fast.data.sources.files",
+    "HuggingFaceSource": "byol_fast.data.sources.datasets",
+    "ImageSource": "byol_fast.data.sources.base",
+    "ParquetSource": "byol_fast.data.sources.parquet",
+    "SourceError": "byol_fast.data.errors",
+    "TarSource": "byol_fast.data.sources.tar",
+    "array_source": "byol_fast.data.sources.arrays",
+    "open_source": "byol_fast.data.sources.open",
+    "open_train_val": "byol_fast.data.sources.open",
 }
 
-
-def __getattr__(name: str) -> Any:
-    """Import on first use, so that paths are checked before torch is imported."""
-    if name not in _MODULES:
-        raise AttributeError(f"module 'byol_fast.data.sources' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"byol_fast.data.{_MODULES[name]}"), name)
+__getattr__ = on_first_use(__name__, _MODULES)
