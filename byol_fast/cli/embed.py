@@ -22,7 +22,7 @@ from byol_fast.config.fields import (
 )
 from byol_fast.data.sources.paths import check_path
 from byol_fast.utils.files import check_features_path, check_output_file, check_png_file, printable_name
-from byol_fast.utils.progress import Progress, current
+from byol_fast.utils.progress import current
 from byol_fast.utils.run_folder import encoder_files
 
 if TYPE_CHECKING:
@@ -105,14 +105,8 @@ def main(argv: list[str]) -> int:
         _check_sheet(source, query_source, options, title)
     own = None
     if query_source is not None:  # first: an error there should not come after an hour
-        own = query_source, _embed(encoder, query_source, options, on_corrupt="raise").features
-    results = _embed(
-        encoder,
-        source,
-        options,
-        on_corrupt=options.on_corrupt,
-        progress=current(),
-    )
+        own = query_source, _embed(encoder, query_source, options, is_query=True).features
+    results = _embed(encoder, source, options)
     save_features(results, options.output)
     print(_summary(results, options.output))
     if options.neighbors is not None:
@@ -148,13 +142,13 @@ def _embed(
     source: ImageSource,
     options: Options,
     *,
-    on_corrupt: OnCorrupt,
-    progress: Progress | None = None,
+    is_query: bool = False,
 ) -> Features:
     """Features of images; a corrupt image is an error of the user."""
     from byol_fast.data import CorruptImageError
     from byol_fast.evaluate import embed_folder
 
+    on_corrupt: OnCorrupt = "raise" if is_query else options.on_corrupt
     try:
         return embed_folder(
             encoder,
@@ -164,14 +158,13 @@ def _embed(
             precision=options.precision,
             threads=options.threads,
             on_corrupt=on_corrupt,
-            progress=progress,
+            progress=current(),
         )
     except CorruptImageError as error:
         if on_corrupt == "skip":  # too many
             raise
-        raise ConfigError(
-            f"embed: {error.name} {error.reason}; replace it, or leave out such images with --on-corrupt skip"
-        ) from error
+        remedy = "leave it out of --query" if is_query else "leave out such images with --on-corrupt skip"
+        raise ConfigError(f"embed: {error.name} {error.reason}; replace it, or {remedy}") from error
 
 
 def _check_writable(path: Path, overwrite: bool) -> None:

@@ -17,11 +17,12 @@ from byol_fast.utils.env import is_first_process
 
 USAGE = """\
 usage: byol-fast train RECIPE [FOLDER] [--option value ...]
-       byol-fast train --resume RUN
+       byol-fast train --resume RUN [FOLDER]
        byol-fast train RECIPE [FOLDER] --resume auto [--option value ...]
 
   FOLDER               images: nested, flat or class-per-folder; or a list (.txt, .csv), tar or Parquet shards, a .npz
-  --resume RUN         continue the run in this folder, or of this name in OUT, with its options
+  --resume RUN         continue the run in this folder, or of this name in OUT, with its options; FOLDER: if its images
+                       were moved
   --resume auto        continue OUT/NAME, or without a name the newest unfinished run with these options, else start it
 
 `byol-fast train RECIPE --help` shows the recipe's values, too.
@@ -34,8 +35,12 @@ def main(argv: list[str]) -> int:
     """Run the command and return its exit code."""
     start = time.monotonic()
     resume, argv = take_resume(argv)
+    continues_run = resume is not None and resume != "auto"
     name = argv.pop(0) if argv and not argv[0].startswith("-") else None
-    if name is None and (resume is None or resume == "auto"):
+    is_path = name is not None and name not in recipes.RECIPES and Path(name).exists()
+    if name is not None and is_path and continues_run:  # of a run the recipe is known: the word is FOLDER
+        argv, name = [name, *argv], None
+    if name is None and not continues_run:
         print(USAGE, end="")
         for recipe, make in recipes.RECIPES.items():
             print(f"  {recipe:24s}{summary(make)}")
@@ -46,14 +51,15 @@ def main(argv: list[str]) -> int:
         misplaced = [word for word in argv if word in recipes.RECIPES]
         hint = f"; it comes first: byol-fast train {misplaced[0]} ..." if misplaced else ""
         return print_error(f"byol-fast train: a recipe is missing{hint}", 2)
-    if name is not None and Path(name).exists() and name not in recipes.RECIPES:
+    if is_path and not continues_run:
         raise ConfigError(f"byol-fast train: {name} is not a recipe; it comes first: byol-fast train RECIPE {name}")
 
     folder: Path | None = None
-    if resume is None or resume == "auto":
+    if not continues_run:
         assert name is not None
         config = parse_config(recipes.get(name), argv, f"byol-fast train {name}")
     else:
+        assert resume is not None
         folder = run_folder(resume, argv)
         stored = configs.load(folder / "config.json")
         if name not in {None, stored.recipe}:
@@ -107,7 +113,7 @@ def run_folder(resume: str, argv: Sequence[str]) -> Path:
     out = Config().out
     for word, following in zip(argv, [*argv[1:], ""], strict=False):
         if word == "--out" or word.startswith("--out="):
-            out = Path(word.partition("=")[2] or following)
+            out = Config(out=Path(word.partition("=")[2] or following)).out
     path = Path(resume)
     return out / resume if not path.is_dir() and (out / resume).is_dir() else path
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,8 +26,7 @@ from byol_fast.report.page import Section, chart_grid, figure, paragraph
 from byol_fast.report.reading import RunFiles
 from byol_fast.utils.files import printable_name
 from byol_fast.utils.precision import resolve_precision
-
-log = logging.getLogger(__name__)
+from byol_fast.utils.progress import current
 
 NUM_VIEWS, NUM_NEIGHBORS = 4, 6
 MAX_CLASSES = 9
@@ -90,7 +88,6 @@ def features_of(
     total = len(source)
     if num < total:
         source = source.subset(evenly_spaced(total, num))
-    log.info("report: computing the features of %d images", len(source))
     batches = eval_batches(
         source,
         preprocessing,
@@ -101,7 +98,7 @@ def features_of(
     )
     features, positions = extract_features(
         encoder.to(device),
-        batches,
+        current().track(batches, len(source), "features of images"),
         normalize=Normalize(preprocessing.mean, preprocessing.std).to(device),
         device=device,
         autocast=resolve_precision("auto", device).autocast_dtype,

@@ -25,8 +25,10 @@ FIRST_LINE_SECONDS = 3.0
 """Seconds without any line after which an operation prints its first one."""
 MIN_SECONDS = 0.5
 """Seconds that an operation takes before its first line."""
-LINE_SECONDS = 10.0
-"""Seconds between its lines at the beginning."""
+LINE_SECONDS = 4.5
+"""Seconds between its lines at the beginning; `GRACE_SECONDS` more if the operation does not report."""
+STEP_LINE_SECONDS = 10.0
+"""Seconds between those of a bar that is kept: of a run's steps, whose lines are long."""
 MANY_LINES_SECONDS = 300.0
 """Seconds after which fewer lines are printed."""
 LATER_LINE_SECONDS = 60.0
@@ -273,14 +275,15 @@ class ProgressBar:
     # --- lines
 
     def due_time(self) -> float:
-        """Time of the next line: after some seconds without any, then every ten seconds, later every minute."""
+        """Time of the next line: after some seconds without any, then at short intervals, later every minute."""
         after_silence = self.progress.last_output + FIRST_LINE_SECONDS
         if self._last_line is None:
             return max(after_silence, self._begin + MIN_SECONDS)
         # From the first report: a long evaluation before the first step leaves the steps their first minutes.
         begin = self._begin if self._first_report is None else self._first_report[0]
         is_young = self._last_line - begin < MANY_LINES_SECONDS or (self.total is not None and not self._first_report)
-        return max(after_silence, self._last_line + (LINE_SECONDS if is_young else LATER_LINE_SECONDS))
+        interval = STEP_LINE_SECONDS if self.keep else LINE_SECONDS
+        return max(after_silence, self._last_line + (interval if is_young else LATER_LINE_SECONDS))
 
     def print_line(self) -> None:
         """Print the state, if the console is not a terminal."""

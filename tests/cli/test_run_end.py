@@ -76,7 +76,9 @@ def test_end_names_accuracy_before_and_after(start: Callable[..., int], capsys: 
     assert f"  {program()} eval linear runs/tiny\n" in shown
 
 
-def test_resume_takes_the_name_of_a_run(start: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_takes_the_name_of_a_run_and_the_folder_of_moved_images(
+    start: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert start("train", "spec") == 0
     capsys.readouterr()
     assert start("train", "--resume", "tiny") == 0
@@ -84,8 +86,13 @@ def test_resume_takes_the_name_of_a_run(start: Callable[..., int], capsys: pytes
     checkpoint_files.path_at_step(Path("runs/tiny/checkpoints"), 6).unlink()
     assert start("train", "--resume", "tiny") == 0
     assert re.search(r"\ndone in \d+ s since the resumption: 6 steps, 72 images", capsys.readouterr().out)
+    moved = Path("my images/photos.npz").rename("moved.npz")
+    for words in (["moved.npz", "--resume", "tiny"], ["--resume", "tiny", "moved.npz"]):
+        assert start("train", *words) == 0
+        assert configs.load(Path("runs/tiny/config.json")).data.root == moved.absolute()
     Path("runs").rename("other")
-    for arguments in (["--out", "other"], ["--out=other"]):
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    for arguments in (["--out", "other"], ["--out=other"], ["--out=~/other"]):
         assert start("train", "--resume", "tiny", *arguments) == 0
     Path("tiny").mkdir()  # a folder of that name comes first
     assert start("train", "--resume", "tiny", "--out", "other") == 2

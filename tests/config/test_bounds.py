@@ -147,6 +147,7 @@ def test_numbers_of_arrays_and_lists_become_python_values() -> None:
     assert [(type(v), v) for v in values] == [(int, 3), (float, 0.5), (bool, False), (float, 1.0), (int, 7)]
     assert config.log == ("wandb",)
     assert (config.out, config.data.root) == (Path("runs/x"), Path("images"))
+    assert Config(out=Path("~/runs")).out == Path.home() / "runs"
     assert (config.model.mean, config.model.std) == ((0.5, 0.25, 1.0), (1.0, 1.0, 2.0))
     assert configs.from_dict(json.loads(json.dumps(configs.to_dict(config)))) == config
 

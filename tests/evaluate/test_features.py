@@ -181,6 +181,9 @@ def test_command_writes_features_and_sheet(
     options = ["--output", str(output), "--threads", "1", "--precision", "fp32", "--device", "cpu"]
     with pytest.raises(ConfigError, match=r"07.png .*leave out such images with --on-corrupt skip"):
         command.main([str(encoder), str(folder), *options])
+    with pytest.raises(ConfigError, match=r"07.png .*; replace it, or leave it out of --query"):
+        arguments = [*options, "--on-corrupt", "skip", "--query", str(folder / "cats" / "07.png")]
+        command.main([str(encoder), str(folder), *arguments])
     assert not output.exists()
     mine = tmp_path / "mine.png"
     Image.open(folder / "dogs" / "00.png").save(mine)

@@ -29,20 +29,28 @@ def plain() -> tuple[Progress, io.StringIO]:
     return Progress(PlainConsole(file=out, width=60)), out
 
 
-def test_lines_without_a_terminal_come_every_ten_seconds_then_every_minute(clock: list[float]) -> None:
+@pytest.mark.parametrize(
+    ("keep", "expected", "last"),
+    [
+        (False, [*range(3, 304, 5), *range(363, 601, 60)], "543/3,600  elapsed 0:09:03, remaining 0:50:57  [x] 543"),
+        (True, [*range(1, 302, 10), *range(361, 601, 60)], "541/3,600  elapsed 0:09:01, remaining 0:50:59  [x] 541"),
+    ],
+    ids=["operation", "steps of a run"],
+)
+def test_lines_without_a_terminal_come_often_at_first_then_every_minute(
+    keep: bool, expected: list[int], last: str, clock: list[float]
+) -> None:
     shown, out = plain()
     times = []
-    with shown.bar(3600, "fits") as bar:
+    with ProgressBar(shown, 3600, "fits", keep=keep) as bar:
         for second in range(1, 601):
             clock[0] += 1
             before = out.tell()
             bar.update(second, f"[x] {second}")
             if out.tell() > before:
                 times.append(second)
-    assert times == [*range(3, 304, 10), *range(363, 601, 60)]
-    lines = out.getvalue().splitlines()
-    assert lines[0] == "fits: 3/3,600  elapsed 0:00:03, remaining 0:59:57  [x] 3"
-    assert lines[-1] == "fits: 543/3,600  elapsed 0:09:03, remaining 0:50:57  [x] 543"
+    assert times == expected
+    assert out.getvalue().splitlines()[-1] == f"fits: {last}"
 
 
 def test_remaining_time_leaves_the_first_item_out(clock: list[float]) -> None:
