@@ -20,7 +20,7 @@ def main() -> None:
     _, images = open_demo()
     features = embed_folder((encoder, metadata), images).features
     title = f"Nearest neighbors: {metadata['encoder']}, {metadata['step']} steps"
-    save_sheet(neighbor_sheet(images, features, queries=5, title=title), Path(__file__).with_name("neighbors.png"))
+    save_sheet(neighbor_sheet(images, features, title=title), Path(__file__).with_name("neighbors.png"))
 
 
 if __name__ == "__main__":
