@@ -131,8 +131,9 @@ def _check_options(options: Options) -> None:
         raise ConfigError(f"embed: query must be image files, got the folder {folders[0]}; name the images in it")
     if options.neighbors is not None:
         check_png_file(options.neighbors, "embed", "neighbors")
-    for path in filter(None, (options.output, options.neighbors)):
-        _check_writable(path, options.overwrite)
+    for option, path in (("--output", options.output), ("--neighbors", options.neighbors)):
+        if path is not None:
+            _check_writable(path, option, options.overwrite)
     encoder_files(options.encoder)
     check_path(options.folder, "folder")
 
@@ -167,11 +168,11 @@ def _embed(
         raise ConfigError(f"embed: {error.name} {error.reason}; replace it, or {remedy}") from error
 
 
-def _check_writable(path: Path, overwrite: bool) -> None:
+def _check_writable(path: Path, option: str, overwrite: bool) -> None:
     """Raise an error for a file that cannot be written or would be replaced, before torch is imported."""
     check_output_file(path, "embed")
     if path.exists() and not overwrite:
-        raise ConfigError(f"embed: {path} exists already; choose another file, or add --overwrite")
+        raise ConfigError(f"embed: {path} exists already; name another file with {option}, or add --overwrite")
 
 
 def _check_sheet(source: ImageSource, query_source: ImageSource | None, options: Options, title: str) -> None:

@@ -19,16 +19,16 @@ _IMAGES = "path/to/images"
 _LABELED_IMAGES = "--train path/to/labeled/train --test path/to/labeled/test"
 
 
-def print_end(result: RunResult, config: Config, *, seconds: float | None, is_resumed: bool = False) -> int:
+def print_end(result: RunResult, config: Config, *, seconds: float | None, first_step: int = 0) -> int:
     """Print the end of a run and return the exit code.
 
     Args:
         result: of the run.
         config: of the run.
         seconds: time since the start; None if the run was complete before, so that nothing was trained.
-        is_resumed: the steps before the start are not in that time.
+        first_step: steps done before the start, which are not in that time.
     """
-    lines = _results(result, seconds, is_resumed=is_resumed)
+    lines = _results(result, seconds, first_step)
     if result.problem is None:
         lines += _next_steps(result, config)
     elif seconds is None:
@@ -37,10 +37,10 @@ def print_end(result: RunResult, config: Config, *, seconds: float | None, is_re
     return USELESS_ENCODER if result.problem and seconds is not None else 0
 
 
-def _results(result: RunResult, seconds: float | None, *, is_resumed: bool) -> list[str]:
+def _results(result: RunResult, seconds: float | None, first_step: int) -> list[str]:
     begin = "already complete" if seconds is None else f"done in {duration(seconds)}"
-    if seconds is not None and is_resumed:
-        begin += " since the resumption"
+    if seconds is not None and first_step:
+        begin += f" after step {first_step:,}; in all"
     line = f"{begin}: {result.steps:,} steps, {result.images:,} images"
     if (speed := result.images_per_second) > 0:  # not NaN
         line += f", {speed:,.0f} images per second" if speed >= 10 else f", {speed:.2g} images per second"
@@ -57,13 +57,15 @@ def _next_steps(result: RunResult, config: Config) -> list[str]:
     run = result.run_dir
     images = _IMAGES if config.data.root is None else short_path(config.data.root)
     has_labels = result.knn_top1 is not None  # and validation images: the command finds both
+    skips = config.data.on_corrupt == "skip"
+    option, argument = (" --on-corrupt skip", ', on_corrupt="skip"') if skips else ("", "")
     return [
         "next, on the command line:",
-        f"  {program()} embed {shell_path(run)} {shlex.quote(images)}",
-        f"  {program()} eval linear {shell_path(run)}" + ("" if has_labels else f" {_LABELED_IMAGES}"),
+        f"  {program()} embed {shell_path(run)} {shlex.quote(images)}{option}",
+        f"  {program()} eval linear {shell_path(run)}" + ("" if has_labels else f" {_LABELED_IMAGES}") + option,
         f"  {program()} export {shell_path(run)} --format onnx",
         "or in Python:",
         "  import byol_fast",
         f"  encoder, metadata = byol_fast.load_encoder({short_path(run)!r})",
-        f"  features = byol_fast.evaluate.embed_folder((encoder, metadata), {images!r}).features",
+        f"  features = byol_fast.evaluate.embed_folder((encoder, metadata), {images!r}{argument}).features",
     ]

@@ -14,6 +14,7 @@ from byol_fast.config import Config, ConfigError, recipes
 from byol_fast.training.preflight import check_start
 from byol_fast.training.resume import find_resumable
 from byol_fast.utils.env import is_first_process
+from byol_fast.utils.files import expand_home
 
 USAGE = """\
 usage: byol-fast train RECIPE [FOLDER] [--option value ...]
@@ -62,6 +63,8 @@ def main(argv: list[str]) -> int:
         assert resume is not None
         folder = run_folder(resume, argv)
         stored = configs.load(folder / "config.json")
+        if name is not None and name not in recipes.RECIPES:
+            raise ConfigError(f"byol-fast train: {name} is neither a recipe nor an existing folder; check the spelling")
         if name not in {None, stored.recipe}:
             raise ConfigError(
                 f"resume: {folder} is a run of {stored.recipe!r}, got recipe {name!r}; leave the recipe out"
@@ -90,7 +93,7 @@ def main(argv: list[str]) -> int:
     if not world.is_main_process:
         return 0
     seconds = None if first_step >= trainer.total_steps else time.monotonic() - start
-    return print_end(result, trainer.config, seconds=seconds, is_resumed=first_step > 0)
+    return print_end(result, trainer.config, seconds=seconds, first_step=first_step)
 
 
 def take_resume(argv: list[str]) -> tuple[str | None, list[str]]:
@@ -114,8 +117,9 @@ def run_folder(resume: str, argv: Sequence[str]) -> Path:
     for word, following in zip(argv, [*argv[1:], ""], strict=False):
         if word == "--out" or word.startswith("--out="):
             out = Config(out=Path(word.partition("=")[2] or following)).out
-    path = Path(resume)
-    return out / resume if not path.is_dir() and (out / resume).is_dir() else path
+    path = expand_home(resume)
+    is_run = (path / "config.json").exists()  # a folder of images may have the same name
+    return out / resume if not is_run and (out / resume).is_dir() else path
 
 
 def summary(make: Callable[[], Config]) -> str:

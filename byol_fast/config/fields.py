@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import types
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -118,10 +119,16 @@ def _check_number(where: str, kind: type[int | float], limits: Range, value: Any
 
 
 def _check_choice(where: str, choices: tuple[str, ...], value: Any) -> Any:
-    near = [] if value in choices else difflib.get_close_matches(str(value), choices, n=1)
-    fix = f"did you mean {near[0]!r}?" if near else ""
-    require(value in choices, where, f"be one of {', '.join(choices)}", value, fix)
+    require(value in choices, where, f"be one of {', '.join(choices)}", value, suggestion(value, choices))
     return value
+
+
+def suggestion(value: object, choices: Iterable[str]) -> str:
+    """`did you mean 'x'?`: the first of the choices that begins with a value, or the closest one; else empty."""
+    choices, text = list(choices), str(value)
+    longer = [choice for choice in choices if text and choice.startswith(text)]
+    near = longer or difflib.get_close_matches(text, choices, n=1)
+    return f"did you mean {near[0]!r}?" if near else ""
 
 
 def _check_tuple(where: str, hints: tuple[Any, ...], value: Any) -> tuple[Any, ...]:

@@ -107,9 +107,11 @@ def place_hint(run: Path) -> str:
     """Likely place of a run that does not exist: in `runs`, or below another current folder; else an empty text."""
     if run.is_absolute() or run.exists():
         return ""
-    near = Path("runs") / run
+    runs = Path("runs")
     try:
-        return f" (did you mean {near}?)" if near.is_dir() else f" (the current folder is {Path.cwd()})"
+        names = [path.name for path in runs.iterdir()] if runs.is_dir() else []
+        near = [run] if (runs / run).is_dir() else difflib.get_close_matches(str(run), names, n=1)
+        return f" (did you mean {runs / near[0]}?)" if near else f" (the current folder is {Path.cwd()})"
     except OSError:  # it was deleted: a message must not fail for that
         return ""
 

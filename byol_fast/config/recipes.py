@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Collection
 
-from byol_fast.config.fields import ConfigError
+from byol_fast.config.fields import ConfigError, require, suggestion
 from byol_fast.config.io import replace
 from byol_fast.config.resnets import RESNET_OPTIONS, is_resnet
 from byol_fast.config.schema import (
@@ -220,10 +219,7 @@ def get(name: str) -> Config:
     Raises:
         ConfigError: unknown name; the closest one is suggested.
     """
-    if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"recipe: must be one of {', '.join(RECIPES)}, got {name!r}; {hint}".rstrip("; "))
+    require(name in RECIPES, "recipe:", f"be one of {', '.join(RECIPES)}", name, suggestion(name, RECIPES))
     return RECIPES[name]()
 
 

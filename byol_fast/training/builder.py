@@ -353,7 +353,7 @@ def _build_knn_monitor(
 ) -> KNNMonitor | None:
     problem = knn_problem(config, train, val)
     if problem is not None:
-        if config.knn.enabled == "auto" and train.labels is not None:
+        if config.knn.enabled == "auto" and (train.labels is not None or val is not None):
             notes.append(f"no kNN evaluation: {problem}")
         return None
     assert val is not None

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from byol_fast.config import Config
 from byol_fast.config.encoder_names import check_encoder_name
+from byol_fast.data.errors import SourceError
 from byol_fast.data.sources.paths import check_images
 from byol_fast.trackers import check_installed
 from byol_fast.training.locks import LOCK_FILE
 from byol_fast.training.resume import check_resumable
 from byol_fast.training.run_dir import RunDir
+from byol_fast.utils.commands import program, shell_path
 from byol_fast.utils.run_folder import check_run_folder
 
 
@@ -37,4 +39,10 @@ def check_start(config: Config, *, data: object = None, resume: Path | None = No
             run_dir.check_usable(resume=False)
     check_encoder_name(config.model.encoder)
     check_installed(config.log)
-    check_images(config, data)
+    try:
+        check_images(config, data)
+    except SourceError as error:
+        if resume is None or data is not None:
+            raise
+        command = f"{program()} train --resume {shell_path(resume)} FOLDER"
+        raise SourceError(f"{error}; if the images were moved, give their new folder: {command}") from None

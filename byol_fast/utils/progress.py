@@ -7,14 +7,16 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from rich.cells import cell_len
 from rich.progress import Progress as RichProgress
 from rich.progress import ProgressColumn, Task, TaskID, TextColumn
 from rich.progress_bar import ProgressBar as RichBar
+from rich.text import Text
 
 from byol_fast.utils.output import PlainConsole
 
@@ -33,6 +35,8 @@ MANY_LINES_SECONDS = 300.0
 """Seconds after which fewer lines are printed."""
 LATER_LINE_SECONDS = 60.0
 """Seconds between lines from then on."""
+MIN_BAR, MAX_BAR = 10, 40
+"""Columns of a bar on a terminal."""
 GRACE_SECONDS = 0.5
 """Seconds that a due line waits for a report of the operation itself, which has a new note."""
 
@@ -98,6 +102,11 @@ class Progress:
         finally:
             _current.reset(token)
 
+    def widths(self) -> _Widths:
+        """Widths of the bars on the terminal."""
+        tasks = [] if self._live is None else self._live.tasks
+        return _Widths.of([task.fields["bar"] for task in tasks], self.console.width)
+
     # --- bars
 
     def open_bar(self, bar: ProgressBar) -> None:
@@ -131,10 +140,10 @@ class Progress:
     def _add_to_live(self, bar: ProgressBar) -> None:
         if self._live is None:
             self._live = RichProgress(
-                TextColumn("{task.fields[bar].description}", markup=False),
+                _DescriptionColumn(),
                 _BarColumn(),
                 TextColumn("{task.fields[bar].counts}", markup=False),
-                TextColumn("{task.fields[bar].note}", markup=False),
+                _NoteColumn(),
                 TextColumn("{task.fields[bar].times}", markup=False),
                 console=self.console,
                 refresh_per_second=4,  # what is measured meanwhile is hardly disturbed
@@ -306,15 +315,65 @@ class ProgressBar:
         self.progress.console.print(line.rstrip(), soft_wrap=True)
 
 
+class _Widths(NamedTuple):
+    """Columns of the terminal that the parts of all bars have; counts and times have what they need."""
+
+    description: int
+    bar: int
+    note: int
+
+    @classmethod
+    def of(cls, bars: Sequence[ProgressBar], columns: int) -> _Widths:
+        """Notes give way first, then the bar, then descriptions.
+
+        Args:
+            bars: that are shown below each other.
+            columns: of the terminal.
+        """
+        descriptions, counts, notes, times = (
+            max(map(cell_len, texts))
+            for texts in zip(*((b.description, b.counts, b.note, b.times) for b in bars), strict=True)
+        )
+        left = columns - counts - times - 4  # a space between two columns
+        description = min(descriptions, max(left - MIN_BAR, MIN_BAR))
+        left -= description
+        note = min(notes, max(left - MIN_BAR, 0))
+        return cls(description, min(max(left - note, 1), MAX_BAR), note)
+
+
+class _DescriptionColumn(ProgressColumn):
+    """Text before the bar."""
+
+    def render(self, task: Task) -> Text:
+        """The description, cut off if the terminal is narrow."""
+        bar: ProgressBar = task.fields["bar"]
+        text = Text(bar.description)
+        text.truncate(bar.progress.widths().description, overflow="ellipsis")
+        return text
+
+
 class _BarColumn(ProgressColumn):
     """The bar itself."""
 
     def render(self, task: Task) -> RichBar:
         """Draw the bar; it pulses if the number of items is not known."""
         bar: ProgressBar = task.fields["bar"]
+        width, is_endless = bar.progress.widths().bar, bar.total is None
         return RichBar(
-            total=bar.total, completed=bar.done, width=40, pulse=bar.total is None, animation_time=task.get_time()
+            total=bar.total, completed=bar.done, width=width, pulse=is_endless, animation_time=task.get_time()
         )
+
+
+class _NoteColumn(ProgressColumn):
+    """Text behind the bar."""
+
+    def render(self, task: Task) -> Text:
+        """The first parts of the note, as many as the terminal has room for."""
+        bar: ProgressBar = task.fields["bar"]
+        width, note = bar.progress.widths().note, bar.note
+        while note and cell_len(note) > width:
+            note = note.rpartition("  ")[0]
+        return Text(note)
 
 
 def _clock(seconds: float) -> str:

@@ -28,7 +28,7 @@ ERRORS: dict[tuple[str, ...], str] = {
     (*RECIPE, "empty"): "data.root: no images in {cwd}/empty or below (only 1 x .md)",
     (*RECIPE, "photos.zip"): "photos.zip is a file of an unknown kind; unpack it first",
     (*RECIPE, "train-{{0..3}}.tar"): "data.root: 4 of 4 shards of train-{{0..3}}.tar do not exist",
-    (*RECIPE, "photos/0.jpg"): "0.jpg is a file of an unknown kind",
+    (*RECIPE, "photos/0.jpg"): "0.jpg is a single image; give the folder that holds",
     RECIPE: "data.root must be set",
     (*RECIPE, "photos", "--model.encoder", "resnet51"): "got 'resnet51'; did you mean resnet50, resnet18, resnet152?",
     (*RECIPE, "photos", "--name", "good"): "good must be a new run's folder, it is not empty; continue it",

@@ -47,8 +47,11 @@ def start(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     return run
 
 
-def test_printed_commands_and_python_lines_work(start: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
-    assert start("train", "spec") == 0
+@pytest.mark.parametrize("skips", [False, True], ids=["", "skip corrupt images"])
+def test_printed_commands_and_python_lines_work(
+    skips: bool, start: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start("train", "spec", *(["--data.on-corrupt", "skip"] if skips else [])) == 0
     end = capsys.readouterr().out.split("step 6/6")[1].splitlines()[1:]
     assert len(end) <= 12
     assert re.fullmatch(r"done in \d+ s: 6 steps, 72 images, [\d.,]+ images per second", end[0])
@@ -57,6 +60,8 @@ def test_printed_commands_and_python_lines_work(start: Callable[..., int], capsy
 
     commands = [shlex.split(line.removeprefix(f"  {program()} ")) for line in end if line.startswith(f"  {program()}")]
     assert [words[0] for words in commands] == ["embed", "eval", "export"]
+    assert ["skip" in words for words in commands] == [skips, skips, False]
+    assert any('on_corrupt="skip"' in line for line in end) == skips
     assert start(*commands[0]) == 0
     for words in commands:  # the parser refuses only the option that is added
         assert start(*words, "--no-such-option") == 2
@@ -85,7 +90,7 @@ def test_resume_takes_the_name_of_a_run_and_the_folder_of_moved_images(
     assert "already complete: 6 steps, 72 images" in capsys.readouterr().out
     checkpoint_files.path_at_step(Path("runs/tiny/checkpoints"), 6).unlink()
     assert start("train", "--resume", "tiny") == 0
-    assert re.search(r"\ndone in \d+ s since the resumption: 6 steps, 72 images", capsys.readouterr().out)
+    assert re.search(r"\ndone in \d+ s after step \d; in all: 6 steps, 72 images", capsys.readouterr().out)
     moved = Path("my images/photos.npz").rename("moved.npz")
     for words in (["moved.npz", "--resume", "tiny"], ["--resume", "tiny", "moved.npz"]):
         assert start("train", *words) == 0
@@ -94,9 +99,15 @@ def test_resume_takes_the_name_of_a_run_and_the_folder_of_moved_images(
     monkeypatch.setenv("HOME", str(Path.cwd()))
     for arguments in (["--out", "other"], ["--out=other"], ["--out=~/other"]):
         assert start("train", "--resume", "tiny", *arguments) == 0
-    Path("tiny").mkdir()  # a folder of that name comes first
+    Path("tiny").mkdir()  # of images, perhaps
+    assert start("train", "--resume", "tiny", "--out", "other") == 0
+    assert start("train", "--resume", "~/other/tiny") == 0
+    assert start("train", "fotos", "--resume", "tiny", "--out", "other") == 2
+    assert "fotos is neither a recipe nor an existing folder" in capsys.readouterr().err
+    moved.unlink()
     assert start("train", "--resume", "tiny", "--out", "other") == 2
-    assert "tiny/config.json" in capsys.readouterr().err
+    hint = f"; if the images were moved, give their new folder: {program()} train --resume other/tiny FOLDER\n"
+    assert capsys.readouterr().err.endswith(hint)
 
 
 def test_interrupted_run_leaves_a_report_and_says_how_to_go_on(

@@ -209,6 +209,8 @@ def test_guide_recipes() -> None:
 
 
 def test_unknown_recipe_suggests() -> None:
+    with pytest.raises(ConfigError, match="got 'cifar10'; did you mean 'cifar10_resnet18'"):
+        recipes.get("cifar10")
     with pytest.raises(ConfigError, match="did you mean 'imagenet_resnet50'"):
         recipes.get("imagenet_resnet5")
 

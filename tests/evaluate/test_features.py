@@ -256,7 +256,9 @@ def test_existing_file_needs_overwrite(encoder: Path, folder: Path, tmp_path: Pa
     assert command.main(options) == 0
     first = output.read_bytes()
     (folder / "cats" / "07.png").unlink()
-    with pytest.raises(ConfigError, match=r"features\.npz exists already; .* --overwrite"):
+    with pytest.raises(
+        ConfigError, match=r"features\.npz exists already; name another file with --output, or .* --overwrite"
+    ):
         command.main(options)
     assert output.read_bytes() == first
     assert command.main([*options, "--overwrite"]) == 0

@@ -329,6 +329,15 @@ def test_knn_on_without_validation_images_is_refused(tiny: Config) -> None:
         Trainer(configs.replace(tiny, {"knn.enabled": "on"}))
 
 
+def test_run_says_why_validation_images_are_not_used(tiny: Config, tmp_path: Path) -> None:
+    assert tiny.data.root is not None
+    unlabeled = tmp_path / "unlabeled.npz"
+    np.savez(unlabeled, images=np.load(tiny.data.root)["images"])
+    trainer = Trainer(configs.replace(tiny, {"data.root": unlabeled, "knn.val_root": unlabeled}))
+    why = f"the labels of the training images cannot be used: {unlabeled} has no array `labels` (it has images)"
+    assert f"no kNN evaluation: {why}" in trainer._parts.notes
+
+
 def test_too_long_a_warm_up_is_refused(tiny: Config) -> None:
     with pytest.raises(ConfigError, match="optim.warmup_steps must be at most the run's 12 steps, got 13"):
         Trainer(configs.replace(tiny, {"optim.warmup_steps": 13}))

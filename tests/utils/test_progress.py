@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import threading
 from typing import Any
 
@@ -144,6 +145,21 @@ def test_bars_on_a_terminal_show_counts_notes_and_labeled_times(monkeypatch: Any
     assert all(part in text for part in shown_parts)
     left = "".join(text.splitlines()[-2:])
     assert "epoch 0.55" in left and "reading" not in left and "test images" not in left
+
+
+@pytest.mark.parametrize(("width", "note"), [(60, ""), (80, "loss 3.7188"), (90, "loss 3.7188  std 0.82")])
+def test_narrow_terminal_keeps_bar_count_and_times(width: int, note: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    out = io.StringIO()
+    shown = Progress(PlainConsole(file=out, force_terminal=True, width=width, color_system=None))
+    with ProgressBar(shown, 90, "epoch 5.60", keep=True) as bar:
+        bar.update(84)
+        bar.update(85, "loss 3.7188  std 0.82  lr 0.000353", description="epoch 5.62")
+    line = re.sub(r"\x1b\[[?\d]*[A-Za-z]", "", out.getvalue()).strip().splitlines()[-1]
+    expected = re.fullmatch(r"epoch 5\.62 [━╸╺ ]{6,} 85/90 (.*)elapsed 0:00:00, remaining 0:00:00", line)
+    assert expected is not None
+    assert expected[1].strip() == note
+    assert len(line) <= width
 
 
 @pytest.mark.parametrize("command", ["doctor", "preview", "report"])

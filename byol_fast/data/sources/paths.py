@@ -62,6 +62,8 @@ def _check_file(path: Path, arg_name: str) -> None:
         path = path.absolute()
         raise SourceError(f"{arg_name}: {path} {_problem(path)}; {_GIVE}{_nearest_parent(path)}")
     if path.suffix.lower() not in (".npz", *LISTS):
+        if path.suffix.lower() in EXTENSIONS:
+            raise SourceError(f"{arg_name}: {path} is a single image; give the folder that holds the images")
         hint = "; unpack it first" if re.search(r"\.(tar\.\w+|tgz|zip|gz|xz|zst|7z)$", path.name.lower()) else ""
         raise SourceError(f"{arg_name}: {path} is a file of an unknown kind{hint}; {_GIVE} ({NPZ_HELP})")
 
