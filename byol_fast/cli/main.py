@@ -125,7 +125,7 @@ def _explain(error: Exception) -> int:
         return print_error(f"out of memory: {first_line(error)}; {advice}", 1)
     if isinstance(error, Interrupted):
         report = error.run_dir / "report.html"
-        more = f"\nreport so far: {short_path(report)}" if report.exists() else ""
+        more = f"\nreport so far: {short_path(report)}" if report.exists() and not error.is_complete else ""
         return print_error(f"{error}{more}", 128 + error.signum)
     expected = CheckpointError | TrainingError | CorruptImageError | ValueError | OSError
     if not isinstance(error, expected) or os.environ.get("BYOL_FAST_TRACEBACK"):

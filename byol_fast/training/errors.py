@@ -16,17 +16,24 @@ class Interrupted(Exception):  # noqa: N818  (a request to stop is no error)
         run_dir: the run's folder.
         step: steps finished and saved.
         has_own_data: the images came from the caller's program, which alone can give them again.
+        is_complete: the encoder was exported; only what callbacks do at the end was stopped.
     """
 
-    def __init__(self, signum: int, run_dir: Path, step: int, *, has_own_data: bool = False) -> None:
-        if has_own_data:
+    def __init__(
+        self, signum: int, run_dir: Path, step: int, *, has_own_data: bool = False, is_complete: bool = False
+    ) -> None:
+        if is_complete:
+            text = f"the run is complete and its encoder saved; report with: {program()} report {shell_path(run_dir)}"
+        elif has_own_data:
             command = f"byol_fast.pretrain(data, resume={short_path(run_dir)!r}), with the same data"
+            text = f"saved after step {step}; go on with: {command}"
         else:
-            command = f"{program()} train --resume {shell_path(run_dir)}"
-        super().__init__(f"{signal.Signals(signum).name}: saved after step {step}; go on with: {command}")
+            text = f"saved after step {step}; go on with: {program()} train --resume {shell_path(run_dir)}"
+        super().__init__(f"{signal.Signals(signum).name}: {text}")
         self.signum = signum
         self.run_dir = run_dir
         self.step = step
+        self.is_complete = is_complete
 
 
 class TrainingError(RuntimeError):

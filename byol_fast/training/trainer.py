@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -127,25 +128,32 @@ class Trainer:
             Results of the run.
 
         Raises:
-            Interrupted: SIGINT, SIGTERM or SIGHUP; everything up to the last finished step is saved.
+            Interrupted: SIGINT, SIGTERM or SIGHUP; everything up to the last finished step is saved. After the last
+                evaluation, only a second SIGINT.
+            KeyboardInterrupt: a second SIGINT before; nothing was saved since the last checkpoint.
             TrainingError: too many skipped steps in a row, or out of memory.
             CheckpointError: a checkpoint or the metrics could not be written.
             RuntimeError: another run is being built or trained in this process, or this trainer has released its
                 folder: it trains once, and a later trainer of the same folder takes over.
         """
-        with exclusive(), of_run(is_main_process=self.world.is_main_process).shown():
+        shown = of_run(is_main_process=self.world.is_main_process).shown()
+        with exclusive(), shown, self._shutdown.catch_signals():
             try:
                 self._parts.restore_global_state()
                 return self._fit()
             except BaseException as error:
-                self.call_hooks("on_exception", error)
+                was_ending, self._shutdown.is_ending = self._shutdown.is_ending, True
+                with suppress(KeyboardInterrupt):  # it ends what the callbacks do; the error says what is saved
+                    self.call_hooks("on_exception", error)
+                if was_ending and isinstance(error, KeyboardInterrupt):
+                    raise self._interrupted(signal.SIGINT, is_complete=self._parts.run_dir.is_finished()) from None
                 raise
             finally:
                 self.close()
 
     def _fit(self) -> RunResult:
         self.world.run_on_main(self._write_run_files)
-        with self._shutdown.catch_signals(), training_bar(self._parts) as bar:
+        with training_bar(self._parts) as bar:
             for line in [*startup_summary(self._parts), f"run folder: {self.run_dir}"]:
                 bar.progress.print(line)
             self.call_hooks("on_run_begin")
@@ -162,6 +170,7 @@ class Trainer:
             if self._checkpointer.saved_step != self.state.step:
                 self.save_checkpoint()
             self._evaluate_on_all_images(bar.progress)
+            self._shutdown.is_ending = True
             # Before the callbacks: they may evaluate or upload, and need the memory and the files.
             self.loader.close()
             result = self.world.run_on_main(self._export)
@@ -357,7 +366,11 @@ class Trainer:
 
     def _interrupt(self, signum: int) -> NoReturn:
         self.save_checkpoint()
-        raise Interrupted(signum, self.run_dir, self.state.step, has_own_data=self._has_own_data)
+        raise self._interrupted(signum)
+
+    def _interrupted(self, signum: int, *, is_complete: bool = False) -> Interrupted:
+        own = self._has_own_data
+        return Interrupted(signum, self.run_dir, self.state.step, has_own_data=own, is_complete=is_complete)
 
     def _write_run_files(self) -> None:
         """Write `config.json` and `environment.json`, and open the metrics."""

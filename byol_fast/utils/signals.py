@@ -16,6 +16,8 @@ class GracefulShutdown:
     def __init__(self) -> None:
         self.signum = 0
         """Number of the received signal; 0 if none."""
+        self.is_ending = False
+        """True once a signal stops nothing, because the run is ending: set by the trainer, for the message."""
 
     @contextmanager
     def catch_signals(self) -> Iterator[None]:
@@ -28,10 +30,13 @@ class GracefulShutdown:
             self.signum = signum
             if signal.SIGINT in numbers:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
-            name = signal.Signals(signum).name
-            write_from_signal_handler(f"\n{name}: saving after this step; Ctrl-C again stops without saving\n")
+            if self.is_ending:
+                text = "the run is ending, its last files are being written; Ctrl-C again ends at once"
+            else:
+                text = "saving after this step; Ctrl-C again stops without saving"
+            write_from_signal_handler(f"\n{signal.Signals(signum).name}: {text}\n")
 
-        self.signum = 0
+        self.signum, self.is_ending = 0, False
         # None: a handler that is no Python function; it could not be restored.
         untouched = (signal.SIG_IGN, None)
         numbers = [

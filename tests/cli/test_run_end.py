@@ -18,7 +18,10 @@ from byol_fast import config as configs
 from byol_fast.cli import main
 from byol_fast.config import Config, recipes
 from byol_fast.models import encoders
+from byol_fast.report import callback
 from byol_fast.report.callback import ReportCallback
+from byol_fast.training import trainer
+from byol_fast.training.run_dir import RunDir
 from byol_fast.training.trainer import Trainer
 from byol_fast.utils import checkpoint_files
 from byol_fast.utils.commands import program, short_path
@@ -127,6 +130,57 @@ def test_interrupted_run_leaves_a_report_and_says_how_to_go_on(
     assert "2 of 6 steps" in Path("runs/tiny/report.html").read_text()
     assert start(*lines[0].partition(f"{program()} ")[2].split()) == 0
     assert byol_fast.evaluate.embed_folder("runs/tiny", "my images/photos.npz").features.shape[0] == 60
+
+
+@pytest.mark.parametrize(
+    ("signals", "code", "end"),
+    [
+        ({"report": 1}, 0, "SIGINT: the run is ending, its last files are being written; Ctrl-C again ends at once"),
+        (
+            {"report": 2},
+            130,
+            f"SIGINT: the run is complete and its encoder saved; report with: {program()} report runs/tiny",
+        ),
+        ({"export": 2}, 130, f"SIGINT: saved after step 6; go on with: {program()} train --resume runs/tiny"),
+        (
+            {"step": 1, "report": 1},
+            130,
+            f"SIGINT: saved after step 2; go on with: {program()} train --resume runs/tiny",
+        ),
+    ],
+)
+def test_signal_at_the_end_stops_nothing_and_a_further_one_ends_at_once(
+    start: Callable[..., int],
+    signals: dict[str, int],
+    code: int,
+    end: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(phase: str) -> None:
+        for _ in range(signals.get(phase, 0)):
+            signal.raise_signal(signal.SIGINT)
+
+    def after(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def interrupted(*args: Any, **kwargs: Any) -> Any:
+            interrupt(phase)
+            return function(*args, **kwargs)
+
+        return interrupted
+
+    def on_log(callback: ReportCallback, trainer: Trainer, records: object) -> None:
+        if trainer.state.step == 2:
+            interrupt("step")
+
+    monkeypatch.setattr(ReportCallback, "on_log", on_log)
+    monkeypatch.setattr(callback, "report", after("report", vars(callback)["report"]))
+    monkeypatch.setattr(trainer, "export_encoder", after("export", vars(trainer)["export_encoder"]))
+    assert start("train", "spec") == code
+    shown = capfd.readouterr()
+    assert shown.err.splitlines()[-1] == end
+    is_complete, run = "export" not in signals and "step" not in signals, RunDir(Path("runs/tiny"))
+    assert (run.is_finished(), (run.path / "encoder.safetensors").exists()) == (is_complete, is_complete)
+    assert (run.path / "report.html").exists() is ("done in" in shown.out) is (code == 0)
 
 
 def test_program_alone_says_where_to_start(start: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
