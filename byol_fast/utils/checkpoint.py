@@ -87,7 +87,9 @@ def save(
             torch.save({"format": FORMAT, "step": step, **payload}, file)
             file.write(_TRAILER + file.digest.hexdigest().encode() + b"\n")
     except (OSError, RuntimeError) as error:
-        # torch's zip writer ends with a RuntimeError after an OSError of the file, as of a full disk.
+        # torch's zip writer ends with a RuntimeError after an OSError of the file, as of a full disk, or after Ctrl-C.
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         intact = ", ".join(map(str, intact_steps(folder))) or "none"
         free = shutil.disk_usage(folder if folder.exists() else Path("/")).free / 2**30

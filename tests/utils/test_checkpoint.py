@@ -8,7 +8,9 @@ import io
 import logging
 import math
 import random
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,6 +75,27 @@ def test_failed_write_keeps_earlier_checkpoints(tmp_path: Path, monkeypatch: pyt
         checkpoints.save(tmp_path, 2, {"x": 2}, keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ["step_000000001.pt"]
     assert checkpoints.use_latest(tmp_path, checkpoints.load)["x"] == 1
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_interrupted_write_is_an_interruption_and_leaves_no_file(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's zip writer, which cannot end its archive then, raises another error."""
+
+    class InterruptedWriter(checkpoints._DigestingWriter):
+        num_writes = 0
+
+        def write(self, data: Any) -> int:
+            self.num_writes += 1
+            if self.num_writes == number:
+                signal.raise_signal(signal.SIGINT)
+            return super().write(data)
+
+    monkeypatch.setattr(checkpoints, "_DigestingWriter", InterruptedWriter)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save(tmp_path, 2, {"x": torch.arange(1000)})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_atomic_path_removes_its_temporary_file_on_failure(tmp_path: Path) -> None:
