@@ -129,8 +129,7 @@ class Trainer:
 
         Raises:
             Interrupted: SIGINT, SIGTERM or SIGHUP; everything up to the last finished step is saved. After the last
-                evaluation, only a second SIGINT.
-            KeyboardInterrupt: a second SIGINT before; nothing was saved since the last checkpoint.
+                evaluation only a second SIGINT, which before it is a KeyboardInterrupt.
             TrainingError: too many skipped steps in a row, or out of memory.
             CheckpointError: a checkpoint or the metrics could not be written.
             RuntimeError: another run is being built or trained in this process, or this trainer has released its
@@ -345,7 +344,7 @@ class Trainer:
         self.queue_records()
         self.metrics.flush()
         path = self._checkpointer.save(self.config)
-        self.world.run_on_main(lambda: self._parts.run_dir.write_status(finished=False))
+        self.world.run_on_main(self._mark_unfinished)
         self.call_hooks("on_checkpoint", path)
 
     def call_hooks(self, event: str, *values: object) -> None:
@@ -368,9 +367,8 @@ class Trainer:
         self.save_checkpoint()
         raise self._interrupted(signum)
 
-    def _interrupted(self, signum: int, *, is_complete: bool = False) -> Interrupted:
-        own = self._has_own_data
-        return Interrupted(signum, self.run_dir, self.state.step, has_own_data=own, is_complete=is_complete)
+    def _interrupted(self, signum: int, **options: bool) -> Interrupted:
+        return Interrupted(signum, self.run_dir, self.state.step, has_own_data=self._has_own_data, **options)
 
     def _write_run_files(self) -> None:
         """Write `config.json` and `environment.json`, and open the metrics."""
@@ -382,10 +380,15 @@ class Trainer:
             )
         try:
             run_dir.write_config(self.config, self.environment)
-            run_dir.write_status(finished=False)
+            self._mark_unfinished()
             self.metrics.open(self.state.step, evaluated=self.state.evaluated_at == self.state.step)
         except OSError as error:
             raise not_writable(self.run_dir, error) from None
+
+    def _mark_unfinished(self) -> None:
+        """Mark the run as unfinished; a complete one that is not trained further stays complete, whatever comes."""
+        if self.state.step < self.total_steps or not self._parts.run_dir.is_finished():
+            self._parts.run_dir.write_status(finished=False)
 
     def _export(self) -> RunResult:
         """Export the encoder and mark the run as finished; the report is a callback on `on_run_end`."""

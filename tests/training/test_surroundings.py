@@ -21,6 +21,7 @@ from byol_fast.config import Config, ConfigError
 from byol_fast.export.encoder import export_run, load_encoder
 from byol_fast.export.formats import export_as
 from byol_fast.training import trainer as trainers
+from byol_fast.training.callbacks import Callback
 from byol_fast.training.errors import Interrupted
 from byol_fast.training.resume import find_resumable
 from byol_fast.training.run_dir import RunDir
@@ -74,6 +75,37 @@ def test_signal_during_the_export_does_not_stop_it(small: Config, monkeypatch: p
     assert result.encoder.exists()
     assert RunDir(result.run_dir).is_finished()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("ending", ["full disk", "interruption"])
+@pytest.mark.parametrize("checkpoint", ["last", "best"])
+def test_complete_run_stays_complete_if_its_resumption_does_not_come_to_its_end(
+    small: Config, ending: str, checkpoint: str
+) -> None:
+    class Interrupt(Callback):
+        def on_run_begin(self, trainer: Trainer) -> None:
+            for _ in range(2):
+                signal.raise_signal(signal.SIGINT)
+
+    run = Trainer(small).fit().run_dir
+    last = checkpoints.path_at_step(run / "checkpoints", 6)
+    if checkpoint == "best":
+        checkpoints.save_as_best(last)
+        last.unlink()
+    status = run / "status.json"
+    status.write_text('{"finished": true, "problem": "collapsed"}')
+    resumed = Trainer(small, resume=run, callbacks=[Interrupt()] if ending == "interruption" else [])
+    with (
+        pytest.raises((KeyboardInterrupt, ConfigError, CheckpointError)),
+        file_size_limit(8000 if ending == "full disk" else 10**9),
+    ):
+        resumed.fit()
+    assert RunDir(run).problem() == "collapsed"
+    for path in [last, *run.glob("checkpoints/best_*")]:
+        path.unlink(missing_ok=True)
+    with pytest.raises(ZeroDivisionError):
+        Trainer(small, resume=run, callbacks=[AtStep(5, fail)]).fit()
+    assert not RunDir(run).is_finished()  # it was trained further
 
 
 def test_export_to_a_full_disk_is_explained(small: Config, tmp_path: Path) -> None:
