@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,9 +13,13 @@ from byol_fast.cli.options import FREQUENT, RunOptions, parse_config, print_erro
 from byol_fast.cli.run_end import print_end
 from byol_fast.config import Config, ConfigError, recipes
 from byol_fast.training.preflight import check_start
-from byol_fast.training.resume import find_resumable
+from byol_fast.training.resume import find_resumable, result_without_checkpoints
+from byol_fast.training.run_dir import RunResult
+from byol_fast.utils.commands import short_path
 from byol_fast.utils.env import is_first_process
 from byol_fast.utils.files import expand_home
+
+log = logging.getLogger(__name__)
 
 USAGE = """\
 usage: byol-fast train RECIPE [FOLDER] [--option value ...]
@@ -71,8 +76,11 @@ def main(argv: list[str]) -> int:
             )
         config = parse_config(stored, argv, f"byol-fast train --resume {resume}")
 
+    run = find_resumable(config) if resume == "auto" else folder
+    if run is not None and (complete := result_without_checkpoints(run, config)) is not None:
+        return _print_complete(complete, config)
     if is_first_process():  # it checks for all
-        check_start(config, resume=find_resumable(config) if resume == "auto" else folder)
+        check_start(config, resume=run)
 
     from byol_fast.profiling.page import run_sections
     from byol_fast.report.callback import ReportCallback
@@ -94,6 +102,15 @@ def main(argv: list[str]) -> int:
         return 0
     seconds = None if first_step >= trainer.total_steps else time.monotonic() - start
     return print_end(result, trainer.config, seconds=seconds, first_step=first_step)
+
+
+def _print_complete(result: RunResult, config: Config) -> int:
+    """Print the end of a run that is complete and whose checkpoints were deleted; return the exit code."""
+    if not is_first_process():
+        return 0
+    if result.problem is not None:
+        log.warning("%s: %s", short_path(result.run_dir), result.problem)
+    return print_end(result, config, seconds=None)
 
 
 def take_resume(argv: list[str]) -> tuple[str | None, list[str]]:

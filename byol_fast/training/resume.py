@@ -6,8 +6,9 @@ from pathlib import Path
 
 from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError
-from byol_fast.training.run_dir import RunDir
+from byol_fast.training.run_dir import RunDir, RunResult
 from byol_fast.utils.files import expand_home
+from byol_fast.utils.records import read_json
 
 # Fields that may change between a run and its resumption: they do not change what is computed (the mode only its
 # rounding, about which the run warns).
@@ -69,19 +70,45 @@ def check_resumable(folder: Path, config: Config) -> None:
     check_unchanged(stored, config, run_dir.path)
 
 
+def result_without_checkpoints(folder: Path, config: Config) -> RunResult | None:
+    """Results of a complete run whose checkpoints were deleted, which is not trained again; None for any other run.
+
+    Args:
+        folder: the run folder.
+        config: of this start.
+
+    Raises:
+        ConfigError: a field differs that changes what is computed.
+    """
+    run_dir = RunDir(folder.absolute())
+    if not run_dir.is_complete_without_checkpoints():
+        return None
+    check_unchanged(configs.load(folder / "config.json"), config, run_dir.path)
+    try:
+        steps = int(read_json(run_dir.path / "encoder.json")["step"])
+        processes = int(read_json(run_dir.path / "environment.json")["processes"])
+    except (OSError, ValueError, KeyError, TypeError):  # damaged
+        return None
+    images_per_step = config.batch_size * config.grad_accum_steps * processes
+    return run_dir.result(config, steps, run_dir.encoder, global_batch_size=images_per_step)
+
+
 def find_resumable(config: Config) -> Path | None:
     """The run folder that `--resume auto` continues: OUT/NAME, or without a name the newest unfinished run like this.
 
     Without a name, also the newest run like this if it finished with a problem: begun again, it would only repeat it.
 
     Returns:
-        A run folder with a checkpoint, or None if there is nothing to continue.
+        A run folder with a checkpoint, or of a complete run whose checkpoints were deleted; None if there is nothing to
+        continue.
 
     Raises:
-        ConfigError: the run has saved checkpoints, and they are gone.
+        ConfigError: the run is not complete, has saved checkpoints, and they are gone.
     """
     if config.name:
         run_dir = RunDir(config.out / config.name)
+        if run_dir.is_complete_without_checkpoints():
+            return run_dir.path
         run_dir.check_not_lost()
         return run_dir.path if run_dir.has_checkpoints() else None
     folders = list(config.out.iterdir()) if config.out.is_dir() else []
@@ -96,9 +123,11 @@ def find_resumable(config: Config) -> Path | None:
         same_data = stored.data.root == (config.data.root and expand_home(config.data.root).absolute())
         if not same_data or not set(configs.differences(stored, config)) <= RESUMABLE_CHANGES:
             continue
-        has_problem = run_dir.problem() is not None and run_dir.has_checkpoints()
-        if not run_dir.is_finished() or (has_problem and is_newest):
+        if not run_dir.is_finished():
             run_dir.check_not_lost()
+            return run_dir.path
+        has_result = run_dir.has_checkpoints() or run_dir.is_complete_without_checkpoints()
+        if run_dir.problem() is not None and has_result and is_newest:
             return run_dir.path
         is_newest = False
     return None

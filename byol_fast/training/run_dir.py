@@ -76,6 +76,11 @@ class RunDir:
         """The metrics file, `metrics.jsonl`."""
         return self.path / "metrics.jsonl"
 
+    @property
+    def encoder(self) -> Path:
+        """Weights of the exported encoder, `encoder.safetensors`."""
+        return self.path / "encoder.safetensors"
+
     def corrupt_images(self, rank: int) -> Path:
         """List of the corrupt images that a process has passed over."""
         return self.path / ("corrupt_images.jsonl" if rank == 0 else f"corrupt_images.{rank}.jsonl")
@@ -139,6 +144,10 @@ class RunDir:
     def is_finished(self) -> bool:
         """True if the run came to its end, and was not continued since."""
         return self._read_status().get("finished") is True
+
+    def is_complete_without_checkpoints(self) -> bool:
+        """True if the run came to its end and its checkpoints were deleted: the exported encoder is its result."""
+        return self.is_finished() and self.encoder.exists() and not self.has_checkpoints()
 
     def problem(self) -> str | None:
         """`RunResult.problem` of a run that came to its end."""

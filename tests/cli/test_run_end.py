@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -111,6 +112,25 @@ def test_resume_takes_the_name_of_a_run_and_the_folder_of_moved_images(
     assert start("train", "--resume", "tiny", "--out", "other") == 2
     hint = f"; if the images were moved, give their new folder: {program()} train --resume other/tiny FOLDER\n"
     assert capsys.readouterr().err.endswith(hint)
+
+
+def test_complete_run_without_checkpoints_is_not_trained_again(
+    start: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start("train", "spec") == 0
+    done = capsys.readouterr().out.partition("done in ")[2].partition(": ")[2]
+    shutil.rmtree("runs/tiny/checkpoints")
+    before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    for arguments in (["--resume", "tiny"], ["spec", "--resume", "auto"]):
+        assert start("train", *arguments) == 0
+        assert capsys.readouterr().out == f"already complete: {done}"
+        assert start("train", *arguments, "--optim.lr", "3") == 2
+        assert "must be continued as it was started" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()} == before
+    Path("runs/tiny/encoder.safetensors").unlink()
+    for arguments in (["--resume", "tiny"], ["spec", "--resume", "auto"]):
+        assert start("train", *arguments) == 2
+        assert "must hold the checkpoints that this run has saved, it holds none" in capsys.readouterr().err
 
 
 def test_interrupted_run_leaves_a_report_and_says_how_to_go_on(

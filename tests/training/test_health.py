@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +113,15 @@ def test_collapsed_run_is_saved_and_named_and_not_begun_again(
     status = json.loads((run / "status.json").read_text())
     assert status == {"finished": True, "problem": end.removeprefix("runs/tiny: ")}
 
-    for name in ("tiny", ""):
-        caplog.clear()
-        assert exit_code("train", "black", "--resume", "auto", "--name", name) == 0
-        assert warnings_of(caplog) == [end]
-        assert [p.name for p in black.out.iterdir()] == ["tiny"]
-        assert json.loads((run / "status.json").read_text()) == status
+    for has_checkpoints in (True, False):
+        if not has_checkpoints:
+            shutil.rmtree(run / "checkpoints")
+        for name in ("tiny", ""):
+            caplog.clear()
+            assert exit_code("train", "black", "--resume", "auto", "--name", name) == 0
+            assert warnings_of(caplog) == [end]
+            assert [p.name for p in black.out.iterdir()] == ["tiny"]
+            assert json.loads((run / "status.json").read_text()) == status
 
 
 def test_automatic_resume_passes_a_collapsed_run_over_behind_a_healthy_one(black: Config) -> None:
