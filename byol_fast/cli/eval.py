@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
@@ -17,6 +16,7 @@ from byol_fast.utils.files import expand_home
 from byol_fast.utils.output import PlainConsole
 from byol_fast.utils.progress import current
 from byol_fast.utils.run_folder import encoder_files
+from byol_fast.utils.signals import raise_on_interrupt
 
 if TYPE_CHECKING:
     from byol_fast.evaluate import Evaluation
@@ -80,8 +80,7 @@ def main(argv: list[str]) -> int:
     from byol_fast.evaluate.results import summary
     from byol_fast.report.evaluation_figures import accuracy_chart, save_figures
 
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by `cli.main` for the time of the imports
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    raise_on_interrupt()  # the imports are done
     accuracy_chart({"top1": 0.5}, "trial")  # a broken matplotlib is found before the work
     progress = current()
     pretrained = load_pretrained(options.encoder)

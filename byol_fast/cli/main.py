@@ -7,7 +7,6 @@ import errno
 import importlib
 import logging
 import os
-import signal
 import sys
 from collections.abc import Sequence
 
@@ -62,10 +61,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     with ignore_output_errors():
         logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_ConsoleHandler()])
-        # Until training installs its handlers, Ctrl-C terminates the process: a KeyboardInterrupt while torch is being
-        # imported would show a long traceback, or be swallowed.
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler and argv is None:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
         code = _run(list(sys.argv[1:] if argv is None else argv))
     sys.exit(code)
 

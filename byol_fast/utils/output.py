@@ -108,13 +108,3 @@ def _open_standard_descriptors() -> None:
             os.fstat(number)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number: this one
-
-
-def write_from_signal_handler(text: str) -> None:
-    """Write to standard error at once: a signal may have interrupted the stream's own `write`.
-
-    Args:
-        text: with its newline.
-    """
-    with suppress(OSError, ValueError, AttributeError):  # as for streams: gone, closed, None
-        os.write(sys.stderr.fileno(), text.encode())

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from byol_fast.utils.output import ignore_output_errors
-from byol_fast.utils.signals import GracefulShutdown
 
 
 @pytest.mark.parametrize(
@@ -82,28 +79,3 @@ def test_closed_stream_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
             print("x", flush=True)
             sys.stdout.writelines(["x"])
         assert sys.stdout is stream
-
-
-def test_handlers_of_others_are_restored_and_ignored_signals_stay_ignored(capfd: pytest.CaptureFixture[str]) -> None:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    handlers: dict[signal.Signals, Any] = {
-        signal.SIGINT: signal.default_int_handler,
-        signal.SIGTERM: lambda *_: None,
-        signal.SIGHUP: signal.SIG_IGN,
-    }
-    shutdown = GracefulShutdown()
-    try:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        with shutdown.catch_signals():
-            signal.raise_signal(signal.SIGHUP)
-            assert shutdown.signum == 0
-            signal.raise_signal(signal.SIGTERM)
-            assert shutdown.signum == signal.SIGTERM
-            with pytest.raises(KeyboardInterrupt):
-                signal.raise_signal(signal.SIGINT)
-        assert {number: signal.getsignal(number) for number in handlers} == handlers
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    assert "SIGTERM: saving after this step" in capfd.readouterr().err
