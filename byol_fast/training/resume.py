@@ -103,7 +103,7 @@ def find_resumable(config: Config) -> Path | None:
         continue.
 
     Raises:
-        ConfigError: the run is not complete, has saved checkpoints, and they are gone.
+        ConfigError: the run has saved checkpoints, they are gone, and it is not complete or its encoder is gone, too.
     """
     if config.name:
         run_dir = RunDir(config.out / config.name)

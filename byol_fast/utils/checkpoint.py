@@ -88,7 +88,7 @@ def save(
             file.write(_TRAILER + file.digest.hexdigest().encode() + b"\n")
     except (OSError, RuntimeError) as error:
         # torch's zip writer ends with a RuntimeError after an OSError of the file, as of a full disk, or after Ctrl-C.
-        if isinstance(error.__context__, KeyboardInterrupt):
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, KeyboardInterrupt):
             raise error.__context__ from None
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         intact = ", ".join(map(str, intact_steps(folder))) or "none"
