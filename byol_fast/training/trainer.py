@@ -129,7 +129,7 @@ class Trainer:
 
         Raises:
             Interrupted: SIGINT, SIGTERM or SIGHUP; everything up to the last finished step is saved. After the last
-                evaluation only a second SIGINT, which before it is a KeyboardInterrupt.
+                evaluation only a second SIGINT, which before it is a KeyboardInterrupt unless the step is saved.
             TrainingError: too many skipped steps in a row, or out of memory.
             CheckpointError: a checkpoint or the metrics could not be written.
             RuntimeError: another run is being built or trained in this process, or this trainer has released its
@@ -141,10 +141,10 @@ class Trainer:
                 self._parts.restore_global_state()
                 return self._fit()
             except BaseException as error:
-                was_ending, self._shutdown.is_ending = self._shutdown.is_ending, True
+                self._shutdown.is_ending = True
                 with suppress(KeyboardInterrupt):  # it ends what the callbacks do; the error says what is saved
                     self.call_hooks("on_exception", error)
-                if was_ending and isinstance(error, KeyboardInterrupt):
+                if isinstance(error, KeyboardInterrupt) and self._checkpointer.saved_step == self.state.step:
                     raise self._interrupted(signal.SIGINT, is_complete=self._parts.run_dir.is_finished()) from None
                 raise
             finally:
@@ -169,7 +169,7 @@ class Trainer:
             if self._checkpointer.saved_step != self.state.step:
                 self.save_checkpoint()
             self._evaluate_on_all_images(bar.progress)
-            self._shutdown.is_ending = True
+            self._shutdown.finish()
             # Before the callbacks: they may evaluate or upload, and need the memory and the files.
             self.loader.close()
             result = self.world.run_on_main(self._export)

@@ -64,7 +64,20 @@ class GracefulShutdown:
         self.signum = 0
         """Number of the received signal; 0 if none."""
         self.is_ending = False
-        """True once a signal stops nothing, because the run is ending: set by the trainer, for the message."""
+        """True once a signal stops nothing, because the run is ending; it is for the message."""
+
+    def finish(self) -> None:
+        """Set `is_ending`, and say so if a signal came too late to stop anything."""
+        self.is_ending = True
+        if self.signum:
+            self._announce()
+
+    def _announce(self) -> None:
+        if self.is_ending:
+            text = "the run is ending, its last files are being written; Ctrl-C again ends at once"
+        else:
+            text = "saving after this step; Ctrl-C again stops without saving"
+        _write(f"\n{signal.Signals(self.signum).name}: {text}\n")
 
     @contextmanager
     def catch_signals(self) -> Iterator[None]:
@@ -77,11 +90,7 @@ class GracefulShutdown:
             self.signum = signum
             if signal.SIGINT in numbers:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
-            if self.is_ending:
-                text = "the run is ending, its last files are being written; Ctrl-C again ends at once"
-            else:
-                text = "saving after this step; Ctrl-C again stops without saving"
-            _write(f"\n{signal.Signals(signum).name}: {text}\n")
+            self._announce()
 
         self.signum, self.is_ending = 0, False
         # None: a handler that is no Python function; it could not be restored.

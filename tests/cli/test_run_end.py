@@ -156,6 +156,7 @@ def test_interrupted_run_leaves_a_report_and_says_how_to_go_on(
     ("signals", "code", "end"),
     [
         ({"report": 1}, 0, "SIGINT: the run is ending, its last files are being written; Ctrl-C again ends at once"),
+        ({"last": 1}, 0, "SIGINT: the run is ending, its last files are being written; Ctrl-C again ends at once"),
         (
             {"report": 2},
             130,
@@ -189,8 +190,8 @@ def test_signal_at_the_end_stops_nothing_and_a_further_one_ends_at_once(
         return interrupted
 
     def on_log(callback: ReportCallback, trainer: Trainer, records: object) -> None:
-        if trainer.state.step == 2:
-            interrupt("step")
+        if trainer.state.step in {2, 6}:
+            interrupt("step" if trainer.state.step == 2 else "last")
 
     monkeypatch.setattr(ReportCallback, "on_log", on_log)
     monkeypatch.setattr(callback, "report", after("report", vars(callback)["report"]))

@@ -96,7 +96,7 @@ def test_complete_run_stays_complete_if_its_resumption_does_not_come_to_its_end(
     status.write_text('{"finished": true, "problem": "collapsed"}')
     resumed = Trainer(small, resume=run, callbacks=[Interrupt()] if ending == "interruption" else [])
     with (
-        pytest.raises((KeyboardInterrupt, ConfigError, CheckpointError)),
+        pytest.raises((KeyboardInterrupt, Interrupted, ConfigError, CheckpointError)),
         file_size_limit(8000 if ending == "full disk" else 10**9),
     ):
         resumed.fit()
