@@ -158,10 +158,11 @@ class Trainer:
             self.call_hooks("on_run_begin")
             self._evaluate_if_due(bar.progress)  # the untrained encoder
             while self.state.step < self.total_steps and not self._should_stop:
-                is_first = not self._has_stepped
+                # Also between slow steps; several processes could not agree on the time.
+                is_overdue = not self._has_stepped or (self.world.is_single and bar.is_note_old)
                 self.train_one_step()
                 bar.advance(self.state.step, description=epoch_text(self.state))
-                if is_first or self._is_due(self.config.log_every):
+                if is_overdue or self._is_due(self.config.log_every):
                     self._log(bar)
                 self._save_if_due()
                 self._evaluate_if_due(bar.progress)

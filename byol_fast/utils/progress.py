@@ -226,7 +226,8 @@ class ProgressBar:
         # The first item may take much longer than the others.
         self._first_report: tuple[float, int] | None = None
         self._last_report = self._begin
-        self._note_done: int | None = None  # count at which the note was reported
+        self._note_done: int | None = None  # count at which the note was reported, and the time
+        self._note_time = self._begin
         self._last_line: float | None = None
 
     def __enter__(self) -> ProgressBar:
@@ -254,12 +255,17 @@ class ProgressBar:
         """Move the bar and show a note beside it; if the console is not a terminal, print a line if one is due."""
         with self.progress.lock:
             self.advance(done, description=description)
-            self.note, self._note_done = note, done
+            self.note, self._note_done, self._note_time = note, done, time.monotonic()
             is_first_or_last = self.keep and (self._last_line is None or done == self.total)
             if is_first_or_last or time.monotonic() >= self.due_time():
                 self.print_line()
 
     # --- texts
+
+    @property
+    def is_note_old(self) -> bool:
+        """True if a note of an operation that takes as long as a run is no longer news."""
+        return time.monotonic() - self._note_time >= STEP_LINE_SECONDS
 
     @property
     def counts(self) -> str:

@@ -160,13 +160,13 @@ def test_interrupted_run_leaves_a_report_and_says_how_to_go_on(
         (
             {"report": 2},
             130,
-            f"SIGINT: the run is complete and its encoder saved; report with: {program()} report runs/tiny",
+            "SIGINT: the run is complete and its encoder saved; report with: {program} report runs/tiny",
         ),
-        ({"export": 2}, 130, f"SIGINT: saved after step 6; go on with: {program()} train --resume runs/tiny"),
+        ({"export": 2}, 130, "SIGINT: saved after step 6; go on with: {program} train --resume runs/tiny"),
         (
             {"step": 1, "report": 1},
             130,
-            f"SIGINT: saved after step 2; go on with: {program()} train --resume runs/tiny",
+            "SIGINT: saved after step 2; go on with: {program} train --resume runs/tiny",
         ),
     ],
 )
@@ -198,7 +198,7 @@ def test_signal_at_the_end_stops_nothing_and_a_further_one_ends_at_once(
     monkeypatch.setattr(trainer, "export_encoder", after("export", vars(trainer)["export_encoder"]))
     assert start("train", "spec") == code
     shown = capfd.readouterr()
-    assert shown.err.splitlines()[-1] == end
+    assert shown.err.splitlines()[-1] == end.format(program=program())
     is_complete, run = "export" not in signals and "step" not in signals, RunDir(Path("runs/tiny"))
     assert (run.is_finished(), (run.path / "encoder.safetensors").exists()) == (is_complete, is_complete)
     assert (run.path / "report.html").exists() is ("done in" in shown.out) is (code == 0)
