@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from byol_fast import config as configs
-from byol_fast.config import Config, ConfigError, recipes
+from byol_fast.config import Config, ConfigError, DataConfig, recipes
 from byol_fast.config.resnets import RESNET_OPTIONS
 from byol_fast.training.preflight import check_start
 from byol_fast.utils.env import is_first_process
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 def pretrain(
     data: object = None,
+    /,
     recipe: str | Config = "imagenet_resnet50",
     *,
     resume: str | Path | None = None,
@@ -32,24 +33,25 @@ def pretrain(
         data: folder or list of images, tar or Parquet shards, `.npz` file, uint8 array `[N, H, W, 3]` or `[N, H, W]`,
             or a dataset (torchvision, Hugging Face, any map-style dataset of images): see
             `byol_fast.data.open_source`. A folder with `train` and `val` inside is split. None: the dataset of the
-            recipe.
+            recipe. `data=` takes them, too, unless it is a mapping: that is the group `data` of the configuration.
         recipe: name of a recipe (`byol_fast.config.recipes.RECIPES`), or a `Config`.
         resume: run folder to continue with its own configuration; `recipe` is then ignored.
         callbacks: hooks called during the run, see `byol_fast.Callback`.
         image_size: height and width of both views in pixels: short for `view1={"size": ...}, view2={"size": ...}`.
-        **overrides: fields of the configuration, nested ones as mappings: `epochs=100, optim={"lr": 0.3}`.
+        **overrides: fields of the configuration, nested ones as mappings: `epochs=100, data={"threads": 1}`.
 
     Returns:
         Paths, loss and kNN accuracy of the finished run.
 
     Raises:
-        ConfigError: unknown recipe or field, or invalid value.
+        ConfigError: unknown recipe or field, or invalid value; the images are given twice.
         ValueError: the data do not exist, or are too few.
 
     Examples:
         >>> result = byol_fast.pretrain("photos", recipe="imagenet_resnet50_100", batch_size=128)
         >>> encoder, metadata = byol_fast.load_encoder(result.encoder)
     """
+    data = _take_images(data, overrides)
     if resume is not None:
         config = configs.load(Path(resume) / "config.json")
     elif isinstance(recipe, Config):
@@ -77,6 +79,24 @@ def pretrain(
 
     # The report first, so that trackers of the caller's get it.
     return Trainer(config, data=data, resume=folder, callbacks=[ReportCallback(run_sections), *callbacks]).fit()
+
+
+def _take_images(first: object, overrides: dict[str, Any]) -> object:
+    """The images: the first argument, or `data=`, which is removed from the overrides unless it is a group of options.
+
+    Raises:
+        ConfigError: they are given twice.
+    """
+    places = [] if first is None else ["the first argument"]
+    if _is_given("data", "root", overrides):
+        places.append("data.root")
+    elif not isinstance(overrides.get("data", {}), Mapping | DataConfig):
+        named = overrides.pop("data")
+        places += [] if named is None else ["data="]
+        first = named if first is None else first
+    if len(places) > 1:
+        raise ConfigError(f"pretrain: the images must be given once, got {' and '.join(places)}; drop one of them")
+    return first
 
 
 def _is_given(group: str, name: str, overrides: Mapping[str, object]) -> bool:

@@ -192,3 +192,9 @@ def test_number_and_labels_of_images_are_checked_before_networks_are_built(
 def test_image_size_of_pretrain_is_refused_beside_a_view_size(overrides: dict[str, Any]) -> None:
     with pytest.raises(configs.ConfigError, match=r"image_size must not be given beside the size of view[12]"):
         pretrain("nowhere", "demo", image_size=16, **overrides)
+
+
+@pytest.mark.parametrize("overrides", [{"data": "photos"}, {"data": {"root": "photos"}}, {"data.root": "photos"}])
+def test_images_of_pretrain_given_twice_are_refused(overrides: dict[str, Any]) -> None:
+    with pytest.raises(configs.ConfigError, match=r"images must be given once, got the first argument and data"):
+        pretrain("nowhere", "demo", **overrides)

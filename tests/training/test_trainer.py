@@ -363,9 +363,13 @@ def test_every_optimizer_and_method_lowers_the_loss(tiny: Config, method: str, n
 
 
 def test_pretrain_takes_arrays_and_overrides(tiny: Config, photos: np.ndarray) -> None:
-    result = byol_fast.pretrain(photos, recipe=configs.replace(tiny, {"data.root": None}), steps=2, optim={"lr": 0.5})
-    assert result.steps == 2
-    assert configs.load(result.run_dir / "config.json").optim.lr == 0.5
+    recipe = configs.replace(tiny, {"data.root": None})
+    options: dict[str, Any] = {"steps": 2, "optim": {"lr": 0.5}}
+    first = byol_fast.pretrain(photos, recipe, data={"threads": 1}, name="first", **options)
+    by_name = byol_fast.pretrain(data=photos, recipe=recipe, name="by name", **options)
+    assert (first.steps, first.loss) == (2, by_name.loss)
+    config = configs.load(first.run_dir / "config.json")
+    assert (config.optim.lr, config.data.threads) == (0.5, 1)
 
 
 def test_bf16_autocast_trains_close_to_fp32(tiny: Config) -> None:
