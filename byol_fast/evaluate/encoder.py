@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,9 +64,16 @@ def load_pretrained(path: str | Path) -> PretrainedEncoder:
         path: a run folder, a folder that `byol-fast export` wrote, or an `encoder.safetensors`.
 
     Raises:
+        TypeError: it is no path.
         FileNotFoundError: there is no encoder.
         CheckpointError: the run has no usable checkpoint yet.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(
+            "eval: encoder must be a run folder, an exported encoder, or a PretrainedEncoder, got "
+            f"{type(path).__name__}; make one with byol_fast.evaluate.PretrainedEncoder(name=..., encoder=module, "
+            "preprocessing=byol_fast.config.Preprocessing(crop=224))"
+        )
     path = expand_home(path)
     if not path.exists():
         raise FileNotFoundError(

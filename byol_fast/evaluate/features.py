@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from byol_fast import config as configs
 from byol_fast.config import ConfigError, DataConfig, Preprocessing
+from byol_fast.config.fields import require
 from byol_fast.data import ImageSource, eval_batches, open_source
 from byol_fast.data.sources import FileSource, ParquetSource, TarSource
 from byol_fast.data.sources.splits import part_of
@@ -84,6 +85,7 @@ def embed_folder(
         progress: shows progress; None: nothing is shown.
 
     Raises:
+        TypeError: the encoder is neither a path nor such a pair.
         FileNotFoundError: the encoder does not exist.
         SourceError: the images do not exist.
         CorruptImageError: an image cannot be read and `on_corrupt` is "raise", or half of all images cannot be read.
@@ -95,7 +97,7 @@ def embed_folder(
     """
     torch_device = resolve_device(device)
     torch_precision = resolve_precision(precision, torch_device)
-    network, metadata = load_encoder(encoder) if isinstance(encoder, str | Path) else encoder
+    network, metadata = load_encoder(encoder) if isinstance(encoder, str | Path) else _check_pair(encoder)
     options = configs.replace(options or DataConfig(), {"on_corrupt": on_corrupt})
     progress = progress or Progress()
     with progress.shown():
@@ -136,6 +138,20 @@ def embed_folder(
         skipped=tuple(names[i] for i in np.setdiff1d(np.arange(len(source)), index)),
         rankme=rankme(subsample_rows(torch.from_numpy(features)).to(torch_device)),
         metadata=metadata | {"precision": torch_precision.name},
+    )
+
+
+def _check_pair(encoder: object) -> tuple[nn.Module, dict[str, Any]]:
+    """The pair of a network and its metadata that an argument is."""
+    if isinstance(encoder, Sequence) and len(encoder) == 2:
+        network, metadata = encoder
+        if isinstance(network, nn.Module) and isinstance(metadata, Mapping):
+            has_dim, fix = "feature_dim" in metadata, "take it from an encoder.json"
+            require(has_dim, "embed_folder: metadata", "have feature_dim, the size of the features", metadata, fix)
+            return network, dict(metadata)
+    raise TypeError(
+        "embed_folder: encoder must be a run folder, an exported encoder, or a pair (module, metadata), got "
+        f"{type(encoder).__name__}; metadata is the content of an encoder.json, see byol_fast.load_encoder"
     )
 
 

@@ -10,6 +10,7 @@ import tarfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from byol_fast.cli import embed as command
 from byol_fast.config import Config, ConfigError, DataConfig, Preprocessing
 from byol_fast.config.evaluation import KNNSettings
 from byol_fast.data import CorruptImageError, SourceError, open_source
-from byol_fast.evaluate import Features, embed_folder, load_features, save_features
+from byol_fast.evaluate import Features, embed_folder, evaluate_knn, load_features, save_features
 from byol_fast.evaluate.encoder import PretrainedEncoder
 from byol_fast.evaluate.images import open_images
 from byol_fast.export.encoder import export_encoder, load_encoder
@@ -64,6 +65,20 @@ def test_features_are_in_order_of_paths(encoder: Path, folder: Path) -> None:
         expected = network.double()(x).flatten(1)
     np.testing.assert_allclose(results.features, expected.numpy(), rtol=1e-4, atol=1e-5)
     assert (results.metadata["step"], results.metadata["precision"]) == (7, "fp32")
+
+
+@pytest.mark.parametrize("wrong", [nn.Identity(), (nn.Identity(), None), (1, 2), 7, None])
+def test_wrong_kind_of_encoder_is_refused(wrong: Any, folder: Path) -> None:
+    kind = type(wrong).__name__
+    with pytest.raises(TypeError, match=rf"embed_folder: encoder must be .* a pair \(module, metadata\), got {kind};"):
+        embed_folder(wrong, folder, device="cpu", threads=1)
+    with pytest.raises(TypeError, match=rf"eval: encoder must be .* or a PretrainedEncoder, got {kind};"):
+        evaluate_knn(wrong, folder, folder)
+
+
+def test_metadata_without_feature_dim_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="embed_folder: metadata must have feature_dim"):
+        embed_folder((nn.Identity(), {"preprocessing": Preprocessing(crop=16).to_dict()}), folder, device="cpu")
 
 
 def test_corrupt_images_raise_or_are_skipped(encoder: Path, folder: Path) -> None:

@@ -184,6 +184,20 @@ def test_metadata_of_earlier_versions_has_their_preprocessing(encoder: Path) -> 
     assert (now["resize"], now["crop"], now["interpolation"], now["mean"]) == (37, 32, "bilinear", [0.5, 0.4, 0.3])
 
 
+@pytest.mark.parametrize("metadata", ["runs/first", Path("runs/first"), 96, None, ("encoder", {})])
+def test_transform_of_no_metadata_is_refused(metadata: Any) -> None:
+    with pytest.raises(TypeError, match=f"metadata must be the metadata of an encoder, got {type(metadata).__name__};"):
+        EvalTransform(metadata)
+
+
+@pytest.mark.parametrize(
+    "image", [torch.zeros(3, 40, 40), np.zeros((40, 40, 3), np.uint8), "photo.jpg", [Image.new("L", (40, 40))]]
+)
+def test_transform_refuses_what_is_no_image(image: Any, trained: Path) -> None:
+    with pytest.raises(TypeError, match=f"image must be a PIL image, got {type(image).__name__}; make one with"):
+        EvalTransform(load_encoder(trained)[1])(image)
+
+
 def test_timm_config_gives_the_resize_back() -> None:
     """By timm's formula, for all sizes."""
     for size in range(1, 1025):
