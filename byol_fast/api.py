@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError, DataConfig, recipes
 from byol_fast.config.resnets import RESNET_OPTIONS
+from byol_fast.training.callbacks import Callback, check_callbacks
 from byol_fast.training.preflight import check_start
 from byol_fast.utils.env import is_first_process
 
 if TYPE_CHECKING:
-    from byol_fast.training.callbacks import Callback
     from byol_fast.training.run_dir import RunResult
 
 
@@ -46,12 +46,13 @@ def pretrain(
     Raises:
         ConfigError: unknown recipe or field, or invalid value; the images are given twice.
         ValueError: the data do not exist, or are too few.
+        TypeError: a callback is no `byol_fast.Callback`.
 
     Examples:
         >>> result = byol_fast.pretrain("photos", recipe="imagenet_resnet50_100", batch_size=128)
         >>> encoder, metadata = byol_fast.load_encoder(result.encoder)
     """
-    data = _take_images(data, overrides)
+    data, callbacks = _take_images(data, overrides), check_callbacks(callbacks)
     if resume is not None:
         config = configs.load(Path(resume) / "config.json")
     elif isinstance(recipe, Config):

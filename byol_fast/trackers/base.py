@@ -10,6 +10,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 Status = Literal["finished", "interrupted", "failed"]
 """End of a run: complete or ended by a callback; a signal, after which it can be resumed; an error."""
 
+METHODS = ("begin", "log", "artifact", "end")
+"""Methods of a tracker."""
+
 _PERF = {"images_per_second", "data_wait", "peak_memory_gib"}
 # A second curve of the epochs, and constants.
 _EVAL_LEFT_OUT = {"epoch", "knn_k", "knn_num_train", "knn_num_val"}
@@ -54,11 +57,11 @@ class Tracker(Protocol):
         """Short name for messages, unique among the trackers of a run; a plain file name."""
         ...
 
-    def begin(self, run: RunInfo) -> str | None:
+    def begin(self, run: RunInfo) -> str | int | None:
         """Open the tracker's run, once and before all else; for a resumed run, go on with `run.tracker_run`.
 
         Returns:
-            The tracker's identifier of the run, which is kept in the run folder, or None.
+            The tracker's identifier of the run, which is kept in the run folder as text, or None.
         """
         ...
 
@@ -73,6 +76,23 @@ class Tracker(Protocol):
     def end(self, status: Status) -> None:
         """Close the tracker's run, with all that was logged delivered."""
         ...
+
+
+def check_tracker(tracker: object) -> None:
+    """Raise a TypeError unless an object has the name and the methods of a tracker."""
+    if isinstance(tracker, str):
+        raise TypeError(
+            f"trackers: must be objects of your own, got {tracker!r}; built-in trackers are named by log=({tracker!r},)"
+        )
+    if isinstance(tracker, type):
+        raise TypeError(f"trackers: must be objects, got the class {tracker.__name__}; pass {tracker.__name__}()")
+    missing = [] if hasattr(tracker, "name") else ["name"]
+    missing += [method for method in METHODS if not callable(getattr(tracker, method, None))]
+    if missing:
+        raise TypeError(
+            f"trackers: must have a name and the methods {', '.join(METHODS)}, got {type(tracker).__name__} without "
+            f"{', '.join(missing)}; see byol_fast.trackers.Tracker"
+        )
 
 
 def named_metrics(record: Mapping[str, Any], *, evaluation: bool) -> Metrics:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from byol_fast.trackers.base import RunInfo, Status, Tracker, named_metrics
-from byol_fast.utils.errors import first_line
+from byol_fast.utils.errors import first_line, reason
+from byol_fast.utils.progress import current
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class TrackerThread:
         begin, name = time.monotonic(), self.tracker.name
         self._thread.join(min(_SILENT_SECONDS, max(0.0, deadline - begin)))
         if self._thread.is_alive() and deadline > time.monotonic():
-            log.info("waiting for %s, at most %.0f s", name, deadline - time.monotonic())
+            current().print(f"waiting for {name}, at most {deadline - time.monotonic():.0f} s")
             self._thread.join(max(0.0, deadline - time.monotonic()))
         with self._changed:
             was_off, self._is_off = self._is_off, True
@@ -120,30 +121,43 @@ class TrackerThread:
         name = self.tracker.name
         try:
             tracker_run = self.tracker.begin(self._info)
-        except Exception as error:
+        except BaseException as error:  # a SystemExit, too, would end the thread without a word
             with self._changed:
                 self._is_off, was_off = True, self._is_off
                 self._waiting.clear()
             if not was_off:
-                log.warning("%s: this run is not logged there: %s", name, first_line(error))
+                log.warning("%s: this run is not logged there: %s", name, _text(error))
             return False
         try:
-            if tracker_run is not None:
-                self._on_begin(tracker_run)
-        except OSError as error:
+            self._keep(tracker_run)
+        except (OSError, ValueError) as error:
             log.warning("%s: a resumed run would be a new one there, its identifier cannot be kept: %s", name, error)
         return True
+
+    def _keep(self, tracker_run: object) -> None:
+        """Keep the result of `Tracker.begin` for a resumed run."""
+        if type(tracker_run) is int:
+            tracker_run = str(tracker_run)
+        if isinstance(tracker_run, str):
+            self._on_begin(tracker_run)
+        elif tracker_run is not None:
+            raise ValueError(f"begin must return text, an integer or None, got {type(tracker_run).__name__}")
 
     def _call(self, method: Callable[[Any], None], argument: Any, num_records: int = 0) -> None:
         """Call a method of the tracker; the first error is a warning."""
         try:
             method(argument)
-        except Exception as error:
+        except BaseException as error:
             with self._changed:
                 is_first, self._has_warned = not (self._has_warned or self._is_off), True
                 self._failed += num_records
             if is_first:
-                log.warning("%s: %s; training goes on", self.tracker.name, first_line(error))
+                log.warning("%s: %s; training goes on", self.tracker.name, _text(error))
         else:
             with self._changed:
                 self._delivered += num_records
+
+
+def _text(error: BaseException) -> str:
+    """First line of an error's message; with its type if it is a request to exit, whose message is a number."""
+    return first_line(error) if isinstance(error, Exception) else reason(error)

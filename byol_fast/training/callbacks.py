@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from byol_fast.trackers.base import METHODS
 
 if TYPE_CHECKING:
     from byol_fast.training.run_dir import RunResult
@@ -51,3 +54,30 @@ class Callback:
 
     def on_run_end(self, trainer: Trainer, result: RunResult) -> None:
         """Called at the end of the run, after the encoder has been exported."""
+
+
+_HOOKS = tuple(name for name in vars(Callback) if name.startswith("on_"))
+
+
+def check_callbacks(callbacks: object) -> list[Callback]:
+    """Callbacks as a list.
+
+    Raises:
+        TypeError: they are no list, or one of them has not all hooks.
+    """
+    if not isinstance(callbacks, Iterable):
+        name = type(callbacks).__name__
+        raise TypeError(f"callbacks: must be a list of byol_fast.Callback objects, got {name}; pass callbacks=[...]")
+    callbacks = list(callbacks)
+    for callback in callbacks:
+        if isinstance(callback, type):
+            name = callback.__name__
+            raise TypeError(f"callbacks: must be byol_fast.Callback objects, got the class {name}; pass {name}()")
+        name = type(callback).__name__
+        if missing := [hook for hook in _HOOKS if not callable(getattr(callback, hook, None))]:
+            is_tracker = all(hasattr(callback, method) for method in METHODS)
+            fix = "pass it in byol_fast.TrackerCallback([...])" if is_tracker else "derive it from byol_fast.Callback"
+            raise TypeError(
+                f"callbacks: must be byol_fast.Callback objects, got {name} without the hook {missing[0]}; {fix}"
+            )
+    return callbacks

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from byol_fast import config as configs
-from byol_fast.trackers.base import RunInfo, Status, Tracker
+from byol_fast.trackers.base import RunInfo, Status, Tracker, check_tracker
 from byol_fast.trackers.thread import TrackerThread
 from byol_fast.training.callbacks import Callback
 from byol_fast.training.errors import Interrupted
@@ -34,6 +34,7 @@ class TrackerCallback(Callback):
         trackers: with different names.
 
     Raises:
+        TypeError: one of them is no tracker.
         ValueError: a name is repeated, or no plain file name.
 
     Examples:
@@ -41,11 +42,17 @@ class TrackerCallback(Callback):
     """
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
-        names = [tracker.name for tracker in trackers]
-        is_file_name = all(name not in {"", ".", ".."} and Path(name).name == name for name in names)
+        if isinstance(trackers, str) or not isinstance(trackers, Iterable):
+            check_tracker(trackers)
+            name = type(trackers).__name__
+            raise TypeError(f"trackers: must be a list of trackers, got {name}; pass TrackerCallback([...])")
+        self.trackers = list(trackers)
+        for tracker in self.trackers:
+            check_tracker(tracker)
+        names = [tracker.name for tracker in self.trackers]
+        is_file_name = all(name not in {"", ".", ".."} and Path(name).name == name for name in map(str, names))
         if len(set(names)) != len(names) or not is_file_name:
             raise ValueError(f"trackers: names must differ and be plain file names, got {', '.join(map(repr, names))}")
-        self.trackers = list(trackers)
         self._threads: list[TrackerThread] = []
 
     def on_run_begin(self, trainer: Trainer) -> None:

@@ -17,7 +17,7 @@ from byol_fast.export import export_encoder
 from byol_fast.trackers import build_trackers
 from byol_fast.training import distributed
 from byol_fast.training.builder import build_components, global_batch_size
-from byol_fast.training.callbacks import Callback
+from byol_fast.training.callbacks import Callback, check_callbacks
 from byol_fast.training.checkpointer import Checkpointer
 from byol_fast.training.errors import Interrupted, TrainingError
 from byol_fast.training.first_step import first_step_bar
@@ -66,6 +66,7 @@ class Trainer:
             runs in the folder.
         CheckpointError: `resume` holds no usable checkpoint.
         ValueError: the data is missing, empty or too small.
+        TypeError: a callback is no `byol_fast.Callback`.
         RuntimeError: another run is being built or trained in this process.
 
     Examples:
@@ -82,6 +83,7 @@ class Trainer:
         resume: Path | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
+        self.callbacks = check_callbacks(callbacks)
         parts = build_components(config, data=data, resume=resume)
         execution = parts.execution
         self.config = parts.config
@@ -96,7 +98,6 @@ class Trainer:
         self.knn = parts.knn
         self.total_steps = parts.total_steps
         self.resumed = parts.checkpoint is not None
-        self.callbacks = list(callbacks)
         if self.config.log:
             self.callbacks.append(TrackerCallback(build_trackers(self.config.log)))
         self.throughput = ThroughputMeter()

@@ -9,13 +9,13 @@ class CheckpointError(RuntimeError):
     """A checkpoint is missing, damaged, or from another run."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """First line of an error's message, or its type if it has none; with the second one if it ends in a colon."""
     first, *others = str(error).strip().splitlines() or [type(error).__name__]
     return f"{first} {others[0].strip()}" if others and first.endswith(":") else first
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """Type of an error and the first line of its message."""
     name, line = type(error).__name__, first_line(error)
     return name if line == name else f"{name}: {line}"

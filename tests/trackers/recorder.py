@@ -16,10 +16,17 @@ class Recorder:
         name: of the tracker.
         failing: methods that raise an error, each time.
         waiting: methods that wait until `release` is set.
+        error: what failing methods raise.
     """
 
-    def __init__(self, name: str = "recorder", failing: Sequence[str] = (), waiting: Sequence[str] = ()) -> None:
-        self.name, self.failing, self.waiting = name, failing, waiting
+    def __init__(
+        self,
+        name: str = "recorder",
+        failing: Sequence[str] = (),
+        waiting: Sequence[str] = (),
+        error: BaseException | None = None,
+    ) -> None:
+        self.name, self.failing, self.waiting, self.error = name, failing, waiting, error
         self.reached, self.release = threading.Event(), threading.Event()
         self.runs: list[RunInfo] = []
         self.metrics: list[Metrics] = []
@@ -50,4 +57,4 @@ class Recorder:
             self.reached.set()
             assert self.release.wait(60)
         if method in self.failing:
-            raise ConnectionError(f"{method}: no server\nat this address")
+            raise self.error or ConnectionError(f"{method}: no server\nat this address")

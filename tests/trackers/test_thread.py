@@ -94,9 +94,12 @@ def test_hanging_tracker_is_left_after_a_bounded_time(
     assert caplog.messages == [f"recorder: {late if method == 'end' else problem}"]
 
 
+@pytest.mark.parametrize("error", [None, SystemExit(3), KeyboardInterrupt()])
 @pytest.mark.parametrize("method", ["begin", "log", "artifact", "end"])
-def test_error_of_a_tracker_is_one_warning(method: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tracker, path = Recorder(failing=[method]), tmp_path / "report.html"
+def test_error_of_a_tracker_is_one_warning(
+    method: str, error: BaseException | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker, path = Recorder(failing=[method], error=error), tmp_path / "report.html"
     path.write_text("page")
     running = start(tracker, tmp_path)
     for step in (1, 2, 3):
@@ -104,11 +107,34 @@ def test_error_of_a_tracker_is_one_warning(method: str, tmp_path: Path, caplog: 
         running.artifact(path)
     finish(running)
     lost = "recorder: 3 of 3 records were not logged there, because it failed; metrics.jsonl has them"
-    first = f"recorder: {method}: no server; training goes on"
-    begin = "recorder: this run is not logged there: begin: no server"
+    texts = {SystemExit: "SystemExit: 3", KeyboardInterrupt: "KeyboardInterrupt", type(None): f"{method}: no server"}
+    text = texts[type(error)]
+    first, begin = f"recorder: {text}; training goes on", f"recorder: this run is not logged there: {text}"
     assert caplog.messages == {"begin": [begin], "log": [first, lost]}.get(method, [first])
     assert [m.step for m in tracker.metrics] == ([] if method in {"begin", "log"} else [1, 2, 3])
     assert tracker.ends == ([] if method in {"begin", "end"} else ["finished"])
+
+
+@pytest.mark.parametrize(
+    ("identifier", "kept", "problem"),
+    [
+        (17, ["17"], ""),
+        ("", [""], ""),
+        (None, [], ""),
+        (object(), [], "must return text, an integer or None, got object"),
+    ],
+)
+def test_identifier_of_a_run_is_kept_as_text(
+    identifier: Any, kept: list[str], problem: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker, begun = Recorder(), list[str]()
+    tracker.begin = lambda run: identifier  # type: ignore[method-assign]
+    running = start(tracker, tmp_path, begun)
+    running.log(steps(1, 1))
+    finish(running)
+    assert begun == kept
+    assert [m.step for m in tracker.metrics] == [1]
+    assert problem in caplog.text and len(caplog.messages) == bool(problem)
 
 
 def test_identifier_that_cannot_be_kept_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

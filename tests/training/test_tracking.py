@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from byol_fast import TrackerCallback
+from byol_fast import Callback, TrackerCallback, pretrain
 from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError
+from byol_fast.trackers import thread
 from byol_fast.training import tracking
 from byol_fast.training.errors import Interrupted
 from byol_fast.training.metrics_file import read
@@ -78,13 +80,16 @@ def test_run_does_not_depend_on_a_tracker(
     small: Config,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     tracker = Recorder(**options)
     if tracker.waiting:
-        monkeypatch.setattr(tracking, "END_SECONDS", 0.01)
+        monkeypatch.setattr(thread, "_SILENT_SECONDS", 0.01)
+        monkeypatch.setattr(tracking, "END_SECONDS", 0.05)
     result = Trainer(small, callbacks=[TrackerCallback([tracker])]).fit()
     tracker.release.set()
     assert [r["step"] for r in read(result.run_dir / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert ("waiting for recorder, at most" in capsys.readouterr().out) == bool(tracker.waiting)
     messages = [message for message in caplog.messages if message.startswith("recorder: ")]
     assert messages[-1] == f"recorder: 6 of 6 records were not logged there, because {lost}; metrics.jsonl has them"
     assert len(messages) == (2 if tracker.failing else 1)
@@ -118,6 +123,38 @@ def test_names_of_trackers_are_unique_file_names() -> None:
     for names in (["a", "a"], ["a/b"], [""], [".."]):
         with pytest.raises(ValueError, match="trackers: names must differ and be plain file names, got"):
             TrackerCallback([Recorder(name) for name in names])
+
+
+@pytest.mark.parametrize(
+    ("trackers", "message"),
+    [
+        (["wandb"], "got 'wandb'; built-in trackers are named by log=('wandb',)"),
+        ("wandb", "got 'wandb'; built-in trackers are named by log=('wandb',)"),
+        (Recorder(), "be a list of trackers, got Recorder; pass TrackerCallback([...])"),
+        ([Recorder], "got the class Recorder; pass Recorder()"),
+        ([SimpleNamespace(name="x", begin=print, log=print)], "got SimpleNamespace without artifact, end;"),
+        (None, "got NoneType"),
+    ],
+)
+def test_wrong_kind_of_tracker_is_refused(trackers: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=rf"^trackers: must .*{re.escape(message)}"):
+        TrackerCallback(trackers)
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "message"),
+    [
+        ([Recorder()], "got Recorder without the hook on_run_begin; pass it in byol_fast.TrackerCallback([...])"),
+        ([Callback], "got the class Callback; pass Callback()"),
+        (Callback(), "be a list of byol_fast.Callback objects, got Callback; pass callbacks=[...]"),
+        ([print], "got builtin_function_or_method without the hook on_run_begin; derive it from byol_fast.Callback"),
+    ],
+)
+def test_wrong_kind_of_callback_is_refused_before_the_start(callbacks: Any, message: str, small: Config) -> None:
+    for start in (Trainer, lambda config, callbacks: pretrain(None, config, callbacks=callbacks)):
+        with pytest.raises(TypeError, match=rf"^callbacks: must .*{re.escape(message)}"):
+            start(small, callbacks=callbacks)
+    assert not (small.out / "tiny").exists()
 
 
 def test_missing_package_is_an_error_before_the_start(small: Config, monkeypatch: pytest.MonkeyPatch) -> None:
