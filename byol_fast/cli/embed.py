@@ -185,7 +185,13 @@ def _check_sheet(source: ImageSource, query_source: ImageSource | None, options:
     assert options.neighbors is not None
     count = options.queries or default_queries(source.labels)
     count = min(count, len(source)) if query_source is None else len(query_source)
-    sheet_size(count, min(options.k, len(source) - 1))
+    num_others = len(source) - (query_source is None)
+    if not num_others:
+        raise ConfigError(
+            f"embed: neighbors must have 2 or more images to select from, got 1 in {options.folder}; leave --neighbors "
+            "out, or name other images with --query"
+        )
+    sheet_size(count, min(options.k, num_others))
     two, features = source.subset(np.arange(min(2, len(source)))), np.ones((2, 1), np.float32)
     own = None if query_source is None else (query_source.subset(np.arange(1)), features[:1])
     try:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from byol_fast.config.fields import SheetNeighbors, SheetQueries, check
+from byol_fast.config.fields import SheetNeighbors, SheetQueries, check, require
 from byol_fast.data import ImageSource
 from byol_fast.data.decode import MAX_PIXELS
 from byol_fast.evaluate.neighbors import Matrix, nearest, select_queries
@@ -48,7 +48,7 @@ def neighbor_sheet(
         features: their features `[N, D]`.
         queries: number of queries to choose (`select_queries`), or their positions in the source; default:
             `default_queries`.
-        k: neighbors of each query; fewer if there are not as many images.
+        k: neighbors of each query; fewer if there are not as many other images.
         labels: classes `[N]`, -1 where unknown; default: the source's own.
         own: images that are not in the source, and their features, as queries instead.
         title: of the sheet.
@@ -57,18 +57,18 @@ def neighbor_sheet(
         An RGB image. Small images are enlarged by a whole factor.
 
     Raises:
-        ValueError: the number of features is not the number of images, or there are fewer than two.
+        ValueError: the number of features is not the number of images, or an image has no other one beside it.
         CorruptImageError: an image cannot be read.
     """
-    if len(features) != len(source) or len(source) < 2:
-        raise ValueError(
-            f"neighbors: features must be one for each of 2 or more images, got {len(features)} for {len(source)}"
-        )
+    if len(features) != len(source):
+        raise ValueError(f"neighbors: features must be one for each image, got {len(features)} for {len(source)}")
+    num_others = len(source) - (own is None)
+    require(num_others > 0, "neighbors: images", "be 2 or more, so that each has a neighbor", len(source))
     check("neighbors: k", SheetNeighbors, k)
     labels = source.labels if labels is None else labels
     queries = default_queries(labels) if queries is None else queries
     check("neighbors: queries", SheetQueries, queries if isinstance(queries, int) else len(queries))
-    k = min(k, len(source) - 1)
+    k = min(k, num_others)
     if own is None:
         rows = select_queries(len(source), queries, labels) if isinstance(queries, int) else list(queries)
         query_source, query_labels = source, None if labels is None else labels[rows]

@@ -27,6 +27,7 @@ from byol_fast.evaluate.encoder import PretrainedEncoder
 from byol_fast.evaluate.images import open_images
 from byol_fast.export.encoder import export_encoder, load_encoder
 from byol_fast.models.encoders import build_encoder, feature_dim
+from byol_fast.report.neighbor_sheet import sheet_size
 
 
 @pytest.fixture
@@ -224,6 +225,17 @@ def test_command_writes_features_and_sheet(
     ]
 
 
+def test_query_finds_the_only_image(
+    encoder: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    only = folder / "cats" / "young" / "03.png"
+    arguments = [str(only.parent), "--output", f"{tmp_path}/f.npz", "--query", str(only), "--device", "cpu"]
+    assert command.main([str(encoder), *arguments, "--threads", "1"]) == 0
+    assert f"  1.000  {only}" in capsys.readouterr().out
+    with Image.open(tmp_path / "neighbors.png") as sheet:
+        assert sheet.size == sheet_size(1, 1)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -248,8 +260,13 @@ def test_unwritable_output_is_refused_before_embedding(
     for output in ("file/features.npz", "folder.npz", "ü" * 126 + ".npz"):
         with pytest.raises(ConfigError, match=r"\.npz cannot be written \(.*choose another file"):
             command.main([str(encoder), str(folder), "--output", str(tmp_path / output)])
+    one = folder / "cats" / "young"
+    with pytest.raises(
+        ConfigError, match=r"must have 2 or more images to select from, got 1 in .*young; leave --neigh"
+    ):
+        command.main([str(encoder), str(one), "--output", str(tmp_path / "f.npz"), "--neighbors", f"{tmp_path}/n.png"])
     options = [str(encoder), str(folder), "--output", str(tmp_path / "f.npz"), "--neighbors", str(tmp_path / "n.png")]
-    with pytest.raises(ValueError, match=r"at most 89,478,485 pixels, got [\d,]+ x [\d,]+ for 9000 and 11; set"):
+    with pytest.raises(ValueError, match=r"at most 89,478,485 pixels, got [\d,]+ x [\d,]+ for 9000 and 12; set"):
         command.main([*options, "--k", "99", "--query", *[str(folder / "dogs" / "00.png")] * 9000])
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=12 * 256 * 4 - 1))
     with pytest.raises(ConfigError, match=r"needs 1\.14e-05 GiB for 12 images with 256 features, .* free; free space"):

@@ -83,8 +83,10 @@ def test_default_queries_show_all_classes_up_to_a_limit(monkeypatch: pytest.Monk
 
 def test_invalid_arguments_are_refused(photos: np.ndarray) -> None:
     source = ArraySource(photos)
-    with pytest.raises(ValueError, match="one for each of 2 or more images, got 59 for 60"):
+    with pytest.raises(ValueError, match="features must be one for each image, got 59 for 60"):
         neighbor_sheet(source, np.ones((59, 4), np.float32))
+    with pytest.raises(ValueError, match="images must be 2 or more, so that each has a neighbor, got 1"):
+        neighbor_sheet(ArraySource(photos[:1]), np.ones((1, 4), np.float32))
     with pytest.raises(ValueError, match="features must be finite"):
         neighbor_sheet(source, np.full((60, 4), np.nan, np.float32))
     with pytest.raises(ValueError, match=r"k must be 1..59"):
