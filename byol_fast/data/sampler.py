@@ -67,6 +67,8 @@ class BatchSampler:
         self._per_shard = -(-num_images // num_shards)
         if batch_size > self._per_shard:
             shards = f" on each of {num_shards} shards" if num_shards > 1 else ""
+            if self._per_shard < 2:  # no batch size would do: batch norm needs two images
+                raise SourceError(f"data: there must be 2 or more training images{shards}, got 1; add images")
             raise SourceError(
                 f"batch_size: must be at most the number of training images{shards}, {self._per_shard}, got "
                 f"{batch_size}; use --batch-size {self._per_shard} or less, or more images"

@@ -172,6 +172,7 @@ def test_unknown_encoder_is_found_before_images_are_scanned(config: Config, tmp_
     ("changes", "message"),
     [
         ({"batch_size": 9}, "batch_size: must be at most the number of training images, 8, got 9"),
+        ({"num_images": 1}, "data: there must be 2 or more training images, got 1; add images"),
         ({"optim.warmup_steps": 9, "steps": 8}, "optim.warmup_steps must be at most the run's 8 steps, got 9"),
         ({"probe.enabled": "on"}, "probe.enabled is 'on', but the training images have no labels"),
         ({"knn.enabled": "on"}, "knn.enabled is 'on', but there are no validation images"),
@@ -182,7 +183,8 @@ def test_number_and_labels_of_images_are_checked_before_networks_are_built(
     changes: dict[str, Any], message: str, config: Config
 ) -> None:
     """The network cannot be built, which is the last of these errors."""
-    images = np.zeros((8, 32, 32, 3), np.uint8)
+    changes = dict(changes)
+    images = np.zeros((changes.pop("num_images", 8), 32, 32, 3), np.uint8)
     config = configs.replace(config, {"model.encoder": "mobilenet_v3_small", "batch_size": 4})
     with pytest.raises(ValueError, match=message):
         Trainer(configs.replace(config, changes), data=images)
