@@ -105,11 +105,17 @@ def check_features_path(path: Path) -> None:
 
 
 def check_output_folder(folder: Path, command: str, remedy: str) -> None:
-    """Create a folder if it is missing; raise a ConfigError if it cannot be written."""
-    with write_errors(folder, command, remedy):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+    """Raise a ConfigError for a folder that cannot be created or written; nothing is left there."""
+    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    try:
+        with write_errors(folder, command, remedy):
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+    finally:
+        for path in missing:
+            with suppress(OSError):  # it could not be created, or another process writes there
+                path.rmdir()
 
 
 def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:

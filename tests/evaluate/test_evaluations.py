@@ -337,4 +337,7 @@ def test_unwritable_folder_is_refused_before_work(pretrained: PretrainedEncoder,
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be written .*choose another folder with --output"):
         evaluate_knn(pretrained, labeled_images(30, 0), labeled_images(30, 1), k=(1,), output_dir=tmp_path / "file")
+    with pytest.raises(ValueError, match="k must be at most"):  # nothing is left where nothing is written
+        evaluate_knn(pretrained, labeled_images(30, 0), labeled_images(30, 1), k=(31,), output_dir=tmp_path / "a" / "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert not RecordingEncoder.calls
