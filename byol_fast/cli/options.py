@@ -70,6 +70,18 @@ class RunOptions:
         return recipes.drop_resnet_options(config, given)
 
 
+def find_recipe(name: str, command: str, *, takes_folder: bool = True) -> Config:
+    """The configuration of the recipe that a command begins with.
+
+    Raises:
+        ConfigError: there is no such recipe, or the word is the path of images.
+    """
+    if name not in recipes.RECIPES and Path(name).exists():
+        folder = f" {name}" if takes_folder else ""
+        raise ConfigError(f"{command}: {name} is not a recipe; it comes first: {command} RECIPE{folder}")
+    return recipes.get(name)
+
+
 def parse_config(config: Config, argv: list[str], prog: str) -> Config:
     """Override single fields of a configuration from the command line."""
     return parse(RunOptions, argv, prog, RunOptions(config=config)).resolve(argv, prog)

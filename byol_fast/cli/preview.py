@@ -9,8 +9,7 @@ from typing import Annotated
 import tyro
 
 from byol_fast import config as configs
-from byol_fast.cli.options import RunOptions, parse, print_error
-from byol_fast.config import recipes
+from byol_fast.cli.options import RunOptions, find_recipe, parse, print_error
 from byol_fast.config.fields import Range, check_fields
 from byol_fast.data.sources.paths import check_images
 from byol_fast.utils.files import check_png_file
@@ -50,7 +49,7 @@ def main(argv: list[str]) -> int:
         print(USAGE, end="")
         return 0 if argv and argv[0] in {"-h", "--help"} else print_error("byol-fast preview: a recipe is missing", 2)
     prog = f"byol-fast preview {name}"
-    options = parse(Options, argv, prog, Options(run=RunOptions(config=recipes.get(name))))
+    options = parse(Options, argv, prog, Options(run=RunOptions(config=find_recipe(name, "byol-fast preview"))))
     config = options.run.resolve(argv, prog)
     check_png_file(options.output, "preview", "output")
     check_images(config)

@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 from byol_fast import config as configs
-from byol_fast.cli.options import parse_config, print_error
+from byol_fast.cli.options import find_recipe, parse_config, print_error
 from byol_fast.cli.train import run_folder, take_resume
-from byol_fast.config import ConfigError, recipes
+from byol_fast.config import ConfigError
 from byol_fast.config.fields import ProfiledSteps, check
 from byol_fast.training.preflight import check_start
 
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
         config = parse_config(stored, argv, f"byol-fast profile --resume {resume}")
     else:
         assert name is not None
-        config = parse_config(recipes.get(name), argv, f"byol-fast profile {name}")
+        config = parse_config(find_recipe(name, "byol-fast profile"), argv, f"byol-fast profile {name}")
 
     check_start(config, resume=resumed)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported; hides the log of its profiler

@@ -7,8 +7,15 @@ from pathlib import Path
 
 import tyro
 
-from byol_fast.cli.options import parse
+from byol_fast.cli.options import parse, print_error
 from byol_fast.report.reading import check_is_run
+
+USAGE = """\
+usage: byol-fast report RUN [RUN ...] [--output FILE.html] [--images FOLDER] [--no-images]
+
+Writes report.html into the run folder; several runs are compared in ./report.html.
+`byol-fast report --help` lists the options.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +37,9 @@ class Options:
 def main(argv: list[str]) -> int:
     """Run the command and return its exit code."""
     options = parse(Options, argv, "byol-fast report")
+    if not options.runs:
+        print(USAGE, end="")
+        return print_error("byol-fast report: a run folder is missing", 2)
     for folder in options.runs:
         check_is_run(folder)
 

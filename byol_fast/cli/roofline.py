@@ -9,9 +9,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from byol_fast.cli.options import RunOptions, parse, print_error
-from byol_fast.config import ConfigError, recipes
+from byol_fast.cli.options import RunOptions, find_recipe, parse, print_error
+from byol_fast.config import ConfigError
 from byol_fast.config.encoder_names import check_encoder_name
+from byol_fast.profiling.gpus import GPUS, gpu_name
 from byol_fast.utils.files import atomic_write, check_output_file
 
 USAGE = """\
@@ -48,15 +49,18 @@ def main(argv: list[str]) -> int:
         print(USAGE, end="")
         return 0 if argv and argv[0] in {"-h", "--help"} else print_error("byol-fast roofline: a recipe is missing", 2)
     prog = f"byol-fast roofline {name}"
-    options = parse(Options, argv, prog, Options(run=RunOptions(config=recipes.get(name))))
+    recipe = find_recipe(name, "byol-fast roofline", takes_folder=False)
+    options = parse(Options, argv, prog, Options(run=RunOptions(config=recipe)))
     if options.run.folder:
         raise ConfigError(f"{prog}: reads no images, got FOLDER {options.run.folder[0]}; drop it")
     config = options.run.resolve(argv, prog)
     check_encoder_name(config.model.encoder)
+    for gpu in options.gpu:
+        gpu_name(gpu)
     for path in filter(None, (options.output, options.plot)):
         check_output_file(path, "roofline")
 
-    from byol_fast.profiling import GPUS, measure, roofline, stated
+    from byol_fast.profiling import measure, roofline, stated
     from byol_fast.training.memory_estimate import try_estimate
     from byol_fast.utils.device import resolve_device
     from byol_fast.utils.precision import resolve_precision

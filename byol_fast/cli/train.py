@@ -9,7 +9,7 @@ from pathlib import Path
 
 from byol_fast import config as configs
 from byol_fast.cli.help import help_text
-from byol_fast.cli.options import FREQUENT, RunOptions, parse_config, print_error
+from byol_fast.cli.options import FREQUENT, RunOptions, find_recipe, parse_config, print_error
 from byol_fast.cli.run_end import print_end
 from byol_fast.config import Config, ConfigError, recipes
 from byol_fast.training.preflight import check_start
@@ -57,13 +57,11 @@ def main(argv: list[str]) -> int:
         misplaced = [word for word in argv if word in recipes.RECIPES]
         hint = f"; it comes first: byol-fast train {misplaced[0]} ..." if misplaced else ""
         return print_error(f"byol-fast train: a recipe is missing{hint}", 2)
-    if is_path and not continues_run:
-        raise ConfigError(f"byol-fast train: {name} is not a recipe; it comes first: byol-fast train RECIPE {name}")
 
     folder: Path | None = None
     if not continues_run:
         assert name is not None
-        config = parse_config(recipes.get(name), argv, f"byol-fast train {name}")
+        config = parse_config(find_recipe(name, "byol-fast train"), argv, f"byol-fast train {name}")
     else:
         assert resume is not None
         folder = run_folder(resume, argv)

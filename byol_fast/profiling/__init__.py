@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from byol_fast.utils.lazy import on_first_use
 
 if TYPE_CHECKING:
-    from byol_fast.profiling.ceilings import GPUS, Ceilings, measure, stated
+    from byol_fast.profiling.ceilings import Ceilings, measure, stated
     from byol_fast.profiling.flops import mfu
+    from byol_fast.profiling.gpus import GPUS
     from byol_fast.profiling.rooflines import Roofline, roofline
     from byol_fast.profiling.run import profile
     from byol_fast.training.memory_estimate import estimate_memory
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["GPUS", "Ceilings", "Roofline", "estimate_memory", "measure", "mfu", "profile", "roofline", "stated"]
 
 _MODULES = {
-    "GPUS": "byol_fast.profiling.ceilings",
+    "GPUS": "byol_fast.profiling.gpus",
     "Ceilings": "byol_fast.profiling.ceilings",
     "Roofline": "byol_fast.profiling.rooflines",
     "estimate_memory": "byol_fast.training.memory_estimate",

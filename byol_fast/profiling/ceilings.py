@@ -11,6 +11,8 @@ from typing import Literal
 
 import torch
 
+from byol_fast.profiling.gpus import COPY_SHARE, COPY_TB, GPUS, PRODUCT_SHARE, SHEETS, gpu_name
+
 Dtype = Literal["bf16", "fp16", "tf32", "fp32"]
 
 
@@ -56,23 +58,6 @@ class Ceilings:
         return max(beyond / self.bytes_per_s, num_bytes / self.cache_bytes_per_s)
 
 
-# Data sheets, dense, no sparsity: TFLOP/s of bf16 = fp16 (fp32 accumulation), tf32, fp32; TB/s.
-# A100 80GB SXM: NVIDIA A100 data sheet. H100 SXM, H200 SXM: NVIDIA H100 and H200 data sheets (989.4 with the sparsity
-# factor taken out). RTX 4090: NVIDIA Ada GPU architecture white paper, appendix A.
-_SHEETS: dict[str, tuple[float, float, float, float]] = {
-    "A100": (312.0, 156.0, 19.5, 2.039),
-    "H100": (989.4, 494.7, 66.9, 3.35),
-    "H200": (989.4, 494.7, 66.9, 4.8),
-    "RTX 4090": (165.2, 82.6, 82.6, 1.008),
-}
-# Achieved copies: 3.0 of the H100's 3.35 TB/s, 4.3 of the H200's 4.8; achieved products: 798 of Hopper's 989.4 TFLOP/s.
-# Not measured for the other two GPUs, which get the shares of Hopper.
-_COPY_TB: dict[str, float] = {"H100": 3.0, "H200": 4.3}
-_COPY_SHARE = 3.0 / 3.35
-_PRODUCT_SHARE = 798 / 989.4
-GPUS = tuple(_SHEETS)
-
-
 def stated(gpu: str, dtype: Dtype = "bf16") -> Ceilings:
     """Ceilings of a GPU by its data sheet and the measured shares of it that Hopper reaches; needs no GPU.
 
@@ -81,22 +66,17 @@ def stated(gpu: str, dtype: Dtype = "bf16") -> Ceilings:
         dtype: of the products.
 
     Raises:
-        ValueError: another GPU.
+        ConfigError: another GPU.
     """
-    names = {name.lower(): name for name in GPUS} | {"4090": "RTX 4090", "rtx4090": "RTX 4090"}
-    name = names.get(gpu.lower())
-    if name is None:
-        raise ValueError(
-            f"roofline: gpu must be one of {', '.join(GPUS)}, got {gpu!r}; --measure measures this machine"
-        )
-    half, tf32, fp32, bandwidth = _SHEETS[name]
+    name = gpu_name(gpu)
+    half, tf32, fp32, bandwidth = SHEETS[name]
     peak = {"bf16": half, "fp16": half, "tf32": tf32, "fp32": fp32}[dtype] * 1e12
-    shares = "measured shares" if name in _COPY_TB else "shares of Hopper, assumed"
+    shares = "measured shares" if name in COPY_TB else "shares of Hopper, assumed"
     return Ceilings(
         name=name,
         dtype=dtype,
-        bytes_per_s=_COPY_TB.get(name, bandwidth * _COPY_SHARE) * 1e12,
-        flops_per_s=peak * _PRODUCT_SHARE,
+        bytes_per_s=COPY_TB.get(name, bandwidth * COPY_SHARE) * 1e12,
+        flops_per_s=peak * PRODUCT_SHARE,
         peak_flops_per_s=peak,
         source=f"data sheet, {shares}",
     )
