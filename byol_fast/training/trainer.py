@@ -115,9 +115,7 @@ class Trainer:
         )
         self._checkpointer = Checkpointer(parts)
         self._shutdown = GracefulShutdown()
-        self._should_stop = False
-        self._checkpoint_is_due = False
-        self._has_stepped = False
+        self._should_stop = self._checkpoint_is_due = self._has_stepped = False
 
     # --- the run
 
