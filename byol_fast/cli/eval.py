@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
@@ -11,8 +10,8 @@ import tyro
 
 from byol_fast.cli.options import parse, print_error
 from byol_fast.config.evaluation import EvalSettings, FinetuneSettings, KNNSettings, LinearSettings
+from byol_fast.config.fields import expand_home, suggestion
 from byol_fast.data.sources.paths import check_path
-from byol_fast.utils.files import expand_home
 from byol_fast.utils.output import PlainConsole
 from byol_fast.utils.progress import current
 from byol_fast.utils.run_folder import encoder_files
@@ -66,8 +65,7 @@ def main(argv: list[str]) -> int:
         return 0 if argv else 2
     protocol = argv[0]
     if protocol not in PROTOCOLS:
-        near = difflib.get_close_matches(protocol, PROTOCOLS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(PROTOCOLS)} comes first"
+        hint = suggestion(protocol, PROTOCOLS) or f"one of {', '.join(PROTOCOLS)} comes first"
         return print_error(f"byol-fast eval: unknown protocol {protocol!r}; {hint}", 2)
     options: Options[Any] = parse(PROTOCOLS[protocol], argv[1:], f"byol-fast eval {protocol}")
 

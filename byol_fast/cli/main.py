@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import importlib
 import logging
@@ -13,6 +12,7 @@ from collections.abc import Sequence
 from byol_fast import __version__
 from byol_fast.cli.options import print_error
 from byol_fast.config import ConfigError
+from byol_fast.config.fields import suggestion
 from byol_fast.utils.commands import short_path
 from byol_fast.utils.env import is_first_process
 from byol_fast.utils.output import PlainConsole, ignore_output_errors
@@ -84,8 +84,7 @@ def _run(argv: list[str]) -> int:
         print(__version__)
         return 0
     if argv[0] not in COMMANDS:
-        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"commands are {', '.join(COMMANDS)}"
+        hint = suggestion(argv[0], COMMANDS) or f"commands are {', '.join(COMMANDS)}"
         return print_error(f"byol-fast: unknown command {argv[0]!r}; {hint}", 2)
     try:
         with _progress(argv[0]).shown(argv[0] if argv[0] in _WITH_PROGRESS else ""):

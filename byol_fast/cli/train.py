@@ -12,12 +12,12 @@ from byol_fast.cli.help import help_text
 from byol_fast.cli.options import FREQUENT, RunOptions, find_recipe, parse_config, print_error
 from byol_fast.cli.run_end import print_end
 from byol_fast.config import Config, ConfigError, recipes
+from byol_fast.config.fields import expand_home
 from byol_fast.training.preflight import check_start
 from byol_fast.training.resume import find_resumable, result_without_checkpoints
 from byol_fast.training.run_dir import RunResult
 from byol_fast.utils.commands import short_path
 from byol_fast.utils.env import is_first_process
-from byol_fast.utils.files import expand_home
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +43,8 @@ def main(argv: list[str]) -> int:
     resume, argv = take_resume(argv)
     continues_run = resume is not None and resume != "auto"
     name = argv.pop(0) if argv and not argv[0].startswith("-") else None
-    is_path = name is not None and name not in recipes.RECIPES and Path(name).exists()
-    if name is not None and is_path and continues_run:  # of a run the recipe is known: the word is FOLDER
-        argv, name = [name, *argv], None
+    if continues_run and name is not None and name not in recipes.RECIPES and Path(name).exists():
+        argv, name = [name, *argv], None  # of a run the recipe is known: the word is FOLDER
     if name is None and not continues_run:
         print(USAGE, end="")
         for recipe, make in recipes.RECIPES.items():
@@ -131,7 +130,7 @@ def run_folder(resume: str, argv: Sequence[str]) -> Path:
     out = Config().out
     for word, following in zip(argv, [*argv[1:], ""], strict=False):
         if word == "--out" or word.startswith("--out="):
-            out = Config(out=Path(word.partition("=")[2] or following)).out
+            out = expand_home(word.partition("=")[2] or following)
     path = expand_home(resume)
     is_run = (path / "config.json").exists()  # a folder of images may have the same name
     return out / resume if not is_run and (out / resume).is_dir() else path

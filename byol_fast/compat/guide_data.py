@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from byol_fast.config import Config, DataConfig, KNNConfig, recipes
+from byol_fast.config.fields import expand_home
 from byol_fast.data.loaders.threads import resolve_num_threads, single_core_threads
 from byol_fast.data.sources import ArraySource, ImageSource, SourceError
 from byol_fast.data.sources.open import open_train_val
 from byol_fast.models.layers import Normalize
-from byol_fast.utils.files import expand_home
 
 DATA_VARIABLE = "BYOL_FAST_DATA"
 """Environment variable: the images that `load_data` reads without `root`."""

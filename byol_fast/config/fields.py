@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import os
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -129,6 +130,11 @@ def suggestion(value: object, choices: Iterable[str]) -> str:
     longer = [choice for choice in choices if text and choice.startswith(text)]
     near = longer or difflib.get_close_matches(text, choices, n=1)
     return f"did you mean {near[0]!r}?" if near else ""
+
+
+def expand_home(path: str | Path) -> Path:
+    """A path with the home folder for `~` or `~user`; unchanged if there is no such user."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 (Path.expanduser raises an error for a folder named ~x)
 
 
 def _check_tuple(where: str, hints: tuple[Any, ...], value: Any) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from byol_fast.config.fields import ConfigError, ImageSize, check
+from byol_fast.config.fields import ConfigError, ImageSize, check, suggestion
 from byol_fast.config.resnets import is_resnet
 from byol_fast.config.schema import Config
 
@@ -65,8 +65,7 @@ def _hint(config: object, name: str, names: list[str]) -> str:
     owners = [n for n, part in parts.items() if dataclasses.is_dataclass(part) and hasattr(part, name)]
     if owners:
         return f"did you mean {' or '.join(f'{owner}={{{name!r}: ...}}' for owner in owners)}?"
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"fields are {', '.join(names)}"
+    return suggestion(name, names) or f"fields are {', '.join(names)}"
 
 
 def with_image_size(config: Config, size: int) -> Config:

@@ -6,7 +6,6 @@ fields of it; the run folder keeps the result as `config.json`. The docstrings o
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -36,6 +35,7 @@ from byol_fast.config.fields import (
     ViewBatching,
     Width,
     check_fields,
+    expand_home,
     require,
 )
 
@@ -352,8 +352,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_fields(self, "config: ")
-        # Path.expanduser raises an error for a folder named ~x.
-        object.__setattr__(self, "out", Path(os.path.expanduser(self.out)))  # noqa: PTH111
+        object.__setattr__(self, "out", expand_home(self.out))
         is_name = "/" not in self.name and self.name not in {".", ".."}
         require(is_name, "config: name", "be a plain folder name", self.name)
         fix = "name each tracker once"

@@ -12,10 +12,11 @@ from torch import nn
 
 from byol_fast import config as configs
 from byol_fast.config import Config, Preprocessing
+from byol_fast.config.fields import expand_home
 from byol_fast.export.encoder import load_encoder
 from byol_fast.models.encoders import build_encoder
 from byol_fast.models.layers import Normalize
-from byol_fast.utils.files import expand_home, printable_name
+from byol_fast.utils.files import printable_name
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

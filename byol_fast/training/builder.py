@@ -11,7 +11,7 @@ from torch import Tensor
 
 from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError, recipes
-from byol_fast.config.fields import require
+from byol_fast.config.fields import expand_home, require
 from byol_fast.data import ImageSource, open_train_val
 from byol_fast.data.loaders.factory import make_loader
 from byol_fast.data.sampler import BatchSampler
@@ -35,7 +35,6 @@ from byol_fast.training.state import TrainState, set_rng_state, steps_in, whole_
 from byol_fast.training.train_step import TrainStep
 from byol_fast.utils import cpu_tuning, env, progress
 from byol_fast.utils.device import resolve_device
-from byol_fast.utils.files import expand_home
 from byol_fast.utils.precision import Precision, resolve_precision
 
 

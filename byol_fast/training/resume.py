@@ -6,8 +6,8 @@ from pathlib import Path
 
 from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError
+from byol_fast.config.fields import expand_home
 from byol_fast.training.run_dir import RunDir, RunResult
-from byol_fast.utils.files import expand_home
 from byol_fast.utils.records import read_json
 
 # Fields that may change between a run and its resumption: they do not change what is computed (the mode only its

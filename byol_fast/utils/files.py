@@ -187,11 +187,6 @@ def _unescape(match: re.Match[str]) -> str:
     return chr(value + 0xDC00 if value > 0x7F else value)
 
 
-def expand_home(path: str | Path) -> Path:
-    """A path with the home folder for `~` or `~user`; unchanged if there is no such user."""
-    return Path(os.path.expanduser(path))  # noqa: PTH111 (Path.expanduser raises an error for a folder named ~x)
-
-
 def remove_temporaries(folder: Path) -> None:
     """Remove the temporary files of processes that were killed while writing into a folder.
 

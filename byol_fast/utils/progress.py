@@ -104,8 +104,8 @@ class Progress:
 
     def widths(self) -> _Widths:
         """Widths of the bars on the terminal."""
-        tasks = [] if self._live is None else self._live.tasks
-        return _Widths.of([task.fields["bar"] for task in tasks], self.console.width)
+        assert self._live is not None  # it asks for them
+        return _Widths.of([task.fields["bar"] for task in self._live.tasks], self.console.width)
 
     # --- bars
 

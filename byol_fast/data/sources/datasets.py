@@ -19,6 +19,7 @@ import torchvision
 from numpy.typing import NDArray
 from PIL import Image
 
+from byol_fast.config.fields import expand_home
 from byol_fast.data.decode import UnusableImageError, check_size, to_rgb
 from byol_fast.data.errors import CorruptImageError, SourceError
 from byol_fast.data.integrity import read_file
@@ -34,7 +35,7 @@ from byol_fast.data.sources.columns import LabelColumn, find_columns, find_parts
 from byol_fast.data.sources.files import FileSource
 from byol_fast.data.sources.lists import NUM_CHECKED, check_some_exist, open_files
 from byol_fast.data.sources.thread_safety import NUM_COMPARED, compare_threads
-from byol_fast.utils.files import expand_home, printable_name
+from byol_fast.utils.files import printable_name
 
 log = logging.getLogger(__name__)
 

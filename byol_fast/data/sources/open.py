@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from byol_fast.config import Config, DataConfig
+from byol_fast.config.fields import expand_home
 from byol_fast.data.errors import SourceError
 from byol_fast.data.sources.arrays import array_source, open_demo, open_npz, open_npz_part
 from byol_fast.data.sources.base import ImageSource
@@ -32,7 +33,7 @@ from byol_fast.data.sources.paths import check_images, check_path
 from byol_fast.data.sources.shards import SHARDS, find_shards, has_only_shards
 from byol_fast.data.sources.splits import check_parts, split_folder, split_shards
 from byol_fast.data.sources.tar import TarSource, open_tars
-from byol_fast.utils.files import expand_home, printable_name
+from byol_fast.utils.files import printable_name
 from byol_fast.utils.progress import current
 
 log = logging.getLogger(__name__)

@@ -23,6 +23,7 @@ from urllib.parse import unquote
 import numpy as np
 from numpy.typing import NDArray
 
+from byol_fast.config.fields import expand_home
 from byol_fast.data.errors import SourceError
 from byol_fast.data.sources.base import NUM_SAMPLED_SIZES, ClassLabels, digest, evenly_spaced, labels_from_text
 from byol_fast.data.sources.columns import (
@@ -40,7 +41,7 @@ from byol_fast.data.sources.datasets import HuggingFaceSource, check_stored_file
 from byol_fast.data.sources.files import FileSource
 from byol_fast.data.sources.lists import open_files
 from byol_fast.data.sources.shards import LFS_POINTER, cache_path, file_stamp, is_lfs_pointer
-from byol_fast.utils.files import expand_home, open_regular, printable_name
+from byol_fast.utils.files import open_regular, printable_name
 from byol_fast.utils.progress import current
 
 log = logging.getLogger(__name__)

@@ -7,10 +7,10 @@ import re
 from pathlib import Path
 
 from byol_fast.config import Config
+from byol_fast.config.fields import expand_home
 from byol_fast.data.errors import SourceError
 from byol_fast.data.sources.listing import EXTENSIONS, list_images, walk
 from byol_fast.data.sources.shards import SHARDS, find_shards
-from byol_fast.utils.files import expand_home
 
 LISTS = (".txt", ".csv", ".tsv")
 """Extensions of files that list images."""

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from byol_fast.config.fields import expand_home
 from byol_fast.data.errors import CorruptImageError, SourceError
 from byol_fast.data.integrity import MAX_BYTES, TOO_MANY_BYTES
 from byol_fast.data.sources.base import (
@@ -35,7 +36,7 @@ from byol_fast.data.sources.shards import LFS_POINTER, cache_path, file_stamp, i
 from byol_fast.data.sources.tar_index import INDEX_FORMAT, Index, unpack_texts
 from byol_fast.data.sources.tar_workers import IndexBuilder
 from byol_fast.utils.env import num_cpus
-from byol_fast.utils.files import atomic_path, expand_home, open_regular, printable_name
+from byol_fast.utils.files import atomic_path, open_regular, printable_name
 from byol_fast.utils.progress import current
 
 log = logging.getLogger(__name__)
