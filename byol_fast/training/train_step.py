@@ -104,7 +104,7 @@ class TrainStep:
         # Not strict: the predictor's parameters come last and have no target.
         self.target_of: dict[Tensor, Tensor] = dict(zip(self.parameters, model.target_parameters(), strict=False))
         self.running_stats = RunningStats(model.networks(), has_batch_stats=model.supports_batch_stats)
-        self.found_inf = torch.zeros((), device=self.device)
+        self.found_inf = torch.zeros((), dtype=torch.float32, device=self.device)  # as the fused optimizers take it
         """1 once the current step has met a non-finite value."""
         self.grad_scaler = GradScaler(self.device) if precision.needs_grad_scaler else None
         self._all_reduce_found_inf = all_reduce_found_inf
