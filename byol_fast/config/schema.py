@@ -162,6 +162,8 @@ class ModelConfig:
     """Linear layers of the projector (SimSiam on ImageNet has 3)."""
     predictor_hidden_dim: Width = 512
     """SimSiam only: width of the predictor's hidden layer (BYOL's is hidden_dim)."""
+    hidden_bias: bool = True
+    """BYOL only: give the linear layers before a batch norm in the heads a bias (lightly's have none)."""
     last_bias: bool = False
     """BYOL only: give the last linear layer of the heads a bias (the reference has none)."""
     view_batching: ViewBatching = "batched"
@@ -186,7 +188,7 @@ class ModelConfig:
         require(width * out <= MAX_WEIGHTS, "config: model.predictor_hidden_dim", contract, width)
 
 
-METHOD_OPTIONS = {"last_bias": "byol", "predictor_hidden_dim": "simsiam"}
+METHOD_OPTIONS = {"hidden_bias": "byol", "last_bias": "byol", "predictor_hidden_dim": "simsiam"}
 """Fields of `ModelConfig` that one method alone uses, and the method."""
 
 
@@ -202,6 +204,8 @@ class OptimConfig:
     """Multiply the base learning rate by batch size / 256; usually off for Adam."""
     schedule: Schedule = "cosine"
     """Learning rate after the warmup: cosine to 0, or constant."""
+    lr_interval: Literal["step", "epoch"] = "step"
+    """Take the cosine at every step, or once per epoch, at its first step; the warmup is by step."""
     warmup_epochs: Annotated[float, Range(0, 1_000_000)] = 10.0
     """Epochs of linear warmup from 0; at most a quarter of the run."""
     warmup_steps: Count | None = None

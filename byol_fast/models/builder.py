@@ -32,7 +32,7 @@ def build_model(config: Config, *, pretrained: bool) -> SSLModel:
     }
     match config.method:
         case "byol":
-            return BYOL(model.encoder, last_bias=model.last_bias, **common)
+            return BYOL(model.encoder, hidden_bias=model.hidden_bias, last_bias=model.last_bias, **common)
         case "simsiam":
             return SimSiam(model.encoder, predictor_hidden_dim=model.predictor_hidden_dim, **common)
         case _:

@@ -39,6 +39,7 @@ class BYOL(SSLModel):
         hidden_dim: width of the hidden layer of projector and predictor.
         projection_dim: size of projections and predictions.
         projector_layers: linear layers of the projector (the reference's has two).
+        hidden_bias: whether the heads' layers before a batch norm have a bias (the reference's have one).
         last_bias: whether the heads' last layers have a bias (the reference's have none).
         image_size: height and width of the views, in pixels.
         cifar_stem: see `build_encoder`.
@@ -67,6 +68,7 @@ class BYOL(SSLModel):
         hidden_dim: int = 4096,
         projection_dim: int = 256,
         projector_layers: int = 2,
+        hidden_bias: bool = True,
         last_bias: bool = False,
         image_size: int = 224,
         cifar_stem: bool = False,
@@ -89,10 +91,9 @@ class BYOL(SSLModel):
         )
         features = feature_dim(network, image_size)
         like = parameter_like("BYOL", network)
-        projector = MLPHead(features, hidden_dim, projection_dim, num_layers=projector_layers, last_bias=last_bias).to(
-            like
-        )
-        predictor = MLPHead(projection_dim, hidden_dim, projection_dim, last_bias=last_bias).to(like)
+        biases = {"hidden_bias": hidden_bias, "last_bias": last_bias}
+        projector = MLPHead(features, hidden_dim, projection_dim, num_layers=projector_layers, **biases).to(like)
+        predictor = MLPHead(projection_dim, hidden_dim, projection_dim, **biases).to(like)
         self.normalize = Normalize(mean, std).to(like)
         self.online = OnlineNetwork(network, projector, predictor)
         self.target = TargetNetwork(copy.deepcopy(network), copy.deepcopy(projector))

@@ -45,15 +45,24 @@ class MLPHead(nn.Sequential):
         hidden_dim: size of the hidden layers.
         out_dim: size of the output.
         num_layers: linear layers in all, n + 1.
+        hidden_bias: whether the layers before a batch norm have a bias (the reference's have one).
         last_bias: whether the last layer has a bias (the reference's has none).
     """
 
     def __init__(
-        self, in_dim: int, hidden_dim: int, out_dim: int, *, num_layers: int = 2, last_bias: bool = False
+        self,
+        in_dim: int,
+        hidden_dim: int,
+        out_dim: int,
+        *,
+        num_layers: int = 2,
+        hidden_bias: bool = True,
+        last_bias: bool = False,
     ) -> None:
         layers: list[nn.Module] = []
         for _ in range(num_layers - 1):
-            layers += [nn.Linear(in_dim, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True)]
+            linear = nn.Linear(in_dim, hidden_dim, bias=hidden_bias)
+            layers += [linear, nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True)]
             in_dim = hidden_dim
         super().__init__(*layers, nn.Linear(in_dim, out_dim, bias=last_bias))
 

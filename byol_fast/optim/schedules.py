@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 from byol_fast.config.fields import Schedule, check
 
@@ -77,6 +78,8 @@ class RunSchedule:
     batch_size: int = 256
     """Effective batch that the learning rate is scaled with (256: not at all)."""
     lr_schedule: Schedule = "cosine"
+    steps_per_epoch: int | Fraction | None = None
+    """Take the cosine of the learning rate once per epoch of so many steps, at its first one; None: at every step."""
     tau_base: float
     tau_schedule: Schedule = "cosine"
 
@@ -88,6 +91,10 @@ class RunSchedule:
         """Learning rate of the step that follows `step` finished ones."""
         if self.lr_schedule == "constant":
             return self.constant_lr(step)
+        if self.steps_per_epoch is not None and step > self.warmup_steps:
+            # A step of batches of two epochs belongs to that of its first batch.
+            epoch = step // self.steps_per_epoch
+            step = max(math.ceil(epoch * self.steps_per_epoch), self.warmup_steps)
         return lr_at(step, self.total_steps, self.warmup_steps, self.base_lr, self.batch_size)
 
     def constant_lr(self, step: int) -> float:

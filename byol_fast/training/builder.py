@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -293,13 +294,13 @@ def _setup_distributed(model: SSLModel, config: Config, device: torch.device, wo
 def _build_schedule(
     config: Config, sampler: BatchSampler, total_steps: int, world: World, notes: list[str]
 ) -> RunSchedule:
-    optim = config.optim
+    optim, accumulated = config.optim, config.grad_accum_steps
     if optim.warmup_steps is not None:
         warmup = optim.warmup_steps
         if warmup > total_steps:
             raise ConfigError(f"config: optim.warmup_steps must be at most the run's {total_steps} steps, got {warmup}")
     else:
-        asked = round(steps_in(optim.warmup_epochs, sampler, config.grad_accum_steps))
+        asked = round(steps_in(optim.warmup_epochs, sampler, accumulated))
         warmup = min(asked, total_steps // 4)
         if warmup < asked:
             notes.append(f"warm-up of {asked} steps cut to {warmup}, a quarter of the run's {total_steps}")
@@ -309,6 +310,7 @@ def _build_schedule(
         base_lr=optim.lr,
         batch_size=global_batch_size(config, world) if optim.scale_lr else 256,
         lr_schedule=optim.schedule,
+        steps_per_epoch=Fraction(sampler.batches_per_epoch, accumulated) if optim.lr_interval == "epoch" else None,
         tau_base=config.tau.base,
         tau_schedule=config.tau.schedule,
     )

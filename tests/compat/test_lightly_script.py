@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from byol_fast.optim import tau_at
 from tests.compat.helpers import REASON, small_network
 
 LR, STEPS = 0.06, 4
+HEADS: dict[str, Any] = {"hidden_bias": False, "last_bias": True}
 
 Optimizer = Callable[[Any, float], torch.optim.Optimizer]
 
@@ -67,13 +67,10 @@ def test_byol_equals_lightly_loop(optimizer: Optimizer) -> None:
     backbone = small_network().double()
     heads = modules.BYOLProjectionHead(8, 16, 4).double(), modules.BYOLPredictionHead(4, 16, 4).double()
     views = torch.randn(STEPS, 2, 8, 3, 16, 16, dtype=torch.float64)
-    model = byol_fast.BYOL(copy.deepcopy(backbone), image_size=16, hidden_dim=16, projection_dim=4, last_bias=True)
+    model = byol_fast.BYOL(copy.deepcopy(backbone), image_size=16, hidden_dim=16, projection_dim=4, **HEADS)
     model.double()
     for mine, theirs in zip((model.online.projector, model.online.predictor), heads, strict=True):
-        pairs = zip(weights(mine), weights(theirs), strict=True)
-        with torch.no_grad():
-            for p, q in pairs:
-                p.copy_(q)
+        mine.load_state_dict(theirs.layers.state_dict())
     model.target.load_state_dict({k: v for k, v in model.online.state_dict().items() if "predictor" not in k})
     optim, losses = optimizer(model.trainable_parameters(), 4.0), []
     for step, (view1, view2) in enumerate(views):
@@ -86,7 +83,7 @@ def test_byol_equals_lightly_loop(optimizer: Optimizer) -> None:
         losses.append(loss.item())
     assert losses == pytest.approx([4 + 4 * loss for loss in train_as_lightly(backbone, heads, views, optimizer)])
     for mine, theirs in ((model.encoder, backbone), (model.online.projector, heads[0])):
-        for p, q in zip(weights(mine), weights(theirs), strict=True):
+        for p, q in zip(mine.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
 
 
@@ -98,20 +95,9 @@ def test_options_of_the_table_are_lightly_settings() -> None:
     for view, lightly in ((config.view1, BYOLView1Transform), (config.view2, BYOLView2Transform)):
         assert dataclasses.replace(view, blur_kernel=0) == lightly(input_size=224, gaussian_blur=0.0).config
     model, optim = config.model, config.optim
-    assert (model.encoder, model.hidden_dim, model.projection_dim, model.last_bias) == ("resnet18", 1024, 256, True)
+    assert (model.encoder, model.hidden_dim, model.projection_dim) == ("resnet18", 1024, 256)
+    assert {name: getattr(model, name) for name in HEADS} == HEADS
     assert not model.zero_init_residual
     assert (optim.name, optim.lr, optim.scale_lr, optim.momentum) == ("sgd", 0.06 / 4, False, 0)
     assert (optim.weight_decay, optim.schedule, optim.warmup_steps) == (0, "constant", 0)
     assert (config.tau.base, config.tau.schedule) == (0.996, "cosine")
-
-
-def weights(network: nn.Module) -> list[torch.Tensor]:
-    """Parameters, without biases that a batch norm takes back."""
-    layers = [m for m in network.modules() if not list(m.children())]
-    is_followed = {id(a) for a, b in itertools.pairwise(layers) if "BatchNorm" in type(b).__name__}
-    return [
-        p
-        for layer in layers
-        for name, p in layer.named_parameters(recurse=False)
-        if not (name == "bias" and id(layer) in is_followed)
-    ]

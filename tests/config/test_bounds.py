@@ -170,6 +170,7 @@ def test_numbers_of_arrays_and_lists_become_python_values() -> None:
         (Config, {"log": ("wandb", "wandb")}, "log must have no repeated names, got .* name each tracker once"),
         (DataConfig, {"prefetch": None}, "data.prefetch must be an integer from 1 to 64, got None"),
         (ModelConfig, {"last_bias": 1}, "model.last_bias must be True or False, got 1"),
+        (ModelConfig, {"hidden_bias": 0}, "model.hidden_bias must be True or False, got 0"),
         (ModelConfig, {"std": (1.0,)}, r"model.std must be a tuple of 3 values, got \(1.0,\)"),
         (ModelConfig, {"std": (0, 0, 0)}, "model.std must be a number from 0.001 to 1000, got 0"),
         (ViewConfig, {"scale": 0.5}, "view.scale must be a tuple of 2 values, got 0.5"),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
 import byol_kernels
-from byol_fast.optim.schedules import lr_at, tau_at
+from byol_fast.optim.schedules import RunSchedule, lr_at, tau_at
 from tests import oracle
 from tests.numbers.helpers import DTYPES, as_array, momentum_buffer, relative_error, rounded, tensor
 
@@ -58,6 +61,46 @@ def test_lr_at_known_points() -> None:
     assert lr_at(5, 80, 20, 0.3, 1024) == pytest.approx(0.3, rel=1e-12)
     assert lr_at(40, 80, 20, 0.3, 1024) == pytest.approx(0.9, rel=1e-12)
     assert lr_at(50, 80, 20, 0.3, 1024) == pytest.approx(0.6, rel=1e-12)
+
+
+def peak_sgd() -> torch.optim.SGD:
+    return torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.24)
+
+
+def test_lr_by_epoch_equals_torchs_cosine() -> None:
+    """Of torch's scheduler, which is stepped after every epoch of 97 batches; tau stays by step."""
+    run = RunSchedule(total_steps=200 * 97, base_lr=0.12, batch_size=512, steps_per_epoch=97, tau_base=0.99)
+    optimizer = peak_sgd()
+    scheduler = CosineAnnealingLR(optimizer, 200)
+    for epoch in range(200):
+        for step in range(97 * epoch, 97 * epoch + 97):
+            assert run.lr(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+            assert run.constant_lr(step) == pytest.approx(0.24)
+            assert run.tau(step) == pytest.approx(oracle.tau(step, 200 * 97, 0.99), rel=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize(("batches", "grad_accum_steps"), [(10, 1), (7, 2), (97, 3), (2, 5), (1, 1)])
+@pytest.mark.parametrize("warmup", [0, 1, 17])
+def test_lr_by_epoch_is_that_of_the_first_step_behind_the_warm_up(
+    batches: int, grad_accum_steps: int, warmup: int
+) -> None:
+    """Batches are dealt out as a loader does it; the rate by step is that of torch's LambdaLR."""
+    total, peak = 6 * batches * grad_accum_steps + 18, 0.24
+    schedule = {"total_steps": total, "warmup_steps": warmup, "base_lr": peak, "tau_base": 0.99}
+    run = RunSchedule(**schedule, steps_per_epoch=Fraction(batches, grad_accum_steps))  # type: ignore[arg-type]
+    by_step = LambdaLR(peak_sgd(), lambda step: oracle.lr(step, total, warmup, 1.0, 256))
+    seen, expected = -1, 0.0
+    for step in range(total):
+        epoch = step * grad_accum_steps // batches  # of the first of the step's batches
+        if epoch > seen or step <= warmup:
+            seen, expected = epoch, float(by_step.get_last_lr()[0])
+        assert run.lr(step) == pytest.approx(expected, rel=1e-12)
+        by_step.optimizer.step()
+        by_step.step()
+    constant = RunSchedule(**schedule, steps_per_epoch=batches, lr_schedule="constant")  # type: ignore[arg-type]
+    assert constant.lr(total - 1) == peak
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
