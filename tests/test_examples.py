@@ -30,6 +30,7 @@ SNIPPETS = {
     "evaluate": ("evaluation.md", "result = byol_fast.evaluate.evaluate_linear"),
     "features": ("evaluation.md", "result = byol_fast.evaluate.embed_folder"),
     "CIFAR stem": ("export.md", "encoder.conv1"),
+    "stem without ReLU": ("export.md", "encoder.relu"),
     "load_encoder": ("export.md", "import byol_fast, PIL.Image, torch"),
     "pretrain in docs": ("python_api.md", "result = byol_fast.pretrain"),
     "loop": ("python_api.md", "model = byol_fast.BYOL"),
@@ -127,13 +128,19 @@ def test_encoder_in_torchvision_gives_the_features_of_embed(data: str, tmp_path:
     Path("photo.jpg").write_bytes(before)
 
 
-def test_cifar_stem_accepts_its_weights() -> None:
+@pytest.mark.parametrize("name", ["resnet18", "resnet18_lightly"])
+def test_cifar_stem_accepts_its_weights(name: str) -> None:
     """The encoder is that of the README, before its weights are loaded."""
-    stem = byol_fast.models.build_encoder("resnet18", image_size=32, cifar_stem=True)
-    plain = torchvision.models.resnet18()
+    stem = byol_fast.models.build_encoder(name, image_size=32, cifar_stem=True).eval()
+    plain = torchvision.models.resnet18().eval()
     plain.fc = torch.nn.Identity()
     run("CIFAR stem", torch=torch, encoder=plain)
     plain.load_state_dict(stem.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(plain(images), stem(images)) == (name == "resnet18")
+    if name == "resnet18_lightly":
+        run("stem without ReLU", torch=torch, encoder=plain)
+        assert torch.equal(plain(images), stem(images))
 
 
 @pytest.mark.usefixtures("clean")

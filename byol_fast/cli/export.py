@@ -12,7 +12,9 @@ import tyro
 from byol_fast import config as configs
 from byol_fast.cli.options import parse, print_error
 from byol_fast.config import ConfigError
+from byol_fast.config.resnets import has_stem_relu
 from byol_fast.utils.progress import current
+from byol_fast.utils.records import read_json
 from byol_fast.utils.run_folder import encoder_files
 
 
@@ -45,11 +47,18 @@ def main(argv: list[str]) -> int:
         encoder_files(options.run)
 
     from byol_fast.export.encoder import export_run, load_latest_encoder
-    from byol_fast.export.formats import ExportError, export_as
+    from byol_fast.export.formats import ExportError, export_as, stem_code
 
     if options.format == "torchvision":
-        for path in export_run(options.run, options.output):
-            print(path)
+        paths = export_run(options.run, options.output)
+        print(*paths, sep="\n")
+        metadata = read_json(paths[1])
+        if not has_stem_relu(metadata["encoder"]):  # the weights load without these lines, too, for other features
+            print(
+                "torchvision's resnet18 needs, before load_state_dict:",
+                *stem_code(metadata, "encoder", "relu"),
+                sep="\n  ",
+            )
         return 0
     for logger in ("onnxscript", "onnx_ir"):  # they log every rewriting of the graph
         logging.getLogger(logger).setLevel(logging.WARNING)

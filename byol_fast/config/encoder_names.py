@@ -10,7 +10,7 @@ from importlib import metadata, util
 
 from byol_fast.config.fields import ConfigError
 
-OWN = ("resnet18_narrow",)
+OWN = ("resnet18_narrow", "resnet18_lightly")
 """Encoders of this package."""
 TORCHVISION_VERSION = (0, 29)
 """The newest version whose models `TORCHVISION` lists."""

@@ -15,6 +15,7 @@ from torch import nn
 from byol_fast import config as configs
 from byol_fast.config import Config, Preprocessing
 from byol_fast.config.fields import ImageSize, check
+from byol_fast.config.resnets import has_stem_relu
 from byol_fast.models.encoders import build_encoder
 from byol_fast.utils import checkpoint as checkpoints
 from byol_fast.utils import records as checks
@@ -78,9 +79,12 @@ def export_encoder(
 
 def _metadata(config: Config, *, step: int, feature_dim: int) -> dict[str, Any]:
     """Content of `encoder.json`."""
+    name = config.model.encoder
+    # Programs that load the weights into torchvision's ResNet-18 need it; all other encoders are as their names say.
+    stem = {"cifar_stem": config.model.cifar_stem} if has_stem_relu(name) else {"cifar_stem": True, "stem_relu": False}
     return {
-        "encoder": config.model.encoder,
-        "cifar_stem": config.model.cifar_stem,
+        "encoder": name,
+        **stem,
         "feature_dim": feature_dim,
         "image_size": config.view1.size,
         "preprocessing": Preprocessing.of_config(config).to_dict(),

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from byol_fast.config import ConfigError, Preprocessing
-from byol_fast.config.resnets import TORCHVISION_RESNET
+from byol_fast.config.resnets import LIGHTLY_RESNET, TORCHVISION_RESNET, has_stem_relu
 from byol_fast.models.encoders import create_timm_model
 from byol_fast.models.layers import Normalize
 from byol_fast.utils.checkpoint import check_finite
@@ -238,6 +238,23 @@ def _onnxruntime(path: Path) -> Callable[[Tensor], Tensor]:
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
+def stem_code(metadata: dict[str, Any], model: str, relu: str) -> list[str]:
+    """Lines of Python that give a plain ResNet the stem of an encoder, to be run before its weights are loaded.
+
+    Args:
+        metadata: of the encoder.
+        model: variable of the plain ResNet.
+        relu: name of the stem's ReLU in it: `relu` in torchvision, `act1` in timm.
+    """
+    lines = []
+    if metadata["cifar_stem"]:
+        conv = "torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)"
+        lines.append(f"{model}.conv1, {model}.maxpool = {conv}, torch.nn.Identity()")
+    if not has_stem_relu(metadata["encoder"]):
+        lines.append(f"{model}.{relu} = torch.nn.Identity()")
+    return lines
+
+
 # ---- timm ----------------------------------------------------------------------------------------------------------
 
 _VIT = (
@@ -268,6 +285,8 @@ def timm_name(metadata: dict[str, Any]) -> str:
         return name.removeprefix("timm/")
     if TORCHVISION_RESNET.fullmatch(name):
         return name
+    if name == LIGHTLY_RESNET:
+        return "resnet18"
     if match := re.fullmatch(r"vit_([blh])_(\d+)", name):
         return f"vit_{_VIT_SIZES[match[1]]}_patch{match[2]}_224"
     raise ExportError(
@@ -286,12 +305,9 @@ def _export_timm(encoder: nn.Module, metadata: dict[str, Any], path: Path, with_
     arguments = _timm_arguments(name, metadata)
     shown = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     note = f"timm.create_model({name!r}, {shown}, checkpoint_path={path.name!r})"
-    if metadata["cifar_stem"]:
-        note = (
-            f"model = timm.create_model({name!r}, {shown}); model.conv1, model.maxpool = "
-            "torch.nn.Conv2d(3, 64, 3, padding=1, bias=False), torch.nn.Identity(); "
-            f"model.load_state_dict(safetensors.torch.load_file({path.name!r}))"
-        )
+    if stem := stem_code(metadata, "model", "act1"):  # `checkpoint_path` loads into the plain network
+        load = f"model.load_state_dict(safetensors.torch.load_file({path.name!r}))"
+        note = "; ".join([f"model = timm.create_model({name!r}, {shown})", *stem, load])
     module = ExportModule(encoder, None).eval()
     with atomic_path(path) as temporary:
         about = {"timm": name, "load": note, "pretrained_cfg": arguments["pretrained_cfg_overlay"]}
@@ -299,7 +315,7 @@ def _export_timm(encoder: nn.Module, metadata: dict[str, Any], path: Path, with_
         if importlib.util.find_spec("timm") is None:
             note = f"not verified, timm is not installed; load it with {note}"
             return ExportResult(path, _input(module, metadata), None, 0.0, (), note)
-        result = _compare(module, metadata, path, _timm(temporary, name, arguments, metadata["cifar_stem"]))
+        result = _compare(module, metadata, path, _timm(temporary, name, arguments, metadata))
     return dataclasses.replace(result, note=f"load it with {note}")
 
 
@@ -339,16 +355,18 @@ def _vit_key(key: str) -> str:
     return key
 
 
-def _timm(path: Path, name: str, arguments: dict[str, Any], cifar_stem: bool) -> nn.Module:
+def _timm(path: Path, name: str, arguments: dict[str, Any], metadata: dict[str, Any]) -> nn.Module:
     """Model of timm with the weights of a file."""
     import timm
     from safetensors.torch import load_file
 
     try:
         model: nn.Module = timm.create_model(name, **arguments)
-        if cifar_stem:
+        if metadata["cifar_stem"]:
             model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
             model.maxpool = nn.Identity()
+        if not has_stem_relu(metadata["encoder"]):
+            model.act1 = nn.Identity()
         model.load_state_dict(load_file(path))
     except RuntimeError as error:
         raise ExportError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from byol_fast.config.encoder_names import check_encoder_name as check_without_import
 from byol_fast.config.encoder_names import unknown_encoder
+from byol_fast.config.resnets import LIGHTLY_RESNET
 from byol_fast.models.split_batchnorm import disable_sync
 from byol_fast.utils.errors import first_line
 
@@ -21,7 +22,16 @@ def _narrow_resnet18() -> nn.Module:
     return narrow_resnet18()
 
 
-OWN_ENCODERS: dict[str, Callable[..., nn.Module]] = {"resnet18_narrow": _narrow_resnet18}
+def _lightly_resnet18() -> nn.Module:
+    from byol_fast.models.lightly_resnet import lightly_resnet18  # imports torchvision's models, a second
+
+    return lightly_resnet18()
+
+
+OWN_ENCODERS: dict[str, Callable[..., nn.Module]] = {
+    "resnet18_narrow": _narrow_resnet18,
+    LIGHTLY_RESNET: _lightly_resnet18,
+}
 
 
 def encoder_names() -> list[str]:
@@ -63,7 +73,8 @@ def build_encoder(
             maps `[B, 3, H, W]` to features. A module is taken as it is.
         image_size: height and width of the images in pixels, for vision transformers, which are made for one size;
             None leaves it at the model's own.
-        cifar_stem: replace a ResNet's first convolution by 3x3, stride 1, padding 1 and drop its max-pool.
+        cifar_stem: replace a ResNet's first convolution by 3x3, stride 1, padding 1 and drop its max-pool;
+            `resnet18_lightly` has that stem in any case.
         zero_init_residual: start every residual block of a ResNet as the identity.
         pretrained: start from torchvision's default weights (or timm's).
 
@@ -104,7 +115,7 @@ def build_encoder(
         for norm in () if pretrained else norms:
             nn.init.zeros_(norm.weight)  # Goyal et al., arXiv 1706.02677, section 5.1
     _remove_classifier(network, encoder)
-    if cifar_stem:
+    if cifar_stem and encoder != LIGHTLY_RESNET:
         _replace_stem(network, encoder)
     return network
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import torchvision
 from safetensors.torch import load_file
@@ -22,15 +23,22 @@ from byol_fast.training.trainer import Trainer
 from tests.training.helpers import file_size_limit
 
 
-@pytest.mark.parametrize("cifar_stem", [False, True])
-def test_exported_resnet_loads_into_torchvision(tiny: Config, cifar_stem: bool) -> None:
-    trainer = Trainer(configs.replace(tiny, {"steps": 2, "model": {"encoder": "resnet18", "cifar_stem": cifar_stem}}))
+@pytest.mark.parametrize(
+    ("name", "is_set", "cifar_stem"),
+    [("resnet18", False, False), ("resnet18", True, True), ("resnet18_lightly", False, True)],
+)
+def test_exported_resnet_loads_into_torchvision(
+    name: str, is_set: bool, cifar_stem: bool, tiny: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = Trainer(configs.replace(tiny, {"steps": 2, "model": {"encoder": name, "cifar_stem": is_set}}))
     run = trainer.fit().run_dir
 
     encoder = torchvision.models.resnet18()
     encoder.fc = torch.nn.Identity()
     if cifar_stem:
         encoder.conv1, encoder.maxpool = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False), torch.nn.Identity()
+    if name == "resnet18_lightly":
+        encoder.relu = torch.nn.Identity()
     encoder.load_state_dict(load_file(run / "encoder.safetensors"))
 
     x = torch.randn(4, 3, 32, 32)
@@ -45,6 +53,18 @@ def test_exported_resnet_loads_into_torchvision(tiny: Config, cifar_stem: bool) 
         2,
         16,
     )
+    assert metadata.get("stem_relu", True) == (name == "resnet18")
+
+    capsys.readouterr()
+    assert command.main([str(run)]) == 0
+    _, _, *lines = capsys.readouterr().out.splitlines()
+    assert bool(lines) == (name == "resnet18_lightly")
+    if lines:
+        plain = torchvision.models.resnet18()
+        plain.fc = torch.nn.Identity()
+        exec("\n".join(map(str.strip, lines[1:])), {"torch": torch, "encoder": plain})
+        plain.load_state_dict(load_file(run / "encoder.safetensors"))
+        assert torch.equal(plain.eval()(x), encoder(x))
 
 
 def test_export_of_run_equals_its_encoder_files(tiny: Config, tmp_path: Path) -> None:
@@ -199,11 +219,35 @@ def test_unsupported_encoder_is_refused(
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("format", ["torch-export", "onnx"])
+def test_program_of_a_stem_without_relu_has_its_features(format: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    encoder = build_encoder("resnet18_lightly")
+    encoder(torch.randn(8, 3, 32, 32))  # BN statistics other than 0 and 1
+    metadata: dict[str, Any] = {"encoder": "resnet18_lightly", "cifar_stem": True, "feature_dim": 512, "step": 1}
+    metadata |= {"image_size": 32, "preprocessing": Preprocessing(crop=32).to_dict()}
+    x = torch.randn(3, 3, 32, 32)
+    if format == "onnx":
+        pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+        runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+        session = runtime.InferenceSession(export_as(encoder, metadata, format, tmp_path).path)
+        features = torch.from_numpy(session.run(["features"], {"images": x.numpy()})[0])
+    else:
+        program = torch.export.load(export_as(encoder, metadata, format, tmp_path).path).module()
+        features = program(x)
+    with torch.no_grad():
+        expected = encoder.eval().double()(x.double()).float()
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.peers
 @pytest.mark.parametrize(
-    ("name", "cifar_stem", "size"), [("resnet18", False, 64), ("resnet18", True, 32), ("vit_b_32", False, 64)]
+    ("name", "cifar_stem", "size"),
+    [("resnet18", False, 64), ("resnet18", True, 32), ("resnet18_lightly", True, 32), ("vit_b_32", False, 64)],
 )
-def test_timm_features_equal_encoder(name: str, cifar_stem: bool, size: int, tmp_path: Path) -> None:
+def test_timm_features_equal_encoder(
+    name: str, cifar_stem: bool, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     timm = pytest.importorskip("timm", reason="timm is not installed")
     torch.manual_seed(0)
     encoder = build_encoder(name, image_size=size, cifar_stem=cifar_stem)
@@ -213,9 +257,10 @@ def test_timm_features_equal_encoder(name: str, cifar_stem: bool, size: int, tmp
     metadata |= {"preprocessing": Preprocessing(crop=size).to_dict(), "step": 1}
     result = export_as(encoder.eval(), metadata, "timm", tmp_path)
     if cifar_stem:
-        model = timm.create_model(name, num_classes=0)
-        model.conv1, model.maxpool = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False), torch.nn.Identity()
-        model.load_state_dict(load_file(result.path))
+        printed: dict[str, Any] = {"timm": timm, "torch": torch, "safetensors": safetensors}
+        monkeypatch.chdir(tmp_path)
+        exec(result.note.removeprefix("load it with "), printed)
+        model = printed["model"]
     elif name == "resnet18":
         model = timm.create_model("resnet18", num_classes=0, checkpoint_path=str(result.path))
     else:

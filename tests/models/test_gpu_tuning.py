@@ -14,6 +14,8 @@ from torchvision.models import resnet18
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from byol_fast.models import gpu_tuning
+from byol_fast.models.activation_checkpoint import checkpoint_blocks
+from byol_fast.models.encoders import build_encoder
 from byol_fast.models.gpu_tuning import (
     GatherMaxPool2d,
     NormReluBasicBlock,
@@ -71,6 +73,27 @@ def test_only_some_layers_of_a_resnet_are_converted_and_nothing_else_of_it_chang
         with_gelu(Bottleneck(16, 4)),
     ]
     assert tune_for_gpu(nn.ModuleList(others)) == 0
+
+
+def test_stem_without_relu_stays_and_its_blocks_are_converted() -> None:
+    """Both views at once, with blocks that are computed again: features and gradients of each view alone."""
+    torch.manual_seed(0)
+    network = build_encoder("resnet18_lightly").double()
+    tuned = copy.deepcopy(network).to(memory_format=torch.channels_last)
+    assert tune_for_gpu(tuned) == 8
+    assert type(tuned) is ResNet and type(tuned.conv1) is nn.Conv2d
+    convert_split_batchnorm(tuned)
+    assert checkpoint_blocks(tuned) == 8
+    images = torch.randn(2, 3, 3, 16, 16, dtype=torch.float64)
+    expected = torch.cat([network(view) for view in images])
+    gradient = torch.randn_like(expected)
+    expected.backward(gradient)  # type: ignore[no-untyped-call]
+    with num_splits(tuned, 2):
+        found = tuned(images.flatten(0, 1))
+        found.backward(gradient)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    for p, q in zip(tuned.parameters(), network.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-8)
 
 
 def with_gelu(block: nn.Module) -> nn.Module:

@@ -30,6 +30,7 @@ from byol_fast.models.layers import Normalize
         ("densenet121", 32, 1024),
         ("squeezenet1_1", 32, 512),
         ("resnet18_narrow", 28, 256),
+        ("resnet18_lightly", 32, 512),
     ],
 )
 def test_encoders_by_name_return_their_features(name: str, size: int, features: int) -> None:
@@ -45,6 +46,27 @@ def test_named_resnet_is_torchvisions_without_its_classifier() -> None:
     plain.fc = nn.Identity()
     x = torch.randn(2, 3, 64, 64)
     assert torch.equal(encoder(x), plain(x))
+
+
+def test_lightlys_resnet_is_torchvisions_with_another_stem() -> None:
+    """The rest of it is equal; the convolutions begin with PyTorch's own initialization."""
+    encoder, plain = build_encoder("resnet18_lightly"), torchvision.models.resnet18()
+    stem = (nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity(), nn.Identity(), nn.Identity())
+    plain.conv1, plain.relu, plain.maxpool, plain.fc = stem
+    plain.load_state_dict(encoder.state_dict())
+    x = torch.randn(4, 3, 32, 32)
+    assert torch.equal(encoder(x), plain(x))
+    for module in encoder.modules():
+        if isinstance(module, nn.Conv2d):
+            bound = module.weight[0].numel() ** -0.5  # of torch.nn's uniform distribution
+            assert 0.95 * bound < float(module.weight.detach().abs().max()) <= bound
+    torch.manual_seed(0)
+    named = build_encoder("resnet18_lightly", cifar_stem=True)
+    torch.manual_seed(0)
+    same = build_encoder("resnet18_lightly")
+    assert all(torch.equal(a, b) for a, b in zip(named.state_dict().values(), same.state_dict().values(), strict=True))
+    identity = build_encoder("resnet18_lightly", zero_init_residual=True).state_dict()
+    assert not any(bool(tensor.any()) for name, tensor in identity.items() if name.endswith("bn2.weight"))
 
 
 def test_cifar_stem_keeps_the_resolution_until_the_second_stage() -> None:
@@ -73,6 +95,7 @@ def test_zero_init_residual_makes_blocks_identities() -> None:
         ({"encoder": "vgg11", "cifar_stem": True}, "cifar_stem is for torchvision's ResNets, got 'vgg11'; drop it"),
         ({"encoder": nn.Linear(2, 2), "cifar_stem": True}, "go with an encoder's name"),
         ({"encoder": "resnet18_narrow", "pretrained": True}, "no pretrained weights"),
+        ({"encoder": "resnet18_lightly", "pretrained": True}, "no pretrained weights"),
     ],
 )
 def test_impossible_encoders_are_explained(arguments: dict[str, object], message: str) -> None:
@@ -223,8 +246,13 @@ def test_heads_are_the_references(model: BYOL) -> None:
     assert isinstance(last, nn.Linear)
     assert linear.bias is not None
     assert last.bias is None
-    biased = BYOL("resnet18_narrow", hidden_dim=8, projection_dim=4, image_size=16, last_bias=True)
-    assert biased.online.projector[3].bias is not None
+    sizes: dict[str, Any] = {"hidden_dim": 8, "projection_dim": 4, "image_size": 16, "projector_layers": 3}
+    lightlys = BYOL("resnet18_narrow", hidden_bias=False, last_bias=True, **sizes).online
+    for head in (lightlys.projector, lightlys.predictor):
+        assert [m.bias is not None for m in head.modules() if isinstance(m, nn.Linear)] == [
+            *[False] * (len(head) // 3),
+            True,
+        ]
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_every_recipe_takes_another_encoder(encoder: str) -> None:
     assert len(built) > 4
 
 
-@pytest.mark.parametrize("encoder", ["resnext50_32x4d", "wide_resnet50_2", "resnet18_narrow"])
+@pytest.mark.parametrize("encoder", ["resnext50_32x4d", "wide_resnet50_2", "resnet18_narrow", "resnet18_lightly"])
 def test_options_of_a_recipe_stay_for_another_resnet(encoder: str) -> None:
     for name, options in (("imagenet_resnet50", "zero_init_residual"), ("cifar10_resnet18", "cifar_stem")):
         config = parse_config(recipes.get(name), ["--model.encoder", encoder], name)

@@ -37,7 +37,12 @@ def total_bytes(network: nn.Module, level: Level) -> int:
 
 @pytest.mark.parametrize(
     ("encoder", "size", "cifar_stem"),
-    [("resnet50", 64, False), ("resnet18", 32, True), ("vgg16", 64, False)],
+    [
+        ("resnet50", 64, False),
+        ("resnet18", 32, True),
+        ("vgg16", 64, False),
+        ("resnet18_lightly", 32, True),
+    ],
 )
 def test_flops_equal_torch_flop_counter(encoder: str, size: int, cifar_stem: bool) -> None:
     with torch.device("meta"):
