@@ -66,6 +66,8 @@ def test_every_recipe_survives_json(name: str) -> None:
         (lambda: ModelConfig(predictor_hidden_dim=0), "model.predictor_hidden_dim"),
         (lambda: Config(model=ModelConfig(predictor_hidden_dim=64)), "model.predictor_hidden_dim"),
         (lambda: Config(method="simsiam", model=ModelConfig(last_bias=True)), "model.last_bias"),
+        (lambda: Config(method="simsiam", model=ModelConfig(hidden_bias=False)), "model.hidden_bias"),
+        (lambda: OptimConfig(lr_interval="epochs"), "optim.lr_interval"),  # type: ignore[arg-type]
     ],
 )
 def test_bad_values_name_the_field(make: object, field: str) -> None:
@@ -187,6 +189,19 @@ def test_cifar_recipe_is_solo_learns() -> None:
         0.2,
     )
     assert (config.view1.size, config.view1.scale) == (32, (0.08, 1.0))
+
+
+def test_lightlys_recipe_is_its_benchmark() -> None:
+    """The values of its script; `tests/compat/test_cifar10_lightly.py` compares with lightly itself."""
+    config = recipes.cifar10_lightly()
+    assert (config.epochs, config.batch_size, config.precision, config.data.builtin) == (200, 512, "tf32", "cifar10")
+    optim, scale = config.optim, 4  # our loss is 4 times theirs plus 4
+    assert (optim.name, optim.scale_lr, optim.schedule, optim.lr_interval) == ("sgd", True, "cosine", "epoch")
+    assert scale * optim.lr * config.batch_size / 256 == pytest.approx(6e-2 * config.batch_size / 128)
+    assert optim.weight_decay / scale == pytest.approx(5e-4)
+    assert (optim.momentum, optim.decay_1d, optim.warmup_epochs, optim.constant_predictor_lr) == (0.9, True, 0, False)
+    assert (config.tau.base, config.tau.schedule) == (0.99, "constant")
+    assert (config.knn.k, config.knn.temperature, config.knn.full_at_end) == (200, 0.1, True)
 
 
 def test_guide_recipes() -> None:

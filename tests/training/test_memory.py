@@ -77,6 +77,13 @@ def run_config(encoder: str, size: int, batch_size: int, **changes: Any) -> Conf
             FP32,
             id="narrow, checkpointing, two batches",
         ),
+        pytest.param(
+            configs.replace(
+                recipes.cifar10_lightly(), {"batch_size": 4, "view1.size": 16, "view2.size": 16, "grad_accum_steps": 2}
+            ),
+            FP32,
+            id="cifar10_lightly, two batches",
+        ),
         pytest.param(run_config("resnet18", 224, 16), FP32, id="resnet18", marks=pytest.mark.slow),
         pytest.param(run_config("resnet50", 224, 8), FP32, id="resnet50", marks=pytest.mark.slow),
         pytest.param(
