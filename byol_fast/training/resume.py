@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 from byol_fast import config as configs
@@ -25,6 +27,27 @@ RESUMABLE_CHANGES = frozenset(
         "probe.lr",
     }
 )
+# What a result names beside the digest of its configuration: recipe, seed, machine, and the images of its evaluation.
+# All loaders give the same views up to rounding.
+_NOT_IN_DIGEST = RESUMABLE_CHANGES | {
+    *("recipe", "seed", "device", "data.loader"),
+    *("knn.enabled", "knn.every_epochs", "knn.max_train", "knn.max_val", "knn.full_at_end"),
+}
+
+
+def config_digest(config: Config) -> str:
+    """Digest of what a configuration computes, by which a recorded result is compared with a recipe.
+
+    SHA-256 of the JSON of the fields that differ from their defaults, by dotted name: an option that is added later
+    leaves the digests of earlier results as they are. Left out are the fields that a resumed run may change, and
+    recipe, seed, device, data.loader, and when and on how many images the kNN accuracy is evaluated.
+
+    Returns:
+        The first 12 hexadecimal digits.
+    """
+    changed = configs.differences(Config(), config)
+    values = {name: value for name, (_, value) in changed.items() if name not in _NOT_IN_DIGEST}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def check_unchanged(stored: Config, config: Config, run: Path) -> None:
