@@ -5,7 +5,8 @@
 A table stands between `<!-- results FOLDER/FILE.json [suites=TEXT] [rows=NAME;NAME] [extras=NAME,NAME]
 [title=TEXT] -->` and `<!-- end results -->`: the suites whose name contains the text, their rows (default: all), these
 extras as columns, and a title instead of the suite's name. Results of the GPU queue: `<!-- queue FOLDER title=TEXT
-rows=ITEM/FIGURE/LABEL;... [extras=NAME,NAME] -->` and `<!-- end queue -->`, a row for each figure.
+rows=ITEM/FIGURE/LABEL;... [extras=NAME,NAME] -->` and `<!-- end queue -->`, a row for each figure. What the results say
+about accuracy and whole runs: `<!-- table NAME -->` and `<!-- end table -->` with a name of `results_page.TABLES`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import results as queue_results
+from benchmarks import results_page
+from benchmarks.records import machine, queue_figures
 from byol_fast.bench.results import CandidateResult, SuiteResult, load
 from byol_fast.utils.files import atomic_write
 
@@ -26,6 +28,7 @@ DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 FROM_IMAGES = {"data", "end-to-end"}
 BLOCK = re.compile(r"<!-- results (.+?) -->\n.*?<!-- end results -->", re.DOTALL)
 QUEUE_BLOCK = re.compile(r"<!-- queue (.+?) -->\n.*?<!-- end queue -->", re.DOTALL)
+TABLE_BLOCK = re.compile(r"<!-- table (\S+) -->\n(.*?)<!-- end table -->", re.DOTALL)
 TITLES = {
     "peak_gib": "peak memory, GiB", "ops": "operators per call", "host_syncs": "host syncs", "gb_per_s": "GB/s",
     "share_of_copy": "share of the bandwidth of a copy", "data_wait": "time waiting for data", "note": "details",
@@ -63,12 +66,11 @@ def table(suite: SuiteResult, extras: list[str], title: str = "") -> list[str]:
 def caption(file: str, content: dict[str, Any]) -> str:
     """Source of a table: file, machine, versions, commit."""
     record, settings = content["environment"], content["settings"]
-    machine = record.get("gpu") or f"{record['cpu']}, {record['cpus']} cores"
     threads = f", {settings['threads']} thread{'s' * (settings['threads'] != 1)}" if settings.get("threads") else ""
     commit = f"commit {record['commit'][:9]}{' with changes' if record['dirty'] else ''}" if record["commit"] else ""
     versions = f"torch {record['packages']['torch']}"
     images = "synthetic JPEGs" if settings.get("images") == "synthetic" and content["name"] in FROM_IMAGES else ""
-    parts = (f"{machine}{threads}", images, versions, commit, record["date"], f"load {record['load']}")
+    parts = (f"{machine(record)}{threads}", images, versions, commit, record["date"], f"load {record['load']}")
     where = ", ".join(filter(None, parts))
     return f"(`benchmarks/results/{file}`: median [20 % - 80 % quantile] over rounds; {where})"
 
@@ -77,7 +79,8 @@ def render(text: str, results: Path) -> str:
     """The text with its tables made from the results.
 
     Raises:
-        ValueError: a block names suites or rows that the file does not have.
+        ValueError: a block names suites, rows or a table that do not exist, or a file is damaged.
+        OSError: a file is missing.
     """
 
     def block(match: re.Match[str]) -> str:
@@ -97,7 +100,15 @@ def render(text: str, results: Path) -> str:
         lines = queue_table(results / folder, options["title"], options["rows"].split(";"), extras)
         return f"<!-- queue {match[1]} -->\n" + "\n".join(lines) + "\n<!-- end queue -->"
 
-    return QUEUE_BLOCK.sub(queue_block, BLOCK.sub(block, text))
+    def table_block(match: re.Match[str]) -> str:
+        name, before = match.groups()
+        if name not in results_page.TABLES:
+            raise ValueError(f"readme: a table must be one of {', '.join(results_page.TABLES)}, got {name!r}")
+        lines = results_page.TABLES[name](results)
+        content = before if lines is None else "\n".join([*lines, ""])
+        return f"<!-- table {name} -->\n{content}<!-- end table -->"
+
+    return TABLE_BLOCK.sub(table_block, QUEUE_BLOCK.sub(queue_block, BLOCK.sub(block, text)))
 
 
 def _options(text: str) -> tuple[str, dict[str, str], list[str]]:
@@ -120,6 +131,7 @@ def queue_table(folder: Path, title: str, rows: list[str], extras: list[str]) ->
 
     Raises:
         ValueError: an item has no such figure.
+        FileNotFoundError: an item has no file.
     """
     heads = [title, "ms", "times faster", *(TITLES[name] for name in extras)]
     lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (2 + len(extras)) + "|"]
@@ -141,11 +153,10 @@ def queue_table(folder: Path, title: str, rows: list[str], extras: list[str]) ->
 
 def _figure(path: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Header of an item's result, and a figure of it by name."""
-    result = queue_results.read(path)
-    figures = {} if result is None else {values["figure"]: values for values in result.figures}
-    if result is None or name not in figures:
+    header, figures = queue_figures(path)
+    if name not in figures:
         raise ValueError(f"readme: {path.parent.name}/{path.name} must have the figure {name!r}")
-    return result.header, figures[name]
+    return header, figures[name]
 
 
 def _queue_caption(folder: Path, headers: dict[str, dict[str, Any]]) -> str:

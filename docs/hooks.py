@@ -18,13 +18,15 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "benchmarks/NOTES.md": "notes.md",
-    "benchmarks/results/README.md": "results.md",
+    "benchmarks/results/README.md": "result_files.md",
 }
+RESULTS = "benchmarks/results/"
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pages."""
-    for source, page in PAGES.items():
+    """Add the pages, and the results that docs/results.md links to."""
+    linked = re.findall(rf"\]\(\.\./({RESULTS}[^)]+)\)", (ROOT / "docs" / "results.md").read_text())
+    for source, page in ({file: file for file in linked} | PAGES).items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
     return files
 
@@ -36,7 +38,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
     def link(match: re.Match[str]) -> str:
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), match[1]))
-        target = PAGES.get(path, path.removeprefix("docs/") if path.startswith("docs/") else "")
+        inside = path.startswith(("docs/", RESULTS))
+        target = PAGES.get(path, path.removeprefix("docs/") if inside else "")
         return f"]({posixpath.relpath(target, posixpath.dirname(uri) or '.')}" if target else match[0]
 
     return re.sub(r"\]\((?!\w+:|#)([^)#\s]+)", link, markdown)

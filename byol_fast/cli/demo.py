@@ -14,11 +14,12 @@ from byol_fast.training.preflight import check_start
 from byol_fast.utils.commands import program
 from byol_fast.utils.output import PlainConsole
 
-_NAMES = {
+NAMES = {
     "raw pixels": "raw pixels",
     "untrained": "untrained (norms calibrated)",
     "trained": "after BYOL, without labels",
 }
+"""Names of the classifiers in the table."""
 
 
 def main(argv: list[str]) -> int:
@@ -58,5 +59,5 @@ def print_table(top1: dict[str, dict[str, float]], *, k: int) -> None:
     for kind in kinds:
         table.add_column(kind, justify="right")
     for name, values in top1.items():
-        table.add_row(_NAMES[name], *(f"{values[kind]:.1%}" for kind in kinds))
+        table.add_row(NAMES[name], *(f"{values[kind]:.1%}" for kind in kinds))
     PlainConsole().print(table)
