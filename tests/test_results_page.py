@@ -13,6 +13,7 @@ from benchmarks.readme import ROOT, render
 from benchmarks.records import EARLIER, KINDS
 from benchmarks.results_page import TABLES, demo_output, demo_table, recipes_table, speed_table, trials_table
 from byol_fast import config as configs
+from byol_fast.bench.published import PUBLISHED
 from byol_fast.config import recipes
 from byol_fast.training.resume import config_digest
 
@@ -71,6 +72,10 @@ def test_published_figure_stands_in_its_recipes_row(tmp_path: Path) -> None:
         "linear: 74.3 % ([DeepMind, batch 4096, 1000 epochs](https://arxiv.org/abs/2006.07733); "
         "480 min on 512 TPU v3 cores)"
     )
+
+
+def test_published_results_name_recipes() -> None:
+    assert {result.recipe for result in PUBLISHED} - {""} <= set(recipes.RECIPES)
 
 
 @pytest.mark.parametrize(
