@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from byol_fast.data.batch import Batch
-from byol_fast.profiling.telemetry import Telemetry, other_cores
 from byol_fast.training.train_step import TrainStep
 from byol_fast.utils import env
 from byol_fast.utils.precision import Precision
+from byol_fast.utils.telemetry import Telemetry, other_cores
 
 ROUNDS = 5
 """Minimum number of interleaved rounds; the fastest of each case counts, because interference only slows it down."""

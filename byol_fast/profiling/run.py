@@ -21,7 +21,6 @@ from byol_fast.profiling import probes
 from byol_fast.profiling.ceilings import Ceilings, measure
 from byol_fast.profiling.flops import mfu
 from byol_fast.profiling.rooflines import PHASES, Roofline, roofline
-from byol_fast.profiling.telemetry import Telemetry, other_cores
 from byol_fast.profiling.trace import PhaseClock, StepTimes, Trace, median_step, phase_rows, trace_steps
 from byol_fast.profiling.traffic import LEVELS, Level
 from byol_fast.training.callbacks import Callback
@@ -31,6 +30,7 @@ from byol_fast.training.trainer import Trainer
 from byol_fast.utils.files import atomic_path, atomic_write, write_errors
 from byol_fast.utils.profiler_ranges import Phase
 from byol_fast.utils.progress import ProgressBar, current
+from byol_fast.utils.telemetry import Telemetry, other_cores
 
 FORMAT = 2
 WARMUP = 3

@@ -17,9 +17,9 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from byol_fast.profiling.kernels import family_of
-from byol_fast.profiling.telemetry import memory_now
 from byol_fast.utils.files import atomic_path
 from byol_fast.utils.profiler_ranges import Phase, marked
+from byol_fast.utils.telemetry import memory_now
 
 MARK = "phase: "
 """Prefix of the names of our ranges in a trace."""

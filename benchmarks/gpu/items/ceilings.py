@@ -10,8 +10,8 @@ from benchmarks.gpu.item import Context
 from benchmarks.gpu.items.common import free, is_small, skip_value_errors
 from benchmarks.gpu.items.timing import rounded
 from byol_fast.profiling.ceilings import Dtype, measure
-from byol_fast.profiling.telemetry import Telemetry
 from byol_fast.utils import env
+from byol_fast.utils.telemetry import Telemetry
 
 DTYPES: tuple[Dtype, ...] = ("bf16", "tf32", "fp32")
 

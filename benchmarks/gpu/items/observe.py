@@ -22,8 +22,8 @@ from byol_fast.bench.synthetic_jpegs import write_synthetic_jpegs
 from byol_fast.config import recipes
 from byol_fast.profiling import inductor
 from byol_fast.profiling.run import profile as profile_run
-from byol_fast.profiling.telemetry import Telemetry
 from byol_fast.utils.files import atomic_write
+from byol_fast.utils.telemetry import Telemetry
 
 BATCH = 256
 POWER_SECONDS = 10.0

@@ -72,7 +72,7 @@ class Telemetry:
         }
         if self._samples:
             power, clock, memory_clock, temperature = zip(*self._samples, strict=True)
-            energy = spent.get("energy")
+            energy = spent["energy"]
             record["gpu"] = {
                 "power_w": statistics.fmean(power),
                 "power_max_w": max(power),
@@ -84,6 +84,15 @@ class Telemetry:
                 "energy_j_per_image": (energy if energy else statistics.fmean(power) * seconds) / images,
             }
         return record
+
+    def energy(self) -> float | None:
+        """Energy that the GPU has used since its driver was loaded, in joules; None if it is not known."""
+        if self._handle is None:
+            return None
+        try:
+            return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1e3
+        except self._nvml.NVMLError:  # GPUs before Volta have no energy counter
+            return None
 
     def _open(self) -> tuple[Any, Any]:
         if self.device.type != "cuda":
@@ -115,13 +124,8 @@ class Telemetry:
             )
 
     def _counters(self) -> dict[str, float]:
-        counters = {"wall": time.perf_counter(), "cpu": time.process_time()} | _machine_ticks()
-        if self._handle is not None:
-            try:
-                counters["energy"] = self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1e3
-            except self._nvml.NVMLError:  # GPUs before Volta have no energy counter
-                counters["energy"] = 0.0
-        return counters
+        counters = {"wall": time.perf_counter(), "cpu": time.process_time(), "energy": self.energy() or 0.0}
+        return counters | _machine_ticks()
 
 
 def other_cores(record: dict[str, Any]) -> float:
