@@ -98,6 +98,8 @@ class ThroughputMeter:
 
     data_wait_seconds: float = 0.0
     """Time spent waiting for data, in all."""
+    paused_seconds: float = 0.0
+    """Time left out by `paused`, in all."""
 
     def __init__(self) -> None:
         self._begin = time.perf_counter()
@@ -123,8 +125,12 @@ class ThroughputMeter:
     def paused(self) -> Iterator[None]:
         """Leave the time of the block out."""
         begin = time.perf_counter()
-        yield
-        self._begin += time.perf_counter() - begin
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - begin
+            self._begin += seconds
+            self.paused_seconds += seconds
 
     def count(self, images: int) -> None:
         """Add images that were trained on."""

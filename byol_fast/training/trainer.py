@@ -277,13 +277,13 @@ class Trainer:
         every = whole_steps_in(self.config.knn.every_epochs, self.loader, self.config.grad_accum_steps)
         if self.knn is None or state.evaluated_at == state.step or not self._is_due(every):
             return
+        self.queue_records()  # waits for the steps on the GPU: their time is not the evaluation's
         with self.throughput.paused():
             result = self.world.run_on_main(self._evaluate)
         if result is None:  # also after the last step: the run is not finished without its evaluation
             self._interrupt(self.world.all_reduce_max(self._shutdown.signum))
         which = "untrained, norms calibrated" if state.step == 0 else f"epoch {state.epoch:.4g}"
         progress.print(f"{result.summary()}  ({which})")
-        self.queue_records()
         record = {"step": state.step, "epoch": round(state.epoch, 4), **result.to_dict()}
         if state.step > 0 and result.knn.top1 > state.best:
             if self._checkpointer.saved_step != state.step:
@@ -367,8 +367,9 @@ class Trainer:
         self.save_checkpoint()
         raise self._interrupted(signum)
 
-    def _interrupted(self, signum: int, **options: bool) -> Interrupted:
-        return Interrupted(signum, self.run_dir, self.state.step, has_own_data=self._has_own_data, **options)
+    def _interrupted(self, signum: int, *, is_complete: bool = False) -> Interrupted:
+        step, own = self.state.step, self._has_own_data
+        return Interrupted(signum, self.run_dir, step, has_own_data=own, is_complete=is_complete)
 
     def _write_run_files(self) -> None:
         """Write `config.json` and `environment.json`, and open the metrics."""
