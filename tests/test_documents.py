@@ -15,6 +15,7 @@ from tests.documents import BLOCK, DOCUMENTS, ROOT
 HELP = [
     ["train", "imagenet_resnet50"], ["profile", "demo"], ["preview", "demo"], ["roofline", "demo"], ["doctor"],
     ["export"], ["eval", "knn"], ["eval", "linear"], ["eval", "finetune"], ["embed"], ["report"], ["bench"],
+    ["bench", "cifar10"],
 ]  # fmt: skip
 KNOWN = {"--resume", "--help"}
 """Options that no help text lists."""

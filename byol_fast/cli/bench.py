@@ -14,6 +14,10 @@ def main(argv: list[str]) -> int:
     """Run the command and return the exit code."""
     if argv and argv[0] == "compare":
         return _compare(argv[1:])
+    if argv and argv[0] == "cifar10":
+        from byol_fast.cli import bench_cifar10
+
+        return bench_cifar10.main(argv[1:])
     options = parse(Options, argv, "byol-fast bench")
 
     from byol_fast.bench.runner import Bench

@@ -33,6 +33,7 @@ usage: byol-fast COMMAND ...
   embed RUN FOLDER                write the features of every image; --neighbors adds a sheet of nearest neighbors
   report RUN [RUN ...]            write an HTML page: curves, evaluations, views, neighbors; several runs are compared
   bench [SUITE ...]               measure speed beside other libraries; `bench compare A B` compares two results
+  bench cifar10 [RECIPE ...]      train on CIFAR-10: time to a kNN accuracy, beside published times
   profile RECIPE | --resume RUN   profile training steps: where the time goes, and which options to change
   roofline RECIPE [--gpu H100]    estimate the maximum speed of a step on a GPU, without having one
   --version                       print the version
