@@ -25,6 +25,7 @@ from PIL import Image
 from benchmarks.gpu.item import Context, Item
 from benchmarks.gpu.items import ITEMS, cifar, common, gpu_tests, observe
 from benchmarks.gpu.items.timing import figures, interleaved
+from byol_fast.bench.speed_log import read_log
 from byol_fast.bench.timing import Timing
 from byol_fast.profiling import inductor
 
@@ -126,24 +127,21 @@ def archive(tmp_path: Path, photos: np.ndarray) -> Path:
     return path
 
 
-def test_archive_images_are_decoded_with_their_labels(archive: Path, photos: np.ndarray) -> None:
-    train, test = cifar.read_images(archive)
-    assert (len(train), len(test)) == (45, 15) and train.classes == test.classes == ("a", "b", "c")
-    assert train.labels is not None and train.labels.tolist() == sorted(train.labels.tolist())
-    numbers = sorted((n for n in range(60) if n % 4), key=lambda n: (n % 3, n))
-    errors = np.abs(train.images.astype(float) - photos[numbers]).mean(axis=(1, 2, 3))
-    others = np.abs(train.images.astype(float) - photos[numbers[::-1]]).mean(axis=(1, 2, 3))
-    assert errors.max() < 10 < np.median(others)  # loss of JPEG, and difference of unrelated images
+def test_archive_is_unpacked_up_to_a_number_of_images(archive: Path, tmp_path: Path) -> None:
+    cifar.unpack(archive, tmp_path / "some", most=4)
+    cifar.unpack(archive, tmp_path / "all")
+    counts = [len(list((tmp_path / name).glob("t*/?/*.jpg"))) for name in ("some", "all")]
+    assert counts == [4 * 6, 60]
 
 
 def test_cifar_recipe_is_rehearsed(archive: Path, tmp_path: Path) -> None:
     by_name = rehearse(replace(BY_NAME["cifar10_recipe"], files=(str(archive),)), tmp_path)
-    assert (by_name["images"]["train"], by_name["images"]["test"]) == (45, 15)
-    assert by_name["training"]["steps"] == 4 and math.isfinite(by_name["training"]["loss"])
-    accuracies = by_name["kNN top-1 on the test images"]
-    assert all(0 <= accuracies[f"knn_{k}_top1"] <= 1 for k in (20, 200))
-    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 3, 4]  # the timed steps left no trace
+    training = by_name["training"]
+    assert (training["steps"], training["epochs"], training["planned_epochs"]) == (4, 2.0, 2)
+    assert training["images_per_second"] > 0 and 0 <= training["knn_200_top1"] <= 1
+    log = read_log(tmp_path / "cifar10_fast-seed0.jsonl")
+    assert (log.header["images"]["train"], log.header["images"]["val"]) == (45, 15)
+    assert [line["step"] for line in log.evaluations] == [0, 2, 4]
 
 
 @pytest.mark.slow
