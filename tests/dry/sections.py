@@ -25,9 +25,13 @@ from PIL import Image
 
 from benchmarks.gpu.items import ITEMS
 from byol_fast import config as configs
+from byol_fast.bench.speed_plan import SpeedPlan, speed_run_config
+from byol_fast.bench.speed_run import train_all
 from byol_fast.cli import profile as profile_command
 from byol_fast.config import Config, recipes
+from byol_fast.evaluate.knn import KNNResult
 from byol_fast.training.callbacks import Callback
+from byol_fast.training.knn_monitor import EvalMetrics, KNNMonitor
 from byol_fast.training.train_step import StepOutput
 from byol_fast.training.trainer import Trainer
 from byol_fast.utils import checkpoint
@@ -127,6 +131,7 @@ def trainer(folder: Path) -> None:
     for number, run in enumerate(RUNS):
         config = configs.replace(run_config(folder, *run), {"name": f"run{number}"})
         attempt(f"trainer, {' '.join(run)}", functools.partial(_fit_and_resume, config))
+    attempt("speed run", functools.partial(_speed_run, folder))
 
 
 class _CountAndStop(Callback):
@@ -154,6 +159,20 @@ def _fit_and_resume(config: Config) -> str:
             raise AssertionError(f"resumed at step {resumed.state.step}, stopped at step {first.stop_at}")
         resumed.fit()
     return second.counts[-1].since(second.counts[-2])
+
+
+def _speed_run(folder: Path) -> str:
+    """`byol-fast bench cifar10` with epochs that fit a time, in a captured step."""
+    config = configs.replace(run_config(folder, "graph", "bf16", "sgd", "device_cache"), {"steps": 0, "epochs": 2})
+    config = configs.replace(config, {"knn.val_root": folder / "images.npz"})
+    plan = SpeedPlan(configs=(speed_run_config(config),), output=folder / "cifar10", minutes=10.0)
+    # kNN refuses labels that no kernel has copied.
+    knn = KNNResult(top1=0.5, top5=1.0, num_train=IMAGES, num_test=IMAGES, k=20)
+    metrics = EvalMetrics(knn=knn, num_train=IMAGES, num_val=IMAGES, rankme=1.0, probe_top1=None, is_full=False)
+    evaluation = mock.patch.object(KNNMonitor, "__call__", lambda *_, **__: metrics)
+    with mock.patch.object(checkpoint, "nonfinite", return_value=[]), evaluation:
+        (log,) = train_all(plan)
+    return ", ".join(f"epoch {line['epoch']:g} {line['watts']} W" for line in log.evaluations)
 
 
 def profile(folder: Path) -> None:
