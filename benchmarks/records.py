@@ -14,7 +14,9 @@ from typing import Any
 
 from benchmarks.gpu import results as queue_results
 from byol_fast import config as configs
+from byol_fast.bench.published import THRESHOLDS
 from byol_fast.bench.results import load
+from byol_fast.bench.speed_log import read_log
 from byol_fast.cli.demo import NAMES
 from byol_fast.config import Config
 from byol_fast.training.resume import config_digest
@@ -33,10 +35,6 @@ _TOP1 = record_of(dict.fromkeys(NAMES, _BY_KIND), required=True)
 _DEMO_RUN = record_of({"top1": _TOP1, "seconds": number, "num_val": count, **_RUN}, required=True)
 _DEMO_TRIAL = record_of(
     {"trial": record_of({}), "top1": _BY_KIND, "score": number, "cpu_seconds": number, "process_cpu_seconds": number}
-)
-_SPEED_RUN = record_of({"recipe": text, **_RUN}, required=True)
-_EVALUATION = record_of(
-    {"seconds": number, "epoch": number, "knn_top1": number, "knn_k": count, "num_val": count}, required=True
 )
 
 
@@ -173,20 +171,26 @@ def demo_trials(results: Path) -> dict[Path, list[dict[str, Any]]]:
 
 
 def speed_runs(results: Path) -> list[Runs]:
-    """Speed runs with at least one evaluation (`RECIPE-seedN.jsonl`), which are the `evaluations` of a run."""
-    files = ((path, _lines(path, _SPEED_RUN, _EVALUATION)) for path in sorted(results.rglob("*-seed*.jsonl")))
+    """Speed runs with at least one evaluation (`RECIPE-seedN.jsonl`).
+
+    Their fields are those of the log's first line, `evaluations` and `minutes_to`, the time to each of `THRESHOLDS`.
+    """
+    logs = [read_log(path) for path in sorted(results.rglob("*-seed*.jsonl"))]
     return _grouped(
-        (path, lines[0] | {"evaluations": lines[1:], "seconds": lines[-1]["seconds"]})
-        for path, lines in files
-        if len(lines) > 1
+        (
+            log.path,
+            log.header
+            | {"evaluations": log.evaluations, "minutes_to": {top1: log.minutes_to(top1) for top1 in THRESHOLDS}},
+        )
+        for log in logs
+        if log.evaluations
     )
 
 
-def _lines(path: Path, first: Kind, others: Kind | None = None) -> list[dict[str, Any]]:
-    """Objects of a file of JSON lines; the kind of those behind the first is `others`, if it is another."""
+def _lines(path: Path, kind: Kind) -> list[dict[str, Any]]:
+    """Objects of a file of JSON lines, all of one kind."""
     objects: list[dict[str, Any]] = []
     for line in read_json_lines(path):
-        kind = others if others and objects else first
         problem = "it must be a JSON object" if line.content is None else kind(line.content, "")
         if line.content is None or problem:
             raise ValueError(f"readme: {path.parent.name}/{path.name}, line {line.number}: {problem}")
@@ -213,7 +217,7 @@ def _speed(results: Path) -> Iterable[Record]:
     for runs in speed_runs(results):
         last = [run["evaluations"][-1] for run in runs.runs]
         value = mean_percent([line["knn_top1"] for line in last], last[0]["num_val"])
-        note = "" if all(run.get("finished", True) for run in runs.runs) else "not finished"
+        note = "" if all(run["finished"] for run in runs.runs) else "not finished"
         name = f"`{runs.runs[0]['recipe']}`, speed run"
         yield runs.record(name, f"kNN-{last[0]['knn_k']} top-1", value, note)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from benchmarks.records import (
     speed_runs,
 )
 from byol_fast.bench.published import CIFAR10_KNN, PUBLISHED, THRESHOLDS, Published
+from byol_fast.bench.speed_log import median_minutes
 from byol_fast.cli.demo import NAMES
 from byol_fast.config import recipes
 from byol_fast.report.formatting import duration, plural
@@ -127,8 +127,8 @@ def speed_table(results: Path) -> list[str]:
         rows.append([
             f"**`{runs.runs[0]['recipe']}`**, {plural(len(runs.runs), 'seed', 'seeds')}",
             mean_percent([line["knn_top1"] for line in last], last[0]["num_val"]),
-            _minutes([line["seconds"] for line in last]),
-            *(_minutes([_seconds_to(threshold, run["evaluations"]) for run in runs.runs]) for threshold in THRESHOLDS),
+            _minutes([run["seconds"] / 60 for run in runs.runs]),
+            *(_minutes([run["minutes_to"][top1] for run in runs.runs]) for top1 in THRESHOLDS),
             machine(runs.runs[0]["environment"]),
         ])  # fmt: skip
     if not groups:
@@ -173,20 +173,14 @@ def _file(path: Path) -> str:
     return f"`benchmarks/results/{path.parent.name}/{path.name}`"
 
 
-def _seconds_to(threshold: float, evaluations: Iterable[dict[str, Any]]) -> float | None:
-    """Training time of the first evaluation at or above an accuracy; None if there is none."""
-    return next((line["seconds"] for line in evaluations if line["knn_top1"] >= threshold), None)
-
-
-def _minutes(seconds: Sequence[float | None]) -> str:
+def _minutes(minutes: Sequence[float | None]) -> str:
     """Median over seeds, and the values of several."""
 
-    def minutes(value: float) -> str:
-        return "not reached" if math.isinf(value) else f"{value / 60:.1f}"
+    def shown(value: float | None) -> str:
+        return "not reached" if value is None else f"{value:.1f}"
 
-    values = sorted(math.inf if value is None else value for value in seconds)
-    middle = minutes(statistics.median(values))
-    return middle if len(values) == 1 else f"{middle} ({', '.join(map(minutes, values))})"
+    median = shown(median_minutes(minutes))
+    return median if len(minutes) == 1 else f"{median} ({', '.join(map(shown, minutes))})"
 
 
 TABLES: dict[str, Callable[[Path], list[str] | None]] = {

@@ -14,6 +14,8 @@ from benchmarks.records import EARLIER, KINDS
 from benchmarks.results_page import TABLES, demo_output, demo_table, recipes_table, speed_table, trials_table
 from byol_fast import config as configs
 from byol_fast.bench.published import PUBLISHED
+from byol_fast.bench.speed_log import SpeedLog
+from byol_fast.bench.speed_plan import speed_run_config
 from byol_fast.config import recipes
 from byol_fast.training.resume import config_digest
 
@@ -174,19 +176,20 @@ def test_trials_of_the_last_round_are_ranked(tmp_path: Path) -> None:
 
 
 def test_speed_run_has_the_median_time_to_each_accuracy(tmp_path: Path) -> None:
-    config = configs.replace(recipes.cifar10_resnet18(), {"epochs": 200})
     for seed, speed in enumerate((1.0, 2.0, 3.0)):
-        header = {"recipe": "cifar10_resnet18", "seed": seed, "epochs": 200, "command": "byol-fast bench cifar10"}
-        header |= {"config_digest": config_digest(config), "environment": ENVIRONMENT | {"gpu": "a GPU"}}
-        header["finished"] = seed < 2
-        lines = [
-            {"seconds": 60 * minutes * speed, "epoch": 10 * minutes, "knn_top1": top1, "knn_k": 200, "num_val": 10_000}
-            for minutes, top1 in ((1, 0.5), (2, 0.869), (3, 0.9 + 0.01 * seed))
-        ]
-        write_lines(tmp_path / "a_gpu" / f"cifar10_resnet18-seed{seed}.jsonl", [header, *lines])
+        config = speed_run_config(configs.replace(recipes.cifar10_resnet18(), {"epochs": 200, "seed": seed}))
+        path = tmp_path / "a_gpu" / f"cifar10_resnet18-seed{seed}.jsonl"
+        log = SpeedLog.new(path, config, command="byol-fast bench cifar10", minutes=None)
+        log.header |= {"environment": ENVIRONMENT | {"gpu": "a GPU"}, "finished": seed < 2, "starts": 1}
+        log.header |= {"images": {"train": 50_000, "val": 10_000, "fingerprint": "0"}, "seconds": 180 * speed}
+        for minutes, top1 in ((1, 0.5), (2, 0.869), (3, 0.9 + 0.01 * seed)):
+            line = {"seconds": 60 * minutes * speed, "epoch": 10 * minutes, "step": 100 * minutes, "knn_top1": top1}
+            log.evaluations.append(line | {"knn_low": 0.0, "knn_high": 1.0, "knn_k": 200, "num_val": 10_000})
+        path.parent.mkdir(exist_ok=True)
+        log.save()
     cells = row(speed_table(tmp_path), "**`cifar10_resnet18`**, 3 seeds")
     assert cells[1].endswith(", seeds 90.0 - 92.0")
-    assert cells[2:] == ["6.0 (3.0, 6.0, 9.0)", "4.0 (2.0, 4.0, 6.0)", "9.0 (6.0, 9.0, not reached)", "a GPU"]
+    assert cells[2:] == ["6.0 (3.0, 6.0, 9.0)", "4.0 (2.0, 4.0, 6.0)", "9.0 (not reached, 6.0, 9.0)", "a GPU"]
     *_, time, status = row(recipes_table(tmp_path), "`cifar10_resnet18`")
     assert (time, status) == ("6 min 00 s, a GPU", "measured with 200 epochs instead of 1000, not finished")
 

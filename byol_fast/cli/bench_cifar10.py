@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from byol_fast.bench.published import PUBLISHED
+from byol_fast.bench.published import CIFAR10_KNN
 from byol_fast.bench.speed_log import SUMMARY, SpeedLog, read_logs, summarize, table
 from byol_fast.bench.speed_plan import RECIPES, SpeedPlan, speed_run_config
 from byol_fast.cli.help import help_text
@@ -110,7 +110,7 @@ def chart(logs: Sequence[SpeedLog]) -> str:
         )
         for log in logs
     ]
-    series += [Series(f"{p.name} ({p.device})", [p.minutes], [100 * p.knn_top1], markers=True) for p in PUBLISHED]
+    series += [Series(f"{p.name} ({p.device})", [p.minutes], [100 * p.top1], markers=True) for p in CIFAR10_KNN]
     return line_chart(
         series,
         title="CIFAR-10: kNN top-1 accuracy by the time of training",

@@ -1,7 +1,7 @@
 """Configuration of a run: documented and validated frozen dataclasses, recipes, JSON and overrides."""
 
 from byol_fast.config.fields import ConfigError
-from byol_fast.config.io import differences, digest, from_dict, load, replace, to_dict, with_image_size, without_paths
+from byol_fast.config.io import differences, from_dict, load, replace, to_dict, with_image_size, without_paths
 from byol_fast.config.preprocessing import Preprocessing
 from byol_fast.config.schema import (
     Config,
@@ -26,7 +26,6 @@ __all__ = [
     "TauConfig",
     "ViewConfig",
     "differences",
-    "digest",
     "from_dict",
     "load",
     "replace",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
 import json
 from collections.abc import Mapping
 from operator import attrgetter
@@ -97,12 +96,6 @@ PATHS = ("name", "out", "data.root", "data.cache", "knn.val_root")
 def without_paths(config: Config) -> Config:
     """A configuration with the defaults in place of `PATHS`."""
     return replace(config, {name: attrgetter(name)(Config()) for name in PATHS})
-
-
-def digest(config: Config) -> str:
-    """SHA-256 of a configuration without its paths, in hexadecimal digits."""
-    values = json.dumps(to_dict(without_paths(config)), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(values.encode()).hexdigest()
 
 
 def from_dict(values: Mapping[str, object]) -> Config:

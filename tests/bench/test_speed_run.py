@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from byol_fast import config as configs
 from byol_fast.bench import speed_run
-from byol_fast.bench.published import PUBLISHED, THRESHOLDS
+from byol_fast.bench.published import CIFAR10_KNN, THRESHOLDS
 from byol_fast.bench.speed_images import Images
 from byol_fast.bench.speed_log import SpeedLog, median_minutes, read_log, summarize, table
 from byol_fast.bench.speed_plan import SpeedPlan, speed_run_config
@@ -33,6 +33,7 @@ from byol_fast.config import Config, ConfigError, recipes
 from byol_fast.data import SourceError
 from byol_fast.training.callbacks import Callback
 from byol_fast.training.errors import Interrupted
+from byol_fast.training.resume import config_digest
 from byol_fast.training.train_step import StepOutput
 from byol_fast.training.trainer import Trainer
 from byol_fast.utils.intervals import wilson_interval
@@ -142,8 +143,8 @@ def test_digest_leaves_paths_out(finished: Path) -> None:
     config = configs.load(finished / "cifar10_fast-seed0" / "config.json")
     assert config.data.root is not None and header["config"]["data"]["root"] is None
     moved = configs.replace(config, {"data.root": Path("elsewhere"), "out": Path("other"), "name": "x"})
-    assert header["config_digest"] == configs.digest(config) == configs.digest(moved)
-    assert configs.digest(configs.replace(config, {"optim.lr": 0.3})) != header["config_digest"]
+    assert header["config_digest"] == config_digest(config) == config_digest(moved)
+    assert config_digest(configs.replace(config, {"optim.lr": 0.3})) != header["config_digest"]
 
 
 def test_summary_and_chart_are_written(finished: Path) -> None:
@@ -153,7 +154,7 @@ def test_summary_and_chart_are_written(finished: Path) -> None:
     assert set(values["minutes_to"]) == {str(threshold) for threshold in THRESHOLDS}
     assert [p["minutes"] for p in summary["published"]] == [121.9, 108.3, 400.9, 164.0]
     chart = (finished / "knn.svg").read_text()
-    names = ["cifar10_fast-seed0", "cifar10_fast-seed1", *(f"{p.name} ({p.device})" for p in PUBLISHED)]
+    names = ["cifar10_fast-seed0", "cifar10_fast-seed1", *(f"{p.name} ({p.device})" for p in CIFAR10_KNN)]
     assert chart.startswith("<svg") and [name for name in names if name not in chart] == []
 
 
