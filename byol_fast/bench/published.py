@@ -21,7 +21,7 @@ class Published:
     method: str
     """Authors or library, such as `lightly BYOL`."""
     batch_size: int
-    """0 if the source does not name it."""
+    """Images per step, over all devices."""
     epochs: int
     protocol: Literal["kNN-200", "linear", "online linear"]
     """Evaluation on the test images: 200 nearest neighbors at temperature 0.1 (the best of all epochs), or a linear
@@ -40,8 +40,7 @@ class Published:
     @property
     def name(self) -> str:
         """Label for tables and charts."""
-        batch = f", batch {self.batch_size}" if self.batch_size else ""
-        return f"{self.method}{batch}, {self.epochs} epochs"
+        return f"{self.method}, batch {self.batch_size}, {self.epochs} epochs"
 
 
 CIFAR10_KNN = (
@@ -60,8 +59,9 @@ PUBLISHED = (
     Published("solo-learn", 256, 1000, "online linear", 0.9258, _SOLO_LEARN, "cifar10_resnet18"),
     Published("DeepMind", 4096, 1000, "linear", 0.743, _BYOL, "imagenet_resnet50", 480.0, "512 TPU v3 cores"),
     Published("DeepMind", 4096, 300, "linear", 0.725, _BYOL, "imagenet_resnet50_300"),
-    Published("solo-learn", 0, 100, "linear", 0.684, _SOLO_LEARN, "imagenet_resnet50_100"),
-    Published("yaox12", 0, 100, "linear", 0.643, _YAOX12, "imagenet_resnet50_100"),
+    Published("yaox12", 4096, 300, "linear", 0.7229, _YAOX12, "imagenet_resnet50_300"),
+    Published("solo-learn", 2048, 100, "linear", 0.6837, _SOLO_LEARN, "imagenet_resnet50_100"),
+    Published("yaox12", 4096, 100, "linear", 0.6434, _YAOX12, "imagenet_resnet50_100"),
     Published("Chen and He", 512, 100, "linear", 0.681, _SIMSIAM, "simsiam_imagenet"),
     Published("Chen and He", 512, 800, "linear", 0.918, _SIMSIAM, "simsiam_cifar10"),
 )
