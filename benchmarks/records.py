@@ -21,7 +21,7 @@ from byol_fast.cli.demo import NAMES
 from byol_fast.config import Config
 from byol_fast.training.resume import config_digest
 from byol_fast.utils.intervals import Interval, wilson_interval
-from byol_fast.utils.records import Kind, count, number, read_json, read_json_lines, record_of, text
+from byol_fast.utils.records import Kind, count, number, read_json, read_json_lines, record_of, share, text
 
 EARLIER = "measured with an earlier configuration"
 KINDS = ("as they are", "cropped", "shifted", "flipped")
@@ -29,12 +29,23 @@ KINDS = ("as they are", "cropped", "shifted", "flipped")
 _ENVIRONMENT = record_of(
     {"cpu": text, "cpus": count, "date": text, "packages": record_of({"torch": text}, required=True)}, required=True
 )
-_RUN = {"seed": count, "epochs": number, "command": text, "config_digest": text, "environment": _ENVIRONMENT}
-_BY_KIND = record_of(dict.fromkeys(KINDS, number), required=True)
+_BY_KIND = record_of(dict.fromkeys(KINDS, share), required=True)
 _TOP1 = record_of(dict.fromkeys(NAMES, _BY_KIND), required=True)
-_DEMO_RUN = record_of({"top1": _TOP1, "seconds": number, "num_val": count, **_RUN}, required=True)
+_DEMO_RUN = record_of(
+    {
+        "seed": count,
+        "top1": _TOP1,
+        "num_val": count,
+        "seconds": number,
+        "epochs": count,
+        "command": text,
+        "config_digest": text,
+        "environment": _ENVIRONMENT,
+    },
+    required=True,
+)
 _DEMO_TRIAL = record_of(
-    {"trial": record_of({}), "top1": _BY_KIND, "score": number, "cpu_seconds": number, "process_cpu_seconds": number}
+    {"trial": record_of({}), "top1": _BY_KIND, "score": share, "cpu_seconds": number, "process_cpu_seconds": number}
 )
 
 
@@ -237,7 +248,7 @@ def _queue(results: Path) -> Iterable[Record]:
             run="`cifar10_resnet18` on a GPU",
             quantity="kNN-200 top-1",
             value=value,
-            command="make gpu ONLY=cifar10_recipe",
+            command=f"make gpu ONLY=cifar10_recipe # at commit {header['commit'][:9]}",
             environment=header["environment"],
             environment_file=path,
             logs=(path, path.with_suffix("") / "log.txt"),

@@ -201,6 +201,9 @@ def test_damaged_files_and_unknown_tables_are_errors(measured: Path) -> None:
     write_lines(path, [demo_run(0, 0.7), demo_run(1, 0.7, environment={})])
     with pytest.raises(ValueError, match=r"demo_cpu/final.jsonl, line 2: environment.cpu is missing"):
         recipes_table(measured)
+    write_lines(path, [demo_run(0, 76.0)])
+    with pytest.raises(ValueError, match=r"line 1: top1.trained.as they are must be a number from 0 to 1, got 76.0"):
+        recipes_table(measured)
     path.write_text("no JSON\n")
     with pytest.raises(ValueError, match=r"demo_cpu/final.jsonl, line 1: it must be a JSON object"):
         recipes_table(measured)

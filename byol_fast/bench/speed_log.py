@@ -15,7 +15,7 @@ from byol_fast.bench.published import CIFAR10_KNN, THRESHOLDS
 from byol_fast.config import Config, ConfigError
 from byol_fast.training.resume import config_digest
 from byol_fast.utils.files import atomic_write
-from byol_fast.utils.records import count, flag, number, read_json_lines, record_of, text
+from byol_fast.utils.records import count, flag, number, read_json_lines, record_of, share, text
 
 FORMAT = 1
 SUMMARY = "summary.json"
@@ -37,7 +37,7 @@ _HEADER = record_of(
     required=True,
 )
 _EVALUATION = record_of(
-    {"seconds": number, "epoch": number, "step": count, "knn_top1": number, "knn_low": number, "knn_high": number},
+    {"seconds": number, "epoch": number, "step": count, "knn_top1": share, "knn_low": share, "knn_high": share},
     required=True,
 )
 

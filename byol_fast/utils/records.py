@@ -91,6 +91,7 @@ number = _kind(
     "a number", lambda v: isinstance(v, int | float) and not isinstance(v, bool) and abs(v) <= LARGEST_NUMBER
 )
 count = _kind("a whole number", lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= LARGEST_COUNT)
+share = _kind("a number from 0 to 1", lambda v: number(v, "") is None and 0 <= v <= 1)
 text = _kind("text", lambda v: isinstance(v, str))
 flag = _kind("true or false", lambda v: isinstance(v, bool))
 
