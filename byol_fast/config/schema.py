@@ -38,6 +38,7 @@ from byol_fast.config.fields import (
     expand_home,
     require,
 )
+from byol_fast.config.resnets import LIGHTLY_RESNET
 
 MAX_PIXELS = 2**32
 """Largest number of pixels in the batches of one view that are in memory at a time: 12 GiB."""
@@ -149,7 +150,7 @@ class ModelConfig:
     """Torchvision classification model, or `timm/NAME` if timm is installed; its classifier is removed."""
     cifar_stem: bool = False
     """ResNets of torchvision: replace the stem for small images by a 3x3 convolution with stride 1 and padding 1,
-    without max-pool."""
+    without max-pool. True for `resnet18_lightly`, which has no other."""
     zero_init_residual: bool = False
     """ResNets of torchvision: initialize every residual block as the identity (weight of its last norm = 0)."""
     pretrained: bool = False
@@ -179,6 +180,8 @@ class ModelConfig:
         require(isinstance(self.encoder, str), "config: model.encoder", "be a model's name", self.encoder, own)
         check_fields(self, "config: model.")
         require(bool(self.encoder), "config: model.encoder", "name a model", self.encoder)
+        if self.encoder == LIGHTLY_RESNET:
+            object.__setattr__(self, "cifar_stem", True)
         hidden, out = self.hidden_dim, self.projection_dim
         inner = hidden if self.projector_layers > 2 else 1
         contract = f"leave every layer of the heads at most {MAX_WEIGHTS:,} weights with projection_dim {out:,}"

@@ -81,9 +81,10 @@ def _metadata(config: Config, *, step: int, feature_dim: int) -> dict[str, Any]:
     """Content of `encoder.json`."""
     name = config.model.encoder
     # Programs that load the weights into torchvision's ResNet-18 need it; all other encoders are as their names say.
-    stem = {"cifar_stem": config.model.cifar_stem} if has_stem_relu(name) else {"cifar_stem": True, "stem_relu": False}
+    stem = {} if has_stem_relu(name) else {"stem_relu": False}
     return {
         "encoder": name,
+        "cifar_stem": config.model.cifar_stem,
         **stem,
         "feature_dim": feature_dim,
         "image_size": config.view1.size,

@@ -60,6 +60,12 @@ def test_options_of_a_recipe_stay_for_another_resnet(encoder: str) -> None:
             build_encoder(encoder, cifar_stem=config.model.cifar_stem, zero_init_residual=not config.model.cifar_stem)
 
 
+def test_configuration_of_lightlys_resnet_has_its_stem() -> None:
+    """In every recipe: what it computes has one digest, and the run's files tell the truth."""
+    for name in ("imagenet_resnet50", "cifar10_resnet18"):
+        assert parse_config(recipes.get(name), ["--model.encoder", "resnet18_lightly"], name).model.cifar_stem
+
+
 @pytest.mark.parametrize("encoder", ["timm/resnet18", "vit_b_16", "mobilenet_v3_small"])
 @pytest.mark.parametrize("option", RESNET_OPTIONS)
 def test_option_of_the_user_is_refused(encoder: str, option: str) -> None:
