@@ -14,6 +14,7 @@ from byol_fast import config as configs
 from byol_fast.bench.published import CIFAR10_KNN, THRESHOLDS
 from byol_fast.config import Config, ConfigError
 from byol_fast.training.resume import config_digest
+from byol_fast.utils.errors import CheckpointError, write_advice
 from byol_fast.utils.files import atomic_write
 from byol_fast.utils.records import count, flag, number, read_json_lines, record_of, share, text
 
@@ -88,8 +89,18 @@ class SpeedLog:
         return f"{self.header['recipe']}-seed{self.header['seed']}"
 
     def save(self) -> None:
-        """Write the file, atomically."""
-        atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in (self.header, *self.evaluations)))
+        """Write the file, atomically.
+
+        Raises:
+            CheckpointError: the disk is full or read-only.
+        """
+        try:
+            atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in (self.header, *self.evaluations)))
+        except OSError as error:
+            raise CheckpointError(
+                f"bench cifar10: {self.path} could not be written ({error}); {write_advice(error)}, then give the same "
+                "command again"
+            ) from error
 
     def drop_after(self, step: int, *, evaluated: bool) -> None:
         """Remove the evaluations after the checkpoint of a step, which are about to be made again; their time stays.

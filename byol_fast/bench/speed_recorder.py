@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from byol_fast.bench.speed_images import Images
 from byol_fast.bench.speed_log import SpeedLog
 from byol_fast.training.callbacks import Callback
+from byol_fast.training.metrics_file import read
 from byol_fast.training.run_dir import RunResult
 from byol_fast.training.train_step import StepOutput
 from byol_fast.training.trainer import Trainer
 from byol_fast.utils import env
+from byol_fast.utils.errors import CheckpointError
 from byol_fast.utils.intervals import wilson_interval
 from byol_fast.utils.telemetry import Telemetry
 
@@ -55,7 +58,12 @@ class SpeedRecorder(Callback):
         else:
             header["changes"] += env.differences(header["environment"], environment)
         header["starts"] += 1
-        self.log.drop_after(state.step, evaluated=state.evaluated_at == state.step)
+        is_evaluated = state.evaluated_at == state.step
+        self.log.drop_after(state.step, evaluated=is_evaluated)
+        if is_evaluated and state.step not in {line["step"] for line in self.log.evaluations}:
+            # Killed between the metrics and the log. The evaluation is not made again.
+            records = read(trainer.metrics.path)
+            self._add_line(next(r for r in reversed(records) if r["step"] == state.step and "knn_top1" in r))
         self._telemetry = Telemetry(trainer.device)
         self.log.save()
 
@@ -82,21 +90,12 @@ class SpeedRecorder(Callback):
         """Write a line, and save a checkpoint unless the evaluation was the best so far and has done so."""
         self._count(trainer)
         evaluated, now, mark = trainer.throughput.paused_seconds, self._marked(trainer), self._mark
-        low, high = wilson_interval(round(record["knn_top1"] * record["knn_num_val"]), record["knn_num_val"])
-        line = {
-            "seconds": now.seconds,
-            "epoch": record["epoch"],
-            "step": record["step"],
-            "knn_top1": record["knn_top1"],
-            "knn_low": low,
-            "knn_high": high,
-            "knn_k": record["knn_k"],
-            "num_val": record["knn_num_val"],
-            "images_per_second": None if mark is None else now.images_per_second(mark, trainer.global_batch_size),
-            "watts": None if mark is None else now.watts(mark),
-            "evaluation_seconds": evaluated - self._evaluated,
-        }
-        self.log.evaluations.append(line)
+        self._add_line(
+            record,
+            images_per_second=None if mark is None else now.images_per_second(mark, trainer.global_batch_size),
+            watts=None if mark is None else now.watts(mark),
+            evaluation_seconds=evaluated - self._evaluated,
+        )
         self.log.save()
         if record["step"] > 0 and self._saved_step != record["step"]:
             trainer.save_checkpoint()
@@ -108,12 +107,38 @@ class SpeedRecorder(Callback):
         """Write the time so far, unless not even the first start has begun."""
         self._count(trainer)
         if self.log.header["starts"]:
-            self.log.save()
+            with suppress(CheckpointError):  # on a full disk: the first error says so
+                self.log.save()
 
     def on_run_end(self, trainer: Trainer, result: RunResult) -> None:
         """Mark the run as finished."""
         self.log.header |= {"finished": True, "problem": result.problem}
         self.log.save()
+
+    def _add_line(
+        self,
+        record: dict[str, Any],
+        *,
+        images_per_second: float | None = None,
+        watts: float | None = None,
+        evaluation_seconds: float | None = None,
+    ) -> None:
+        """Add the line of an evaluation, from its record in the metrics and what was measured."""
+        low, high = wilson_interval(round(record["knn_top1"] * record["knn_num_val"]), record["knn_num_val"])
+        line = {
+            "seconds": self.log.header["seconds"],
+            "epoch": record["epoch"],
+            "step": record["step"],
+            "knn_top1": record["knn_top1"],
+            "knn_low": low,
+            "knn_high": high,
+            "knn_k": record["knn_k"],
+            "num_val": record["knn_num_val"],
+            "images_per_second": images_per_second,
+            "watts": watts,
+            "evaluation_seconds": evaluation_seconds,
+        }
+        self.log.evaluations.append(line)
 
     def _count(self, trainer: Trainer) -> None:
         """Add the time since the last call, without evaluations, to that of the training or the setup."""
