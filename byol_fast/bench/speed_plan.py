@@ -51,8 +51,26 @@ class PlannedRun:
     @property
     def checkpointed(self) -> Path | None:
         """Run folder to resume from; None if there is no checkpoint."""
-        folder = self.config.out / self.config.name
-        return folder if RunDir(folder).has_checkpoints() else None
+        return self._folder.path if self._folder.has_checkpoints() else None
+
+    def check_not_lost(self) -> None:
+        """Check that a log and the checkpoints of its run are both there.
+
+        Raises:
+            ConfigError: one of them is gone.
+        """
+        folder = self._folder
+        is_begun = folder.status.exists() or folder.has_checkpoints()
+        if is_begun and (self.log is None or not folder.has_checkpoints()):
+            gone = f"log, {folder.path}.jsonl," if self.log is None else "folder of checkpoints"
+            raise ConfigError(
+                f"bench cifar10: {folder.path} must have checkpoints, and a log beside it, but its {gone} is "
+                "gone; put it back, delete both, or choose another --output"
+            )
+
+    @property
+    def _folder(self) -> RunDir:
+        return RunDir(self.config.out / self.config.name)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,6 +131,7 @@ class SpeedPlan:
             if log is not None:
                 log.check_same(run.config, self.minutes)
             if not run.is_finished:
+                run.check_not_lost()
                 check_start(run.config, resume=None if log is None else run.checkpointed)
             runs.append(run)
         return runs

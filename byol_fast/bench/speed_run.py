@@ -19,6 +19,7 @@ from byol_fast.bench.speed_plan import SpeedPlan
 from byol_fast.bench.speed_recorder import SpeedRecorder
 from byol_fast.config import Config, ConfigError
 from byol_fast.training.callbacks import Callback
+from byol_fast.training.distributed import started_by_torchrun
 from byol_fast.training.errors import Interrupted
 from byol_fast.training.locks import exclusive
 from byol_fast.training.trainer import Trainer
@@ -41,10 +42,13 @@ def train_all(plan: SpeedPlan, callbacks: Sequence[Callback] = ()) -> list[Speed
         The logs of all runs of the plan.
 
     Raises:
-        ConfigError: a run cannot be continued, or `minutes` are too few for an epoch.
+        ConfigError: a run cannot be continued, or `minutes` are too few for an epoch, or there are several processes.
         SourceError: there are no images, or those of a set differ in size.
+        CheckpointError: a log, a checkpoint or the metrics could not be written.
         Interrupted: a signal; everything up to the last finished step is saved.
     """
+    if started_by_torchrun():
+        raise ConfigError("bench cifar10: must be one process, got several; start it without torchrun")
     runs = plan.runs()
     images: dict[str, Images] = {}
     for run in runs:
@@ -58,12 +62,13 @@ def train_all(plan: SpeedPlan, callbacks: Sequence[Callback] = ()) -> list[Speed
         if not run.is_planned and recipe not in planned:
             planned[recipe] = epochs_that_fit(plan, run.config, images[recipe])
     logs = []
-    for run in runs:
+    for i in range(len(runs)):
+        run = plan.runs()[i]  # again: another process may have trained it since
         if run.log is not None and run.is_finished:
             logs.append(run.log)
             continue
         recipe = run.config.recipe
-        config = plan.with_epochs(run.config, planned.get(recipe, run.config.epochs))
+        config = run.config if run.is_planned else plan.with_epochs(run.config, planned[recipe])
         log = run.log or SpeedLog.new(plan.log_path(config), config, command=plan.command, minutes=plan.minutes)
         logs.append(log)
         recorder = SpeedRecorder(log, images[recipe])
