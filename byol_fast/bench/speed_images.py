@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from byol_fast import config as configs
 from byol_fast.bench.speed_log import SpeedLog
 from byol_fast.config import Config, ConfigError
-from byol_fast.data.errors import SourceError
+from byol_fast.data.errors import CorruptImageError, SourceError
 from byol_fast.data.loaders.threads import resolve_num_threads
 from byol_fast.data.sources import ArraySource, ImageSource, open_train_val
 from byol_fast.data.sources.base import digest
@@ -39,9 +39,8 @@ class Images:
         """Open the images of a configuration; those that are no arrays are decoded once, into a file in its `out`.
 
         Raises:
-            SourceError: there are no images, or those of a set differ in size.
+            SourceError: there are no images, or one is corrupt, or those of a set differ in size.
             ConfigError: there are no labels or no validation images, or the file cannot be written.
-            CorruptImageError: an image cannot be decoded.
         """
         start = time.perf_counter()
         train, val = open_train_val(config)
@@ -94,7 +93,7 @@ def _decode(source: ImageSource, threads: int, which: str) -> NDArray[np.uint8]:
     """All images of a source, uint8 `[N, H, W, 3]`.
 
     Raises:
-        SourceError: they differ in size.
+        SourceError: they differ in size, or one is corrupt.
     """
     if isinstance(source, ArraySource):
         return source.images
@@ -104,7 +103,13 @@ def _decode(source: ImageSource, threads: int, which: str) -> NDArray[np.uint8]:
     images = np.empty((len(source), *first.shape), np.uint8)
 
     def load(i: int) -> None:
-        image = np.asarray(source.load(i))
+        try:
+            image = np.asarray(source.load(i))
+        except CorruptImageError as error:
+            raise SourceError(
+                f"bench cifar10: all {which} images must be intact, but {error.name} {error.reason}; replace it or "
+                "remove it"
+            ) from None
         if image.shape != first.shape:
             (h, w), (first_h, first_w) = image.shape[:2], first.shape[:2]
             raise SourceError(
