@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import tyro
+
 from byol_fast.bench.published import CIFAR10_KNN
 from byol_fast.bench.speed_log import SUMMARY, SpeedLog, read_logs, summarize, table
 from byol_fast.bench.speed_plan import RECIPES, SpeedPlan, speed_run_config
@@ -22,8 +24,17 @@ from byol_fast.utils.files import atomic_write
 
 COMMAND = "byol-fast bench cifar10"
 CHART = "knn.svg"
-_SET_HERE = {"--out": "--output", "--name": "--output", "--steps": "--epochs"}
+_SET_HERE = {
+    "--recipe": "RECIPE",
+    "--out": "--output",
+    "--name": "--output",
+    "--steps": "--epochs",
+    "--knn.enabled": "--knn.every-epochs",
+}
 """Options of a run that this command sets, and what to use instead."""
+
+
+_FREQUENT = ("seeds", "minutes", "output", *(name for name in FREQUENT if name not in {"folder", "name"}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +42,11 @@ class SpeedRunOptions(RunOptions):
     """Train on CIFAR-10: time to a kNN accuracy, beside published times.
 
     Finished runs in the output folder stay as they are, others continue from their checkpoint. The command itself sets
-    --out, --name and --steps.
+    --recipe, --out, --name, --steps and --knn.enabled.
     """
+
+    folder: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RECIPE ...")] = ()
+    """Recipes, before all options. Default: cifar10_lightly and cifar10_fast."""
 
     seeds: int = 1
     """Runs of each recipe, with the seeds --seed, --seed + 1, ..."""
@@ -45,8 +59,7 @@ class SpeedRunOptions(RunOptions):
 def main(argv: list[str]) -> int:
     """Run the command and return the exit code."""
     if not {"-h", "--help"}.isdisjoint(argv):
-        text = help_text(SpeedRunOptions, COMMAND, first=FREQUENT, show_defaults=False)
-        print(text.replace("[FOLDER]", f"[RECIPE ...] (default: {' '.join(RECIPES)})", 1), end="")
+        print(help_text(SpeedRunOptions, COMMAND, first=_FREQUENT, show_defaults=False), end="")
         return 0
     planned = plan(argv)
     planned.runs()  # raises errors before torch is imported
@@ -78,9 +91,14 @@ def plan(argv: list[str]) -> SpeedPlan:
         raise ConfigError(f"{COMMAND}: --minutes must not be given beside --epochs, it plans them; drop one of them")
     parsed = []
     for name in names:
-        recipe = speed_run_config(find_recipe(name, COMMAND, takes_folder=False))
+        recipe = speed_run_config(find_recipe(name, COMMAND, images="--data.root {}"))
         parsed.append(parse(SpeedRunOptions, words, COMMAND, SpeedRunOptions(config=recipe)))
     options = parsed[0]
+    if options.folder:
+        raise ConfigError(
+            f"{COMMAND}: recipes must come before the options, and images are given by --data.root; got "
+            f"{' '.join(options.folder[:3])} behind them"
+        )
     minutes = options.minutes
     return SpeedPlan(
         configs=tuple(one.resolve(words, COMMAND) for one in parsed),
@@ -113,7 +131,7 @@ def chart(logs: Sequence[SpeedLog]) -> str:
     series += [Series(f"{p.name} ({p.device})", [p.minutes], [100 * p.top1], markers=True) for p in CIFAR10_KNN]
     return line_chart(
         series,
-        title="CIFAR-10: kNN top-1 accuracy by the time of training",
+        title="CIFAR-10: kNN accuracy by time of training",
         x_label="minutes",
         y_label="kNN top-1, %",
         x_log=True,

@@ -70,15 +70,20 @@ class RunOptions:
         return recipes.drop_resnet_options(config, given)
 
 
-def find_recipe(name: str, command: str, *, takes_folder: bool = True) -> Config:
+def find_recipe(name: str, command: str, *, images: str = "{}") -> Config:
     """The configuration of the recipe that a command begins with.
+
+    Args:
+        name: of the recipe.
+        command: as in `byol-fast train`.
+        images: words that give it the path `{}` of images; empty if it takes none.
 
     Raises:
         ConfigError: there is no such recipe, or the word is the path of images.
     """
     if name not in recipes.RECIPES and Path(name).exists():
-        folder = f" {name}" if takes_folder else ""
-        raise ConfigError(f"{command}: {name} is not a recipe; it comes first: {command} RECIPE{folder}")
+        usage = f"{command} RECIPE {images.format(name)}".rstrip()
+        raise ConfigError(f"{command}: {name} is not a recipe; it comes first: {usage}")
     return recipes.get(name)
 
 

@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
         print(USAGE, end="")
         return 0 if argv and argv[0] in {"-h", "--help"} else print_error("byol-fast roofline: a recipe is missing", 2)
     prog = f"byol-fast roofline {name}"
-    recipe = find_recipe(name, "byol-fast roofline", takes_folder=False)
+    recipe = find_recipe(name, "byol-fast roofline", images="")
     options = parse(Options, argv, prog, Options(run=RunOptions(config=recipe)))
     if options.run.folder:
         raise ConfigError(f"{prog}: reads no images, got FOLDER {options.run.folder[0]}; drop it")
