@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import signal
 import statistics
 import tarfile
@@ -21,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from byol_fast import config as configs
-from byol_fast.bench import speed_run
+from byol_fast.bench import speed_log, speed_run
 from byol_fast.bench.published import CIFAR10_KNN, THRESHOLDS
 from byol_fast.bench.speed_images import Images
 from byol_fast.bench.speed_log import SpeedLog, median_minutes, read_log, summarize, table
@@ -36,6 +38,8 @@ from byol_fast.training.errors import Interrupted
 from byol_fast.training.resume import config_digest
 from byol_fast.training.train_step import StepOutput
 from byol_fast.training.trainer import Trainer
+from byol_fast.utils.errors import CheckpointError
+from byol_fast.utils.files import atomic_write
 from byol_fast.utils.intervals import wilson_interval
 from byol_fast.utils.telemetry import Telemetry
 from tests.conftest import real_data
@@ -191,13 +195,30 @@ def fail() -> None:
     raise RuntimeError("lost")
 
 
-def test_cut_run_continues_with_its_time(finished: Path, stripes: Path, tmp_path: Path) -> None:
-    """Once a signal in the first epoch, once an error in the second one, whose steps are lost."""
+def disk_full_at(num_lines: int) -> Callable[[Path, str], None]:
+    """`atomic_write` that cannot write files of this many lines or more."""
+
+    def write(path: Path, text: str) -> None:
+        if text.count("\n") >= num_lines:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        atomic_write(path, text)
+
+    return write
+
+
+def test_cut_run_continues_with_its_time(
+    finished: Path, stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal, a full disk at the first evaluation, and an error in the second epoch, whose steps are lost."""
     plan = plan_of(tmp_path, stripes)
     with pytest.raises(Interrupted, match="saved after step 3; go on with: byol-fast bench cifar10 cifar10_fast"):
         train_all(plan, [Act(3, lambda: os.kill(os.getpid(), signal.SIGINT))])
     first = read_log(tmp_path / "cifar10_fast-seed0.jsonl")
     assert not first.header["finished"] and [line["step"] for line in first.evaluations] == [0]
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match=r"seed0.jsonl could not .*; free space"):
+        patch.setattr(speed_log, "atomic_write", disk_full_at(3))
+        train_all(plan)
+    assert [line["step"] for line in read_log(first.path).evaluations] == [0]
     pause = 0.5
     with pytest.raises(RuntimeError, match="lost"):
         train_all(plan, [Act(EPOCH + 2, lambda: time.sleep(pause)), Act(EPOCH + 4, fail)])
@@ -207,7 +228,7 @@ def test_cut_run_continues_with_its_time(finished: Path, stripes: Path, tmp_path
     assert run(tmp_path, stripes) == 0
     last = read_log(first.path)
     assert [line["step"] for line in last.evaluations] == [0, EPOCH, 2 * EPOCH]
-    assert last.evaluations[:2] == second.evaluations and last.header["starts"] == 3
+    assert last.evaluations[:2] == second.evaluations and last.header["starts"] == 4
     assert last.evaluations[-1]["seconds"] > second.header["seconds"]
     assert_same_weights(encoder(tmp_path), encoder(finished))
     uncut = read_log(finished / first.path.name)
@@ -220,6 +241,50 @@ def test_finished_runs_stay_as_they_are(finished: Path, stripes: Path) -> None:
 
     before = times()
     assert run(finished, stripes) == 0 and times() == before
+
+
+class Arrival(Callback):
+    """Copies a finished run into the output while another one trains, as if another process had trained it."""
+
+    def __init__(self, finished: Path, output: Path) -> None:
+        self.finished, self.output = finished, output
+
+    def on_run_begin(self, trainer: Trainer) -> None:
+        name = "cifar10_fast-seed1"
+        shutil.copytree(self.finished / name, self.output / name)
+        shutil.copy(self.finished / f"{name}.jsonl", self.output)
+
+
+def test_run_of_another_process_stays_as_it_is(finished: Path, stripes: Path, tmp_path: Path) -> None:
+    copy_unfinished(finished, tmp_path)
+    logs = train_all(plan_of(tmp_path, stripes, seeds=2), [Arrival(finished, tmp_path)])
+    assert [log.header["starts"] for log in logs] == [2, 1]
+    name = "cifar10_fast-seed1.jsonl"
+    assert (tmp_path / name).read_text() == (finished / name).read_text()
+
+
+def copy_unfinished(finished: Path, output: Path) -> tuple[Path, Path]:
+    """The log and run folder of seed 0, as if the process had been killed just before the end."""
+    log = read_log(finished / "cifar10_fast-seed0.jsonl")
+    folder = output / log.name
+    shutil.copytree(finished / log.name, folder)
+    log.path, log.header["finished"] = output / log.path.name, False
+    log.save()
+    return log.path, folder
+
+
+def test_lost_log_or_checkpoints_are_named(finished: Path, stripes: Path, tmp_path: Path) -> None:
+    log, folder = copy_unfinished(finished, tmp_path)
+    plan = plan_of(tmp_path, stripes)
+    shutil.move(log, tmp_path / "moved")
+    with pytest.raises(ConfigError, match=r"its log, .*seed0.jsonl, is gone; put it back, delete both, or choose"):
+        plan.runs()
+    shutil.move(tmp_path / "moved", log)
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(ConfigError, match="its folder of checkpoints is gone; put it back, delete both, or choose"):
+        plan.runs()
+    shutil.rmtree(folder)
+    assert [run.checkpointed for run in plan.runs()] == [None]
 
 
 def test_evaluations_after_the_checkpoint_are_made_again(tmp_path: Path) -> None:
@@ -300,6 +365,9 @@ def test_images_of_several_sizes_are_refused(folder: Path, tmp_path: Path) -> No
     config = configs.replace(speed_run_config(recipes.cifar10_fast()), {"data.root": folder, "out": tmp_path / "out"})
     with pytest.raises(SourceError, match=r"all training images must have one size, got 32 x 32 .* 24 x 20 in .*other"):
         Images.prepare(config)
+    (folder / "train" / "a" / "other.png").write_bytes(b"no image")
+    with pytest.raises(SourceError, match=r"must be intact, but .*other.png is not an image; replace it or remove it"):
+        Images.prepare(config)
     assert not list((tmp_path / "out").glob("*"))
 
 
@@ -315,6 +383,12 @@ def test_unusable_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"CIFAR-10 is not in .*file and could not be downloaded .*give --data.root"):
         bench_cifar10.main(["cifar10_fast", "--data.cache", str(file), "--output", str(output)])
     assert not output.exists()
+
+
+def test_several_processes_are_refused(stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="start it without torchrun"):
+        train_all(plan_of(tmp_path, stripes))
 
 
 def test_another_configuration_is_refused(finished: Path, stripes: Path) -> None:

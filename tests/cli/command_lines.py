@@ -69,6 +69,7 @@ LONG_RUNS = {
     "--epochs": (3, 10**6),
     "--view1.size": (64, 8192),
     "--rounds": (1, 1000),
+    "--seeds": (1, 1000),
     "--steps-per-round": (1, 10_000),
     "--image-size": (64, 8192),
     "--data-images": (8, 100_000),
@@ -306,6 +307,10 @@ def _roofline(rng: random.Random) -> CommandLine:
 def _bench(rng: random.Random) -> CommandLine:
     if rng.random() < 0.5:
         return CommandLine(["bench", "compare"], [rng.choice([_run_folder(rng), _images(rng)]) for _ in range(2)])
+    if rng.random() < 0.5:
+        options = _run_options(rng)
+        del options["--steps"]
+        return CommandLine(["bench", "cifar10"], [_recipe(rng)], options)
     options = {"--rounds": ["1"], "--kernel-images": ["1"], "--data-images": ["1"], "--only": ["nothing"]}
     return CommandLine(["bench"], [rng.choice(("kernels", "data"))], options | {"--device": ["cpu"]})
 
