@@ -64,8 +64,8 @@ class PlannedRun:
         if is_begun and (self.log is None or not folder.has_checkpoints()):
             gone = f"log, {folder.path}.jsonl," if self.log is None else "folder of checkpoints"
             raise ConfigError(
-                f"bench cifar10: {folder.path} must have checkpoints, and a log beside it, but its {gone} is "
-                "gone; put it back, delete both, or choose another --output"
+                f"bench cifar10: {folder.path} must have checkpoints, and a log beside it, but its {gone} "
+                "is gone; put it back, delete both, or choose another --output"
             )
 
     @property

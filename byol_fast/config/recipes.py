@@ -126,7 +126,7 @@ def cifar10_fast() -> Config:
     - views: SimSiam's on CIFAR-10, with milder crops than the paper's and without solarization (as lightly's, when its
       table was made);
     - tau: the reference's for 100 epochs, with its cosine to 1;
-    - heads: the paper's, about 1 % of a step.
+    - heads: the paper's, about 1 % of the encoder's multiplications.
     """
     view = ViewConfig(size=32, scale=(0.2, 1.0), interpolation="bilinear", saturation=0.4, blur_p=0.0, solarize_p=0.0)
     return Config(
