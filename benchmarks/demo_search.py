@@ -56,7 +56,8 @@ BEFORE = dict(zip(SPACE, (28, 0.3, 64, 0.1, 0.97, 0.4, 0.5), strict=True))
 """Settings of the demo before the search, its first trial."""
 SHORT, MIDDLE, LONG = 40.0, 120.0, 300.0
 """CPU-seconds of training of all trials; of the better third and of neighbors of the best; of the best two, of
-`BEFORE`, and of the best with larger views."""
+`BEFORE`, and of the best with larger views. The demo has the best of the middle ones: where two threads train this
+network hardly faster than one, its three minutes are that long."""
 HELD_OUT = 200
 """Held-out images of each class."""
 
@@ -191,7 +192,7 @@ class Search:
 
 
 def _shape(settings: dict[str, Any]) -> tuple[int, int]:
-    """What the speed depends on."""
+    """Size and batch size, on which the speed depends."""
     return settings["size"], settings["batch_size"]
 
 
