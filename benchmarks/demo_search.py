@@ -11,7 +11,8 @@ one, and the best two to the longest round, beside the settings before the searc
 search that was cut goes on where it stopped. `final` runs the demo as it is, on all training images, once per seed;
 only there the validation images are used.
 
-Results: `search.jsonl`, a line for each measured speed and trial; `final.jsonl`, a line for each seed.
+Results: `search.jsonl`, a line for each measured speed and trial; `final.jsonl`, a line for each seed. Without `--save`
+they are those of the repository, whose search is complete: an empty folder repeats it.
 """
 
 from __future__ import annotations

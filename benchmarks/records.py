@@ -20,7 +20,7 @@ from byol_fast.bench.speed_log import read_log
 from byol_fast.cli.demo import NAMES
 from byol_fast.config import Config
 from byol_fast.training.resume import config_digest
-from byol_fast.utils.intervals import Interval, wilson_interval
+from byol_fast.utils.intervals import Interval, share_interval
 from byol_fast.utils.records import Kind, count, number, read_json, read_json_lines, record_of, share, text
 
 EARLIER = "measured with an earlier configuration"
@@ -142,7 +142,7 @@ def mean_percent(top1: Sequence[float], num_val: int) -> str:
         num_val: test images, the same for all seeds.
     """
     mean = statistics.fmean(top1)
-    value = percent(mean, wilson_interval(round(mean * num_val), num_val))
+    value = percent(mean, share_interval(mean, num_val))
     return value if len(set(top1)) == 1 else f"{value}, seeds {100 * min(top1):.1f} - {100 * max(top1):.1f}"
 
 

@@ -29,7 +29,7 @@ from byol_fast.training.resume import config_digest
 NOT_MEASURED, NOT_RECORDED = "not measured", "not recorded"
 NUM_TRIALS = 5
 """Best trials of each round in the tables of the demo's search."""
-SEARCH, NUM_HELD_OUT = "python -m benchmarks.demo_search search", 2000
+SEARCH, NUM_HELD_OUT = "python -m benchmarks.demo_search search --save FOLDER", 2000
 """Command of that search, and the training images that it holds out for the accuracies."""
 
 

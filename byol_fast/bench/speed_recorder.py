@@ -16,7 +16,7 @@ from byol_fast.training.train_step import StepOutput
 from byol_fast.training.trainer import Trainer
 from byol_fast.utils import env
 from byol_fast.utils.errors import CheckpointError
-from byol_fast.utils.intervals import wilson_interval
+from byol_fast.utils.intervals import share_interval
 from byol_fast.utils.telemetry import Telemetry
 
 SAVE_SECONDS = 5.0
@@ -124,7 +124,7 @@ class SpeedRecorder(Callback):
         evaluation_seconds: float | None = None,
     ) -> None:
         """Add the line of an evaluation, from its record in the metrics and what was measured."""
-        low, high = wilson_interval(round(record["knn_top1"] * record["knn_num_val"]), record["knn_num_val"])
+        low, high = share_interval(record["knn_top1"], record["knn_num_val"])
         line = {
             "seconds": self.log.header["seconds"],
             "epoch": record["epoch"],

@@ -6,7 +6,7 @@ import json
 import math
 from typing import Any
 
-from byol_fast.utils.intervals import Interval, wilson_interval
+from byol_fast.utils.intervals import Interval, share_interval
 from byol_fast.utils.records import number
 
 UNKNOWN = "?"
@@ -60,7 +60,7 @@ def accuracy_interval(share: float | None, num_images: float | None) -> Interval
     """95 % interval of an accuracy, 0..1; None where one of the two is not known."""
     if share is None or not 0 <= share <= 1 or not num_images or num_images < 1:
         return None
-    return wilson_interval(round(share * num_images), round(num_images))
+    return share_interval(share, round(num_images))
 
 
 def differ(a: Interval | None, b: Interval | None) -> bool:

@@ -28,3 +28,13 @@ def wilson_interval(hits: int, count: int, z: float = Z95) -> Interval:
     low, high = (center - half) / (1 + inverse), (center + half) / (1 + inverse)
     # Exact at 0 and 1, where rounding would leave 1e-17.
     return (0.0 if hits == 0 else low, 1.0 if hits == count else high)
+
+
+def share_interval(share: float, num_images: int) -> Interval:
+    """Wilson's 95 % interval of an accuracy.
+
+    Args:
+        share: of the images that are classified correctly, 0..1.
+        num_images: test images.
+    """
+    return wilson_interval(round(share * num_images), num_images)
