@@ -11,8 +11,8 @@ from byol_fast.config.schema import (
     OptimConfig,
     ProbeConfig,
     TauConfig,
-    ViewConfig,
 )
+from byol_fast.config.views import ViewConfig
 
 __all__ = [
     "Config",

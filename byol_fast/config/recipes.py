@@ -14,8 +14,8 @@ from byol_fast.config.schema import (
     ModelConfig,
     OptimConfig,
     TauConfig,
-    ViewConfig,
 )
+from byol_fast.config.views import ViewConfig
 
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2470, 0.2435, 0.2616)

@@ -17,8 +17,6 @@ from byol_fast.config.fields import (
     Device,
     Epochs,
     GradAccumSteps,
-    ImageSize,
-    Interpolation,
     LearningRate,
     Loader,
     Neighbors,
@@ -39,61 +37,10 @@ from byol_fast.config.fields import (
     require,
 )
 from byol_fast.config.resnets import LIGHTLY_RESNET
+from byol_fast.config.views import MAX_PIXELS, ViewConfig
 
-MAX_PIXELS = 2**32
-"""Largest number of pixels in the batches of one view that are in memory at a time: 12 GiB."""
 MAX_WEIGHTS = 2**28
 """Largest number of weights in a layer of the heads: 1 GiB."""
-CropArea = Annotated[float, Range(1e-6, 1)]
-CropRatio = Annotated[float, Range(0.01, 100)]
-JitterRange = Annotated[float, Range(0, 10)]
-BlurSigma = Annotated[float, Range(1e-3, 80)]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ViewConfig:
-    """Augmentation of one view; the defaults are view 1 of the paper (appendix B)."""
-
-    size: ImageSize = 224
-    """Height and width of the view in pixels."""
-    scale: tuple[CropArea, CropArea] = (0.08, 1.0)
-    """Area of the random crop as a fraction of the image's, smallest and largest."""
-    ratio: tuple[CropRatio, CropRatio] = (3 / 4, 4 / 3)
-    """Aspect ratio (width / height) of the random crop, smallest and largest; its logarithm is uniform."""
-    interpolation: Interpolation = "bicubic"
-    """Filter that resizes the crop (always antialiased)."""
-    hflip_p: Probability = 0.5
-    """Probability of a horizontal flip."""
-    color_jitter_p: Probability = 0.8
-    """Probability of the color jitter; its four adjustments are applied in random order."""
-    brightness: JitterRange = 0.4
-    """The brightness factor is uniform on 1 - brightness .. 1 + brightness."""
-    contrast: JitterRange = 0.4
-    """The contrast factor (about the mean of the gray image) is uniform on 1 - contrast .. 1 + contrast."""
-    saturation: JitterRange = 0.2
-    """The saturation factor is uniform on 1 - saturation .. 1 + saturation."""
-    hue: Annotated[float, Range(0, 0.5)] = 0.1
-    """The hue shift is uniform on -hue .. hue, in turns (0.5 is the opposite color)."""
-    grayscale_p: Probability = 0.2
-    """Probability of the conversion to gray."""
-    blur_p: Probability = 1.0
-    """Probability of the Gaussian blur."""
-    blur_sigma: tuple[BlurSigma, BlurSigma] = (0.1, 2.0)
-    """Standard deviation of the blur in pixels, smallest and largest."""
-    blur_kernel: Annotated[int, Range(0, 501)] = 23
-    """Largest width of the blur kernel in pixels, odd (it covers three sigma to each side); 0 for no limit."""
-    solarize_p: Probability = 0.0
-    """Probability of solarization: values at or above the threshold are inverted."""
-    solarize_threshold: Annotated[int, Range(0, 256)] = 128
-    """Threshold of the solarization, 0..256."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, "config: view.")
-        for name in ("scale", "ratio", "blur_sigma"):
-            low, high = getattr(self, name)
-            require(low <= high, f"config: view.{name}", "be the smallest and the largest value", (low, high))
-        kernel = self.blur_kernel
-        require(kernel == 0 or kernel % 2 == 1, "config: view.blur_kernel", "be 0 or odd", kernel)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -346,6 +293,11 @@ class Config:
     """Augmentation of the first view."""
     view2: ViewConfig = field(default_factory=lambda: ViewConfig(blur_p=0.1, solarize_p=0.2))
     """Augmentation of the second view."""
+    num_local_views: Annotated[int, Range(0, 16)] = 0
+    """Further, small views of an image (multi-crop, as in SwAV and DINO). The online network alone sees them; from each
+    it predicts the target's projections of both global views."""
+    local_view: ViewConfig = field(default_factory=lambda: ViewConfig(size=96, scale=(0.05, 0.25), blur_p=0.5))
+    """Augmentation of the local views; its defaults are DINO's (arXiv 2104.14294, appendix), with BYOL's jitter."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Encoder and heads."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -369,19 +321,34 @@ class Config:
             contract = f"be its default with method {self.method}, which has no such option"
             fix = f"set it to {default!r}"
             require(self.method == method or value == default, f"config: model.{option}", contract, value, fix)
-        require(
-            self.view1.size == self.view2.size,
-            "config: view2.size",
-            f"equal view1.size ({self.view1.size})",
-            self.view2.size,
-            "both views go through the same networks; set both by image_size",
-        )
+        self._check_views()
+
+    @property
+    def view_configs(self) -> tuple[ViewConfig, ...]:
+        """Configurations of all views of an image: two global ones, then the local ones."""
+        return (self.view1, self.view2, *[self.local_view] * self.num_local_views)
+
+    def _check_views(self) -> None:
+        """Check the views against each other, the method and the memory."""
+        sizes, k = [view.size for view in self.view_configs], self.num_local_views
+        can_differ, fix = self.model.view_batching != "concat", "set model.view_batching to batched"
+        contract = f"equal view1.size ({sizes[0]}) with model.view_batching concat"
+        require(can_differ or sizes[0] == sizes[1], "config: view2.size", contract, sizes[1], fix)
+        where = "config: num_local_views"
+        require(k == 0 or self.method == "byol", where, "be 0 with method simsiam, whose loss is of two views", k)
+        contract = "be 0 with model.view_batching concat, whose statistics are of two views"
+        require(k == 0 or can_differ, where, contract, k, fix)
+        contract = f"be at most the size of the global views, {min(sizes[:2])}, with num_local_views {k}"
+        size = self.local_view.size
+        require(k == 0 or size <= min(sizes[:2]), "config: local_view.size", contract, size)
+
         batches = self.data.prefetch + 1 + self.grad_accum_steps
+        pixels, most = sum(size**2 for size in sizes), 2 * MAX_PIXELS
         require(
-            batches * self.batch_size * self.view1.size**2 <= MAX_PIXELS,
+            batches * self.batch_size * pixels <= most,
             "config: batch_size",
             f"leave the views in memory (data.prefetch + grad_accum_steps + 1 = {batches:,} batches) at most "
-            f"{MAX_PIXELS:,} pixels each, {MAX_PIXELS // (batches * self.view1.size**2):,} images a batch",
+            f"{most:,} pixels, {most // (batches * pixels):,} images a batch",
             self.batch_size,
             "make the batch, the views or these numbers smaller",
         )
