@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from byol_fast.data.augment_params import PROBABILITIES, AugmentParams
 from byol_kernels import photometric
 from byol_kernels.photometric.params import ADJUSTMENTS, VALUES
 
-PIXELS_PER_CHUNK = 1 << 19
-"""Pixels of a view that a thread takes at a time: enough that calling the operators costs little beside them."""
+PIXELS_PER_CHUNK = 1 << 20
+"""Pixels of all views that a thread takes at a time: enough that calling the operators costs little beside them."""
 
 
 def apply_photometric(
@@ -57,7 +57,8 @@ def select_rows(params: AugmentParams, names: tuple[str, ...], rows: slice) -> d
     return {name: torch.from_numpy(getattr(params, name)[rows]) for name in names}
 
 
-def row_chunks(batch_size: int, size: int, num_threads: int) -> Iterator[slice]:
-    """Rows of a batch in the chunks that threads take, of about `PIXELS_PER_CHUNK` of `size` x `size` images."""
-    rows = max(1, min(PIXELS_PER_CHUNK // size**2, -(-batch_size // num_threads)))
+def row_chunks(batch_size: int, sizes: Iterable[int], num_threads: int) -> Iterator[slice]:
+    """Rows of a batch in the chunks that threads take, of about `PIXELS_PER_CHUNK` in views of some `sizes`."""
+    pixels = sum(size**2 for size in sizes)
+    rows = max(1, min(PIXELS_PER_CHUNK // pixels, -(-batch_size // num_threads)))
     return (slice(start, min(start + rows, batch_size)) for start in range(0, batch_size, rows))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 Views = tuple[Tensor, ...]
-"""Augmented views of the same images, each `[B, 3, S, S]`."""
+"""Augmented views of the same images, each `[B, 3, S, S]` with its own S: two global ones, then the local ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,13 +19,13 @@ class Batch:
     """Augmented views of the same images.
 
     Views are *raw* (uint8 in 0..255; the model normalizes and casts) or *ready* (floating point, normalized), logically
-    `[B, 3, H, W]` with the channels innermost in memory (`channels_last`). Views of one size are slices of one
+    `[B, 3, H, W]` with the channels innermost in memory (`channels_last`). Neighbors of one size are slices of one
     `[V, B, 3, H, W]` buffer: in eager mode a network takes them stacked without a copy (a CUDA graph copies them into
     its inputs, and torch.compile fuses the copy with the normalization).
     """
 
     views: Views
-    """Each `[B, 3, H, W]`."""
+    """Each `[B, 3, H, W]`: two global views, then the local ones."""
     labels: Tensor | None
     """Class of each image, int64 `[B]` on the CPU; None if the source has no labels."""
     index: Tensor
@@ -36,26 +37,33 @@ class Batch:
         return self.views[0].dtype == torch.uint8
 
 
-def empty_views(num_views: int, batch_size: int, size: int, *, device: torch.device, pin_memory: bool = False) -> Views:
-    """Uninitialized uint8 views, slices of one buffer; see `Batch`.
+def empty_views(sizes: Iterable[int], batch_size: int, *, device: torch.device, pin_memory: bool = False) -> Views:
+    """Uninitialized uint8 views, those of one size slices of one buffer; see `Batch`.
 
     Args:
-        num_views: number of views.
+        sizes: height and width of each view's images in pixels.
         batch_size: images of each view.
-        size: height and width of the images in pixels.
         device: where to allocate them.
         pin_memory: allocate page-locked memory of the CPU, for copies to a GPU beside other work.
 
     Returns:
-        `num_views` tensors `[batch_size, 3, size, size]`, channels_last.
+        A tensor `[batch_size, 3, size, size]` for each size, channels_last.
     """
-    shape = (num_views, batch_size, size, size, 3)
-    return torch.empty(shape, dtype=torch.uint8, device=device, pin_memory=pin_memory).permute(0, 1, 4, 2, 3).unbind()
+    views: list[Tensor] = []
+    for size, run in groupby(sizes):
+        shape = (len(list(run)), batch_size, size, size, 3)
+        buffer = torch.empty(shape, dtype=torch.uint8, device=device, pin_memory=pin_memory)
+        views += buffer.permute(0, 1, 4, 2, 3).unbind()
+    return tuple(views)
 
 
 def copy_views(views: Views) -> Views:
-    """Copies of views of one size, as slices of one buffer in the views' memory format."""
-    return torch.split(torch.cat(views), [len(view) for view in views])
+    """Copies of views, neighbors of one size as slices of one buffer in the views' memory format."""
+    copies: list[Tensor] = []
+    for _, run in groupby(views, key=lambda view: view.shape):
+        views_of_one_size = list(run)
+        copies += torch.cat(views_of_one_size).split([len(view) for view in views_of_one_size])
+    return tuple(copies)
 
 
 class ViewLoader(Protocol):

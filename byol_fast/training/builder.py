@@ -184,9 +184,13 @@ def _open_images(config: Config, data: object, world: World) -> tuple[ImageSourc
     """Images, and their batches; errors about their number and labels come before the networks are built."""
     train_source, val_source = open_train_val(config, data)
     check_labels(config, train_source, val_source)
-    views, (rank, size) = (config.view1, config.view2), (world.rank, world.size)
     sampler = BatchSampler(
-        len(train_source), views, batch_size=config.batch_size, seed=config.seed, shard_id=rank, num_shards=size
+        len(train_source),
+        config.view_configs,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        shard_id=world.rank,
+        num_shards=world.size,
     )
     return train_source, val_source, sampler
 

@@ -19,7 +19,6 @@ from byol_fast.data.loaders.threads import resolve_num_threads
 from byol_fast.data.sources import ArraySource, EncodedSource
 from byol_fast.data.sources.base import evenly_spaced
 from byol_fast.models import split_batchnorm
-from byol_fast.models.base import NUM_VIEWS
 from byol_fast.training.distributed import World
 from byol_fast.training.memory_estimate import GIB, MemoryEstimate, estimate_memory, try_estimate
 from byol_fast.training.train_step import TrainStep
@@ -33,7 +32,7 @@ REFUSED, WARNED = 1.15, 0.85
 of."""
 SAMPLED_IMAGES = 8
 """Images whose sizes are read, for the memory of decoding."""
-CHUNK_COPIES = 16
+CHUNK_COPIES = 8
 """Copies of a chunk of pixels, in bytes, that the augmentation of a thread has in memory at once (measured)."""
 
 
@@ -118,7 +117,7 @@ def loader_memory(config: Config, source: ImageSource, device: torch.device) -> 
         device: of the training.
     """
     backend = resolve_backend(config.data, source, device)
-    batch = NUM_VIEWS * config.batch_size * 3 * config.view1.size**2
+    batch = config.batch_size * 3 * sum(view.size**2 for view in config.view_configs)
     views = batch * (config.data.prefetch + 1 + config.grad_accum_steps)
     threads = resolve_num_threads(config.data.threads)
     decoding = threads * CHUNK_COPIES * 3 * PIXELS_PER_CHUNK + 2 * 3 * _pixels_at_once(source, threads)  # and a copy

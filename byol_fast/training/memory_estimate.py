@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from byol_fast.config import Config
 from byol_fast.data.batch import empty_views
 from byol_fast.models.activation_checkpoint import checkpoint_blocks
-from byol_fast.models.base import NUM_VIEWS, SSLModel
+from byol_fast.models.base import SSLModel
 from byol_fast.models.builder import build_model
 from byol_fast.training.lowp_weights import LowPrecisionWeights
 from byol_fast.utils.errors import reason
@@ -103,7 +103,7 @@ def estimate_memory(
             meter.add(tensor)
         copies = LowPrecisionWeights(model.networks(), dtype) if dtype is not None and has_copies else None
         weights = meter.allocated
-        views = empty_views(NUM_VIEWS, config.batch_size, config.view1.size, device=torch.device("cpu"))
+        views = empty_views([view.size for view in config.view_configs], config.batch_size, device=torch.device("cpu"))
         trained = [p for p in model.trainable_parameters() if p.requires_grad]
         for parameter in trained if keeps_gradients else ():
             parameter.grad = torch.empty_like(parameter)
@@ -117,7 +117,7 @@ def estimate_memory(
         weights=weights,
         optimizer=_STATES[config.optim.name] * sum(p.numel() * p.element_size() for p in trained),
         activations=activations,
-        backward=meter.peak - weights - views[0].untyped_storage().nbytes() - activations,
+        backward=meter.peak - weights - sum(view.nbytes for view in views) - activations,
     )
 
 

@@ -25,6 +25,7 @@ from tests.data.helpers import CPU, config_of, error, loader_of, pixels, plain, 
 
 VIEW1 = ViewConfig(size=16)
 VIEW2 = ViewConfig(size=16, blur_p=0.1, solarize_p=0.2)
+LOCAL = {"num_local_views": 2, "local_view.size": 8, "local_view.color_jitter_p": 0.0}
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ def test_views_stay_valid_while_later_batches_are_loaded(backend: str, source: I
 
 def test_resume_is_exact(backend: str, source: ImageSource) -> None:
     """40 or 48 images in batches of 8: 5 or 6 batches an epoch."""
-    config = config_of(backend, VIEW1, VIEW2)
+    config = replace(config_of(backend, VIEW1, VIEW2), LOCAL)
     loader, batches, states = loader_of(source, config), [], {}
     for number in range(12):
         if number in {3, 5, 7}:  # mid-epoch, the boundary of files, the second epoch
@@ -139,12 +140,15 @@ def test_resume_is_exact(backend: str, source: ImageSource) -> None:
         ({"batch_size": 4}, "batch_size"),
         ({"view1": {"blur_p": 0.5}}, "view1"),
         ({"view2": {"solarize_p": 0.5}}, "view2"),
+        ({"local_view.scale": (0.1, 0.2)}, "view3, view4"),
+        ({"num_local_views": 1}, "view4"),
+        ({"num_local_views": 3}, "view5"),
     ],
 )
 def test_state_of_other_settings_is_refused(
     changes: dict[str, Any], field: str, arrays: ArraySource, dali: None
 ) -> None:
-    config = config_of("dali", VIEW1, VIEW2)
+    config = replace(config_of("dali", VIEW1, VIEW2), LOCAL)
     state = loader_of(arrays, config).state_dict()
     with pytest.raises(ValueError, match=rf"but {field} changed"):
         loader_of(arrays, replace(config, changes)).load_state_dict(state)
@@ -198,15 +202,52 @@ def test_shards_are_parts_of_one_epoch(backend: str, arrays: ArraySource) -> Non
             assert torch.equal(*views)  # pixels do not depend on the batch size
 
 
-@pytest.mark.parametrize("num_views", [1, 3])
-def test_number_of_views_does_not_change_their_pixels(num_views: int, backend: str, source: ImageSource) -> None:
-    view_configs = (VIEW1, VIEW2, plain(16, hflip_p=0.5))[:num_views]
-    config = config_of(backend, VIEW1, VIEW2)
-    pairs = (take(loader_of(source, config, **more), 3) for more in ({}, {"view_configs": view_configs}))
-    for both, batch in zip(*pairs, strict=True):
-        assert len(batch.views) == num_views and torch.equal(batch.index, both.index)
-        for one, other in zip(batch.views, both.views, strict=False):
-            assert torch.equal(one, other)
+def test_number_of_views_does_not_change_their_pixels(backend: str, source: ImageSource) -> None:
+    """One view, two of two sizes, and these with local ones."""
+    config = config_of(backend, VIEW1, replace(VIEW2, {"size": 12}))
+    two, *others = (
+        take(loader_of(source, changed, **more), 3)
+        for changed, more in (
+            (config, {}),
+            (config, {"view_configs": (VIEW1,)}),
+            (replace(config, LOCAL), {}),
+            (replace(config, LOCAL | {"num_local_views": 3}), {}),
+        )
+    )
+    sizes = [[16], [16, 12, 8, 8], [16, 12, 8, 8, 8]]
+    for batches, expected in zip(others, sizes, strict=True):
+        for batch, of_two in zip(batches, two, strict=True):
+            assert [view.shape[-1] for view in batch.views] == expected and torch.equal(batch.index, of_two.index)
+            for one, other in zip(batch.views, of_two.views, strict=False):
+                assert torch.equal(one, other)
+            for i, view in enumerate(batch.views):  # of one configuration, with draws of its own
+                assert all(view.shape != other.shape or not torch.equal(view, other) for other in batch.views[:i])
+    for few, many in zip(others[1], others[2], strict=True):
+        assert all(torch.equal(*views) for views in zip(few.views, many.views, strict=False))
+
+
+def test_views_of_one_size_are_slices_of_one_buffer(backend: str, arrays: ArraySource) -> None:
+    batch = next(loader_of(arrays, replace(config_of(backend, VIEW1, VIEW2), LOCAL)))
+    for views in (batch.views[:2], batch.views[2:]):
+        stacked = stack_views(views)
+        assert torch.equal(stacked, torch.cat(views))
+        assert (stacked.data_ptr() == views[0].data_ptr()) == (backend != "dali")  # DALI owns its views
+
+
+def test_an_image_is_decoded_once_for_all_views(files: FileSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(config_of("threaded", VIEW1, VIEW2), LOCAL | {"data.prefetch": 1})
+    decoded: list[int] = []
+    load = FileSource.load_tensor
+
+    def counted(source: FileSource, i: int) -> torch.Tensor:
+        decoded.append(i)
+        return load(source, i)
+
+    monkeypatch.setattr(FileSource, "load_tensor", counted)
+    loader = loader_of(files, config)
+    batches = take(loader, loader.batches_per_epoch - 1)
+    loader.close()
+    assert sorted(decoded[: 8 * len(batches)]) == sorted(i for batch in batches for i in batch.index.tolist())
 
 
 def test_batch_larger_than_the_data_is_refused(backend: str, arrays: ArraySource) -> None:

@@ -38,7 +38,7 @@ class DeterministicLoader(ABC):
     Args:
         source: the images.
         config: of it `batch_size`, `seed` and `data` are used.
-        view_configs: configurations of the views, of one size.
+        view_configs: configurations of the views.
         device: where the batches go.
         shard_id: part of every epoch that this process takes.
         num_shards: number of parts.
@@ -64,7 +64,7 @@ class DeterministicLoader(ABC):
         self.num_threads = resolve_num_threads(config.data.threads)
         source.check_thread_safety(self.num_threads)
         self.source, self.config, self.view_configs, self.device = source, config, view_configs, device
-        self.size = view_configs[0].size
+        self.sizes = tuple(view.size for view in view_configs)
         self.corrupt = CorruptImages(
             source.sample_name,
             len(source),
@@ -108,7 +108,7 @@ class DeterministicLoader(ABC):
         """Let threads call `fill` for all rows of a batch, chunk by chunk."""
         if self._pool is None:
             self._pool = single_core_threads(self.num_threads, "byol-fast-views")
-        chunks = row_chunks(self.batch_size, self.size, self.num_threads)
+        chunks = row_chunks(self.batch_size, self.sizes, self.num_threads)
         return [self._pool.submit(fill, rows) for rows in chunks]
 
     def _batch(self, views: Views, index: NDArray[Any]) -> Batch:
@@ -149,10 +149,10 @@ class DeterministicLoader(ABC):
                 always are: corrupt ones that were replaced.
         """
         now, then = self._dataset_key(), state["dataset_key"]
-        changed = [name for name in now if now[name] != then.get(name)]
+        changed = [name for name in {**now, **then} if now.get(name) != then.get(name)]
         accept = self.config.data.accept_changed
         if changed and not (changed == ["images"] and accept):
-            details = "; ".join(f"{name} was {then.get(name)}, now is {now[name]}" for name in changed)
+            details = "; ".join(f"{name} was {then.get(name)}, now is {now.get(name)}" for name in changed)
             fix = " (--data.accept-changed resumes with the current files)" if "images" in changed else ""
             raise ValueError(
                 f"loader state: must belong to the same images and settings, but {', '.join(changed)} changed "

@@ -128,7 +128,7 @@ class DALILoader(DeterministicLoader):
 
     def _start_augment(self, spec: BatchSpec, crops: Views) -> tuple[BatchSpec, Views, list[Future[None]]]:
         """Let threads augment the crops of a batch."""
-        views = empty_views(len(crops), self.batch_size, self.size, device=self.device)
+        views = empty_views(self.sizes, self.batch_size, device=self.device)
         return spec, views, self._on_threads(partial(self._apply_photometric, views, spec, crops))
 
     def _augment_on_stream(self, pipe: Pipeline) -> tuple[BatchSpec, Views]:
@@ -138,7 +138,7 @@ class DALILoader(DeterministicLoader):
         def compute() -> Views:
             spec, crops = self._next_crops(pipe)
             specs.append(spec)
-            views = empty_views(len(crops), self.batch_size, self.size, device=self.device)
+            views = empty_views(self.sizes, self.batch_size, device=self.device)
             self._apply_photometric(views, spec, crops, slice(None))
             return views
 

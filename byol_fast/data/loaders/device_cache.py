@@ -81,7 +81,7 @@ class DeviceCacheLoader(DeterministicLoader):
         return views
 
     def _empty_views(self) -> Views:
-        return empty_views(len(self.view_configs), self.batch_size, self.size, device=self.device)
+        return empty_views(self.sizes, self.batch_size, device=self.device)
 
     def _index_and_keys(self, batch_number: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Numbers of a batch's images, and the keys of its views' parameters, on the device."""

@@ -29,8 +29,8 @@ def make_loader(
 
     Args:
         source: the training images.
-        config: of it `batch_size` (for each shard), `seed`, `data` and, by default, `view1` and `view2` are used.
-        view_configs: configurations of one or more views, of one size; None for `view1` and `view2`.
+        config: of it `batch_size` (for each shard), `seed`, `data` and, by default, its views are used.
+        view_configs: configurations of one or more views; None for `config.view_configs`.
         device: where the batches go.
         shard_id: part of every epoch that this process takes.
         num_shards: number of parts.
@@ -46,7 +46,7 @@ def make_loader(
         "num_shards": num_shards,
         "corrupt_list": corrupt_list,
     }
-    arguments = (source, config, (config.view1, config.view2) if view_configs is None else view_configs)
+    arguments = (source, config, config.view_configs if view_configs is None else view_configs)
     if backend.loader == "dali":
         from byol_fast.data.loaders.dali import DALILoader  # an optional package
 

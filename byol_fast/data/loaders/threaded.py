@@ -83,7 +83,7 @@ class ThreadedLoader(DeterministicLoader):
     def _start(self, batch_number: int) -> _PendingBatch:
         """Let threads fill a batch."""
         cpu = torch.device("cpu")
-        views = empty_views(len(self.view_configs), self.batch_size, self.size, device=cpu, pin_memory=self._on_gpu)
+        views = empty_views(self.sizes, self.batch_size, device=cpu, pin_memory=self._on_gpu)
         spec = self.sampler(batch_number)
         return _PendingBatch(spec, views, self._on_threads(partial(self._fill, views, spec)))
 
@@ -134,8 +134,7 @@ class ThreadedLoader(DeterministicLoader):
 
     def _augment_on_gpu(self, pending: _PendingBatch) -> Views:
         """Copy the crops to the GPU and launch the rest of the augmentation there."""
-        shape = len(self.view_configs), self.batch_size, self.size
-        views, crops = empty_views(*shape, device=self.device), empty_views(*shape, device=self.device)
+        views, crops = (empty_views(self.sizes, self.batch_size, device=self.device) for _ in range(2))
         for k, names in enumerate(self._names):
             if names:
                 crops[k].copy_(pending.views[k], non_blocking=True)
