@@ -37,7 +37,7 @@ def pretrain(
         recipe: name of a recipe (`byol_fast.config.recipes.RECIPES`), or a `Config`.
         resume: run folder to continue with its own configuration; `recipe` is then ignored.
         callbacks: hooks called during the run, see `byol_fast.Callback`.
-        image_size: height and width of both views in pixels: short for `view1={"size": ...}, view2={"size": ...}`.
+        image_size: height and width of the global views in pixels, short for `size` of `view1` and `view2`.
         **overrides: fields of the configuration, nested ones as mappings: `epochs=100, data={"threads": 1}`.
 
     Returns:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -13,6 +15,7 @@ import tyro
 from byol_fast import config as configs
 from byol_fast.cli.help import help_text
 from byol_fast.config import Config, ConfigError, recipes
+from byol_fast.config.fields import ImageSize, check
 from byol_fast.config.resnets import RESNET_OPTIONS
 from byol_fast.utils.output import PlainConsole
 
@@ -46,26 +49,24 @@ class RunOptions:
     folder: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FOLDER")] = ()
     """Images to train on: short for --data.root."""
     image_size: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """Height and width of both views in pixels: short for --view1.size and --view2.size."""
+    """Height and width of the global views in pixels: short for --view1.size and --view2.size."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
     """Configuration of the run."""
 
     def resolve(self, argv: Sequence[str], prog: str) -> Config:
-        """The configuration with the short forms filled in, and without options that its encoder has no place for.
+        """The configuration with the folder filled in, and without options that its encoder has no place for.
 
         Args:
             argv: the words that these options were parsed from.
             prog: the command, for error messages.
 
         Raises:
-            ConfigError: a folder beside `--data.root`, several folders, a size out of range, or an option that the
-                encoder has no place for among the words.
+            ConfigError: a folder beside `--data.root`, several folders, or an option that the encoder has no place for
+                among the words.
         """
         config = self.config
         if self.folder:
             config = configs.replace(config, {"data.root": Path(one_folder(self.folder, argv, prog))})
-        if self.image_size is not None:
-            config = configs.with_image_size(config, self.image_size)
         given = {name for name in (f"model.{name}" for name in RESNET_OPTIONS) if is_given(f"--{name}", argv)}
         return recipes.drop_resnet_options(config, given)
 
@@ -102,7 +103,7 @@ def parse(options: type[T], argv: Sequence[str], prog: str, default: T | None = 
         default: instance with the default values.
 
     Raises:
-        ConfigError: `--image-size` beside the size of a view, or an invalid value of a configuration.
+        ConfigError: `--image-size` beside the size of a view or out of range, or an invalid value of a configuration.
     """
     if not {"-h", "--help"}.isdisjoint(argv):
         print(help_text(options, prog, default=default, first=FREQUENT), end="")
@@ -112,6 +113,10 @@ def parse(options: type[T], argv: Sequence[str], prog: str, default: T | None = 
         raise ConfigError(
             f"{prog}: --image-size must not be given beside {given[0]}, it sets the size of both views; drop one"
         )
+    size = _last_number("--image-size", argv)
+    if size is not None:  # set here, before the views are made and checked against each other
+        check("image_size", ImageSize, size)
+        argv = [*argv, "--view1.size", f"{size}", "--view2.size", f"{size}"]
     if default is None:
         return tyro.cli(options, args=argv, prog=prog)
     return tyro.cli(options, args=argv, prog=prog, default=default)
@@ -138,3 +143,14 @@ def one_folder(folders: Sequence[str], argv: Sequence[str], prog: str) -> str:
 def is_given(option: str, argv: Sequence[str]) -> bool:
     """True if an option is among the words of a command."""
     return any(word.partition("=")[0].replace("_", "-") == option.replace("_", "-") for word in argv)
+
+
+def _last_number(option: str, argv: Sequence[str]) -> int | None:
+    """The value that an option was given last among the words of a command; None if there is none, or no number."""
+    number = None
+    for word, following in zip_longest(argv, argv[1:], fillvalue=""):
+        name, joined, value = word.partition("=")
+        if name.replace("_", "-") == option:
+            with contextlib.suppress(ValueError):
+                number = int(value if joined else following)
+    return number

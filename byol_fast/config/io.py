@@ -70,7 +70,7 @@ def _hint(config: object, name: str, names: list[str]) -> str:
 
 
 def with_image_size(config: Config, size: int) -> Config:
-    """A configuration with another size of both views, in pixels."""
+    """A configuration with another size of the global views, in pixels."""
     size = check("image_size", ImageSize, size)
     return replace(config, {"view1.size": size, "view2.size": size})
 
@@ -151,14 +151,19 @@ def load(path: Path) -> Config:
 
 
 def differences(a: Config, b: Config) -> dict[str, tuple[object, object]]:
-    """Dotted names of the fields in which two configurations differ, with both values."""
+    """Dotted names of the fields in which two configurations differ, with both values.
+
+    The fields of a view that neither has are left out: runs of before there were local views have its defaults, and not
+    those of their recipe.
+    """
+    unused = "local_view." if a.num_local_views == b.num_local_views == 0 else None
     result: dict[str, tuple[object, object]] = {}
 
     def walk(x: Mapping[str, Any], y: Mapping[str, Any], prefix: str) -> None:
         for name, value in x.items():
             if isinstance(value, dict):
                 walk(value, y[name], f"{prefix}{name}.")
-            elif value != y[name]:
+            elif value != y[name] and prefix != unused:
                 result[prefix + name] = (value, y[name])
 
     walk(to_dict(a), to_dict(b), "")

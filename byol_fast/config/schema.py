@@ -245,7 +245,7 @@ class Config:
     steps: Count = 0
     """Total number of optimizer steps; 0: determined by epochs."""
     batch_size: TrainBatchSize = 256
-    """Images per batch and process (each gives two views)."""
+    """Images per batch and process (each gives two views, and num_local_views more)."""
     grad_accum_steps: GradAccumSteps = 1
     """Batches whose gradients are averaged for one optimizer step and one target update. The learning rate scales with
     batch_size * grad_accum_steps * processes."""
@@ -296,8 +296,9 @@ class Config:
     num_local_views: Annotated[int, Range(0, 16)] = 0
     """Further, small views of an image (multi-crop, as in SwAV and DINO). The online network alone sees them; from each
     it predicts the target's projections of both global views."""
+    # Size, crop and blur of DINO (arXiv 2104.14294, appendix), with BYOL's jitter.
     local_view: ViewConfig = field(default_factory=lambda: ViewConfig(size=96, scale=(0.05, 0.25), blur_p=0.5))
-    """Augmentation of the local views; its defaults are DINO's (arXiv 2104.14294, appendix), with BYOL's jitter."""
+    """Augmentation of the local views."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Encoder and heads."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -339,8 +340,8 @@ class Config:
         contract = "be 0 with model.view_batching concat, whose statistics are of two views"
         require(k == 0 or can_differ, where, contract, k, fix)
         contract = f"be at most the size of the global views, {min(sizes[:2])}, with num_local_views {k}"
-        size = self.local_view.size
-        require(k == 0 or size <= min(sizes[:2]), "config: local_view.size", contract, size)
+        size, fix = self.local_view.size, "make it smaller; usual is about half of theirs"
+        require(k == 0 or size <= min(sizes[:2]), "config: local_view.size", contract, size, fix)
 
         batches = self.data.prefetch + 1 + self.grad_accum_steps
         pixels, most = sum(size**2 for size in sizes), 2 * MAX_PIXELS

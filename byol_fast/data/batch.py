@@ -61,8 +61,8 @@ def copy_views(views: Views) -> Views:
     """Copies of views, neighbors of one size as slices of one buffer in the views' memory format."""
     copies: list[Tensor] = []
     for _, run in groupby(views, key=lambda view: view.shape):
-        views_of_one_size = list(run)
-        copies += torch.cat(views_of_one_size).split([len(view) for view in views_of_one_size])
+        equal = list(run)
+        copies += torch.split(torch.cat(equal), [len(view) for view in equal])
     return tuple(copies)
 
 

@@ -177,3 +177,11 @@ def test_options_set_their_fields() -> None:
 def test_short_forms_are_stored_as_what_they_stand_for(words: str) -> None:
     changes = {"data.root": Path("photos"), "view1.size": 16, "view2.size": 16, "seed": 1}
     assert options.parse_config(recipes.demo(), words.split(), "x") == configs.replace(recipes.demo(), changes)
+
+
+@pytest.mark.parametrize("words", ["--image-size 64 {}", "{} --image_size=16 --image-size=64"])
+def test_image_size_is_that_of_the_views_that_others_are_checked_against(words: str) -> None:
+    """The recipe's views of 24 px are smaller than these local views."""
+    words = words.format("--num-local-views 2 --local-view.size 32")
+    views = options.parse_config(recipes.demo(), words.split(), "x").view_configs
+    assert [view.size for view in views] == [64, 64, 32, 32]

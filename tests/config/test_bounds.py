@@ -52,7 +52,7 @@ KINDS: list[Any] = [
     for _, kind in inspect.getmembers(module, dataclasses.is_dataclass)
     if kind.__module__ == module.__name__
 ] + [embed.Options, ScanData, BenchOptions]
-SMALL = {"view1": ViewConfig(size=1), "view2": ViewConfig(size=1), "data": DataConfig(prefetch=1)}
+SMALL = {name: ViewConfig(size=1) for name in ("view1", "view2", "local_view")} | {"data": DataConfig(prefetch=1)}
 REQUIRED: dict[Any, dict[str, Any]] = {Config: SMALL, embed.Options: {"encoder": Path("run"), "folder": Path("images")}}
 
 
@@ -115,6 +115,8 @@ def test_numbers_are_accepted_up_to_their_bounds(kind: Any, name: str, low: floa
         ({"view1.size": 8192, "view2.size": 8192}, 2**32 // (8192**2 * 4)),
         ({"data.prefetch": 64, "view1.size": 1024, "view2.size": 1024}, 2**32 // (1024**2 * 66)),
         ({"grad_accum_steps": 400}, 2**32 // (224**2 * 403)),
+        ({"num_local_views": 16}, 2**33 // ((2 * 224**2 + 16 * 96**2) * 4)),
+        ({"view1.size": 2048}, 2**33 // ((2048**2 + 224**2) * 4)),
     ],
 )
 def test_batches_in_memory_are_bounded(changes: dict[str, object], largest: int) -> None:

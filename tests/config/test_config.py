@@ -54,7 +54,12 @@ def test_every_recipe_survives_json(name: str) -> None:
         (lambda: Config(batch_size=1), "batch_size"),
         (lambda: Config(seed=-1), "seed"),
         (lambda: Config(name="a/b"), "name"),
-        (lambda: Config(view1=ViewConfig(size=32)), "view2.size"),
+        (lambda: Config(view1=ViewConfig(size=32), model=ModelConfig(view_batching="concat")), "view2.size"),
+        (lambda: Config(num_local_views=17), "num_local_views"),
+        (lambda: Config(num_local_views=1, method="simsiam"), "num_local_views"),
+        (lambda: Config(num_local_views=1, model=ModelConfig(view_batching="concat")), "num_local_views"),
+        (lambda: Config(num_local_views=1, view1=ViewConfig(size=95)), "local_view.size"),
+        (lambda: Config(num_local_views=1, view2=ViewConfig(size=95)), "local_view.size"),
         (lambda: Config(method="moco"), "method"),  # type: ignore[arg-type]
         (lambda: Config(mode="fast"), "mode"),  # type: ignore[arg-type]
         (lambda: Config(precision="fp8"), "precision"),  # type: ignore[arg-type]
@@ -137,6 +142,32 @@ def test_run_of_an_earlier_version_is_read(tensorboard: bool, log: tuple[str, ..
 def test_differences_name_fields_with_both_values() -> None:
     other = configs.replace(Config(), {"optim.lr": 0.9, "seed": 3})
     assert configs.differences(Config(), other) == {"optim.lr": (0.2, 0.9), "seed": (0, 3)}
+
+
+def test_local_views_differ_only_if_there_are_some() -> None:
+    demo = recipes.demo()
+    values = {name: value for name, value in configs.to_dict(demo).items() if "local" not in name}
+    earlier = configs.from_dict(values)  # a run of before there were local views
+    assert earlier.local_view != demo.local_view and configs.differences(earlier, demo) == {}
+    with_locals = configs.replace(demo, {"num_local_views": 1})
+    assert configs.differences(demo, with_locals) == {"num_local_views": (0, 1)}
+    assert configs.differences(with_locals, configs.replace(with_locals, {"local_view.size": 16})) == {
+        "local_view.size": (18, 16)
+    }
+    assert configs.differences(Config(), with_locals)["local_view.size"] == (96, 18)
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_every_recipe_of_byol_has_local_views(name: str) -> None:
+    config = recipes.get(name)
+    if config.method == "simsiam":
+        pytest.skip("its loss is of two views")
+    config = configs.replace(config, {"num_local_views": 2})
+    first, second, *local = config.view_configs
+    assert (first, second, local) == (config.view1, config.view2, [config.local_view] * 2)
+    assert config.local_view.size <= 0.75 * first.size and config.local_view.scale == (0.05, 0.25)
+    augmentation = {"size": 224, "scale": (0.08, 1.0), "blur_p": 0.5, "solarize_p": 0.0}
+    assert configs.replace(config.local_view, augmentation) == configs.replace(first, augmentation)
 
 
 # ------------------------------------------------------------------ the published settings, restated

@@ -32,6 +32,7 @@ def test_digest_is_of_the_fields_that_differ_from_their_defaults() -> None:
         {"knn.k": 19},
         {"precision": "bf16"},
         {"data.builtin": "none"},
+        {"num_local_views": 1},
     ],
     ids=lambda changes: next(iter(changes)),
 )
@@ -45,10 +46,11 @@ def test_digest_follows_what_is_computed(changes: dict[str, Any]) -> None:
         {"name": "other", "out": Path("elsewhere"), "recipe": "other", "seed": 3, "device": "cuda"},
         {"data.root": Path("images"), "data.loader": "device_cache", "data.threads": 1, "mode": "graph"},
         {"knn.every_epochs": 1, "knn.max_val": 100, "knn.full_at_end": True, "log": (), "checkpoint_every": 5},
+        {"local_view.size": 8, "local_view.blur_p": 0.3},
     ],
-    ids=["names", "execution", "evaluation"],
+    ids=["names", "execution", "evaluation", "views that there are none of"],
 )
-def test_digest_ignores_names_execution_and_evaluation(changes: dict[str, Any]) -> None:
+def test_digest_ignores_names_execution_evaluation_and_unused_views(changes: dict[str, Any]) -> None:
     assert config_digest(configs.replace(recipes.demo(), changes)) == config_digest(recipes.demo())
 
 

@@ -53,7 +53,8 @@ def peak_of_two_steps(config: Config, precision: Precision) -> int:
         steps = config.grad_accum_steps
         step = TrainStep(model, optimizer, SCHEDULE, precision=precision, grad_accum_steps=steps)
         for number in range(2):
-            views = [empty_views(2, config.batch_size, config.view1.size, device=CPU) for _ in range(steps)]
+            sizes = [view.size for view in config.view_configs]
+            views = [empty_views(sizes, config.batch_size, device=CPU) for _ in range(steps)]
             for view in (view for batch in views for view in batch):
                 view.random_(0, 256)
             step([Batch(batch, None, torch.arange(config.batch_size)) for batch in views], number)
