@@ -205,7 +205,7 @@ def main() -> None:
         config = configs.replace(recipes.imagenet_resnet50(), {"seed": SEED})
         samples = preview.load_samples(open_source(folder), config, device=torch.device("cpu"), num=len(SCENES))
         samples = [dataclasses.replace(sample, name=Path(sample.name).name) for sample in samples]
-        sheet = preview.draw_sheet(samples, "imagenet_resnet50", f"224 px, seed {SEED}, epoch 0")
+        sheet = preview.draw_sheet(samples, "imagenet_resnet50", f"seed {SEED}, epoch 0")
         preview.write(sheet, Path(__file__).with_name("contact_sheet.png"))
 
 

@@ -17,7 +17,7 @@ from byol_fast.utils.files import check_png_file
 USAGE = """\
 usage: byol-fast preview RECIPE [FOLDER] [--num N] [--output FILE.png] [--epoch E] [--check] [--option ...]
 
-Draws images, their two views as in training and the augmentation parameters into preview.png. With --check it also
+Draws images, their views as in training and the augmentation parameters into preview.png. With --check it also
 compares every operator with torchvision on your images, and exits with 1 if an error is too large.
 `byol-fast preview RECIPE --help` lists every option with the recipe's value.
 """

@@ -184,7 +184,7 @@ def _by_class(xy_N2: NDArray[np.float32], labels: NDArray[np.int64] | None, clas
 
 def _views(source: ImageSource, config: Config, device: torch.device) -> str:
     sheet = preview.contact_sheet(source, config, device=device, num=NUM_VIEWS)
-    return figure(sheet, "Images, and their two views in the first epoch")
+    return figure(sheet, "Images, and their views in the first epoch")
 
 
 def _neighbors(source: ImageSource, features: Tensor, caption: str) -> str:

@@ -1,11 +1,11 @@
-"""Contact sheet of images, their two views from the run's own loader, and the augmentation parameters of these."""
+"""Contact sheet of images, their views from the run's own loader, and the augmentation parameters of these."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -23,14 +23,16 @@ from byol_fast.utils.files import check_png_file, output_file
 from byol_kernels.photometric.params import ADJUSTMENTS, HUE
 
 INK, FAINT, PAPER, TRAY = "#1f2328", "#59636e", "#ffffff", "#f3f4f6"
-VIEW_COLORS = ("#0969da", "#b64f00")
+VIEW_COLORS = ("#0969da", "#b64f00", "#1a7f37")
+"""Of the two global views, and of the local ones."""
 
 TILE = 224
 """Width of a view, and of the text below it, in pixels."""
 MARGIN, GAP, HEADING, LINE = 28, 20, 26, 16
 TEXT, TITLE = 12, 20
 LABEL_WIDTH, TAG = 52, 16
-MAX_COLUMNS = 2
+MAX_TILES, MAX_VIEWS = 6, 5
+"""Largest number of pictures beside each other, and of views of an image: more take further lines."""
 
 Box = tuple[int, int, int, int]
 Operation = tuple[str, list[str]]
@@ -39,17 +41,17 @@ Operation = tuple[str, list[str]]
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """An image and its two views."""
+    """An image and its views."""
 
     name: str
     """Name in its source."""
     original: Image.Image
     """The image as stored."""
-    views: tuple[Image.Image, Image.Image]
-    """Inputs of the network before the normalization."""
-    boxes: tuple[Box, Box]
+    views: tuple[Image.Image, ...]
+    """Inputs of the network before the normalization: two global views, then the local ones."""
+    boxes: tuple[Box, ...]
     """Crops: top, left, height, width."""
-    operations: tuple[list[Operation], list[Operation]]
+    operations: tuple[list[Operation], ...]
     """Operators of each view."""
 
 
@@ -60,7 +62,7 @@ def contact_sheet(
     samples = load_samples(source, config, device=device, num=num, epoch=epoch)
     backend = resolve_backend(config.data, source, device)
     loader = f"{backend.loader} on {device.type}, colors by {'our kernels' if backend.augment == 'kernels' else 'DALI'}"
-    subtitle = f"{config.view1.size} px, seed {config.seed}, epoch {epoch}; {loader}; {source.describe()}"
+    subtitle = f"seed {config.seed}, epoch {epoch}; {loader}; {source.describe()}"
     return draw_sheet(samples, config.recipe, subtitle)
 
 
@@ -92,7 +94,7 @@ def load_samples(
     loader.close()
     index = batch.index.numpy()[:num]
     pixels = _to_uint8(batch, config)
-    views = (config.view1, config.view2)
+    views = config.view_configs
     params = [sample_augment_params(view, index, seed=config.seed, epoch=epoch, view=i) for i, view in enumerate(views)]
     samples = []
     for row, i in enumerate(index.tolist()):
@@ -105,9 +107,9 @@ def load_samples(
             Sample(
                 name=source.sample_name(i),
                 original=original,
-                views=(Image.fromarray(pixels[0][row]), Image.fromarray(pixels[1][row])),
-                boxes=(boxes[0], boxes[1]),
-                operations=(operations[0], operations[1]),
+                views=tuple(Image.fromarray(view[row]) for view in pixels),
+                boxes=tuple(boxes),
+                operations=tuple(operations),
             )
         )
     return samples
@@ -127,13 +129,13 @@ def _to_uint8(batch: Batch, config: Config) -> list[NDArray[np.uint8]]:
 
 def _operations(
     view: ViewConfig,
-    views: tuple[ViewConfig, ViewConfig],
+    views: tuple[ViewConfig, ...],
     params: AugmentParams,
     row: int,
     box: Box,
     size: tuple[int, int],
 ) -> list[Operation]:
-    """Operators of one view of an image; of those that either view may have."""
+    """Operators of one view of an image; of those that any view may have."""
     top, left, h, w = box
     operations = [("crop", [f"{w} x {h} at {left}, {top} ({h * w / (size[0] * size[1]):.0%})"])]
     order = [a for a in params.order[row].tolist() if getattr(view, ADJUSTMENTS[a]) > 0]
@@ -168,47 +170,88 @@ def draw_sheet(samples: list[Sample], title: str, subtitle: str) -> Image.Image:
         An RGB image. Views keep their pixels, enlarged by an integer factor if they are small; views of 448 pixels and
         more are reduced to 224.
     """
-    size = samples[0].views[0].width
-    tile = size * round(TILE / size) or TILE
-    step = max(tile, TILE) + GAP
-    columns = min(MAX_COLUMNS, len(samples))
-    num_lines = max(
-        sum(max(len(lines), 1) for _, lines in operations) for sample in samples for operations in sample.operations
-    )
-    card = (3 * step - GAP + 2 * MARGIN, tile + GAP // 2 + num_lines * LINE + MARGIN)
+    grid = _Grid.of(samples)
+    across, down = 1 + grid.num_across, -(-len(samples[0].views) // grid.num_across)
+    columns = min(max(MAX_TILES // across, 1), len(samples))
+    card = (across * grid.step - GAP + 2 * MARGIN, down * grid.line - HEADING - GAP + MARGIN)
     top = MARGIN + TITLE + LINE + 2 * GAP + HEADING
     canvas = Image.new("RGB", (columns * card[0], top + -(-len(samples) // columns) * card[1]), PAPER)
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default
     draw.text((MARGIN, MARGIN - 4), title, INK, font(TITLE))
     draw.text((MARGIN, MARGIN + TITLE + 4), subtitle, FAINT, font(TEXT))
     for column in range(columns):
-        for k, (name, color) in enumerate(zip(("original", "view 1", "view 2"), (INK, *VIEW_COLORS), strict=True)):
-            left = column * card[0] + MARGIN + k * step
-            draw.text((left, top - HEADING), name, color, font(TEXT + 2))
-            draw.line((left, top - 5, left + step - GAP - 1, top - 5), color, 2)
+        left = column * card[0] + MARGIN
+        _draw_heading(draw, (left, top), grid, "original", INK)
+        for k, view in enumerate(samples[0].views[: grid.num_across]):
+            _draw_heading(draw, (left + (1 + k) * grid.step, top), grid, _view_name(k, view), _view_color(k))
     for n, sample in enumerate(samples):
         row, column = divmod(n, columns)
-        _draw_card(canvas, sample, (column * card[0] + MARGIN, top + row * card[1]), tile, step)
+        _draw_card(canvas, sample, (column * card[0] + MARGIN, top + row * card[1]), grid)
     return canvas
 
 
-def _draw_card(canvas: Image.Image, sample: Sample, at: tuple[int, int], tile: int, step: int) -> None:
-    """Draw an image and its views, with their descriptions below."""
+class _Grid(NamedTuple):
+    """Places of the pictures of an image, in pixels."""
+
+    tile: int
+    """Width of the largest picture."""
+    step: int
+    """From one picture to the next."""
+    line: int
+    """From one line of views to the next."""
+    num_across: int
+    """Views in a line."""
+
+    @classmethod
+    def of(cls, samples: list[Sample]) -> _Grid:
+        """A grid with room for every view and the lines of its operators."""
+        tile = max(_tile(view) for view in samples[0].views)
+        operations = (operations for sample in samples for operations in sample.operations)
+        num_lines = max(sum(max(len(lines), 1) for _, lines in of_view) for of_view in operations)
+        line = tile + GAP // 2 + num_lines * LINE + GAP + HEADING
+        return cls(tile, max(tile, TILE) + GAP, line, min(MAX_VIEWS, len(samples[0].views)))
+
+
+def _tile(view: Image.Image) -> int:
+    """Width of a view in the sheet."""
+    return view.width * round(TILE / view.width) or TILE
+
+
+def _view_name(k: int, view: Image.Image) -> str:
+    return f"view {k + 1}{' (local)' if k > 1 else ''}, {view.width} px"
+
+
+def _view_color(k: int) -> str:
+    return VIEW_COLORS[min(k, 2)]
+
+
+def _draw_heading(draw: ImageDraw.ImageDraw, at: tuple[int, int], grid: _Grid, name: str, color: str) -> None:
+    """Draw the heading above a picture."""
+    left, top = at
+    draw.text((left, top - HEADING), name, color, ImageFont.load_default(TEXT + 2))
+    draw.line((left, top - 5, left + grid.step - GAP - 1, top - 5), color, 2)
+
+
+def _draw_card(canvas: Image.Image, sample: Sample, at: tuple[int, int], grid: _Grid) -> None:
+    """Draw an image and its views, with their descriptions below, and headings above all but the first line."""
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(TEXT)
     left, top = at
-    below = top + tile + GAP // 2
-    _draw_original(canvas, sample, at, tile)
-    draw.text((left, below), _shortened(sample.name, draw, step - GAP), INK, font)
+    below = top + grid.tile + GAP // 2
+    _draw_original(canvas, sample, at, grid.tile)
+    draw.text((left, below), _shortened(sample.name, draw, grid.step - GAP), INK, font)
     draw.text((left, below + LINE), f"{sample.original.width} x {sample.original.height}", FAINT, font)
     for k, (view, operations) in enumerate(zip(sample.views, sample.operations, strict=True)):
-        left += step
+        line, column = divmod(k, grid.num_across)
+        x, y, tile = left + (1 + column) * grid.step, top + line * grid.line, _tile(view)
+        if line > 0:
+            _draw_heading(draw, (x, y), grid, _view_name(k, view), _view_color(k))
         resampling = Image.Resampling.NEAREST if tile >= view.width else Image.Resampling.LANCZOS
-        canvas.paste(view.resize((tile, tile), resampling), (left, top))
-        y = below
+        canvas.paste(view.resize((tile, tile), resampling), (x, y))
+        y += grid.tile + GAP // 2
         for label, lines in operations:
-            draw.text((left, y), label, VIEW_COLORS[k] if lines else FAINT, font)
-            for line in lines or ["-"]:
-                draw.text((left + LABEL_WIDTH, y), line, INK if lines else FAINT, font)
+            draw.text((x, y), label, _view_color(k) if lines else FAINT, font)
+            for text in lines or ["-"]:
+                draw.text((x + LABEL_WIDTH, y), text, INK if lines else FAINT, font)
                 y += LINE
 
 
@@ -227,7 +270,7 @@ def _shortened(name: str, draw: ImageDraw.ImageDraw, width: int) -> str:
 
 
 def _draw_original(canvas: Image.Image, sample: Sample, at: tuple[int, int], tile: int) -> None:
-    """Draw the whole image with the outlines of both crops."""
+    """Draw the whole image with the outlines of all crops."""
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(TEXT)
     scale = tile / max(sample.original.size)
     width, height = (max(1, round(side * scale)) for side in sample.original.size)
@@ -240,10 +283,10 @@ def _draw_original(canvas: Image.Image, sample: Sample, at: tuple[int, int], til
         x0, y0 = left + round(x * scale), top + round(y * scale)
         x1, y1 = max(left + round((x + w) * scale), x0 + TAG), max(top + round((y + h) * scale), y0 + TAG)
         draw.rectangle((x0, y0, x1 - 1, y1 - 1), outline=PAPER, width=4)
-        draw.rectangle((x0 + 1, y0 + 1, x1 - 2, y1 - 2), outline=VIEW_COLORS[number], width=2)
-        tags.append(((x0 + 1, y0 + 1), (x1 - TAG, y1 - TAG))[number])
+        draw.rectangle((x0 + 1, y0 + 1, x1 - 2, y1 - 2), outline=_view_color(number), width=2)
+        tags.append((x1 - TAG, y1 - TAG) if number == 1 else (x0 + 1, y0 + 1))
     for number, (x, y) in enumerate(tags):
-        draw.rectangle((x, y, x + TAG - 2, y + TAG - 2), VIEW_COLORS[number])
+        draw.rectangle((x, y, x + TAG - 2, y + TAG - 2), _view_color(number))
         draw.text((x + TAG / 2 - 1, y + TAG / 2 - 1), str(number + 1), PAPER, font, anchor="mm")
 
 

@@ -55,7 +55,7 @@ class Comparison(NamedTuple):
     """Errors of an operator or a view, in levels of 255."""
 
     name: str
-    """Name of the operator, or `view 1`, `view 2`."""
+    """Name of the operator, or `view 1`, `view 2`; `view 3` is the first local one."""
     largest: float
     """Largest error."""
     mean: float
@@ -101,9 +101,9 @@ def compare(
     elif backend.loader == "dali":
         crop = "repeated border"
     blur_error = BLUR_FLOAT16 if device.type == "cuda" and backend.augment == "kernels" else FLOAT32
-    for name, views in _cases(config.view1, config.view2):
+    for name, views in _cases(config.view_configs):
         view, number = views[-1], len(views) - 1
-        whole = name in {"crop", "view 1", "view 2"}
+        whole = name == "crop" or name.startswith("view ")
         images = source if whole else squares
         loader = make_loader(images, replace(config, data=data, batch_size=len(images)), views, device=device)
         batch = next(loader)
@@ -125,12 +125,12 @@ def compare(
         yield Comparison(name, float(error.max()), mean, float(bound.max()), num_wrong, ok)
 
 
-def _cases(view1: ViewConfig, view2: ViewConfig) -> Iterator[tuple[str, tuple[ViewConfig, ...]]]:
+def _cases(views: tuple[ViewConfig, ...]) -> Iterator[tuple[str, tuple[ViewConfig, ...]]]:
     """Name and views to load, of which the last is compared."""
     off: dict[str, Any] = dict.fromkeys(PROBABILITIES.values(), 0.0)
-    yield "crop", (replace(view1, **off),)
+    yield "crop", (replace(views[0], **off),)
     for name, probability in PROBABILITIES.items():
-        view = max((view1, view2), key=lambda view: float(getattr(view, probability)))
+        view = max(views, key=lambda view: float(getattr(view, probability)))
         if getattr(view, probability) == 0:
             continue
         alone = replace(view, **off | {probability: 1.0, "scale": (1.0, 1.0), "ratio": (1.0, 1.0)})
@@ -140,8 +140,8 @@ def _cases(view1: ViewConfig, view2: ViewConfig) -> Iterator[tuple[str, tuple[Vi
             yield adjustment, (replace(alone, **others),)
         if adjustments or name != "jitter":
             yield name, (alone,)
-    yield "view 1", (view1,)
-    yield "view 2", (view1, view2)
+    for number in range(1, len(views[:3]) + 1):  # of the local views one, they have the same configuration
+        yield f"view {number}", views[:number]
 
 
 def reference_view(

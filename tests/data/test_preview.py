@@ -24,10 +24,15 @@ from tests.data.helpers import CPU, config_of, loader_of, pixels, plain
 
 VIEW1 = ViewConfig(size=56, blur_p=0.5)
 VIEW2 = ViewConfig(size=56, blur_p=0.3, solarize_p=0.3)
+VIEW3 = ViewConfig(size=28, scale=(0.05, 0.25), color_jitter_p=0.0)
 
 
-def load_samples(source: Any, backend: str = "threaded", epoch: int = 0, num: int = 12, **views: Any) -> Any:
+def load_samples(
+    source: Any, backend: str = "threaded", epoch: int = 0, num: int = 12, num_local_views: int = 0, **views: Any
+) -> Any:
     config = config_of(backend, views.get("view1", VIEW1), views.get("view2", VIEW2), seed=3)
+    local_view = views.get("local_view", config.local_view)
+    config = configs.replace(config, {"num_local_views": num_local_views, "local_view": local_view})
     return preview.load_samples(source, config, device=CPU, num=num, epoch=epoch)
 
 
@@ -44,15 +49,17 @@ def is_in(small: NDArray[np.uint8], large: NDArray[np.uint8]) -> bool:
 @pytest.mark.parametrize("epoch", [0, 2])
 def test_preview_views_are_those_of_training(any_backend: str, arrays: ArraySource, epoch: int) -> None:
     """Whatever the batch size of the run."""
-    loader = loader_of(arrays, config_of(any_backend, VIEW1, VIEW2, seed=3, batch_size=16))
+    local = {"num_local_views": 1, "local_view": VIEW3}
+    config = configs.replace(config_of(any_backend, VIEW1, VIEW2, seed=3, batch_size=16), local)
+    loader = loader_of(arrays, config)
     batches = [next(loader) for _ in range(3 * epoch + 1)]
-    samples = load_samples(arrays, any_backend, epoch)
+    samples = load_samples(arrays, any_backend, epoch, **local)
     assert len(samples) == 12
     for row, sample in enumerate(samples):
         index = int(batches[-1].index[row])
         assert sample.name == f"array[{index}]"
         assert np.array_equal(np.asarray(sample.original), arrays.images[index])
-        for view, shown in zip((batches[-1].views[0], batches[-1].views[1]), sample.views, strict=True):
+        for view, shown in zip(batches[-1].views, sample.views, strict=True):
             assert np.array_equal(pixels(view)[row], np.asarray(shown))
 
 
@@ -113,10 +120,35 @@ def test_sheet_keeps_every_pixel_of_the_views(size: int, num: int, shown: int | 
             assert is_in(np.asarray(large), sheet)
 
 
+def test_sheet_shows_all_local_views(arrays: ArraySource) -> None:
+    """Five views of an image beside each other, the others below them."""
+    sample = load_samples(arrays, num_local_views=16, view2=ViewConfig(size=100), local_view=VIEW3)[0]
+    assert [view.width for view in sample.views] == [56, 100, *[28] * 16]
+    sheet = np.asarray(preview.draw_sheet([sample], "title", "subtitle"))
+    step, sizes = preview.TILE + preview.GAP, [224, 200, *[224] * 16]
+    found = []
+    for view, size in zip(sample.views, sizes, strict=True):
+        large = np.asarray(view.resize((size, size), 0))
+        for x in range(preview.MARGIN + step, sheet.shape[1], step):
+            column = sheet[:, x : x + size]
+            rows = np.flatnonzero((column[:, :8] == large[0, :8]).all(axis=(1, 2))) if column.shape[1] == size else []
+            found += [(y, x) for y in rows if np.array_equal(column[y : y + size], large)]
+    assert len(found) == 18 and found == sorted(found)
+    assert len({x for _, x in found}) == 5 and len({y for y, _ in found}) == 4
+
+
 def test_crops_are_outlined() -> None:
-    """Black images in a sheet: blue is the first crop's outline, orange the second's (too small to hide the other)."""
+    """Black images in a sheet: blue is the first crop's outline, orange the second's, green the local view's.
+
+    Each is too small to hide those before it.
+    """
     source = ArraySource(np.zeros((6, 200, 300, 3), np.uint8))
-    for sample in load_samples(source, num=6, view1=ViewConfig(scale=(0.3, 0.9)), view2=ViewConfig(scale=(0.05, 0.06))):
+    views: dict[str, Any] = {
+        "view1": ViewConfig(scale=(0.3, 0.9)),
+        "view2": ViewConfig(scale=(0.05, 0.06)),
+        "local_view": ViewConfig(scale=(0.03, 0.04)),
+    }
+    for sample in load_samples(source, num=6, num_local_views=1, **views):
         sheet = np.asarray(preview.draw_sheet([sample], "", ""))
         original = sheet[100 : 110 + preview.TILE, preview.MARGIN : preview.MARGIN + preview.TILE]
         ys, xs = np.nonzero((original == 0).all(axis=2))
