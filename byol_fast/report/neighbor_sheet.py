@@ -23,7 +23,7 @@ TOP, LEFT, STEP = 2 * MARGIN + TITLE + 3 * LINE + 8, MARGIN + TILE + 2 * GAP, TI
 """Position of the first neighbor, and the distance to the next one."""
 MIN_WIDTH = 440
 """Room for the lines of the header."""
-SAME, OTHER = VIEW_COLORS
+SAME, OTHER = VIEW_COLORS[:2]
 """Frames of neighbors of the query's class, and of other classes, which are dashed, too."""
 DASH = 9
 """Length of the dashes, and of the gaps between them."""
