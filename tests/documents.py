@@ -67,6 +67,7 @@ def shorten_runs(patch: pytest.MonkeyPatch) -> None:
             changes["model"] = configs.replace(changes["model"], {"encoder": "resnet18_narrow"})
         if config.view1.size == 224:
             changes |= {name: configs.replace(getattr(config, name), {"size": 32}) for name in ("view1", "view2")}
+            changes["local_view"] = configs.replace(config.local_view, {"size": 16})
         for name, value in changes.items():
             object.__setattr__(config, name, value)
 
