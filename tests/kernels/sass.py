@@ -129,10 +129,14 @@ def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([str(_TOOLS / tool), *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _loss(dtype: str, dim: int, *, stats: bool, registers: int, wide_loads: int, wide_stores: int) -> Case:
+def _loss(
+    dtype: str, dim: int, *, stats: bool = False, local: bool = False, registers: int, wide_loads: int, wide_stores: int
+) -> Case:
     block_b, block_d, num_warps = loss.tile_of(dim)
     matrix, optional = f"*{dtype}!", "*fp32!" if stats else Constant(None)
     arguments: dict[str, str | Constant] = {
+        **dict.fromkeys(("local_ptr", "grad_local_ptr"), matrix if local else Constant(None)),
+        **dict.fromkeys(("local_view_stride", "local_stride"), "i32!"),
         **dict.fromkeys(("pa_ptr", "za_ptr", "pb_ptr", "zb_ptr", "grad_a_ptr", "grad_b_ptr"), matrix),
         **dict.fromkeys(("pa_stride", "za_stride", "pb_stride", "zb_stride", "batch", "dim"), "i32!"),
         **dict.fromkeys(("row_loss_ptr", "cosine_ptr", "std_ptr", "moments_ptr"), optional),
@@ -151,10 +155,11 @@ def _loss(dtype: str, dim: int, *, stats: bool, registers: int, wide_loads: int,
     return Case(kernel, arguments, num_warps, registers, wide_loads, wide_stores)
 
 
-def _bwd(dtype: str) -> Case:
+def _bwd(dtype: str, *, local: bool = False) -> Case:
     arguments: dict[str, str | Constant] = {
         "grad_loss_ptr": "*fp32!",
         **dict.fromkeys(("grad_a_ptr", "grad_b_ptr", "out_a_ptr", "out_b_ptr"), f"*{dtype}!"),
+        **dict.fromkeys(("grad_local_ptr", "out_local_ptr"), f"*{dtype}!" if local else Constant(None)),
         "numel": "i32!",
         "factor": "fp32",
         "BLOCK": Constant(loss.BLOCK_BWD),
@@ -222,15 +227,20 @@ _EMA, _NORMS, _APPLY = ema._ema_update_kernel, lars._lars_norms_kernel, lars._la
 
 # 16 elements a thread: 4 loads of a float32 tensor, 2 of a bfloat16 one.
 CASES: dict[str, Case] = {
-    "loss_bf16_d256": _loss("bf16", 256, stats=False, registers=64, wide_loads=2, wide_stores=1),
-    "loss_fp16_d256": _loss("fp16", 256, stats=False, registers=64, wide_loads=2, wide_stores=1),
-    "loss_fp32_d256": _loss("fp32", 256, stats=False, registers=72, wide_loads=4, wide_stores=2),
+    "loss_bf16_d256": _loss("bf16", 256, registers=64, wide_loads=2, wide_stores=1),
+    "loss_fp16_d256": _loss("fp16", 256, registers=64, wide_loads=2, wide_stores=1),
+    "loss_fp32_d256": _loss("fp32", 256, registers=72, wide_loads=4, wide_stores=2),
     "loss_bf16_d256_stats": _loss("bf16", 256, stats=True, registers=128, wide_loads=2, wide_stores=1),
     "loss_bf16_d8192_stats": _loss("bf16", 8192, stats=True, registers=128, wide_loads=6, wide_stores=18),
     "loss_fp32_d8192_stats": _loss("fp32", 8192, stats=True, registers=128, wide_loads=12, wide_stores=20),
-    "loss_bf16_d8192": _loss("bf16", 8192, stats=False, registers=80, wide_loads=4, wide_stores=2),
-    "loss_fp32_d16384": _loss("fp32", 16384, stats=False, registers=128, wide_loads=16, wide_stores=8),
+    "loss_bf16_d8192": _loss("bf16", 8192, registers=80, wide_loads=4, wide_stores=2),
+    "loss_fp32_d16384": _loss("fp32", 16384, registers=128, wide_loads=16, wide_stores=8),
+    "loss_bf16_d256_local": _loss("bf16", 256, local=True, registers=64, wide_loads=5, wide_stores=2),
+    "loss_fp32_d8192_local_stats": _loss(
+        "fp32", 8192, stats=True, local=True, registers=128, wide_loads=24, wide_stores=24
+    ),
     "loss_bwd_bf16": _bwd("bf16"),
+    "loss_bwd_bf16_local": _bwd("bf16", local=True),
     "loss_bwd_fp32": _bwd("fp32"),
     "max_pool_fwd_bf16": _max_pool(backward=False),
     "max_pool_bwd_bf16": _max_pool(backward=True),

@@ -44,6 +44,15 @@ def plain_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, *, eps: float = 1
     return one_direction(p1, z2, eps) + one_direction(p2, z1, eps)
 
 
+def local_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, *, loss: Callable[..., Tensor] = byol_loss) -> Tensor:
+    return loss(p1, p2, z1, z2, torch.stack([p1.flip(1), p1 * p2]))
+
+
+def plain_local_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
+    locals_ = sum(one_direction(p, z, 1e-12) for p in (p1.flip(1), p1 * p2) for z in (z1, z2))
+    return (plain_loss(p1, p2, z1, z2) + locals_) / 3
+
+
 LOSSES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "byol_loss": (byol_loss, plain_loss),
     "byol_loss_with_stats": (lambda *x, **eps: byol_loss_with_stats(*x, **eps)[0], plain_loss),
@@ -55,6 +64,7 @@ LOSSES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
         lambda p1, p2, z1, z2: normalized_mse_loss_with_stats(p1, z2)[0] + normalized_mse_loss(p2, z1),
         plain_loss,
     ),
+    "byol_loss of local views": (local_loss, plain_local_loss),
     "max_pool2d_3x3": (
         lambda *x: max_pool2d_3x3(torch.stack(x)[None]).square().sum(),
         lambda *x: F.max_pool2d(torch.stack(x)[None], 3, 2, 1).square().sum(),
@@ -121,19 +131,26 @@ def test_compiled_transforms_equal_plain_torch(function: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("num_local", [0, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_differentiable_loss_equals_the_operator(dtype: torch.dtype) -> None:
+def test_differentiable_loss_equals_the_operator(dtype: torch.dtype, num_local: int) -> None:
     """Value, statistics and gradient, for equal, zero, short and long rows; the cosine stays within 1."""
     p, z = (randn((8, 33), seed, dtype) for seed in range(2))
     p[0], p[1], p[2], z[3], z[4] = z[0], 0.0, 1e-13, 0.0, 1e18
-    loss, stats = byol_loss_with_stats(p.requires_grad_(), z, p.detach(), z)
+    leaves = [p.requires_grad_()]
+    if num_local:
+        leaves.append(torch.stack([p.flip(1), p]).detach().requires_grad_())
+    local = leaves[1] if num_local else None
+    loss, stats = byol_loss_with_stats(p, z, p.detach(), z, local)
     by_operator = loss, stats.row_loss, stats.mean_cosine, torch.stack([stats.p_std, stats.z_std])
     values = []
-    for outputs in (differentiable_loss(p, z, z, p.detach(), 1e-12), by_operator):
-        (gradient,) = torch.autograd.grad(outputs[0], p)
+    for outputs in (differentiable_loss(p, z, z, p.detach(), local, 1e-12), by_operator):
+        gradients = torch.autograd.grad(outputs[0], leaves)
         assert not any(x.requires_grad for x in outputs[1:])
         assert float(outputs[1].min()) >= 0.0
-        values.append([*(x.detach() for x in outputs), gradient])
+        # Against the length of a row: where the terms of two targets cancel, their roundings are left.
+        lengths = [g.double().norm(dim=-1, keepdim=True).clamp_min(1.0) for g in gradients]
+        values.append([*(x.detach() for x in outputs), *lengths, *map(torch.div, gradients, lengths)])
     rtol = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float64: 1e-12}[dtype]
     for a, b in zip(*values, strict=True):
         assert a.dtype == b.dtype
@@ -212,10 +229,11 @@ WITHOUT: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
     "LARS": (lars, P),
 }
 DIRECT: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
-    "loss": (lambda p: OPS.normalized_mse_fwd(p, Z, None, None, 1e-12, True)[0], P),
-    "loss without gradient": (lambda p: OPS.normalized_mse_fwd(p, Z, None, None, 1e-12, False)[0], P),
-    "loss with statistics": (lambda p: OPS.normalized_mse_stats_fwd(Z, Z, p, Z, 1e-12, True)[0], P),
-    "loss backward": (lambda g: OPS.normalized_mse_bwd(torch.ones(()), g, None, P, None)[0], P),
+    "loss": (lambda p: OPS.normalized_mse_fwd(p, Z, None, None, None, 1e-12, True)[0], P),
+    "loss without gradient": (lambda p: OPS.normalized_mse_fwd(p, Z, None, None, None, 1e-12, False)[0], P),
+    "loss with statistics": (lambda p: OPS.normalized_mse_stats_fwd(Z, Z, p, Z, None, 1e-12, True)[0], P),
+    "loss of local views": (lambda p: OPS.normalized_mse_fwd(Z, Z, Z, Z, p[None], 1e-12, True)[0], P),
+    "loss backward": (lambda g: OPS.normalized_mse_bwd(torch.ones(()), g, None, None, P, None, None)[0], P),
     "max_pool2d_3x3": (lambda x: OPS.max_pool2d_3x3_fwd(x)[0], IMAGES),
     "max_pool2d_3x3 backward": (
         lambda dy: OPS.max_pool2d_3x3_bwd(dy, torch.zeros(2, 3, 8, 8, dtype=torch.int8), 16, 16),
@@ -271,7 +289,7 @@ def test_vmap_of_operators_equals_a_loop() -> None:
         (lambda s: gaussian_blur(IMAGES, s, WIDTH), torch.stack([SIGMA, 2 * SIGMA])),
         (lambda x: resized_crop(x, box, 4), levels),
         (lambda i: sample_view_params(i, torch.tensor(1), TABLE).factors, torch.arange(6).view(3, 2)),
-        (lambda p: OPS.normalized_mse_fwd(p, Z, None, None, 1e-12, True)[0], torch.stack([P, 2 * Z - P])),
+        (lambda p: OPS.normalized_mse_fwd(p, Z, None, None, None, 1e-12, True)[0], torch.stack([P, 2 * Z - P])),
     ]
     for function, x in cases:
         assert torch.equal(vmap(function)(x), torch.stack([function(row) for row in x]))

@@ -17,7 +17,8 @@ HERE = Path(__file__).parent
     "names",
     [
         [
-            *("test_loss.py", "test_loss_operator.py", "test_ema.py", "test_running_stats.py", "test_max_pool.py"),
+            *("test_loss.py", "test_loss_operator.py", "test_loss_local.py", "test_ema.py"),
+            *("test_running_stats.py", "test_max_pool.py"),
             *("test_lars.py", "test_lars_layouts.py", "test_lars_found_inf.py", "test_ranges.py"),
         ],
         [

@@ -40,11 +40,13 @@ def test_loss_is_bit_reproducible(device: str) -> None:
     assert len(losses) == 1
 
 
-@pytest.mark.parametrize("wrt", ["p1", "p2"])
+@pytest.mark.parametrize("wrt", ["p1", "p2", "p_local"])
 def test_second_derivative_is_refused(wrt: str, device: str) -> None:
     p1, p2, z1, z2 = loss_inputs((4, 6), torch.float32, device)
-    p = p1 if wrt == "p1" else p2
-    (grad,) = torch.autograd.grad(byol_loss(p1, p2, z1, z2), p, create_graph=True)
+    p_local = randn((2, 4, 6), 4).to(device).requires_grad_()
+    p = {"p1": p1, "p2": p2, "p_local": p_local}[wrt]
+    loss = byol_loss(p1, p2, z1, z2, p_local if wrt == "p_local" else None)
+    (grad,) = torch.autograd.grad(loss, p, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once"):
         grad.square().sum().backward()  # type: ignore[no-untyped-call]
 
@@ -91,37 +93,47 @@ def test_loss_ignores_autocast(device: str) -> None:
 
 def test_forward_and_backward_are_one_operator_each(device: str) -> None:
     p1, p2, z1, z2 = loss_inputs((8, 16), torch.float32, device)
-    with Record() as record:
-        loss = byol_loss(p1, p2, z1, z2)
-    assert record.names == ["byol_kernels.normalized_mse_fwd.default"]
-    with Record() as record:
-        torch.autograd.grad(loss, [p1, p2])
-    computing = [name for name in record.names if not name.startswith(("aten.select", "aten.detach", "aten.ones_like"))]
-    assert computing == ["byol_kernels.normalized_mse_bwd.default"]
+    p_local = randn((3, 8, 16), 4).to(device).requires_grad_()
+    for predictions in ([p1, p2], [p1, p2, p_local]):
+        with Record() as record:
+            loss = byol_loss(p1, p2, z1, z2, *predictions[2:])
+        assert record.names == ["byol_kernels.normalized_mse_fwd.default"]
+        with Record() as record:
+            torch.autograd.grad(loss, predictions)
+        free = ("aten.select", "aten.detach", "aten.ones_like")
+        computing = [name for name in record.names if not name.startswith(free)]
+        assert computing == ["byol_kernels.normalized_mse_bwd.default"]
 
 
 @not_interpreted
 def test_cpu_gradient_passes_gradcheck() -> None:
     p1, p2, z1, z2 = loss_inputs((3, 4), torch.float64, "cpu")
+    p_local = randn((2, 3, 4), 4, torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda a, b: byol_loss(a, b, z1, z2), (p1, p2))
-    assert torch.autograd.gradcheck(lambda a: normalized_mse_loss(a, z2, eps=5.0), (p1,))  # below eps: the other branch
+    assert torch.autograd.gradcheck(lambda a, b, c: byol_loss(a, b, z1, z2, c), (p1, p2, p_local))
+    assert torch.autograd.gradcheck(lambda c: byol_loss_with_stats(p1, p2, z1, z2, c)[0], (p_local,))
+    # Below eps: the other branch.
+    assert torch.autograd.gradcheck(lambda a: normalized_mse_loss(a, z2, eps=5.0), (p1,))
+    assert torch.autograd.gradcheck(lambda c: byol_loss(p1, p2, z1, z2, c, eps=5.0), (p_local,))
 
 
 @not_interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("pairs", [1, 2])
+@pytest.mark.parametrize("views", [1, 2, 4])
 @pytest.mark.parametrize("stats", [False, True])
-def test_operator_checks(dtype: torch.dtype, pairs: int, stats: bool, device: str) -> None:
+def test_operator_checks(dtype: torch.dtype, views: int, stats: bool, device: str) -> None:
     p1, p2, z1, z2 = loss_inputs((4, 8), dtype, device)
-    args = (p1, z2, p2, z1.detach()) if pairs == 2 else (p1, z2, None, None)
+    p_local = randn((2, 4, 8), 4, dtype).to(device).requires_grad_() if views == 4 else None
+    args = (p1, z2, None, None, None) if views == 1 else (p1, z2, p2, z1.detach(), p_local)
     op = torch.ops.byol_kernels.normalized_mse_stats_fwd if stats else torch.ops.byol_kernels.normalized_mse_fwd
     torch.library.opcheck(op, (*args, 1e-12, True))
     torch.library.opcheck(op, (*args, 1e-12, False))
-    grads = [randn((4, 8), seed, dtype).to(device) for seed in range(9, 9 + pairs)]
+    predictions = [p1, None if views == 1 else p2, p_local]
+    grads = [None if p is None else randn(tuple(p.shape), 9 + i, dtype).to(device) for i, p in enumerate(predictions)]
     # Its autograd refuses on purpose, so the check that differentiates it is left out.
     torch.library.opcheck(
         torch.ops.byol_kernels.normalized_mse_bwd,
-        (torch.tensor(2.0, device=device), grads[0], grads[1] if pairs == 2 else None, p1, p2 if pairs == 2 else None),
+        (torch.tensor(2.0, device=device), *grads, *predictions),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 
@@ -129,17 +141,21 @@ def test_operator_checks(dtype: torch.dtype, pairs: int, stats: bool, device: st
 @not_interpreted
 def test_compiles_with_fullgraph(device: str) -> None:
     p1, p2, z1, z2 = loss_inputs((16, 32), torch.float32, device)
+    p_local = randn((2, 16, 32), 4).to(device).requires_grad_()
 
-    def step(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
-        return byol_loss(p1, p2, z1, z2)
+    def step(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, p_local: Tensor) -> tuple[Tensor, Tensor]:
+        return byol_loss(p1, p2, z1, z2), byol_loss(p1, p2, z1, z2, p_local)
 
     compiled = torch.compile(step, fullgraph=True)
-    loss, expected = compiled(p1, p2, z1, z2), step(p1, p2, z1, z2)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    for a, b in zip(torch.autograd.grad(loss, [p1, p2]), torch.autograd.grad(expected, [p1, p2]), strict=True):
+    losses, all_expected = (f(p1, p2, z1, z2, p_local) for f in (compiled, step))
+    for loss, expected in zip(losses, all_expected, strict=True):
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    grads, expected_grads = (torch.autograd.grad(x[0] + 3 * x[1], [p1, p2, p_local]) for x in (losses, all_expected))
+    for a, b in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
 
 
+_ROWS = torch.ones(2, 3)
 INVALID: dict[str, tuple[Callable[[], Any], str]] = {
     "three_dimensions": (
         lambda: normalized_mse_loss(torch.ones(2, 3, 4), torch.ones(2, 3, 4)),
@@ -167,6 +183,26 @@ INVALID: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: byol_loss(*(torch.ones(2, n) for n in (3, 3, 3, 5))),
         "byol_loss: z2 must have the shape of p1",
     ),
+    "no_local_views": (
+        lambda: byol_loss(_ROWS, _ROWS, _ROWS, _ROWS, torch.ones(0, 2, 3)),
+        r"byol_loss: p_local must be \[K, 2, 3\], K of 1 or more .*, got \(0, 2, 3\)",
+    ),
+    "one_local_view_of_two_dimensions": (
+        lambda: byol_loss(_ROWS, _ROWS, _ROWS, _ROWS, _ROWS),
+        r"p_local must be .*, got \(2, 3\); stack one prediction per local view",
+    ),
+    "batch_of_local_views": (
+        lambda: byol_loss_with_stats(_ROWS, _ROWS, _ROWS, _ROWS, torch.ones(2, 3, 3)),
+        r"byol_loss_with_stats: p_local must be \[K, 2, 3\]",
+    ),
+    "dtype_of_local_views": (
+        lambda: byol_loss(_ROWS, _ROWS, _ROWS, _ROWS, torch.ones(2, 2, 3).half()),
+        "p_local must have the dtype of p1",
+    ),
+    "device_of_local_views": (
+        lambda: byol_loss(_ROWS, _ROWS, _ROWS, _ROWS, torch.ones(2, 2, 3, device="meta")),
+        "p_local must be on the device of p1",
+    ),
     "stats": (lambda: byol_loss_with_stats(*(torch.ones(n, 3) for n in (2, 3, 2, 2))), "byol_loss_with_stats: p2"),
 }
 
@@ -180,7 +216,8 @@ def test_invalid_input_raises(call: Callable[[], Any], message: str) -> None:
 def test_low_precision_is_computed_in_float32(device: str) -> None:
     """Whatever comes in, the CPU path rounds only its outputs."""
     p1, p2, z1, z2 = (x.detach() for x in loss_inputs((6, 10), torch.bfloat16, device))
+    p_local = torch.stack([p1.flip(0), p2.flip(1)])
     for function in (reference.normalized_mse_fwd, reference.normalized_mse_stats_fwd):
-        low = function(p1, z2, p2, z1, 1e-12, True)
-        full = function(p1.float(), z2.float(), p2.float(), z1.float(), 1e-12, True)
+        low = function(p1, z2, p2, z1, p_local, 1e-12, True)
+        full = function(p1.float(), z2.float(), p2.float(), z1.float(), p_local.float(), 1e-12, True)
         assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(low, full, strict=True))
