@@ -24,11 +24,13 @@ from byol_kernels.derivatives import is_transformed
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-NUM_VIEWS = 2
-"""Views of each image that a step takes."""
+NUM_GLOBAL_VIEWS = 2
+"""Views of each image that pass the target network, too; the local views come behind them."""
 
 Pair = tuple[Tensor, Tensor]
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+PerView = tuple[Pair, Tensor | None]
+"""Outputs of the two global views, `[B, D]` each, and of the local views, `[K, B, D]`, or None if there are none."""
 
 
 class ModelOutput(NamedTuple):
@@ -41,18 +43,19 @@ class ModelOutput(NamedTuple):
     and the views, times sqrt(D). About 1 when they spread over the sphere, 0 when they have collapsed into one point
     (SimSiam, arXiv 2011.10566, section 4.1)."""
     features: Tensor
-    """Features of the online encoder, no gradient, `[2B, D]`: those of the first views, then those of the second."""
+    """Features of the global views by the online encoder, no gradient, `[2B, D]`: those of view 1, then of view 2."""
     batch_stats: tuple[BatchStats, ...] | None = None
     """Batch statistics with which the running statistics are still to be updated; see
     `SSLModel.collect_batch_stats`."""
 
 
 def check_views(what: str, views: Sequence[Tensor]) -> None:
-    """Raise a ValueError unless the views are two batches of images of one shape and dtype."""
-    if len(views) != NUM_VIEWS:
-        raise ValueError(f"{what}: views must be {NUM_VIEWS}, got {len(views)}")
-    view1, view2 = views
-    for name, view in (("view1", view1), ("view2", view2)):
+    """Raise a ValueError unless the views are batches of as many images of one dtype; their sizes may differ."""
+    if len(views) < NUM_GLOBAL_VIEWS:
+        raise ValueError(f"{what}: views must be {NUM_GLOBAL_VIEWS} or more, got {len(views)}")
+    first = views[0]
+    for i, view in enumerate(views):
+        name = f"view{i + 1}" if i < NUM_GLOBAL_VIEWS else f"local view {i + 1 - NUM_GLOBAL_VIEWS}"
         if view.ndim != 4 or (view.dtype == torch.uint8 and view.shape[1] != 3) or view.shape[0] < 2:
             raise ValueError(
                 f"{what}: {name} must be images [B, 3, H, W] with B of 2 or more, got {list(view.shape)}; images in "
@@ -60,11 +63,11 @@ def check_views(what: str, views: Sequence[Tensor]) -> None:
             )
         if view.dtype != torch.uint8 and not view.is_floating_point():
             raise ValueError(f"{what}: {name} must be uint8, or normalized floating point, got {view.dtype}")
-    if view1.shape != view2.shape or view1.dtype != view2.dtype:
-        raise ValueError(
-            f"{what}: view2 must be {list(view1.shape)} as view1 (and {view1.dtype}), got {list(view2.shape)} of "
-            f"{view2.dtype}"
-        )
+        if view.shape[:2] != first.shape[:2] or view.dtype != first.dtype:
+            raise ValueError(
+                f"{what}: {name} must be {[*first.shape[:2]]} images as view1 (and {first.dtype}), got "
+                f"{list(view.shape)} of {view.dtype}"
+            )
 
 
 def stack_views(views: Sequence[Tensor]) -> Tensor:
@@ -74,6 +77,8 @@ def stack_views(views: Sequence[Tensor]) -> Tensor:
         views: of one shape, each `[B, C, H, W]`.
     """
     first = views[0]
+    if len(views) == 1:
+        return first
     # Under torch.compile the copy is fused with the normalization that follows. Tangents are in a memory of their own.
     if torch.compiler.is_compiling() or is_transformed() or any(view.requires_grad for view in views):
         return torch.cat(list(views))
@@ -84,6 +89,24 @@ def stack_views(views: Sequence[Tensor]) -> Tensor:
         if view.storage_offset() != first.storage_offset() + i * size:
             return torch.cat(list(views))
     return first.as_strided((len(views) * first.shape[0], *first.shape[1:]), first.stride())
+
+
+class Stack(NamedTuple):
+    """Views of one size, which pass a network together."""
+
+    images: Tensor
+    """Normalized, `[V * B, 3, H, W]`."""
+    num_global: int
+    num_local: int
+
+    def only_global(self) -> Stack:
+        """The global views of this stack; no copy."""
+        return Stack(self.global_rows(self.images), self.num_global, 0)
+
+    def global_rows(self, rows: Tensor) -> Tensor:
+        """Rows of the global views, of a tensor `[V * B, ...]`."""
+        num_views = self.num_global + self.num_local
+        return rows if self.num_local == 0 else rows[: len(rows) // num_views * self.num_global]
 
 
 class SSLModel(nn.Module, ABC):
@@ -99,6 +122,8 @@ class SSLModel(nn.Module, ABC):
     """Size of the encoder's features."""
     view_batching: ViewBatching
     """Passes of the views; `separate` if `batched` was asked for but is impossible, see `not_batched_reason`."""
+    takes_local_views: bool = True
+    """The method's loss has a place for more than two views."""
     collect_batch_stats: bool = False
     """If set, `forward_train` returns batch statistics instead of updating the running ones, because the step may still
     be skipped. Set it with `collecting_batch_stats`."""
@@ -121,7 +146,7 @@ class SSLModel(nn.Module, ABC):
 
         Args:
             view1: first view `[B, 3, H, W]`, uint8 or normalized floating point.
-            view2: second view, likewise.
+            view2: second view, likewise; its height and width may be others.
 
         Returns:
             `p1, p2, z1, z2`, each `[B, projection_dim]`; no gradient reaches z1 and z2.
@@ -129,27 +154,33 @@ class SSLModel(nn.Module, ABC):
         Raises:
             ValueError: the views are no images of these shapes and dtypes.
         """
-        return self._outputs((view1, view2), None)[0]
+        outputs, _, _ = self._outputs((view1, view2), None)
+        return outputs
 
     def forward_train(self, *views: Tensor) -> ModelOutput:
         """Loss and meters of a batch.
 
         Args:
-            views: two, each `[B, 3, H, W]`, uint8 or normalized floating point.
+            views: two global views, then the local ones, each `[B, 3, H, W]`, uint8 or normalized floating point. Their
+                sizes may differ. Consecutive views of one size pass the networks together, without a copy if they are
+                slices of one buffer.
 
         Raises:
-            ValueError: as `forward`.
+            ValueError: as `forward`; or local views with a method that has none; or, with `view_batching` concat, local
+                views, or two views of unequal size.
         """
         batch_stats: list[BatchStats] | None = [] if self.collect_batch_stats else None
-        outputs, features = self._outputs(views, batch_stats)
+        outputs, local_predictions, features = self._outputs(views, batch_stats)
         with record_range("loss"):
-            loss, embedding_std = byol_loss_and_std(*outputs)
+            loss, embedding_std = byol_loss_and_std(*outputs, local_predictions)
             loss = self._from_byol_loss(loss)
         return ModelOutput(loss, embedding_std, features, None if batch_stats is None else tuple(batch_stats))
 
     @abstractmethod
-    def _outputs(self, views: Sequence[Tensor], batch_stats: list[BatchStats] | None) -> tuple[Outputs, Tensor]:
-        """The result of `forward`, and the online encoder's features as in `ModelOutput`.
+    def _outputs(
+        self, views: Sequence[Tensor], batch_stats: list[BatchStats] | None
+    ) -> tuple[Outputs, Tensor | None, Tensor]:
+        """The result of `forward`, predictions of the local views `[K, B, D]`, and features as in `ModelOutput`.
 
         Args:
             views: see `forward_train`.
@@ -160,14 +191,18 @@ class SSLModel(nn.Module, ABC):
         """The loss of `forward_train`, mean over the batch, from the results of `forward`.
 
         Args:
-            predictions: `(p1, p2)`, each `[B, D]`.
+            predictions: `(p1, p2)`, then those of local views, each `[B, D]`.
             projections: `(z1, z2)`, each `[B, D]`; no gradient reaches them.
+
+        Raises:
+            ValueError: predictions of local views, with a method that has none.
         """
-        (p1, p2), (z1, z2) = predictions, projections
-        return self._from_byol_loss(byol_loss(p1, p2, z1, z2))
+        (p1, p2, *local), (z1, z2) = predictions, projections
+        self._check_num_views(len(predictions))
+        return self._from_byol_loss(byol_loss(p1, p2, z1, z2, torch.stack(local) if local else None))
 
     def _from_byol_loss(self, loss: Tensor) -> Tensor:
-        """The method's loss from BYOL's, which is 4 - 2 (cos(p1, z2) + cos(p2, z1))."""
+        """The method's loss from BYOL's, which is 4 - 2 (cos(p1, z2) + cos(p2, z1)) without local views."""
         return loss
 
     @abstractmethod
@@ -230,32 +265,68 @@ class SSLModel(nn.Module, ABC):
         for network in self.networks():
             split_batchnorm.convert_split_batchnorm(network)
 
-    def _inputs(self, views: Sequence[Tensor]) -> list[Tensor]:
-        """Normalized inputs of the networks: each view, or all in one batch."""
-        check_views(type(self).__name__, views)
+    def _check_num_views(self, num_views: int) -> None:
+        if num_views > NUM_GLOBAL_VIEWS and not self.takes_local_views:
+            raise ValueError(f"{type(self).__name__}: views must be {NUM_GLOBAL_VIEWS}, got {num_views}")
+
+    def _inputs(self, views: Sequence[Tensor]) -> list[Stack]:
+        """Inputs of the networks: each view, or consecutive views of one size in one batch."""
+        what = type(self).__name__
+        check_views(what, views)
+        self._check_num_views(len(views))
+        runs: list[list[Tensor]] = []
+        for view in views:
+            if self.view_batching != "separate" and runs and runs[-1][0].shape == view.shape:
+                runs[-1].append(view)
+            else:
+                runs.append([view])
+        if self.view_batching == "concat" and [len(run) for run in runs] != [NUM_GLOBAL_VIEWS]:
+            sizes = [tuple(view.shape[2:]) for view in views]
+            raise ValueError(
+                f"{what}: views must be {NUM_GLOBAL_VIEWS} of one size with view_batching concat, whose batch-norm "
+                f"statistics are common to both, got sizes {sizes}; set view_batching to batched"
+            )
+        stacks, num_left = [], NUM_GLOBAL_VIEWS
         with record_range("views"):
-            if self.view_batching == "separate":
-                return [self.normalize(view) for view in views]
-            return [self.normalize(stack_views(views))]
+            for run in runs:
+                num_global = min(len(run), num_left)
+                num_left -= num_global
+                stacks.append(Stack(self.normalize(stack_views(run)), num_global, len(run) - num_global))
+        return stacks
 
-    def _num_splits(self, network: nn.Module, batch_stats: list[BatchStats] | None) -> AbstractContextManager[None]:
-        """Set how many views are in a batch, and where its statistics go, on a network's batch norms."""
-        return num_splits(network, NUM_VIEWS if self.view_batching == "batched" else 1, batch_stats)
+    def _num_splits(self, stack: Stack) -> int:
+        """Parts of a stack of which batch norms take statistics of their own."""
+        return 1 if self.view_batching == "concat" else stack.num_global + stack.num_local
 
-    def _pass_online(self, inputs: Sequence[Tensor], batch_stats: list[BatchStats] | None) -> tuple[Pair, Pair, Tensor]:
-        """Projections and predictions of the two views, and their features as `ModelOutput.features`."""
-        with record_range("online forward"), self._num_splits(self.online, batch_stats):
-            projections, predictions, features = self._online_call(*inputs)
-        both = features[0] if len(features) == 1 else torch.cat(list(features))
-        return by_view(projections), by_view(predictions), both
+    def _pass_online(
+        self, stacks: Sequence[Stack], batch_stats: list[BatchStats] | None
+    ) -> tuple[PerView, PerView, Tensor]:
+        """Projections and predictions of each view, and features as `ModelOutput.features`."""
+        # The list is set here and not in the network: DDP hands copies of lists to it.
+        with record_range("online forward"), num_splits(self.online, 1, batch_stats):
+            projections, predictions, features = self._online_call(
+                *[stack.images for stack in stacks], num_views=[self._num_splits(stack) for stack in stacks]
+            )
+        of_global = [stack.global_rows(f) for stack, f in zip(stacks, features, strict=True) if stack.num_global]
+        features_2B = of_global[0] if len(of_global) == 1 else torch.cat(of_global)
+        return by_view(projections, stacks), by_view(predictions, stacks), features_2B
 
 
-def by_view(outputs: Sequence[Tensor]) -> Pair:
-    """Outputs of the first and the second view, from two outputs or from one with both views stacked."""
-    if len(outputs) == 2:
-        return outputs[0], outputs[1]
-    first, second = outputs[0].chunk(2)
-    return first, second
+def by_view(outputs: Sequence[Tensor], stacks: Sequence[Stack]) -> PerView:
+    """Outputs of each view, from those of stacks of views; no copy, unless local views are in several stacks."""
+    global_views: list[Tensor] = []
+    local_views: list[Tensor] = []
+    for output, (_, num_global, num_local) in zip(outputs, stacks, strict=True):
+        batch = len(output) // (num_global + num_local)
+        sizes = [batch] * num_global + [batch * num_local] * (num_local > 0)
+        parts = output.split(sizes) if len(sizes) > 1 else (output,)
+        global_views += parts[:num_global]
+        local_views += parts[num_global:]
+    first, second = global_views
+    if not local_views:
+        return (first, second), None
+    local = local_views[0] if len(local_views) == 1 else torch.cat(local_views)
+    return (first, second), local.unflatten(0, (-1, len(first)))
 
 
 class OnlineNetwork(nn.Module):
@@ -267,14 +338,27 @@ class OnlineNetwork(nn.Module):
         self.projector = projector
         self.predictor = predictor
 
-    def forward(self, *views: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def forward(
+        self, *batches: Tensor, num_views: Sequence[int] | None = None
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Projection, prediction and (without gradient) features, `[B, D]`, of each batch of images `[B, 3, H, W]`.
 
         All in one call: DDP counts the calls before a backward pass.
+
+        Args:
+            batches: normalized images; sizes may differ.
+            num_views: stacked views in each batch, of which batch norms take statistics of their own; None: as set by
+                `num_splits`.
         """
-        features = [self.encoder(view).flatten(1) for view in views]
-        projections = [self.projector(f) for f in features]
-        return projections, [self.predictor(projection) for projection in projections], [f.detach() for f in features]
+        projections, predictions, features = [], [], []
+        for i, batch in enumerate(batches):
+            with nullcontext() if num_views is None else num_splits(self, num_views[i]):
+                feature = self.encoder(batch).flatten(1)
+                projection = self.projector(feature)
+                predictions.append(self.predictor(projection))
+            projections.append(projection)
+            features.append(feature.detach())
+        return projections, predictions, features
 
 
 class TargetNetwork(nn.Module):
@@ -292,10 +376,11 @@ class TargetNetwork(nn.Module):
 
 
 def check_options(
-    what: str, image_size: int, projector_layers: int, view_batching: ViewBatching, **widths: int
+    what: str, image_sizes: Sequence[int], projector_layers: int, view_batching: ViewBatching, **widths: int
 ) -> None:
     """Raise a ValueError for an option that is out of range or none of the choices."""
-    check(f"{what}: image_size", ImageSize, image_size)
+    for name, size in zip(("image_size", *["other_image_sizes"] * (len(image_sizes) - 1)), image_sizes, strict=True):
+        check(f"{what}: {name}", ImageSize, size)
     check(f"{what}: projector_layers", Annotated[int, Range(1, 8)], projector_layers)
     check(f"{what}: view_batching", ViewBatching, view_batching)
     for name, width in widths.items():
@@ -310,7 +395,9 @@ def parameter_like(what: str, network: nn.Module) -> Tensor:
     return like
 
 
-def byol_loss_and_std(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
+def byol_loss_and_std(
+    p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, p_local: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """BYOL's loss, and `ModelOutput.embedding_std` from the same pass over the data."""
-    loss, stats = byol_loss_with_stats(p1, p2, z1, z2)
+    loss, stats = byol_loss_with_stats(p1, p2, z1, z2, p_local)
     return loss, stats.z_std.mean() * math.sqrt(z1.shape[1])

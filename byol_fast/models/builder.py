@@ -14,7 +14,7 @@ def build_model(config: Config, *, pretrained: bool) -> SSLModel:
     """The model of a configuration.
 
     Args:
-        config: of it `method`, `model` and `view1.size` are used.
+        config: of it `method`, `model` and the sizes of `view_configs` are used.
         pretrained: if false, `model.pretrained` is ignored, because a checkpoint is about to be loaded.
     """
     model = config.model
@@ -23,6 +23,7 @@ def build_model(config: Config, *, pretrained: bool) -> SSLModel:
         "projection_dim": model.projection_dim,
         "projector_layers": model.projector_layers,
         "image_size": config.view1.size,
+        "other_image_sizes": [view.size for view in config.view_configs[1:]],
         "cifar_stem": model.cifar_stem,
         "zero_init_residual": model.zero_init_residual,
         "pretrained": model.pretrained and pretrained,

@@ -22,7 +22,7 @@ from byol_fast.models.base import (
 )
 from byol_fast.models.encoders import build_encoder, feature_dim
 from byol_fast.models.layers import MLPHead, Normalize
-from byol_fast.models.split_batchnorm_layers import BatchStats
+from byol_fast.models.split_batchnorm_layers import BatchStats, num_splits
 from byol_fast.utils.profiler_ranges import record_range
 from byol_kernels import ema_update_
 
@@ -30,7 +30,9 @@ from byol_kernels import ema_update_
 class BYOL(SSLModel):
     """Bootstrap Your Own Latent: the online network predicts the target's projection of the other view.
 
-    The loss is `mean over the batch of l(p1, z2) + l(p2, z1)` with `l = 2 - 2 cos`, from 0 to 8 (equation 2).
+    The loss is `mean over the batch of l(p1, z2) + l(p2, z1)` with `l = 2 - 2 cos`, from 0 to 8 (equation 2). With K
+    local views, which the online network alone sees, it is twice the mean over all pairs of an online view and another
+    global view: `mean over the batch of (l(p1, z2) + l(p2, z1) + sum over k of l(p_k, z1) + l(p_k, z2)) / (1 + K)`.
     Batch normalization sees one view at a time. The target runs in train mode with running statistics of its own; only
     its parameters are an EMA of the online ones.
 
@@ -42,6 +44,7 @@ class BYOL(SSLModel):
         hidden_bias: whether the heads' layers before a batch norm have a bias (the reference's have one).
         last_bias: whether the heads' last layers have a bias (the reference's have none).
         image_size: height and width of the views, in pixels.
+        other_image_sizes: those of views of another size: the encoder must take them, too.
         cifar_stem: see `build_encoder`.
         zero_init_residual: see `build_encoder`.
         pretrained: see `build_encoder`.
@@ -51,7 +54,7 @@ class BYOL(SSLModel):
             `separate` for a network it cannot serve; `not_batched_reason` then says why.
 
     Raises:
-        ValueError: unknown encoder, or one that does not accept images of this size; another argument out of range.
+        ValueError: unknown encoder, or one that does not accept images of these sizes; another argument out of range.
 
     Examples:
         >>> model = BYOL("resnet18", image_size=32)
@@ -71,6 +74,7 @@ class BYOL(SSLModel):
         hidden_bias: bool = True,
         last_bias: bool = False,
         image_size: int = 224,
+        other_image_sizes: Sequence[int] = (),
         cifar_stem: bool = False,
         zero_init_residual: bool = False,
         pretrained: bool = False,
@@ -80,7 +84,12 @@ class BYOL(SSLModel):
     ) -> None:
         super().__init__()
         check_options(
-            "BYOL", image_size, projector_layers, view_batching, hidden_dim=hidden_dim, projection_dim=projection_dim
+            "BYOL",
+            (image_size, *other_image_sizes),
+            projector_layers,
+            view_batching,
+            hidden_dim=hidden_dim,
+            projection_dim=projection_dim,
         )
         network = build_encoder(
             encoder,
@@ -89,7 +98,7 @@ class BYOL(SSLModel):
             zero_init_residual=zero_init_residual,
             pretrained=pretrained,
         )
-        features = feature_dim(network, image_size)
+        features = feature_dim(network, image_size, *other_image_sizes)
         like = parameter_like("BYOL", network)
         biases = {"hidden_bias": hidden_bias, "last_bias": last_bias}
         projector = MLPHead(features, hidden_dim, projection_dim, num_layers=projector_layers, **biases).to(like)
@@ -100,12 +109,19 @@ class BYOL(SSLModel):
         self.feature_dim = features
         self._set_view_batching(view_batching, encoder, image_size)
 
-    def _outputs(self, views: Sequence[Tensor], batch_stats: list[BatchStats] | None) -> tuple[Outputs, Tensor]:
-        inputs = self._inputs(views)
-        with record_range("target forward"), torch.no_grad(), self._num_splits(self.target, batch_stats):
-            z1, z2 = by_view(self.target(*inputs))  # no_grad, not inference_mode: that breaks later compiled training
-        _, (p1, p2), features = self._pass_online(inputs, batch_stats)
-        return (p1, p2, z1, z2), features
+    def _outputs(
+        self, views: Sequence[Tensor], batch_stats: list[BatchStats] | None
+    ) -> tuple[Outputs, Tensor | None, Tensor]:
+        stacks = self._inputs(views)
+        of_target = [stack.only_global() for stack in stacks if stack.num_global]
+        # One number of views serves both inputs where there are two: each is then a single view.
+        splits = self._num_splits(of_target[0])
+        # no_grad, not inference_mode: that breaks later compiled training.
+        with record_range("target forward"), torch.no_grad(), num_splits(self.target, splits, batch_stats):
+            outputs = self.target(*[stack.images for stack in of_target])
+        (z1, z2), _ = by_view(outputs, of_target)
+        _, ((p1, p2), local_predictions), features = self._pass_online(stacks, batch_stats)
+        return (p1, p2, z1, z2), local_predictions, features
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Parameters of the online encoder, projector and predictor, in this order."""

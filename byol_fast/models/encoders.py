@@ -228,18 +228,28 @@ def _remove_classifier(network: nn.Module, name: str) -> None:
     raise ValueError(f"build_encoder: the classifier of {name!r} was not found; pass a module without one")
 
 
-def feature_dim(encoder: nn.Module, image_size: int) -> int:
+def feature_dim(encoder: nn.Module, *image_sizes: int) -> int:
     """Size of an encoder's features, found by running it on a copy, in eval mode, on two black images.
 
     Args:
         encoder: maps `[B, 3, S, S]` to `[B, ...]`; everything behind the batch is flattened.
-        image_size: S in pixels.
+        image_sizes: S in pixels, one or more; the features must have the same size for all.
 
     Raises:
         ValueError: the encoder does not accept such images, or returns something else.
     """
+    copied = _copied(encoder).eval()
     with torch.no_grad():
-        return _probe(_copied(encoder).eval(), image_size).shape[1]
+        dims = {size: _probe(copied, size).shape[1] for size in dict.fromkeys(image_sizes)}
+    first_size, first = next(iter(dims.items()))
+    for size, dim in dims.items():
+        if dim != first:
+            raise ValueError(
+                f"encoder: {type(encoder).__name__} must return as many features for images of {size} pixels as of "
+                f"{first_size}, got {dim} and {first}; pool them in the encoder, or give all views one size "
+                "(view2.size, local_view.size)"
+            )
+    return first
 
 
 def check_train_mode(encoder: nn.Module, image_size: int, features: int) -> None:
@@ -316,7 +326,7 @@ def _probe(network: nn.Module, image_size: int) -> Tensor:
     except Exception as error:
         raise ValueError(
             f"encoder: {name} must accept [B, 3, {image_size}, {image_size}] images in {mode} mode, it failed with: "
-            f"{first_line(error)}; set the views' size to what it takes"
+            f"{first_line(error)}; set the views' size to what it takes (view1.size, view2.size, local_view.size)"
         ) from error
     is_features = isinstance(features, Tensor) and features.ndim > 1 and features.is_floating_point()
     if not is_features or len(features) != 2 or not features.numel():

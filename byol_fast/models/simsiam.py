@@ -33,6 +33,7 @@ class SimSiam(SSLModel):
         projector_layers: linear layers of the projector (ImageNet 3, CIFAR-10 2).
         predictor_hidden_dim: width of the predictor's hidden layer, the bottleneck.
         image_size: height and width of the views, in pixels.
+        other_image_sizes: as `BYOL`.
         cifar_stem: see `build_encoder`.
         zero_init_residual: see `build_encoder`.
         pretrained: see `build_encoder`.
@@ -41,8 +42,10 @@ class SimSiam(SSLModel):
         view_batching: as `BYOL`.
 
     Raises:
-        ValueError: unknown encoder, or one that does not accept images of this size; another argument out of range.
+        ValueError: unknown encoder, or one that does not accept images of these sizes; another argument out of range.
     """
+
+    takes_local_views = False
 
     def __init__(
         self,
@@ -53,6 +56,7 @@ class SimSiam(SSLModel):
         projector_layers: int = 3,
         predictor_hidden_dim: int = 512,
         image_size: int = 224,
+        other_image_sizes: Sequence[int] = (),
         cifar_stem: bool = False,
         zero_init_residual: bool = False,
         pretrained: bool = False,
@@ -63,7 +67,7 @@ class SimSiam(SSLModel):
         super().__init__()
         check_options(
             "SimSiam",
-            image_size,
+            (image_size, *other_image_sizes),
             projector_layers,
             view_batching,
             hidden_dim=hidden_dim,
@@ -77,7 +81,7 @@ class SimSiam(SSLModel):
             zero_init_residual=zero_init_residual,
             pretrained=pretrained,
         )
-        self.feature_dim = feature_dim(network, image_size)
+        self.feature_dim = feature_dim(network, image_size, *other_image_sizes)
         like = parameter_like("SimSiam", network)
         projector = simsiam_projector(self.feature_dim, hidden_dim, projection_dim, num_layers=projector_layers)
         predictor = simsiam_predictor(projection_dim, predictor_hidden_dim)
@@ -85,9 +89,11 @@ class SimSiam(SSLModel):
         self.online = OnlineNetwork(network, projector.to(like), predictor.to(like))
         self._set_view_batching(view_batching, encoder, image_size)
 
-    def _outputs(self, views: Sequence[Tensor], batch_stats: list[BatchStats] | None) -> tuple[Outputs, Tensor]:
-        (z1, z2), (p1, p2), features = self._pass_online(self._inputs(views), batch_stats)
-        return (p1, p2, z1.detach(), z2.detach()), features
+    def _outputs(
+        self, views: Sequence[Tensor], batch_stats: list[BatchStats] | None
+    ) -> tuple[Outputs, Tensor | None, Tensor]:
+        ((z1, z2), _), ((p1, p2), _), features = self._pass_online(self._inputs(views), batch_stats)
+        return (p1, p2, z1.detach(), z2.detach()), None, features
 
     def _from_byol_loss(self, loss: Tensor) -> Tensor:
         return loss / 4 - 1

@@ -41,7 +41,7 @@ def num_splits(
         network: a converted network.
         num_views: number of views in a batch; 1 outside of this context.
         batch_stats: list to which each call of an indexed layer appends its statistics, instead of updating its running
-            statistics; None lets the layers update them.
+            statistics. None leaves that as it is: outside of such a context, the layers update them.
 
     Raises:
         ValueError: a layer would take the statistics of all views together, because it was put in after the conversion.
@@ -66,7 +66,9 @@ def _settings_of(
 ) -> Iterator[None]:
     before = [(norm.num_views, norm.batch_stats) for norm in norms]
     for norm in norms:
-        norm.num_views, norm.batch_stats = num_views, batch_stats
+        norm.num_views = num_views
+        if batch_stats is not None:
+            norm.batch_stats = batch_stats
     settings_change()
     try:
         yield

@@ -207,7 +207,7 @@ class TrainStep:
 
     def _check_output(self, output: ModelOutput, views: Sequence[Tensor]) -> None:
         """Refuse a method's output that is incomplete; a loss alone would train, with wrong records."""
-        method, num_images = f"TrainStep: {type(self.model).__name__}.forward_train", sum(map(len, views))
+        method, num_images = f"TrainStep: {type(self.model).__name__}.forward_train", 2 * len(views[0])
         if output.batch_stats is None and self.running_stats.num_layers:
             raise ValueError(
                 f"{method} must return batch_stats where collect_batch_stats is set, got None; collect them as "
@@ -216,7 +216,7 @@ class TrainStep:
         features: Tensor | None = output.features
         if features is None or len(features) != num_images:
             got = None if features is None else list(features.shape)
-            raise ValueError(f"{method} must return features of all views, [{num_images}, D], got {got}")
+            raise ValueError(f"{method} must return features of both global views, [{num_images}, D], got {got}")
 
     def _step(self, views_of_batches: Sequence[Views]) -> StepOutput:
         """The device work of one step; what the CUDA graph captures. Nothing here waits for the device."""
