@@ -16,6 +16,7 @@ from byol_fast.config.fields import ImageSize, Range, ViewBatching, Width, check
 from byol_fast.models import split_batchnorm
 from byol_fast.models.encoders import check_train_mode
 from byol_fast.models.layers import Normalize
+from byol_fast.models.networks import OnlineNetwork
 from byol_fast.models.split_batchnorm_layers import BatchStats, num_splits
 from byol_fast.utils.profiler_ranges import record_range
 from byol_kernels import byol_loss, byol_loss_with_stats
@@ -319,60 +320,14 @@ def by_view(outputs: Sequence[Tensor], stacks: Sequence[Stack]) -> PerView:
     for output, (_, num_global, num_local) in zip(outputs, stacks, strict=True):
         batch = len(output) // (num_global + num_local)
         sizes = [batch] * num_global + [batch * num_local] * (num_local > 0)
-        parts = output.split(sizes) if len(sizes) > 1 else (output,)
+        parts = torch.split(output, sizes) if len(sizes) > 1 else (output,)
         global_views += parts[:num_global]
         local_views += parts[num_global:]
     first, second = global_views
     if not local_views:
         return (first, second), None
     local = local_views[0] if len(local_views) == 1 else torch.cat(local_views)
-    return (first, second), local.unflatten(0, (-1, len(first)))
-
-
-class OnlineNetwork(nn.Module):
-    """Encoder, projector and predictor: the network that is trained."""
-
-    def __init__(self, encoder: nn.Module, projector: nn.Module, predictor: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.projector = projector
-        self.predictor = predictor
-
-    def forward(
-        self, *batches: Tensor, num_views: Sequence[int] | None = None
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Projection, prediction and (without gradient) features, `[B, D]`, of each batch of images `[B, 3, H, W]`.
-
-        All in one call: DDP counts the calls before a backward pass.
-
-        Args:
-            batches: normalized images; sizes may differ.
-            num_views: stacked views in each batch, of which batch norms take statistics of their own; None: as set by
-                `num_splits`.
-        """
-        projections, predictions, features = [], [], []
-        for i, batch in enumerate(batches):
-            with nullcontext() if num_views is None else num_splits(self, num_views[i]):
-                feature = self.encoder(batch).flatten(1)
-                projection = self.projector(feature)
-                predictions.append(self.predictor(projection))
-            projections.append(projection)
-            features.append(feature.detach())
-        return projections, predictions, features
-
-
-class TargetNetwork(nn.Module):
-    """Encoder and projector: the EMA of the online network, whose projections the online network predicts."""
-
-    def __init__(self, encoder: nn.Module, projector: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.projector = projector
-        self.requires_grad_(False)
-
-    def forward(self, *views: Tensor) -> list[Tensor]:
-        """Projection `[B, D]` of each batch of normalized images `[B, 3, H, W]`."""
-        return [self.projector(self.encoder(view).flatten(1)) for view in views]
+    return (first, second), local.reshape(-1, *first.shape)
 
 
 def check_options(

@@ -12,16 +12,15 @@ from byol_fast.config.fields import ViewBatching
 from byol_fast.models.base import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    OnlineNetwork,
     Outputs,
     SSLModel,
-    TargetNetwork,
     by_view,
     check_options,
     parameter_like,
 )
 from byol_fast.models.encoders import build_encoder, feature_dim
 from byol_fast.models.layers import MLPHead, Normalize
+from byol_fast.models.networks import OnlineNetwork, TargetNetwork
 from byol_fast.models.split_batchnorm_layers import BatchStats, num_splits
 from byol_fast.utils.profiler_ranges import record_range
 from byol_kernels import ema_update_

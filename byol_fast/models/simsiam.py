@@ -10,7 +10,6 @@ from byol_fast.config.fields import ViewBatching
 from byol_fast.models.base import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    OnlineNetwork,
     Outputs,
     SSLModel,
     check_options,
@@ -18,6 +17,7 @@ from byol_fast.models.base import (
 )
 from byol_fast.models.encoders import build_encoder, feature_dim
 from byol_fast.models.layers import Normalize, simsiam_predictor, simsiam_projector
+from byol_fast.models.networks import OnlineNetwork
 from byol_fast.models.split_batchnorm_layers import BatchStats
 
 

@@ -260,9 +260,15 @@ class OwnForward(BYOL):
     [
         # The running statistics would move in steps that are skipped.
         ({"batch_stats": None}, r"OwnForward.forward_train must return batch_stats"),
-        ({"features": None}, r"OwnForward.forward_train must return features of both global views, \[16, D\], got None"),
+        (
+            {"features": None},
+            r"OwnForward.forward_train must return features of both global views, \[16, D\], got None",
+        ),
         # The probe would compare them with the labels of other images.
-        ({"features": torch.zeros(4, 256)}, r"OwnForward.forward_train must return features of both global views, \[16, D\]"),
+        (
+            {"features": torch.zeros(4, 256)},
+            r"OwnForward.forward_train must return features of both global views, \[16, D\]",
+        ),
     ],
 )
 def test_a_method_with_an_incomplete_output_is_refused(returned: dict[str, Any], message: str) -> None:
