@@ -5,6 +5,7 @@ Runs on the oldest supported torch, too, whose tracer has other faults than the 
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -30,24 +31,29 @@ from byol_fast.training.train_step import TrainStep
 from tests.networks import METHODS, SmallResidualNetwork
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_gradients_of_a_compiled_pass_are_the_eager_ones(method: type[SSLModel], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("method", "dtype", "num_local"),
+    [*itertools.product(METHODS, [torch.float64, torch.float32], [0]), (BYOL, torch.float64, 2)],
+    ids=str,
+)
+def test_gradients_of_a_compiled_pass_are_the_eager_ones(
+    method: type[SSLModel], dtype: torch.dtype, num_local: int
+) -> None:
     torch.manual_seed(0)
     encoder = torch.nn.Sequential(
         torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1)
     )
     model = method(encoder, hidden_dim=16, projection_dim=8, image_size=16).to(dtype)
-    view1, view2 = torch.randn(2, 6, 3, 16, 16, dtype=dtype)
+    views = [*torch.randn(2, 6, 3, 16, 16, dtype=dtype), *torch.randn(num_local, 6, 3, 8, 8, dtype=dtype)]
     start = {name: t.clone() for name, t in model.state_dict().items()}
     found = {}
     for name, forward in (
         ("eager", model.forward_train),
-        ("compiled", torch.compile(model.forward_train, dynamic=False, backend="aot_eager")),
+        ("compiled", torch.compile(model.forward_train, dynamic=False, fullgraph=True, backend="aot_eager")),
     ):
         model.load_state_dict(start)
         model.zero_grad(set_to_none=True)
-        output = forward(view1, view2)
+        output = forward(*views)
         output.loss.backward()  # type: ignore[no-untyped-call]
         gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         found[name] = [output.loss.detach(), output.embedding_std, output.features, *gradients, *model.buffers()]
@@ -120,7 +126,8 @@ def test_compiled_code_stores_activations_and_gradients_in_half_precision(
     assert not [size for size, dtype in sizes if size >= activation // 4 and dtype == "float32"]
 
 
-def test_training_pass_is_compiled_once() -> None:
+@pytest.mark.parametrize("num_local", [0, 2])
+def test_training_pass_is_compiled_once(num_local: int) -> None:
     """A second variant would cost a run its compile time again, in its second step."""
     torch.manual_seed(0)
     model = BYOL(SmallResidualNetwork(), hidden_dim=16, projection_dim=8, image_size=16)
@@ -130,8 +137,9 @@ def test_training_pass_is_compiled_once() -> None:
         RunSchedule(total_steps=3, warmup_steps=1, base_lr=0.2, batch_size=8, tau_base=0.9),
         forward=torch.compile(model.forward_train, dynamic=False, backend="aot_eager"),
     )
-    view1, view2 = torch.randint(0, 256, (2, 8, 3, 16, 16), dtype=torch.uint8)
+    sizes = [16, 16, *[12] * num_local]
+    views = tuple(torch.randint(0, 256, (8, 3, size, size), dtype=torch.uint8) for size in sizes)
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         for k in range(3):
-            assert step(Batch((view1, view2), None, torch.arange(8)), k).skipped == 0
+            assert step(Batch(views, None, torch.arange(8)), k).skipped == 0

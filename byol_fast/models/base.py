@@ -66,7 +66,7 @@ def check_views(what: str, views: Sequence[Tensor]) -> None:
             raise ValueError(f"{what}: {name} must be uint8, or normalized floating point, got {view.dtype}")
         if view.shape[:2] != first.shape[:2] or view.dtype != first.dtype:
             raise ValueError(
-                f"{what}: {name} must be {[*first.shape[:2]]} images as view1 (and {first.dtype}), got "
+                f"{what}: {name} must be [{first.shape[0]}, {first.shape[1]}, H, W] as view1 (and {first.dtype}), got "
                 f"{list(view.shape)} of {view.dtype}"
             )
 

@@ -136,9 +136,9 @@ def test_simsiam_takes_views_of_two_sizes() -> None:
 
 REFUSED = {
     "one view": ((12,), "BYOL: views must be 2 or more, got 1"),
-    "view 2 of fewer images": ((12, (2, 3, 12, 12)), r"view2 must be \[6, 3\] images as view1 .*, got \[2, 3, 12, 12\]"),
-    "local view of fewer images": ((12, 12, 8, (2, 3, 8, 8)), r"local view 2 must be \[6, 3\] images as view1"),
-    "local view of other channels": ((12, 12, (B, 1, 8, 8)), r"local view 1 must be \[6, 3\] images as view1"),
+    "view 2 of fewer images": ((12, (2, 3, 12, 12)), r"view2 must be \[6, 3, H, W\] as view1 .*, got \[2, 3, 12, 12\]"),
+    "local view of fewer images": ((12, 12, 8, (2, 3, 8, 8)), r"local view 2 must be \[6, 3, H, W\] as view1"),
+    "local view of other channels": ((12, 12, (B, 1, 8, 8)), r"local view 1 must be \[6, 3, H, W\] as view1"),
     "no images": ((12, 12, (B, 3)), r"local view 1 must be images \[B, 3, H, W\]"),
 }
 

@@ -262,7 +262,7 @@ def test_heads_are_the_references(model: BYOL) -> None:
         (torch.zeros(4, 1, 16, 16, dtype=torch.uint8), r"must be images \[B, 3, H, W\]"),
         (torch.zeros(1, 3, 16, 16), "B of 2 or more"),
         (torch.zeros(4, 3, 16, 16, dtype=torch.int64), "must be uint8, or normalized floating point"),
-        (torch.zeros(5, 3, 16, 16), r"view2 must be \[5, 3, 16, 16\] as view1"),
+        (torch.zeros(5, 3, 16, 16), r"view2 must be \[5, 3, H, W\] as view1"),
     ],
 )
 def test_impossible_views_are_explained(model: BYOL, view: torch.Tensor, message: str) -> None:

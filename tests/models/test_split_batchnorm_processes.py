@@ -1,4 +1,4 @@
-"""Batch norm synchronized over processes, also compiled."""
+"""Batch norm synchronized over processes, also compiled, and within a model with local views."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import spawn
 
+from byol_fast.models.byol import BYOL
 from byol_fast.models.split_batchnorm import convert_split_batchnorm, convert_sync_batchnorm
+from byol_fast.training.distributed import wrap_ddp
 from tests.models.helpers import CLOSE, OwnForward, Residual, at_once, equal, everything, made, separately, with_norm
 
 # Kind of the network, and images of a view on each of two processes.
@@ -30,6 +32,31 @@ def network_and_images(kind: str) -> tuple[nn.Module, Tensor]:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
     torch.manual_seed(3)
     return network.to(memory_format=torch.channels_last), torch.randn(2, 6, 3, 9, 7, dtype=torch.float64)
+
+
+def model_and_views() -> tuple[BYOL, list[Tensor]]:
+    torch.manual_seed(0)
+    model = BYOL(Residual().double(), hidden_dim=8, projection_dim=5, image_size=12)
+    return model, [torch.randn(6, 3, size, size, dtype=torch.float64) for size in (12, 12, 8, 8, 8)]
+
+
+def trained(model: BYOL, views: list[Tensor]) -> dict[str, Tensor]:
+    """Loss, gradients and running statistics of a pass."""
+    loss = model.forward_train(*views).loss
+    loss.backward()  # type: ignore[no-untyped-call]
+    found = {"loss": loss.detach()} | dict(model.named_buffers())
+    return found | {f"d {name}": p.grad for name, p in model.online.named_parameters() if p.grad is not None}
+
+
+def with_local_views(rank: int) -> dict[str, Tensor]:
+    """`trained` on the images of one of two processes, in DDP."""
+    model, views = model_and_views()
+    for network in model.networks():
+        convert_sync_batchnorm(network)
+    model.wrap_online(lambda network: wrap_ddp(network, torch.device("cpu")))
+    found = trained(model, [view.chunk(2)[rank] for view in views])
+    distributed.all_reduce(found["loss"].div_(2))
+    return found
 
 
 def on_one_of_two(rank: int, port: int, folder: str) -> None:
@@ -53,6 +80,7 @@ def on_one_of_two(rank: int, port: int, folder: str) -> None:
             distributed.all_reduce(p.grad)
             found[f"d {name}"] = p.grad
         results.append(found)
+    results.append(with_local_views(rank))
     torch.save(results, Path(folder) / f"{rank}.pt")
     distributed.destroy_process_group()
 
@@ -68,6 +96,9 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path: Path) -> None:
     y = separately(network, x, 2)
     y.square().sum().backward()  # type: ignore[no-untyped-call]
     assert x.grad is not None
+    expected = trained(*model_and_views())
+    for of_process in results:
+        equal(of_process.pop(), expected)
     assert len(results[0]) == len(results[1]) == len(CASES)
     for case, (_, shares) in enumerate(CASES):
         for name, whole in (("y", y.detach()), ("dx", x.grad)):

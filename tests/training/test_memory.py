@@ -85,6 +85,11 @@ def run_config(encoder: str, size: int, batch_size: int, **changes: Any) -> Conf
             FP32,
             id="cifar10_lightly, two batches",
         ),
+        pytest.param(
+            run_config("resnet18_narrow", 64, 8, **{"num_local_views": 4, "local_view.size": 32}),
+            FP32,
+            id="narrow, local views",
+        ),
         pytest.param(run_config("resnet18", 224, 16), FP32, id="resnet18", marks=pytest.mark.slow),
         pytest.param(run_config("resnet50", 224, 8), FP32, id="resnet50", marks=pytest.mark.slow),
         pytest.param(

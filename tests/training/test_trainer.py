@@ -128,7 +128,11 @@ def test_killed_in_mid_epoch_and_resumed_with_dali_is_the_uninterrupted_run(tiny
     assert by_step(whole.out / "whole") == by_step(cut.out / "cut")
 
 
-def test_interrupted_in_this_process_says_how_to_go_on(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("changes", [{}, {"num_local_views": 2, "local_view.size": 8}], ids=["", "local views"])
+def test_interrupted_in_this_process_says_how_to_go_on(
+    tiny: Config, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = configs.replace(tiny, changes)
     trainer = Trainer(tiny)
     step = trainer.train_step.__call__
 
