@@ -24,7 +24,7 @@ T = TypeVar("T")
 FREQUENT = (
     "folder",
     "model.encoder",
-    "model.pretrained",
+    "init_from",
     "image_size",
     "batch_size",
     "epochs",

@@ -28,7 +28,7 @@ def print_end(result: RunResult, config: Config, *, seconds: float | None, first
         seconds: time since the start; None if the run was complete before, so that nothing was trained.
         first_step: steps done before the start, which are not in that time.
     """
-    lines = _results(result, seconds, first_step)
+    lines = _results(result, config, seconds, first_step)
     if result.problem is None:
         lines += _next_steps(result, config)
     elif seconds is None:
@@ -37,7 +37,7 @@ def print_end(result: RunResult, config: Config, *, seconds: float | None, first
     return USELESS_ENCODER if result.problem and seconds is not None else 0
 
 
-def _results(result: RunResult, seconds: float | None, first_step: int) -> list[str]:
+def _results(result: RunResult, config: Config, seconds: float | None, first_step: int) -> list[str]:
     begin = "already complete" if seconds is None else f"done in {duration(seconds)}"
     if seconds is not None and first_step:
         begin += f" after step {first_step:,}; in all"
@@ -46,7 +46,8 @@ def _results(result: RunResult, seconds: float | None, first_step: int) -> list[
         line += f", {speed:,.0f} images per second" if speed >= 10 else f", {speed:.2g} images per second"
     lines = [line]
     if result.knn_top1 is not None:
-        before = "" if result.knn_top1_untrained is None else f"{result.knn_top1_untrained:.1%} untrained, "
+        top1 = result.knn_top1_untrained
+        before = "" if top1 is None else f"{top1:.1%} {config.before_training}, "
         lines.append(f"kNN-{result.knn_k} top-1 accuracy: {before}{result.knn_top1:.1%} trained")
     present = [name for name in _FILES if (result.run_dir / name).exists()]
     return [*lines, f"files in {short_path(result.run_dir)}: {', '.join(present)}"]

@@ -79,7 +79,7 @@ def check_fields(config: Any, prefix: str) -> None:
 
 
 def check(where: str, hint: Any, value: Any) -> Any:
-    """A value, converted to a type: paths from text, tuples from lists, Python's numbers from NumPy's and torch's.
+    """A value, converted to a type: paths from text and back, tuples from lists, numbers from NumPy's and torch's.
 
     Args:
         where: name of the value in messages.
@@ -107,6 +107,8 @@ def check(where: str, hint: Any, value: Any) -> Any:
         return _check_choice(where, get_args(kind), value)
     if kind is Path and isinstance(value, str):
         return Path(value)
+    if kind is str and isinstance(value, Path):
+        return str(value)
     require(isinstance(value, kind), where, f"be {_TYPE_NAMES.get(kind, f'of type {kind.__name__}')}", value)
     return value
 

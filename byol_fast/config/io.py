@@ -105,6 +105,12 @@ def from_dict(values: Mapping[str, object]) -> Config:
         log = ("tensorboard",) if values["tensorboard"] else ()
         others = {name: value for name, value in values.items() if name != "tensorboard"}
         values = {"log": log} | others | {"knn.max_val": 0}
+    model = values.get("model")
+    if isinstance(model, Mapping) and isinstance(model.get("pretrained"), bool):
+        # Earlier versions had this option for the weights of the encoder's package.
+        package = "timm" if str(model.get("encoder")).startswith("timm/") else "torchvision"
+        others = {name: value for name, value in model.items() if name != "pretrained"}
+        values = ({"init_from": package} if model["pretrained"] else {}) | dict(values) | {"model": others}
     config = replace(Config(), values)
     if config.model.zero_init_residual and not is_resnet(config.model.encoder):
         # Earlier versions took it for any encoder of torchvision, and ignored it.

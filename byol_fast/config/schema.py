@@ -6,6 +6,7 @@ fields of it; the run folder keeps the result as `config.json`. The docstrings o
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -100,8 +101,6 @@ class ModelConfig:
     without max-pool. True for `resnet18_lightly`, which has no other."""
     zero_init_residual: bool = False
     """ResNets of torchvision: initialize every residual block as the identity (weight of its last norm = 0)."""
-    pretrained: bool = False
-    """Initialize the encoder with torchvision's default weights (downloaded, or from torch's cache)."""
     hidden_dim: Width = 4096
     """Width of the hidden layers of projector and predictor (with SimSiam of the projector)."""
     projection_dim: Width = 256
@@ -240,6 +239,13 @@ class Config:
     """Folder in which run folders are created."""
     seed: Seed = 0
     """Seed of weights, shuffling and augmentation."""
+    init_from: str = ""
+    """Initial weights of the encoder: a run folder, an exported encoder, a file of weights (.safetensors, .pt, .pth,
+    .pth.tar, .ckpt, .torch), or `torchvision` or `timm` for that package's pretrained weights. Empty: random ones."""
+    init_partial: bool = False
+    """Start although init_from has less than 90 % of the encoder's parameters; the others are random."""
+    init_sha256: str = ""
+    """SHA-256 of the file of init_from (of torchvision's or timm's tensors). Empty: any; the run fills it in."""
     epochs: Epochs = 100
     """Passes over the training images."""
     steps: Count = 0
@@ -315,6 +321,7 @@ class Config:
         object.__setattr__(self, "out", expand_home(self.out))
         is_name = "/" not in self.name and self.name not in {".", ".."}
         require(is_name, "config: name", "be a plain folder name", self.name)
+        self._check_init()
         fix = "name each tracker once"
         require(len(set(self.log)) == len(self.log), "config: log", "have no repeated names", self.log, fix)
         for option, method in METHOD_OPTIONS.items():
@@ -323,6 +330,20 @@ class Config:
             fix = f"set it to {default!r}"
             require(self.method == method or value == default, f"config: model.{option}", contract, value, fix)
         self._check_views()
+
+    @property
+    def before_training(self) -> str:
+        """Adjective for the encoder before the first step, for messages: untrained, or initial with `init_from`."""
+        return "initial" if self.init_from else "untrained"
+
+    def _check_init(self) -> None:
+        """Check the options of the initial weights."""
+        where, contract, fix = "config: init_partial", "be False without init_from", "name the weights"
+        require(bool(self.init_from) or not self.init_partial, where, contract, self.init_partial, fix)
+        where, contract = "config: init_sha256", "be empty without init_from"
+        require(bool(self.init_from) or not self.init_sha256, where, contract, self.init_sha256, fix)
+        is_digest = re.fullmatch("[0-9a-f]{64}", self.init_sha256 or "0" * 64) is not None
+        require(is_digest, where, "be 64 hexadecimal digits in lower case", self.init_sha256, "see sha256sum FILE")
 
     @property
     def view_configs(self) -> tuple[ViewConfig, ...]:

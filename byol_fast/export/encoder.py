@@ -82,6 +82,8 @@ def _metadata(config: Config, *, step: int, feature_dim: int) -> dict[str, Any]:
     name = config.model.encoder
     # Programs that load the weights into torchvision's ResNet-18 need it; all other encoders are as their names say.
     stem = {} if has_stem_relu(name) else {"stem_relu": False}
+    sha256 = {"sha256": config.init_sha256} if config.init_sha256 else {}
+    lineage = {"lineage": {"init_from": config.init_from} | sha256} if config.init_from else {}
     return {
         "encoder": name,
         "cifar_stem": config.model.cifar_stem,
@@ -91,6 +93,7 @@ def _metadata(config: Config, *, step: int, feature_dim: int) -> dict[str, Any]:
         "preprocessing": Preprocessing.of_config(config).to_dict(),
         "recipe": config.recipe,
         "step": step,
+        **lineage,
         "byol_fast": version("byol_fast"),
     }
 

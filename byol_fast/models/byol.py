@@ -46,7 +46,6 @@ class BYOL(SSLModel):
         other_image_sizes: those of views of another size: the encoder must take them, too.
         cifar_stem: see `build_encoder`.
         zero_init_residual: see `build_encoder`.
-        pretrained: see `build_encoder`.
         mean: channel means that uint8 input is normalized with.
         std: channel standard deviations that uint8 input is normalized with.
         view_batching: how views pass the networks. `batched` (both at once, batch-norm statistics for each) becomes
@@ -76,7 +75,6 @@ class BYOL(SSLModel):
         other_image_sizes: Sequence[int] = (),
         cifar_stem: bool = False,
         zero_init_residual: bool = False,
-        pretrained: bool = False,
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
         view_batching: ViewBatching = "batched",
@@ -91,11 +89,7 @@ class BYOL(SSLModel):
             projection_dim=projection_dim,
         )
         network = build_encoder(
-            encoder,
-            image_size=image_size,
-            cifar_stem=cifar_stem,
-            zero_init_residual=zero_init_residual,
-            pretrained=pretrained,
+            encoder, image_size=image_size, cifar_stem=cifar_stem, zero_init_residual=zero_init_residual
         )
         features = feature_dim(network, image_size, *other_image_sizes)
         like = parameter_like("BYOL", network)

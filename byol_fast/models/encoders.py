@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from byol_fast.config.encoder_names import check_encoder_name as check_without_import
 from byol_fast.config.encoder_names import unknown_encoder
+from byol_fast.config.fields import ConfigError
 from byol_fast.config.resnets import LIGHTLY_RESNET
 from byol_fast.models.split_batchnorm import disable_sync
 from byol_fast.utils.errors import first_line
@@ -56,6 +57,26 @@ def check_encoder_name(encoder: str) -> None:
 
     if not timm.is_model(encoder.removeprefix("timm/")):  # with or without the tag of pretrained weights
         raise unknown_encoder(encoder, [f"timm/{name}" for name in timm.list_models()])
+
+
+def check_pretrained(encoder: str) -> None:
+    """Check that there are pretrained weights of an encoder; its package is asked, not the network.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    check_encoder_name(encoder)
+    if encoder.startswith("timm/"):
+        import timm  # optional
+
+        exists = timm.is_model_pretrained(encoder.removeprefix("timm/"))
+    else:
+        from torchvision import models
+
+        exists = encoder not in OWN_ENCODERS and len(models.get_model_weights(encoder)) > 0
+    if not exists:
+        package = "timm" if encoder.startswith("timm/") else "torchvision"
+        raise ConfigError(f"encoder: {package} has no pretrained weights of {encoder!r}; choose another encoder")
 
 
 def build_encoder(
@@ -107,6 +128,8 @@ def build_encoder(
         network, _ = create_timm_model(encoder.removeprefix("timm/"), image_size, pretrained=pretrained)
         return network
     check_encoder_name(encoder)
+    if pretrained:
+        check_pretrained(encoder)
     network = _torchvision_model(encoder, image_size, pretrained=pretrained)
     if zero_init_residual:
         norms = _last_norms(network)
@@ -125,8 +148,6 @@ def _torchvision_model(encoder: str, image_size: int | None, *, pretrained: bool
     from torchvision import models
 
     if encoder in OWN_ENCODERS:
-        if pretrained:
-            raise ValueError(f"build_encoder: there are no pretrained weights for {encoder!r}; drop pretrained")
         return OWN_ENCODERS[encoder]()
     # These two warn about their slow initialization unless told, and insist on auxiliary heads with weights.
     googles = encoder in {"inception_v3", "googlenet"}

@@ -36,7 +36,6 @@ class SimSiam(SSLModel):
         other_image_sizes: as `BYOL`.
         cifar_stem: see `build_encoder`.
         zero_init_residual: see `build_encoder`.
-        pretrained: see `build_encoder`.
         mean: channel means that uint8 input is normalized with.
         std: channel standard deviations that uint8 input is normalized with.
         view_batching: as `BYOL`.
@@ -59,7 +58,6 @@ class SimSiam(SSLModel):
         other_image_sizes: Sequence[int] = (),
         cifar_stem: bool = False,
         zero_init_residual: bool = False,
-        pretrained: bool = False,
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
         view_batching: ViewBatching = "batched",
@@ -75,11 +73,7 @@ class SimSiam(SSLModel):
             predictor_hidden_dim=predictor_hidden_dim,
         )
         network = build_encoder(
-            encoder,
-            image_size=image_size,
-            cifar_stem=cifar_stem,
-            zero_init_residual=zero_init_residual,
-            pretrained=pretrained,
+            encoder, image_size=image_size, cifar_stem=cifar_stem, zero_init_residual=zero_init_residual
         )
         self.feature_dim = feature_dim(network, image_size, *other_image_sizes)
         like = parameter_like("SimSiam", network)

@@ -300,7 +300,7 @@ def roofline(
 
 def _config(encoder: str | nn.Module | Config, batch_size: int | None, image_size: int | None) -> Config:
     config = encoder if isinstance(encoder, Config) else Config()
-    changes: dict[str, object] = {"model.view_batching": "separate", "model.pretrained": False}
+    changes: dict[str, object] = {"model.view_batching": "separate"}
     if isinstance(encoder, str):
         changes["model.encoder"] = encoder
     if image_size is not None:
@@ -313,7 +313,7 @@ def _config(encoder: str | nn.Module | Config, batch_size: int | None, image_siz
 def _build_model(encoder: str | nn.Module | Config, config: Config) -> SSLModel:
     if isinstance(encoder, nn.Module):
         return BYOL(copy.deepcopy(encoder).to("meta"), image_size=config.view1.size, view_batching="separate")
-    return build_model(config, pretrained=False)
+    return build_model(config)
 
 
 class _EagerLoss(nn.Module):

@@ -51,19 +51,24 @@ def _collapse(run: RunFiles) -> tuple[str, str]:
 
 
 def _knn_gain(run: RunFiles) -> list[tuple[str, str]]:
-    """The last kNN accuracy compared with the untrained encoder's, where both are known."""
+    """The last kNN accuracy compared with that before the first step, where both are known."""
     evaluated = [r for r in run.records if r.get("knn_top1") is not None]
     if len(evaluated) < 2 or evaluated[0]["step"] != 0:
         return []
     before, after = evaluated[0], evaluated[-1]
     text = f"kNN top-1 accuracy is {after['knn_top1']:.1%}"
+    first = f"the {_before_training(run)} encoder"
     intervals = [accuracy_interval(r["knn_top1"], r.get("knn_num_val")) for r in (before, after)]
     if not differ(*intervals):
         overlap = "" if None in intervals else "; the 95 % intervals overlap"
-        return [("", f"{text}, that of the untrained encoder {before['knn_top1']:.1%}{overlap}.")]
+        return [("", f"{text}, that of {first} {before['knn_top1']:.1%}{overlap}.")]
     gain = round(100 * after["knn_top1"], 1) - round(100 * before["knn_top1"], 1)
     difference = f"{abs(gain):.1f} points {'above' if gain > 0 else 'below'}"
-    return [("good" if gain > 0 else "warn", f"{text}, {difference} the untrained encoder ({before['knn_top1']:.1%}).")]
+    return [("good" if gain > 0 else "warn", f"{text}, {difference} {first} ({before['knn_top1']:.1%}).")]
+
+
+def _before_training(run: RunFiles) -> str:
+    return "untrained" if run.config is None else run.config.before_training
 
 
 def progress(run: RunFiles) -> tuple[str, str]:
@@ -110,7 +115,7 @@ def _accuracies(run: RunFiles) -> list[tuple[str, str, str]]:
     if evaluated:
         last, trained = evaluated[-1], [r for r in evaluated if r["step"] > 0]
         k = f"-{last['knn_k']}" if last.get("knn_k") else ""
-        when = f"step {last['step']:,}" if trained else "untrained"
+        when = f"step {last['step']:,}" if trained else _before_training(run)
         if len(trained) > 1:
             best = max(trained, key=lambda r: float(r["knn_top1"]))
             when += f"; best {best['knn_top1']:.1%} at step {best['step']:,}"

@@ -24,6 +24,8 @@ from byol_fast.models.encoders import check_encoder_name
 from byol_fast.optim import RunSchedule, build_optimizer
 from byol_fast.training import distributed
 from byol_fast.training.distributed import World
+from byol_fast.training.init_from import InitialWeights, read_initial_weights
+from byol_fast.training.init_source import with_absolute_source
 from byol_fast.training.knn_monitor import KNNMonitor, check_labels, knn_problem
 from byol_fast.training.locks import RunLock, exclusive
 from byol_fast.training.memory import check_memory
@@ -128,20 +130,14 @@ def _build(
     has_checkpoint = world.run_on_main(run_dir.has_checkpoints)
     environment = describe_environment(config, execution)
 
-    # --- data and model
+    # --- initial weights, data and model
+    config, initial = _read_initial_weights(config, world, notes, has_checkpoint=has_checkpoint)
     with world.main_process_first():
         train_source, val_source, sampler = _open_images(config, data, world)
         total_steps = config.steps or whole_steps_in(config.epochs, sampler, config.grad_accum_steps)
         schedule = _build_schedule(config, sampler, total_steps, world, notes)
     notes += check_memory(config, train_source, execution.device, execution.precision, world)
-    with world.main_process_first():
-        torch.manual_seed(config.seed)
-        model = build_model(config, pretrained=not has_checkpoint)
-    if dropped := recipes.dropped_resnet_options(config):
-        notes.append(f"{' and '.join(dropped)} of the recipe {config.recipe} left out: only for torchvision's ResNets")
-    if model.not_batched_reason is not None:
-        notes.append(f"the views pass the networks one by one: {model.not_batched_reason}")
-    _prepare_networks(model, config, execution)
+    model = _build_model(config, initial, execution, notes)
     loader = make_loader(
         train_source,
         config,
@@ -178,6 +174,36 @@ def _build(
         notes=tuple(notes),
         rng_state=state.rng_state(),
     )
+
+
+def _read_initial_weights(
+    config: Config, world: World, notes: list[str], *, has_checkpoint: bool
+) -> tuple[Config, InitialWeights | None]:
+    """The weights that `init_from` names, and the configuration with their digest; a checkpoint replaces them."""
+    if config.init_from and has_checkpoint:
+        notes.append(f"init_from {config.init_from} is not read: the run goes on from its checkpoint")
+        return config, None
+    with world.main_process_first():  # it may download them
+        initial = read_initial_weights(config)
+    if initial is None:
+        return config, None
+    notes.append(initial.summary())
+    return configs.replace(config, {"init_sha256": initial.sha256}), initial
+
+
+def _build_model(config: Config, initial: InitialWeights | None, execution: Execution, notes: list[str]) -> SSLModel:
+    """The networks, on their device."""
+    with execution.world.main_process_first():
+        torch.manual_seed(config.seed)
+        model = build_model(config)
+    if initial is not None:
+        initial.load_into(model)
+    if dropped := recipes.dropped_resnet_options(config):
+        notes.append(f"{' and '.join(dropped)} of the recipe {config.recipe} left out: only for torchvision's ResNets")
+    if model.not_batched_reason is not None:
+        notes.append(f"the views pass the networks one by one: {model.not_batched_reason}")
+    _prepare_networks(model, config, execution)
+    return model
 
 
 def _open_images(config: Config, data: object, world: World) -> tuple[ImageSource, ImageSource | None, BatchSampler]:
@@ -249,7 +275,8 @@ def describe_environment(config: Config, execution: Execution) -> dict[str, Any]
 
 
 def _with_absolute_paths(config: Config, data: object) -> tuple[Config, object]:
-    """Absolute paths of the images, so that the run can be resumed from any folder."""
+    """Absolute paths of images and initial weights, so that the run can be resumed from any folder."""
+    config = with_absolute_source(config)
     if isinstance(data, str | Path):
         config, data = configs.replace(config, {"data.root": Path(data)}), None
     if config.data.root is not None:

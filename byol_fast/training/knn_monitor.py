@@ -133,7 +133,7 @@ class KNNMonitor:
         }
         train = subsample_classes(self.train, 0 if full else knn.max_train)
         val = subsample_classes(self.val, 0 if full else knn.max_val)
-        which = "untrained encoder" if untrained else "all images" if full else "evaluation"
+        which = f"{self.config.before_training} encoder" if untrained else "all images" if full else "evaluation"
         if untrained:
             calibration = self.batches(subsample(train, CALIBRATION_IMAGES), f"{which}, calibrating norms")
             encoder = recalibrate_bn(encoder, calibration, **options)

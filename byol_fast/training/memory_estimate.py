@@ -26,7 +26,7 @@ from byol_fast.config import Config
 from byol_fast.data.batch import empty_views
 from byol_fast.models.activation_checkpoint import checkpoint_blocks
 from byol_fast.models.base import SSLModel
-from byol_fast.models.builder import build_model
+from byol_fast.models.builder import model_without_values
 from byol_fast.training.lowp_weights import LowPrecisionWeights
 from byol_fast.utils.errors import reason
 from byol_fast.utils.precision import Precision
@@ -86,7 +86,7 @@ def estimate_memory(
         Exception: of any type, if the networks cannot run on tensors without values.
     """
     dtype, on_gpu = precision.autocast_dtype, device_type == "cuda"
-    model = _without_values(config)
+    model = model_without_values(config)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
         if on_gpu:
@@ -129,16 +129,6 @@ def try_estimate(
         return estimate_memory(config, device_type, precision, num_processes=num_processes)
     except Exception as error:  # an encoder may fail in any way; if it is invalid, building it raises the same error
         return reason(error)
-
-
-def _without_values(config: Config) -> SSLModel:
-    """The networks of a configuration, of which only the shapes of their tensors are used."""
-    try:
-        with torch.device("meta"):
-            return build_model(config, pretrained=False)
-    except NotImplementedError:  # its widths are computed from tensors, as those of torchvision's RegNets
-        with torch.random.fork_rng(devices=[]):
-            return build_model(config, pretrained=False)
 
 
 def _use_gpu_layers(model: SSLModel, dtype: torch.dtype | None) -> None:

@@ -9,6 +9,7 @@ from byol_fast.config.encoder_names import check_encoder_name
 from byol_fast.data.errors import SourceError
 from byol_fast.data.sources.paths import check_images
 from byol_fast.trackers import check_installed
+from byol_fast.training.init_source import check_init_from
 from byol_fast.training.locks import LOCK_FILE
 from byol_fast.training.resume import check_resumable
 from byol_fast.training.run_dir import RunDir
@@ -17,7 +18,7 @@ from byol_fast.utils.run_folder import check_run_folder
 
 
 def check_start(config: Config, *, data: object = None, resume: Path | None = None) -> None:
-    """Check the run folder, the names of encoder and trackers and the paths of the images; writes nothing.
+    """Check the run folder, the names of encoder and trackers, the paths of initial weights and images; writes nothing.
 
     Args:
         config: of the run.
@@ -26,7 +27,7 @@ def check_start(config: Config, *, data: object = None, resume: Path | None = No
 
     Raises:
         ConfigError: the folder cannot be used, a field differs from the run to be continued in what is computed, there
-            is no such encoder, or the package of a tracker is missing.
+            is no such encoder, there are no such initial weights, or the package of a tracker is missing.
         SourceError: there are no images.
     """
     if resume is not None:
@@ -38,6 +39,8 @@ def check_start(config: Config, *, data: object = None, resume: Path | None = No
         if config.name and run_dir.path.is_dir() and not is_running:
             run_dir.check_usable(resume=False)
     check_encoder_name(config.model.encoder)
+    if resume is None or not RunDir(resume).has_checkpoints():  # a checkpoint takes the place of initial weights
+        check_init_from(config)
     check_installed(config.log)
     try:
         check_images(config, data)

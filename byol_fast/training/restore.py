@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 from byol_fast import config as configs
 from byol_fast.config import Config
 from byol_fast.training.distributed import World
+from byol_fast.training.init_source import INIT_OPTIONS
 from byol_fast.training.metrics_file import read as read_metrics
 from byol_fast.training.resume import check_unchanged
 from byol_fast.training.run_dir import RunDir
@@ -48,18 +49,19 @@ def restore_latest(
     """
     world = state.world
 
-    def use(path: Path) -> tuple[Path, dict[str, Any]]:
+    def use(path: Path) -> tuple[Path, Config, dict[str, Any]]:
         payload = _on_all(world, lambda: checkpoints.load(path))
-        return path, _on_all(world, lambda: _restore(state, path, payload, run_dir, config))
+        return path, *_on_all(world, lambda: _restore(state, path, payload, run_dir, config))
 
     paths = world.run_on_main(lambda: checkpoints.newest_first(run_dir.checkpoints))
     quiet = not world.is_main_process
-    checkpoint, environment_then = checkpoints.use_latest(run_dir.checkpoints, use, paths=paths, quiet=quiet)
+    checkpoint, stored, environment_then = checkpoints.use_latest(run_dir.checkpoints, use, paths=paths, quiet=quiet)
     _restore_evaluation(state, run_dir)
     if world.is_main_process:
         for difference in env.differences(environment_then, environment):
             log.warning("resume: %s; training continues, but is not bit-exact", difference)
-    return configs.replace(config, {"data.accept_changed": False}), checkpoint  # it holds for one resumption
+    changes = {name: getattr(stored, name) for name in INIT_OPTIONS}  # the weights that the run was started from
+    return configs.replace(config, {"data.accept_changed": False} | changes), checkpoint  # it holds for one resumption
 
 
 def _on_all(world: World, fn: Callable[[], T]) -> T:
@@ -76,8 +78,10 @@ def _on_all(world: World, fn: Callable[[], T]) -> T:
     return cast("T", result)
 
 
-def _restore(state: TrainState, path: Path, payload: dict[str, Any], run_dir: RunDir, config: Config) -> dict[str, Any]:
-    """Load a checkpoint into the state of a run; returns the environment in which it was saved."""
+def _restore(
+    state: TrainState, path: Path, payload: dict[str, Any], run_dir: RunDir, config: Config
+) -> tuple[Config, dict[str, Any]]:
+    """Load a checkpoint into the state of a run; returns the configuration and the environment that it was saved in."""
     with checkpoints.restoring(path):
         stored = configs.from_dict(json.loads(payload["config"]))
         environment: dict[str, Any] = json.loads(payload["environment"])
@@ -87,7 +91,7 @@ def _restore(state: TrainState, path: Path, payload: dict[str, Any], run_dir: Ru
     check_unchanged(stored, config, run_dir.path)
     with checkpoints.restoring(path):
         state.load_state_dict(payload)
-    return environment
+    return stored, environment
 
 
 def _restore_evaluation(state: TrainState, run_dir: RunDir) -> None:

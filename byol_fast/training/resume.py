@@ -9,6 +9,7 @@ from pathlib import Path
 from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError
 from byol_fast.config.fields import expand_home
+from byol_fast.training.init_source import INIT_OPTIONS, with_absolute_source
 from byol_fast.training.run_dir import RunDir, RunResult
 from byol_fast.utils.records import read_json
 
@@ -17,7 +18,7 @@ from byol_fast.utils.records import read_json
 RESUMABLE_CHANGES = frozenset(
     {"name", "out", "log_every", "checkpoint_every", "keep_checkpoints", "data.root", "data.cache", "data.prefetch"}
     | {"data.threads", "knn.val_root", "mode", "max_autotune", "cudnn_benchmark", "log"}
-    | {"timeout_minutes", "max_skipped_steps", "memory_check"}
+    | {"timeout_minutes", "max_skipped_steps", "memory_check", *INIT_OPTIONS}
     | {
         "activation_checkpointing",
         "data.on_corrupt",
@@ -29,7 +30,7 @@ RESUMABLE_CHANGES = frozenset(
 )
 # What a result names beside the digest of its configuration: recipe, seed, machine, and the images of its evaluation.
 # All loaders give the same views up to rounding.
-_NOT_IN_DIGEST = RESUMABLE_CHANGES | {
+_NOT_IN_DIGEST = RESUMABLE_CHANGES - {"init_from", "init_sha256"} | {
     *("recipe", "seed", "device", "data.loader"),
     *("knn.enabled", "knn.every_epochs", "knn.max_train", "knn.max_val", "knn.full_at_end"),
 }
@@ -39,8 +40,9 @@ def config_digest(config: Config) -> str:
     """Digest of what a configuration computes, by which a recorded result is compared with a recipe.
 
     SHA-256 of the JSON of the fields that differ from their defaults, by dotted name: an option that is added later
-    leaves the digests of earlier results as they are. Left out are the fields that a resumed run may change, and
-    recipe, seed, device, data.loader, and when and on how many images the kNN accuracy is evaluated.
+    leaves the digests of earlier results as they are. Left out are the fields that a resumed run may change, except for
+    the initial weights; recipe, seed, device, data.loader, and when and on how many images the kNN accuracy is
+    evaluated.
 
     Returns:
         The first 12 hexadecimal digits.
@@ -144,7 +146,8 @@ def find_resumable(config: Config) -> Path | None:
         except (ConfigError, OSError):  # foreign, or private to somebody else
             continue
         same_data = stored.data.root == (config.data.root and expand_home(config.data.root).absolute())
-        if not same_data or not set(configs.differences(stored, config)) <= RESUMABLE_CHANGES:
+        same_weights = stored.init_from == with_absolute_source(config).init_from  # a run of others is another run
+        if not same_data or not same_weights or not set(configs.differences(stored, config)) <= RESUMABLE_CHANGES:
             continue
         if not run_dir.is_finished():
             run_dir.check_not_lost()

@@ -41,7 +41,7 @@ class RunResult:
     """kNN accuracy of the trained encoder, 0..1, where there were labels, on the images of all evaluations during the
     run (`knn.max_train`, `knn.max_val`): comparable with `knn_top1_untrained`."""
     knn_top1_untrained: float | None
-    """kNN accuracy of the untrained encoder with recalibrated batch norms: the baseline."""
+    """kNN accuracy before the first step, with recalibrated batch norms: the baseline."""
     encoder: Path
     """`encoder.safetensors`; `byol_fast.load_encoder` reads it."""
     knn_k: int | None = None

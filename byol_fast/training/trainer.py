@@ -155,7 +155,7 @@ class Trainer:
             for line in [*startup_summary(self._parts), f"run folder: {self.run_dir}"]:
                 bar.progress.print(line)
             self.call_hooks("on_run_begin")
-            self._evaluate_if_due(bar.progress)  # the untrained encoder
+            self._evaluate_if_due(bar.progress)  # before the first step
             while self.state.step < self.total_steps and not self._should_stop:
                 # Also between slow steps; several processes could not agree on the time.
                 is_overdue = not self._has_stepped or (self.world.is_single and bar.is_note_old)
@@ -282,7 +282,7 @@ class Trainer:
             result = self.world.run_on_main(self._evaluate)
         if result is None:  # also after the last step: the run is not finished without its evaluation
             self._interrupt(self.world.all_reduce_max(self._shutdown.signum))
-        which = "untrained, norms calibrated" if state.step == 0 else f"epoch {state.epoch:.4g}"
+        which = f"epoch {state.epoch:.4g}" if state.step else f"{self.config.before_training}, norms calibrated"
         progress.print(f"{result.summary()}  ({which})")
         record = {"step": state.step, "epoch": round(state.epoch, 4), **result.to_dict()}
         if state.step > 0 and result.knn.top1 > state.best:

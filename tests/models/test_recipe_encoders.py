@@ -47,7 +47,7 @@ def test_every_recipe_takes_another_encoder(encoder: str) -> None:
         if (config.method, config.model) not in built:
             built.append((config.method, config.model))
             with torch.device("meta"):
-                build_model(config, pretrained=False)
+                build_model(config)
     assert len(built) > 4
 
 

@@ -46,7 +46,7 @@ def peak_of_two_steps(config: Config, precision: Precision) -> int:
     """Largest sum of the allocations less the frees that torch's profiler counts, from the networks on."""
     gc.collect()  # the networks of other tests are not to be freed, and subtracted, meanwhile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        model = build_model(config, pretrained=False).to(memory_format=torch.channels_last)
+        model = build_model(config).to(memory_format=torch.channels_last)
         if config.activation_checkpointing:
             checkpoint_blocks(model.encoder)
         optimizer = build_optimizer(config.optim, model.trainable_parameters())
@@ -139,7 +139,7 @@ def test_estimate_of_a_network_whose_widths_are_computed_from_tensors() -> None:
     config = run_config("regnet_x_400mf", 32, 2, **{"model.hidden_dim": 64, "model.projection_dim": 16})
     estimate = estimate_memory(config, "cpu", FP32)
     assert torch.equal(state, torch.get_rng_state())
-    model = build_model(config, pretrained=False)
+    model = build_model(config)
     tensors = [*model.parameters(), *model.buffers()]
     assert estimate.weights == sum(t.numel() * t.element_size() for t in tensors)
     trained = [p for p in model.trainable_parameters() if p.requires_grad]
