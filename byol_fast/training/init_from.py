@@ -57,7 +57,7 @@ class InitialWeights:
                 part.load_state_dict(getattr(model.online, name).state_dict())
 
     def summary(self) -> str:
-        """What was matched, for the log: counts, and some of the names that were not."""
+        """Line for the log: counts of what was matched, and some of the names that were not."""
         match = self.encoder
         where = f" behind {match.prefix!r}" if match.prefix else ""
         heads = f"; {' and '.join(self.heads)} taken" if self.heads else ""
@@ -76,8 +76,10 @@ def read_initial_weights(config: Config) -> InitialWeights | None:
     """
     if not config.init_from:
         return None
-    model = model_without_values(config)
     source = config.init_from
+    if source in PACKAGES:
+        check_pretrained(config.model.encoder)
+    model = model_without_values(config)
     if source in PACKAGES:
         weights = _package_weights(config)
         digest = _digest(weights)
@@ -151,7 +153,6 @@ def _heads(weights: Mapping[str, Tensor], prefix: str, model: SSLModel) -> dict[
 def _package_weights(config: Config) -> dict[str, Tensor]:
     """Pretrained weights of torchvision or timm, from its cache or the network."""
     name = config.model.encoder
-    check_pretrained(name)
     try:
         return build_encoder(name, image_size=config.view1.size, pretrained=True).state_dict()
     except Exception as error:  # the packages, and those that they download with, fail in many ways

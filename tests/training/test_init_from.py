@@ -1,0 +1,417 @@
+"""Runs that start from weights that exist: a source gives the features of its own network, or an error that helps."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from byol_fast import config as configs
+from byol_fast.config import Config, ConfigError
+from byol_fast.models import SSLModel, build_model
+from byol_fast.models.narrow_resnet import narrow_resnet18
+from byol_fast.training import builder
+from byol_fast.training.init_from import read_initial_weights
+from byol_fast.training.init_source import PACKAGES, check_init_from
+from byol_fast.training.messages import startup_summary
+from byol_fast.training.resume import find_resumable
+from byol_fast.training.trainer import Trainer
+from tests.training.helpers import AtStep
+
+State = dict[str, Tensor]
+
+
+def randomized(network: nn.Module, seed: int = 1) -> nn.Module:
+    """A network in eval mode, also the statistics of whose batch norms are random."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in network.state_dict().items():
+        if tensor.is_floating_point():
+            noise = torch.randn(tensor.shape, generator=generator)
+            tensor.copy_(noise.abs() + 0.5 if name.endswith("running_var") else 0.1 * noise)
+    return network.eval()
+
+
+def features(network: nn.Module, size: int = 32) -> Tensor:
+    images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        result: Tensor = network.eval()(images).flatten(1)
+    return result
+
+
+def without_classifier(network: nn.Module) -> nn.Module:
+    """A network of torchvision whose output are its features."""
+    network = copy.deepcopy(network)
+    network.fc = nn.Identity()
+    return network
+
+
+def configured(path: Path | str, encoder: str = "resnet18_narrow", changes: dict[str, Any] | None = None) -> Config:
+    sizes = {"hidden_dim": 16, "projection_dim": 8, "encoder": encoder}
+    fixed = {"init_from": path, "model": sizes, "view1.size": 32, "view2.size": 32}
+    return configs.replace(Config(), fixed | (changes or {}))
+
+
+def initialized(config: Config) -> SSLModel:
+    """The model of a configuration with its initial weights."""
+    check_init_from(config)
+    initial = read_initial_weights(config)
+    assert initial is not None
+    torch.manual_seed(0)
+    model = build_model(config)
+    initial.load_into(model)
+    return model
+
+
+def assert_target_is_a_copy(model: SSLModel) -> None:
+    for name, tensor in model.networks()[1].state_dict().items():
+        assert torch.equal(tensor, model.online.state_dict()[name]), name
+
+
+def prefixed(prefix: str, state: State, factor: float = 1.0) -> State:
+    return {prefix + name: tensor * factor for name, tensor in state.items()}
+
+
+def moco(state: State) -> dict[str, Any]:
+    """`main_moco.py`: both encoders in DataParallel, and the queue."""
+    tensors = prefixed("module.encoder_k.", state, 0.5) | prefixed("module.encoder_q.", state)
+    queue = {"module.queue": torch.zeros(16, 8), "module.queue_ptr": torch.zeros(1, dtype=torch.long)}
+    momentum = {"state": {0: {"momentum_buffer": torch.ones(64, 3, 7, 7)}}, "param_groups": [{"lr": 0.03}]}
+    return {"epoch": 200, "arch": "resnet50", "state_dict": tensors | queue, "optimizer": momentum}
+
+
+def vissl(state: State) -> dict[str, Any]:
+    """`model_final_checkpoint_phase199.torch`."""
+    trunk, heads = prefixed("_feature_blocks.", state), {"0.clf.0.weight": torch.zeros(8, 4)}
+    model = {"model": {"trunk": trunk, "heads": heads}, "meta": {"config": {}}}
+    return {"phase_idx": 199, "loss": 0.1, "classy_state_dict": {"train": True, "base_model": model}}
+
+
+def solo_learn(state: State) -> dict[str, Any]:
+    """A checkpoint of Lightning: networks, momentum networks and heads."""
+    tensors = prefixed("momentum_backbone.", state, 0.5) | prefixed("backbone.", state)
+    tensors |= {"projector.0.weight": torch.zeros(8, 4), "classifier.bias": torch.zeros(3)}
+    return {"epoch": 9, "state_dict": tensors, "hyper_parameters": {"method": "byol", "backbone": {"name": "resnet18"}}}
+
+
+def numbered(state: State) -> State:
+    """`backbone = nn.Sequential(*list(resnet.children())[:-1])`, as in lightly's tutorials."""
+    numbers = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}
+    names = {name: name.partition(".") for name in state if not name.startswith("fc.")}
+    return {f"backbone.{numbers[child]}.{rest}": state[name] for name, (child, _, rest) in names.items()}
+
+
+SOURCES: dict[str, tuple[Callable[[State], Any], str]] = {
+    "state_dict": (dict, ".pth"),
+    "safetensors": (dict, ".safetensors"),
+    "compiled in DDP": (lambda state: {"model": prefixed("module._orig_mod.", state)}, ".pt"),
+    "MoCo": (moco, ".pth.tar"),
+    "VISSL": (vissl, ".torch"),
+    "solo-learn": (solo_learn, ".ckpt"),
+    "numbered children": (numbered, ".pth"),
+}
+"""Content of a file with a network's state, and the end of its name."""
+
+
+def write(path: Path, content: Any) -> Path:
+    """Write a file as the libraries do; names that end in .tar in the format before zip archives."""
+    if path.suffix == ".safetensors":
+        save_file(content, path)
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=path.suffix != ".tar")
+    return path
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_file_of_a_library_gives_the_features_of_its_network(source: str, tmp_path: Path) -> None:
+    network = randomized(narrow_resnet18())
+    layout, suffix = SOURCES[source]
+    path = write(tmp_path / f"weights{suffix}", layout(network.state_dict()))
+    model = initialized(configured(path))
+    torch.testing.assert_close(features(model.encoder), features(without_classifier(network)), rtol=0, atol=1e-6)
+    assert_target_is_a_copy(model)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("encoder", ["resnet18", "resnet18_lightly"])
+def test_module_of_lightly_gives_its_features(encoder: str, tmp_path: Path) -> None:
+    """The networks of lightly's BYOL example and of its CIFAR-10 benchmark, which save the whole module's state."""
+    from lightly.models import ResNetGenerator
+    from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
+    from lightly.models.utils import deactivate_requires_grad
+
+    whole = torchvision.models.resnet18() if encoder == "resnet18" else ResNetGenerator("resnet-18")
+    backbone = nn.Sequential(*list(whole.children())[:-1], nn.AdaptiveAvgPool2d(1))
+    heads = BYOLProjectionHead(512, 16, 8), BYOLPredictionHead(8, 16, 8)
+    modules = nn.ModuleDict({"backbone_momentum": copy.deepcopy(backbone), "backbone": randomized(backbone)})
+    modules.update({"projection_head": heads[0], "prediction_head": heads[1]})
+    deactivate_requires_grad(modules["backbone_momentum"])
+    path = write(tmp_path / "last.ckpt", {"state_dict": modules.state_dict()})
+    model = initialized(configured(path, encoder))
+    torch.testing.assert_close(features(model.encoder), features(backbone), rtol=0, atol=1e-6)
+
+
+def test_torchvision_weights_come_from_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    name = "shufflenet_v2_x0_5"
+    network = randomized(torchvision.models.get_model(name))
+    cache = tmp_path / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    torch.save(network.state_dict(), cache / Path(torchvision.models.get_model_weights(name).DEFAULT.url).name)
+    config = configured("torchvision", name)
+    model = initialized(config)
+    torch.testing.assert_close(features(model.encoder), features(without_classifier(network)), rtol=0, atol=1e-6)
+    first, second = read_initial_weights(config), read_initial_weights(config)
+    assert first is not None and second is not None
+    assert re.fullmatch("[0-9a-f]{64}", first.sha256) and first.sha256 == second.sha256
+
+
+@pytest.mark.peers
+def test_timm_weights_come_from_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import timm
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=f"weights of 'timm/test_resnet' are not in .*{tmp_path}.* file of weights"):
+        read_initial_weights(configured("timm", "timm/test_resnet"))
+
+    network: Any = randomized(timm.create_model("test_resnet"))
+    repository = tmp_path / f"models--{network.pretrained_cfg['hf_hub_id'].replace('/', '--')}"
+    revision = "0" * 40
+    for folder in ("refs", f"snapshots/{revision}"):
+        (repository / folder).mkdir(parents=True)
+    (repository / "refs" / "main").write_text(revision)
+    save_file(network.state_dict(), repository / "snapshots" / revision / "model.safetensors")
+    model = initialized(configured("timm", "timm/test_resnet"))
+    network.reset_classifier(0)
+    torch.testing.assert_close(features(model.encoder), features(network), rtol=0, atol=1e-6)
+
+
+@pytest.mark.peers
+def test_timm_encoder_without_weights_is_refused() -> None:
+    with pytest.raises(ConfigError, match="timm has no pretrained weights of 'timm/botnet50ts_256'"):
+        read_initial_weights(configured("timm", "timm/botnet50ts_256"))
+
+
+def test_missing_network_is_an_error_before_images_are_listed(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setattr(builder, "open_train_val", lambda *_: pytest.fail("images are listed"))
+    encoder = {"model.encoder": "shufflenet_v2_x0_5", "model.cifar_stem": False}
+    config = configs.replace(tiny, {"init_from": "torchvision"} | encoder)
+    expected = rf"weights of 'shufflenet_v2_x0_5' are not in {tmp_path}/hub/checkpoints and could not be .* \(URLError"
+    with pytest.raises(ConfigError, match=expected):
+        Trainer(config)
+    assert not (tiny.out / tiny.name).exists()
+
+
+def damaged(path: Path) -> None:
+    torch.save(narrow_resnet18().state_dict(), path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def saved(content: Callable[[State], Any]) -> Callable[[Path], None]:
+    return lambda path: torch.save(content(narrow_resnet18().state_dict()), path)
+
+
+def few(state: State) -> State:
+    """The stem and the classifier, and what the encoder has not."""
+    others = {f"extra{i}.weight": torch.ones(2) for i in range(7)}
+    return {name: tensor for name, tensor in state.items() if name.startswith(("conv1", "bn1", "fc"))} | others
+
+
+_FEW = (
+    r"at least 90% of the parameters of encoder 'resnet18_narrow', but has 6 tensors matched \(9,536 of [\d,]+ "
+    r"parameters, 0.3%\), 120 missing \(layer1.0.conv1.weight, layer1.0.bn1.weight, layer1.0.bn1.bias, "
+    r"layer1.0.bn1.running_mean, layer1.0.bn1.running_var and 115 more\), 9 unexpected \(fc.weight, fc.bias, "
+    r"extra0.weight, extra1.weight, extra2.weight and 4 more\); .* by --init-partial"
+)
+REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
+    "damaged": (damaged, {}, r"weights.pt cannot be read as weights \(.*it is damaged"),
+    "text": (lambda path: path.write_text("weights"), {}, "cannot be read as weights"),
+    "a list": (saved(lambda state: [*state.values()]), {}, "must hold tensors by name, .* got a list without any"),
+    "few": (
+        saved(few),
+        {},
+        _FEW,
+    ),
+    "none": (saved(lambda _: {"a": torch.ones(2)}), {"init_partial": True}, r"must have some .* 0 tensors matched"),
+    "not finite": (
+        saved(lambda state: state | {"bn1.weight": state["bn1.weight"] / 0}),
+        {},
+        "must be finite, but bn1.weight are not",
+    ),
+    "another file": (saved(dict), {"init_sha256": "0" * 64}, f"must have the SHA-256 of init_sha256, {'0' * 64}, got"),
+    "other kinds": (
+        saved(lambda state: {name: tensor.to(torch.int8) for name, tensor in state.items()}),
+        {"init_partial": True},
+        r"conv1.weight \[\d+, 3, 7, 7\] of torch.int8 for \[",
+    ),
+}
+"""Files that are written, changes of the configuration, and the message."""
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_weights_that_do_not_fit_are_refused(case: str, tmp_path: Path) -> None:
+    save, changes, message = REFUSED[case]
+    save(tmp_path / "weights.pt")
+    with pytest.raises(ConfigError, match=message):
+        read_initial_weights(configured(tmp_path / "weights.pt", changes=changes))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth.tar"])
+@pytest.mark.parametrize("is_module", [False, True])
+def test_file_with_a_class_is_refused_with_lines_that_save_its_weights(
+    is_module: bool, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = randomized(narrow_resnet18())
+    content = network if is_module else {"args": argparse.Namespace(lr=1), "state_dict": network.state_dict()}
+    path = write(tmp_path / f"weights{suffix}", content)
+    name = "byol_fast.models.narrow_resnet.NarrowResNet" if is_module else "argparse.Namespace"
+    with pytest.raises(ConfigError, match=f"must hold tensors only, but holds a {name},") as error:
+        read_initial_weights(configured(path))
+    monkeypatch.chdir(tmp_path)
+    for line in str(error.value).splitlines()[1:]:
+        exec(line, globals())
+    model = initialized(configured("weights.pth"))
+    torch.testing.assert_close(features(model.encoder), features(without_classifier(network)), rtol=0, atol=1e-6)
+
+
+def test_partial_weights_are_loaded_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    network = randomized(narrow_resnet18())
+    path = write(tmp_path / "weights.pt", few(network.state_dict()))
+    config = configured(path, changes={"init_partial": True})
+    model = initialized(config)
+    torch.manual_seed(0)
+    random = build_model(config)
+    assert re.search(r"has only [\d.]+ % of the encoder's parameters; the others are random", caplog.text)
+    state, expected = model.encoder.state_dict(), network.state_dict()
+    assert torch.equal(state["bn1.running_mean"], expected["bn1.running_mean"])
+    name = "layer4.1.conv2.weight"
+    assert torch.equal(state[name], random.encoder.state_dict()[name])
+
+
+def test_shapes_that_differ_are_listed(tmp_path: Path) -> None:
+    """As of a ResNet with the stem for small images, from weights for large ones."""
+    path = write(tmp_path / "weights.pt", narrow_resnet18().state_dict())
+    initial = read_initial_weights(configured(path, changes={"model.cifar_stem": True}))
+    assert initial is not None
+    assert "125 tensors matched" in initial.summary()
+    assert re.search(r"0 missing, 2 unexpected \(fc.weight, fc.bias\), 1 of another shape \(conv1", initial.summary())
+
+
+# --- runs
+
+
+def fit(config: Config) -> tuple[Trainer, Path]:
+    trainer = Trainer(config)
+    return trainer, trainer.fit().run_dir
+
+
+def started(config: Config, **options: Any) -> Trainer:
+    """A trainer before its first step, which has given back its folder."""
+    trainer = Trainer(config, **options)
+    trainer.close()
+    return trainer
+
+
+def test_run_starts_from_another_run_or_its_export(small: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, run = fit(small)
+    online = {name: tensor.clone() for name, tensor in trainer.model.online.state_dict().items()}
+
+    monkeypatch.chdir(run.parent)
+    config = configs.replace(small, {"init_from": "tiny", "name": "second", "seed": 5, "steps": 1})
+    second = started(config)
+    assert all(torch.equal(tensor, online[name]) for name, tensor in second.model.online.state_dict().items())
+    assert_target_is_a_copy(second.model)
+    assert f"initial weights of {run}/checkpoints/" in "\n".join(startup_summary(second._parts))
+    assert "projector and predictor taken" in "\n".join(startup_summary(second._parts))
+
+    _, folder = fit(config)
+    sha256 = hashlib.sha256(max((run / "checkpoints").glob("step_*")).read_bytes()).hexdigest()
+    lineage = {"init_from": str(run), "sha256": sha256}
+    stored = json.loads((folder / "config.json").read_text())
+    assert (stored["init_from"], stored["init_sha256"]) == (lineage["init_from"], lineage["sha256"])
+    assert json.loads((folder / "encoder.json").read_text())["lineage"] == lineage
+    assert "lineage" not in json.loads((run / "encoder.json").read_text())
+
+    changed = configs.replace(config, {"name": "third", "model.projection_dim": 24})
+    third = started(changed)
+    random = started(configs.replace(changed, {"init_from": "", "name": "fourth"}))
+    from_export = started(configs.replace(config, {"init_from": run / "encoder.safetensors", "name": "fifth"}))
+    for model, heads in ((third.model, random.model.online), (from_export.model, None)):
+        encoder = model.encoder.state_dict()
+        assert all(torch.equal(tensor, online[f"encoder.{name}"]) for name, tensor in encoder.items())
+        if heads is not None:  # they do not fit: as without initial weights
+            projector = model.online.projector.state_dict()
+            assert all(torch.equal(projector[name], tensor) for name, tensor in heads.projector.state_dict().items())
+    assert "taken" not in "\n".join(startup_summary(from_export._parts))
+
+
+def test_resumed_run_keeps_its_initial_weights(small: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file of the initial weights is gone then; the same command finds the run, one of other weights does not."""
+    _, run = fit(configs.replace(small, {"name": "source", "steps": 1}))
+    path = (run / "encoder.safetensors").rename(tmp_path / "weights.safetensors")
+    monkeypatch.chdir(tmp_path)
+    config = configs.replace(small, {"init_from": "weights.safetensors", "name": ""})
+
+    def stop() -> None:
+        raise RuntimeError("a crash")
+
+    first = Trainer(config, callbacks=[AtStep(4, stop)])
+    with pytest.raises(RuntimeError, match="a crash"):
+        first.fit()
+    path.unlink()
+    folder = find_resumable(config)
+    assert folder is not None and folder.absolute() == first.run_dir
+    assert find_resumable(configs.replace(config, {"init_from": "others.pt"})) is None
+
+    resumed = Trainer(configs.replace(config, {"init_from": "others.pt", "init_partial": True}), resume=first.run_dir)
+    note = f"init_from {tmp_path}/others.pt is not read: the run goes on from its checkpoint"
+    assert note in startup_summary(resumed._parts)
+    resumed.fit()
+    stored = configs.load(first.run_dir / "config.json")
+    assert (stored.init_from, stored.init_partial) == (str(path), False)
+    assert stored.init_sha256 == first.config.init_sha256 != ""
+    lineage = {"init_from": str(path), "sha256": stored.init_sha256}
+    assert json.loads((first.run_dir / "encoder.json").read_text())["lineage"] == lineage
+
+
+@pytest.mark.parametrize(
+    ("encoder", "is_pretrained", "package"),
+    [("resnet18", True, "torchvision"), ("timm/resnet18", True, "timm"), ("resnet18", False, "")],
+)
+def test_configuration_of_an_earlier_version_keeps_its_weights(encoder: str, is_pretrained: bool, package: str) -> None:
+    values = configs.to_dict(configs.replace(Config(), {"model.encoder": encoder}))
+    for name in ("init_from", "init_partial", "init_sha256"):
+        del values[name]
+    values["model"]["pretrained"] = is_pretrained
+    expected = configs.replace(Config(), {"model.encoder": encoder, "init_from": package})
+    assert configs.from_dict(values) == expected
+    assert package in {"", *PACKAGES}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"init_partial": True}, "init_partial must be False without init_from"),
+        ({"init_sha256": "0" * 64}, "init_sha256 must be empty without init_from"),
+        ({"init_from": "x.pt", "init_sha256": "0" * 63}, "init_sha256 must be 64 hexadecimal digits"),
+    ],
+)
+def test_options_that_say_nothing_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        configs.replace(Config(), changes)
