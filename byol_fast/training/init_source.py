@@ -53,12 +53,8 @@ def check_init_from(config: Config) -> None:
 def _check_path(path: Path) -> None:
     """Check the path of a run, an export or a file of weights."""
     if not path.exists():
-        hint = place_hint(path) if path.suffix == "" else ""
-        near = suggestion(str(path), PACKAGES)
-        raise ConfigError(
-            f"config: init_from is {path}, which does not exist{hint}; {near or 'check the path'}; it takes a run "
-            f"folder, an exported encoder, a file of weights, {' or '.join(PACKAGES)}"
-        )
+        advice = suggestion(str(path), PACKAGES) or "give a run folder, an exported encoder or a file of weights"
+        raise ConfigError(f"config: init_from is {path}, which does not exist{place_hint(path)}; {advice}")
     if path.is_dir():
         if not RunDir(path).has_checkpoints() and not RunDir(path).encoder.exists():
             raise ConfigError(

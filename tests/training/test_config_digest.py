@@ -33,6 +33,7 @@ def test_digest_is_of_the_fields_that_differ_from_their_defaults() -> None:
         {"precision": "bf16"},
         {"data.builtin": "none"},
         {"num_local_views": 1},
+        {"init_from": "weights.pth"},
     ],
     ids=lambda changes: next(iter(changes)),
 )
