@@ -10,6 +10,7 @@ from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError, DataConfig, recipes
 from byol_fast.config.resnets import RESNET_OPTIONS
 from byol_fast.training.callbacks import Callback, check_callbacks
+from byol_fast.training.extend import extend_config
 from byol_fast.training.preflight import check_start
 from byol_fast.utils.env import is_first_process
 
@@ -23,6 +24,7 @@ def pretrain(
     recipe: str | Config = "imagenet_resnet50",
     *,
     resume: str | Path | None = None,
+    extend: str | Path | None = None,
     callbacks: Sequence[Callback] = (),
     image_size: int | None = None,
     **overrides: Any,
@@ -36,6 +38,8 @@ def pretrain(
             recipe. `data=` takes them, too, unless it is a mapping: that is the group `data` of the configuration.
         recipe: name of a recipe (`byol_fast.config.recipes.RECIPES`), or a `Config`.
         resume: run folder to continue with its own configuration; `recipe` is then ignored.
+        extend: finished run to go on from in a new folder, with its configuration and `epochs` or `steps`, the total of
+            both; `recipe` is then ignored.
         callbacks: hooks called during the run, see `byol_fast.Callback`.
         image_size: height and width of the global views in pixels, short for `size` of `view1` and `view2`.
         **overrides: fields of the configuration, nested ones as mappings: `epochs=100, data={"threads": 1}`.
@@ -44,7 +48,7 @@ def pretrain(
         Paths, loss and kNN accuracy of the finished run.
 
     Raises:
-        ConfigError: unknown recipe or field, or invalid value; the images are given twice.
+        ConfigError: unknown recipe or field, or invalid value; the images are given twice; `extend` is not finished.
         ValueError: the data do not exist, or are too few.
         TypeError: a callback is no `byol_fast.Callback`.
 
@@ -54,7 +58,11 @@ def pretrain(
     """
     data, callbacks = _take_images(data, overrides), check_callbacks(callbacks)
     if resume is not None:
+        if extend is not None:
+            raise ConfigError("pretrain: extend must not be given beside resume, it begins a new run; drop one of them")
         config = configs.load(Path(resume) / "config.json")
+    elif extend is not None:
+        config = extend_config(Path(extend), has_total=bool({"epochs", "steps"} & overrides.keys()))
     elif isinstance(recipe, Config):
         config = recipe
     else:

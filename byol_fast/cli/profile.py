@@ -7,7 +7,7 @@ from pathlib import Path
 
 from byol_fast import config as configs
 from byol_fast.cli.options import find_recipe, parse_config, print_error
-from byol_fast.cli.train import run_folder, take_resume
+from byol_fast.cli.train import run_folder, take_run
 from byol_fast.config import ConfigError
 from byol_fast.config.fields import ProfiledSteps, check
 from byol_fast.training.preflight import check_start
@@ -24,7 +24,7 @@ Writes OUT/NAME/profile/: profile.html, profile.json, trace.json.gz for Perfetto
 
 def main(argv: list[str]) -> int:
     """Run the command and return the exit code."""
-    resume, argv = take_resume(argv)
+    resume, argv = take_run("--resume", argv)
     steps, argv = _take_steps(argv)
     name = argv.pop(0) if argv and not argv[0].startswith("-") else None
     if (name is None) == (resume is None):

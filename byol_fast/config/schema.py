@@ -250,6 +250,10 @@ class Config:
     """Passes over the training images."""
     steps: Count = 0
     """Total number of optimizer steps; 0: determined by epochs."""
+    extend: Path | None = None
+    """Finished run that this one goes on from. Written by `train --extend`, see there."""
+    extended_at: Count = 0
+    """Optimizer steps of that run, which epochs and steps of this one include. Written by `train --extend`."""
     batch_size: TrainBatchSize = 256
     """Images per batch and process (each gives two views, and num_local_views more)."""
     grad_accum_steps: GradAccumSteps = 1
@@ -324,6 +328,11 @@ class Config:
         self._check_init()
         fix = "name each tracker once"
         require(len(set(self.log)) == len(self.log), "config: log", "have no repeated names", self.log, fix)
+        contract = "be above 0 with extend, and 0 without"
+        fix = "use `byol-fast train --extend RUN --epochs N`, which sets both"
+        require(
+            (self.extend is None) == (self.extended_at == 0), "config: extended_at", contract, self.extended_at, fix
+        )
         for option, method in METHOD_OPTIONS.items():
             value, default = getattr(self.model, option), ModelConfig.__dataclass_fields__[option].default
             contract = f"be its default with method {self.method}, which has no such option"

@@ -82,8 +82,6 @@ def _metadata(config: Config, *, step: int, feature_dim: int) -> dict[str, Any]:
     name = config.model.encoder
     # Programs that load the weights into torchvision's ResNet-18 need it; all other encoders are as their names say.
     stem = {} if has_stem_relu(name) else {"stem_relu": False}
-    sha256 = {"sha256": config.init_sha256} if config.init_sha256 else {}
-    lineage = {"lineage": {"init_from": config.init_from} | sha256} if config.init_from else {}
     return {
         "encoder": name,
         "cifar_stem": config.model.cifar_stem,
@@ -93,9 +91,19 @@ def _metadata(config: Config, *, step: int, feature_dim: int) -> dict[str, Any]:
         "preprocessing": Preprocessing.of_config(config).to_dict(),
         "recipe": config.recipe,
         "step": step,
-        **lineage,
+        **_lineage(config),
         "byol_fast": version("byol_fast"),
     }
+
+
+def _lineage(config: Config) -> dict[str, Any]:
+    """Weights that a run began with, for `encoder.json`; empty for a run from random ones."""
+    lineage: dict[str, Any] = {}
+    if config.init_from:
+        lineage |= {"init_from": config.init_from, "sha256": config.init_sha256}
+    if config.extend is not None:
+        lineage |= {"extend": str(config.extend), "step": config.extended_at}
+    return {"lineage": lineage} if lineage else {}
 
 
 def export_run(run: Path, folder: Path | None = None) -> tuple[Path, Path]:

@@ -73,6 +73,9 @@ class RunSchedule:
     """Learning rate and tau of a run, both functions of its one step counter."""
 
     total_steps: int
+    first_step: int = 0
+    """Step from which on the schedules, also their epochs, are those of a run of the remaining steps alone: of a run
+    that extends another one, the steps of that one."""
     warmup_steps: int = 0
     base_lr: float
     batch_size: int = 256
@@ -91,17 +94,23 @@ class RunSchedule:
         """Learning rate of the step that follows `step` finished ones."""
         if self.lr_schedule == "constant":
             return self.constant_lr(step)
+        step -= self.first_step
         if self.steps_per_epoch is not None and step > self.warmup_steps:
             # A step of batches of two epochs belongs to that of its first batch.
             epoch = step // self.steps_per_epoch
             step = max(math.ceil(epoch * self.steps_per_epoch), self.warmup_steps)
-        return lr_at(step, self.total_steps, self.warmup_steps, self.base_lr, self.batch_size)
+        return lr_at(step, self._num_steps, self.warmup_steps, self.base_lr, self.batch_size)
 
     def constant_lr(self, step: int) -> float:
         """The learning rate of what keeps its peak after the warm-up."""
-        step = min(step, self.warmup_steps)
-        return lr_at(step, self.total_steps, self.warmup_steps, self.base_lr, self.batch_size)
+        step = min(step - self.first_step, self.warmup_steps)
+        return lr_at(step, self._num_steps, self.warmup_steps, self.base_lr, self.batch_size)
 
     def tau(self, step: int) -> float:
         """Target decay of the step that follows `step` finished ones."""
-        return tau_at(0 if self.tau_schedule == "constant" else step, self.total_steps, self.tau_base)
+        step = 0 if self.tau_schedule == "constant" else step - self.first_step
+        return tau_at(step, self._num_steps, self.tau_base)
+
+    @property
+    def _num_steps(self) -> int:
+        return self.total_steps - self.first_step

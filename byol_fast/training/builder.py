@@ -24,6 +24,7 @@ from byol_fast.models.encoders import check_encoder_name
 from byol_fast.optim import RunSchedule, build_optimizer
 from byol_fast.training import distributed
 from byol_fast.training.distributed import World
+from byol_fast.training.extend import check_total_steps, extension_note
 from byol_fast.training.init_from import InitialWeights, read_initial_weights
 from byol_fast.training.init_source import with_absolute_source
 from byol_fast.training.knn_monitor import KNNMonitor, check_labels, knn_problem
@@ -67,7 +68,7 @@ class TrainerComponents:
     lock: RunLock | None
     """Lock of the run directory; None on other ranks than 0."""
     checkpoint: Path | None
-    """Checkpoint that the run was resumed from."""
+    """Checkpoint that the run was resumed from; None for a new run, also for one that extends another."""
     environment: dict[str, Any]
     """Machine, versions and execution mode, as in `environment.json`."""
     train_source: ImageSource
@@ -80,6 +81,12 @@ class TrainerComponents:
     rng_state: dict[str, Tensor]
     """Random number generators at the end of the building."""
 
+    @property
+    def first_metrics(self) -> Path:
+        """Metrics file with the records that the run begins with: its own, or that of the run that it extends."""
+        extended = self.config.extend if self.checkpoint is None else None
+        return (self.run_dir if extended is None else RunDir(extended)).metrics
+
     def restore_global_state(self) -> None:
         """Set random number generators and torch's switches, which another run of this process may have changed."""
         self.execution.apply_to_backends()
@@ -88,6 +95,8 @@ class TrainerComponents:
 
 def build_components(config: Config, *, data: object, resume: Path | None) -> TrainerComponents:
     """Lock the run directory and build the parts of a run; with `resume`, load its newest checkpoint into them.
+
+    A run with `config.extend` and without a checkpoint of its own begins with the last one of that run.
 
     Args:
         config: of the run.
@@ -159,6 +168,9 @@ def _build(
     if has_checkpoint:
         config, checkpoint = restore_latest(state, run_dir, config, environment)
         train_step.on_weights_loaded()
+    elif config.extend is not None:
+        config, _ = restore_latest(state, RunDir(config.extend), config, environment, extends=True)
+        train_step.on_weights_loaded()
     return TrainerComponents(
         config=config,
         execution=execution,
@@ -182,6 +194,7 @@ def _read_initial_weights(
     """The weights that `init_from` names, and the configuration with their digest; a checkpoint replaces them."""
     if config.init_from and has_checkpoint:
         notes.append(f"init_from {config.init_from} is not read: the run goes on from its checkpoint")
+    if has_checkpoint or config.extend is not None:
         return config, None
     with world.main_process_first():  # it may download them
         initial = read_initial_weights(config)
@@ -275,7 +288,7 @@ def describe_environment(config: Config, execution: Execution) -> dict[str, Any]
 
 
 def _with_absolute_paths(config: Config, data: object) -> tuple[Config, object]:
-    """Absolute paths of images and initial weights, so that the run can be resumed from any folder."""
+    """Absolute paths of images, initial weights and the run to be extended: the run can be resumed from any folder."""
     config = with_absolute_source(config)
     if isinstance(data, str | Path):
         config, data = configs.replace(config, {"data.root": Path(data)}), None
@@ -283,6 +296,8 @@ def _with_absolute_paths(config: Config, data: object) -> tuple[Config, object]:
         config = configs.replace(config, {"data.root": expand_home(config.data.root).absolute()})
     if config.knn.val_root is not None:
         config = configs.replace(config, {"knn.val_root": expand_home(config.knn.val_root).absolute()})
+    if config.extend is not None:
+        config = configs.replace(config, {"extend": expand_home(config.extend).absolute()})
     return config, data
 
 
@@ -326,7 +341,10 @@ def _build_schedule(
     config: Config, sampler: BatchSampler, total_steps: int, world: World, notes: list[str]
 ) -> RunSchedule:
     optim, accumulated = config.optim, config.grad_accum_steps
-    if optim.warmup_steps is not None:
+    check_total_steps(config, total_steps)
+    if config.extend is not None:
+        warmup = 0
+    elif optim.warmup_steps is not None:
         warmup = optim.warmup_steps
         if warmup > total_steps:
             raise ConfigError(f"config: optim.warmup_steps must be at most the run's {total_steps} steps, got {warmup}")
@@ -335,8 +353,9 @@ def _build_schedule(
         warmup = min(asked, total_steps // 4)
         if warmup < asked:
             notes.append(f"warm-up of {asked} steps cut to {warmup}, a quarter of the run's {total_steps}")
-    return RunSchedule(
+    schedule = RunSchedule(
         total_steps=total_steps,
+        first_step=config.extended_at,
         warmup_steps=warmup,
         base_lr=optim.lr,
         batch_size=global_batch_size(config, world) if optim.scale_lr else 256,
@@ -345,6 +364,9 @@ def _build_schedule(
         tau_base=config.tau.base,
         tau_schedule=config.tau.schedule,
     )
+    if config.extend is not None:
+        notes.append(extension_note(config, schedule))
+    return schedule
 
 
 def global_batch_size(config: Config, world: World) -> int:

@@ -18,7 +18,8 @@ def startup_summary(parts: TrainerComponents) -> list[str]:
     if step >= total:
         begin = f"already complete at step {step} of {total}:"
     else:
-        begin = f"resuming after step {step} of {total}:" if step else "training"
+        verb = "resuming" if parts.checkpoint is not None else "extending"
+        begin = f"{verb} after step {step} of {total}:" if step else "training"
     batch = f"{config.batch_size}"
     batch += f" x {config.grad_accum_steps} accumulated" if config.grad_accum_steps > 1 else ""
     batch += f" x {world.size} processes" if not world.is_single else ""

@@ -37,12 +37,13 @@ class MetricsLogger:
         self._is_main_process = is_main_process
         self._pending: list[Record] = []
 
-    def open(self, step: int, *, evaluated: bool) -> None:
-        """Remove the records after the checkpoint of `step`, which are about to be made again.
+    def open(self, step: int, *, evaluated: bool, source: Path | None = None) -> None:
+        """Begin with the records up to the checkpoint of `step`; those after it are about to be made again.
 
         Args:
             step: step of the checkpoint that training resumes from; 0 for a new run.
             evaluated: whether that checkpoint already counts the evaluation at its step; if not, that goes too.
+            source: metrics file of the run that the checkpoint is of; None: this one.
 
         Raises:
             OSError: the folder cannot be written.
@@ -51,9 +52,10 @@ class MetricsLogger:
         def stays(record: Record) -> bool:
             return record["step"] < step or (record["step"] == step and (evaluated or "loss" in record))
 
-        records, damaged = parse(self.path)
+        source = source or self.path
+        records, damaged = parse(source)
         if damaged:
-            log.warning("metrics: %s has damaged lines (%s); left out", self.path, ", ".join(map(str, damaged)))
+            log.warning("metrics: %s has damaged lines (%s); left out", source, ", ".join(map(str, damaged)))
         atomic_write(self.path, "".join(json.dumps(r) + "\n" for r in records if stays(r)))
 
     def add(self, record: Record) -> None:

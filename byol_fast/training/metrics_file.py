@@ -10,7 +10,7 @@ from byol_fast.utils.records import count, number, read_json_lines, record_of
 
 Record = dict[str, Any]
 
-_NUMBERS = ("loss", "embedding_std", "images_per_second", "knn_top1", "knn_full_top1")
+_NUMBERS = ("epoch", "loss", "embedding_std", "images_per_second", "knn_top1", "knn_full_top1")
 _RECORD = record_of({"step": count} | dict.fromkeys(_NUMBERS, number))
 
 

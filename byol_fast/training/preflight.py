@@ -9,6 +9,7 @@ from byol_fast.config.encoder_names import check_encoder_name
 from byol_fast.data.errors import SourceError
 from byol_fast.data.sources.paths import check_images
 from byol_fast.trackers import check_installed
+from byol_fast.training.extend import check_extension
 from byol_fast.training.init_source import check_init_from
 from byol_fast.training.locks import LOCK_FILE
 from byol_fast.training.resume import check_resumable
@@ -26,8 +27,9 @@ def check_start(config: Config, *, data: object = None, resume: Path | None = No
         resume: run folder to continue.
 
     Raises:
-        ConfigError: the folder cannot be used, a field differs from the run to be continued in what is computed, there
-            is no such encoder, there are no such initial weights, or the package of a tracker is missing.
+        ConfigError: the folder cannot be used, a field differs from the run to be continued in what is computed, the
+            run to be extended is of no use for it, there is no such encoder, there are no such initial weights, or the
+            package of a tracker is missing.
         SourceError: there are no images.
     """
     if resume is not None:
@@ -39,13 +41,17 @@ def check_start(config: Config, *, data: object = None, resume: Path | None = No
         if config.name and run_dir.path.is_dir() and not is_running:
             run_dir.check_usable(resume=False)
     check_encoder_name(config.model.encoder)
-    if resume is None or not RunDir(resume).has_checkpoints():  # a checkpoint takes the place of initial weights
-        check_init_from(config)
+    if resume is None or not RunDir(resume).has_checkpoints():  # a checkpoint takes the place of the initial weights
+        if config.extend is not None:
+            check_extension(config)
+        else:
+            check_init_from(config)
     check_installed(config.log)
     try:
         check_images(config, data)
     except SourceError as error:
-        if resume is None or data is not None:
+        if (run := resume or config.extend) is None or data is not None:
             raise
-        command = f"{program()} train --resume {shell_path(resume)} FOLDER"
+        option, total = ("--extend", " --epochs N") if resume is None else ("--resume", "")
+        command = f"{program()} train {option} {shell_path(run)} FOLDER{total}"
         raise SourceError(f"{error}; if the images were moved, give their new folder: {command}") from None

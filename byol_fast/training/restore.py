@@ -29,15 +29,18 @@ _ENVIRONMENT = record_of({"packages": record_of({})})
 
 
 def restore_latest(
-    state: TrainState, run_dir: RunDir, config: Config, environment: dict[str, Any]
+    state: TrainState, run_dir: RunDir, config: Config, environment: dict[str, Any], *, extends: bool = False
 ) -> tuple[Config, Path]:
     """Load the newest usable checkpoint into the state of a run; all processes must call it, and use the same one.
 
+    To extend a finished run, it must be one of its last step.
+
     Args:
         state: of the new process.
-        run_dir: of the run.
+        run_dir: of the run that the checkpoint is of.
         config: of this start.
         environment: machine, versions and execution mode of this start.
+        extends: `run_dir` is the run that this one extends.
 
     Returns:
         The configuration to go on with, and the path of the checkpoint.
@@ -51,12 +54,15 @@ def restore_latest(
 
     def use(path: Path) -> tuple[Path, Config, dict[str, Any]]:
         payload = _on_all(world, lambda: checkpoints.load(path))
-        return path, *_on_all(world, lambda: _restore(state, path, payload, run_dir, config))
+        return path, *_on_all(world, lambda: _restore(state, path, payload, run_dir, config, extends=extends))
 
-    paths = world.run_on_main(lambda: checkpoints.newest_first(run_dir.checkpoints))
+    at_step = config.extended_at if extends else None
+    paths = world.run_on_main(lambda: checkpoints.newest_first(run_dir.checkpoints, at_step))
     quiet = not world.is_main_process
     checkpoint, stored, environment_then = checkpoints.use_latest(run_dir.checkpoints, use, paths=paths, quiet=quiet)
     _restore_evaluation(state, run_dir)
+    if extends:
+        state.best = -1.0  # the best checkpoint is that of this run's folder
     if world.is_main_process:
         for difference in env.differences(environment_then, environment):
             log.warning("resume: %s; training continues, but is not bit-exact", difference)
@@ -79,7 +85,7 @@ def _on_all(world: World, fn: Callable[[], T]) -> T:
 
 
 def _restore(
-    state: TrainState, path: Path, payload: dict[str, Any], run_dir: RunDir, config: Config
+    state: TrainState, path: Path, payload: dict[str, Any], run_dir: RunDir, config: Config, *, extends: bool
 ) -> tuple[Config, dict[str, Any]]:
     """Load a checkpoint into the state of a run; returns the configuration and the environment that it was saved in."""
     with checkpoints.restoring(path):
@@ -88,7 +94,7 @@ def _restore(
         if problem := _ENVIRONMENT(environment, "environment"):
             raise CheckpointError(f"checkpoint: {path} cannot be restored ({problem})")
         checkpoints.check_finite(named_tensors(payload), f"checkpoint: {path}")
-    check_unchanged(stored, config, run_dir.path)
+    check_unchanged(stored, config, run_dir.path, extends=extends)
     with checkpoints.restoring(path):
         state.load_state_dict(payload)
     return stored, environment

@@ -28,10 +28,12 @@ RESUMABLE_CHANGES = frozenset(
         "probe.lr",
     }
 )
+# Fields that may differ between a run and the one that it extends.
+_EXTENSION_CHANGES = RESUMABLE_CHANGES - {*INIT_OPTIONS} | {"epochs", "steps", "extend", "extended_at"}
 # What a result names beside the digest of its configuration: recipe, seed, machine, and the images of its evaluation.
 # All loaders give the same views up to rounding.
 _NOT_IN_DIGEST = RESUMABLE_CHANGES - {"init_from", "init_sha256"} | {
-    *("recipe", "seed", "device", "data.loader"),
+    *("recipe", "seed", "device", "data.loader", "extend"),
     *("knn.enabled", "knn.every_epochs", "knn.max_train", "knn.max_val", "knn.full_at_end"),
 }
 
@@ -52,23 +54,27 @@ def config_digest(config: Config) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def check_unchanged(stored: Config, config: Config, run: Path) -> None:
+def check_unchanged(stored: Config, config: Config, run: Path, *, extends: bool = False) -> None:
     """Check that a run is continued with the options that it was started with.
 
     Args:
         stored: configuration of the run.
         config: of this start.
         run: the run's folder, for the message.
+        extends: this start goes on after the run's end, in another folder.
 
     Raises:
         ConfigError: a field differs that changes what is computed.
     """
     changed = configs.differences(stored, config)
-    refused = {name: values for name, values in changed.items() if name not in RESUMABLE_CHANGES}
+    allowed = _EXTENSION_CHANGES if extends else RESUMABLE_CHANGES
+    refused = {name: values for name, values in changed.items() if name not in allowed}
     if refused:
+        command = "extend" if extends else "resume"
         listed = "; ".join(f"{name} was {a!r} and is {b!r}" for name, (a, b) in refused.items())
         raise ConfigError(
-            f"resume: {run} must be continued as it was started, but {listed}; drop these options, or start a new run"
+            f"{command}: {run} must be continued as it was started, but {listed}; drop these options, or "
+            "start a new run"
         )
 
 

@@ -100,8 +100,7 @@ class Trainer:
         self.resumed = parts.checkpoint is not None
         if self.config.log:
             self.callbacks.append(TrackerCallback(build_trackers(self.config.log)))
-        self.throughput = ThroughputMeter()
-        self._parts = parts
+        self._parts, self.throughput = parts, ThroughputMeter()
         self._has_own_data = not isinstance(data, str | Path | None)
         self._steps = StepRecords(
             steps_in(1, self.loader, self.config.grad_accum_steps),
@@ -382,7 +381,8 @@ class Trainer:
         try:
             run_dir.write_config(self.config, self.environment)
             self._mark_unfinished()
-            self.metrics.open(self.state.step, evaluated=self.state.evaluated_at == self.state.step)
+            evaluated = self.state.evaluated_at == self.state.step
+            self.metrics.open(self.state.step, evaluated=evaluated, source=self._parts.first_metrics)
         except OSError as error:
             raise not_writable(self.run_dir, error) from None
 

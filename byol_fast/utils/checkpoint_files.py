@@ -22,10 +22,16 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted(int(match[2]) for match in matches if match and not match[1])
 
 
-def newest_first(folder: Path) -> list[Path]:
-    """Paths of all checkpoints in a folder, also of the best one, from the newest to the oldest."""
+def newest_first(folder: Path, step: int | None = None) -> list[Path]:
+    """Paths of the checkpoints in a folder, also of the best one, from the newest to the oldest.
+
+    Args:
+        folder: of the checkpoints.
+        step: only those of this step; None: all.
+    """
     if not folder.is_dir():
         return []
     steps = {p: int(match[2]) for p in folder.iterdir() if (match := NAME.fullmatch(p.name))}
+    steps = {p: at for p, at in steps.items() if step in {None, at}}
     # Of the same step, the best one comes last: mostly it is a link to the other.
     return sorted(steps, key=lambda p: (steps[p], p.name), reverse=True)

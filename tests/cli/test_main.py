@@ -162,10 +162,11 @@ def test_help_without_a_recipe_shows_options_without_values(capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("value", ["runs/x", "auto"])
-@pytest.mark.parametrize("form", ["--resume {}", "--resume={}"])
-def test_resume_is_split_from_the_options(form: str, value: str) -> None:
-    words = ["cifar10_resnet18", *form.format(value).split(), "--seed", "3"]
-    assert train.take_resume(words) == (value, ["cifar10_resnet18", "--seed", "3"])
+@pytest.mark.parametrize("form", ["{} {}", "{}={}"])
+@pytest.mark.parametrize("option", ["--resume", "--extend"])
+def test_run_is_split_from_the_options(option: str, form: str, value: str) -> None:
+    words = ["cifar10_resnet18", *form.format(option, value).split(), "--seed", "3"]
+    assert train.take_run(option, words) == (value, ["cifar10_resnet18", "--seed", "3"])
 
 
 def test_options_set_their_fields() -> None:

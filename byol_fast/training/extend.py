@@ -1,0 +1,128 @@
+"""The finished run that another one goes on from: its end, and the total of both; without torch, so that an error comes
+at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from byol_fast import config as configs
+from byol_fast.config import Config, ConfigError
+from byol_fast.training.metrics_file import Record, read
+from byol_fast.training.resume import check_unchanged
+from byol_fast.training.run_dir import RunDir
+from byol_fast.utils import checkpoint_files
+from byol_fast.utils.commands import program, shell_path, short_path
+
+if TYPE_CHECKING:
+    from byol_fast.optim import RunSchedule
+
+
+def extend_config(run: Path, *, has_total: bool) -> Config:
+    """Configuration of a run that goes on after the end of another one, before its own options are given.
+
+    Args:
+        run: folder of the finished run.
+        has_total: `epochs` or `steps` is among these options.
+
+    Raises:
+        ConfigError: it is no run folder, not finished, or lacks the checkpoint of its last step; or there is no total.
+    """
+    stored = configs.load(run / "config.json")
+    last = _last_record(RunDir(run.absolute()))
+    if not has_total:
+        raise ConfigError(
+            f"extend: epochs or steps must be given, {short_path(run)} has done {_done(last)}; give the new total, for "
+            "instance --epochs 300"
+        )
+    return configs.replace(stored, {"name": "", "steps": 0, "extend": run.absolute(), "extended_at": last["step"]})
+
+
+def check_extension(config: Config) -> None:
+    """Check a run that begins at the end of another one; the checkpoint's configuration is checked when it is loaded.
+
+    Args:
+        config: of the run, with `extend`.
+
+    Raises:
+        ConfigError: that is no run folder, not finished, or lacks the checkpoint of its last step; a field differs
+            that changes what is computed; or the total is not above its steps.
+    """
+    run = config.extend
+    assert run is not None
+    stored = configs.load(run / "config.json")
+    last = _last_record(RunDir(run.absolute()))
+    if config.extended_at != last["step"]:
+        raise ConfigError(
+            f"config: extended_at must be the last step of {run}, {last['step']}, got {config.extended_at}; use "
+            f"`{program()} train --extend {shell_path(run)} --epochs N`, which sets it"
+        )
+    check_unchanged(stored, config, run, extends=True)
+    done = last["step"] if config.steps else last.get("epoch") or 0
+    if (config.steps or config.epochs) <= done:
+        raise _total_too_small(config, _done(last))
+
+
+def check_total_steps(config: Config, total_steps: int) -> None:
+    """Check that steps are added to those of the run that is extended, if there is one.
+
+    Args:
+        config: of the run.
+        total_steps: of both together.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if total_steps <= config.extended_at:
+        raise _total_too_small(config, f"{config.extended_at:,} steps")
+
+
+def extension_note(config: Config, schedule: RunSchedule) -> str:
+    """The learning rate and tau over the added steps, for the startup summary."""
+    assert config.extend is not None
+    first = schedule.first_step
+    lr = f"lr {schedule.lr(first):.4g} {_in_words(schedule.lr_schedule)}, without warm-up"
+    tau = f"; tau {schedule.tau(first):.4g} {_in_words(schedule.tau_schedule)}" if config.method == "byol" else ""
+    return f"extends {short_path(config.extend)} from step {first:,} to {schedule.total_steps:,}: {lr}{tau}"
+
+
+def _in_words(schedule: str) -> str:
+    return "by cosine again" if schedule == "cosine" else schedule
+
+
+def _last_record(run_dir: RunDir) -> Record:
+    """Step of the end of a finished run and, if its metrics are there, the epoch.
+
+    Raises:
+        ConfigError: it is not finished, or has no checkpoint of its last step.
+    """
+    path = run_dir.path
+    if not run_dir.is_finished():
+        raise ConfigError(
+            f"extend: {path} must be a finished run, it is not; finish it with "
+            f"`{program()} train --resume {shell_path(path)}`"
+        )
+    steps = checkpoint_files.saved_steps(run_dir.checkpoints)
+    records = read(run_dir.metrics) or [{"step": max(steps, default=0)}]
+    last = max(records, key=lambda record: int(record["step"]))
+    if not checkpoint_files.newest_first(run_dir.checkpoints, last["step"]):
+        held = f"those of steps {', '.join(map(str, steps))}" if steps else "none"
+        raise ConfigError(
+            f"extend: {run_dir.checkpoints} must hold the checkpoint of the last step, {last['step']}, it holds "
+            f"{held}; put it back, or begin a new run"
+        )
+    return last
+
+
+def _done(last: Record) -> str:
+    epochs = "" if last.get("epoch") is None else f" ({last['epoch']:.6g} epochs)"
+    return f"{last['step']:,} steps{epochs}"
+
+
+def _total_too_small(config: Config, done: str) -> ConfigError:
+    name, total = ("steps", config.steps) if config.steps else ("epochs", config.epochs)
+    return ConfigError(
+        f"extend: {name} must be the total, above what {config.extend} has done, {done}, got {total:,}; give a larger "
+        f"number of {name}"
+    )
