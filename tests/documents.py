@@ -45,8 +45,8 @@ def commands() -> list[tuple[str, list[str]]]:
 
 
 def shorten_runs(patch: pytest.MonkeyPatch) -> None:
-    """Cut all runs to 4 steps of 8 images on the CPU, ResNet-50 at 224 px to a narrow ResNet-18 at 32 px, fine-tuning
-    to an epoch, and candidates of a linear classifier to two.
+    """Cut all runs to 4 steps, or 4 more, of 8 images on the CPU, ResNet-50 at 224 px to a narrow ResNet-18 at 32 px,
+    fine-tuning to an epoch, and candidates of a linear classifier to two.
     """
     check_config = Config.__post_init__
     check_finetuning, check_linear = evaluation.FinetuneSettings.__post_init__, evaluation.LinearSettings.__post_init__
@@ -54,7 +54,7 @@ def shorten_runs(patch: pytest.MonkeyPatch) -> None:
     def shorten(config: Config) -> None:
         check_config(config)
         changes: dict[str, Any] = {
-            "steps": STEPS,
+            "steps": config.extended_at + STEPS,
             "batch_size": min(config.batch_size, 8),
             "log_every": 1,
             "device": "cpu",

@@ -251,9 +251,9 @@ class Config:
     steps: Count = 0
     """Total number of optimizer steps; 0: determined by epochs."""
     extend: Path | None = None
-    """Finished run that this one goes on from. Written by `train --extend`, see there."""
+    """Finished run that this one goes on from, in a folder of its own. Set by `train --extend RUN`."""
     extended_at: Count = 0
-    """Optimizer steps of that run, which epochs and steps of this one include. Written by `train --extend`."""
+    """Optimizer steps of that run; epochs and steps of this one include them. Set by `train --extend RUN`."""
     batch_size: TrainBatchSize = 256
     """Images per batch and process (each gives two views, and num_local_views more)."""
     grad_accum_steps: GradAccumSteps = 1

@@ -97,10 +97,10 @@ def _last_record(run_dir: RunDir) -> Record:
     Raises:
         ConfigError: it is not finished, or has no checkpoint of its last step.
     """
-    path = run_dir.path
+    path, folder = run_dir.path, short_path(run_dir.path)
     if not run_dir.is_finished():
         raise ConfigError(
-            f"extend: {path} must be a finished run, it is not; finish it with "
+            f"extend: {folder} must be a finished run, it is not; finish it with "
             f"`{program()} train --resume {shell_path(path)}`"
         )
     steps = checkpoint_files.saved_steps(run_dir.checkpoints)
@@ -109,7 +109,7 @@ def _last_record(run_dir: RunDir) -> Record:
     if not checkpoint_files.newest_first(run_dir.checkpoints, last["step"]):
         held = f"those of steps {', '.join(map(str, steps))}" if steps else "none"
         raise ConfigError(
-            f"extend: {run_dir.checkpoints} must hold the checkpoint of the last step, {last['step']}, it holds "
+            f"extend: {folder}/checkpoints must hold the checkpoint of the last step, {last['step']}, it holds "
             f"{held}; put it back, or begin a new run"
         )
     return last
@@ -121,8 +121,9 @@ def _done(last: Record) -> str:
 
 
 def _total_too_small(config: Config, done: str) -> ConfigError:
+    assert config.extend is not None
     name, total = ("steps", config.steps) if config.steps else ("epochs", config.epochs)
     return ConfigError(
-        f"extend: {name} must be the total, above what {config.extend} has done, {done}, got {total:,}; give a larger "
-        f"number of {name}"
+        f"extend: {name} must be the total, above what {short_path(config.extend)} has done, {done}, "
+        f"got {total:,}; give more {name}"
     )

@@ -21,6 +21,7 @@ from byol_fast.utils import checkpoint_files
 
 COMMANDS = "demo", "train", "eval knn", "embed", "export", "profile", "bench", "doctor", "preview", "roofline", "report"
 RECIPE = ("train", "imagenet_resnet50")
+EXTEND = ("train", "--extend")
 ERRORS: dict[tuple[str, ...], str] = {
     (*RECIPE, "nowhere"): "data.root: {cwd}/nowhere does not exist; give a folder",
     (*RECIPE, "--data.root", "nowhere"): "data.root: {cwd}/nowhere does not exist; give a folder",
@@ -64,6 +65,26 @@ ERRORS: dict[tuple[str, ...], str] = {
     (*RECIPE, "photos", "--resume", "auto", "--name", "good"): "must be continued as it was started, but",
     ("train", "--resume", "photos"): "photos/config.json does not exist; give the run folder",
     ("train", "--resume", "runs/lost"): "must hold the checkpoints that this run has saved, it holds none",
+    (*EXTEND, "done", "nowhere", "--epochs", "4"): "nowhere is neither a recipe nor an existing folder",
+    (*EXTEND, "done", "--epochs", "4", "nowhere"): "train --extend runs/done FOLDER --epochs N",
+    (*EXTEND, "done"): "epochs or steps must be given, runs/done has done 30 steps (3 epochs); give the new total",
+    (*EXTEND, "done", "--epochs", "3"): "epochs must be the total, above what runs/done has done, 30 steps (3 epochs)",
+    (*EXTEND, "done", "--steps", "30"): "steps must be the total, above what runs/done has done, 30 steps (3 epochs)",
+    (*EXTEND, "done", "--epochs", "4", "--resume", "auto"): "--extend must not be given beside --resume",
+    (
+        *EXTEND,
+        "done",
+        "--epochs",
+        "4",
+        "--seed",
+        "3",
+    ): "extend: {cwd}/runs/done must be continued as it was started, but",
+    (*EXTEND, "done", "--epochs", "4", "--name", "done"): "done must be a new run's folder, it is not empty",
+    (*EXTEND, "cut", "--epochs", "4"): "must hold the checkpoint of the last step, 30, it holds those of steps 20; put",
+    (*EXTEND, "good", "--epochs", "4"): "train --resume runs/good`",
+    ("train", "--extend", "photos", "--epochs", "4"): "photos/config.json does not exist; give the run folder",
+    ("train", "--extend", "--epochs", "4"): "--extend must be followed by a run folder",
+    (*RECIPE, "photos", "--extended-at", "4"): "extended_at must be above 0 with extend, and 0 without, got 4; use",
     ("profile", "imagenet_resnet50", "nowhere"): "nowhere does not exist",
     ("profile", "--resume", "runs/good", "--optim.lr", "3"): "optim.lr was 0.45 and is 3.0",
     ("preview", "imagenet_resnet50", "nowhere"): "nowhere does not exist",
@@ -117,19 +138,22 @@ print(json.dumps(results))
 
 
 def write_files(folder: Path) -> None:
-    """Images, and the folders of two runs: one with a checkpoint, one that has lost its own."""
+    """Images, and run folders: unfinished, without its checkpoints, finished, and finished without its last one."""
     (folder / "photos").mkdir()
     (folder / "photos" / "0.jpg").touch()
     (folder / "photos.zip").touch()
     (folder / "empty").mkdir()
     (folder / "empty" / "notes.md").touch()
     config = configs.replace(recipes.get("imagenet_resnet50_100"), {"data.root": folder / "photos"})
-    for name in ("good", "lost"):
+    for name, steps in {"good": (1,), "lost": (), "done": (20, 30), "cut": (20,)}.items():
         run = folder / "runs" / name
         (run / "checkpoints").mkdir(parents=True)
         (run / "config.json").write_text(json.dumps(configs.to_dict(config)))
-        (run / "status.json").write_text('{"finished": false}')
-    checkpoint_files.path_at_step(folder / "runs" / "good" / "checkpoints", 1).touch()
+        (run / "status.json").write_text(json.dumps({"finished": name in {"done", "cut"}}))
+        for step in steps:
+            checkpoint_files.path_at_step(run / "checkpoints", step).touch()
+        if name in {"done", "cut"}:
+            (run / "metrics.jsonl").write_text('{"step": 29, "epoch": 2.9}\n{"step": 30, "epoch": 3.0}\n')
 
 
 def test_help_and_early_errors_import_no_torch(tmp_path: Path) -> None:

@@ -76,6 +76,8 @@ def made(kind: Any, name: str, value: Any) -> Any:
     options = dict(REQUIRED.get(kind, {}))
     if kind is LinearSettings and name in {"lr", "epochs", "batch_size"}:
         options["protocol"] = "reference"
+    if name == "extended_at" and value:
+        options["extend"] = Path("run")
     values = (value,) * max(len(default), 1) if type(default) is tuple else value
     return getattr(kind(**options, **{name: values}), name)
 

@@ -35,6 +35,12 @@ def test_accuracies_share_a_chart_with_intervals(tmp_path: Path) -> None:
     assert not {"knn_num_val", "knn_num_train"} & {title for c in charts for title in texts(c)}
 
 
+def test_end_of_the_extended_run_is_named(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run", steps(12), extend="/runs/first", extended_at=6)
+    page = read(Path(report([folder], pictures=False)).read_text())
+    assert "To step 6: the run first, which this one extends" in page.text
+
+
 @pytest.mark.parametrize(
     ("value", "digits", "text"),
     [
