@@ -43,14 +43,16 @@ def config_digest(config: Config) -> str:
 
     SHA-256 of the JSON of the fields that differ from their defaults, by dotted name: an option that is added later
     leaves the digests of earlier results as they are. Left out are the fields that a resumed run may change, except for
-    the initial weights; recipe, seed, device, data.loader, and when and on how many images the kNN accuracy is
-    evaluated.
+    the initial weights (of a file its SHA-256 counts, not its path); recipe, seed, device, data.loader, the name of an
+    extended run, and when and on how many images the kNN accuracy is evaluated.
 
     Returns:
         The first 12 hexadecimal digits.
     """
     changed = configs.differences(Config(), config)
     values = {name: value for name, (_, value) in changed.items() if name not in _NOT_IN_DIGEST}
+    if config.init_sha256:
+        del values["init_from"]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -56,7 +56,7 @@ class Trainer:
     (torchrun) each of them builds and fits a trainer.
 
     Args:
-        config: of the run.
+        config: of the run; with `extend`, it begins at the end of that run.
         data: images to train on, instead of the configuration's: anything `byol_fast.data.open_source` takes.
         resume: run folder to continue; its checkpoint is loaded and its configuration must agree with `config`.
         callbacks: hooks into the run, called in order.
