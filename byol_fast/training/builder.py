@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from byol_fast.models.encoders import check_encoder_name
 from byol_fast.optim import RunSchedule, build_optimizer
 from byol_fast.training import distributed
 from byol_fast.training.distributed import World
-from byol_fast.training.extend import check_total_steps, extension_note
 from byol_fast.training.init_from import InitialWeights, read_initial_weights
 from byol_fast.training.init_source import with_absolute_source
 from byol_fast.training.knn_monitor import KNNMonitor, check_labels, knn_problem
@@ -35,7 +33,8 @@ from byol_fast.training.online_probe import MAX_WEIGHTS, OnlineProbe
 from byol_fast.training.preflight import check_start
 from byol_fast.training.restore import restore_latest
 from byol_fast.training.run_dir import RunDir, open_run_dir
-from byol_fast.training.state import TrainState, set_rng_state, steps_in, whole_steps_in
+from byol_fast.training.schedule import build_schedule
+from byol_fast.training.state import TrainState, set_rng_state, whole_steps_in
 from byol_fast.training.train_step import TrainStep
 from byol_fast.utils import cpu_tuning, env, progress
 from byol_fast.utils.device import resolve_device
@@ -144,7 +143,7 @@ def _build(
     with world.main_process_first():
         train_source, val_source, sampler = _open_images(config, data, world)
         total_steps = config.steps or whole_steps_in(config.epochs, sampler, config.grad_accum_steps)
-        schedule = _build_schedule(config, sampler, total_steps, world, notes)
+        schedule = build_schedule(config, sampler, total_steps, global_batch_size(config, world), notes)
     notes += check_memory(config, train_source, execution.device, execution.precision, world)
     model = _build_model(config, initial, execution, notes)
     loader = make_loader(
@@ -335,38 +334,6 @@ def _setup_distributed(model: SSLModel, config: Config, device: torch.device, wo
             split_batchnorm.convert_sync_batchnorm(network)
     model.wrap_online(lambda network: distributed.wrap_ddp(network, device))
     torch.manual_seed(config.seed + world.rank)
-
-
-def _build_schedule(
-    config: Config, sampler: BatchSampler, total_steps: int, world: World, notes: list[str]
-) -> RunSchedule:
-    optim, accumulated = config.optim, config.grad_accum_steps
-    check_total_steps(config, total_steps)
-    if config.extend is not None:
-        warmup = 0
-    elif optim.warmup_steps is not None:
-        warmup = optim.warmup_steps
-        if warmup > total_steps:
-            raise ConfigError(f"config: optim.warmup_steps must be at most the run's {total_steps} steps, got {warmup}")
-    else:
-        asked = round(steps_in(optim.warmup_epochs, sampler, accumulated))
-        warmup = min(asked, total_steps // 4)
-        if warmup < asked:
-            notes.append(f"warm-up of {asked} steps cut to {warmup}, a quarter of the run's {total_steps}")
-    schedule = RunSchedule(
-        total_steps=total_steps,
-        first_step=config.extended_at,
-        warmup_steps=warmup,
-        base_lr=optim.lr,
-        batch_size=global_batch_size(config, world) if optim.scale_lr else 256,
-        lr_schedule=optim.schedule,
-        steps_per_epoch=Fraction(sampler.batches_per_epoch, accumulated) if optim.lr_interval == "epoch" else None,
-        tau_base=config.tau.base,
-        tau_schedule=config.tau.schedule,
-    )
-    if config.extend is not None:
-        notes.append(extension_note(config, schedule))
-    return schedule
 
 
 def global_batch_size(config: Config, world: World) -> int:

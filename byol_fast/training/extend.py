@@ -5,7 +5,6 @@ at once.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError
@@ -14,9 +13,6 @@ from byol_fast.training.resume import check_unchanged
 from byol_fast.training.run_dir import RunDir
 from byol_fast.utils import checkpoint_files
 from byol_fast.utils.commands import program, shell_path, short_path
-
-if TYPE_CHECKING:
-    from byol_fast.optim import RunSchedule
 
 
 def extend_config(run: Path, *, has_total: bool) -> Config:
@@ -61,34 +57,22 @@ def check_extension(config: Config) -> None:
     check_unchanged(stored, config, run, extends=True)
     done = last["step"] if config.steps else last.get("epoch") or 0
     if (config.steps or config.epochs) <= done:
-        raise _total_too_small(config, _done(last))
+        raise total_too_small(config, _done(last))
 
 
-def check_total_steps(config: Config, total_steps: int) -> None:
-    """Check that steps are added to those of the run that is extended, if there is one.
+def total_too_small(config: Config, done: str) -> ConfigError:
+    """Error of a total that adds no step to those of the run that is extended.
 
     Args:
         config: of the run.
-        total_steps: of both together.
-
-    Raises:
-        ConfigError: there are none.
+        done: what that run has done, in words.
     """
-    if total_steps <= config.extended_at:
-        raise _total_too_small(config, f"{config.extended_at:,} steps")
-
-
-def extension_note(config: Config, schedule: RunSchedule) -> str:
-    """The learning rate and tau over the added steps, for the startup summary."""
     assert config.extend is not None
-    first = schedule.first_step
-    lr = f"lr {schedule.lr(first):.4g} {_in_words(schedule.lr_schedule)}, without warm-up"
-    tau = f"; tau {schedule.tau(first):.4g} {_in_words(schedule.tau_schedule)}" if config.method == "byol" else ""
-    return f"extends {short_path(config.extend)} from step {first:,} to {schedule.total_steps:,}: {lr}{tau}"
-
-
-def _in_words(schedule: str) -> str:
-    return "by cosine again" if schedule == "cosine" else schedule
+    name, total = ("steps", config.steps) if config.steps else ("epochs", config.epochs)
+    return ConfigError(
+        f"extend: {name} must be the total, above what {short_path(config.extend)} has done, {done}, "
+        f"got {total:,}; give more {name}"
+    )
 
 
 def _last_record(run_dir: RunDir) -> Record:
@@ -118,12 +102,3 @@ def _last_record(run_dir: RunDir) -> Record:
 def _done(last: Record) -> str:
     epochs = "" if last.get("epoch") is None else f" ({last['epoch']:.6g} epochs)"
     return f"{last['step']:,} steps{epochs}"
-
-
-def _total_too_small(config: Config, done: str) -> ConfigError:
-    assert config.extend is not None
-    name, total = ("steps", config.steps) if config.steps else ("epochs", config.epochs)
-    return ConfigError(
-        f"extend: {name} must be the total, above what {short_path(config.extend)} has done, {done}, "
-        f"got {total:,}; give more {name}"
-    )
