@@ -23,7 +23,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.tables import save_table
-from byol_fast.config.evaluation import EvalSettings
+from byol_fast.config.evaluation import ClassifierSettings
 from byol_fast.evaluate import (
     Evaluation,
     evaluate_finetune,
@@ -54,7 +54,7 @@ def rows_of(evaluation: Evaluation, cpu_seconds: float) -> list[list[object]]:
     return rows
 
 
-def agreement(run: Path, train: Path | None, test: Path | None, sizes: EvalSettings) -> list[list[object]]:
+def agreement(run: Path, train: Path | None, test: Path | None, sizes: ClassifierSettings) -> list[list[object]]:
     pretrained, context = load_pretrained(run), EvalContext(sizes, Progress())
     images = open_images(pretrained, train, test, sizes)
     encoder = context.to_device(pretrained.encoder)
@@ -153,7 +153,7 @@ def main() -> None:
                 options.save,
                 "agreement",
                 AGREEMENT_COLUMNS,
-                agreement(*images, EvalSettings(max_train=options.max_train, max_test=options.max_test)),
+                agreement(*images, ClassifierSettings(max_train=options.max_train, max_test=options.max_test)),
                 device=device,
             )
             continue

@@ -24,6 +24,7 @@ from byol_fast.config.fields import (
 Epochs = Annotated[int, Range(1, 100_000)]
 HeldOut = Annotated[float, Range(1e-6, 0.5)]
 Penalty = Annotated[float, Range(0, 1e10)]
+Shots = Annotated[int, Range(1, 1_000_000)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,12 +34,10 @@ class EvalSettings:
     baselines: bool = False
     """Evaluate baselines as well: the untrained encoder with calibrated norms, and raw pixels; for fine-tuning, the
     untrained encoder, which is supervised training from scratch."""
-    max_train: Count = 0
-    """Maximum number of training images, evenly spaced; 0: all."""
     max_test: Count = 0
     """Maximum number of test images, evenly spaced; 0: all."""
     seed: Seed = 0
-    """Seed of splits, crops and initial weights."""
+    """Seed of splits, draws, crops and initial weights."""
     device: Device = "auto"
     """auto: the GPU if there is one."""
     precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
@@ -53,7 +52,15 @@ class EvalSettings:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class KNNSettings(EvalSettings):
+class ClassifierSettings(EvalSettings):
+    """Settings of the protocols that classify test images with the help of labeled training images."""
+
+    max_train: Count = 0
+    """Maximum number of training images, evenly spaced; 0: all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KNNSettings(ClassifierSettings):
     """Cosine nearest neighbors that vote with weights exp(similarity / temperature)."""
 
     k: tuple[Neighbors, ...] = ()
@@ -61,10 +68,13 @@ class KNNSettings(EvalSettings):
     1, 5, 20, 100 and 200."""
     temperature: Temperature | None = None
     """Temperature of the votes. Default: knn.temperature of the run, else 0.07 (lightly's benchmarks: 0.1)."""
+    shots: tuple[Shots, ...] = ()
+    """Numbers of training images per class. For each, the mean accuracy over 20 random draws of so few images is
+    reported; the nearest of them vote, as many as there are of a class, but at most the first k. Default: none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LinearSettings(EvalSettings):
+class LinearSettings(ClassifierSettings):
     """Linear classifier on the frozen encoder."""
 
     protocol: Literal["fast", "reference"] = "fast"
@@ -97,7 +107,7 @@ class LinearSettings(EvalSettings):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FinetuneSettings(EvalSettings):
+class FinetuneSettings(ClassifierSettings):
     """Fine-tuning of the whole network on a share of the labels: SGD with Nesterov momentum, crops and flips."""
 
     labels: tuple[Annotated[float, Range(1e-6, 1)], ...] = (0.01, 0.1, 1.0)
@@ -116,3 +126,8 @@ class FinetuneSettings(EvalSettings):
         EvalSettings.__post_init__(self)
         for name in ("labels", "lr", "epochs"):
             require(len(getattr(self, name)) > 0, f"eval: {name}", "be one or more values", ())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RetrievalSettings(EvalSettings):
+    """Retrieval of the images of a query's class among all other test images, by cosine similarity."""

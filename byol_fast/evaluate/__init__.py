@@ -8,17 +8,20 @@ from byol_fast.evaluate.knn import KNNResult, evaluate_knn, knn_accuracy, knn_pr
 from byol_fast.evaluate.linear import evaluate_linear
 from byol_fast.evaluate.neighbors import nearest
 from byol_fast.evaluate.rankme import rankme
-from byol_fast.evaluate.results import Evaluation
+from byol_fast.evaluate.results import Evaluation, RetrievalEvaluation
+from byol_fast.evaluate.retrieval import evaluate_retrieval
 
 __all__ = [
     "Evaluation",
     "Features",
     "KNNResult",
     "PretrainedEncoder",
+    "RetrievalEvaluation",
     "embed_folder",
     "evaluate_finetune",
     "evaluate_knn",
     "evaluate_linear",
+    "evaluate_retrieval",
     "extract_features",
     "knn_accuracy",
     "knn_predict",

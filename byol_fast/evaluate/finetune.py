@@ -20,7 +20,7 @@ from byol_fast.evaluate.encoder import PretrainedEncoder
 from byol_fast.evaluate.linear import nesterov_sgd, truncated_normal
 from byol_fast.evaluate.metrics import Scores, accuracy, predict, score, top_classes
 from byol_fast.evaluate.results import Baseline, Evaluation
-from byol_fast.evaluate.runner import EvalContext, EvalRun, OnResult
+from byol_fast.evaluate.runner import ClassifierRun, EvalContext, OnResult
 from byol_fast.evaluate.splits import balanced_subset, train_val_split
 from byol_fast.evaluate.supervised_loader import SupervisedLoader, generator
 from byol_fast.models.encoders import feature_dim
@@ -104,7 +104,7 @@ def evaluate_finetune(
         DivergedError: the loss is not finite with any candidate.
         ConfigError: the folder cannot be written.
     """
-    run = EvalRun(
+    run = ClassifierRun(
         encoder,
         train,
         test,
@@ -117,7 +117,7 @@ def evaluate_finetune(
     return [_evaluate_share(run, share) for share in run.settings.labels]
 
 
-def _evaluate_share(run: EvalRun[FinetuneSettings], share: float) -> Evaluation:
+def _evaluate_share(run: ClassifierRun[FinetuneSettings], share: float) -> Evaluation:
     """Fine-tune on a share of the labels; the baseline is supervised training from scratch."""
     start_time = time.monotonic()
     s, images = run.settings, run.images
@@ -143,7 +143,7 @@ def _evaluate_share(run: EvalRun[FinetuneSettings], share: float) -> Evaluation:
 
 
 def _evaluate_network(
-    run: EvalRun[FinetuneSettings], name: str, encoder: nn.Module, labeled: ImageSource
+    run: ClassifierRun[FinetuneSettings], name: str, encoder: nn.Module, labeled: ImageSource
 ) -> tuple[Scores, dict[str, Any], list[tuple[float, float]]]:
     """Test scores, hyperparameters and training curve of one network."""
     s, context, pretrained = run.settings, run.context, run.pretrained

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,13 +16,20 @@ from byol_fast.config import ConfigError
 from byol_fast.config.evaluation import KNNSettings
 from byol_fast.config.fields import Temperature, check
 from byol_fast.evaluate.encoder import PretrainedEncoder
-from byol_fast.evaluate.metrics import Scores, score
-from byol_fast.evaluate.results import Baseline, Evaluation
-from byol_fast.evaluate.runner import Entry, EvalRun, OnResult
+from byol_fast.evaluate.metrics import Scores, accuracy, score
+from byol_fast.evaluate.results import Baseline, Evaluation, ShotScores
+from byol_fast.evaluate.runner import ClassifierRun, Entry, OnResult
+from byol_fast.evaluate.splits import Index, draw_shots
+from byol_fast.utils.intervals import mean_interval
+from byol_fast.utils.precision import fp32_matmul
 from byol_fast.utils.progress import Progress
 
 CURVE_KS = (1, 5, 20, 100, 200)
 """Numbers of neighbors of the curve."""
+NUM_DRAWS = 20
+"""Random draws of the training images, for each number of shots."""
+T95 = 2.0930240544082634
+"""The 97.5 % point of Student's t distribution with 19 degrees of freedom, one less than the draws."""
 
 
 def evaluate_knn(
@@ -36,6 +44,8 @@ def evaluate_knn(
     **changes: Any,
 ) -> Evaluation:
     """Evaluate an encoder by its cosine nearest neighbors, which vote with exp(similarity / temperature).
+
+    `shots=(1, 5)`: also the accuracy with 1 and with 5 training images of each class, over 20 random draws of them.
 
     Args:
         encoder: a run folder, an exported encoder, or a `PretrainedEncoder`.
@@ -55,7 +65,7 @@ def evaluate_knn(
     Examples:
         >>> evaluate_knn("runs/first", "photos/train", "photos/val", k=(20,)).top1
     """
-    run = EvalRun(
+    run = ClassifierRun(
         encoder,
         train,
         test,
@@ -66,36 +76,137 @@ def evaluate_knn(
         on_result=on_result,
     )
     s, config = run.settings, run.pretrained.config
-    num_train = len(run.images.train)
+    images = run.images
+    num_train = len(images.train)
     if s.k and max(s.k) > num_train:
         raise ConfigError(f"eval: k must be at most the number of training images, {num_train}, got {max(s.k)}")
     default_k = min(config.knn.k if config is not None else 20, num_train)
     ks = s.k or (default_k, *(k for k in CURVE_KS if k != default_k and k <= num_train))
     temperature = s.temperature or (config.knn.temperature if config is not None else 0.07)
+    if s.shots:  # raises before the work
+        check_shots(s.shots, np.asarray(images.train.labels), np.asarray(images.test.labels), images.classes)
 
-    (_, scores), *baselines = [(entry.name, _scores_by_k(entry, ks, temperature)) for entry in run.entries()]
+    results = [(entry.name, *_scores(entry, run, ks, temperature)) for entry in run.entries(images.train)]
+    (_, scores, _), *baselines = results
     k, scores_at_k = scores[0]
     return run.finish(
         "knn",
         scores_at_k,
         chosen={"k": k, "temperature": temperature},
-        baselines=[Baseline.of(name, baseline_scores[0][1]) for name, baseline_scores in baselines],
+        baselines=[Baseline.of(name, baseline_scores[0][1]) for name, baseline_scores, _ in baselines],
         curve=sorted({k: at_k.top1 for k, at_k in scores}.items()),
         curve_label="k, neighbors (test images)",
+        shots=[shots for _, _, shots_of_entry in results for shots in shots_of_entry],
     )
 
 
-def _scores_by_k(entry: Entry, ks: Sequence[int], temperature: float) -> list[tuple[int, Scores]]:
-    """Each k, cut to the number of training images that can be read, and the scores of its votes."""
-    images = entry.run.images
+def _scores(
+    entry: Entry, run: ClassifierRun[KNNSettings], ks: Sequence[int], temperature: float
+) -> tuple[list[tuple[int, Scores]], list[ShotScores]]:
+    """Each k, cut to the number of training images that can be read, with the scores of its votes; scores by shots."""
+    images, s, num_classes = run.images, run.settings, len(run.images.classes)
     train_x, train_y = entry.features(images.train, "training images")
     test_x, test_y = entry.features(images.test, "test images")
     ks = [min(k, len(train_x)) for k in ks]
-    with entry.run.progress.bar(None, f"{entry.name}: nearest neighbors"):
+    with run.progress.bar(None, f"{entry.name}: nearest neighbors"):
         rankings = knn_rankings(
-            train_x, train_y, test_x, ks=ks, temperature=temperature, num_classes=len(images.classes), num_ranked=5
+            train_x, train_y, test_x, ks=ks, temperature=temperature, num_classes=num_classes, num_ranked=5
         )
-    return [(k, score(ranking, test_y, images.classes)) for k, ranking in zip(ks, rankings, strict=True)]
+    scores = [(k, score(ranking, test_y, images.classes)) for k, ranking in zip(ks, rankings, strict=True)]
+    if not s.shots:
+        return scores, []
+    check_shots(
+        s.shots, train_y.cpu().numpy(), test_y.cpu().numpy(), images.classes
+    )  # again: images that cannot be read are missing
+    with run.progress.bar(NUM_DRAWS, f"{entry.name}: few shots") as bar:
+        shots = few_shot_scores(
+            entry.name,
+            (train_x, train_y),
+            (test_x, test_y),
+            shots=s.shots,
+            k=ks[0],
+            temperature=temperature,
+            num_classes=num_classes,
+            seed=s.seed,
+            on_draw=bar.update,
+        )
+    return scores, shots
+
+
+def check_shots(shots: Sequence[int], train_y: Index, test_y: Index, classes: Sequence[str]) -> None:
+    """Check that each class of the images has as many training images as shots.
+
+    Args:
+        shots: numbers of training images per class.
+        train_y: classes of the training images `[M]`.
+        test_y: classes of the test images `[N]`.
+        classes: names of the classes.
+
+    Raises:
+        ConfigError: a class has fewer; the message names the smallest.
+    """
+    counts = np.bincount(train_y, minlength=len(classes))
+    present = np.union1d(train_y, test_y)  # `max_train` may leave a class without training images
+    smallest = int(present[counts[present].argmin()])
+    if counts[smallest] < max(shots):
+        raise ConfigError(
+            f"eval: shots must be at most the number of training images of each class, got {max(shots)}, but class "
+            f"{classes[smallest]} has {counts[smallest]}; give fewer shots, or use more images (max_train)"
+        )
+
+
+def few_shot_scores(
+    name: str,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    *,
+    shots: Sequence[int],
+    k: int,
+    temperature: float,
+    num_classes: int,
+    seed: int,
+    on_draw: Callable[[int], None],
+) -> list[ShotScores]:
+    """Accuracy of the votes of min(k, shots) neighbors among random training images, for each number of shots.
+
+    There are 20 draws, functions of the seed: each has the same number of images of every class, and those of fewer
+    shots are among those of more. The interval is Student's, of the mean over the draws.
+
+    Args:
+        name: the encoder, or a baseline.
+        train: features of the training images `[M, D]` and their classes, int64 `[M]`; see `check_shots`.
+        test: features of the test images `[N, D]` and their classes, int64 `[N]`.
+        shots: numbers of training images per class; results are in ascending order.
+        k: largest number of neighbors.
+        temperature: as for `knn_predict`.
+        num_classes: as for `knn_predict`.
+        seed: of the draws.
+        on_draw: called with the number of finished draws.
+    """
+    (train_x, train_y), (test_x, test_y) = train, test
+    labels = train_y.cpu().numpy()
+    shots = sorted(set(shots))
+    accuracies: list[list[float]] = [[] for _ in shots]
+    for draw in range(NUM_DRAWS):
+        drawn = torch.from_numpy(draw_shots(labels, shots[-1], draw=draw, seed=seed)).to(train_x.device)
+        for n, accuracies_of_n in zip(shots, accuracies, strict=True):
+            selected = drawn[:, :n].flatten()
+            (ranking,) = knn_rankings(
+                train_x[selected],
+                train_y[selected],
+                test_x,
+                ks=(min(k, n),),
+                temperature=temperature,
+                num_classes=num_classes,
+                num_ranked=1,
+            )
+            accuracies_of_n.append(accuracy(ranking[:, 0], test_y))
+        on_draw(draw + 1)
+    results = []
+    for n, accuracies_of_n in zip(shots, accuracies, strict=True):
+        mean, interval = mean_interval(accuracies_of_n, T95)
+        results.append(ShotScores(name, n, min(k, n), mean, interval, min(accuracies_of_n), max(accuracies_of_n)))
+    return results
 
 
 @torch.no_grad()
@@ -134,6 +245,7 @@ def knn_predict(
 
 
 @torch.no_grad()
+@fp32_matmul()
 def knn_rankings(
     train_x: Tensor,
     train_y: Tensor,

@@ -18,7 +18,7 @@ from byol_fast.evaluate.encoder import PretrainedEncoder
 from byol_fast.evaluate.logistic import COPIES_IN_FIT, sweep_logistic
 from byol_fast.evaluate.metrics import Scores, accuracy, classify, score, top_classes
 from byol_fast.evaluate.results import Baseline, Evaluation
-from byol_fast.evaluate.runner import Entry, EvalRun, OnResult
+from byol_fast.evaluate.runner import ClassifierRun, Entry, OnResult
 from byol_fast.evaluate.splits import train_val_split
 from byol_fast.evaluate.supervised_loader import SupervisedLoader, generator
 from byol_fast.models.encoders import feature_dim
@@ -64,7 +64,7 @@ def evaluate_linear(
     Examples:
         >>> evaluate_linear("runs/first", baselines=True).to_dict()["baselines"]
     """
-    run = EvalRun(
+    run = ClassifierRun(
         encoder,
         train,
         test,
@@ -77,7 +77,7 @@ def evaluate_linear(
     return _evaluate_logistic(run) if run.settings.protocol == "fast" else _evaluate_sgd(run)
 
 
-def _evaluate_logistic(run: EvalRun[LinearSettings]) -> Evaluation:
+def _evaluate_logistic(run: ClassifierRun[LinearSettings]) -> Evaluation:
     s, images = run.settings, run.images
     num_classes = len(images.classes)
     if len(set(s.l2)) > 1:  # raises before the work
@@ -112,7 +112,9 @@ def _evaluate_logistic(run: EvalRun[LinearSettings]) -> Evaluation:
         }
         return scores, facts, list(sweep.candidates), len(y)
 
-    (_, (scores, facts, curve, num_train)), *baselines = [(entry.name, evaluate(entry)) for entry in run.entries()]
+    (_, (scores, facts, curve, num_train)), *baselines = [
+        (entry.name, evaluate(entry)) for entry in run.entries(images.train)
+    ]
     return run.finish(
         "linear",
         scores,
@@ -124,7 +126,7 @@ def _evaluate_logistic(run: EvalRun[LinearSettings]) -> Evaluation:
     )
 
 
-def _evaluate_sgd(run: EvalRun[LinearSettings]) -> Evaluation:
+def _evaluate_sgd(run: ClassifierRun[LinearSettings]) -> Evaluation:
     s, images = run.settings, run.images
     train, val, num_classes = images.train, None, len(images.classes)
     if len(set(s.lr)) > 1:
@@ -145,7 +147,7 @@ def _evaluate_sgd(run: EvalRun[LinearSettings]) -> Evaluation:
         return score(ranking, test_y, images.classes), classifiers.lr[best], curve
 
     with torch.no_grad():
-        results = [(entry.name, evaluate(entry)) for entry in run.entries(raw_pixels=False)]
+        results = [(entry.name, evaluate(entry)) for entry in run.entries(images.train, raw_pixels=False)]
     (_, (scores, lr, curve)), *baselines = results
     return run.finish(
         "linear_reference",

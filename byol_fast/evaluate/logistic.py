@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from byol_fast.evaluate.metrics import MAX_LOGITS, accuracy, classify
 from byol_fast.evaluate.splits import train_val_split
+from byol_fast.utils.precision import fp32_matmul
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class LogisticModel:
     converged: bool
     """True if the gradient reached the tolerance."""
 
+    @fp32_matmul()
     def logits(self, x: Tensor) -> Tensor:
         """Logits `[N, C]` of features `[N, D]`."""
         if bool((self.mean.abs() > MAX_MEAN * self.scale).any()):
@@ -182,6 +184,7 @@ class LogisticSweep:
     num_held_out: int
 
 
+@fp32_matmul()
 def sweep_logistic(
     views: Sequence[Tensor],
     y: Tensor,

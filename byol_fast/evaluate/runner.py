@@ -10,19 +10,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from byol_fast import config as configs
-from byol_fast.config.evaluation import EvalSettings
+from byol_fast.config.evaluation import ClassifierSettings, EvalSettings
 from byol_fast.data import ImageSource, eval_batches
 from byol_fast.evaluate.encoder import PretrainedEncoder, load_pretrained
 from byol_fast.evaluate.extract import CALIBRATION_IMAGES, extract_features, recalibrate_bn
 from byol_fast.evaluate.images import labels_of, open_images
 from byol_fast.evaluate.metrics import Scores
-from byol_fast.evaluate.results import Baseline, Evaluation, write
+from byol_fast.evaluate.results import Baseline, EvalResult, Evaluation, ShotScores, write
 from byol_fast.evaluate.splits import subsample
 from byol_fast.utils import cpu_tuning, env
 from byol_fast.utils.device import resolve_device, total_memory
@@ -33,6 +33,7 @@ from byol_fast.utils.progress import Progress
 log = logging.getLogger(__name__)
 
 S = TypeVar("S", bound=EvalSettings)
+C = TypeVar("C", bound=ClassifierSettings)
 OnResult = Callable[[Evaluation], None]
 
 RAW_PIXELS_SIZE = 32
@@ -175,18 +176,107 @@ class EvalContext:
         )
 
 
+class Origin(TypedDict):
+    """Fields of all results; see `EvalResult`."""
+
+    encoder: str
+    step: int | None
+    settings: dict[str, Any]
+    seconds: float
+    date: str
+    environment: dict[str, Any]
+
+
 class EvalRun(Generic[S]):
-    """One evaluation: an encoder, images, settings, and the folder for its record.
+    """One evaluation: an encoder, settings, and the folder for its record.
 
     Args:
         encoder: a run folder, an exported encoder, or a `PretrainedEncoder`.
-        train: labeled training images; see `open_images`.
-        test: labeled test images; see `open_images`.
         settings: of the protocol.
         changes: fields of the settings to replace.
         output_dir: folder for the record; None: none is written.
         progress: shows progress; None: nothing is shown.
         on_result: called with each result, after its record is written.
+
+    Raises:
+        ValueError: the settings do not fit.
+        ConfigError: the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        encoder: str | Path | PretrainedEncoder,
+        settings: S,
+        changes: dict[str, Any],
+        *,
+        output_dir: Path | None,
+        progress: Progress | None,
+        on_result: Callable[[Any], None] | None,
+    ) -> None:
+        self.start_time = time.monotonic()
+        self.settings, self.output_dir, self.on_result = configs.replace(settings, changes), output_dir, on_result
+        if output_dir is not None:
+            check_output_folder(output_dir, "eval", "choose another folder with --output")
+        self.progress = progress or Progress()
+        self.context = EvalContext(self.settings, self.progress)
+        self.pretrained = encoder if isinstance(encoder, PretrainedEncoder) else load_pretrained(encoder)
+        self.progress.print(f"{self.pretrained.name}, on {self.context.device} in {self.context.precision.name}")
+
+    def entries(self, images: ImageSource, *, raw_pixels: bool = True) -> Iterator[Entry]:
+        """The encoder, then the baselines of the settings: untrained encoder and raw pixels. Built when needed.
+
+        Args:
+            images: of which the untrained encoder gets its BN statistics.
+            raw_pixels: False leaves out this baseline.
+        """
+        yield Entry("this encoder", self.context.to_device(self.pretrained.encoder), self)
+        if not self.settings.baselines:
+            return
+        yield Entry("untrained, calibrated", self.context.untrained(self.pretrained, images, self.settings.seed), self)
+        if raw_pixels:
+            size = min(RAW_PIXELS_SIZE, self.pretrained.preprocessing.crop)
+            yield Entry(f"raw pixels ({size} px)", nn.Flatten(), self, size)
+
+    def origin(self, start_time: float | None = None) -> Origin:
+        """Fields that results of all protocols have.
+
+        Args:
+            start_time: start of this part of the evaluation; None: that of the evaluation.
+        """
+        return {
+            "encoder": self.pretrained.name,
+            "step": self.pretrained.step,
+            "settings": {
+                k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self.settings).items()
+            },
+            "seconds": time.monotonic() - (self.start_time if start_time is None else start_time),
+            "date": time.strftime("%Y-%m-%d"),
+            "environment": env.describe(self.context.device)
+            | {"precision": self.context.precision.name}
+            | env.git_state(),
+        }
+
+    def record(self, result: EvalResult) -> None:
+        """Write the record of a result, and pass the result on."""
+        if self.output_dir is not None:
+            for path in write(result, self.output_dir):
+                self.progress.print(str(path))
+        if self.on_result is not None:
+            self.on_result(result)
+
+
+class ClassifierRun(EvalRun[C]):
+    """One evaluation of a classifier of test images, with the help of training images.
+
+    Args:
+        encoder: as for `EvalRun`.
+        train: labeled training images; see `open_images`.
+        test: labeled test images; see `open_images`.
+        settings: of the protocol.
+        changes: as for `EvalRun`.
+        output_dir: as for `EvalRun`.
+        progress: as for `EvalRun`.
+        on_result: as for `EvalRun`.
 
     Raises:
         ValueError: the images or settings do not fit.
@@ -198,36 +288,18 @@ class EvalRun(Generic[S]):
         encoder: str | Path | PretrainedEncoder,
         train: object,
         test: object,
-        settings: S,
+        settings: C,
         changes: dict[str, Any],
         *,
         output_dir: Path | None,
         progress: Progress | None,
         on_result: OnResult | None,
     ) -> None:
-        self.start_time = time.monotonic()
-        self.settings, self.output_dir, self.on_result = configs.replace(settings, changes), output_dir, on_result
-        if output_dir is not None:
-            check_output_folder(output_dir, "eval", "choose another folder with --output")
-        self.progress = progress or Progress()
-        self.context = EvalContext(self.settings, self.progress)
-        self.pretrained = encoder if isinstance(encoder, PretrainedEncoder) else load_pretrained(encoder)
+        super().__init__(encoder, settings, changes, output_dir=output_dir, progress=progress, on_result=on_result)
         with self.progress.shown():
             self.images = open_images(self.pretrained, train, test, self.settings)
-        self.progress.print(f"{self.pretrained.name}, on {self.context.device} in {self.context.precision.name}")
         self.progress.print(f"training images: {self.images.train.describe()}")
         self.progress.print(f"test images: {self.images.test.describe()}")
-
-    def entries(self, *, raw_pixels: bool = True) -> Iterator[Entry]:
-        """The encoder, then the baselines of the settings: untrained encoder and raw pixels. Built when needed."""
-        yield Entry("this encoder", self.context.to_device(self.pretrained.encoder), self)
-        if not self.settings.baselines:
-            return
-        network = self.context.untrained(self.pretrained, self.images.train, self.settings.seed)
-        yield Entry("untrained, calibrated", network, self)
-        if raw_pixels:
-            size = min(RAW_PIXELS_SIZE, self.pretrained.preprocessing.crop)
-            yield Entry(f"raw pixels ({size} px)", nn.Flatten(), self, size)
 
     def finish(
         self,
@@ -238,6 +310,7 @@ class EvalRun(Generic[S]):
         baselines: Sequence[Baseline],
         curve: Sequence[tuple[float, float]],
         curve_label: str,
+        shots: Sequence[ShotScores] = (),
         num_train: int | None = None,
         start_time: float | None = None,
     ) -> Evaluation:
@@ -250,35 +323,26 @@ class EvalRun(Generic[S]):
             baselines: scores of the baselines.
             curve: points (x, top-1).
             curve_label: name of x.
+            shots: scores with few training images per class.
             num_train: number of training images used; None: all.
-            start_time: start of this part of the evaluation; None: that of the evaluation.
+            start_time: as for `origin`.
         """
         evaluation = Evaluation(
             protocol=protocol,
-            encoder=self.pretrained.name,
-            step=self.pretrained.step,
             train=self.images.train.describe(),
             test=self.images.test.describe(),
             num_train=len(self.images.train) if num_train is None else num_train,
             num_test=int(scores.confusion[:, 2].sum()),
             classes=self.images.classes,
             scores=scores,
-            settings={k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self.settings).items()},
             chosen=chosen,
             baselines=tuple(baselines),
             curve=tuple(curve),
             curve_label=curve_label,
-            seconds=time.monotonic() - (self.start_time if start_time is None else start_time),
-            date=time.strftime("%Y-%m-%d"),
-            environment=env.describe(self.context.device)
-            | {"precision": self.context.precision.name}
-            | env.git_state(),
+            shots=tuple(shots),
+            **self.origin(start_time),
         )
-        if self.output_dir is not None:
-            for path in write(evaluation, self.output_dir):
-                self.progress.print(str(path))
-        if self.on_result is not None:
-            self.on_result(evaluation)
+        self.record(evaluation)
         return evaluation
 
 

@@ -45,7 +45,26 @@ def balanced_subset(labels: Index, share: float, *, seed: int) -> Index:
     Returns:
         Positions, ascending.
     """
-    return np.sort(np.concatenate([members for _, members in _shuffled_classes(labels, share, seed)]))
+    shuffled = _shuffled_classes(labels, seed=seed)
+    return np.sort(np.concatenate([members[: max(round(share * len(members)), 1)] for members in shuffled]))
+
+
+def draw_shots(labels: Index, shots: int, *, draw: int, seed: int) -> Index:
+    """As many random images of each class.
+
+    The images of a class are shuffled by (seed, draw, class), and the first ones are taken: those of fewer shots are
+    the first columns of those of more.
+
+    Args:
+        labels: class of each image `[N]`; each class that occurs, C of them, has at least as many images as shots.
+        shots: images per class, 1 or more.
+        draw: number of the draw, from 0.
+        seed: 0 or more.
+
+    Returns:
+        Positions `[C, shots]`, a row for each class.
+    """
+    return np.stack([members[:shots] for members in _shuffled_classes(labels, seed=seed, draw=draw)])
 
 
 def train_val_split(labels: Index, val_share: float, *, seed: int) -> tuple[Index, Index]:
@@ -65,7 +84,7 @@ def train_val_split(labels: Index, val_share: float, *, seed: int) -> tuple[Inde
         ValueError: no class has two images.
     """
     train, val = [], []
-    for _, members in _shuffled_classes(labels, 1.0, seed):
+    for members in _shuffled_classes(labels, seed=seed):
         num_val = min(max(round(val_share * len(members)), 1), len(members) - 1)
         train.append(members[: len(members) - num_val])
         val.append(members[len(members) - num_val :])
@@ -77,12 +96,11 @@ def train_val_split(labels: Index, val_share: float, *, seed: int) -> tuple[Inde
     return np.sort(np.concatenate(train)), np.sort(np.concatenate(val))
 
 
-def _shuffled_classes(labels: Index, share: float, seed: int) -> list[tuple[int, Index]]:
-    """Number of each class, and the first images of its shuffle by (seed, class)."""
+def _shuffled_classes(labels: Index, *, seed: int, draw: int = 0) -> list[Index]:
+    """The images of each class, shuffled by (seed, draw, class)."""
     order = np.argsort(labels, kind="stable")
     numbers, starts = np.unique(labels[order], return_index=True)
-    parts = []
-    for number, members in zip(numbers.tolist(), np.split(order, starts[1:]), strict=True):
-        count = max(round(share * len(members)), 1)
-        parts.append((number, members[permutation(len(members), seed=seed, epoch=number)[:count]]))
-    return parts
+    return [
+        members[permutation(len(members), seed=seed, epoch=(draw << 32) + number)]
+        for number, members in zip(numbers.tolist(), np.split(order, starts[1:]), strict=True)
+    ]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from byol_fast.report.curves import curves
+from byol_fast.report.evaluation_figures import SHOTS_TITLE, TOP1, metric_of, shots_of
 from byol_fast.report.formatting import UNKNOWN, as_text, count, duration, interval_text, percent, readable
 from byol_fast.report.page import Section, paragraph, table
-from byol_fast.report.reading import RunFiles, distinct_names
+from byol_fast.report.reading import Record, RunFiles, distinct_names
 from byol_fast.report.summary import progress
 from byol_fast.utils.records import flatten
 
@@ -20,14 +21,23 @@ def comparison(runs: Sequence[RunFiles]) -> list[Section]:
     notes = [paragraph(f"{name}: {text}", "warn") for run, name in zip(runs, names, strict=True) for text in run.notes]
     sections = [Section("Runs", table(headers, rows) + "".join(notes)), *curves(runs)]
     evaluations = [
-        [name, e["name"], percent(e.get("top1")), interval_text(e), count(e.get("num_test"))]
-        for run, name in zip(runs, names, strict=True)
-        for e in run.evaluations
+        [name, *row] for run, name in zip(runs, names, strict=True) for e in run.evaluations for row in _results(e)
     ]
     if evaluations:
-        headers = ["run", "protocol", "top-1", "95 % interval", "images"]
+        headers = ["run", "protocol", "metric", "value", "95 % interval", "images"]
         sections.append(Section("Evaluations", table(headers, evaluations)))
     return [*sections, Section("Options that differ", _differences(runs, names))]
+
+
+def _results(evaluation: Record) -> list[list[str]]:
+    """Rows of an evaluation: its result, and those of its encoder with few training images per class."""
+    (key, ends, label), num_test = metric_of(evaluation), count(evaluation.get("num_test"))
+    rows = [[evaluation["name"], label, percent(evaluation.get(key)), interval_text(evaluation, ends), num_test]]
+    for row in shots_of(evaluation):
+        if row.get("name") == "this encoder":
+            name = f"{evaluation['name']}, {count(row.get('shots'))} {SHOTS_TITLE}"
+            rows.append([name, TOP1.label, percent(row["top1"]), interval_text(row), num_test])
+    return rows
 
 
 def _figures(run: RunFiles, name: str) -> list[str]:

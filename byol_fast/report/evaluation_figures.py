@@ -5,24 +5,39 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from byol_fast.report.charts import Series, bar_chart, heat_map, line_chart
 from byol_fast.report.formatting import finite, interval
 from byol_fast.report.reading import Record
 from byol_fast.utils.files import atomic_write, write_errors
-from byol_fast.utils.intervals import Interval
 
+
+class Metric(NamedTuple):
+    """Fields of a metric in a record."""
+
+    key: str
+    interval: str
+    label: str
+    """Its name in charts and tables."""
+
+
+TOP1, MEAN_AP = Metric("top1", "top1_ci95", "top-1"), Metric("mean_ap", "mean_ap_ci95", "mAP")
+CLASS_TOP1 = Metric("accuracy", "ci95", "top-1")
+SHOTS_TITLE = "training images per class"
 MAX_CLASSES = 60
 """Largest number of classes in a chart; more would be illegible."""
 
 
 def save_figures(record: Record, folder: Path) -> list[Path]:
-    """Write `NAME.svg`, `NAME_classes.svg`, `NAME_confusion.svg` and `NAME_curve.svg` of an evaluation.
+    """Write the charts of an evaluation that it has values for.
+
+    These are `NAME.svg`, `NAME_shots.svg`, `NAME_classes.svg`, `NAME_confusion.svg` and `NAME_curve.svg`.
 
     Files of an earlier evaluation of this name are replaced, and removed if the chart does not exist any more.
 
     Args:
-        record: `Evaluation.to_dict()`, or the content of `NAME.json`.
+        record: `EvalResult.to_dict()`, or the content of `NAME.json`.
         folder: an existing folder.
 
     Returns:
@@ -32,16 +47,20 @@ def save_figures(record: Record, folder: Path) -> list[Path]:
         ConfigError: the folder cannot be written.
     """
     name, title = record["protocol"], f"{record['protocol']}, {record['encoder']}"
-    num_classes = len(record["classes"])
-    hardest = "classes" if num_classes <= MAX_CLASSES else f"the {MAX_CLASSES} hardest classes"
-    charts = {"": accuracy_chart(record, title), "_classes": _class_chart(record, f"{title}: {hardest}")}
-    if num_classes <= MAX_CLASSES:
+    charts = {"": accuracy_chart(record, title)}
+    if shots_of(record):
+        charts["_shots"] = shots_chart(record, f"{title}: {SHOTS_TITLE}")
+    num_classes = len(record.get("classes") or [])
+    if num_classes:
+        hardest = "classes" if num_classes <= MAX_CLASSES else f"the {MAX_CLASSES} hardest classes"
+        charts["_classes"] = _class_chart(record, f"{title}: {hardest}")
+    if 0 < num_classes <= MAX_CLASSES:
         counts = confusion_matrix(record["confusion"], num_classes)
         charts["_confusion"] = confusion_chart(counts, record["classes"], f"{title}: confusion, percent")
-    if len(record["curve"]) > 1:
+    if len(record.get("curve") or []) > 1:
         charts["_curve"] = curve_chart(record, title)
     with write_errors(folder, "eval", "choose another folder with --output"):
-        for suffix in ("", "_classes", "_confusion", "_curve"):
+        for suffix in ("", "_shots", "_classes", "_confusion", "_curve"):
             path = folder / f"{name}{suffix}.svg"
             if suffix in charts:
                 atomic_write(path, charts[suffix] + "\n")
@@ -50,32 +69,51 @@ def save_figures(record: Record, folder: Path) -> list[Path]:
     return [folder / f"{name}{suffix}.svg" for suffix in charts]
 
 
+def metric_of(record: Record) -> Metric:
+    """The metric that a record and its baselines are compared by."""
+    return MEAN_AP if "mean_ap" in record else TOP1
+
+
 def baselines_of(record: Record) -> list[Record]:
-    """Baselines of a record whose accuracy is known."""
-    return [b for b in record.get("baselines") or [] if isinstance(b, dict) and finite(b.get("top1")) is not None]
+    """Baselines of a record whose accuracy, or mAP, is known."""
+    return _known(record.get("baselines"), metric_of(record))
+
+
+def shots_of(record: Record) -> list[Record]:
+    """Accuracies of a record with few training images per class."""
+    return _known(record.get("shots"), TOP1)
+
+
+def _known(rows: object, metric: Metric) -> list[Record]:
+    rows = rows if isinstance(rows, list | tuple) else []
+    return [row for row in rows if isinstance(row, dict) and finite(row.get(metric.key)) is not None]
 
 
 def accuracy_chart(record: Record, title: str) -> str:
-    """Accuracy of the baselines and the encoder, with confidence intervals."""
-    rows = [*baselines_of(record), record | {"name": "this encoder"}]
-    intervals = [interval(row) or (math.nan, math.nan) for row in rows]
-    names = [str(row.get("name", "?")) for row in rows]
-    return _accuracy_bars(names, [row["top1"] for row in rows], intervals, title)
+    """Accuracy, or mAP, of the baselines and the encoder, with confidence intervals."""
+    rows, metric = [*baselines_of(record), record | {"name": "this encoder"}], metric_of(record)
+    return _bars([str(row.get("name", "?")) for row in rows], rows, title, metric)
 
 
-def _accuracy_bars(names: Sequence[str], shares: Sequence[object], intervals: Sequence[Interval], title: str) -> str:
-    """Bars of accuracies in percent."""
-    values = [None if (share := finite(s)) is None else 100 * share for s in shares]
+def shots_chart(record: Record, title: str) -> str:
+    """Accuracy with each number of training images per class, with confidence intervals."""
+    rows = shots_of(record)
+    return _bars([f"{row.get('name', '?')}, {row.get('shots', '?')}" for row in rows], rows, title, TOP1)
+
+
+def _bars(names: Sequence[str], rows: Sequence[Record], title: str, metric: Metric) -> str:
+    """Bars of a metric in percent."""
+    values = [None if (share := finite(row[metric.key])) is None else 100 * share for row in rows]
+    intervals = [interval(row, metric.interval) or (math.nan, math.nan) for row in rows]
     percents = [(100 * low, 100 * high) for low, high in intervals]
-    return bar_chart(names, values, title=title, x_label="top-1, %", intervals=percents, unit="%")
+    return bar_chart(names, values, title=title, x_label=f"{metric.label}, %", intervals=percents, unit="%")
 
 
 def _class_chart(record: Record, title: str) -> str:
     """Accuracy of each class with test images, lowest first."""
     tested = [c for c in record["per_class"] if c["accuracy"] is not None]
     rows = sorted(tested, key=lambda c: float(c["accuracy"]))[:MAX_CLASSES]
-    intervals = [interval(c, "ci95") or (math.nan, math.nan) for c in rows]
-    return _accuracy_bars([c["class"] for c in rows], [c["accuracy"] for c in rows], intervals, title)
+    return _bars([c["class"] for c in rows], rows, title, CLASS_TOP1)
 
 
 def confusion_matrix(cells: Sequence[Sequence[int]], num_classes: int) -> list[list[int]]:

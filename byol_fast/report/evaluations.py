@@ -7,12 +7,17 @@ from collections.abc import Sequence
 
 from byol_fast.report.evaluation_figures import (
     MAX_CLASSES,
+    MEAN_AP,
+    SHOTS_TITLE,
     accuracy_chart,
     baselines_of,
     confusion_chart,
     confusion_matrix,
     curve_chart,
     curve_label,
+    metric_of,
+    shots_chart,
+    shots_of,
 )
 from byol_fast.report.formatting import (
     UNKNOWN,
@@ -38,25 +43,24 @@ def evaluations(run: RunFiles) -> list[Section]:
 
 
 def weaker_than_baselines(record: Record) -> list[str]:
-    """A sentence for each baseline with a higher accuracy, if their intervals do not overlap."""
-    top1 = finite(record.get("top1"))
+    """A sentence for each baseline with a higher accuracy, or mAP, if their intervals do not overlap."""
+    key, ends, _ = metric_of(record)
+    value = finite(record.get(key))
     return [
-        f"{record['name']}: {percent(top1)} is below the baseline {b.get('name', '?')}, {percent(b['top1'])}."
+        f"{record['name']}: {percent(value)} is below the baseline {b.get('name', '?')}, {percent(b[key])}."
         for b in baselines_of(record)
-        if top1 is not None and b["top1"] > top1 and differ(interval(record), interval(b))
+        if value is not None and b[key] > value and differ(interval(record, ends), interval(b, ends))
     ]
 
 
 def _evaluation(record: Record) -> str:
-    num_train = f"test images; {count(record.get('num_train'))} training images"
+    metric = metric_of(record)
+    num_train = f"; {count(record['num_train'])} training images" if "num_train" in record else ""
+    name = str(record.get("protocol", record["name"])) + (f", {metric.label}" if metric.key != "top1" else "")
     entries = [
-        (
-            str(record.get("protocol", record["name"])),
-            percent(record.get("top1")),
-            interval_text(record, prefix="95 %: "),
-        ),
+        (name, percent(record.get(metric.key)), interval_text(record, metric.interval, prefix="95 %: ")),
         ("Top-5", percent(record.get("top5")), ""),
-        ("Images", count(record.get("num_test")), num_train),
+        ("Images", count(record.get("num_test")), f"test images{num_train}"),
     ]
     parts = [facts([entry for entry in entries if entry[1] != UNKNOWN])]
     if isinstance(record.get("encoder"), str):
@@ -65,19 +69,52 @@ def _evaluation(record: Record) -> str:
     classes: list[str] = record.get("classes") or []
     cells = _confusion(record, len(classes))
     column = ""
-    if baselines_of(record) and finite(record.get("top1")) is not None:
+    if baselines_of(record) and finite(record.get(metric.key)) is not None:
         column += accuracy_chart(record, "Compared with its baselines")
+    if shots_of(record):
+        column += shots_chart(record, f"Top-1 by {SHOTS_TITLE}")
     if any(isinstance(point, dict) for point in record.get("curve") or []):
         column += curve_chart(record, f"Top-1 by {curve_label(record)}")
     charts = [f"<div>{column}</div>"] if column else []
     if cells and len(classes) <= MAX_CLASSES:
         matrix = confusion_matrix(cells, len(classes))
         charts.append(confusion_chart(matrix, classes, "Confusion, percent of each true class"))
+    parts += [_retrieval_table(record), _shots_table(record)]
     parts.append(chart_grid(charts) if charts else "")
     parts.append(_common_mistakes(cells, classes) if cells else "")
     if cells is None:
         parts.append(paragraph("The confusion matrix is left out: it was written by an earlier version.", "faint"))
     return "".join(parts) + _class_table(record) + _settings_table(record)
+
+
+def _retrieval_table(record: Record) -> str:
+    """Table of mAP and recall of the encoder and its baselines, and the number of images that are no queries."""
+    if metric_of(record) != MEAN_AP:
+        return ""
+    rows = []
+    for row in (record | {"name": "this encoder"}, *baselines_of(record)):
+        name = row.get("name", UNKNOWN)
+        rows.append([name, MEAN_AP.label, percent(row.get(MEAN_AP.key)), interval_text(row, MEAN_AP.interval)])
+        for recall in row.get("recall") or []:
+            label = f"recall at {count(recall.get('k'))}"
+            rows.append([name, label, percent(recall.get("recall")), interval_text(recall, "ci95")])
+    left_out, num_test = record.get("num_left_out"), count(record.get("num_test"))
+    text = f"{count(left_out)} of {num_test} images are no queries: no other one has their class."
+    return table(["encoder", "metric", "value", "95 % interval"], rows) + (paragraph(text) if left_out else "")
+
+
+def _shots_table(record: Record) -> str:
+    rows = [
+        [
+            count(row.get("shots")),
+            row.get("name", UNKNOWN),
+            *(percent(row["top1"]), interval_text(row)),
+            *(percent(row.get("lowest")), percent(row.get("highest"))),
+        ]
+        for row in shots_of(record)
+    ]
+    headers = [SHOTS_TITLE, "encoder", "mean top-1 of 20 draws", "95 % interval", "lowest", "highest"]
+    return table(headers, rows) if rows else ""
 
 
 def _class_table(record: Record) -> str:

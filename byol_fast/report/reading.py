@@ -18,13 +18,31 @@ from byol_fast.utils import records as checks
 Record = dict[str, Any]
 
 _INTERVAL = checks.list_of(checks.number, 2)
+_RETRIEVAL = {
+    "mean_ap": checks.number,
+    "mean_ap_ci95": _INTERVAL,
+    "recall": checks.list_of(checks.record_of({"k": checks.count, "recall": checks.number, "ci95": _INTERVAL})),
+}
 _EVALUATION = {
+    **_RETRIEVAL,
     **dict.fromkeys(("protocol", "encoder", "curve_label"), checks.text),
-    **dict.fromkeys(("step", "num_train", "num_test"), checks.count),
+    **dict.fromkeys(("step", "num_train", "num_test", "num_left_out"), checks.count),
     **dict.fromkeys(("top1", "top5"), checks.number),
     "top1_ci95": _INTERVAL,
     "classes": checks.list_of(checks.text),
-    "baselines": checks.list_of(checks.record_of({"name": checks.text, "top1": checks.number, "top1_ci95": _INTERVAL})),
+    "baselines": checks.list_of(
+        checks.record_of({"name": checks.text, "top1": checks.number, "top1_ci95": _INTERVAL, **_RETRIEVAL})
+    ),
+    "shots": checks.list_of(
+        checks.record_of(
+            {
+                "name": checks.text,
+                **dict.fromkeys(("shots", "k"), checks.count),
+                **dict.fromkeys(("top1", "lowest", "highest"), checks.number),
+                "top1_ci95": _INTERVAL,
+            }
+        )
+    ),
     "per_class": checks.list_of(
         checks.record_of({"class": checks.text, "count": checks.count, "accuracy": checks.number, "ci95": _INTERVAL})
     ),

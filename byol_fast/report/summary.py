@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from byol_fast.report.evaluation_figures import metric_of
 from byol_fast.report.evaluations import weaker_than_baselines
 from byol_fast.report.formatting import accuracy_interval, differ, duration, interval_text, plural
 from byol_fast.report.page import Section, facts, paragraph
@@ -128,9 +129,10 @@ def _accuracies(run: RunFiles) -> list[tuple[str, str, str]]:
     if probed:
         entries.append(("Linear probe top-1", f"{probed[-1]:.1%}", f"best {max(probed):.1%}"))
     for record in run.evaluations:
-        if isinstance(record.get("top1"), int | float):
+        key, ends, label = metric_of(record)
+        if isinstance(record.get(key), int | float):
             num_test = record.get("num_test")
-            details = [interval_text(record, prefix="95 %: ")]
+            details = [interval_text(record, ends, prefix="95 %: ")]
             details += [f"{num_test:,} images"] if isinstance(num_test, int) else []
-            entries.append((f"eval {record['name']} top-1", f"{record['top1']:.1%}", "; ".join(filter(None, details))))
+            entries.append((f"eval {record['name']} {label}", f"{record[key]:.1%}", "; ".join(filter(None, details))))
     return entries

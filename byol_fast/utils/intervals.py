@@ -1,8 +1,9 @@
-"""Confidence intervals of accuracies. Needs no torch."""
+"""Confidence intervals of accuracies and of means. Needs no torch."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 Z95 = 1.959963984540054
 """The 97.5 % point of the normal distribution."""
@@ -38,3 +39,16 @@ def share_interval(share: float, num_images: int) -> Interval:
         num_images: test images.
     """
     return wilson_interval(round(share * num_images), num_images)
+
+
+def mean_interval(shares: Sequence[float], z: float = Z95) -> tuple[float, Interval]:
+    """Mean of two or more shares, 0..1, and its 95 % interval `mean -+ z s / sqrt(n)`, cut to 0..1.
+
+    Args:
+        shares: a sample; s is its standard deviation, with n - 1 in the denominator.
+        z: quantile of the normal distribution; of few shares, that of Student's t with n - 1 degrees of freedom.
+    """
+    count = len(shares)
+    mean = math.fsum(shares) / count
+    half = z * math.sqrt(math.fsum((share - mean) ** 2 for share in shares) / (count - 1) / count)
+    return mean, (max(mean - half, 0.0), min(mean + half, 1.0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,6 +34,17 @@ class Precision:
         allowed = self.name != "fp32"
         torch.backends.cuda.matmul.allow_tf32 = allowed
         torch.backends.cudnn.allow_tf32 = allowed
+
+
+@contextmanager
+def fp32_matmul() -> Iterator[None]:
+    """Context, or decorator, in which products of fp32 matrices are fp32 whatever precision the networks have."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def resolve_precision(name: str, device: torch.device) -> Precision:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from byol_fast.config import Config, ConfigError, DataConfig, KNNConfig, Preprocessing, ProbeConfig
-from byol_fast.config.evaluation import EvalSettings
+from byol_fast.config.evaluation import ClassifierSettings
 from byol_fast.data import ImageSource, SourceError, open_source, open_train_val
 from byol_fast.data.sources.base import labels_from_text
 from byol_fast.evaluate.encoder import PretrainedEncoder
@@ -142,7 +142,7 @@ def test_partly_negative_labels_are_the_reason_that_there_are_none(kind: str, tm
     encoder = PretrainedEncoder(name="x", encoder=nn.Identity(), preprocessing=Preprocessing(crop=8))
     for train, test, which in ((source, whole, "training"), (whole, source, "test")):
         with pytest.raises(SourceError, match=f"the {which} images must have labels.*: {re.escape(problem)}"):
-            open_images(encoder, train, test, EvalSettings())
+            open_images(encoder, train, test, ClassifierSettings())
     caplog.clear()
     none = labeled(kind, tmp_path / "none", [-1, -1, -1, -1])  # as STL10's unlabeled images
     assert none.labels is None and none.label_problem.startswith("no image has a label")
@@ -196,7 +196,7 @@ def test_classes_of_other_texts_are_refused(train: list[str], val: list[str], ex
         open_train_val(config, training)
     encoder = PretrainedEncoder(name="x", encoder=nn.Identity(), preprocessing=Preprocessing(crop=8))
     with pytest.raises(SourceError, match="all test classes must be among the training classes"):
-        open_images(encoder, training, validation, EvalSettings())
+        open_images(encoder, training, validation, ClassifierSettings())
 
 
 def test_classes_of_the_same_name_cannot_be_matched(tmp_path: Path) -> None:

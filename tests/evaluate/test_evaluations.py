@@ -246,10 +246,26 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Trainer(config).fit().run_dir
 
 
+def test_command_evaluates_retrieval_among_validation_images(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main.main(["eval", "retrieval", str(trained), "--device", "cpu", "--threads", "1"])
+    assert ended.value.code == 0
+    record = json.loads((trained / "eval" / "retrieval.json").read_text())
+    assert (record["step"], record["num_test"], record["num_queries"], record["num_left_out"]) == (3, 18, 18, 0)
+    printed = capsys.readouterr().out
+    assert all(f"{share:.1%}" in printed for share in (record["mean_ap"], *(r["recall"] for r in record["recall"])))
+    assert [path.name for path in (trained / "eval").glob("retrieval*.svg")] == ["retrieval.svg"]
+    with pytest.raises(SystemExit) as ended:
+        main.main(["eval", "retrieval", str(trained), "--train", "x"])
+    assert ended.value.code == 2
+    assert "--train" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("protocol", ["knn", "linear", "finetune"])
 def test_command_evaluates_run_on_its_images(protocol: str, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--device", "cpu", "--precision", "fp32", "--threads", "1", "--baselines"]
     options += ["--labels", "0.5", "--epochs", "1", "--batch-size", "16"] if protocol == "finetune" else []
+    options += ["--shots", "1", "5"] if protocol == "knn" else []
     with pytest.raises(SystemExit) as ended:
         main.main(["eval", protocol, str(trained), *options])
     assert ended.value.code == 0
@@ -268,7 +284,7 @@ def test_command_evaluates_run_on_its_images(protocol: str, trained: Path, capsy
         assert entry["count"] == row.sum() == 6
     assert record["environment"]["precision"] == "fp32"
     charts = sorted((trained / "eval").glob(f"{name}*.svg"))
-    assert len(charts) == (4 if protocol != "finetune" else 3)  # no curve of a single epoch
+    assert len(charts) == {"knn": 5, "linear": 4, "finetune": 3}[protocol]  # no curve of a single epoch
     for chart in charts:
         assert ElementTree.parse(chart).getroot().tag.endswith("svg")
     if protocol == "knn":
@@ -276,6 +292,8 @@ def test_command_evaluates_run_on_its_images(protocol: str, trained: Path, capsy
         during = [m["knn_top1"] for m in metrics if "knn_top1" in m]
         assert record["chosen"] == {"k": 3, "temperature": 0.2}
         assert record["top1"] == pytest.approx(during[-1], abs=1e-6)  # the mean is fp32 there
+        assert [(row["shots"], row["k"]) for row in record["shots"]] == 3 * [(1, 1), (5, 3)]
+        assert all(f"{row[key]:.1%}" in printed for row in record["shots"] for key in ("top1", "lowest", "highest"))
 
 
 def test_command_evaluates_exported_encoder_on_other_images(
@@ -303,7 +321,7 @@ def test_command_evaluates_exported_encoder_on_other_images(
     ("arguments", "message"),
     [
         (["kn", "run"], "did you mean 'knn'"),
-        (["runs/first"], "one of knn, linear, finetune comes first"),
+        (["runs/first"], "one of knn, linear, finetune, retrieval comes first"),
         (["knn", "nowhere"], "nowhere does not exist"),
         (["linear", "nowhere", "--held-out", "0.9"], "held_out must be a number from 1e-06 to 0.5"),
     ],

@@ -41,6 +41,33 @@ def test_figures_show_record(tmp_path: Path) -> None:
     assert "l2" in curve
 
 
+SHOTS = [
+    {"name": name, "shots": n, "k": n, "top1": top1, "top1_ci95": [0.2, 0.6], "lowest": 0.1, "highest": 0.7}
+    for name, n, top1 in (("this encoder", 1, 0.31), ("this encoder", 5, 0.52), ("raw pixels", 1, None))
+]
+RETRIEVAL: dict[str, Any] = {
+    "protocol": "retrieval",
+    "encoder": "resnet18 of runs/a",
+    "num_test": 70,
+    "mean_ap": 0.36,
+    "mean_ap_ci95": [0.3, 0.4],
+    "recall": [{"k": 1, "recall": 0.46, "ci95": [0.4, 0.5]}, {"k": 5, "recall": 0.81, "ci95": None}],
+    "num_left_out": 2,
+    "baselines": [{"name": "raw pixels", "mean_ap": 0.47, "mean_ap_ci95": [0.45, 0.5]}],
+}
+
+
+def test_figures_of_shots_and_retrieval(tmp_path: Path) -> None:
+    paths = save_figures(RECORD | {"protocol": "knn", "shots": SHOTS}, tmp_path)
+    assert [p.name for p in paths if "shots" in p.name] == ["knn_shots.svg"]
+    shots = texts(svg((tmp_path / "knn_shots.svg").read_text()))
+    assert {"this encoder, 1", "this encoder, 5", "31.0%", "52.0%", "top-1, %"} <= set(shots)
+    assert "raw pixels, 1" not in shots
+    (path,) = save_figures(RETRIEVAL, tmp_path)
+    assert path.name == "retrieval.svg"
+    assert {"raw pixels", "this encoder", "36.0%", "47.0%", "mAP, %"} <= set(texts(svg(path.read_text())))
+
+
 def test_outdated_figures_are_removed(tmp_path: Path) -> None:
     save_figures(RECORD, tmp_path)
     save_figures(RECORD | {"curve": []}, tmp_path)

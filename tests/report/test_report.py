@@ -26,6 +26,7 @@ from byol_fast.report.reading import read_run
 from byol_fast.report.svg import COLORS, DARK_COLORS
 from byol_fast.training.trainer import Trainer
 from tests.report.parsing import HOSTILE, Page, read, svg, texts
+from tests.report.test_evaluation_figures import RETRIEVAL, SHOTS
 
 Record = dict[str, Any]
 
@@ -293,6 +294,26 @@ def test_evaluations_are_shown_with_baselines(tmp_path: Path) -> None:
     charts = [texts(svg(c)) for c in re.findall(r"<svg.*?</svg>", (folder / "out.html").read_text(), re.DOTALL)]
     baselines = next(c for c in charts if "Compared with its baselines" in c)
     assert {"raw pixels", "untrained", "this encoder", "40.0%", "50.0%", "80.0%"} <= set(baselines)
+
+
+def test_shots_and_retrieval_are_shown(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run", steps(3))
+    (folder / "eval").mkdir()
+    (folder / "eval" / "knn.json").write_text(json.dumps(EVALUATION | {"shots": SHOTS}))
+    (folder / "eval" / "retrieval.json").write_text(json.dumps(RETRIEVAL))
+    page = page_of(folder)
+    assert ["5", "this encoder", "52.0%", "20.0% to 60.0%", "10.0%", "70.0%"] in page.rows
+    assert not [row for row in page.rows if row[:2] == ["1", "raw pixels"]]
+    assert ["this encoder", "mAP", "36.0%", "30.0% to 40.0%"] in page.rows
+    assert ["this encoder", "recall at 5", "81.0%", ""] in page.rows
+    assert ["raw pixels", "mAP", "47.0%", "45.0% to 50.0%"] in page.rows
+    assert "2 of 70 images are no queries" in page.text
+    assert "eval retrieval mAP36.0%95 %: 30.0% to 40.0%; 70 images" in page.text  # in the summary
+    assert page.text.count("retrieval: 36.0% is below the baseline raw pixels, 47.0%.") == 2  # in the summary, too
+    rows = page_of(folder, folder).rows
+    assert ["knn", "top-1", "80.0%", "75.0% to 84.0%", "300"] in [row[1:] for row in rows]
+    assert ["knn, 5 training images per class", "top-1", "52.0%", "20.0% to 60.0%", "300"] in [row[1:] for row in rows]
+    assert ["retrieval", "mAP", "36.0%", "30.0% to 40.0%", "70"] in [row[1:] for row in rows]
 
 
 def test_several_runs_share_charts_and_tables(tmp_path: Path) -> None:
