@@ -28,6 +28,7 @@ SNIPPETS = {
     "torchvision": ("README.md", "import json, PIL.Image"),
     "pretrain": ("README.md", "result = byol_fast.pretrain"),
     "evaluate": ("evaluation.md", "result = byol_fast.evaluate.evaluate_linear"),
+    "few shots and retrieval": ("evaluation.md", "result = byol_fast.evaluate.evaluate_knn"),
     "features": ("evaluation.md", "result = byol_fast.evaluate.embed_folder"),
     "CIFAR stem": ("export.md", "encoder.conv1"),
     "stem without ReLU": ("export.md", "encoder.relu"),
@@ -163,6 +164,16 @@ def test_evaluation_returns_accuracy_and_baselines(capsys: pytest.CaptureFixture
     assert 0 <= result.top1 <= 1
     assert len(result.baselines) == 2
     assert str(result.top1) in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("clean")
+def test_few_shots_and_retrieval_print_their_results(capsys: pytest.CaptureFixture[str]) -> None:
+    variables = run("few shots and retrieval")
+    assert [row.shots for row in variables["result"].shots] == [1, 5]
+    assert variables["retrieval"].scores.num_queries == 8
+    printed = capsys.readouterr().out
+    assert f"5 {variables['row'].top1} " in printed
+    assert str(variables["retrieval"].scores.mean_ap) in printed
 
 
 @pytest.mark.usefixtures("clean")

@@ -19,6 +19,7 @@ from byol_fast.bench.problem import Problem
 from byol_fast.config import Config
 from byol_fast.data import Batch
 from byol_fast.evaluate import knn_predict
+from byol_fast.evaluate.retrieval import retrieval_scores
 from byol_fast.export.encoder import export_run, load_encoder
 from byol_fast.models import encoders
 from byol_fast.models.gpu_tuning import SpaceToDepthConv2d
@@ -330,6 +331,19 @@ def test_neighbors_are_those_of_the_cpu(k: int) -> None:
     assert (found[:, 0].cpu() == expected[:, 0]).float().mean() >= 0.999  # two votes may be a rounding apart
     accuracy = [(ranking[:, 0].cpu() == test_y).float().mean() for ranking in (found, expected)]
     assert accuracy[1] > 0.5 and abs(accuracy[0] - accuracy[1]) <= 0.001
+
+
+@pytest.mark.gpu("knn")
+def test_retrieval_is_that_of_the_cpu() -> None:
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(0, 20, (2000,), generator=generator)
+    x = torch.randn(20, 128, generator=generator)[y] + 2 * torch.randn(2000, 128, generator=generator)
+    expected = retrieval_scores("x", x.double(), y)
+    found = retrieval_scores("x", x.to(DEVICE), y.to(DEVICE), max_similarities=300 * 2000)
+    assert (found.num_queries, found.num_left_out) == (2000, 0)
+    assert 0.2 < expected.mean_ap < 0.9 and abs(found.mean_ap - expected.mean_ap) < 1e-4
+    for ours, theirs in zip(found.recall, expected.recall, strict=True):
+        assert abs(ours.recall - theirs.recall) <= 0.001  # two similarities may be a rounding apart
 
 
 @pytest.mark.gpu("knn")

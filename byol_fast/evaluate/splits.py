@@ -50,7 +50,7 @@ def balanced_subset(labels: Index, share: float, *, seed: int) -> Index:
 
 
 def draw_shots(labels: Index, shots: int, *, draw: int, seed: int) -> Index:
-    """As many random images of each class.
+    """Random images of each class, the same number of all.
 
     The images of a class are shuffled by (seed, draw, class), and the first ones are taken: those of fewer shots are
     the first columns of those of more.

@@ -264,12 +264,15 @@ def _export(rng: random.Random) -> CommandLine:
 
 
 def _evaluation(rng: random.Random) -> CommandLine:
-    protocol = rng.choice(("knn", "linear", "finetune"))
+    protocol = rng.choice(("knn", "linear", "finetune", "retrieval"))
     options: dict[str, list[str]] = {"--device": ["cpu"], "--threads": ["1"]}
     if rng.random() < 0.6:
-        options |= {"--train": [_images(rng)], "--test": [_images(rng)] if rng.random() < 0.5 else ["good/val"]}
+        options |= {"--test": [_images(rng)] if rng.random() < 0.5 else ["good/val"]}
+        options |= {"--train": [_images(rng)]} if protocol != "retrieval" else {}
     if protocol == "finetune":
         options |= {"--epochs": ["1"], "--batch-size": ["4"], "--labels": ["1.0"]}
+    elif protocol == "knn" and rng.random() < 0.3:
+        options |= {"--shots": ["1", "3"]}
     elif protocol == "linear" and rng.random() < 0.5:
         options |= {"--protocol": ["reference"], "--epochs": ["1"], "--batch-size": ["4"]}
     encoder = _run_folder(rng) + ("/encoder.safetensors" if rng.random() < 0.1 else "")
