@@ -35,7 +35,7 @@ from tests.networks import Steep
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_classes_are_separated_and_encoder_is_unchanged(protocol: str, pretrained: PretrainedEncoder) -> None:
     before = {name: value.clone() for name, value in pretrained.encoder.state_dict().items()}
-    more = {"labels": (1.0,), "epochs": (10,)} if protocol == "finetune" else {}
+    more = {"labels": (1.0,), "epochs": (10,), "lr": (0.1,)} if protocol == "finetune" else {}
     result = run(protocol, pretrained, labeled_images(120, 0), labeled_images(60, 1), baselines=True, **more)
     assert result.top1 > 0.9
     assert result.num_test == 60

@@ -35,7 +35,7 @@ def accuracies_by_definition(
 
 def test_scores_equal_definition_and_interval_scipy() -> None:
     stats = pytest.importorskip("scipy.stats", reason="scipy is not installed")
-    train, test = clusters(80, 6, 4, 0), clusters(50, 6, 4, 1)
+    train, test = clusters(50, 6, 4, 0), clusters(20, 6, 4, 1)
     draws: list[int] = []
     options: dict[str, Any] = {"shots": (5, 1, 9, 5), "k": 7, "temperature": 0.1, "num_classes": 4, "seed": 3}
     results = few_shot_scores("x", train, test, on_draw=draws.append, **options)

@@ -346,15 +346,16 @@ def test_wrong_arguments_are_explained(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_run_writes_its_report_and_the_command_adds_pictures(tiny: Config, npz: Path) -> None:
-    result = byol_fast.pretrain(recipe=configs.replace(tiny, {"data.on_corrupt": "skip", "steps": 4}))
+    result = byol_fast.pretrain(recipe=configs.replace(tiny, {"data.on_corrupt": "skip", "steps": 2}))
     first = read((result.run_dir / "report.html").read_text())
     assert f"Loss{result.loss:.4f}" in first.text
     assert "Views" not in first.headings
+    (result.run_dir / "metrics.jsonl").write_text("")  # no curves to draw in the pages below
 
     page = read(report([result.run_dir], num=50).read_text())
     assert {"Views", "Nearest neighbors", "Map of the features"} <= set(page.headings)
     assert "Left out" not in page.text
-    assert "50 training images, features of step 4" in page.text
+    assert "50 training images, features of step 2" in page.text
     assert sum(tag == "img" for tag, _ in page.tags) == 2
 
     moved = npz.rename(npz.with_name("elsewhere.npz"))
