@@ -103,10 +103,9 @@ def write_images(folder: Path) -> None:
     )
 
 
-def images_per_cpu_second(settings: dict[str, Any], folder: Path) -> float:
+def images_per_cpu_second(config: Config) -> float:
     """Speed of training with one thread, without the first steps."""
     with tempfile.TemporaryDirectory() as runs:
-        config = config_of(settings, folder, steps=1000)
         trainer = Trainer(configs.replace(config, {"out": Path(runs), "knn.enabled": "off"}))
         steps = 2560 // config.batch_size
         for _ in range(5):
@@ -159,7 +158,8 @@ class Search:
         for size, batch_size in itertools.product(SPACE["size"], SPACE["batch_size"]):
             settings = BEFORE | {"size": size, "batch_size": batch_size}
             if _shape(settings) not in self._speeds:
-                speed = round(self._pool.submit(images_per_cpu_second, settings, self._folder).result(), 1)
+                config = config_of(settings, self._folder, steps=1000)
+                speed = round(self._pool.submit(images_per_cpu_second, config).result(), 1)
                 self._speeds[_shape(settings)] = speed
                 self._write({"size": size, "batch_size": batch_size, "images_per_cpu_second": speed})
         best = self._round(SHORT, random_settings(num_trials))[: num_trials // 3]
@@ -217,12 +217,13 @@ def neighbors(best: dict[str, Any]) -> list[dict[str, Any]]:
 def search(save: Path, *, trials: int, workers: int) -> None:
     """Run or continue a search; writes `search.jsonl`."""
     context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as name, ProcessPoolExecutor(workers, context, _one_thread) as pool:
+    with tempfile.TemporaryDirectory() as name, ProcessPoolExecutor(workers, context, one_thread) as pool:
         write_images(Path(name))
         Search(save / "search.jsonl", Path(name), pool).run(trials)
 
 
-def _one_thread() -> None:
+def one_thread() -> None:
+    """Let torch use one thread in this process."""
     torch.set_num_threads(1)
 
 

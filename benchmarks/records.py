@@ -47,6 +47,16 @@ _DEMO_RUN = record_of(
 _DEMO_TRIAL = record_of(
     {"trial": record_of({}), "top1": _BY_KIND, "score": share, "cpu_seconds": number, "process_cpu_seconds": number}
 )
+_LOCAL_VIEWS_RUN = record_of(
+    {
+        "setting": text,
+        "epochs": number,
+        "top1": _BY_KIND,
+        "num_val": count,
+        "process_cpu_seconds": number,
+        "environment": _ENVIRONMENT,
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +189,11 @@ def demo_trials(results: Path) -> dict[Path, list[dict[str, Any]]]:
     files = {path: _lines(path, _DEMO_TRIAL) for path in sorted(results.glob("demo_*/search.jsonl"))}
     trials = {path: [line for line in lines if "trial" in line] for path, lines in files.items()}
     return {path: lines for path, lines in trials.items() if lines}
+
+
+def local_view_runs(results: Path) -> dict[Path, list[dict[str, Any]]]:
+    """Speeds and runs of the demo with and without local views, by their file (`demo_*/local_views.jsonl`)."""
+    return {path: _lines(path, _LOCAL_VIEWS_RUN) for path in sorted(results.glob("demo_*/local_views.jsonl"))}
 
 
 def speed_runs(results: Path) -> list[Runs]:

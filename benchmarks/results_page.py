@@ -12,6 +12,7 @@ from benchmarks.records import (
     Record,
     demo_runs,
     demo_trials,
+    local_view_runs,
     machine,
     mean_percent,
     other_records,
@@ -110,6 +111,25 @@ def trials_table(results: Path) -> list[str]:
     return lines[:-1] or ["Not measured."]
 
 
+def local_views_table(results: Path) -> list[str]:
+    """Accuracies of the demo with and without local views, means over seeds."""
+    lines: list[str] = []
+    for path, (speeds, *runs) in local_view_runs(results).items():
+        rows = []
+        for setting in dict.fromkeys(run["setting"] for run in runs):
+            own = [run for run in runs if run["setting"] == setting]
+            cells = [mean_percent([run["top1"][kind] for run in own], own[0]["num_val"]) for kind in KINDS]
+            rows.append([setting, f"{own[0]['epochs']:g}", *cells])
+        ratios, first = speeds["time_ratios"], runs[0]
+        time = (
+            f"an image takes {speeds['time_ratio']:.2f} [{min(ratios):.2f} - {max(ratios):.2f}] times as long with them"
+        )
+        seeds = ", ".join(str(seed) for seed in sorted({run["seed"] for run in runs}))
+        about = f"seed {seeds}; {time}; {first['num_val']:,} images; {source(first['environment'])}"
+        lines += [*_table(("setting", "epochs", *KINDS), rows), "", f"({_file(path)}: {about})", ""]
+    return lines[:-1] or ["Not measured."]
+
+
 def speed_table(results: Path) -> list[str]:
     """Accuracy of the speed runs and their time to lightly's accuracies, below the published results."""
     rows = [
@@ -189,6 +209,7 @@ TABLES: dict[str, Callable[[Path], list[str] | None]] = {
     "numbers": numbers_table,
     "demo": demo_table,
     "trials": trials_table,
+    "local-views": local_views_table,
     "speed": speed_table,
     "demo-output": demo_output,
 }

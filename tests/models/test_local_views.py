@@ -176,7 +176,7 @@ def test_encoder_made_for_one_size_is_refused() -> None:
     views = {"view1.size": 32, "view2.size": 32, "local_view.size": 16, "model.encoder": "vit_b_16"}
     config = configs.replace(Config(num_local_views=2), views)
     with torch.device("meta"), pytest.raises(ValueError, match=r"accept \[B, 3, 16, 16\].*height.*local_view\.size"):
-        build_model(config, pretrained=False)
+        build_model(config)
 
 
 @pytest.mark.parametrize("method", [BYOL, SimSiam])
