@@ -115,9 +115,8 @@ def _scores(
     scores = [(k, score(ranking, test_y, images.classes)) for k, ranking in zip(ks, rankings, strict=True)]
     if not s.shots:
         return scores, []
-    check_shots(
-        s.shots, train_y.cpu().numpy(), test_y.cpu().numpy(), images.classes
-    )  # again: images that cannot be read are missing
+    # Again, as images that cannot be read are missing here.
+    check_shots(s.shots, train_y.cpu().numpy(), test_y.cpu().numpy(), images.classes)
     with run.progress.bar(NUM_DRAWS, f"{entry.name}: few shots") as bar:
         shots = few_shot_scores(
             entry.name,
