@@ -183,6 +183,18 @@ def test_run_that_ended_early_is_extended_from_its_last_step(small: Config) -> N
     assert records[6]["lr"] == PEAK / 2
 
 
+def test_initial_weights_of_the_extended_run_are_not_read_again(small: Config) -> None:
+    source = finish(configs.replace(small, {"name": "source", "steps": 2}))
+    run = finish(configs.replace(small, {"init_from": str(source)}))
+    shutil.rmtree(source)
+    result = Trainer(extending(run)).fit()
+    lineage = json.loads((result.run_dir / "encoder.json").read_text())["lineage"]
+    assert lineage == json.loads((run / "encoder.json").read_text())["lineage"] | {"extend": str(run), "step": END}
+    assert lineage["init_from"] == str(source)
+    with pytest.raises(ConfigError, match=r"as it was started, but init_from was .* and is 'torchvision';"):
+        Trainer(extending(run, init_from="torchvision", init_sha256="", name="other"))
+
+
 @pytest.mark.parametrize("first_step", [10, 13])
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
 @pytest.mark.parametrize("steps_per_epoch", [None, 5], ids=["by step", "by epoch"])
