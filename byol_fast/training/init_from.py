@@ -23,6 +23,7 @@ from byol_fast.models.matching import Match, flatten, match_weights
 from byol_fast.training.init_source import PACKAGES
 from byol_fast.training.run_dir import RunDir
 from byol_fast.utils import checkpoint as checkpoints
+from byol_fast.utils.env import is_first_process
 from byol_fast.utils.errors import CheckpointError, reason
 from byol_fast.utils.files import open_regular
 
@@ -106,11 +107,9 @@ def _check_match(config: Config, source: str, match: Match) -> None:
     if match.share >= MIN_SHARE:
         return
     if config.init_partial and match.num_matched:
-        log.warning(
-            "init_from: %s has only %.1f %% of the encoder's parameters; the others are random",
-            source,
-            100 * match.share,
-        )
+        if is_first_process():
+            share = f"{match.share:.1%}"
+            log.warning("init_from: %s has only %s of the encoder's parameters; the others are random", source, share)
         return
     fix = "choose the encoder of these weights"
     if match.num_matched:

@@ -92,6 +92,11 @@ def poisoned(batch: Batch) -> Batch:
     return Batch((view1, batch.views[1].float() / 255), batch.labels, batch.index)
 
 
+def assert_target_is_a_copy(model: SSLModel) -> None:
+    for name, tensor in model.networks()[1].state_dict().items():
+        assert torch.equal(tensor, model.online.state_dict()[name]), name
+
+
 class AtStep(Callback):
     """Calls a function after a step."""
 
