@@ -244,6 +244,17 @@ def test_memory_of_decoding_counts_one_largest_image(checked: Config, tmp_path: 
     assert memory.loader_memory(config, other, CPU) == demand
 
 
+def test_memory_of_waiting_batches_is_that_of_all_views(checked: Config) -> None:
+    config = configs.replace(checked, {"view2.size": 20, "data.prefetch": 3, "grad_accum_steps": 2})
+    source, _ = open_train_val(config, None)
+    without = memory.loader_memory(config, source, CPU).machine
+    config = configs.replace(config, {"num_local_views": 4, "local_view.size": 10})
+    assert memory.loader_memory(config, source, CPU).machine - without == 6 * config.batch_size * 3 * 4 * 10**2
+    config = configs.replace(config, {"view2.size": 30})
+    larger = 4 * 10**2 + 30**2 - 20**2
+    assert memory.loader_memory(config, source, CPU).machine - without == 6 * config.batch_size * 3 * larger
+
+
 def test_processes_share_the_memory_of_their_machine(checked: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     source, _ = open_train_val(checked, None)
     estimate = MemoryEstimate(GIB, 0, 0, 0)

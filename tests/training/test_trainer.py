@@ -208,6 +208,8 @@ def test_auto_resume_takes_only_an_unfinished_run_of_the_same_data(tiny: Config,
     assert find_resumable(unnamed) == run
     assert find_resumable(configs.replace(unnamed, {"data.root": tmp_path})) is None
     assert find_resumable(configs.replace(unnamed, {"optim.lr": 3.0})) is None
+    assert find_resumable(configs.replace(unnamed, {"local_view.size": 8})) == run  # there are no local views
+    assert find_resumable(configs.replace(unnamed, {"num_local_views": 1, "local_view.size": 8})) is None
 
 
 def test_weights_that_are_not_finite_are_not_saved(tiny: Config) -> None:
@@ -231,7 +233,9 @@ def test_resume_refuses_another_computation_and_says_what_differs(tiny: Config) 
     run = Trainer(tiny).fit().run_dir
     with pytest.raises(ConfigError, match=r"optim.lr was 1.0 and is 2.0; .*start a new run"):
         Trainer(configs.replace(tiny, {"optim.lr": 2.0}), resume=run)
-    more_threads = configs.replace(tiny, {"data.threads": 2})
+    with pytest.raises(ConfigError, match=r"num_local_views was 0 and is 1; local_view.size was 16 and is 8; drop"):
+        Trainer(configs.replace(tiny, {"num_local_views": 1, "local_view.size": 8}), resume=run)
+    more_threads = configs.replace(tiny, {"data.threads": 2, "local_view.size": 8})  # of which there are none
     assert Trainer(more_threads, resume=run).fit().steps == 12
 
 
