@@ -100,7 +100,7 @@ def parse(options: type[T], argv: Sequence[str], prog: str, default: T | None = 
         options: dataclass whose fields are the options.
         argv: the words behind the command.
         prog: the command.
-        default: instance with the default values.
+        default: instance with the default values; commands with options of a run have one, with a recipe.
 
     Raises:
         ConfigError: `--image-size` beside the size of a view or out of range, or an invalid value of a configuration.
@@ -113,12 +113,12 @@ def parse(options: type[T], argv: Sequence[str], prog: str, default: T | None = 
         raise ConfigError(
             f"{prog}: --image-size must not be given beside {given[0]}, it sets the size of both views; drop one"
         )
+    if default is None:
+        return tyro.cli(options, args=argv, prog=prog)
     size = _last_number("--image-size", argv)
     if size is not None:  # set here, before the views are made and checked against each other
         check("image_size", ImageSize, size)
         argv = [*argv, "--view1.size", f"{size}", "--view2.size", f"{size}"]
-    if default is None:
-        return tyro.cli(options, args=argv, prog=prog)
     return tyro.cli(options, args=argv, prog=prog, default=default)
 
 
