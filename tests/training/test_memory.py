@@ -74,6 +74,11 @@ def run_config(encoder: str, size: int, batch_size: int, **changes: Any) -> Conf
         pytest.param(run_config("resnet18", 32, 4, **{"optim.name": "sgd"}), FP32, id="resnet18, sgd"),
         pytest.param(run_config("resnet18_narrow", 32, 8, **{"model.cifar_stem": True}), BF16, id="small, bf16"),
         pytest.param(
+            run_config("resnet18_narrow", 64, 8, **{"view2.size": 48, "num_local_views": 2, "local_view.size": 32}),
+            FP32,
+            id="narrow, views of three sizes",
+        ),
+        pytest.param(
             run_config("resnet18_narrow", 64, 8, activation_checkpointing=True, grad_accum_steps=2),
             FP32,
             id="narrow, checkpointing, two batches",
