@@ -90,7 +90,8 @@ def summary(run: RunFiles) -> Section:
     model, view = (value if isinstance(value := run.values.get(k), dict) else {} for k in ("model", "view1"))
     method, recipe = str(run.values.get("method", "byol")).upper(), run.values.get("recipe", "")
     if model:
-        entries.append((method, str(model.get("encoder", "?")), f"recipe {recipe}, {view.get('size', '?')} px"))
+        local = f", {local} local views" if (local := run.values.get("num_local_views")) else ""
+        entries.append((method, str(model.get("encoder", "?")), f"recipe {recipe}, {view.get('size', '?')} px{local}"))
     if (loss := run.last("loss")) is not None:
         entries.append(("Loss", f"{loss:.4f}", "mean of the last ten steps"))
     entries += _accuracies(run)

@@ -29,6 +29,12 @@ def test_collapse_is_reported(std: float, batch_size: int, verdict: str, tmp_pat
     assert ("warn" in [a.get("class") for t, a in page.tags if t == "p"]) == ("Healthy" not in verdict)
 
 
+@pytest.mark.parametrize(("local_views", "shown"), [(0, "32 px"), (2, "32 px, 2 local views")])
+def test_local_views_are_named(local_views: int, shown: str, tmp_path: Path) -> None:
+    page = page_of(run_folder(tmp_path / "run", steps(2), num_local_views=local_views))
+    assert f"recipe cifar10_resnet18, {shown}Loss" in page.text
+
+
 @pytest.mark.parametrize(
     ("evaluations", "count", "figure", "sentence"),
     [
