@@ -38,7 +38,7 @@ def demo() -> Config:
     """
     view = ViewConfig(size=24, scale=(0.2, 1.0), saturation=0.0, hue=0.0, grayscale_p=0.0, blur_p=0.0)
     # From 17 px on the input of the last stage has more than one pixel: of one, oneDNN's bf16 convolution with stride 2
-    # returns wrong gradients of its weights (torch 2.15).
+    # returns wrong gradients of its weights (torch 2.15). Eager training does not use it there, a compiled one does.
     return Config(
         recipe="demo",
         epochs=11,
