@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.dry import FAILED, OK
 
-SECTIONS = ("trainer", "steps", "profile", "queue")
+SECTIONS = ("trainer", "steps", "profile", "queue", "local")
 PROCESSES = 2
 """Sections at a time."""
 TIMEOUT_S = 1800.0

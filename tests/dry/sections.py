@@ -134,6 +134,14 @@ def trainer(folder: Path) -> None:
     attempt("speed run", functools.partial(_speed_run, folder))
 
 
+def local_views(folder: Path) -> None:
+    """A captured run in bf16 whose views have three sizes."""
+    write_images(folder)
+    changes = {"name": "local", "view2.size": 12, "num_local_views": 2, "local_view.size": 8}
+    config = configs.replace(run_config(folder, *RUNS[8]), changes)
+    attempt(f"trainer, {' '.join(RUNS[8])}, local views", functools.partial(_fit_and_resume, config))
+
+
 class _CountAndStop(Callback):
     """Counts a step's launches and host waits, and stops a run after some steps."""
 
@@ -221,7 +229,7 @@ def gpu_queue(folder: Path) -> None:
         print(f"{FAILED} GPU queue, {name}: the queue ended with exit code {queue.returncode} before it", flush=True)
 
 
-SECTIONS = {"steps": small_steps, "trainer": trainer, "profile": profile, "queue": gpu_queue}
+SECTIONS = {"steps": small_steps, "trainer": trainer, "local": local_views, "profile": profile, "queue": gpu_queue}
 
 
 # ------------------------------------------------------------------------------------------------ a run's config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from byol_fast.config.fields import ViewBatching
 from byol_fast.data import Batch
 from byol_fast.models import BYOL, revert_split_batchnorm
+from byol_fast.models.networks import OnlineNetwork, TargetNetwork
 from byol_fast.optim.schedules import RunSchedule
 from byol_fast.training.train_step import TrainStep
 from tests.networks import SmallResidualNetwork
@@ -34,7 +35,7 @@ def random_batches(count: int, *sizes: int, dtype: torch.dtype = torch.float64) 
     ]
 
 
-def loss_by_hand(online: Any, target: Any, views: tuple[Tensor, ...]) -> Tensor:
+def loss_by_hand(online: OnlineNetwork, target: TargetNetwork, views: tuple[Tensor, ...]) -> Tensor:
     """Each view on its own, and each pair of an online view and another global view."""
     with torch.no_grad():
         z = [F.normalize(target.projector(target.encoder(view).flatten(1)), dim=1) for view in views[:2]]
@@ -72,7 +73,7 @@ def test_steps_equal_steps_by_hand(sizes: tuple[int, ...], view_batching: ViewBa
         assert [len(features) for features in output.features] == [2 * B, 2 * B]
     for ours, plain in ((model.online, online), (model.target, target)):
         for (name, a), b in zip(ours.state_dict().items(), plain.state_dict().values(), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11, msg=name)
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11, msg=partial("{}: {}".format, name))
 
 
 def test_weight_copies_give_the_numbers_of_autocast_with_local_views() -> None:
