@@ -114,7 +114,8 @@ class SSLModel(nn.Module, ABC):
     """Networks and a loss over augmented views of the same images.
 
     A subclass sets `online`, `normalize` and `feature_dim`, calls `_set_view_batching`, and defines `_outputs`,
-    `trainable_parameters` and, if its loss is not BYOL's, `_from_byol_loss` (or `loss` and `forward_train`).
+    `trainable_parameters` and, if its loss is not BYOL's, `_from_byol_loss` (or `loss` and `forward_train`) and
+    `takes_local_views`.
     """
 
     online: OnlineNetwork
@@ -303,10 +304,11 @@ class SSLModel(nn.Module, ABC):
         self, stacks: Sequence[Stack], batch_stats: list[BatchStats] | None
     ) -> tuple[PerView, PerView, Tensor]:
         """Projections and predictions of each view, and features as `ModelOutput.features`."""
+        splits = [self._num_splits(stack) for stack in stacks]
         # The list is set here and not in the network: DDP hands copies of lists to it.
-        with record_range("online forward"), num_splits(self.online, 1, batch_stats):
+        with record_range("online forward"), num_splits(self.online, splits[0], batch_stats):
             projections, predictions, features = self._online_call(
-                *[stack.images for stack in stacks], num_views=[self._num_splits(stack) for stack in stacks]
+                *[stack.images for stack in stacks], num_views=splits if min(splits) < max(splits) else None
             )
         of_global = [stack.global_rows(f) for stack, f in zip(stacks, features, strict=True) if stack.num_global]
         features_2B = of_global[0] if len(of_global) == 1 else torch.cat(of_global)

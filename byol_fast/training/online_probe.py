@@ -58,7 +58,7 @@ class OnlineProbe:
         """Classify the views of a step, then train on them, without host synchronization.
 
         Args:
-            features: of each batch of the step, `[2B, D]`, the two views stacked.
+            features: of each batch of the step, `[2B, D]`, the two global views stacked.
             labels: classes of the images of all batches, int64, on any device.
             skipped: 0-dim, 1 if the step was skipped; then the probe is not trained either.
 
