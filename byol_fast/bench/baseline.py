@@ -11,13 +11,19 @@ from torch.nn import functional as F
 from byol_fast.bench.problem import AUTOCAST_DTYPES, LR, MOMENTUM, TAU, Problem
 
 
-def baseline_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
-    """BYOL's loss by `F.normalize`: the mean over the batch of `l(p1, z2) + l(p2, z1)` with `l = 2 - 2 cos`."""
+def baseline_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, p_local: Tensor | None = None) -> Tensor:
+    """BYOL's loss by `F.normalize`: the mean over the batch of `l(p1, z2) + l(p2, z1)` with `l = 2 - 2 cos`.
+
+    With predictions of K local views [K, B, D] that sum is over all 2 + 2 K pairs, divided by 1 + K.
+    """
 
     def one_direction(p: Tensor, z: Tensor) -> Tensor:
         return 2 - 2 * (F.normalize(p, dim=-1) * F.normalize(z, dim=-1)).sum(dim=-1)
 
-    return (one_direction(p1, z2) + one_direction(p2, z1)).mean()
+    rows = one_direction(p1, z2) + one_direction(p2, z1)
+    if p_local is None:
+        return rows.mean()
+    return (rows + (one_direction(p_local, z1) + one_direction(p_local, z2)).sum(0)).mean() / (1 + len(p_local))
 
 
 @torch.no_grad()

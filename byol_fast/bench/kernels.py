@@ -8,7 +8,7 @@ of tensors changes times as much as many optimizations. `pip install '.[peers]'`
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from byol_fast.models.byol import BYOL
 from byol_kernels import LARS, byol_loss, ema_update_
 
 LR, DECAY, TRUST_COEFFICIENT = 0.1, 1e-6, 1e-3
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Loss = Callable[..., Tensor]
+NUM_LOCAL_VIEWS = 6
 
 
 class LoopLARS(torch.optim.Optimizer):
@@ -204,12 +205,12 @@ def ema_suite(device: str) -> Suite:
     return Suite(cases, 12 * sum(t.numel() for t in w.target), baseline="torch._foreach_lerp_", capturable=capturable)
 
 
-def loss_suite(device: str, batch: int, dtype: torch.dtype) -> Suite:
-    """Loss of both directions with its gradients."""
+def loss_suite(device: str, batch: int, dtype: torch.dtype, num_local: int = 0) -> Suite:
+    """Loss of all pairs of views with its gradients."""
     generator = torch.Generator().manual_seed(0)
-    p1, p2, z1, z2 = (torch.randn(batch, 256, generator=generator).to(device, dtype) for _ in range(4))
-    p1.requires_grad_()
-    p2.requires_grad_()
+    shapes = [(batch, 256)] * 4 + [(num_local, batch, 256)] * (num_local > 0)
+    inputs = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+    predictions = [x.requires_grad_() for x in (*inputs[:2], *inputs[4:])]
     torch._dynamo.reset()
     losses: dict[str, Loss] = {
         "byol_fast: byol_loss": byol_loss,
@@ -220,12 +221,16 @@ def loss_suite(device: str, batch: int, dtype: torch.dtype) -> Suite:
         from lightly.loss import NegativeCosineSimilarity
 
         negative_cosine = NegativeCosineSimilarity()
-        losses["lightly: NegativeCosineSimilarity, both directions"] = lambda p1, p2, z1, z2: (
-            2 * (2 + negative_cosine(p1, z2) + negative_cosine(p2, z1))
-        )
+
+        def by_lightly(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, p_local: Sequence[Tensor] = ()) -> Tensor:
+            pairs = [(p1, z2), (p2, z1), *((p, z) for p in p_local for z in (z1, z2))]
+            return 4 / len(pairs) * (len(pairs) + sum(negative_cosine(p, z) for p, z in pairs))
+
+        which = "every pair" if num_local else "both directions"
+        losses[f"lightly: NegativeCosineSimilarity, {which}"] = by_lightly
 
     def gradients(loss: Loss) -> list[Tensor]:
-        return list(torch.autograd.grad(loss(p1, p2, z1, z2), [p1, p2]))
+        return list(torch.autograd.grad(loss(*inputs), predictions))
 
     expected = gradients(baseline_loss)
     for name, loss in losses.items():
@@ -242,7 +247,7 @@ def loss_suite(device: str, batch: int, dtype: torch.dtype) -> Suite:
     cases = {name: repeated(loss) for name, loss in losses.items()}
     return Suite(
         cases,
-        6 * p1.numel() * p1.element_size(),
+        (6 + 2 * num_local) * batch * 256 * dtype.itemsize,  # all inputs, and the gradients of the predictions
         repeats,
         baseline="baseline",
         uncounted=("baseline, torch.compile",),
@@ -257,4 +262,6 @@ def suites() -> dict[str, Callable[[str], Suite]]:
         for batch in (64, 256, 1024, 4096):
             name = f"loss forward + backward, {batch} x 256 {str(dtype).removeprefix('torch.')}"
             builders[name] = functools.partial(loss_suite, batch=batch, dtype=dtype)
+    name = f"loss with {NUM_LOCAL_VIEWS} local views forward + backward, 256 x 256 bfloat16"
+    builders[name] = functools.partial(loss_suite, batch=256, dtype=torch.bfloat16, num_local=NUM_LOCAL_VIEWS)
     return builders

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from byol_fast import config as configs
 from byol_fast.config import Config
 from byol_fast.config.fields import check
-from byol_fast.models.base import SSLModel
+from byol_fast.models.base import NUM_GLOBAL_VIEWS, SSLModel
 from byol_fast.models.builder import build_model
 from byol_fast.models.byol import BYOL
 from byol_fast.profiling.ceilings import Ceilings, Dtype
@@ -58,10 +59,8 @@ class Roofline:
     """Name of the encoder."""
     batch_size: int
     """Images per step."""
-    views: int
-    """Views per image."""
-    image_size: int
-    """Height and width of the views in pixels."""
+    view_sizes: tuple[int, ...]
+    """Height and width in pixels of each view of an image: two global views, then the local ones."""
     dtype: Dtype
     """Precision of activations and products."""
     optimizer: str
@@ -164,8 +163,9 @@ class Roofline:
     def show(self, ceilings: Sequence[Ceilings]) -> None:
         """Print the traffic of a step and the maximum speed of the devices."""
         console = PlainConsole()
+        views = " + ".join(f"{n} view{'s' * (n > 1)} of {size} px" for size, n in _consecutive(self.view_sizes))
         title = (
-            f"{self.encoder}, {self.batch_size} images x {self.views} views of {self.image_size} px, {self.dtype}: "
+            f"{self.encoder}, {self.batch_size} images x {views}, {self.dtype}: "
             f"{readable(self.total('A').flops / 1e12, 4)} TFLOP per step"
         )
         table = Table(title=f"{title}\nleast memory traffic, GB per step", title_justify="left")
@@ -236,7 +236,6 @@ def roofline(
     encoder: str | nn.Module | Config,
     *,
     batch_size: int | None = None,
-    views: int = 2,
     image_size: int | None = None,
     dtype: Dtype = "bf16",
 ) -> Roofline:
@@ -245,8 +244,8 @@ def roofline(
     Args:
         encoder: name or module as in `BYOL` (heads of the reference, LARS), or the configuration of a run.
         batch_size: images per step; by default the configuration's, or 256.
-        views: views per image.
-        image_size: height and width of the views in pixels; by default the configuration's, or 224.
+        image_size: height and width of the global views in pixels; by default the configuration's, or 224. Local views
+            are the configuration's.
         dtype: precision of activations and products.
 
     Raises:
@@ -256,39 +255,36 @@ def roofline(
         >>> r = roofline("resnet50", batch_size=256, image_size=224)
         >>> r.total("B").bytes, r.images_per_second(stated("H100"), "B")
     """
-    if views < 1:
-        raise ValueError(f"roofline: views must be 1 or more, got {views}")
     if dtype not in WIDTHS:
         raise ValueError(f"roofline: dtype must be one of {', '.join(WIDTHS)}, got {dtype!r}")
     config = _config(encoder, batch_size, image_size)
     with torch.device("meta"):
         model = _build_model(encoder, config)
-        images = torch.empty(config.batch_size * views, 3, config.view1.size, config.view1.size)
-    width = WIDTHS[dtype]
+    width, view_sizes = WIDTHS[dtype], tuple(view.size for view in config.view_configs)
 
-    # --- the passes of each network, all views in one batch
-    graphs = [trace(model.online, [images])]
-    passes = [Traffic(graphs[0], width=width, phase="online forward", backward=True)]
+    # --- the passes of each network, consecutive views of one size in one batch
+    graphs, passes = [], []
     for network in model.networks():
-        if network is not model.online:
+        is_online = network is model.online
+        for size, num_views in _consecutive(view_sizes if is_online else view_sizes[:NUM_GLOBAL_VIEWS]):
+            images = torch.empty(config.batch_size * num_views, 3, size, size, device="meta")
             graphs.append(trace(network, [images]))
-            passes.append(Traffic(graphs[-1], width=width, phase="target forward", backward=False))
+            phase = "online forward" if is_online else "target forward"
+            passes.append(Traffic(graphs[-1], width=width, phase=phase, backward=is_online))
 
     # --- the kernels of a step at each level
-    num_rows, size = config.batch_size * max(views // 2, 1), config.model.projection_dim
     num_trainable = sum(p.numel() for p in model.trainable_parameters() if p.requires_grad)
     num_target = sum(p.numel() for p in model.target_parameters())
     kernels: dict[Level, list[Kernel]] = {}
     for level in LEVELS:
         one_batch = [kernel for traffic in passes for kernel in traffic.kernels(level)]
-        one_batch += _loss(num_rows, size, width, level)
+        one_batch += _loss(config.batch_size, config.num_local_views, config.model.projection_dim, width, level)
         update = _update(config.optim.name, num_trainable, num_target, width, level)
         kernels[level] = [*(config.grad_accum_steps * one_batch), update]
     return Roofline(
         encoder=type(encoder).__name__ if isinstance(encoder, nn.Module) else config.model.encoder,
         batch_size=config.batch_size * config.grad_accum_steps,
-        views=views,
-        image_size=config.view1.size,
+        view_sizes=view_sizes,
         dtype=dtype,
         optimizer=config.optim.name,
         num_trainable=num_trainable,
@@ -296,6 +292,11 @@ def roofline(
         unmodeled=tuple(sorted({op for graph in graphs for op in graph.unmodeled()})),
         kernels=kernels,
     )
+
+
+def _consecutive(view_sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Size and number of consecutive views of one size."""
+    return [(size, len(list(group))) for size, group in itertools.groupby(view_sizes)]
 
 
 def _config(encoder: str | nn.Module | Config, batch_size: int | None, image_size: int | None) -> Config:
@@ -319,20 +320,19 @@ def _build_model(encoder: str | nn.Module | Config, config: Config) -> SSLModel:
 class _EagerLoss(nn.Module):
     """BYOL's loss in separate operators, as levels A and B run it."""
 
-    def forward(self, p1: Tensor, z2: Tensor, p2: Tensor, z1: Tensor) -> Tensor:
-        return sum(  # type: ignore[return-value]
-            (2 - 2 * (F.normalize(p, dim=1) * F.normalize(z, dim=1)).sum(1)).mean() for p, z in ((p1, z2), (p2, z1))
-        )
+    def forward(self, p1: Tensor, z2: Tensor, p2: Tensor, z1: Tensor, *p_local: Tensor) -> Tensor:
+        pairs = [(p1, z2), (p2, z1), *((p, z) for p in p_local for z in (z1, z2))]
+        hat = {x: F.normalize(x, dim=1) for x in (p1, z2, p2, z1, *p_local)}
+        return sum((2 - 2 * (hat[p] * hat[z]).sum(1)).mean() for p, z in pairs)  # type: ignore[return-value]
 
 
-def _loss(num_rows: int, size: int, width: int, level: Level) -> list[Kernel]:
-    """Both directions of the loss; the fused kernel reads four tensors and writes two gradients."""
+def _loss(num_rows: int, num_local: int, size: int, width: int, level: Level) -> list[Kernel]:
+    """All pairs of the loss; the fused kernel reads predictions and targets and writes gradients of predictions."""
     if level in {"D", "E"}:
-        return [Kernel("", "loss", "loss", 0, 6 * num_rows * size * width)]
-    p1, z2, p2, z1 = (
-        torch.empty(num_rows, size, device="meta", requires_grad=grad) for grad in (True, False, True, False)
-    )
-    traffic = Traffic(trace(_EagerLoss(), [p1, z2, p2, z1]), width=width, phase="loss", backward=True)
+        return [Kernel("", "loss", "loss", 0, (6 + 2 * num_local) * num_rows * size * width)]
+    has_grad = (True, False, True, False, *[True] * num_local)
+    inputs = [torch.empty(num_rows, size, device="meta", requires_grad=grad) for grad in has_grad]
+    traffic = Traffic(trace(_EagerLoss(), inputs), width=width, phase="loss", backward=True)
     return [Kernel("", "loss", "loss", k.flops, k.bytes) for k in traffic.kernels(level)]
 
 

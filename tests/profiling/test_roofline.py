@@ -36,24 +36,30 @@ def total_bytes(network: nn.Module, level: Level) -> int:
 
 
 @pytest.mark.parametrize(
-    ("encoder", "size", "cifar_stem"),
+    ("encoder", "sizes", "cifar_stem"),
     [
-        ("resnet50", 64, False),
-        ("resnet18", 32, True),
-        ("vgg16", 64, False),
-        ("resnet18_lightly", 32, True),
+        ("resnet50", (64, 64), False),
+        ("resnet18", (32, 32), True),
+        ("vgg16", (64, 64), False),
+        ("resnet18_lightly", (32, 32), True),
+        ("resnet18", (32, 40, 24, 24, 24), True),
+        ("resnet18", (32, 32, 32), True),
     ],
 )
-def test_flops_equal_torch_flop_counter(encoder: str, size: int, cifar_stem: bool) -> None:
+def test_flops_equal_torch_flop_counter(encoder: str, sizes: tuple[int, ...], cifar_stem: bool) -> None:
     with torch.device("meta"):
-        model = BYOL(encoder, image_size=size, cifar_stem=cifar_stem, view_batching="separate").train()
-        view1, view2 = torch.empty(2, 4, 3, size, size).unbind(0)
+        model = BYOL(encoder, image_size=sizes[0], cifar_stem=cifar_stem, view_batching="separate").train()
+        views = [torch.empty(4, 3, size, size) for size in sizes]
     with FlopCounterMode(display=False) as forward:
-        p1, p2, z1, z2 = model(view1, view2)
+        loss = model.forward_train(*views).loss
     with FlopCounterMode(display=False) as backward:
-        model.loss((p1, p2), (z1, z2)).backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]
     changes = {"model.encoder": encoder, "model.cifar_stem": cifar_stem, "model.zero_init_residual": False}
-    result = roofline(configs.replace(recipes.imagenet_resnet50(), changes), batch_size=4, image_size=size)
+    changes |= {"view1.size": sizes[0], "view2.size": sizes[1], "num_local_views": len(sizes) - 2}
+    if len(sizes) > 2:
+        changes["local_view.size"] = sizes[2]
+    result = roofline(configs.replace(recipes.imagenet_resnet50(), changes), batch_size=4)
+    assert result.view_sizes == sizes
     for level in LEVELS:
         passes = [result.total(level, phase=p).flops for p in ("online forward", "target forward")]
         assert sum(passes) == forward.get_total_flops()
@@ -227,6 +233,17 @@ def test_step_counts_optimizer_and_accumulated_batches() -> None:
     assert twice.total("B").bytes - update_of(twice) == 2 * (once.total("B").bytes - update_of(once))
     assert twice.batch_size == 2 * once.batch_size
     assert roofline(recipes.get("simsiam_cifar10"), batch_size=2).total("A", phase="target forward").bytes == 0
+
+
+@pytest.mark.parametrize("num_local", [0, 1, 6])
+def test_fused_loss_reads_and_writes_each_tensor_once(num_local: int) -> None:
+    config = configs.replace(recipes.demo(), {"num_local_views": num_local, "local_view.size": 12})
+    result = roofline(config, batch_size=5, dtype="fp32")
+    matrix = 5 * config.model.projection_dim * 4
+    # Read: predictions of all views, projections of the global ones; written: gradients of the predictions.
+    assert result.total("E", phase="loss").bytes == ((2 + num_local) + 2 + (2 + num_local)) * matrix
+    eager, fused = (result.total(level, phase="loss").bytes for level in ("A", "B"))
+    assert eager > fused > result.total("E", phase="loss").bytes
 
 
 def update_of(result: Roofline) -> int:
