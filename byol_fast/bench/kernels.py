@@ -224,7 +224,8 @@ def loss_suite(device: str, batch: int, dtype: torch.dtype, num_local: int = 0) 
 
         def by_lightly(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, p_local: Sequence[Tensor] = ()) -> Tensor:
             pairs = [(p1, z2), (p2, z1), *((p, z) for p in p_local for z in (z1, z2))]
-            return 4 / len(pairs) * (len(pairs) + sum(negative_cosine(p, z) for p, z in pairs))
+            loss: Tensor = 4 / len(pairs) * (len(pairs) + sum(negative_cosine(p, z) for p, z in pairs))
+            return loss
 
         which = "every pair" if num_local else "both directions"
         losses[f"lightly: NegativeCosineSimilarity, {which}"] = by_lightly

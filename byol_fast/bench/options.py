@@ -29,7 +29,7 @@ class Options:
     from the baseline's step to byol_fast's, one change at a time; end-to-end: from images to trained weights; stages:
     the CPU loader, one operation at a time. Default: all but stages."""
     recipe: str = ""
-    """Take networks, image size and batch from this recipe."""
+    """Take networks, image size and batch from this recipe. All candidates take two views, without local ones."""
     encoder: str = ""
     """Encoder, as in --model.encoder; by default resnet18 on a CPU and resnet50 on a GPU."""
     image_size: Annotated[int, Range(0, 8192)] = 0

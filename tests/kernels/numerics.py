@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -63,6 +64,21 @@ def byol_loss_and_grads(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> tuple
         oracle.regression_loss_gradient(a, za),
         oracle.regression_loss_gradient(b, zb),
     )
+
+
+def loop_over_pairs(
+    p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, p_local: Tensor, eps: float = 1e-12
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Loss, row losses [N, B] and gradients by p1, p2, p_local in float64, by torch's own normalization."""
+    a, b, c, d, local = (x.detach().double().cpu() for x in (p1, p2, z1, z2, p_local))
+    leaves = [a.requires_grad_(), b.requires_grad_(), local.requires_grad_()]
+    rows = []
+    for p, z in [(a, d), (b, c), *((view, target) for view in local for target in (c, d))]:
+        cosine = (F.normalize(p, dim=1, eps=eps) * F.normalize(z, dim=1, eps=eps)).sum(1)
+        rows.append(2.0 - 2.0 * cosine)
+    loss = 2.0 * sum(row.mean() for row in rows) / len(rows)
+    assert isinstance(loss, Tensor)
+    return loss.detach(), torch.stack(rows).detach(), list(torch.autograd.grad(loss, leaves))
 
 
 def ema(target: Tensor, online: Tensor, tau: float) -> Array:

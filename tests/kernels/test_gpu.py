@@ -1,6 +1,7 @@
 """Tests that need a GPU: CUDA graphs, no host sync, few launches. Others run there by the `device` fixture."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -27,13 +28,15 @@ def network() -> tuple[list[nn.Parameter], list[Tensor]]:
 
 
 def test_loss_and_backward_are_one_launch_each(quartet: list[Tensor]) -> None:
-    p1, p2, z1, z2 = quartet
+    p_local = randn((6, 256, 256), 4, torch.bfloat16, device=DEVICE).requires_grad_()
     torch.use_deterministic_algorithms(False)  # it fills every torch.empty, which is a launch each
-    assert launches(lambda: byol_loss(p1, p2, z1, z2)) in (["_normalized_mse_fwd_kernel"], NOT_HERE)
-    assert launches(lambda: byol_loss_with_stats(p1, p2, z1, z2)) in (["_normalized_mse_fwd_kernel"], NOT_HERE)
-    loss, upstream = byol_loss(p1, p2, z1, z2), torch.ones((), device=DEVICE)
-    backward = launches(lambda: torch.autograd.grad(loss, [p1, p2], upstream, retain_graph=True))
-    assert backward in (["_normalized_mse_bwd_kernel"], NOT_HERE)
+    for inputs in (quartet, [*quartet, p_local]):
+        assert launches(partial(byol_loss, *inputs)) in (["_normalized_mse_fwd_kernel"], NOT_HERE)
+        assert launches(partial(byol_loss_with_stats, *inputs)) in (["_normalized_mse_fwd_kernel"], NOT_HERE)
+        loss, upstream = byol_loss(*inputs), torch.ones((), device=DEVICE)
+        predictions = [*inputs[:2], *inputs[4:]]
+        backward = launches(partial(torch.autograd.grad, loss, predictions, upstream, retain_graph=True))
+        assert backward in (["_normalized_mse_bwd_kernel"], NOT_HERE)
 
 
 def test_ema_is_one_launch_and_lars_two() -> None:

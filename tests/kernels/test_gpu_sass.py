@@ -45,13 +45,13 @@ class Launch(NamedTuple):
     cases: tuple[str, ...]
 
 
-def _loss(dtype: torch.dtype, *, stats: bool = False) -> Callable[[], object]:
+def _loss(dtype: torch.dtype, *, stats: bool = False, num_local: int = 0) -> Callable[[], object]:
     def call() -> object:
-        p1, p2, z1, z2 = (randn((256, 256), seed, dtype, device=DEVICE) for seed in range(4))
-        p1.requires_grad_()
-        p2.requires_grad_()
-        loss = byol_loss_with_stats(p1, p2, z1, z2)[0] if stats else byol_loss(p1, p2, z1, z2)
-        return torch.autograd.grad(loss, [p1, p2])
+        shapes = [(256, 256)] * 4 + [(num_local, 256, 256)] * (num_local > 0)
+        inputs = [randn(shape, seed, dtype, device=DEVICE) for seed, shape in enumerate(shapes)]
+        predictions = [x.requires_grad_() for x in (*inputs[:2], *inputs[4:])]
+        loss = byol_loss_with_stats(*inputs)[0] if stats else byol_loss(*inputs)
+        return torch.autograd.grad(loss, predictions)
 
     return call
 
@@ -124,6 +124,7 @@ LAUNCHES = {
     "loss_fp16": Launch(_loss(torch.float16), ("loss_fp16_d256",)),
     "loss_fp32": Launch(_loss(torch.float32), ("loss_fp32_d256", "loss_bwd_fp32")),
     "loss_bf16_stats": Launch(_loss(torch.bfloat16, stats=True), ("loss_bf16_d256_stats",)),
+    "loss_bf16_local": Launch(_loss(torch.bfloat16, num_local=6), ("loss_bf16_d256_local", "loss_bwd_bf16_local")),
     "ema_fp32": Launch(_ema(torch.float32), ("ema_fp32",)),
     "ema_fp32_from_bf16": Launch(_ema(torch.bfloat16), ("ema_fp32_from_bf16",)),
     "ema_fp32_copy_bf16": Launch(_ema(torch.float32, copies=True), ("ema_fp32_copy_bf16",)),

@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from byol_kernels import byol_loss, byol_loss_with_stats
 from tests.kernels.conftest import not_interpreted
-from tests.kernels.numerics import TOLERANCES, f64, is_close, loss_inputs, randn
+from tests.kernels.numerics import TOLERANCES, f64, is_close, loop_over_pairs, loss_inputs, randn
 
 pytestmark = pytest.mark.usefixtures("few_loss_programs")
 
@@ -29,21 +28,6 @@ def local_inputs(num_local: int, shape: tuple[int, int], dtype: torch.dtype, dev
     """p1, p2, z1, z2, p_local; the predictions ask for gradients."""
     p_local = randn((num_local, *shape), 4, dtype).to(device)
     return [*loss_inputs(shape, dtype, device), p_local.requires_grad_()]
-
-
-def loop_over_pairs(
-    p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, p_local: Tensor, eps: float = 1e-12
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Loss, row losses [N, B] and gradients by p1, p2, p_local in float64, by torch's own normalization."""
-    a, b, c, d, local = (x.detach().double().cpu() for x in (p1, p2, z1, z2, p_local))
-    leaves = [a.requires_grad_(), b.requires_grad_(), local.requires_grad_()]
-    rows = []
-    for p, z in [(a, d), (b, c), *((view, target) for view in local for target in (c, d))]:
-        cosine = (F.normalize(p, dim=1, eps=eps) * F.normalize(z, dim=1, eps=eps)).sum(1)
-        rows.append(2.0 - 2.0 * cosine)
-    loss = 2.0 * sum(row.mean() for row in rows) / len(rows)
-    assert isinstance(loss, Tensor)
-    return loss.detach(), torch.stack(rows).detach(), list(torch.autograd.grad(loss, leaves))
 
 
 @dtypes

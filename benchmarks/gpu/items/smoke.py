@@ -27,7 +27,7 @@ from byol_kernels import (
 from byol_kernels.photometric.params import VALUES, PhotometricParams
 from tests import oracle
 from tests.kernels import torchvision_reference as views
-from tests.kernels.numerics import TOLERANCES, byol_loss_and_grads, f64, randn, relative_error
+from tests.kernels.numerics import TOLERANCES, byol_loss_and_grads, f64, loop_over_pairs, randn, relative_error
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SHAPES: tuple[tuple[int, ...], ...] = ((64, 32, 3, 3), (300, 500), (4096,), (37,), (1,))
@@ -70,6 +70,14 @@ def loss(context: Context, checks: Checks) -> None:
             )
             errors = [relative_error(g, 1.5 * e) for g, e in zip(gradients, expected_gradients, strict=True)]
             checks(f"loss gradients, {name}", max(errors), TOLERANCES[dtype])
+            p_local = randn((3, *shape), 4, dtype, device=context.device).requires_grad_()
+            value = byol_loss(p1, p2, z1, z2, p_local)
+            gradients = torch.autograd.grad(value * 1.5, [*inputs, p_local])
+            of_loop, _, gradients_of_loop = loop_over_pairs(p1, p2, z1, z2, p_local)
+            error = abs(float(value.detach()) / float(of_loop) - 1.0)
+            checks(f"loss with local views, {name}", error, TOLERANCES[torch.float32])
+            errors = [relative_error(g, 1.5 * f64(e)) for g, e in zip(gradients, gradients_of_loop, strict=True)]
+            checks(f"loss gradients with local views, {name}", max(errors), TOLERANCES[dtype])
             _, stats = byol_loss_with_stats(p1, p2, z1, z2)
             unit = [f64(z) / np.linalg.norm(f64(z), axis=1, keepdims=True) for z in (z2, z1)]
             deviation = np.stack([u.std(axis=0) for u in unit])
