@@ -221,6 +221,14 @@ def _with_unit_stride(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def _rows_per_program(batch: int, block_b: int, num_views: int, *, with_stats: bool) -> int:
+    """Rows of a program, a multiple of `block_b`: as many programs as the last one can add up."""
+    max_programs = MAX_PROGRAMS_PER_PAIR_WITH_STATS if with_stats else MAX_PROGRAMS_PER_PAIR
+    max_programs = max(1, min(max_programs, 2 * MAX_PROGRAMS_PER_PAIR // num_views))
+    tiles = -(-batch // block_b)
+    return -(-tiles // max_programs) * block_b
+
+
 def normalized_mse_fwd(
     pa_BD: Tensor,
     za_BD: Tensor,
@@ -256,12 +264,7 @@ def normalized_mse_fwd(
     num_views = num_global + (0 if local is None else local.shape[0])
 
     block_b, block_d, num_warps = tile_of(dim)
-    max_programs = MAX_PROGRAMS_PER_PAIR_WITH_STATS if with_stats else MAX_PROGRAMS_PER_PAIR
-    max_programs = max(
-        1, min(max_programs, 2 * MAX_PROGRAMS_PER_PAIR // num_views)
-    )  # the last adds up all partial sums
-    tiles = -(-batch // block_b)
-    rows_per_program = -(-tiles // max_programs) * block_b
+    rows_per_program = _rows_per_program(batch, block_b, num_views, with_stats=with_stats)
     num_groups = -(-batch // rows_per_program)
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
