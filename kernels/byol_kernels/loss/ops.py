@@ -370,7 +370,7 @@ def _check(op_name: str, tensors: dict[str, Tensor], eps: float, p_local: Tensor
                 f"{first_name}, got {tuple(p_local.shape)}; stack one prediction per local view, or pass None without "
                 "local views"
             )
-        others.append(("p_local", p_local))
+        others = [*others, ("p_local", p_local)]  # torch 2.11 traces the starred list above as a tuple
     for name, x in others:
         if x.dtype != dtype:
             raise ValueError(
