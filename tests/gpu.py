@@ -47,7 +47,7 @@ CAPABILITIES = {
     "device_cache": "byol_fast/data/loaders/device_cache.py; byol_kernels/crop, augment_params",
     # one rank, NCCL
     "ddp": "byol_fast/training/distributed.py; NCCL_DEBUG=INFO; free space in /dev/shm",
-    "knn": "byol_fast/evaluate/knn.py and retrieval.py; allow_tf32 changes similarities",
+    "knn": "byol_fast/evaluate/knn.py, where allow_tf32 changes similarities, and retrieval.py",
     # of what a GPU has trained
     "export": "byol_fast/export/",
 }

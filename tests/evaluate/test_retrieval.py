@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from byol_fast.data import ImageSource
 from byol_fast.evaluate import PretrainedEncoder, evaluate_retrieval
 from byol_fast.evaluate.retrieval import retrieval_scores
-from byol_fast.utils.precision import fp32_matmul
 from tests.evaluate.helpers import CPU, RecordingEncoder, labeled_images
 from tests.evaluate.test_knn import clusters
 
@@ -99,30 +98,14 @@ def test_equal_similarities_have_their_least_favorable_order() -> None:
     assert shuffled.recall == scores.recall
 
 
-def test_equal_features_have_no_hits() -> None:
-    scores = retrieval_scores("x", torch.ones(40, 3), torch.arange(40) % 2)
-    assert [r.recall for r in scores.recall] == [0, 0, 0]  # 20 images of the other class come first
-    assert scores.mean_ap == pytest.approx(np.mean([i / (20 + i) for i in range(1, 20)]))
-
-
-def test_products_are_fp32_and_the_setting_is_restored() -> None:
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32
-    seen: list[bool] = []
-    try:
-        for allowed in (True, False):
-            matmul.allow_tf32 = allowed
-            with pytest.raises(KeyError), fp32_matmul():
-                assert not matmul.allow_tf32
-                raise KeyError
-            assert matmul.allow_tf32 == allowed
-            seen.clear()
-            retrieval_scores(
-                "x", torch.eye(4), torch.zeros(4).long(), on_queries=lambda _: seen.append(matmul.allow_tf32)
-            )
-            assert (seen, matmul.allow_tf32) == ([False], allowed)
-    finally:
-        matmul.allow_tf32 = before
+@pytest.mark.parametrize("max_similarities", [1, 7 * 334, 10**6], ids=["a query at a time", "chunks", "all"])
+@pytest.mark.parametrize(("num", "dim"), [(40, 3), (334, 64), (334, 513)])
+def test_equal_features_have_no_hits(num: int, dim: int, max_similarities: int) -> None:
+    """Of equal features, too, whose products in fp32 differ in the last bit, as those of odd sizes do."""
+    x = torch.randn(1, dim, generator=torch.Generator().manual_seed(0)).expand(num, dim).contiguous()
+    scores = retrieval_scores("x", x, torch.arange(num) % 2, max_similarities=max_similarities)
+    assert [r.recall for r in scores.recall] == [0, 0, 0]  # all images of the other class come first
+    assert scores.mean_ap == pytest.approx(np.mean([i / (num // 2 + i) for i in range(1, num // 2)]))
 
 
 # ---- evaluations --------------------------------------------------------------------------------------------------
