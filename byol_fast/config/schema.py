@@ -243,7 +243,7 @@ class Config:
     """Initial weights of the encoder: a run folder, an exported encoder, a file of weights (.safetensors, .pt, .pth,
     .pth.tar, .ckpt, .torch), or `torchvision` or `timm` for that package's pretrained weights. Empty: random ones."""
     init_partial: bool = False
-    """Start although init_from has less than 90 % of the encoder's parameters; the others are random."""
+    """Start although init_from has less than 90 % of the encoder's parameters, or is deeper; the others are random."""
     init_sha256: str = ""
     """SHA-256 of the file of init_from (of torchvision's or timm's tensors). Empty: any; the run fills it in."""
     epochs: Epochs = 100

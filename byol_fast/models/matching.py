@@ -34,11 +34,13 @@ class Match:
     """Elements of the encoder's parameters that the file has."""
     num_parameters: int
     """Elements of the encoder's parameters."""
+    num_further: int
+    """Elements of the unexpected tensors of layers within the encoder's own parts, as a deeper network has them."""
 
     @property
     def share(self) -> float:
-        """Fraction of the encoder's parameters that the file has, by elements."""
-        return self.num_matched / max(self.num_parameters, 1)
+        """Fraction, by elements, of the parameters of the encoder and of further layers in the file that match."""
+        return self.num_matched / max(self.num_parameters + self.num_further, 1)
 
 
 def flatten(content: Mapping[Any, Any]) -> dict[str, Tensor]:
@@ -83,11 +85,12 @@ def match_weights(weights: Mapping[str, Tensor], encoder: nn.Module) -> Match:
     names = candidates.get(best, {})
     fitting = {name: weights[key] for name, key in names.items() if _fits(weights[key], expected[name])}
     used = set(names.values())
+    unexpected = [key for key in weights if key.startswith(best[0]) and key not in used]
     return Match(
         prefix=best[0],
         tensors=fitting,
         missing=[name for name in expected if name not in names],
-        unexpected=[key for key in weights if key.startswith(best[0]) and key not in used],
+        unexpected=unexpected,
         misshapen=[
             f"{name} {_kind(weights[key])} for {_kind(expected[name])}"
             for name, key in names.items()
@@ -95,7 +98,20 @@ def match_weights(weights: Mapping[str, Tensor], encoder: nn.Module) -> Match:
         ],
         num_matched=matched(names),
         num_parameters=sum(sizes.values()),
+        num_further=sum(weights[key].numel() for key in _further(unexpected, best[0], names, encoder)),
     )
+
+
+def _further(unexpected: list[str], prefix: str, names: Mapping[str, str], encoder: nn.Module) -> list[str]:
+    """The unexpected names of layers that the encoder has not, in parts that it has: not those of a classifier."""
+    part_of = {key.removeprefix(prefix).partition(".")[0]: name.partition(".")[0] for name, key in names.items()}
+    layers = {name for name, _ in encoder.named_modules()}  # where a classifier was, there is an identity
+
+    def is_further(key: str) -> bool:
+        part, _, rest = key.removeprefix(prefix).partition(".")
+        return part in part_of and f"{part_of[part]}.{rest}".rpartition(".")[0] not in layers
+
+    return [key for key in unexpected if is_further(key)]
 
 
 def _candidates(

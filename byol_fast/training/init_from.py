@@ -30,7 +30,7 @@ from byol_fast.utils.files import open_regular
 log = logging.getLogger(__name__)
 
 MIN_SHARE = 0.9
-"""Fraction of the encoder's parameters that must match without `init_partial`."""
+"""`Match.share` that is required without `init_partial`."""
 _SHOWN = 5
 _OWN_PREFIX = "model.online."
 """Prefix of the online network in our checkpoints."""
@@ -103,26 +103,30 @@ def read_initial_weights(config: Config) -> InitialWeights | None:
 
 
 def _check_match(config: Config, source: str, match: Match) -> None:
-    """Raise a ConfigError if too few of the encoder's parameters match; warn if that was asked for."""
+    """Raise a ConfigError if the weights are not the encoder's; warn if that was asked for."""
     if match.share >= MIN_SHARE:
         return
     if config.init_partial and match.num_matched:
         if is_first_process():
-            share = f"{match.share:.1%}"
-            log.warning("init_from: %s has only %s of the encoder's parameters; the others are random", source, share)
+            log.warning(
+                "init_from: %s fits by only %s; parameters that it has not are random, further layers are left out",
+                source,
+                f"{match.share:.1%}",
+            )
         return
     fix = "choose the encoder of these weights"
     if match.num_matched:
-        fix += ", or go on with the rest random by --init-partial"
+        fix += ", or go on with what fits by --init-partial"
     least = f"at least {MIN_SHARE:.0%}" if match.num_matched else "some"
     raise ConfigError(
-        f"init_from: {source} must have {least} of the parameters of encoder {config.model.encoder!r}, but has "
-        f"{_counts(match)}; {fix}"
+        f"init_from: {source} must have {least} of the parameters of encoder {config.model.encoder!r} and no deeper "
+        f"layers, but has {_counts(match)}; {fix}"
     )
 
 
 def _counts(match: Match) -> str:
-    of_all = f"{match.num_matched:,} of {match.num_parameters:,} parameters, {match.share:.1%}"
+    further = f" and {match.num_further:,} of further layers" if match.num_further else ""
+    of_all = f"{match.num_matched:,} of {match.num_parameters:,} parameters{further}, {match.share:.1%}"
     parts = [f"{len(match.tensors)} tensors matched ({of_all})"]
     kinds = {"missing": match.missing, "unexpected": match.unexpected, "of another shape": match.misshapen}
     for kind, names in kinds.items():

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from byol_fast import config as configs
 from byol_fast.config import Config, ConfigError
 from byol_fast.models import SSLModel, build_model
+from byol_fast.models.encoders import build_encoder
+from byol_fast.models.matching import match_weights
 from byol_fast.models.narrow_resnet import narrow_resnet18
 from byol_fast.training import builder
 from byol_fast.training.init_from import read_initial_weights
@@ -225,10 +227,10 @@ def few(state: State) -> State:
 
 
 _FEW = (
-    r"at least 90% of the parameters of encoder 'resnet18_narrow', but has 6 tensors matched \(9,536 of [\d,]+ "
-    r"parameters, 0.3%\), 120 missing \(layer1.0.conv1.weight, layer1.0.bn1.weight, layer1.0.bn1.bias, "
-    r"layer1.0.bn1.running_mean, layer1.0.bn1.running_var and 115 more\), 9 unexpected \(fc.weight, fc.bias, "
-    r"extra0.weight, extra1.weight, extra2.weight and 4 more\); .* by --init-partial"
+    r"at least 90% of the parameters of encoder 'resnet18_narrow' and no deeper layers, but has 6 tensors matched "
+    r"\(9,536 of [\d,]+ parameters, 0.3%\), 120 missing \(layer1.0.conv1.weight, layer1.0.bn1.weight, "
+    r"layer1.0.bn1.bias, layer1.0.bn1.running_mean, layer1.0.bn1.running_var and 115 more\), 9 unexpected \("
+    r"fc.weight, fc.bias, extra0.weight, extra1.weight, extra2.weight and 4 more\); .* by --init-partial"
 )
 REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "damaged": (damaged, {}, r"weights.pt cannot be read as weights \(.*it is damaged"),
@@ -288,11 +290,35 @@ def test_partial_weights_are_loaded_with_a_warning(tmp_path: Path, caplog: pytes
     model = initialized(config)
     torch.manual_seed(0)
     random = build_model(config)
-    assert re.search(r"has only 0\.3% of the encoder's parameters; the others are random", caplog.text)
+    assert re.search(r"fits by only 0\.3%; parameters that it has not are random", caplog.text)
     state, expected = model.encoder.state_dict(), network.state_dict()
     assert torch.equal(state["bn1.running_mean"], expected["bn1.running_mean"])
     name = "layer4.1.conv2.weight"
     assert torch.equal(state[name], random.encoder.state_dict()[name])
+
+
+@pytest.mark.parametrize("numbers", [False, True], ids=["names", "numbers"])
+def test_weights_of_a_deeper_network_are_refused(numbers: bool, tmp_path: Path) -> None:
+    """ResNet-34 has all tensors of ResNet-18, and 10.1 million parameters in further blocks: 11.2 of 21.3 match."""
+    with torch.device("meta"):
+        state = torchvision.models.resnet34().state_dict()
+    state = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in state.items()}
+    path = write(tmp_path / "weights.pt", numbered(state) if numbers else state)
+    first = "backbone.4.2.conv1.weight" if numbers else "layer1.2.conv1.weight"
+    message = rf"11,176,512 of 11,176,512 parameters and 10,\d+,\d+ of further layers, 52\.5%.* \({first}"
+    with pytest.raises(ConfigError, match=message):
+        read_initial_weights(configured(path, "resnet18"))
+    initial = read_initial_weights(configured(path, "resnet18", {"init_partial": True}))
+    assert initial is not None and len(initial.encoder.tensors) == 120
+
+
+@pytest.mark.parametrize("encoder", ["mobilenet_v3_small", "vit_b_16"])
+def test_classifier_is_no_further_layer(encoder: str) -> None:
+    """Also beside layers that the encoder keeps: 1.0 of 2.5 million parameters of a MobileNet are its classifier's."""
+    with torch.device("meta"):
+        state = torchvision.models.get_model(encoder).state_dict()
+        match = match_weights(state, build_encoder(encoder, image_size=224))
+    assert (match.share, match.num_further, len(match.unexpected)) == (1, 0, 2)
 
 
 def test_shapes_that_differ_are_listed(tmp_path: Path) -> None:
