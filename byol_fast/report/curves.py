@@ -58,7 +58,7 @@ def curves(runs: Sequence[RunFiles]) -> list[Section]:
     notes = []
     if len(runs) == 1 and (config := runs[0].config) is not None and config.extend is not None:
         run, last = config.extend.name, f"{config.extended_at:,}"
-        notes.append(f"To step {last}: the run {run}, which this one extends; lr and tau begin again there.")
+        notes.append(f"To step {last}: the run {run}, which this one extends; the schedules begin again there.")
     if any(len(run.steps) > 2 * WIDTH for run in runs):
         notes.append("Lines are means over neighboring steps, bands reach from the lowest to the highest.")
     sizes = {r["knn_num_val"] for run in runs for r in run.records if r.get("knn_top1") and r.get("knn_num_val")}

@@ -47,6 +47,11 @@ def check_extension(config: Config) -> None:
     """
     run = config.extend
     assert run is not None
+    if not (run / "config.json").exists():  # perhaps long after `extend_config`: this start may resume the new run
+        raise ConfigError(
+            f"extend: {run}, which this run goes on from, has no config.json any more; put it back until this run has "
+            f"a checkpoint, or begin with `{program()} train --extend RUN --epochs N` where it is now"
+        )
     stored = configs.load(run / "config.json")
     last = _last_record(RunDir(run.absolute()))
     if config.extended_at != last["step"]:

@@ -242,7 +242,11 @@ ERRORS: dict[str, tuple[Callable[[Path], object] | None, dict[str, Any], str]] =
         {},
         r"must be a finished run, it is not; finish it with `.* --resume .*/tiny`",
     ),
-    "no run folder": (shutil.rmtree, {}, r"config.json does not exist; give the run folder"),
+    "no run folder": (
+        shutil.rmtree,
+        {},
+        r"tiny, which this run goes on from, has no config.json any more; put it back",
+    ),
 }
 
 
