@@ -102,13 +102,13 @@ def _global_views(
 def _local_views(
     local_KBD: Tensor, za_BD: Tensor, zb_BD: Tensor, buffers: Sequence[Tensor], eps: float, factor: float
 ) -> tuple[Tensor, float] | None:
-    """`_normalized_mse_rows` of local views: the cosines with two targets are the product with their normalized sum."""
+    """`_normalized_mse_rows` of local views, for targets whose norms are in range, as `_global_views` has checked.
+
+    The sum of the cosines with two targets is the product with the sum of the normalized targets.
+    """
     num_local, batch, dim = local_KBD.shape
     z = torch.stack([za_BD, zb_BD]).to(accumulation_dtype(za_BD.dtype))
-    norms = torch.linalg.vector_norm(z, dim=2, keepdim=True)
-    if not _within_range(norms, eps):
-        return None
-    z_BD, one_B = z.div_(norms).sum(0), norms.new_ones(batch)
+    z_BD, one_B = z.div_(torch.linalg.vector_norm(z, dim=2, keepdim=True)).sum(0), z.new_ones(batch)
     if batch * dim <= _SMALL:  # all views at once
         p = local_KBD.to(z.dtype).reshape(-1, dim)
         part = _normalized_mse_whole(p, z_BD.repeat(num_local, 1), one_B.repeat(num_local), (), eps, factor)
@@ -154,18 +154,13 @@ def _normalized_mse_rows(p: Tensor, z: Tensor, norms: Tensor, eps: float, factor
     The backward of weight normalization is <p, z> / |p| and g / |p| (z - <p, z> p / |p|^2) of each row in one pass,
     with g = factor / |z| here. It knows neither eps nor overflow.
     """
-    if not _within_range(norms, eps):
+    shortest, longest = torch.aminmax(norms)
+    if not (shortest.item() >= max(eps, _MIN_NORM) and longest.item() <= _MAX_NORM):  # or one is NaN
         return None
     p_norm, z_norm = norms.chunk(2)
     z_scale = z_norm.reciprocal().mul_(factor)
     grad, dot = torch.ops.aten._weight_norm_interface_backward.default(z, p, z_scale, p_norm, 0)
     return grad, torch.dot(dot, z_scale).item()
-
-
-def _within_range(norms: Tensor, eps: float) -> bool:
-    """True if the fast arithmetic is right for rows of these norms; none is NaN then."""
-    shortest, longest = torch.aminmax(norms)
-    return shortest.item() >= max(eps, _MIN_NORM) and longest.item() <= _MAX_NORM
 
 
 def normalized_mse_stats_fwd(
