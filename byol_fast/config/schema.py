@@ -38,8 +38,10 @@ from byol_fast.config.fields import (
     require,
 )
 from byol_fast.config.resnets import LIGHTLY_RESNET
-from byol_fast.config.views import MAX_PIXELS, ViewConfig
+from byol_fast.config.views import ViewConfig
 
+MAX_PIXELS = 2**33
+"""Largest number of pixels of all views in the batches that are in memory at a time: 24 GiB."""
 MAX_WEIGHTS = 2**28
 """Largest number of weights in a layer of the heads: 1 GiB."""
 
@@ -114,8 +116,9 @@ class ModelConfig:
     last_bias: bool = False
     """BYOL only: give the last linear layer of the heads a bias (the reference has none)."""
     view_batching: ViewBatching = "batched"
-    """Forward passes of two views: one pass with batch-norm statistics of each view (`batched`: equal to separate
-    passes, and faster), two passes (`separate`), or one pass with common statistics (`concat`: another algorithm)."""
+    """Forward passes of the views: one for all views of a size, with batch-norm statistics of each view (`batched`:
+    equal to separate passes, and faster), one for each view (`separate`), or one for the two views with common
+    statistics (`concat`: another algorithm)."""
     mean: tuple[ChannelMean, ChannelMean, ChannelMean] = (0.485, 0.456, 0.406)
     """Channel means, of values from 0 to 1, for the normalization of the input."""
     std: tuple[ChannelStd, ChannelStd, ChannelStd] = (0.229, 0.224, 0.225)
@@ -374,12 +377,12 @@ class Config:
         require(k == 0 or size <= min(sizes[:2]), "config: local_view.size", contract, size, fix)
 
         batches = self.data.prefetch + 1 + self.grad_accum_steps
-        pixels, most = sum(size**2 for size in sizes), 2 * MAX_PIXELS
+        pixels = sum(size**2 for size in sizes)
         require(
-            batches * self.batch_size * pixels <= most,
+            batches * self.batch_size * pixels <= MAX_PIXELS,
             "config: batch_size",
             f"leave the views in memory (data.prefetch + grad_accum_steps + 1 = {batches:,} batches) at most "
-            f"{most:,} pixels, {most // (batches * pixels):,} images a batch",
+            f"{MAX_PIXELS:,} pixels, {MAX_PIXELS // (batches * pixels):,} images a batch",
             self.batch_size,
             "make the batch, the views or these numbers smaller",
         )

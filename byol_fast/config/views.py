@@ -7,8 +7,6 @@ from typing import Annotated
 
 from byol_fast.config.fields import ImageSize, Interpolation, Probability, Range, check_fields, require
 
-MAX_PIXELS = 2**32
-"""Largest number of pixels in the batches of one of two equal views that are in memory at a time: 12 GiB."""
 CropArea = Annotated[float, Range(1e-6, 1)]
 CropRatio = Annotated[float, Range(0.01, 100)]
 JitterRange = Annotated[float, Range(0, 10)]
