@@ -18,11 +18,13 @@ def baseline_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, p_local: Tenso
     """
 
     def one_direction(p: Tensor, z: Tensor) -> Tensor:
-        return 2 - 2 * (F.normalize(p, dim=-1) * F.normalize(z, dim=-1)).sum(dim=-1)
+        return 2 - 2 * (p * z).sum(dim=-1)
 
+    p1, p2, z1, z2 = (F.normalize(x, dim=-1) for x in (p1, p2, z1, z2))
     rows = one_direction(p1, z2) + one_direction(p2, z1)
     if p_local is None:
         return rows.mean()
+    p_local = F.normalize(p_local, dim=-1)
     return (rows + (one_direction(p_local, z1) + one_direction(p_local, z2)).sum(0)).mean() / (1 + len(p_local))
 
 
