@@ -193,7 +193,8 @@ def demo_trials(results: Path) -> dict[Path, list[dict[str, Any]]]:
 
 def local_view_runs(results: Path) -> dict[Path, list[dict[str, Any]]]:
     """Speeds and runs of the demo with and without local views, by their file (`demo_*/local_views.jsonl`)."""
-    return {path: _lines(path, _LOCAL_VIEWS_RUN) for path in sorted(results.glob("demo_*/local_views.jsonl"))}
+    files = {path: _lines(path, _LOCAL_VIEWS_RUN) for path in sorted(results.glob("demo_*/local_views.jsonl"))}
+    return {path: lines for path, lines in files.items() if len(lines) > 1}  # the first has the speeds
 
 
 def speed_runs(results: Path) -> list[Runs]:

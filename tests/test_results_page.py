@@ -11,7 +11,15 @@ import pytest
 
 from benchmarks.readme import ROOT, render
 from benchmarks.records import EARLIER, KINDS
-from benchmarks.results_page import TABLES, demo_output, demo_table, recipes_table, speed_table, trials_table
+from benchmarks.results_page import (
+    TABLES,
+    demo_output,
+    demo_table,
+    local_views_table,
+    recipes_table,
+    speed_table,
+    trials_table,
+)
 from byol_fast import config as configs
 from byol_fast.bench.published import PUBLISHED
 from byol_fast.bench.speed_log import SpeedLog
@@ -175,6 +183,24 @@ def test_trials_of_each_round_are_ranked(tmp_path: Path) -> None:
         " settings, 300 CPU-seconds of training ", *(f" tau {tau} " for tau in (0.95, 0.99, 0.9)),
     ]  # fmt: skip
     assert table[-1].endswith("all 4 trials took 16 min 00 s of CPU time)")
+
+
+def test_local_views_are_compared_by_the_means_of_their_seeds(tmp_path: Path) -> None:
+    path, num_val = tmp_path / "demo_cpu" / "local_views.jsonl", 2000
+    speeds = {"images_per_cpu_second": [300, 200], "time_ratio": 1.5, "time_ratios": [1.4, 1.5, 1.6]}
+    write_lines(path, [speeds])
+    assert local_views_table(tmp_path) == ["Not measured."]
+    runs = [
+        {"setting": setting, "seed": seed, "epochs": epochs, "num_val": num_val, "environment": ENVIRONMENT}
+        | {"top1": dict.fromkeys(KINDS, top1 + 0.01 * seed)}
+        for seed in range(3)
+        for setting, epochs, top1 in (("two views", 11.0, 0.7), ("equal time", 7.33, 0.65))
+    ]
+    write_lines(path, [speeds, *runs])
+    table = local_views_table(tmp_path)
+    assert row(table, "two views")[1] == "11" and "71.0 % [" in row(table, "two views")[2]
+    assert row(table, "equal time")[1] == "7.33" and "seeds 65.0 - 67.0" in row(table, "equal time")[-1]
+    assert "seed 0, 1, 2; an image takes 1.50 [1.40 - 1.60] times as long with them; 2,000 images" in table[-1]
 
 
 def test_speed_run_has_the_median_time_to_each_accuracy(tmp_path: Path) -> None:
