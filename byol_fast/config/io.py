@@ -159,8 +159,8 @@ def load(path: Path) -> Config:
 def differences(a: Config, b: Config) -> dict[str, tuple[object, object]]:
     """Dotted names of the fields in which two configurations differ, with both values.
 
-    The fields of a view that neither has are left out: runs of before there were local views have its defaults, and not
-    those of their recipe.
+    `local_view` is left out if neither has local views: runs that are older than this option have its default, not what
+    their recipe has now.
     """
     unused = "local_view." if a.num_local_views == b.num_local_views == 0 else None
     result: dict[str, tuple[object, object]] = {}

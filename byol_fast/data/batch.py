@@ -38,7 +38,7 @@ class Batch:
 
 
 def empty_views(sizes: Iterable[int], batch_size: int, *, device: torch.device, pin_memory: bool = False) -> Views:
-    """Uninitialized uint8 views, those of one size slices of one buffer; see `Batch`.
+    """Uninitialized uint8 views, neighbors of one size as slices of one buffer; see `Batch`.
 
     Args:
         sizes: height and width of each view's images in pixels.

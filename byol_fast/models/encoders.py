@@ -266,7 +266,7 @@ def feature_dim(encoder: nn.Module, *image_sizes: int) -> int:
     for size, dim in dims.items():
         if dim != first:
             raise ValueError(
-                f"encoder: {type(encoder).__name__} must return as many features for images of {size} pixels as of "
+                f"encoder: {type(encoder).__name__} must return as many features for images of {size} pixels as for "
                 f"{first_size}, got {dim} and {first}; pool them in the encoder, or give all views one size "
                 "(view2.size, local_view.size)"
             )

@@ -183,7 +183,7 @@ def test_encoder_made_for_one_size_is_refused() -> None:
 def test_encoder_whose_features_depend_on_the_size_is_refused(method: Any) -> None:
     encoder = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     method(encoder, hidden_dim=4, projection_dim=4, image_size=12)
-    with pytest.raises(ValueError, match=r"features for images of 8 pixels as of 12, got 144 and 400.*view2\.size"):
+    with pytest.raises(ValueError, match=r"features for images of 8 pixels as for 12, got 144 and 400.*view2\.size"):
         method(encoder, hidden_dim=4, projection_dim=4, image_size=12, other_image_sizes=(12, 8))
     with pytest.raises(ValueError, match="other_image_sizes"):
         method(encoder, hidden_dim=4, projection_dim=4, image_size=12, other_image_sizes=(0,))
