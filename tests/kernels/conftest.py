@@ -70,8 +70,8 @@ def _one_thread_and_poisoned_memory() -> Iterator[None]:
 @pytest.fixture
 def few_loss_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small batches take several programs, of several tiles each."""
-    monkeypatch.setattr(loss_kernels, "MAX_PROGRAMS_PER_PAIR", 4)
-    monkeypatch.setattr(loss_kernels, "MAX_PROGRAMS_PER_PAIR_WITH_STATS", 3)
+    monkeypatch.setattr(loss_kernels, "MAX_PROGRAMS_PER_VIEW", 4)
+    monkeypatch.setattr(loss_kernels, "MAX_PROGRAMS_PER_VIEW_WITH_STATS", 3)
 
 
 class Record(TorchDispatchMode):  # type: ignore[no-untyped-call]

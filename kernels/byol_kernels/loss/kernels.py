@@ -18,8 +18,8 @@ MAX_DIM_WITH_LOCAL = 8192
 MAX_DIM_WITH_STATS = 8192
 BLOCK_STD = 32
 BLOCK_BWD = 2048
-MAX_PROGRAMS_PER_PAIR = 512
-MAX_PROGRAMS_PER_PAIR_WITH_STATS = 64  # the last program reads all their moments
+MAX_PROGRAMS_PER_VIEW = 512
+MAX_PROGRAMS_PER_VIEW_WITH_STATS = 64  # the last program reads all their moments
 
 
 # -------------------------------------------------------------------------------- kernels
@@ -222,9 +222,9 @@ def _with_unit_stride(x: Tensor | None) -> Tensor | None:
 
 
 def _rows_per_program(batch: int, block_b: int, num_views: int, *, with_stats: bool) -> int:
-    """Rows of a program, a multiple of `block_b`: as many programs as the last one can add up."""
-    max_programs = MAX_PROGRAMS_PER_PAIR_WITH_STATS if with_stats else MAX_PROGRAMS_PER_PAIR
-    max_programs = max(1, min(max_programs, 2 * MAX_PROGRAMS_PER_PAIR // num_views))
+    """Rows of a program, a multiple of `block_b`; at most twice `MAX_PROGRAMS_PER_VIEW` programs for all views."""
+    max_programs = MAX_PROGRAMS_PER_VIEW_WITH_STATS if with_stats else MAX_PROGRAMS_PER_VIEW
+    max_programs = max(1, min(max_programs, 2 * MAX_PROGRAMS_PER_VIEW // num_views))
     tiles = -(-batch // block_b)
     return -(-tiles // max_programs) * block_b
 
