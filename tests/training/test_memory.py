@@ -68,16 +68,17 @@ def run_config(encoder: str, size: int, batch_size: int, **changes: Any) -> Conf
     return configs.replace(recipes.imagenet_resnet50(), {"batch_size": batch_size, **fields, **changes})
 
 
+# With small heads the activations are most of the memory, those of the local views more than the tolerance.
+THREE_SIZES = {"view2.size": 48, "num_local_views": 4, "local_view.size": 32}
+THREE_SIZES |= {"model.hidden_dim": 32, "model.projection_dim": 16}
+
+
 @pytest.mark.parametrize(
     ("config", "precision"),
     [
         pytest.param(run_config("resnet18", 32, 4, **{"optim.name": "sgd"}), FP32, id="resnet18, sgd"),
         pytest.param(run_config("resnet18_narrow", 32, 8, **{"model.cifar_stem": True}), BF16, id="small, bf16"),
-        pytest.param(
-            run_config("resnet18_narrow", 64, 8, **{"view2.size": 48, "num_local_views": 2, "local_view.size": 32}),
-            FP32,
-            id="narrow, views of three sizes",
-        ),
+        pytest.param(run_config("resnet18_narrow", 64, 16, **THREE_SIZES), FP32, id="narrow, views of three sizes"),
         pytest.param(
             run_config("resnet18_narrow", 64, 8, activation_checkpointing=True, grad_accum_steps=2),
             FP32,
@@ -89,11 +90,6 @@ def run_config(encoder: str, size: int, batch_size: int, **changes: Any) -> Conf
             ),
             FP32,
             id="cifar10_lightly, two batches",
-        ),
-        pytest.param(
-            run_config("resnet18_narrow", 64, 8, **{"num_local_views": 4, "local_view.size": 32}),
-            FP32,
-            id="narrow, local views",
         ),
         pytest.param(run_config("resnet18", 224, 16), FP32, id="resnet18", marks=pytest.mark.slow),
         pytest.param(run_config("resnet50", 224, 8), FP32, id="resnet50", marks=pytest.mark.slow),
