@@ -39,12 +39,14 @@ class Precision:
 @contextmanager
 def fp32_matmul() -> Iterator[None]:
     """Context, or decorator, in which products of fp32 matrices are fp32 whatever precision the networks have."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    matmul = torch.backends.cuda.matmul
+    # Not `allow_tf32`: it cannot be read where `fp32_precision` was set, and cannot restore the precision "medium".
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        matmul.fp32_precision = before
 
 
 def resolve_precision(name: str, device: torch.device) -> Precision:
