@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -115,7 +114,10 @@ def parse(options: type[T], argv: Sequence[str], prog: str, default: T | None = 
         )
     if default is None:
         return tyro.cli(options, args=argv, prog=prog)
-    size = _last_number("--image-size", argv)
+    try:
+        size = int(last_value("--image-size", argv) or "")
+    except ValueError:  # not given, or no number, which the parser refuses
+        size = None
     if size is not None:  # set here, before the views are made and checked against each other
         check("image_size", ImageSize, size)
         argv = [*argv, "--view1.size", f"{size}", "--view2.size", f"{size}"]
@@ -145,12 +147,11 @@ def is_given(option: str, argv: Sequence[str]) -> bool:
     return any(word.partition("=")[0].replace("_", "-") == option.replace("_", "-") for word in argv)
 
 
-def _last_number(option: str, argv: Sequence[str]) -> int | None:
-    """The value that an option was given last among the words of a command; None if there is none, or no number."""
-    number = None
+def last_value(option: str, argv: Sequence[str]) -> str | None:
+    """The value that an option was given last among the words of a command; None if it is not among them."""
+    last = None
     for word, following in zip_longest(argv, argv[1:], fillvalue=""):
         name, joined, value = word.partition("=")
         if name.replace("_", "-") == option:
-            with contextlib.suppress(ValueError):
-                number = int(value if joined else following)
-    return number
+            last = value if joined else following
+    return last

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from byol_fast import config as configs
 from byol_fast.cli.help import help_text
-from byol_fast.cli.options import FREQUENT, RunOptions, find_recipe, is_given, parse_config, print_error
+from byol_fast.cli.options import FREQUENT, RunOptions, find_recipe, is_given, last_value, parse_config, print_error
 from byol_fast.cli.run_end import print_end
 from byol_fast.config import Config, ConfigError, recipes
 from byol_fast.config.fields import expand_home
@@ -152,11 +152,7 @@ def take_run(option: str, argv: list[str]) -> tuple[str | None, list[str]]:
 
 def run_folder(run: str, argv: Sequence[str]) -> Path:
     """The folder that `--resume` or `--extend` names: its path, or the name of a run in the folder of `--out`."""
-    out = Config().out
-    for word, following in zip(argv, [*argv[1:], ""], strict=False):
-        if word == "--out" or word.startswith("--out="):
-            out = expand_home(word.partition("=")[2] or following)
-    path = expand_home(run)
+    out, path = expand_home(last_value("--out", argv) or Config().out), expand_home(run)
     is_run = (path / "config.json").exists()  # a folder of images may have the same name
     return out / run if not is_run and (out / run).is_dir() else path
 
