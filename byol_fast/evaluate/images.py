@@ -61,7 +61,7 @@ def open_images(pretrained: PretrainedEncoder, train: object, test: object, sett
         if test is not None:
             test_source = open_source(test, arg_name="--test", options=options)
     if test_source is None:
-        raise SourceError(f"eval: {train_source.describe()} have no test images beside them; pass --test FOLDER")
+        raise _no_test_images(train_source)
     for name, source in (("training", train_source), ("test", test_source)):
         _check_labels(source, name)
     test_source = _match_classes(train_source, test_source)
@@ -93,7 +93,7 @@ def open_test_images(pretrained: PretrainedEncoder, test: object, settings: Eval
     else:
         train, val = _open_both(pretrained, None, options, "--test FOLDER")
         if val is None:
-            raise SourceError(f"eval: {train.describe()} have no test images beside them; pass --test FOLDER")
+            raise _no_test_images(train)
         source = val
     _check_labels(source, "test")
     if all(map(part_of, source.classes)):
@@ -109,6 +109,10 @@ def open_test_images(pretrained: PretrainedEncoder, test: object, settings: Eval
 def _options(pretrained: PretrainedEncoder, settings: EvalSettings) -> DataConfig:
     options = pretrained.config.data if pretrained.config is not None else DataConfig()
     return configs.replace(options, {"on_corrupt": settings.on_corrupt})
+
+
+def _no_test_images(train: ImageSource) -> SourceError:
+    return SourceError(f"eval: {train.describe()} have no test images beside them; pass --test FOLDER")
 
 
 def _check_labels(source: ImageSource, name: str) -> None:

@@ -108,14 +108,14 @@ def retrieval_scores(
     """
     queries = find_queries(y)
     x = F.normalize(x.double(), dim=1)
+    ranks = torch.arange(1, len(x) + 1, device=x.device)
     precisions, hits = [], []
     done = 0
     for rows in torch.split(queries, max(max_similarities // len(x), 1)):
         # In fp32 the last bit of a product depends on its place in the matrix: equal images would differ in similarity.
         similarity = (x[rows] @ x.T).float()
         is_relevant = _rank_others(similarity, y[rows, None] == y, rows)
-        places = torch.arange(1, len(x) + 1, device=x.device)
-        precision = is_relevant.cumsum(dim=1) / places * is_relevant
+        precision = is_relevant.cumsum(dim=1) / ranks * is_relevant
         precisions.append(precision.sum(dim=1, dtype=torch.float64) / is_relevant.sum(dim=1))
         hits.append(torch.stack([is_relevant[:, :k].any(dim=1) for k in RECALL_KS], dim=1))
         done += len(rows)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypedDict, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -176,17 +176,6 @@ class EvalContext:
         )
 
 
-class Origin(TypedDict):
-    """Fields of all results; see `EvalResult`."""
-
-    encoder: str
-    step: int | None
-    settings: dict[str, Any]
-    seconds: float
-    date: str
-    environment: dict[str, Any]
-
-
 class EvalRun(Generic[S]):
     """One evaluation: an encoder, settings, and the folder for its record.
 
@@ -237,8 +226,8 @@ class EvalRun(Generic[S]):
             size = min(RAW_PIXELS_SIZE, self.pretrained.preprocessing.crop)
             yield Entry(f"raw pixels ({size} px)", nn.Flatten(), self, size)
 
-    def origin(self, start_time: float | None = None) -> Origin:
-        """Fields that results of all protocols have.
+    def origin(self, start_time: float | None = None) -> dict[str, Any]:
+        """Fields of `EvalResult` that do not depend on the images.
 
         Args:
             start_time: start of this part of the evaluation; None: that of the evaluation.

@@ -113,7 +113,7 @@ def _shots_table(record: Record) -> str:
         ]
         for row in shots_of(record)
     ]
-    headers = [SHOTS_TITLE, "encoder", "mean top-1 of 20 draws", "95 % interval", "lowest", "highest"]
+    headers = [SHOTS_TITLE, "encoder", "mean top-1", "95 % interval", "lowest", "highest"]
     return table(headers, rows) if rows else ""
 
 
