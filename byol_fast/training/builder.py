@@ -291,13 +291,9 @@ def _with_absolute_paths(config: Config, data: object) -> tuple[Config, object]:
     config = with_absolute_source(config)
     if isinstance(data, str | Path):
         config, data = configs.replace(config, {"data.root": Path(data)}), None
-    if config.data.root is not None:
-        config = configs.replace(config, {"data.root": expand_home(config.data.root).absolute()})
-    if config.knn.val_root is not None:
-        config = configs.replace(config, {"knn.val_root": expand_home(config.knn.val_root).absolute()})
-    if config.extend is not None:
-        config = configs.replace(config, {"extend": expand_home(config.extend).absolute()})
-    return config, data
+    paths = {"data.root": config.data.root, "knn.val_root": config.knn.val_root, "extend": config.extend}
+    absolute = {name: expand_home(path).absolute() for name, path in paths.items() if path is not None}
+    return configs.replace(config, absolute), data
 
 
 def _prepare_networks(model: SSLModel, config: Config, execution: Execution) -> None:

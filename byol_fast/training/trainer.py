@@ -84,7 +84,7 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.callbacks = check_callbacks(callbacks)
-        parts = build_components(config, data=data, resume=resume)
+        parts = self._parts = build_components(config, data=data, resume=resume)
         execution = parts.execution
         self.config = parts.config
         self.world, self.device = execution.world, execution.device
@@ -100,7 +100,7 @@ class Trainer:
         self.resumed = parts.checkpoint is not None
         if self.config.log:
             self.callbacks.append(TrackerCallback(build_trackers(self.config.log)))
-        self._parts, self.throughput = parts, ThroughputMeter()
+        self.throughput = ThroughputMeter()
         self._has_own_data = not isinstance(data, str | Path | None)
         self._steps = StepRecords(
             steps_in(1, self.loader, self.config.grad_accum_steps),
