@@ -65,7 +65,8 @@ def restore_latest(
         state.best = -1.0  # the best checkpoint is that of this run's folder
     if world.is_main_process:
         for difference in env.differences(environment_then, environment):
-            log.warning("resume: %s; training continues, but is not bit-exact", difference)
+            command = "extend" if extends else "resume"
+            log.warning("%s: %s; training continues, but is not bit-exact", command, difference)
     changes = {name: getattr(stored, name) for name in INIT_OPTIONS}  # the weights that the run was started from
     return configs.replace(config, {"data.accept_changed": False} | changes), checkpoint  # it holds for one resumption
 
