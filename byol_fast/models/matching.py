@@ -28,7 +28,7 @@ class Match:
     """The encoder's parameters and buffers that the file has not."""
     unexpected: list[str]
     """Names in the file, with the prefix, that the encoder has not."""
-    misshapen: list[str]
+    mismatched: list[str]
     """Names with both shapes, where these differ."""
     num_matched: int
     """Elements of the encoder's parameters that the file has."""
@@ -91,7 +91,7 @@ def match_weights(weights: Mapping[str, Tensor], encoder: nn.Module) -> Match:
         tensors=fitting,
         missing=[name for name in expected if name not in names],
         unexpected=unexpected,
-        misshapen=[
+        mismatched=[
             f"{name} {_kind(weights[key])} for {_kind(expected[name])}"
             for name, key in names.items()
             if name not in fitting

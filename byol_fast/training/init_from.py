@@ -128,7 +128,7 @@ def _counts(match: Match) -> str:
     further = f" and {match.num_further:,} of further layers" if match.num_further else ""
     of_all = f"{match.num_matched:,} of {match.num_parameters:,} parameters{further}, {match.share:.1%}"
     parts = [f"{len(match.tensors)} tensors matched ({of_all})"]
-    kinds = {"missing": match.missing, "unexpected": match.unexpected, "of another shape": match.misshapen}
+    kinds = {"missing": match.missing, "unexpected": match.unexpected, "of another shape": match.mismatched}
     for kind, names in kinds.items():
         if names or kind != "of another shape":
             parts.append(f"{len(names)} {kind}" + (f" ({_listed(names)})" if names else ""))

@@ -50,16 +50,17 @@ def test_run_starts_from_another_run_or_its_export(small: Config, monkeypatch: p
     assert json.loads((folder / "encoder.json").read_text())["lineage"] == lineage
     assert "lineage" not in json.loads((run / "encoder.json").read_text())
 
-    changed = configs.replace(config, {"name": "third", "model.projection_dim": 24})
+    changed = configs.replace(config, {"name": "third", "model.projector_layers": 3})
     third = started(changed)
     random = started(configs.replace(changed, {"init_from": "", "name": "fourth"}))
     from_export = started(configs.replace(config, {"init_from": run / "encoder.safetensors", "name": "fifth"}))
     for model, heads in ((third.model, random.model.online), (from_export.model, None)):
         encoder = model.encoder.state_dict()
         assert all(torch.equal(tensor, online[f"encoder.{name}"]) for name, tensor in encoder.items())
-        if heads is not None:  # they do not fit: as without initial weights
-            projector = model.online.projector.state_dict()
-            assert all(torch.equal(projector[name], tensor) for name, tensor in heads.projector.state_dict().items())
+        if heads is not None:  # the projector does not fit, and a predictor of another's outputs is not taken
+            state = model.online.state_dict()
+            assert all(torch.equal(state[f"projector.{k}"], v) for k, v in heads.projector.state_dict().items())
+            assert all(torch.equal(state[f"predictor.{k}"], v) for k, v in heads.predictor.state_dict().items())
     assert "taken" not in "\n".join(startup_summary(from_export._parts))
 
 
