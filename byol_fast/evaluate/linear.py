@@ -23,6 +23,7 @@ from byol_fast.evaluate.splits import train_val_split
 from byol_fast.evaluate.supervised_loader import SupervisedLoader, generator
 from byol_fast.models.encoders import feature_dim
 from byol_fast.optim.schedules import lr_at
+from byol_fast.utils.precision import fp32_matmul
 from byol_fast.utils.progress import Progress
 
 Curve = list[tuple[float, float]]
@@ -185,7 +186,7 @@ def _train_classifiers(entry: Entry, source: ImageSource, s: LinearSettings) -> 
                 x = encoder(normalize(images)).flatten(1).float()
             classifiers.set_lr(optimizer, step, total_steps, loader.batch_size)
             optimizer.zero_grad()
-            with torch.enable_grad():
+            with torch.enable_grad(), fp32_matmul():
                 # The classifiers share no weights: the gradient of the sum is that of each classifier's own loss.
                 losses = [F.cross_entropy(logits, y) for logits in classifiers(x)]
                 torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]

@@ -53,7 +53,6 @@ class LogisticModel:
     converged: bool
     """True if the gradient reached the tolerance."""
 
-    @fp32_matmul()
     def logits(self, x: Tensor) -> Tensor:
         """Logits `[N, C]` of features `[N, D]`."""
         if bool((self.mean.abs() > MAX_MEAN * self.scale).any()):

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from byol_fast.utils.intervals import Interval, wilson_interval
+from byol_fast.utils.precision import fp32_matmul
 
 MAX_LOGITS = 1 << 26
 """Number of logits that are in memory at a time: 256 MiB in fp32."""
@@ -83,10 +84,11 @@ def predict(logits: Tensor) -> Tensor:
     return logits.argmax(dim=1)
 
 
+@fp32_matmul()
 def classify(
     classifier: Callable[[Tensor], Tensor], x: Tensor, num_classes: int, of_logits: Callable[[Tensor], Tensor] = predict
 ) -> Tensor:
-    """Predictions for features, of whose logits at most `MAX_LOGITS` are in memory at a time.
+    """Predictions for features; the logits are fp32, and at most `MAX_LOGITS` are in memory at a time.
 
     Args:
         classifier: returns the logits of some features.

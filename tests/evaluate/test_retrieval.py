@@ -108,32 +108,6 @@ def test_equal_features_have_no_hits(num: int, dim: int, max_similarities: int) 
     assert scores.mean_ap == pytest.approx(np.mean([i / (num // 2 + i) for i in range(1, num // 2)]))
 
 
-@pytest.mark.parametrize("before", ["highest", "high", "medium", "tf32 of the backend"])
-def test_products_are_fp32_and_the_setting_is_restored(before: str) -> None:
-    """Of torch's two settings of the precision of products: one cannot be read where the other was used."""
-    backends: Any = torch.backends
-    matmul = backends.cuda.matmul
-    states = [(setting, setting.fp32_precision) for setting in (matmul, backends.mkldnn.matmul)]
-    try:
-        torch.set_float32_matmul_precision("highest")
-        if before == "tf32 of the backend":
-            matmul.fp32_precision = "tf32"
-        else:
-            torch.set_float32_matmul_precision(before)
-        expected = matmul.fp32_precision
-        assert expected == ("ieee" if before == "highest" else "tf32")
-        with pytest.raises(KeyError), fp32_matmul():
-            assert matmul.fp32_precision == "ieee"
-            raise KeyError
-        assert matmul.fp32_precision == expected
-        if before != "tf32 of the backend":
-            assert torch.get_float32_matmul_precision() == before
-    finally:
-        torch.set_float32_matmul_precision("highest")
-        for setting, precision in states:
-            setting.fp32_precision = precision
-
-
 # ---- evaluations --------------------------------------------------------------------------------------------------
 
 
