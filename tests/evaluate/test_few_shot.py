@@ -57,6 +57,8 @@ def test_draws_are_nested_and_depend_on_seed_draw_and_class_only() -> None:
     np.testing.assert_array_equal(draw_shots(labels, 3, draw=4, seed=3), drawn[:, :3])
     for other in (draw_shots(labels, 10, draw=5, seed=3), draw_shots(labels, 10, draw=4, seed=4)):
         assert (np.sort(other) != np.sort(drawn)).any(axis=1)[:2].all()
+    alike = np.repeat([0, 1], 10)  # the images of a class are not those of the class before it in the next draw
+    assert (draw_shots(alike, 10, draw=5, seed=3)[0] != draw_shots(alike, 10, draw=4, seed=3)[1] - 10).any()
     others = np.flatnonzero(labels != 0)
     np.testing.assert_array_equal(others[draw_shots(labels[others], 10, draw=4, seed=3)], drawn[1:])
 

@@ -132,6 +132,12 @@ def test_queries_without_a_second_image_are_counted(pretrained: PretrainedEncode
     assert not (tmp_path / "earlier").exists()
 
 
+def test_max_test_leaves_images_of_every_class(pretrained: PretrainedEncoder) -> None:
+    """The classes of these images alternate: every third one is of the same."""
+    scores = evaluate_retrieval(pretrained, labeled_images(30, 0), max_test=10, **CPU).scores
+    assert (scores.num_queries, scores.num_left_out) == (10, 0)
+
+
 def test_classes_are_separated_and_pixels_are_worse(pretrained: PretrainedEncoder) -> None:
     channels = dataclasses.replace(pretrained, encoder=nn.AdaptiveAvgPool2d(1))
     scores = evaluate_retrieval(channels, labeled_images(60, 0), **CPU).scores
