@@ -339,10 +339,10 @@ def test_retrieval_is_that_of_the_cpu() -> None:
     y = torch.randint(0, 20, (2000,), generator=generator)
     x = torch.randn(20, 128, generator=generator)[y] + 2 * torch.randn(2000, 128, generator=generator)
     expected = retrieval_scores("x", x, y)
-    found = retrieval_scores("x", x.to(DEVICE), y.to(DEVICE), max_similarities=300 * 2000)
-    assert (found.num_queries, found.num_left_out) == (2000, 0)
-    assert 0.2 < expected.mean_ap < 0.9 and abs(found.mean_ap - expected.mean_ap) < 1e-4
-    for ours, theirs in zip(found.recall, expected.recall, strict=True):
+    scores = retrieval_scores("x", x.to(DEVICE), y.to(DEVICE), max_similarities=300 * 2000)
+    assert (scores.num_queries, scores.num_left_out) == (2000, 0)
+    assert 0.2 < expected.mean_ap < 0.9 and abs(scores.mean_ap - expected.mean_ap) < 1e-4
+    for ours, theirs in zip(scores.recall, expected.recall, strict=True):
         assert abs(ours.recall - theirs.recall) <= 0.001  # two similarities may be a rounding apart
 
 
