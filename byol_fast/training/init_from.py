@@ -231,8 +231,8 @@ def _unpickle(file: IO[bytes], path: Path) -> Any:
         if forbidden is None:  # the first lines of the message are advice about classes
             raise ValueError(str(error).rpartition("WeightsUnpickler error: ")[2].strip()) from error
         raise ConfigError(
-            f"init_from: {path} must hold tensors only, but holds a {forbidden[1]}, which only code of its own could "
-            "load. If you trust the file, save its state_dict with these two lines, and start from that file:\n"
-            f"x = torch.load({str(path)!r}, map_location='cpu', weights_only=False)\n"
-            "torch.save(x.state_dict() if hasattr(x, 'state_dict') else x['state_dict'], 'weights.pth')"
+            f"init_from: {path} must hold tensors only, but holds the class {forbidden[1]}, which only code of its own "
+            "could load. If you trust the file, save its state_dict with these two lines, and start from that file:\n"
+            f"import torch; x = torch.load({str(path)!r}, map_location='cpu', weights_only=False)\n"
+            "torch.save(x.state_dict() if hasattr(x, 'state_dict') else x['state_dict'], 'weights.pth')  # or its key"
         ) from error

@@ -275,7 +275,7 @@ def test_file_with_a_class_is_refused_with_lines_that_save_its_weights(
     content = network if is_module else {"args": argparse.Namespace(lr=1), "state_dict": network.state_dict()}
     path = write(tmp_path / f"weights{suffix}", content)
     name = "byol_fast.models.narrow_resnet.NarrowResNet" if is_module else "argparse.Namespace"
-    with pytest.raises(ConfigError, match=f"must hold tensors only, but holds a {name},") as error:
+    with pytest.raises(ConfigError, match=f"must hold tensors only, but holds the class {name},") as error:
         read_initial_weights(configured(path))
     monkeypatch.chdir(tmp_path)
     for line in str(error.value).splitlines()[1:]:
