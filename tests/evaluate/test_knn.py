@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from byol_fast.config import Preprocessing
 from byol_fast.evaluate import PretrainedEncoder, evaluate_knn, knn_accuracy, knn_predict
@@ -159,31 +158,3 @@ def test_k_is_the_number_of_images_that_were_read(tmp_path: Path) -> None:
     result = evaluate_knn(encoder, tmp_path / "train", tmp_path / "val", k=(6, 5, 2), **options)
     assert result.chosen["k"] == 5
     assert [k for k, _ in result.curve] == [2, 5]
-
-
-class RecordingProducts(TorchFunctionMode):
-    """Records if TF32 is allowed in each product of matrices."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.allowed: list[bool] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.matmul:
-            self.allowed.append(torch.backends.cuda.matmul.allow_tf32)
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("allowed", [True, False])
-def test_products_are_fp32_and_the_setting_is_restored(allowed: bool) -> None:
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32
-    try:
-        matmul.allow_tf32 = allowed
-        with RecordingProducts() as products:
-            knn_predict(torch.eye(4), torch.arange(4), torch.eye(4), k=1, temperature=1.0, num_classes=4)
-            with pytest.raises(ValueError, match="k must be"):
-                knn_predict(torch.eye(4), torch.arange(4), torch.eye(4), k=5, temperature=1.0, num_classes=4)
-        assert (products.allowed, matmul.allow_tf32) == ([False], allowed)
-    finally:
-        matmul.allow_tf32 = before
