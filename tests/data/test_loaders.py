@@ -14,7 +14,6 @@ import torch
 
 from byol_fast.config import ConfigError, DataConfig, Preprocessing, ViewConfig, replace
 from byol_fast.data import Batch, ImageSource, SourceError, ViewLoader, eval_batches
-from byol_fast.data.decode import is_common_jpeg
 from byol_fast.data.loaders.backend import Backend, resolve_backend, resolve_decoder
 from byol_fast.data.loaders.threads import single_core_threads
 from byol_fast.data.sampler import BatchSampler
@@ -381,34 +380,8 @@ def test_loader_threads_use_one_core_and_do_not_change_others() -> None:
         torch.set_num_threads(before)
 
 
-def test_common_jpegs_decode_to_the_bytes_of_pil(files: FileSource, photographs: FileSource) -> None:
-    for source in (files, photographs):
-        for i in range(len(source)):
-            assert is_common_jpeg(source.read(i))
-            assert np.array_equal(pixels(source.load_tensor(i))[0], np.asarray(source.load(i)))
-
-
 def test_pil_decodes_without_torchvisions_decoder(files: FileSource, monkeypatch: Any) -> None:
     config = config_of("threaded", VIEW1, VIEW2)
     expected = take(loader_of(files, config), 2)
     monkeypatch.setattr("byol_fast.data.decode._decode_jpeg", None)
     assert all(same(a, b) for a, b in zip(expected, take(loader_of(files, config), 2), strict=True))
-
-
-def test_other_images_are_not_common_jpegs() -> None:
-    from PIL import Image
-
-    image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
-
-    def saved(mode: str, format: str, **options: Any) -> bytes:
-        buffer = io.BytesIO()
-        image.convert(mode).save(buffer, format, **options)
-        return buffer.getvalue()
-
-    good = saved("RGB", "jpeg")
-    for common in (good, saved("L", "jpeg"), saved("RGB", "jpeg", progressive=True)):
-        assert is_common_jpeg(common)
-    for other in (saved("CMYK", "jpeg"), saved("RGB", "png"), good[:20], good[:2], b"", bytes(64), good[2:]):
-        assert not is_common_jpeg(other)
-    start = good.index(b"\xff\xc0")
-    assert not is_common_jpeg(good[: start + 5] + b"\xff\xff\xff\xff" + good[start + 9 :])  # 4 gigapixels
